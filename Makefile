@@ -1,0 +1,68 @@
+# `make serve` and `make test` install what they need first; a second call does not install again.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   := .venv
+BIN    := $(VENV)/bin
+
+# Of `make serve`:
+PORT   ?= 8000
+METHOD ?= ficoco-v
+KEEP   ?= 64
+MODEL  ?=
+ARGS   ?=
+
+RUNTIME := $(VENV)/.installed
+DEV     := $(VENV)/.installed-dev
+
+.PHONY: help install serve test check format lint types imports clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
+
+$(BIN)/python:
+	@echo "creating $(VENV) with $(PYTHON)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "Python 3.11 is needed; set PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+
+$(RUNTIME): requirements/cpu.lock requirements/install.sh pyproject.toml | $(BIN)/python
+	@echo "installing (about 1.2 GB, a few minutes the first time)"
+	@requirements/install.sh $(BIN)/python
+	@touch $@
+
+$(DEV): requirements/dev.lock $(RUNTIME)
+	@requirements/install.sh $(BIN)/python requirements/dev.lock
+	@touch $@
+
+install: $(RUNTIME)  ## make .venv with everything that serving on a CPU needs
+
+serve: $(RUNTIME)  ## serve on PORT; METHOD, KEEP, MODEL, ARGS (default: the demo model, ficoco-v, 64 tokens)
+	@exec $(BIN)/ficoco-vllm serve $(MODEL) --port $(PORT) \
+	    --ficoco-method $(METHOD) --ficoco-keep $(KEEP) $(ARGS)
+
+test: $(DEV)  ## run the tests
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: lint types imports  ## ruff, mypy, import-linter
+
+lint: $(DEV)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: $(DEV)
+	@$(BIN)/mypy
+
+imports: $(DEV)
+	@$(BIN)/lint-imports
+
+format: $(DEV)  ## let ruff rewrite the code
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench-ttft: $(DEV)  ## time to first token at LLaVA-1.5-7B's width, stock and reduced side by side
+	@$(BIN)/python -m benchmarks.ttft $(ARGS)
+
+clean:  ## remove the environment and everything built
+	@rm -rf $(VENV) build dist *.egg-info

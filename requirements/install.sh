@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Install the CPU build of vLLM, its locked dependencies and this package into a virtual environment.
+# usage: requirements/install.sh PYTHON_OF_THE_VENV [extra lock files]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=$1
+shift
+
+torch=torch==2.13.0+cpu
+pytorch_index=${PYTORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}
+
+# Where pip's own configuration already offers the CPU wheel of torch, no other index is asked. Otherwise
+# PyTorch's index gives it, and the matching torchvision with it.
+index=()
+if ! "$python" -m pip install --quiet --dry-run --ignore-installed --no-deps "$torch" >/dev/null 2>&1; then
+    index=(--extra-index-url "$pytorch_index")
+fi
+
+locks=(--requirement requirements/cpu.lock)
+for lock in "$@"; do
+    locks+=(--requirement "$lock")
+done
+"$python" -m pip install --disable-pip-version-check --quiet --no-deps "${index[@]}" "$torch" "${locks[@]}"
+"$python" -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation --editable .
