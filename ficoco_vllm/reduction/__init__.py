@@ -1,0 +1,50 @@
+"""Token reduction in pure torch: filter, correlate, compress (arXiv:2411.17686).
+
+    from ficoco_vllm.reduction import Signals, available, get, reduce
+
+    signals = Signals(visual_attention=..., cls_attention=..., position=..., grid=(24, 24))
+    tokens, size, position = reduce("ficoco-v", tokens, signals, num_removed=43, lam=0.35)
+
+Where the same method runs often, fix its settings once: `reducer = get("ficoco-v").configure(lam=0.35)`.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from ficoco_vllm.reduction.method import Method, Reduced, Reducer
+from ficoco_vllm.reduction.registry import available, get
+from ficoco_vllm.reduction.signals import Partition, Signals, partition
+
+
+def reduce(
+    method: str | Method,
+    tokens: Tensor,
+    signals: Signals,
+    num_removed: int,
+    size: Tensor | None = None,
+    **settings: Any,
+) -> Reduced:
+    """Remove `num_removed` visual tokens and merge what they knew into the rest, as the method says.
+
+    Args:
+        method: a name out of `available()`, or a method.
+        tokens: (B, N, D), any floating dtype.
+        signals: of this layer, N tokens.
+        num_removed: R. Zero is the identity.
+        size: (B, N) fp32, how many original patches each token stands for; None means one each.
+        **settings: of the method; the rest keep their defaults.
+
+    Returns:
+        N - R tokens in their order, and behind them what the method fuses (`num_extra`).
+
+    Raises:
+        ValueError: unknown method or setting, a missing signal, a shape that does not fit, or R out of range.
+
+    Source: arXiv:2411.17686, Alg. 1 and 2.
+    """
+    chosen = get(method) if isinstance(method, str) else method
+    return chosen.configure(**settings)(tokens, signals, num_removed, size)
+
+
+__all__ = ["Method", "Partition", "Reduced", "Reducer", "Signals", "available", "get", "partition", "reduce"]

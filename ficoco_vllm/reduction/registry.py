@@ -1,0 +1,64 @@
+"""Name to method: the built-in ones, third-party ones by entry point, and compositions of stages."""
+
+import logging
+from collections.abc import Mapping
+from importlib.metadata import EntryPoint, entry_points
+
+from ficoco_vllm.reduction.method import SITES, Method
+from ficoco_vllm.reduction.methods import BUILTIN
+
+ENTRY_POINT_GROUP = "ficoco_vllm.reductions"
+
+_logger = logging.getLogger(__name__)
+
+
+def available(site: str | None = None) -> tuple[str, ...]:
+    """Names of the methods, sorted.
+
+    Args:
+        site: only those that work there: "encoder", "features" or "decoder". Third-party methods are
+            imported to find out; one that fails is left out with a warning. Without a site nothing is
+            imported.
+
+    Raises:
+        ValueError: there is no such site.
+    """
+    third_party = _entry_points()
+    if site is None:
+        return tuple(sorted({*BUILTIN, *third_party}))
+    if site not in SITES:
+        raise ValueError(f"site = {site!r}: allowed are {', '.join(SITES)}")
+    names = [name for name, method in BUILTIN.items() if method.site == site]
+    for name in third_party.keys() - BUILTIN.keys():
+        try:
+            if get(name).site == site:
+                names.append(name)
+        except ValueError as error:
+            _logger.warning("%s", error)
+    return tuple(sorted(names))
+
+
+def get(name: str) -> Method:
+    """A method by name. Built-in names cannot be taken over.
+
+    Raises:
+        ValueError: no such method, or the package that offers it fails to give one.
+    """
+    if name in BUILTIN:
+        return BUILTIN[name]
+    third_party = _entry_points()
+    if name not in third_party:
+        raise ValueError(f"method {name!r} is not known; available: {', '.join(available())}")
+    entry = third_party[name]
+    package = entry.dist.name if entry.dist else "an unknown package"
+    try:
+        method = entry.load()
+    except Exception as error:  # third-party code may fail in any way
+        raise ValueError(f"method {name!r} of {package} ({entry.value}) failed to load: {error}") from error
+    if not isinstance(method, Method) or method.name != name:
+        raise ValueError(f"{entry.value} of {package} is not a Method with the name {name!r}")
+    return method
+
+
+def _entry_points() -> Mapping[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}

@@ -1,0 +1,99 @@
+"""How many tokens each reducing layer removes: host-side integers only."""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+from ficoco_vllm.reduction.method import all_but_one
+
+KINDS = ("even", "one-shot", "geometric")
+
+
+def default_start_layer(num_layers: int) -> int:
+    """The paper's first reducing encoder layer, the 12th of 24, in an encoder of another depth.
+
+    floor(11/24 of the depth): 24 -> 11, 12 -> 5, 8 -> 3, 4 -> 1 (0-based).
+
+    Args:
+        num_layers: depth of the whole encoder, including layers behind the one that the features are read
+            from.
+
+    Raises:
+        ValueError: fewer than one layer.
+
+    Source: arXiv:2411.17686, Sec. 10.
+    """
+    if num_layers < 1:
+        raise ValueError(f"num_layers = {num_layers}: an encoder has at least 1 layer")
+    return num_layers * 11 // 24
+
+
+def make_schedule(
+    kind: str | Sequence[int],
+    num_tokens: int,
+    keep: int,
+    layers: Sequence[int],
+    num_extra: int = 0,
+    max_removed: Callable[[int], int] = all_but_one,
+) -> dict[int, int]:
+    """How many tokens leave at each layer, so that exactly `keep` are there in the end.
+
+    A layer that removes r > 0 tokens also appends E fused ones, which later layers count like any other.
+
+    Args:
+        kind: "even" spreads the loss over the layers, remainder first (512 over 12 layers: 8 x 43, then 4 x
+            42); "one-shot" takes all at the first layer; "geometric" shrinks by the same ratio at each
+            layer (PyramidDrop); or the counts r themselves, one a layer.
+        num_tokens: N, before the first layer.
+        keep: how many tokens, fused ones included, are there after the last layer.
+        layers: indices of the reducing layers, ascending.
+        num_extra: E of the method.
+        max_removed: the most tokens that one call of the method may remove out of so many.
+
+    Returns:
+        Layer index to r, for every layer given.
+
+    Raises:
+        ValueError: the schedule cannot be kept, with the layer and the numbers.
+
+    Source: arXiv:2411.17686, Sec. 10; arXiv:2410.17247 (geometric).
+    """
+    if not 1 <= keep <= num_tokens:
+        raise ValueError(f"keep = {keep}: allowed is 1 to {num_tokens}, the number of visual tokens")
+    if not layers and keep < num_tokens:
+        raise ValueError(f"keep = {keep} of {num_tokens} tokens needs at least one reducing layer")
+    if list(layers) != sorted(set(layers)):
+        raise ValueError(f"layers = {list(layers)}: must ascend, none twice")
+    if isinstance(kind, str):
+        losses = _losses(kind, num_tokens, keep, len(layers))
+        removed = [loss + num_extra if loss else 0 for loss in losses]
+    else:
+        removed = list(kind)
+        if len(removed) != len(layers):
+            raise ValueError(f"schedule = {removed}: {len(layers)} reducing layers need as many counts")
+    left = num_tokens
+    for layer, count in zip(layers, removed, strict=True):
+        most = max_removed(left)
+        if not 0 <= count <= most:
+            raise ValueError(
+                f"schedule {kind!r} removes {count} of {left} tokens at layer {layer}, "
+                f"where 0 to {most} are possible"
+            )
+        left += num_extra - count if count else 0
+    if left != keep:
+        raise ValueError(f"schedule = {removed} keeps {left} tokens, not keep = {keep}")
+    return dict(zip(layers, removed, strict=True))
+
+
+def _losses(kind: str, num_tokens: int, keep: int, num_layers: int) -> list[int]:
+    """How many fewer tokens there are after each layer than before it."""
+    total = num_tokens - keep
+    if kind == "even":
+        each, rest = divmod(total, max(num_layers, 1))
+        return [each + (index < rest) for index in range(num_layers)]
+    if kind == "one-shot":
+        return [total if index == 0 else 0 for index in range(num_layers)]
+    if kind == "geometric":
+        ratio = keep / num_tokens
+        counts = [round(num_tokens * ratio ** (step / num_layers)) for step in range(num_layers)] + [keep]
+        return [before - after for before, after in pairwise(counts)]
+    raise ValueError(f"schedule = {kind!r}: allowed are {', '.join(KINDS)}, or one count a layer")

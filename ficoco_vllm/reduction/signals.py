@@ -1,0 +1,104 @@
+"""What a reduction method may look at, and how tokens are split into those that leave and those that stay."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Where a signal counts the visual tokens, if not along its second axis; 0 where it does not count them.
+TOKEN_AXIS = {"text_attention": 2, "text_features": 0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signals:
+    """Measurements of one reducing layer, rebuilt after every reduction so that they are never stale.
+
+    B images, N visual tokens still alive, M text tokens. Any floating dtype; decisions are taken in float32.
+    A signal that a method does not name as required may be None (or hold anything).
+
+    Attributes:
+        visual_attention: (B, N, N) head-mean attention, query i to key j, cut to the visual tokens out of the
+            softmax over all keys ([CLS] included), so that a row sums to one minus what it spends elsewhere.
+        cls_attention: (B, N) head-mean attention of [CLS] to each visual token.
+        text_attention: (B, M, N) head-mean attention, text query k to visual key j. The last row is the last
+            token of the prompt.
+        keys: (B, N, Dk) head-mean keys.
+        features: (B, N, Df) what similarity is measured on; `reduce` fills in the tokens themselves when
+            None.
+        text_features: (B, M, Df) hidden states of the text tokens, in the space of `features`.
+        text_relevance: (B, N) how well each visual token fits the question by another model, for example the
+            cosine between CLIP's projected patch and its projected text. LLaVA carries no text encoder of
+            CLIP.
+        position: (B, N) int64 index in the original raster grid, -1 for a token that has no place in it.
+        grid: rows and columns of the original grid.
+
+    Source: arXiv:2411.17686, Sec. 2.3.
+    """
+
+    visual_attention: Tensor | None = None
+    cls_attention: Tensor | None = None
+    text_attention: Tensor | None = None
+    keys: Tensor | None = None
+    features: Tensor | None = None
+    text_features: Tensor | None = None
+    text_relevance: Tensor | None = None
+    position: Tensor
+    grid: tuple[int, int]
+
+
+class Partition(NamedTuple):
+    """Which tokens leave and which stay, as indices into the N tokens.
+
+    Attributes:
+        source: (B, R) int64, ascending: the tokens that leave.
+        target: (B, K) int64, ascending: the tokens that stay.
+    """
+
+    source: Tensor
+    target: Tensor
+
+
+def partition(redundancy: Tensor, num_removed: int) -> Partition:
+    """Let the `num_removed` most redundant tokens leave.
+
+    Args:
+        redundancy: (B, N) fp32, higher leaves first, -inf protects; equal scores leave in index order.
+        num_removed: R, 0 <= R <= N.
+
+    Returns:
+        Source and target indices, both ascending, so that the order of the tokens is kept.
+
+    Source: arXiv:2411.17686, Alg. 1, lines 4-5.
+    """
+    # A stable sort, not topk: topk breaks ties differently from device to device.
+    order = torch.sort(redundancy, dim=-1, descending=True, stable=True).indices
+    source = order[:, :num_removed].sort(dim=-1).values
+    target = order[:, num_removed:].sort(dim=-1).values
+    return Partition(source, target)
+
+
+def take(values: Tensor, index: Tensor) -> Tensor:
+    """Rows of each image by index.
+
+    Args:
+        values: (B, N) or (B, N, D), any dtype.
+        index: (B, K) int64 into N.
+
+    Returns:
+        (B, K) or (B, K, D), the dtype of `values`.
+    """
+    batch = torch.arange(index.shape[0], device=index.device)[:, None]
+    return values[batch, index]
+
+
+def require(signals: Signals, name: str) -> Tensor:
+    """One signal that must be there.
+
+    Raises:
+        ValueError: the signal is None.
+    """
+    value: Tensor | None = getattr(signals, name)
+    if value is None:
+        raise ValueError(f"the signal `{name}` is needed here and was not given")
+    return value

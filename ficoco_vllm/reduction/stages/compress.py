@@ -1,0 +1,152 @@
+"""Compressions: how are tokens fused so that their information is preserved?
+
+Each takes tokens (B, N, D), size (B, N) fp32, the partition and the correlation (B, R, K) fp32, and returns
+tokens (B, K + E, D) in the dtype that came in and size (B, K + E) fp32.
+"""
+
+import math
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ficoco_vllm.reduction.settings import Settings
+from ficoco_vllm.reduction.signals import Partition, take
+
+
+class QuantileMerge(Settings):
+    """Knobs of Eq. 13.
+
+    Attributes:
+        epsilon: which quantile of a source's correlations is its threshold.
+        fixed_k: merge each source into exactly this many targets instead (0 prunes); None is token-adaptive.
+        average: give every selected pair the weight 1 instead of its share (the paper's "average
+            compression").
+    """
+
+    epsilon: float = Field(default=0.998, ge=0.0, le=1.0)
+    fixed_k: int | None = Field(default=None, ge=0)
+    average: bool = False
+
+
+def spreads(settings: QuantileMerge) -> bool:
+    """Whether sources flow into targets at all under these settings."""
+    return settings.fixed_k != 0
+
+
+def row_quantile(values: Tensor, epsilon: float) -> Tensor:
+    """Quantile of each row by linear interpolation, exact, from the few largest entries alone.
+
+    Args:
+        values: (..., K) fp32.
+        epsilon: 0 to 1.
+
+    Returns:
+        (..., 1) fp32.
+
+    Source: arXiv:2411.17686, Alg. 1, line 9.
+    """
+    K = values.shape[-1]
+    rank = epsilon * (K - 1)
+    below = math.floor(rank)
+    largest = values.topk(K - below, dim=-1).values
+    low = largest[..., -1:]
+    high = largest[..., -2:-1] if below < K - 1 else low
+    return torch.lerp(low, high, rank - below)
+
+
+def select(correlation: Tensor, settings: QuantileMerge) -> Tensor:
+    """Which targets each source is merged into.
+
+    Args:
+        correlation: (B, R, K) fp32.
+        settings: see `QuantileMerge`.
+
+    Returns:
+        (B, R, K) bool: C_ij >= tau_i, or the `fixed_k` largest of a row (the first of equals).
+
+    Source: arXiv:2411.17686, Alg. 1, line 10.
+    """
+    if settings.fixed_k is None:
+        return correlation >= row_quantile(correlation, settings.epsilon)
+    order = correlation.sort(dim=-1, descending=True, stable=True).indices[..., : settings.fixed_k]
+    return torch.zeros_like(correlation, dtype=torch.bool).scatter(-1, order, True)
+
+
+def quantile_merge(
+    tokens: Tensor, size: Tensor, partition: Partition, correlation: Tensor, settings: QuantileMerge
+) -> tuple[Tensor, Tensor]:
+    """X_j = (X_j + sum_i alpha_ij X_i) / (1 + sum_i alpha_ij), alpha_ij = C_ij / sum_j C_ij.
+
+    The sums run over the selected pairs. The size of source i moves to target j by the share alpha_ij
+    (evenly under `average`), so its sum is kept. Where the selected correlations of a source sum to zero,
+    its information and its size are dropped.
+
+    Args:
+        tokens: (B, N, D), any floating dtype.
+        size: (B, N) fp32, how many original patches each token stands for. It does not weigh the merge.
+        partition: R sources and K targets.
+        correlation: (B, R, K) fp32.
+        settings: see `QuantileMerge`.
+
+    Returns:
+        Tokens (B, K, D) and size (B, K).
+
+    Deviation: negative correlations (cosines, logits) weigh nothing. Eq. 13 is written for attention, which
+    has none; with mixed signs its denominator could vanish.
+
+    Source: arXiv:2411.17686, Eq. 13.
+    """
+    if not spreads(settings):
+        return prune(tokens, size, partition, correlation, settings)
+    weight = torch.where(select(correlation, settings), correlation.clamp_min(0.0), 0.0)
+    if settings.average:
+        weight = (weight > 0).float()
+    total = weight.sum(dim=-1, keepdim=True)
+    share = weight / torch.where(total > 0, total, 1.0)
+    alpha = weight if settings.average else share
+    return merge(tokens, size, partition, alpha, share)
+
+
+def merge(
+    tokens: Tensor, size: Tensor, partition: Partition, alpha: Tensor, share: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Weighted mean of every target (weight 1) with the sources that flow into it (weight alpha).
+
+    Args:
+        tokens: (B, N, D), any floating dtype; sums are taken in fp32.
+        size: (B, N) fp32.
+        partition: R sources and K targets.
+        alpha: (B, R, K) fp32 weight of source i in target j.
+        share: (B, R, K) fp32 part of the size of source i that goes to target j.
+
+    Returns:
+        Tokens (B, K, D) and size (B, K).
+
+    Source: arXiv:2411.17686, Eq. 13, first line.
+    """
+    flow = alpha.transpose(1, 2)
+    merged = torch.bmm(flow, take(tokens, partition.source).float())
+    merged.add_(take(tokens, partition.target)).div_(1.0 + flow.sum(dim=-1, keepdim=True))
+    moved = torch.bmm(take(size, partition.source)[:, None], share)[:, 0]
+    return merged.to(tokens.dtype), take(size, partition.target) + moved
+
+
+def prune(
+    tokens: Tensor, size: Tensor, partition: Partition, correlation: Tensor, settings: Settings
+) -> tuple[Tensor, Tensor]:
+    """X_j = X_j: what leaves is lost, its size too.
+
+    Args:
+        tokens: (B, N, D), any floating dtype.
+        size: (B, N) fp32.
+        partition: K targets.
+        correlation: not read.
+        settings: none.
+
+    Returns:
+        Tokens (B, K, D) and size (B, K).
+
+    Source: arXiv:2411.17686, Sec. 2.3.3, FastV.
+    """
+    return take(tokens, partition.target), take(size, partition.target)

@@ -1,0 +1,92 @@
+"""Filters by attention: which token should be discarded? Higher redundancy leaves first."""
+
+from typing import Annotated, Any
+
+import torch
+from pydantic import BeforeValidator, Field
+from torch import Tensor
+
+from ficoco_vllm.reduction.settings import Settings
+from ficoco_vllm.reduction.signals import Signals, require
+from ficoco_vllm.reduction.stages.penalty import local_penalty
+
+
+def _square(value: Any) -> Any:
+    return (value, value) if isinstance(value, int) else value
+
+
+Side = Annotated[int, Field(ge=1)]
+Window = Annotated[tuple[Side, Side], BeforeValidator(_square)]
+
+
+class LocalPenalty(Settings):
+    """Knobs of the local penalty.
+
+    Attributes:
+        window: rows and columns of a window; one number means a square.
+        coefficient: what the highest score of a window is multiplied (divided, if negative) by.
+    """
+
+    window: Window = (2, 2)
+    coefficient: float = Field(default=2.0, ge=1.0)
+
+
+class LocalTask(LocalPenalty):
+    """Knobs of Eq. 11.
+
+    Attributes:
+        lam: weight of the local redundancy against the task redundancy (lambda).
+        local_redundancy: False drops the first term.
+        task_redundancy: False drops the second term.
+        local_penalty: False leaves the scores as they are.
+    """
+
+    lam: float = Field(default=0.35, ge=0.0, le=1.0)
+    local_redundancy: bool = True
+    task_redundancy: bool = True
+    local_penalty: bool = True
+
+
+def local_task_signals(settings: LocalTask) -> frozenset[str]:
+    """Signals that Eq. 11 reads under these settings."""
+    used = {"visual_attention": settings.local_redundancy, "cls_attention": settings.task_redundancy}
+    return frozenset(name for name, on in used.items() if on)
+
+
+def local_task(signals: Signals, settings: LocalTask) -> Tensor:
+    """s_i = lam / N * sum_j A_ij - (1 - lam) * a_i^CLS, then the local penalty.
+
+    Args:
+        signals: `visual_attention` (B, N, N) and `cls_attention` (B, N).
+        settings: see `LocalTask`.
+
+    Returns:
+        (B, N) fp32 redundancy.
+
+    Source: arXiv:2411.17686, Eq. 11.
+    """
+    B, N = signals.position.shape
+    scores = signals.position.new_zeros((B, N), dtype=torch.float32)
+    if settings.local_redundancy:
+        attention = require(signals, "visual_attention")
+        scores = scores + settings.lam / N * attention.sum(dim=-1, dtype=torch.float32)
+    if settings.task_redundancy:
+        scores = scores - (1.0 - settings.lam) * require(signals, "cls_attention").float()
+    if settings.local_penalty:
+        scores = local_penalty(scores, signals, settings.window, settings.coefficient)
+    return scores
+
+
+def cls_attention(signals: Signals, settings: Settings) -> Tensor:
+    """s_i = -a_i^CLS: what [CLS] looks at least leaves first.
+
+    Args:
+        signals: `cls_attention` (B, N).
+        settings: none.
+
+    Returns:
+        (B, N) fp32 redundancy.
+
+    Source: arXiv:2411.17686, Eq. 4.
+    """
+    return -require(signals, "cls_attention").float()

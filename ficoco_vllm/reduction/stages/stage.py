@@ -1,0 +1,48 @@
+"""A stage: one function with its knobs and the signals that it reads."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ficoco_vllm.reduction.settings import Settings
+
+SignalNames = frozenset[str]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One of the three steps of a reduction.
+
+    Attributes:
+        function: `filter(signals, settings)`, `correlate(signals, partition, settings)` or
+            `compress(tokens, size, partition, correlation, settings)`.
+        signals: names of the signals it reads, or a function of the settings that tells them.
+        settings: its knobs.
+        sized: a filter only: it is also told `num_removed`, as its last argument. For selections that place a
+            given number of tokens (greedy picks, grids).
+        num_extra: a compression only: E, how many fused tokens it appends.
+        merges: a compression only: the sizes of the tokens keep their sum. A bool or a function of the
+            settings.
+        correlated: a compression only: it reads the correlation. Where it does not, none is computed and the
+            signals of the correlation are not needed. A bool or a function of the settings.
+    """
+
+    function: Callable[..., Any]
+    signals: SignalNames | Callable[[Any], SignalNames] = frozenset()
+    settings: type[Settings] = Settings
+    sized: bool = False
+    num_extra: int = 0
+    merges: bool | Callable[[Any], bool] = False
+    correlated: bool | Callable[[Any], bool] = True
+
+    def required_signals(self, settings: Settings) -> SignalNames:
+        """Names of the signals that the function reads under these settings."""
+        return self.signals(settings) if callable(self.signals) else self.signals
+
+    def conserves_size(self, settings: Settings) -> bool:
+        """Whether the sizes keep their sum under these settings."""
+        return self.merges(settings) if callable(self.merges) else self.merges
+
+    def reads_correlation(self, settings: Settings) -> bool:
+        """Whether a compression reads the correlation under these settings."""
+        return self.correlated(settings) if callable(self.correlated) else self.correlated
