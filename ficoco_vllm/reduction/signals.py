@@ -1,13 +1,33 @@
 """What a reduction method may look at, and how tokens are split into those that leave and those that stay."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 # Where a signal counts the visual tokens, if not along its second axis; 0 where it does not count them.
 TOKEN_AXIS = {"text_attention": 2, "text_features": 0}
+
+
+class AttentionMap(Protocol):
+    """An attention map that is computed only where it is looked at, so that no (B, N, N) is ever written.
+
+    It stands wherever `Signals.visual_attention` does; see there for what its entries are.
+    """
+
+    @property
+    def shape(self) -> torch.Size:
+        """(B, N, N)."""
+
+    def row_sum(self) -> Tensor:
+        """Sum over the keys, (B, N) fp32."""
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Rows of chosen queries, index (B, R) int64 -> (B, R, N) fp32."""
+
+    def dense(self) -> Tensor:
+        """All of it, (B, N, N) fp32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +56,7 @@ class Signals:
     Source: arXiv:2411.17686, Sec. 2.3.
     """
 
-    visual_attention: Tensor | None = None
+    visual_attention: Tensor | AttentionMap | None = None
     cls_attention: Tensor | None = None
     text_attention: Tensor | None = None
     keys: Tensor | None = None
@@ -98,7 +118,41 @@ def require(signals: Signals, name: str) -> Tensor:
     Raises:
         ValueError: the signal is None.
     """
-    value: Tensor | None = getattr(signals, name)
+    value: Tensor | AttentionMap | None = getattr(signals, name)
     if value is None:
         raise ValueError(f"the signal `{name}` is needed here and was not given")
-    return value
+    return value if isinstance(value, Tensor) else value.dense()
+
+
+def attention_row_sum(signals: Signals) -> Tensor:
+    """Sum of each row of `visual_attention`, without writing the map where it is given lazily.
+
+    Returns:
+        (B, N) fp32.
+
+    Raises:
+        ValueError: the signal is None.
+    """
+    attention = signals.visual_attention
+    if attention is None or isinstance(attention, Tensor):
+        return require(signals, "visual_attention").sum(dim=-1, dtype=torch.float32)
+    return attention.row_sum()
+
+
+def attention_rows(signals: Signals, index: Tensor) -> Tensor:
+    """Rows of `visual_attention`, without writing the map where it is given lazily.
+
+    Args:
+        signals: with `visual_attention`.
+        index: (B, R) int64 into N.
+
+    Returns:
+        (B, R, N), the dtype of the map, or fp32 where it is lazy.
+
+    Raises:
+        ValueError: the signal is None.
+    """
+    attention = signals.visual_attention
+    if attention is None or isinstance(attention, Tensor):
+        return take(require(signals, "visual_attention"), index)
+    return attention.rows(index)

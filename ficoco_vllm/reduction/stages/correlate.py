@@ -4,18 +4,17 @@ import torch
 from torch import Tensor
 
 from ficoco_vllm.reduction.settings import Settings
-from ficoco_vllm.reduction.signals import Partition, Signals, require, take
+from ficoco_vllm.reduction.signals import Partition, Signals, attention_rows, require, take
 
 
-def pairs(matrix: Tensor, partition: Partition) -> Tensor:
-    """Cut the rows of the sources and the columns of the targets out of an (B, N, N) matrix.
+def columns(rows: Tensor, partition: Partition) -> Tensor:
+    """Cut the columns of the targets out of the rows (B, R, N) of the sources.
 
     Returns:
         (B, R, K) fp32.
     """
     B, R = partition.source.shape
     K = partition.target.shape[1]
-    rows = take(matrix, partition.source)
     return rows.gather(2, partition.target[:, None].expand(B, R, K)).float()
 
 
@@ -50,7 +49,7 @@ def attention(signals: Signals, partition: Partition, settings: Settings) -> Ten
 
     Source: arXiv:2411.17686, Eq. 12.
     """
-    return pairs(require(signals, "visual_attention"), partition)
+    return columns(attention_rows(signals, partition.source), partition)
 
 
 def key_cosine(signals: Signals, partition: Partition, settings: Settings) -> Tensor:

@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from ficoco_vllm.reduction.settings import Settings
-from ficoco_vllm.reduction.signals import Signals, require
+from ficoco_vllm.reduction.signals import Signals, attention_row_sum, require
 from ficoco_vllm.reduction.stages.penalty import local_penalty
 
 
@@ -68,8 +68,7 @@ def local_task(signals: Signals, settings: LocalTask) -> Tensor:
     B, N = signals.position.shape
     scores = signals.position.new_zeros((B, N), dtype=torch.float32)
     if settings.local_redundancy:
-        attention = require(signals, "visual_attention")
-        scores = scores + settings.lam / N * attention.sum(dim=-1, dtype=torch.float32)
+        scores = scores + settings.lam / N * attention_row_sum(signals)
     if settings.task_redundancy:
         scores = scores - (1.0 - settings.lam) * require(signals, "cls_attention").float()
     if settings.local_penalty:
