@@ -1,0 +1,35 @@
+"""What token reduction saves: FLOPs, KV cache and memory, from the sizes of a model alone.
+
+from ficoco_vllm.reduction.cost import KNOWN_MODELS, Budget, estimate, model_shape, plan_tokens
+
+shape = model_shape(KNOWN_MODELS["llava-hf/llava-1.5-7b-hf"])
+plan = plan_tokens(shape, "ficoco-v", Budget(keep=64))
+estimate(shape, plan, num_text_tokens=60).decoder_flops
+"""
+
+from ficoco_vllm.reduction.cost.budget import Budget
+from ficoco_vllm.reduction.cost.estimate import Estimate, Speedup, estimate, speedup
+from ficoco_vllm.reduction.cost.known_models import KNOWN_MODELS
+from ficoco_vllm.reduction.cost.memory import BITS
+from ficoco_vllm.reduction.cost.planning import PIPELINES, decoder_tokens, encoder_tokens, plan_tokens
+from ficoco_vllm.reduction.cost.shapes import ModelShape, model_shape
+from ficoco_vllm.reduction.cost.tokens import TokenPlan, constant, unreduced
+
+__all__ = [
+    "BITS",
+    "KNOWN_MODELS",
+    "PIPELINES",
+    "Budget",
+    "Estimate",
+    "ModelShape",
+    "Speedup",
+    "TokenPlan",
+    "constant",
+    "decoder_tokens",
+    "encoder_tokens",
+    "estimate",
+    "model_shape",
+    "plan_tokens",
+    "speedup",
+    "unreduced",
+]

@@ -1,0 +1,172 @@
+"""From a method, a budget and a schedule to the tokens of every layer."""
+
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from math import floor
+from statistics import fmean
+from typing import TypeVar
+
+from ficoco_vllm.reduction.cost.budget import PLAIN, Budget, Traits, spread, spread_pairs
+from ficoco_vllm.reduction.cost.shapes import ModelShape
+from ficoco_vllm.reduction.cost.tokens import TokenPlan, constant
+from ficoco_vllm.reduction.method import Method
+from ficoco_vllm.reduction.registry import available, get
+from ficoco_vllm.reduction.schedule import default_start_layer
+
+# The paper's "4-th layer of the LLM", counted from 0.
+DECODER_START_LAYER = 3
+# Methods that reduce twice: in the tower, then in the decoder.
+PIPELINES: Mapping[str, tuple[str, str]] = {"ficoco-vl": ("ficoco-v", "ficoco-l")}
+
+T = TypeVar("T")
+
+
+def plan_tokens(
+    shape: ModelShape, method: str, budget: Budget, encoder_budget: Budget | None = None
+) -> TokenPlan:
+    """Count the visual tokens of every layer under a method.
+
+    Args:
+        shape: the model.
+        method: name of a registered method, or "ficoco-vl".
+        budget: of the method; for a method that reduces at both sites, of its decoder part.
+        encoder_budget: for such a method only, of its tower part. Without `keep`, half of the tokens that go
+            leave there.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: a setting is unknown, missing, out of range, or cannot be met with this method.
+
+    Source: arXiv:2411.17686, Sections 3 and 10.
+    """
+    num_patches = shape.tower.num_patches
+    full_tower = (num_patches,) * (shape.tower.num_executed + 1)
+    if method in PIPELINES:
+        first, second = (_own(get(name)) for name in PIPELINES[method])
+        encoder = encoder_tokens(shape, _tower_part(num_patches, budget, encoder_budget or Budget()), first)
+        return TokenPlan(encoder, decoder_tokens(shape, encoder[-1], budget, second))
+    if encoder_budget is not None:
+        raise ValueError(
+            f"encoder_keep, encoder_schedule, encoder_start_layer: allowed for {', '.join(PIPELINES)}"
+        )
+    if method not in available():
+        raise ValueError(f"method: got {method!r}, allowed: {', '.join(sorted({*available(), *PIPELINES}))}")
+    chosen = get(method)
+    if chosen.site == "decoder":
+        return TokenPlan(full_tower, decoder_tokens(shape, num_patches, budget, _own(chosen)))
+    if chosen.site == "encoder":
+        encoder = encoder_tokens(shape, budget, _own(chosen))
+        return TokenPlan(encoder, (encoder[-1],) * (shape.decoder.num_layers + 1))
+    return constant(shape, _feature_tokens(num_patches, budget, _own(chosen)))
+
+
+def encoder_tokens(shape: ModelShape, budget: Budget, traits: Traits = PLAIN) -> tuple[int, ...]:
+    """Patch tokens that enter each executed layer of the tower, and those that leave it.
+
+    Args:
+        shape: the model.
+        budget: `start_layer` defaults to the paper's 12th layer of 24, scaled with the depth.
+        traits: of the method.
+
+    Returns:
+        One count for each executed layer and one for the exit, [CLS] not counted.
+
+    Raises:
+        ValueError: a setting is missing, out of range, or cannot be met by this method.
+
+    Source: arXiv:2411.17686, Section 10.
+    """
+    entering, num_layers = shape.tower.num_patches, shape.tower.num_executed
+    keep = _constant_keep(budget)
+    if budget.pairs is not None:
+        return spread_pairs(entering, num_layers, budget.pairs, keep, traits)
+    start = _first(budget.start_layer, traits.start_layer, default_start_layer(shape.tower.num_layers))
+    return spread(entering, num_layers, keep, _named(budget, traits), start, traits)
+
+
+def decoder_tokens(
+    shape: ModelShape, entering: int, budget: Budget, traits: Traits = PLAIN
+) -> tuple[int, ...]:
+    """Visual tokens that enter each decoder layer, and those that leave it.
+
+    Args:
+        shape: the model.
+        entering: visual tokens of an image that leave the tower.
+        budget: `start_layer` defaults to the paper's 4th layer. A `kv_budget` is met from below, by the
+            largest `keep` whose average does not exceed it.
+        traits: of the method.
+
+    Returns:
+        One count for each layer and one for the exit.
+
+    Raises:
+        ValueError: a setting is missing, out of range, or cannot be met by this method.
+
+    Source: arXiv:2411.17686, Section 10.
+    """
+    num_layers = shape.decoder.num_layers
+    if budget.kv_budget is not None and (budget.keep is not None or budget.pairs is not None):
+        raise ValueError("kv_budget: allowed without keep, and with a named schedule only")
+    if budget.pairs is not None:
+        return spread_pairs(entering, num_layers, budget.pairs, budget.keep, traits)
+    start = _first(budget.start_layer, traits.start_layer, DECODER_START_LAYER)
+
+    def counts(keep: int | None) -> tuple[int, ...]:
+        return spread(entering, num_layers, keep, _named(budget, traits), start, traits)
+
+    if budget.kv_budget is None:
+        return counts(budget.keep)
+    return _within(budget.kv_budget, entering, counts)
+
+
+def _within(kv_budget: float, entering: int, counts: Callable[[int], tuple[int, ...]]) -> tuple[int, ...]:
+    def mean(keep: int) -> float:
+        return fmean(counts(keep)[:-1])
+
+    if not mean(1) <= kv_budget <= entering:
+        raise ValueError(f"kv_budget: got {kv_budget}, allowed: {mean(1):.2f} (keep = 1) to {entering}")
+    return counts(bisect_right(range(1, entering + 1), kv_budget, key=mean))
+
+
+def _feature_tokens(num_patches: int, budget: Budget, traits: Traits) -> int:
+    # All go in one call behind the last executed layer: there is no layer to choose.
+    if budget.schedule is not None or budget.start_layer is not None:
+        raise ValueError("schedule, start_layer: allowed for methods that reduce inside tower or decoder")
+    return spread(num_patches, 1, _constant_keep(budget), "one-shot", 0, traits)[-1]
+
+
+def _constant_keep(budget: Budget) -> int | None:
+    # What leaves the tower is in every decoder layer, so that keep and KV budget are the same number.
+    if budget.kv_budget is None:
+        return budget.keep
+    if budget.keep is not None:
+        raise ValueError("kv_budget: allowed without keep only")
+    return floor(budget.kv_budget)
+
+
+def _tower_part(num_patches: int, budget: Budget, encoder_budget: Budget) -> Budget:
+    if encoder_budget.keep is not None or encoder_budget.pairs is not None:
+        return encoder_budget
+    target = budget.pairs[-1][1] if budget.pairs else _first(budget.keep, budget.kv_budget, num_patches)
+    return replace(encoder_budget, keep=(num_patches + floor(target)) // 2)
+
+
+def _named(budget: Budget, traits: Traits) -> str:
+    return budget.schedule if isinstance(budget.schedule, str) else traits.schedule
+
+
+def _first(*values: T | None) -> T:
+    return next(value for value in values if value is not None)
+
+
+def _own(method: Method) -> Traits:
+    start = method.settings.model_fields.get("start_layer")
+    return Traits(
+        num_extra=method.num_extra,
+        max_removed=method.max_removed,
+        schedule=method.default_schedule,
+        start_layer=None if start is None else start.default,
+    )

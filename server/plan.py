@@ -1,0 +1,252 @@
+"""`ficoco-vllm plan`: what a method and a budget cost on a model, from its configuration alone."""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib import import_module
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from ficoco_vllm.reduction.cost import (
+    BITS,
+    KNOWN_MODELS,
+    Budget,
+    Estimate,
+    estimate,
+    model_shape,
+    plan_tokens,
+    speedup,
+    unreduced,
+)
+from ficoco_vllm.reduction.schedule import KINDS
+
+DEMO = "demo"
+# Raised whenever a field of the JSON output is renamed, removed or changes its meaning.
+JSON_SCHEMA = 1
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Register the `plan` subcommand.
+
+    Args:
+        subparsers: of the main command line.
+    """
+    parser = subparsers.add_parser(
+        "plan",
+        help="what a method and a budget cost on a model: tokens, TFLOPs, KV cache, memory, speed-up",
+        description="Plan from a model's configuration alone: no weights, no vLLM, no GPU.",
+    )
+    known, names = ", ".join(KNOWN_MODELS), ", ".join(KINDS)
+    both = (
+        "for methods that reduce in tower and decoder, where the option without `encoder` means the decoder"
+    )
+    add = parser.add_argument
+    add("model", help=f"a folder with config.json, a config.json, {DEMO!r}, or one of: {known}")
+    add("--method", default="ficoco-v", help="a reduction method (default: %(default)s)")
+    add("--keep", type=int, metavar="N", help="visual tokens of an image after the last reduction")
+    add(
+        "--kv-budget",
+        type=float,
+        metavar="N",
+        help="instead of --keep: visual tokens a decoder layer, on average",
+    )
+    add("--text-tokens", type=int, default=60, metavar="M", help="text tokens (default: %(default)s)")
+    add(
+        "--images",
+        type=int,
+        default=1,
+        metavar="I",
+        help="images, or LLaVA-NeXT tiles (default: %(default)s)",
+    )
+    add("--schedule", help=f"{names}, or LAYER:KEEP,LAYER:KEEP,... with layers counted from 0")
+    add("--start-layer", type=int, metavar="L", help="first reducing layer, counted from 0")
+    add("--encoder-keep", type=int, metavar="N", help=f"visual tokens that leave the tower; {both}")
+    add("--encoder-schedule", help=f"as --schedule; {both}")
+    add("--encoder-start-layer", type=int, metavar="L", help=f"as --start-layer; {both}")
+    add(
+        "--dtype",
+        default="fp16",
+        help=f"of weights, activations and KV cache: {', '.join(BITS)} (default: fp16)",
+    )
+    add("--json", action="store_true", help="print JSON instead of a table")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the plan.
+
+    Args:
+        args: parsed by the parser of `add_parser`.
+
+    Returns:
+        Exit code: 0, or 2 if the input is wrong (the reason goes to stderr).
+    """
+    try:
+        report = make_report(args)
+    except (ValueError, OSError) as error:
+        print(f"ficoco-vllm: error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(report, indent=2) if args.json else as_text(report))
+    return 0
+
+
+def make_report(args: argparse.Namespace) -> dict[str, Any]:
+    """Compute everything that the command prints.
+
+    Args:
+        args: parsed by the parser of `add_parser`.
+
+    Returns:
+        The JSON output as a dictionary.
+
+    Raises:
+        ValueError: an option or a field of the configuration is wrong.
+        OSError: the configuration cannot be read.
+    """
+    shape = model_shape(read_config(args.model))
+    tokens = plan_tokens(shape, args.method, *_budgets(args))
+    prompt = {"num_text_tokens": args.text_tokens, "num_images": args.images, "dtype": args.dtype}
+    cost = estimate(shape, tokens, **prompt)
+    stock = estimate(shape, unreduced(shape), **prompt)
+    return {
+        "schema": JSON_SCHEMA,
+        "model": args.model,
+        "method": args.method,
+        **prompt,
+        "num_patches": shape.tower.num_patches,
+        "encoder_tokens": list(tokens.encoder),
+        "decoder_visual_tokens": list(tokens.decoder),
+        "mean_visual_tokens": tokens.mean_visual_tokens,
+        "reduced": _costs(cost),
+        "unreduced": _costs(stock),
+        "prefill_speedup": asdict(speedup(cost, stock)),
+    }
+
+
+def read_config(model: str) -> Mapping[str, Any]:
+    """The content of the config.json that `model` stands for.
+
+    Args:
+        model: a known name, "demo", a folder or a file.
+
+    Returns:
+        The parsed configuration.
+
+    Raises:
+        ValueError: there is no such model, or its file is not a JSON object.
+        OSError: the file cannot be read.
+    """
+    if model in KNOWN_MODELS:
+        return KNOWN_MODELS[model]
+    path = _demo_folder() if model == DEMO else Path(model)
+    if path.is_dir():
+        path /= "config.json"
+    if not path.is_file():
+        allowed = f"a folder with config.json, a config.json, {DEMO!r}, or one of {', '.join(KNOWN_MODELS)}"
+        raise ValueError(f"model: got {model!r}, allowed: {allowed}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"model: {path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"model: {path} holds a {type(config).__name__}, allowed: a JSON object")
+    return config
+
+
+def parse_schedule(name: str, text: str | None) -> str | list[tuple[int, int]] | None:
+    """Read a schedule option.
+
+    Args:
+        name: of the option, for the error message.
+        text: the name of a schedule, "LAYER:KEEP,LAYER:KEEP,...", or None.
+
+    Returns:
+        The name, the pairs, or None.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if text is None or text in KINDS:
+        return text
+    try:
+        pairs = [item.split(":") for item in text.split(",")]
+        return [(int(layer), int(keep)) for layer, keep in pairs]
+    except ValueError:
+        allowed = f"{', '.join(KINDS)}, or LAYER:KEEP,LAYER:KEEP,..."
+        raise ValueError(f"{name}: got {text!r}, allowed: {allowed}") from None
+
+
+def as_text(report: Mapping[str, Any]) -> str:
+    """The report as a table for people.
+
+    Args:
+        report: from `make_report`.
+
+    Returns:
+        Lines, without a newline at the end.
+    """
+    encoder, decoder = report["encoder_tokens"], report["decoder_visual_tokens"]
+    lines = [
+        f"{report['model']}: {report['method']}, {report['dtype']}, {report['num_text_tokens']} text tokens, "
+        f"{report['num_images']} x {report['num_patches']} visual tokens",
+        "",
+        "Patch tokens of an image that enter each layer of the vision tower ([CLS] not counted)",
+        *_runs(encoder),
+        "Visual tokens of an image that enter each layer of the decoder",
+        *_runs(decoder),
+        f"  {'on average':<14}{report['mean_visual_tokens']:>8.1f}",
+        "",
+        f"{'':<26}{'no reduction':>14}{report['method']:>16}",
+    ]
+    for label, field, unit in _ROWS:
+        before, after = (report[side][field] / unit for side in ("unreduced", "reduced"))
+        lines.append(f"{label:<26}{before:>14.3f}{after:>16.3f}")
+    gain = report["prefill_speedup"]
+    lines += [
+        "",
+        f"Expected speed-up of prefill: {gain['memory_bound']:.2f}x where memory bandwidth is the limit,",
+        f"{gain['compute_bound']:.2f}x where arithmetic is (long prompts, large batches).",
+        "A multiply-add is 2 FLOPs; MB and GB are decimal.",
+    ]
+    return "\n".join(lines)
+
+
+_ROWS = (
+    ("vision tower, TFLOPs", "tower_flops", 1e12),
+    ("projector, TFLOPs", "projector_flops", 1e12),
+    ("LLM prefill, TFLOPs", "decoder_flops", 1e12),
+    ("all, TFLOPs", "total_flops", 1e12),
+    ("reduction itself, GFLOPs", "reduction_flops", 1e9),
+    ("KV cache, MB", "kv_bytes", 1e6),
+    ("weights, GB", "weight_bytes", 1e9),
+    ("activations, GB", "activation_bytes", 1e9),
+    ("total memory, GB", "memory_bytes", 1e9),
+)
+
+
+def _budgets(args: argparse.Namespace) -> tuple[Budget, Budget | None]:
+    schedule = parse_schedule("schedule", args.schedule)
+    budget = Budget(args.keep, args.kv_budget, schedule, args.start_layer)
+    encoder_schedule = parse_schedule("encoder_schedule", args.encoder_schedule)
+    encoder_budget = Budget(args.encoder_keep, None, encoder_schedule, args.encoder_start_layer)
+    return budget, None if encoder_budget == Budget() else encoder_budget
+
+
+def _costs(cost: Estimate) -> dict[str, Any]:
+    totals = {name: getattr(cost, name) for name in ("total_flops", "kv_bytes", "memory_bytes")}
+    return {**asdict(cost), "kv_bytes_per_layer": list(cost.kv_bytes_per_layer), **totals}
+
+
+def _runs(counts: Sequence[int]) -> list[str]:
+    lines = []
+    for count, run_of in groupby(enumerate(counts[:-1]), key=lambda pair: pair[1]):
+        layers = [layer for layer, _ in run_of]
+        name = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]}-{layers[-1]}"
+        lines.append(f"  {name:<14}{count:>8}")
+    return [*lines, f"  {'leaving':<14}{counts[-1]:>8}"]
+
+
+def _demo_folder() -> Path:
+    return Path(import_module("ficoco_vllm.demo_model").path())
