@@ -1,59 +1,58 @@
 """Shims for the versions we stand on, each with a test that fails once it is not needed any more."""
 
-import importlib.util
 import os
 import sys
-from functools import cache
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-
-import torch
+from types import ModuleType
+from typing import Any
 
 # Keeps the definitions alive: a torch.library.Library that is collected takes its schemas with it.
-_TORCHVISION_LIBRARY: list[torch.library.Library] = []
+_LIBRARIES: list[Any] = []
 
 
-def torchvision_needs_schemas() -> bool:
-    """Whether torchvision cannot be imported because its operators are built for another torch.
+class TorchvisionSchemas:
+    """Import hook: makes a torchvision that is built for CUDA importable beside a torch for the CPU.
 
-    PyPI's torchvision for x86-64 links CUDA, so beside a CPU torch its operators do not load, and its fake
-    implementations then fail at import. A matching build, or a torch with CUDA, needs nothing.
+    PyPI's torchvision for x86-64 links CUDA. Beside a CPU torch its operators do not load, and its fake
+    implementations of them then fail at import, though LLaVA needs only its Python part. Just before these are
+    imported, the schemas of the two operators they name are declared. Calling one of them still fails, as it must.
+
+    The CPU install puts the hook into every process through a `.pth` file, since vLLM imports torchvision before it
+    loads plugins. Beside a torch with CUDA, or operators that loaded, it does nothing (drop it when PyPI's
+    torchvision loads beside torch+cpu).
+    """
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Declare the schemas if they are missing; the module itself is found by the finders behind this one."""
+        if name == "torchvision._meta_registrations":
+            declare_torchvision_schemas()
+        return None
+
+
+def hook_torchvision() -> None:
+    """Install `TorchvisionSchemas` once in this process. Imports nothing heavy."""
+    if not any(isinstance(finder, TorchvisionSchemas) for finder in sys.meta_path):
+        sys.meta_path.insert(0, TorchvisionSchemas())
+
+
+def declare_torchvision_schemas() -> bool:
+    """Declare `torchvision::nms` and `torchvision::qnms` where torchvision could not.
 
     Returns:
-        True only for an installed, not yet imported torchvision whose operator library does not load beside
-        a torch without CUDA.
+        Whether they were missing beside a torch without CUDA.
     """
-    if torch.version.cuda is not None or "torchvision" in sys.modules:
-        return False
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None or spec.origin is None:
-        return False
-    libraries = list(Path(spec.origin).parent.glob("_C*.so"))
-    if not libraries:
-        return False
-    try:
-        torch.ops.load_library(str(libraries[0]))
-    except OSError:
-        return True
-    return False
+    import torch
 
-
-@cache
-def ensure_torchvision() -> bool:
-    """Make `import torchvision` work beside a CPU torch; call before anything imports it.
-
-    Only the schemas of the two operators that torchvision's fakes refer to are declared. Calling one of them
-    still fails, as it must: LLaVA uses only torchvision's Python part.
-
-    Returns:
-        Whether the schemas had to be declared (drop when PyPI's torchvision loads beside torch+cpu).
-    """
-    if not torchvision_needs_schemas():
+    if torch.version.cuda is not None or sys.modules["torchvision.extension"]._has_ops():
         return False
     library = torch.library.Library("torchvision", "FRAGMENT")
     for operator in ("nms", "qnms"):
         library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _TORCHVISION_LIBRARY.append(library)
+    _LIBRARIES.append(library)
     return True
 
 
@@ -76,4 +75,3 @@ def set_cpu_defaults() -> None:
     num_cores = len(os.sched_getaffinity(0))
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("OMP_NUM_THREADS", str(num_cores))
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")

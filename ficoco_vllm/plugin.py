@@ -1,7 +1,5 @@
 """Entry point of vLLM's general plugins."""
 
-from ficoco_vllm.compat import ensure_torchvision
-
 ARCHITECTURES = {"LlavaForConditionalGeneration": "ficoco_vllm.models.llava:FicocoLlava"}
 
 
@@ -12,8 +10,6 @@ def register() -> None:
     and perhaps several times: it must stay light, so the model is named by a string and imported by vLLM when
     it is served.
     """
-    ensure_torchvision()
-
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 

@@ -22,3 +22,7 @@ for lock in "$@"; do
 done
 "$python" -m pip install --disable-pip-version-check --quiet --no-deps "${index[@]}" "$torch" "${locks[@]}"
 "$python" -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation --editable .
+
+# In every process of this environment: a torchvision built for CUDA is made importable, if that is what came.
+site=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+echo 'import ficoco_vllm.compat; ficoco_vllm.compat.hook_torchvision()' > "$site/ficoco_vllm_torchvision.pth"

@@ -1,0 +1,116 @@
+"""The one place where settings are read and checked."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ficoco_vllm.reduction import available, get
+
+NAME = "ficoco"
+DEFAULT_METHOD = "ficoco-v"
+# The budget when a method is named and no `keep`: the paper's smallest, 64 of 576.
+DEFAULT_SHARE = 1 / 9
+
+
+class FicocoConfig(BaseModel):
+    """Settings of the server; `additional_config["ficoco"]` of vLLM.
+
+    Attributes:
+        method: name of a method of the registry, or None: no reduction, as stock vLLM.
+        keep: visual tokens of an image that reach the language model where the request names no budget; None
+            means a ninth of the patches.
+        settings: hyperparameters of the method, by name.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: str | None = None
+    keep: int | None = Field(default=None, ge=1, strict=True)
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_settings(cls, values: Any) -> Any:
+        """Accept hyperparameters beside `method` and `keep`, and the method left out."""
+        if not isinstance(values, Mapping):
+            raise ValueError(f"{NAME} = {values!r} is not a mapping of settings")
+        fields = {key: value for key, value in values.items() if key in cls.model_fields}
+        loose = {key: value for key, value in values.items() if key not in cls.model_fields}
+        if loose:
+            fields["settings"] = {**fields.get("settings", {}), **loose}
+        if fields and fields.get("method") is None:
+            fields["method"] = DEFAULT_METHOD
+        return fields
+
+    @model_validator(mode="after")
+    def _check_method(self) -> "FicocoConfig":
+        if self.method is not None:
+            if self.method not in available():
+                raise ValueError(
+                    f"method = {self.method!r} is not a known method; allowed: {', '.join(available())}"
+                )
+            get(self.method).configure(**self.settings)
+        return self
+
+    @classmethod
+    def parse(cls, values: Any) -> "FicocoConfig":
+        """Check settings.
+
+        Args:
+            values: a mapping, as it stands in `additional_config["ficoco"]`.
+
+        Raises:
+            ValueError: naming each wrong field, its value and what is allowed.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ValueError("; ".join(_message(item) for item in error.errors())) from error
+
+    @classmethod
+    def load(cls, text: str) -> dict[str, Any]:
+        """Read settings from JSON text or from a JSON file.
+
+        Args:
+            text: an object in JSON, or the path of a file that holds one.
+
+        Returns:
+            The settings as they stand there, unchecked.
+
+        Raises:
+            ValueError: the file cannot be read, or the text is no JSON object.
+        """
+        origin = "the text given"
+        if not text.lstrip().startswith("{"):
+            origin = f"the file {text}"
+            try:
+                text = Path(text).read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise ValueError(f"--ficoco-config: {origin} cannot be read ({error})") from error
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--ficoco-config: {origin} is not valid JSON ({error})") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"--ficoco-config: {origin} holds {type(values).__name__}, not a JSON object")
+        return values
+
+    @classmethod
+    def of(cls, hf_config: Any) -> "FicocoConfig":
+        """The settings that `FicocoModelConfig` has checked and left on the model's configuration.
+
+        Args:
+            hf_config: transformers' configuration of the model.
+        """
+        return cls.model_validate(getattr(hf_config, NAME, {}))
+
+
+def _message(item: Any) -> str:
+    """One line for one pydantic error: field, value, what is allowed."""
+    if item["type"] == "value_error":
+        return f"{NAME}: {item['ctx']['error']}"
+    path = ".".join(str(part) for part in item["loc"])
+    return f"{NAME}.{path} = {item['input']!r} is not allowed: {item['msg']}"

@@ -1,0 +1,1 @@
+"""The model classes that take the place of vLLM's."""

@@ -1,0 +1,103 @@
+"""LLaVA with visual tokens reduced in the vision tower; takes the place of vLLM's class."""
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+from transformers import CLIPVisionConfig
+from vllm.config import VllmConfig
+from vllm.model_executor.models.interfaces import MultiModalEmbeddings
+from vllm.model_executor.models.llava import (
+    BaseLlavaProcessingInfo,
+    LlavaDummyInputsBuilder,
+    LlavaForConditionalGeneration,
+    _build_llava_or_pixtral_hf_info,
+    _build_llava_or_pixtral_hf_processor,
+)
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.processing import BaseMultiModalProcessor, InputProcessingContext
+
+from ficoco_vllm.config import FicocoConfig
+from ficoco_vllm.processing import KEEP, METHOD, FicocoMultiModalProcessor, FicocoProcessingInfo
+from ficoco_vllm.vision.plan import Budget, VisionPlanner
+from ficoco_vllm.vision.shape import TowerShape
+from ficoco_vllm.vision.tower import encode
+
+
+def _build_info(ctx: InputProcessingContext) -> BaseLlavaProcessingInfo:
+    """Ours for the towers that can be reduced, vLLM's for the rest."""
+    if isinstance(ctx.get_hf_config().vision_config, CLIPVisionConfig):
+        return FicocoProcessingInfo(ctx)
+    return _build_llava_or_pixtral_hf_info(ctx)
+
+
+def _build_processor(
+    info: BaseLlavaProcessingInfo, dummy_inputs: LlavaDummyInputsBuilder
+) -> BaseMultiModalProcessor:
+    if isinstance(info, FicocoProcessingInfo):
+        return FicocoMultiModalProcessor(info, dummy_inputs)
+    return _build_llava_or_pixtral_hf_processor(info, dummy_inputs)
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    _build_processor, info=_build_info, dummy_inputs=LlavaDummyInputsBuilder
+)
+class FicocoLlava(LlavaForConditionalGeneration):
+    """vLLM's LLaVA; images whose budget is below the number of patches take the reducing way through the tower."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        config = FicocoConfig.of(self.config)
+        self.planner: VisionPlanner | None = None
+        if config.method is not None:
+            self.planner = VisionPlanner.shared(config, TowerShape.from_hf_config(self.config))
+            num_patches = self.planner.shape.num_patches
+            # As many images at once as stock vLLM would take, so that a burst of small budgets needs no more memory.
+            self.max_images = max(1, vllm_config.scheduler_config.max_num_batched_tokens // num_patches)
+
+    def embed_multimodal(self, **kwargs: object) -> MultiModalEmbeddings:
+        """Embed the images of a step, those of one budget together.
+
+        Args:
+            **kwargs: vLLM's fields of a batch of n images, with `ficoco_keep` and `ficoco_method` (n,) on the host.
+
+        Returns:
+            One tensor (num_tokens, hidden size) for each image, in order.
+        """
+        keep, method = kwargs.pop(KEEP, None), kwargs.pop(METHOD, None)
+        pixels = kwargs.get("pixel_values")
+        if self.planner is None or not isinstance(keep, Tensor) or not isinstance(pixels, Tensor):
+            return super().embed_multimodal(**kwargs)
+        assert isinstance(method, Tensor)
+        groups: dict[Budget, list[int]] = defaultdict(list)
+        for index, (number, count) in enumerate(zip(method.tolist(), keep.tolist(), strict=True)):
+            groups[Budget(self.planner.methods[number], count)].append(index)
+        embeddings: list[Tensor] = [pixels.new_empty(0)] * len(pixels)
+        for budget, members in groups.items():
+            for start in range(0, len(members), self.max_images):
+                chunk = members[start : start + self.max_images]
+                batch = pixels if len(chunk) == len(pixels) else pixels[torch.tensor(chunk, device=pixels.device)]
+                for index, embedding in zip(chunk, self._embed(batch, budget), strict=True):
+                    embeddings[index] = embedding
+        return embeddings
+
+    def _embed(self, pixels: Tensor, budget: Budget) -> Tensor:
+        """Features of images of one budget, projected.
+
+        Args:
+            pixels: (B, 3, height, width).
+            budget: method and number of patch tokens.
+
+        Returns:
+            (B, num_tokens, hidden size of the language model).
+        """
+        assert self.planner is not None
+        if not self.planner.reduces(budget):
+            features = self._image_pixels_to_features(self.vision_tower, pixels)
+        else:
+            tower = self.vision_tower.vision_model
+            features = encode(tower, pixels, self.planner.plan(budget), self.planner.shape.grid)
+            if not self.planner.shape.with_cls:
+                features = features[:, 1:]
+        projected: Tensor = self.multi_modal_projector(features)
+        return projected

@@ -1,0 +1,53 @@
+"""Start-up: settings are checked before anything is loaded, and left where processor and workers find them."""
+
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from ficoco_vllm.config import NAME, FicocoConfig
+from ficoco_vllm.vision.plan import VisionPlanner
+from ficoco_vllm.vision.shape import TowerShape
+
+logger = init_logger(__name__)
+
+
+class FicocoModelConfig(VerifyAndUpdateConfig):
+    """Hook of vLLM's configuration for the architectures that we replace."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        """Check `additional_config["ficoco"]` against the model; nothing happens without it.
+
+        Raises:
+            ValueError: naming the field, its value and what is allowed.
+        """
+        additional = vllm_config.additional_config
+        values = additional.get(NAME) if isinstance(additional, dict) else None
+        if not values:
+            return
+        config = FicocoConfig.parse(values)
+        hf_config = vllm_config.model_config.hf_config
+        shape = TowerShape.from_hf_config(hf_config)
+        planner = VisionPlanner.shared(config, shape)
+        # The processor is given the model's configuration only, so the settings travel with that, to every process.
+        setattr(hf_config, NAME, config.model_dump(mode="json"))
+        _bound_encoder_batch(vllm_config, planner)
+        logger.info(
+            "ficoco: %s keeps %d of %d visual tokens of an image (a request may ask for another budget)",
+            config.method,
+            planner.default.keep,
+            shape.num_patches,
+        )
+
+
+def _bound_encoder_batch(vllm_config: VllmConfig, planner: VisionPlanner) -> None:
+    """Let a step encode as many images as stock vLLM would.
+
+    vLLM counts the tokens that the encoder emits, while the tower runs all patches: with 64 of 576 it would put
+    nine times as many images into one step. The largest budget that a request may ask for must still fit.
+    """
+    scheduler = vllm_config.scheduler_config
+    most = planner.shape.num_patches + planner.shape.with_cls
+    kept = planner.num_output_tokens(planner.default)
+    scheduler.max_num_encoder_input_tokens = max(most, scheduler.max_num_encoder_input_tokens * kept // most)
+    scheduler.encoder_cache_size = max(most, scheduler.encoder_cache_size)

@@ -1,0 +1,142 @@
+"""Prompt length and per-request budget: how many placeholders an image takes, decided before any pixel is seen."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import BatchFeature
+from vllm.exceptions import VLLMValidationError
+from vllm.model_executor.models.llava import LlavaMultiModalProcessor, LlavaProcessingInfo
+from vllm.inputs import MultiModalInput
+from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
+from vllm.multimodal.parse import ImageEmbeddingItems, ImageProcessorItems, MultiModalDataItems
+from vllm.multimodal.processing import PromptReplacement, PromptUpdate
+from vllm.multimodal.processing.context import TimingContext
+from vllm.multimodal.processing.inputs import ProcessorInputs
+
+from ficoco_vllm.config import FicocoConfig
+from ficoco_vllm.vision.plan import Budget, VisionPlanner
+from ficoco_vllm.vision.shape import TowerShape
+
+# What a request may say in `mm_processor_kwargs`.
+KEEP = "ficoco_keep"
+METHOD = "ficoco_method"
+# What stands in the multimodal hash beside them, so that no cache shared by servers mixes settings.
+SETTINGS = "ficoco_settings"
+PREFIX = "ficoco_"
+
+
+class FicocoProcessingInfo(LlavaProcessingInfo):
+    """LLaVA's processing facts, with the number of tokens that an image keeps by default."""
+
+    @property
+    def planner(self) -> VisionPlanner:
+        """The plans of this model under the settings that the server was started with."""
+        hf_config = self.get_hf_config()
+        return VisionPlanner.shared(FicocoConfig.of(hf_config), TowerShape.from_hf_config(hf_config))
+
+    def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
+        """Placeholders of an image whose request names no budget."""
+        return self.planner.num_output_tokens(self.planner.default)
+
+    def budget(self, mm_kwargs: Mapping[str, object]) -> Budget:
+        """Method and budget of a request.
+
+        Args:
+            mm_kwargs: the request's `mm_processor_kwargs`; the server's own are merged below them.
+
+        Raises:
+            VLLMValidationError: naming the field, its value and what is allowed (HTTP 400).
+        """
+        merged = self.ctx.get_merged_mm_kwargs(mm_kwargs)
+        unknown = sorted(key for key in merged if key.startswith(PREFIX) and key not in (KEEP, METHOD, SETTINGS))
+        if unknown:
+            raise VLLMValidationError(
+                f"{unknown[0]} is not a field of this server; allowed: {KEEP}, {METHOD}",
+                parameter=unknown[0],
+                value=merged[unknown[0]],
+            )
+        try:
+            return self.planner.budget(merged.get(METHOD), merged.get(KEEP))
+        except ValueError as error:
+            field = METHOD if str(error).startswith(METHOD) else KEEP
+            raise VLLMValidationError(str(error), parameter=field) from error
+
+
+class FicocoMultiModalProcessor(LlavaMultiModalProcessor):
+    """LLaVA's processor, with a budget per request.
+
+    The budget travels in the processor's keyword arguments, which are part of the multimodal hash: neither the
+    processor cache nor the encoder cache nor the prefix cache can mix two budgets.
+    """
+
+    info: FicocoProcessingInfo
+
+    def apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> MultiModalInput:
+        """Check the budget, write it down in one form, and process as vLLM does.
+
+        Args:
+            inputs: prompt, images and the request's keyword arguments.
+            timing_ctx: as vLLM hands it in.
+
+        Raises:
+            VLLMValidationError: the budget is not allowed.
+        """
+        budget = self.info.budget(inputs.hf_processor_mm_kwargs)
+        kwargs = _without_ours(inputs.hf_processor_mm_kwargs)
+        if self.info.planner.active:  # else nothing is written down, and the hashes are those of stock vLLM
+            kwargs[KEEP] = budget.keep
+            kwargs[METHOD] = budget.method
+            kwargs[SETTINGS] = self.info.planner.fingerprint
+        return super().apply(replace(inputs, hf_processor_mm_kwargs=kwargs), timing_ctx)
+
+    def _call_hf_processor(
+        self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]
+    ) -> BatchFeature:
+        return super()._call_hf_processor(hf_data, _without_ours(hf_kwargs))
+
+    def _postprocess_hf_mm_data(
+        self,
+        mm_inputs: Mapping[str, object],
+        hf_processor_mm_kwargs: Mapping[str, object],
+        processed_data: BatchFeature,
+    ) -> BatchFeature:
+        processed_data = super()._postprocess_hf_mm_data(mm_inputs, hf_processor_mm_kwargs, processed_data)
+        pixels = processed_data.get("pixel_values")
+        if pixels is not None and KEEP in hf_processor_mm_kwargs:
+            budget = self.info.budget(hf_processor_mm_kwargs)
+            processed_data[KEEP] = torch.full((len(pixels),), budget.keep)
+            processed_data[METHOD] = torch.full((len(pixels),), self.info.planner.method_index(budget.method))
+        return processed_data
+
+    def _get_mm_fields_config(
+        self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
+    ) -> Mapping[str, MultiModalFieldConfig]:
+        fields = dict(super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs))
+        # Read on the host to group the images of a step, so they stay there.
+        fields[KEEP] = MultiModalFieldConfig.batched("image", keep_on_cpu=True)
+        fields[METHOD] = MultiModalFieldConfig.batched("image", keep_on_cpu=True)
+        return fields
+
+    def _get_prompt_updates(
+        self,
+        mm_items: MultiModalDataItems,
+        hf_processor_mm_kwargs: Mapping[str, object],
+        out_mm_kwargs: MultiModalKwargsItems,
+    ) -> Sequence[PromptUpdate]:
+        image_token_id = self.info.get_hf_config().image_token_index
+        budget = self.info.budget(hf_processor_mm_kwargs)
+        num_tokens = self.info.planner.num_output_tokens(budget)
+
+        def replacement(item_index: int) -> list[int]:
+            images = mm_items.get_items("image", (ImageEmbeddingItems, ImageProcessorItems))
+            if isinstance(images, ImageEmbeddingItems):  # embeddings come reduced or not, as their sender chose
+                return [image_token_id] * images.get_feature_size(item_index)
+            return [image_token_id] * num_tokens
+
+        return [PromptReplacement(modality="image", target=[image_token_id], replacement=replacement)]
+
+
+def _without_ours(kwargs: Mapping[str, object]) -> dict[str, Any]:
+    return {key: value for key, value in kwargs.items() if not key.startswith(PREFIX)}

@@ -1,0 +1,1 @@
+"""The CLIP tower that reduces its tokens on the way."""

@@ -1,0 +1,190 @@
+"""Which layer of the tower removes how many tokens for which budget: host-side integers only."""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from functools import cache, cached_property, lru_cache
+from typing import Any, NamedTuple
+
+from ficoco_vllm.config import DEFAULT_SHARE, FicocoConfig
+from ficoco_vllm.reduction import Reducer, available, get
+from ficoco_vllm.reduction.schedule import default_start_layer, make_schedule
+from ficoco_vllm.vision.shape import TowerShape
+
+VISION_SITES = ("encoder", "features")
+
+
+class Budget(NamedTuple):
+    """What an image is reduced by, and to how many tokens."""
+
+    method: str | None
+    keep: int
+
+
+@dataclass(frozen=True)
+class VisionPlan:
+    """One way through the tower.
+
+    Attributes:
+        reducer: the method with its settings.
+        keep: patch tokens at the end.
+        removals: index of each reducing layer to the number of tokens removed there; empty for a method that
+            works on the features.
+        proportional: whether later layers weigh each key by the patches that it stands for.
+    """
+
+    reducer: Reducer
+    keep: int
+    removals: dict[int, int] = field(default_factory=dict)
+    proportional: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class VisionPlanner:
+    """All plans of one model under one configuration; the processor and the tower compute the same from it.
+
+    Attributes:
+        config: the server's settings.
+        shape: the tower.
+    """
+
+    config: FicocoConfig
+    shape: TowerShape
+
+    @classmethod
+    def shared(cls, config: FicocoConfig, shape: TowerShape) -> "VisionPlanner":
+        """The planner of these settings, checked once and then kept.
+
+        Raises:
+            ValueError: the settings do not fit the tower.
+        """
+        return _shared(config.model_dump_json(), shape)
+
+    @property
+    def active(self) -> bool:
+        """Whether the server was started with settings; if not, everything is as in stock vLLM."""
+        return self.config.method is not None
+
+    @cached_property
+    def methods(self) -> tuple[str, ...]:
+        """Methods that work in the vision tower, in the order of their indices."""
+        return tuple(name for site in VISION_SITES for name in available(site))
+
+    @property
+    def default(self) -> Budget:
+        """What a request gets that asks for nothing."""
+        keep = self.config.keep
+        if not self.active:
+            keep = self.shape.num_patches
+        elif keep is None:
+            keep = max(1, round(self.shape.num_patches * DEFAULT_SHARE))
+        return Budget(self.config.method, keep)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A short name of the settings, for the hashes of the caches."""
+        text = json.dumps(self.config.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def method_index(self, method: str | None) -> int:
+        """A method as an integer, which is what travels with an image to the workers."""
+        return -1 if method is None else self.methods.index(method)
+
+    def budget(self, method: Any, keep: Any) -> Budget:
+        """What a request gets.
+
+        Args:
+            method: the name asked for, or None.
+            keep: the number of tokens asked for, or None.
+
+        Raises:
+            ValueError: starting with the field, then its value and what is allowed.
+        """
+        default = self.default
+        if method is None and keep is None:
+            return default
+        if not self.active:
+            asked = "ficoco_method" if keep is None else "ficoco_keep"
+            raise ValueError(f"{asked}: this server does not reduce; start it with --ficoco-method to allow it")
+        if method is None:
+            method = default.method
+        elif method not in self.methods:
+            raise ValueError(
+                f"ficoco_method = {method!r} is not a method of the vision tower; "
+                f"allowed: {', '.join(self.methods)}"
+            )
+        if keep is None:
+            keep = default.keep
+        most = self.shape.num_patches
+        if isinstance(keep, bool) or not isinstance(keep, int) or not 1 <= keep <= most:
+            raise ValueError(f"ficoco_keep = {keep!r} is not allowed; allowed: an integer from 1 to {most}")
+        budget = Budget(method, keep)
+        try:
+            self.plan(budget)
+        except ValueError as error:
+            raise ValueError(f"ficoco_keep = {keep}: {error}") from error
+        return budget
+
+    def reduces(self, budget: Budget) -> bool:
+        """Whether fewer tokens come out than patches go in."""
+        return budget.keep < self.shape.num_patches
+
+    def num_output_tokens(self, budget: Budget) -> int:
+        """Placeholders of an image: its patch tokens, and [CLS] where the model takes it."""
+        return budget.keep + self.shape.with_cls
+
+    def plan(self, budget: Budget) -> VisionPlan:
+        """How a budget is met.
+
+        Raises:
+            ValueError: the method's schedule cannot reach it.
+        """
+        return _plan(self, budget)
+
+    def _make_plan(self, budget: Budget) -> VisionPlan:
+        assert budget.method is not None
+        method = get(budget.method)
+        # The server's hyperparameters are those of the server's method; another one runs with its own defaults.
+        settings = self.config.settings if budget.method == self.config.method else {}
+        reducer = method.configure(**settings)
+        if method.site == "features":
+            make_schedule("one-shot", self.shape.num_patches, budget.keep, [0], method.num_extra, method.max_removed)
+            return VisionPlan(reducer, budget.keep)
+        start = getattr(reducer.settings, "start_layer", None)
+        if start is None:
+            start = default_start_layer(self.shape.num_layers)
+        last = self.shape.num_executed_layers - 1
+        if start > last:
+            raise ValueError(f"start_layer = {start} is not allowed; allowed: an integer from 0 to {last}")
+        removals = make_schedule(
+            getattr(reducer.settings, "schedule", method.default_schedule),
+            self.shape.num_patches,
+            budget.keep,
+            range(start, last + 1),
+            method.num_extra,
+            method.max_removed,
+        )
+        proportional = getattr(reducer.settings, "proportional_attention", False)
+        return VisionPlan(reducer, budget.keep, removals, proportional)
+
+
+@lru_cache(maxsize=4096)
+def _plan(planner: VisionPlanner, budget: Budget) -> VisionPlan:
+    return planner._make_plan(budget)
+
+
+@cache
+def _shared(config: str, shape: TowerShape) -> VisionPlanner:
+    planner = VisionPlanner(FicocoConfig.model_validate_json(config), shape)
+    if not planner.active:
+        return planner
+    if planner.config.method not in planner.methods:
+        raise ValueError(
+            f"ficoco.method = {planner.config.method!r} does not work in the vision tower; "
+            f"allowed: {', '.join(planner.methods)}"
+        )
+    keep = planner.default.keep
+    if keep > shape.num_patches:
+        raise ValueError(f"ficoco.keep = {keep} is not allowed; allowed: an integer from 1 to {shape.num_patches}")
+    planner.plan(planner.default)
+    return planner

@@ -1,0 +1,102 @@
+"""The CLIP tower of vLLM, run with fewer tokens from layer to layer. Its modules and weights stay vLLM's own."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.model_executor.models.clip import CLIPAttention, CLIPEncoderLayer, CLIPVisionTransformer
+
+from ficoco_vllm.reduction import Signals
+from ficoco_vllm.vision.attention import ClipAttention, attention_with_lse
+from ficoco_vllm.vision.plan import VisionPlan
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """What flows through the tower.
+
+    Attributes:
+        hidden: (B, 1 + N, D), [CLS] first.
+        size: (B, N) fp32 patches that each token stands for.
+        position: (B, N) int64 index in the grid, -1 for a fused token.
+    """
+
+    hidden: Tensor
+    size: Tensor
+    position: Tensor
+
+
+def encode(tower: CLIPVisionTransformer, pixels: Tensor, plan: VisionPlan, grid: tuple[int, int]) -> Tensor:
+    """Features of images that all follow one plan.
+
+    Args:
+        tower: vLLM's tower, built up to the layer that LLaVA reads.
+        pixels: (B, 3, height, width).
+        plan: which layer removes how many tokens, and how.
+        grid: rows and columns of patches.
+
+    Returns:
+        (B, 1 + keep, D) in the tower's dtype, [CLS] first, patch tokens in raster order.
+
+    Source: arXiv:2411.17686, Alg. 1.
+    """
+    hidden = tower.pre_layrnorm(tower.embeddings(pixels))
+    B, N = hidden.shape[0], hidden.shape[1] - 1
+    position = torch.arange(N, device=hidden.device).expand(B, N)
+    tokens = _Tokens(hidden, hidden.new_ones((B, N), dtype=torch.float32), position)
+    last = len(tower.encoder.layers) - 1
+    for index, layer in enumerate(tower.encoder.layers):
+        num_removed = plan.removals.get(index, 0)
+        on_features = index == last and not plan.removals
+        weighted = plan.proportional and tokens.size.shape[1] < N
+        if not (num_removed or on_features or weighted):
+            tokens = replace(tokens, hidden=layer(tokens.hidden))
+            continue
+        tokens, attention = _attend(layer, tokens, weighted)
+        if num_removed:
+            tokens = _reduce(tokens, attention, plan, num_removed, grid)
+        tokens = replace(tokens, hidden=tokens.hidden + layer.mlp(layer.layer_norm2(tokens.hidden)))
+        if on_features and plan.keep < N:
+            tokens = _reduce(tokens, attention, plan, N - plan.keep + plan.reducer.num_extra, grid)
+    return tokens.hidden
+
+
+def _attend(layer: CLIPEncoderLayer, tokens: _Tokens, weighted: bool) -> tuple[_Tokens, ClipAttention]:
+    """The first half of an encoder layer, with a hold on its attention."""
+    module: CLIPAttention = layer.self_attn
+    qkv, _ = module.qkv_proj(layer.layer_norm1(tokens.hidden))
+    B, N, _ = qkv.shape
+    heads = qkv.view(B, N, 3, module.num_heads_per_partition, module.head_dim)
+    query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)
+    bias = None
+    if weighted:  # [CLS] stands for itself
+        bias = torch.cat([tokens.size.new_zeros((B, 1)), tokens.size.log()], dim=1).to(query.dtype)
+    output, lse = attention_with_lse(query, key, value, module.scale, bias)
+    projected, _ = module.out_proj(output.transpose(1, 2).reshape(B, N, -1))
+
+    def head_mean(head_sum: Tensor) -> Tensor:
+        # Under tensor parallelism a rank sees its own heads only; all must come to the same choice.
+        if module.tp_size > 1:
+            head_sum = tensor_model_parallel_all_reduce(head_sum)
+        return head_sum.div_(module.num_heads)
+
+    attention = ClipAttention(query, key, lse, module.scale, bias, head_mean)
+    return replace(tokens, hidden=tokens.hidden + projected), attention
+
+
+def _reduce(
+    tokens: _Tokens, attention: ClipAttention, plan: VisionPlan, num_removed: int, grid: tuple[int, int]
+) -> _Tokens:
+    """One reduction of the patch tokens; [CLS] stays in front."""
+    needed = plan.reducer.signals
+    signals = Signals(
+        visual_attention=attention if "visual_attention" in needed else None,
+        cls_attention=attention.cls_attention() if "cls_attention" in needed else None,
+        keys=attention.keys() if "keys" in needed else None,
+        position=tokens.position,
+        grid=grid,
+    )
+    cls, patches = tokens.hidden[:, :1], tokens.hidden[:, 1:]
+    reduced = plan.reducer(patches, signals, num_removed, tokens.size)
+    return _Tokens(torch.cat([cls, reduced.tokens], dim=1), reduced.size, reduced.position)

@@ -1,0 +1,40 @@
+"""`ficoco-vllm`: serve, list the methods, plan."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from ficoco_vllm import __version__
+from ficoco_vllm.server import methods, plan, serve
+
+COMMANDS = {"serve": serve, "methods": methods, "plan": plan}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: of the command line, without the program's name; None means those of this process.
+
+    Returns:
+        The exit status: 0, or 2 for bad input (said in one line on stderr).
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    parser = argparse.ArgumentParser(prog="ficoco-vllm", description="LLaVA with a fraction of its visual tokens.")
+    parser.add_argument("-v", "--version", action="version", version=f"ficoco-vllm {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for command in COMMANDS.values():
+        command.add_parser(subparsers)
+    # vLLM's own parser reads the options of its server: it takes seconds to load, so only `serve` asks for it.
+    if arguments[:1] == ["serve"]:
+        return serve.main(arguments)
+    args = parser.parse_args(arguments)
+    if args.command is None:
+        parser.print_help()
+        return 2
+    status: int = COMMANDS[args.command].run(args)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""`ficoco-vllm serve`: vLLM's own OpenAI server with our settings put where the plugin reads them."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from ficoco_vllm.compat import is_cpu_build, set_cpu_defaults
+from ficoco_vllm.config import NAME, FicocoConfig
+from ficoco_vllm.demo_model import path as demo_model_path
+from ficoco_vllm.plugin import ARCHITECTURES
+
+HELP = "serve a model with vLLM's OpenAI-compatible server"
+
+
+def add_parser(subparsers: Any) -> None:
+    """Name the command in the list of commands; vLLM's parser reads its options."""
+    subparsers.add_parser("serve", help=HELP, add_help=False)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add our options to those of vLLM's server."""
+    group = parser.add_argument_group("ficoco", "Reduction of visual tokens; without these, as stock vLLM.")
+    group.add_argument("--ficoco-method", metavar="NAME", help="one of `ficoco-vllm methods`")
+    group.add_argument("--ficoco-keep", metavar="N", help="visual tokens kept of an image (a request may differ)")
+    group.add_argument(
+        "--ficoco-config", metavar="JSON|FILE", help="all settings, as a JSON object or a file that holds one"
+    )
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Serve until stopped.
+
+    Args:
+        arguments: of the command line, `serve` first.
+
+    Returns:
+        2 for settings that are not allowed; otherwise what vLLM's server leaves.
+    """
+    set_cpu_defaults()
+
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.logger import configure_logging_from_args
+    from vllm.plugins import load_general_plugins
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup()
+    load_general_plugins()
+    command = ServeSubcommand()
+    parser = FlexibleArgumentParser(prog="ficoco-vllm")
+    serve_parser = command.subparser_init(parser.add_subparsers(dest="subparser"))
+    serve_parser.usage = "ficoco-vllm serve [MODEL] [options]   (without MODEL: the demo model)"
+    serve_parser.description = HELP
+    add_arguments(serve_parser)
+    args = parser.parse_args(list(arguments))
+    try:
+        configure(args)
+    except ValueError as error:
+        print(f"ficoco-vllm: error: {error}", file=sys.stderr)
+        return 2
+    configure_logging_from_args(args)
+    command.validate(args)
+    command.cmd(args)
+    return 0
+
+
+def configure(args: argparse.Namespace) -> None:
+    """Turn our options into vLLM's, and check them against the model before anything is loaded.
+
+    Raises:
+        ValueError: naming the option, its value and what is allowed.
+    """
+    model = args.model_tag or (args.model if "--model" in sys.argv else None)
+    if model is None:
+        _use_demo_model(args)
+    settings = read_settings(args.ficoco_method, args.ficoco_keep, args.ficoco_config)
+    if settings:
+        FicocoConfig.parse(settings)
+        args.additional_config = {**(args.additional_config or {}), NAME: settings}
+    if (args.additional_config or {}).get(NAME):
+        _check_architecture(args)
+
+
+def read_settings(method: str | None, keep: str | None, config: str | None) -> dict[str, Any]:
+    """Our options as one mapping; `method` and `keep` win over the same fields of `config`.
+
+    Raises:
+        ValueError: naming the option, its value and what is allowed.
+    """
+    settings = {} if config is None else FicocoConfig.load(config)
+    if method is not None:
+        settings["method"] = method
+    if keep is not None:
+        try:
+            settings["keep"] = int(keep)
+        except ValueError as error:
+            raise ValueError(f"--ficoco-keep = {keep!r} is not allowed; allowed: an integer of at least 1") from error
+    return settings
+
+
+def _use_demo_model(args: argparse.Namespace) -> None:
+    """Serve the model that ships with the package, with what suits its size."""
+    args.model_tag = str(demo_model_path())
+    args.served_model_name = args.served_model_name or ["ficoco-demo"]
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if is_cpu_build():
+        # A model of a few million parameters: compiling takes longer than it saves, and 1 GiB holds 100 prompts.
+        args.enforce_eager = True
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+
+def _check_architecture(args: argparse.Namespace) -> None:
+    """Refuse a model that would be served without the reduction that was asked for."""
+    from vllm.transformers_utils.config import get_config
+
+    config = get_config(args.model_tag or args.model, trust_remote_code=args.trust_remote_code, revision=args.revision)
+    architectures = list(getattr(config, "architectures", None) or [])
+    if not set(architectures) & set(ARCHITECTURES):
+        raise ValueError(
+            f"model = {args.model_tag or args.model!r} has the architecture {', '.join(architectures) or 'none'}, "
+            f"whose visual tokens cannot be reduced; allowed: {', '.join(ARCHITECTURES)}"
+        )
