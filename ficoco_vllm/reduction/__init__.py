@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ficoco_vllm.reduction.method import Method, Reduced, Reducer
+from ficoco_vllm.reduction.method import Method
+from ficoco_vllm.reduction.reducer import Reduced, Reducer
 from ficoco_vllm.reduction.registry import available, get
 from ficoco_vllm.reduction.signals import Partition, Signals, partition
 

@@ -1,38 +1,30 @@
 """What a method is: three stages, their settings, and where in the model it works."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import torch
-from torch import Tensor
-from torch.nn.functional import pad
+from ficoco_vllm.reduction.reducer import Reducer
+from ficoco_vllm.reduction.settings import Settings, combine, parse
+from ficoco_vllm.reduction.stages import COMPRESSIONS, CORRELATIONS, FILTERS, Stage
+from ficoco_vllm.reduction.stages.stage import all_but_one
 
-from ficoco_vllm.reduction.settings import Settings, parse
-from ficoco_vllm.reduction.signals import TOKEN_AXIS, Signals, partition, take
-from ficoco_vllm.reduction.stages import CORRELATIONS, Stage
+__all__ = ["SITES", "STAGES", "Method", "Site", "all_but_one"]
 
 Site = Literal["encoder", "features", "decoder"]
-SITES: tuple[Site, ...] = ("encoder", "features", "decoder")
 
-
-class Reduced(NamedTuple):
-    """The tokens after one reduction, K kept ones in their order and E fused ones behind them.
-
-    Attributes:
-        tokens: (B, K + E, D), the dtype that came in.
-        size: (B, K + E) fp32, how many original patches each token stands for.
-        position: (B, K + E) int64 index in the original grid, -1 for a fused token.
-    """
-
-    tokens: Tensor
-    size: Tensor
-    position: Tensor
-
-
-def all_but_one(num_tokens: int) -> int:
-    """The most tokens that one call may remove: at least one must stay."""
-    return max(num_tokens - 1, 0)
+# Where a reduction can take place, and which signals a LLaVA can measure there. `text_relevance` is nowhere
+# among them: it takes the text encoder of another model.
+SITES: Mapping[str, frozenset[str]] = {
+    "encoder": frozenset({"visual_attention", "cls_attention", "keys", "features"}),
+    "features": frozenset({"visual_attention", "cls_attention", "keys", "features"}),
+    "decoder": frozenset({"visual_attention", "text_attention", "keys", "features", "text_features"}),
+}
+STAGES: Mapping[str, Mapping[str, Stage]] = {
+    "filter": FILTERS,
+    "correlate": CORRELATIONS,
+    "compress": COMPRESSIONS,
+}
 
 
 @dataclass(frozen=True)
@@ -42,26 +34,30 @@ class Method:
     Attributes:
         name: as users write it.
         title: as its authors write it.
-        site: "encoder", between attention and MLP of the reducing encoder layers; "features", on the vision
-            feature output, with the signals of the last executed encoder layer; "decoder", between
+        site: "encoder", between attention and MLP of the reducing encoder layers; "features", once, on the
+            vision feature output, with the signals of the last executed encoder layer; "decoder", between
             attention and MLP of the reducing decoder layers.
         source: arXiv identifier.
-        settings: the pydantic model of its settings.
         filter: first stage.
         correlate: second stage.
         compress: third stage.
-        max_removed: the most tokens that one call may remove out of so many.
+        knobs: settings beyond those of the stages.
+        settings: the model of all its settings, put together from those of the stages and `knobs`.
     """
 
     name: str
     title: str
     site: Site
     source: str
-    settings: type[Settings]
     filter: Stage
     correlate: Stage
     compress: Stage
-    max_removed: Callable[[int], int] = all_but_one
+    knobs: type[Settings] = Settings
+    settings: type[Settings] = field(init=False)
+
+    def __post_init__(self) -> None:
+        stages = (self.filter.settings, self.correlate.settings, self.compress.settings)
+        object.__setattr__(self, "settings", combine(f"Settings of {self.name}", self.knobs, *stages))
 
     @property
     def num_extra(self) -> int:
@@ -79,104 +75,36 @@ class Method:
         known = self.settings.model_fields.get("schedule")
         return "one-shot" if known is None else str(known.default)
 
+    def max_removed(self, num_tokens: int) -> int:
+        """The most tokens that one call may remove out of so many."""
+        return self.filter.max_removed(num_tokens)
+
     def required_signals(self, **settings: Any) -> frozenset[str]:
         """Names of the signals that must be given under these settings."""
         return self.configure(**settings).signals
 
-    def configure(self, **settings: Any) -> "Reducer":
-        """Fix the settings.
+    def configure(self, **settings: Any) -> Reducer:
+        """Fix the settings, and exchange stages.
+
+        Args:
+            **settings: of the method. Besides them `filter`, `correlate` and `compress` each exchange a stage
+                for another one by name, whose settings then take the place of the old one's.
+
+        Returns:
+            The method, ready to be called. Its `method` is this one, with the stages exchanged.
 
         Raises:
             ValueError: naming each wrong field, its value and what is allowed.
         """
-        return Reducer(self, parse(self.settings, settings, self.name))
+        exchanged: dict[str, Any] = {
+            kind: _stage(kind, settings.pop(kind)) for kind in STAGES if kind in settings
+        }
+        method = replace(self, **exchanged) if exchanged else self
+        return Reducer(method, parse(method.settings, settings, self.name))
 
 
-@dataclass(frozen=True)
-class Reducer:
-    """A method with its settings fixed: call it once per reducing layer.
-
-    Attributes:
-        method: the method.
-        settings: its settings, of type `method.settings`.
-        correlate: the correlation of the method, or none where the compression does not read it.
-        signals: names of the signals that must be given.
-        merges: whether the sizes keep their sum.
-    """
-
-    method: Method
-    settings: Settings
-    correlate: Stage = field(init=False)
-    signals: frozenset[str] = field(init=False)
-    merges: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        method, settings = self.method, self.settings
-        correlates = method.compress.reads_correlation(settings)
-        correlate = method.correlate if correlates else CORRELATIONS["none"]
-        needed = method.filter.required_signals(settings) | correlate.required_signals(settings)
-        object.__setattr__(self, "correlate", correlate)
-        object.__setattr__(self, "signals", needed)
-        object.__setattr__(self, "merges", method.compress.conserves_size(settings))
-
-    @property
-    def num_extra(self) -> int:
-        """E, how many fused tokens one call appends (none where nothing is removed)."""
-        return self.method.num_extra
-
-    def __call__(
-        self, tokens: Tensor, signals: Signals, num_removed: int, size: Tensor | None = None
-    ) -> Reduced:
-        """Reduce once. No host synchronisation, so it may be compiled and captured.
-
-        Args:
-            tokens: (B, N, D), any floating dtype.
-            signals: of this layer, N tokens.
-            num_removed: R. Zero is the identity.
-            size: (B, N) fp32, how many original patches each token stands for; None means one each.
-
-        Returns:
-            K + E tokens, K = N - R, in their order.
-
-        Raises:
-            ValueError: a required signal is missing, a shape does not fit, or R is out of range.
-
-        Source: arXiv:2411.17686, Alg. 1 and 2.
-        """
-        if size is None:
-            size = tokens.new_ones(tokens.shape[:2], dtype=torch.float32)
-        self._check(tokens, signals, num_removed, size)
-        if num_removed == 0:
-            return Reduced(tokens, size, signals.position)
-        if signals.features is None:
-            signals = replace(signals, features=tokens)
-        method, settings = self.method, self.settings
-        if method.filter.sized:
-            redundancy = method.filter.function(signals, settings, num_removed)
-        else:
-            redundancy = method.filter.function(signals, settings)
-        parts = partition(redundancy, num_removed)
-        correlation = self.correlate.function(signals, parts, settings)
-        reduced, new_size = method.compress.function(tokens, size, parts, correlation, settings)
-        position = pad(take(signals.position, parts.target), (0, self.num_extra), value=-1)
-        return Reduced(reduced, new_size, position)
-
-    def _check(self, tokens: Tensor, signals: Signals, num_removed: int, size: Tensor) -> None:
-        name, most = self.method.name, self.method.max_removed(tokens.shape[1])
-        if not 0 <= num_removed <= most:
-            raise ValueError(
-                f"num_removed = {num_removed}: {name} removes 0 to {most} of {tokens.shape[1]} tokens a call"
-            )
-        given = {"position": signals.position, "size": size}
-        for key in sorted(self.signals):
-            value = getattr(signals, key)
-            if value is not None:
-                given[key] = value
-            elif key != "features":  # these default to the tokens
-                raise ValueError(f"{name} needs the signal `{key}`, which was not given")
-        for key, value in given.items():
-            axis = TOKEN_AXIS.get(key, 1)
-            if value.shape[0] != tokens.shape[0] or (axis and value.shape[axis] != tokens.shape[1]):
-                raise ValueError(
-                    f"{key} has shape {tuple(value.shape)}, which does not fit tokens {tuple(tokens.shape)}"
-                )
+def _stage(kind: str, name: Any) -> Stage:
+    known = STAGES[kind]
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"{kind} = {name!r} is not allowed; allowed: {', '.join(sorted(known))}")
+    return known[name]

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-from ficoco_vllm.reduction.method import all_but_one
+from ficoco_vllm.reduction.stages.stage import all_but_one
 
 KINDS = ("even", "one-shot", "geometric")
 

@@ -1,43 +1,76 @@
 """Base of all settings of methods and stages: frozen, closed, and with errors that say what is allowed."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic.fields import FieldInfo
+
+Count = Annotated[int, Field(ge=0)]
 
 
 class Settings(BaseModel):
-    """Settings of one stage; a method's settings inherit from those of its stages."""
+    """Settings of one stage, or of a method beyond its stages."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class DecoderSettings(Settings):
-    """Settings that the decoder reads, not the stages.
+class ScheduleSettings(Settings):
+    """When a method reduces. The model reads these, not the stages.
 
     Attributes:
-        start_layer: first reducing decoder layer, 0-based; None leaves it to the schedule of the method.
-        schedule: how the removals are spread over the reducing layers, or the counts themselves.
+        start_layer: index of the first reducing layer, from 0; None leaves it to the model.
+        schedule: how the loss is spread over the reducing layers, or the number removed at each of them.
     """
 
-    start_layer: int | None = Field(default=None, ge=0)
-    schedule: Literal["even", "one-shot", "geometric"] | tuple[int, ...] = "even"
+    start_layer: Count | None = None
+    schedule: Literal["even", "one-shot", "geometric"] | tuple[Count, ...] = "even"
 
 
-class EncoderSettings(DecoderSettings):
-    """Settings that the vision tower reads, not the stages.
+class EncoderSettings(ScheduleSettings):
+    """Settings of a method in the vision encoder that the tower reads.
 
     Attributes:
         proportional_attention: add log(size) to the attention logits of later layers, so that a merged token
-            counts for as many patches as it stands for (ToMe's proportional attention, arXiv:2210.09461,
-            Eq. 1).
+            counts for as many patches as it stands for (arXiv:2210.09461, Eq. 1).
     """
 
     proportional_attention: bool = False
 
 
+class DecoderSettings(ScheduleSettings):
+    """Settings of a method in the decoder that the decoder reads.
+
+    Attributes:
+        layers: indices of the reducing layers; None means all from `start_layer` on.
+    """
+
+    layers: tuple[Count, ...] | None = None
+
+
+class AttentionSettings(Settings):
+    """What the model measures attention as.
+
+    Attributes:
+        attention: "probs" are softmax probabilities; "logits" the scaled products before softmax and mask, as
+            in the release of arXiv:2411.17686.
+    """
+
+    attention: Literal["probs", "logits"] = "probs"
+
+
 S = TypeVar("S", bound=Settings)
+
+
+def combine(name: str, *models: type[Settings]) -> type[Settings]:
+    """One model with the fields of several; of two with the same field, the earlier model's counts."""
+    distinct = dict.fromkeys(models)
+    bases = tuple(
+        model
+        for model in distinct
+        if not any(model is not other and issubclass(other, model) for other in distinct)
+    )
+    return bases[0] if len(bases) == 1 else create_model(name, __base__=bases)
 
 
 def parse(model: type[S], values: Mapping[str, Any], owner: str) -> S:
@@ -59,34 +92,46 @@ def parse(model: type[S], values: Mapping[str, Any], owner: str) -> S:
     except ValidationError as error:
         lines = []
         for item in error.errors():
-            name = str(item["loc"][0]) if item["loc"] else "settings"
+            name = str(item["loc"][0])
             if item["type"] == "extra_forbidden":
                 allowed = ", ".join(model.model_fields) or "none"
-                lines.append(f"{name} is not a setting of {owner} (settings: {allowed})")
-            elif name in model.model_fields:
+                lines.append(f"{name} is not a setting of {owner}; allowed: {allowed}")
+            else:
                 lines.append(
-                    f"{name} = {values.get(name)!r} is not allowed for {owner}: {item['msg']}; "
+                    f"{name} = {values[name]!r} is not allowed for {owner}: {item['msg']}; "
                     f"allowed: {describe(model.model_fields[name])}"
                 )
-            else:
-                lines.append(f"settings of {owner}: {item['msg']}")
         raise ValueError("; ".join(dict.fromkeys(lines))) from error
 
 
 def describe(field: FieldInfo) -> str:
-    """The allowed range of a field in words, such as `float, >= 0, <= 1`."""
+    """The allowed values of a field in words, such as `float, >= 0, <= 1`."""
+    return _words(field.annotation, field.metadata)
+
+
+def _words(annotation: Any, metadata: Any = ()) -> str:
+    """A type and its bounds in words, `Annotated` taken apart."""
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    metadata = [part for item in metadata for part in getattr(item, "metadata", [item])]
     bounds = [
         f"{sign} {getattr(item, key)}"
-        for item in field.metadata
+        for item in metadata
         for key, sign in signs.items()
         if getattr(item, key, None) is not None
     ]
-    return ", ".join([_type_name(field.annotation), *bounds])
-
-
-def _type_name(annotation: Any) -> str:
-    if get_origin(annotation) is Literal:
-        return " | ".join(repr(value) for value in get_args(annotation))
-    plain = isinstance(annotation, type) and not get_args(annotation)
-    return annotation.__name__ if plain else str(annotation)
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _words(arguments[0], [*arguments[1:], *metadata])
+    if annotation is Ellipsis:
+        return "..."
+    if annotation is type(None):
+        return "None"
+    if origin is Literal:
+        words = " | ".join(repr(value) for value in arguments)
+    elif origin is tuple:
+        words = f"({', '.join(_words(argument) for argument in arguments)})"
+    elif arguments:
+        words = " | ".join(_words(argument) for argument in arguments)
+    else:
+        words = annotation.__name__
+    return ", ".join([words, *bounds])

@@ -5,30 +5,21 @@ draws much from other patches is replaceable; one that [CLS] looks at is not. Co
 A_ij. Compress (Eq. 13): each source flows into the targets above the epsilon-quantile of its row, by its
 share.
 
-Deviation: none in the equations. The authors' release takes the attention before the softmax where its
-implementation offers no probabilities; `attention="logits"` asks the tower for the same.
+Deviation: we follow the paper's equations. The authors' release differs: it scales both terms of Eq. 11 to unit
+length before mixing them and swaps their weights; it takes the attention before the softmax
+(`attention="logits"` asks the tower for that), merges where C_ij > tau_i, with tau_i over all tokens, sources
+included, and gives every source the K of the row with the most; and it weighs by a softmax over the row.
 
 Source: arXiv:2411.17686, Eqs. 11-13, Alg. 1.
 """
 
-from typing import Literal
-
 from ficoco_vllm.reduction.method import Method
-from ficoco_vllm.reduction.settings import EncoderSettings
+from ficoco_vllm.reduction.settings import AttentionSettings, EncoderSettings
 from ficoco_vllm.reduction.stages import COMPRESSIONS, CORRELATIONS, FILTERS
-from ficoco_vllm.reduction.stages.compress import QuantileMerge
-from ficoco_vllm.reduction.stages.filter import LocalTask
 
 
-class FicocoVSettings(LocalTask, QuantileMerge, EncoderSettings):
-    """Settings of FiCoCo-V, with the paper's defaults (Sec. 10).
-
-    Attributes:
-        attention: what `visual_attention` and `cls_attention` are taken from: softmax probabilities or the
-            scaled products before it.
-    """
-
-    attention: Literal["probs", "logits"] = "probs"
+class FicocoVKnobs(EncoderSettings, AttentionSettings):
+    """Settings of FiCoCo-V beyond its stages."""
 
 
 FICOCO_V = Method(
@@ -36,8 +27,8 @@ FICOCO_V = Method(
     title="FiCoCo-V",
     site="encoder",
     source="2411.17686",
-    settings=FicocoVSettings,
     filter=FILTERS["local_task"],
     correlate=CORRELATIONS["attention"],
     compress=COMPRESSIONS["quantile_merge"],
+    knobs=FicocoVKnobs,
 )

@@ -9,6 +9,11 @@ from ficoco_vllm.reduction.settings import Settings
 SignalNames = frozenset[str]
 
 
+def all_but_one(num_tokens: int) -> int:
+    """The most tokens that one call may remove: at least one must stay."""
+    return max(num_tokens - 1, 0)
+
+
 @dataclass(frozen=True)
 class Stage:
     """One of the three steps of a reduction.
@@ -20,9 +25,9 @@ class Stage:
         settings: its knobs.
         sized: a filter only: it is also told `num_removed`, as its last argument. For selections that place a
             given number of tokens (greedy picks, grids).
+        max_removed: a filter only: the most tokens that it can let go at once, out of so many.
         num_extra: a compression only: E, how many fused tokens it appends.
-        merges: a compression only: the sizes of the tokens keep their sum. A bool or a function of the
-            settings.
+        merges: a compression only: the sizes of the tokens keep their sum. A bool or a function of the settings.
         correlated: a compression only: it reads the correlation. Where it does not, none is computed and the
             signals of the correlation are not needed. A bool or a function of the settings.
     """
@@ -31,6 +36,7 @@ class Stage:
     signals: SignalNames | Callable[[Any], SignalNames] = frozenset()
     settings: type[Settings] = Settings
     sized: bool = False
+    max_removed: Callable[[int], int] = all_but_one
     num_extra: int = 0
     merges: bool | Callable[[Any], bool] = False
     correlated: bool | Callable[[Any], bool] = True
@@ -40,7 +46,7 @@ class Stage:
         return self.signals(settings) if callable(self.signals) else self.signals
 
     def conserves_size(self, settings: Settings) -> bool:
-        """Whether the sizes keep their sum under these settings."""
+        """Whether a compression keeps the sum of the sizes under these settings."""
         return self.merges(settings) if callable(self.merges) else self.merges
 
     def reads_correlation(self, settings: Settings) -> bool:
