@@ -218,7 +218,7 @@ _ROWS = (
     ("projector, TFLOPs", "projector_flops", 1e12),
     ("LLM prefill, TFLOPs", "decoder_flops", 1e12),
     ("all, TFLOPs", "total_flops", 1e12),
-    ("reduction itself, GFLOPs", "reduction_flops", 1e9),
+    ("reduction itself, MFLOPs", "reduction_flops", 1e6),
     ("KV cache, MB", "kv_bytes", 1e6),
     ("weights, GB", "weight_bytes", 1e9),
     ("activations, GB", "activation_bytes", 1e9),

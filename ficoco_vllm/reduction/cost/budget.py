@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ficoco_vllm.reduction.method import all_but_one
 from ficoco_vllm.reduction.schedule import KINDS, make_schedule
 
 Pairs = Sequence[tuple[int, int]]
@@ -40,13 +39,13 @@ class Traits:
     Attributes:
         num_extra: fused tokens that a reducing call appends.
         max_removed: the most tokens that a call may remove out of so many.
-        schedule: its own schedule.
+        schedule: its own schedule, by name or as what each reducing layer removes.
         start_layer: its own first reducing layer, None for the paper's.
     """
 
     num_extra: int = 0
-    max_removed: Callable[[int], int] = all_but_one
-    schedule: str = "even"
+    max_removed: Callable[[int], int] = lambda num_tokens: num_tokens - 1
+    schedule: str | tuple[int, ...] = "even"
     start_layer: int | None = None
 
 
@@ -54,15 +53,20 @@ PLAIN = Traits()
 
 
 def spread(
-    entering: int, num_layers: int, keep: int | None, schedule: str, start: int, traits: Traits
+    entering: int,
+    num_layers: int,
+    keep: int | None,
+    schedule: str | tuple[int, ...],
+    start: int,
+    traits: Traits,
 ) -> tuple[int, ...]:
-    """Tokens that enter each layer, and those that leave the last one, by a named schedule.
+    """Tokens that enter each layer, and those that leave the last one, by the schedule of a method.
 
     Args:
         entering: tokens that enter the first layer.
         num_layers: how many layers there are.
         keep: tokens that leave the last layer.
-        schedule: "even", "one-shot" or "geometric".
+        schedule: "even", "one-shot", "geometric", or what each reducing layer removes.
         start: the first reducing layer.
         traits: of the method.
 
@@ -74,7 +78,7 @@ def spread(
 
     Source: arXiv:2411.17686, Section 10.
     """
-    if schedule not in KINDS:
+    if isinstance(schedule, str) and schedule not in KINDS:
         allowed = f"{', '.join(KINDS)}, or pairs of a layer and what it keeps"
         raise ValueError(f"schedule: got {schedule!r}, allowed: {allowed}")
     if keep is None or not 1 <= keep <= entering:

@@ -31,7 +31,7 @@ def traffic_bytes(
     Deviation: the tool knows only one token count for all layers; here the attention's and the MLP's may
     differ.
     """
-    # Scores are stored by the first product and by the softmax, and loaded by the softmax and the second product.
+    # Scores are stored by the first product and the softmax, loaded by the softmax and the second product.
     passes = 0 if fused_attention else 4
     layers = sum(
         _layer_weights(shape) + _loads(shape, n, m) + _stores(shape, n, m) + passes * _scores(shape, n)

@@ -154,7 +154,7 @@ def _tower_part(num_patches: int, budget: Budget, encoder_budget: Budget) -> Bud
     return replace(encoder_budget, keep=(num_patches + floor(target)) // 2)
 
 
-def _named(budget: Budget, traits: Traits) -> str:
+def _named(budget: Budget, traits: Traits) -> str | tuple[int, ...]:
     return budget.schedule if isinstance(budget.schedule, str) else traits.schedule
 
 
