@@ -41,7 +41,7 @@ class FicocoConfig(BaseModel):
         loose = {key: value for key, value in values.items() if key not in cls.model_fields}
         if loose:
             fields["settings"] = {**fields.get("settings", {}), **loose}
-        if fields and fields.get("method") is None:
+        if any(value not in (None, {}) for value in fields.values()) and fields.get("method") is None:
             fields["method"] = DEFAULT_METHOD
         return fields
 

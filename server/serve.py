@@ -8,7 +8,6 @@ from typing import Any
 
 from ficoco_vllm.compat import is_cpu_build, set_cpu_defaults
 from ficoco_vllm.config import NAME, FicocoConfig
-from ficoco_vllm.demo_model import path as demo_model_path
 from ficoco_vllm.plugin import ARCHITECTURES
 
 HELP = "serve a model with vLLM's OpenAI-compatible server"
@@ -102,7 +101,9 @@ def read_settings(method: str | None, keep: str | None, config: str | None) -> d
 
 def _use_demo_model(args: argparse.Namespace) -> None:
     """Serve the model that ships with the package, with what suits its size."""
-    args.model_tag = str(demo_model_path())
+    from ficoco_vllm import demo_model
+
+    args.model_tag = str(demo_model.path())
     args.served_model_name = args.served_model_name or ["ficoco-demo"]
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if is_cpu_build():

@@ -87,6 +87,12 @@ class ClipAttention:
     bias: Tensor | None
     head_mean: Callable[[Tensor], Tensor]
 
+    @property
+    def shape(self) -> torch.Size:
+        """(B, N, N), as the map would have if it were written."""
+        B, _, N, _ = self.query.shape
+        return torch.Size((B, N - 1, N - 1))
+
     def _probabilities(self, query: Tensor, lse: Tensor, keys: slice) -> Tensor:
         bias = None if self.bias is None else self.bias[:, keys]
         logits = _logits(query, self.key[:, :, keys], self.scale, bias)

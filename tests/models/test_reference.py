@@ -1,0 +1,70 @@
+"""The served FiCoCo-V against Algorithm 1 written plainly on Hugging Face's model."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from PIL import Image
+from vllm import LLM
+
+from tests.reference.algorithm1 import ReferenceLlava
+from tests.support.engine import PROMPT, TEXT_ONLY, TWO_IMAGES, ask, make_engine, request
+
+# float32 on both sides; the difference is the order of sums in matrix products and softmax, amplified by the layers.
+TOLERANCE = 1e-4
+BUDGETS = (576, 575, 192, 64, 9, 1)
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module", params=["random_llava", "demo_model"])
+def pair(request: pytest.FixtureRequest) -> Iterator[tuple[LLM, ReferenceLlava]]:
+    """The engine and the oracle on the same weights."""
+    folder = request.getfixturevalue(request.param)
+    engine = make_engine(folder, {"method": "ficoco-v", "keep": 64})
+    yield engine, ReferenceLlava(folder)
+    engine.llm_engine.engine_core.shutdown()
+
+
+@pytest.mark.parametrize("keep", BUDGETS)
+def test_equals_reference(pair: tuple[LLM, ReferenceLlava], images: list[Image.Image], keep: int) -> None:
+    engine, reference = pair
+    image = images[keep % len(images)]
+    (answer,) = ask(engine, [request(PROMPT, [image], ficoco_keep=keep)])
+    tokens, logprobs = reference.generate(PROMPT, [(image, keep)], 6)
+    assert answer.tokens == tokens
+    torch.testing.assert_close(answer.logprobs, logprobs, atol=TOLERANCE, rtol=0)
+
+
+def test_two_images_equal_reference(pair: tuple[LLM, ReferenceLlava], images: list[Image.Image]) -> None:
+    engine, reference = pair
+    (answer,) = ask(engine, [request(TWO_IMAGES, images[:2], ficoco_keep=100)])
+    tokens, logprobs = reference.generate(TWO_IMAGES, [(image, 100) for image in images[:2]], 6)
+    assert answer.tokens == tokens
+    torch.testing.assert_close(answer.logprobs, logprobs, atol=TOLERANCE, rtol=0)
+
+
+def test_batched_equals_alone(pair: tuple[LLM, ReferenceLlava], images: list[Image.Image]) -> None:
+    """Eight images with three budgets, text between them, in one step, each against itself alone."""
+    engine, _ = pair
+    requests = []
+    for index, image in enumerate(images):
+        requests.append(request(PROMPT, [image], ficoco_keep=(64, 192, 9)[index % 3]))
+        if index % 3 == 0:
+            requests.append(request(TEXT_ONLY))
+    engine.reset_prefix_cache()
+    together = ask(engine, requests)
+    for one, answer in zip(requests, together, strict=True):
+        engine.reset_prefix_cache()
+        engine.llm_engine.reset_mm_cache()
+        (alone,) = ask(engine, [one])
+        assert answer.tokens == alone.tokens
+        torch.testing.assert_close(answer.logprobs, alone.logprobs, atol=TOLERANCE, rtol=0)
+
+
+def test_the_check_can_fail(pair: tuple[LLM, ReferenceLlava], images: list[Image.Image]) -> None:
+    """Negative control: one token more is told apart by far more than the tolerance."""
+    engine, reference = pair
+    (answer,) = ask(engine, [request(PROMPT, [images[0]], ficoco_keep=64)], num_tokens=1)
+    _, logprobs = reference.generate(PROMPT, [(images[0], 65)], 1)
+    assert (answer.logprobs - logprobs).abs().max() > 10 * TOLERANCE

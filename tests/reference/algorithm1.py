@@ -1,0 +1,135 @@
+"""FiCoCo-V written plainly on Hugging Face's LLaVA: the oracle of the served one. Nothing of ours is used here."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+LAM, EPSILON, COEFFICIENT, WINDOW = 0.35, 0.998, 2.0, 2
+
+
+def reduce_layer(
+    tokens: np.ndarray, attention: np.ndarray, cls_attention: np.ndarray, position: list[int], side: int, removed: int
+) -> tuple[np.ndarray, list[int]]:
+    """Algorithm 1, line by line, for one image.
+
+    Args:
+        tokens: (N, D) hidden states of the patches.
+        attention: (N, N), out of the softmax over all keys.
+        cls_attention: (N,).
+        position: index of each token in the original grid.
+        side: rows and columns of that grid.
+        removed: how many tokens leave.
+    """
+    N = len(tokens)
+    rows = attention.tolist()
+    scores = [LAM * sum(rows[i]) / N - (1 - LAM) * cls_attention[i] for i in range(N)]  # line 2
+    windows: dict[tuple[int, int], list[int]] = {}
+    for i in range(N):  # line 3
+        row, column = divmod(position[i], side)
+        windows.setdefault((row // WINDOW, column // WINDOW), []).append(i)
+    for members in windows.values():
+        top = max(members, key=lambda i: scores[i])
+        scores[top] = scores[top] * COEFFICIENT if scores[top] > 0 else scores[top] / COEFFICIENT
+    ranked = sorted(range(N), key=lambda i: -scores[i])  # lines 4-5
+    source, target = sorted(ranked[:removed]), sorted(ranked[removed:])
+    total, weight = {j: tokens[j].copy() for j in target}, {j: 1.0 for j in target}
+    for i in source:
+        row = sorted(rows[i][j] for j in target)  # line 9: quantile by linear interpolation
+        place = EPSILON * (len(row) - 1)
+        low = math.floor(place)
+        high = min(low + 1, len(row) - 1)
+        threshold = row[low] + (place - low) * (row[high] - row[low])
+        chosen = [j for j in target if rows[i][j] >= threshold]  # line 10
+        mass = sum(rows[i][j] for j in chosen)
+        for j in chosen:  # lines 11-12
+            alpha = rows[i][j] / mass
+            total[j] += alpha * tokens[i]
+            weight[j] += alpha
+    kept = np.stack([total[j] / weight[j] for j in target])
+    return kept, [position[j] for j in target]
+
+
+class ReferenceLlava:
+    """Hugging Face's LLaVA whose vision tower is unrolled by hand, with Algorithm 1 between attention and MLP."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+        self.processor = AutoProcessor.from_pretrained(folder)
+        self.config = self.model.config
+
+    @torch.no_grad()
+    def features(self, image: Image.Image, keep: int) -> Tensor:
+        """Projected visual tokens of one image, (keep, hidden size)."""
+        pixels = self.processor.image_processor(image, return_tensors="pt")["pixel_values"]
+        tower = self.model.model.vision_tower
+        tower = getattr(tower, "vision_model", tower)
+        vision = self.config.vision_config
+        side = vision.image_size // vision.patch_size
+        num_layers = vision.num_hidden_layers
+        executed = num_layers + self.config.vision_feature_layer + 1
+        start = num_layers * 11 // 24
+        steps = executed - start
+        removals = [
+            (side * side - keep) // steps + (index < (side * side - keep) % steps) for index in range(steps)
+        ]
+        hidden = tower.pre_layrnorm(tower.embeddings(pixels))
+        position = list(range(side * side))
+        for index in range(executed):
+            layer = tower.encoder.layers[index]
+            attention = layer.self_attn
+            x = layer.layer_norm1(hidden)
+            heads = vision.num_attention_heads
+            query, key, value = (
+                linear(x).view(x.shape[1], heads, -1).transpose(0, 1)
+                for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )
+            weights = torch.softmax(query @ key.transpose(1, 2) / math.sqrt(query.shape[-1]), dim=-1)
+            mixed = (weights @ value).transpose(0, 1).reshape(1, x.shape[1], -1)
+            hidden = hidden + attention.out_proj(mixed)
+            removed = removals[index - start] if index >= start else 0
+            if removed:
+                mean = weights.mean(0).double().numpy()
+                kept, position = reduce_layer(
+                    hidden[0, 1:].double().numpy(), mean[1:, 1:], mean[0, 1:], position, side, removed
+                )
+                hidden = torch.cat([hidden[:, :1], torch.from_numpy(kept).float()[None]], dim=1)
+            hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
+        skip = 0 if self.config.vision_feature_select_strategy == "full" else 1
+        projected: Tensor = self.model.model.multi_modal_projector(hidden[0, skip:])
+        return projected
+
+    @torch.no_grad()
+    def generate(self, prompt: str, images: list[tuple[Image.Image, int]], num_tokens: int) -> tuple[list[int], Tensor]:
+        """Greedy answer, the whole sequence each step.
+
+        Args:
+            prompt: with one `<image>` for each image.
+            images: each with its budget.
+            num_tokens: how many to generate.
+
+        Returns:
+            Tokens and log-probabilities (num_tokens, vocabulary).
+        """
+        language_model = self.model.model.language_model
+        table = language_model.embed_tokens
+        ids = self.processor.tokenizer(prompt, add_special_tokens=False).input_ids
+        pieces, waiting = [], list(images)
+        for token in ids:
+            if token == self.config.image_token_id:
+                pieces.append(self.features(*waiting.pop(0)))
+            else:
+                pieces.append(table(torch.tensor([token])))
+        embeddings = torch.cat(pieces)[None]
+        tokens: list[int] = []
+        rows = []
+        for _ in range(num_tokens):
+            hidden = language_model(inputs_embeds=embeddings).last_hidden_state[:, -1]
+            rows.append(torch.log_softmax(self.model.lm_head(hidden)[0], dim=-1))
+            tokens.append(int(rows[-1].argmax()))
+            embeddings = torch.cat([embeddings, table(torch.tensor([tokens[-1:]]))], dim=1)
+        return tokens, torch.stack(rows)
