@@ -1,6 +1,10 @@
 """Entry point of vLLM's general plugins."""
 
+import os
+
 ARCHITECTURES = {"LlavaForConditionalGeneration": "ficoco_vllm.models.llava:FicocoLlava"}
+# What vLLM's VLLM_MEDIA_CONNECTOR must say for our loader of images to be used; `ficoco-vllm serve` sets it.
+MEDIA_CONNECTOR = "ficoco"
 
 
 def register() -> None:
@@ -18,3 +22,5 @@ def register() -> None:
     for architecture, location in ARCHITECTURES.items():
         ModelRegistry.register_model(architecture, location)
         MODELS_CONFIG_MAP[architecture] = FicocoModelConfig
+    if os.environ.get("VLLM_MEDIA_CONNECTOR") == MEDIA_CONNECTOR:
+        import ficoco_vllm.server.media  # noqa: F401 (registers itself)

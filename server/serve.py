@@ -8,7 +8,7 @@ from typing import Any
 
 from ficoco_vllm.compat import is_cpu_build, set_cpu_defaults
 from ficoco_vllm.config import NAME, FicocoConfig
-from ficoco_vllm.plugin import ARCHITECTURES
+from ficoco_vllm.plugin import ARCHITECTURES, MEDIA_CONNECTOR
 
 HELP = "serve a model with vLLM's OpenAI-compatible server"
 
@@ -38,6 +38,7 @@ def main(arguments: Sequence[str]) -> int:
         2 for settings that are not allowed; otherwise what vLLM's server leaves.
     """
     set_cpu_defaults()
+    os.environ.setdefault("VLLM_MEDIA_CONNECTOR", MEDIA_CONNECTOR)
 
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
@@ -107,9 +108,11 @@ def _use_demo_model(args: argparse.Namespace) -> None:
     args.served_model_name = args.served_model_name or ["ficoco-demo"]
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if is_cpu_build():
-        # A model of a few million parameters: compiling takes longer than it saves, and 1 GiB holds 100 prompts.
+        # A few million parameters: compiling takes longer than it saves, and 1 GiB holds a hundred full contexts.
+        # Without a size vLLM wants nine tenths of the machine's memory to be free.
         args.enforce_eager = True
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        if args.kv_cache_memory_bytes is None and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+            args.kv_cache_memory_bytes = 2**30
 
 
 def _check_architecture(args: argparse.Namespace) -> None:

@@ -8,7 +8,8 @@ from ficoco_vllm.config import NAME, FicocoConfig
 from ficoco_vllm.vision.plan import VisionPlanner
 from ficoco_vllm.vision.shape import TowerShape
 
-logger = init_logger(__name__)
+# A child of vLLM's logger, whose handlers and level it shares.
+logger = init_logger("vllm.ficoco")
 
 
 class FicocoModelConfig(VerifyAndUpdateConfig):

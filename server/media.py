@@ -1,0 +1,41 @@
+"""Images of requests: what cannot be loaded is the client's error, never the server's."""
+
+from PIL import Image
+from vllm.exceptions import VLLMValidationError
+from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
+
+from ficoco_vllm.plugin import MEDIA_CONNECTOR
+
+# Pillow's own limit of pixels, and a file URL where no folder is allowed: vLLM answers both with HTTP 500.
+_CLIENT_ERRORS = (Image.DecompressionBombError, RuntimeError)
+
+
+@MEDIA_CONNECTOR_REGISTRY.register(MEDIA_CONNECTOR)
+class FicocoMediaConnector(MediaConnector):
+    """vLLM's connector; an image that is too large or not allowed is refused with HTTP 400."""
+
+    def fetch_image(self, image_url: str, *, image_mode: str | None = "RGB") -> Image.Image:
+        """Load one image.
+
+        Args:
+            image_url: of the request.
+            image_mode: mode to convert to, None to keep it.
+
+        Raises:
+            VLLMValidationError: the image is too large, or its URL is not allowed.
+        """
+        try:
+            return super().fetch_image(image_url, image_mode=image_mode)
+        except _CLIENT_ERRORS as error:
+            raise _refusal(error) from error
+
+    async def fetch_image_async(self, image_url: str, *, image_mode: str | None = "RGB") -> Image.Image:
+        """Load one image; see `fetch_image`."""
+        try:
+            return await super().fetch_image_async(image_url, image_mode=image_mode)
+        except _CLIENT_ERRORS as error:
+            raise _refusal(error) from error
+
+
+def _refusal(error: Exception) -> VLLMValidationError:
+    return VLLMValidationError(f"image_url: {error}", parameter="image_url")
