@@ -55,7 +55,8 @@ class Reducer:
         needed = method.filter.required_signals(settings) | correlate.required_signals(settings)
         object.__setattr__(self, "correlate", correlate)
         object.__setattr__(self, "signals", needed)
-        object.__setattr__(self, "merges", method.compress.conserves_size(settings))
+        merges = method.compress.conserves_size(settings) and (correlate.complete or not correlates)
+        object.__setattr__(self, "merges", merges)
 
     @property
     def num_extra(self) -> int:

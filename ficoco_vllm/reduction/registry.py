@@ -6,6 +6,7 @@ from importlib.metadata import EntryPoint, entry_points
 
 from ficoco_vllm.reduction.method import SITES, Method
 from ficoco_vllm.reduction.methods import BUILTIN
+from ficoco_vllm.reduction.pipeline import PIPELINES
 
 ENTRY_POINT_GROUP = "ficoco_vllm.reductions"
 
@@ -46,6 +47,12 @@ def get(name: str) -> Method:
     """
     if name in BUILTIN:
         return BUILTIN[name]
+    if name in PIPELINES:
+        parts = PIPELINES[name]
+        raise ValueError(
+            f"{name!r} reduces twice, by {parts.encoder.name!r} and then by {parts.decoder.name!r}: "
+            "get each of them"
+        )
     third_party = _entry_points()
     if name not in third_party:
         raise ValueError(f"method {name!r} is not known; available: {', '.join(available())}")

@@ -112,6 +112,20 @@ def take(values: Tensor, index: Tensor) -> Tensor:
     return values[batch, index]
 
 
+def ranks(values: Tensor) -> Tensor:
+    """Place of each value in its row, from the highest; of equals the first is the higher.
+
+    Args:
+        values: (B, N) fp32.
+
+    Returns:
+        (B, N) int64, 0 for the highest.
+    """
+    order = torch.sort(values, dim=-1, descending=True, stable=True).indices
+    place = torch.arange(values.shape[-1], device=values.device).expand_as(order)
+    return torch.zeros_like(order).scatter(1, order, place)
+
+
 def require(signals: Signals, name: str) -> Tensor:
     """One signal that must be there.
 

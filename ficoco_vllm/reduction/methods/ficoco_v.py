@@ -5,10 +5,11 @@ draws much from other patches is replaceable; one that [CLS] looks at is not. Co
 A_ij. Compress (Eq. 13): each source flows into the targets above the epsilon-quantile of its row, by its
 share.
 
-Deviation: we follow the paper's equations. The authors' release differs: it scales both terms of Eq. 11 to unit
-length before mixing them and swaps their weights; it takes the attention before the softmax
-(`attention="logits"` asks the tower for that), merges where C_ij > tau_i, with tau_i over all tokens, sources
-included, and gives every source the K of the row with the most; and it weighs by a softmax over the row.
+Deviation: we follow the paper's equations. The authors' release differs: it scales both terms of Eq. 11 to
+unit length before mixing them and swaps their weights; it takes the attention before the softmax
+(`attention="logits"` asks the tower for that), merges where C_ij > tau_i, with tau_i over all tokens,
+sources included, and gives every source the K of the row with the most; and it weighs by a softmax over the
+row.
 
 Source: arXiv:2411.17686, Eqs. 11-13, Alg. 1.
 """

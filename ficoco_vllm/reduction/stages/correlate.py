@@ -1,10 +1,14 @@
 """Correlations: where should the information of a discarded token be preserved?"""
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from ficoco_vllm.reduction.settings import Settings
 from ficoco_vllm.reduction.signals import Partition, Signals, attention_rows, require, take
+
+# Marks a pair that must not merge: below every cosine, yet finite, so that quantiles stay numbers.
+NOWHERE = -2.0
 
 
 def columns(rows: Tensor, partition: Partition) -> Tensor:
@@ -50,6 +54,71 @@ def attention(signals: Signals, partition: Partition, settings: Settings) -> Ten
     Source: arXiv:2411.17686, Eq. 12.
     """
     return columns(attention_rows(signals, partition.source), partition)
+
+
+def cls_weight(signals: Signals, partition: Partition, settings: Settings) -> Tensor:
+    """C_ij = a_i^CLS, the same for every target.
+
+    Args:
+        signals: `cls_attention` (B, N).
+        partition: R sources and K targets.
+        settings: none.
+
+    Returns:
+        (B, R, K) fp32, without memory of its own along K.
+
+    Source: arXiv:2411.17686, Eq. 7.
+    """
+    B, R = partition.source.shape
+    weight = take(require(signals, "cls_attention"), partition.source).float()
+    return weight[..., None].expand(B, R, partition.target.shape[1])
+
+
+class ViaText(Settings):
+    """Knobs of Eq. 15.
+
+    Attributes:
+        gamma: weight of the direct against the indirect correlation.
+        direct_correlation: False drops the first term.
+        indirect_correlation: False drops the second term.
+    """
+
+    gamma: float = Field(default=0.6, ge=0.0, le=1.0)
+    direct_correlation: bool = True
+    indirect_correlation: bool = True
+
+
+def via_text_signals(settings: ViaText) -> frozenset[str]:
+    """Signals that Eq. 15 reads under these settings."""
+    used = {"visual_attention": settings.direct_correlation, "text_attention": settings.indirect_correlation}
+    return frozenset(name for name, on in used.items() if on)
+
+
+def attention_via_text(signals: Signals, partition: Partition, settings: ViaText) -> Tensor:
+    """C_ij = gamma * A_ij + (1 - gamma) * sum_k A_ki * A_kj, with k over the text tokens.
+
+    The direct term is the causal A_ij: zero where target j comes after source i. Both factors of the indirect
+    term are what the text gives, for the reason given at `local_text`.
+
+    Args:
+        signals: `visual_attention` (B, N, N) and `text_attention` (B, M, N).
+        partition: R sources and K targets.
+        settings: see `ViaText`.
+
+    Returns:
+        (B, R, K) fp32.
+
+    Source: arXiv:2411.17686, Eq. 15.
+    """
+    correlation = none(signals, partition, settings)
+    if settings.indirect_correlation:
+        received = require(signals, "text_attention").transpose(1, 2)
+        source = take(received, partition.source).float()
+        target = take(received, partition.target).float()
+        correlation = (1.0 - settings.gamma) * (source @ target.transpose(1, 2))
+    if settings.direct_correlation:
+        correlation = correlation + settings.gamma * attention(signals, partition, settings)
+    return correlation
 
 
 def key_cosine(signals: Signals, partition: Partition, settings: Settings) -> Tensor:

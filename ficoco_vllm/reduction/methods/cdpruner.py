@@ -1,0 +1,28 @@
+"""CDPruner: a diverse subset of what the question asks for, by a conditional determinantal point process.
+
+Filter: greedy maximum of det(L), L_ij = r_i * cos(f_i, f_j) * r_j, r the relevance for the text stretched
+to 0..1.
+Compress: prune.
+
+Signal: `text_relevance`, the cosine of CLIP's projected patch and its projected text. It takes CLIP's text
+encoder and both projections, which a LLaVA checkpoint does not carry: given, the method works; not given,
+it is refused.
+
+Deviation: as in the authors' code the relevance is negated (`negate`): CLIP's patches are most alike to a
+text where the image does not show it.
+
+Source: arXiv:2506.10967, Sec. 3.
+"""
+
+from ficoco_vllm.reduction.method import Method
+from ficoco_vllm.reduction.stages import COMPRESSIONS, CORRELATIONS, FILTERS
+
+CDPRUNER = Method(
+    name="cdpruner",
+    title="CDPruner",
+    site="features",
+    source="2506.10967",
+    filter=FILTERS["conditional_dpp"],
+    correlate=CORRELATIONS["none"],
+    compress=COMPRESSIONS["prune"],
+)

@@ -1,0 +1,26 @@
+"""EViT: keep what [CLS] looks at, fuse the rest into one token, in the encoder.
+
+Filter (Eq. 4): s_i = -a_i^CLS.
+Correlate (Eq. 7): C_i = a_i^CLS; the only target is a zero vector.
+Compress (Eq. 10): append sum_i C_i X_i.
+
+Deviation: the authors sort the kept tokens by attention; here the order is kept. The weights are the
+attention itself, which sums to less than one over what leaves, as in their code.
+
+Source: arXiv:2202.07800, Sec. 3; arXiv:2411.17686, Eqs. 4, 7, 10.
+"""
+
+from ficoco_vllm.reduction.method import Method
+from ficoco_vllm.reduction.settings import EncoderSettings
+from ficoco_vllm.reduction.stages import COMPRESSIONS, CORRELATIONS, FILTERS
+
+EVIT = Method(
+    name="evit",
+    title="EViT",
+    site="encoder",
+    source="2202.07800",
+    filter=FILTERS["cls_attention"],
+    correlate=CORRELATIONS["cls_weight"],
+    compress=COMPRESSIONS["fuse"],
+    knobs=EncoderSettings,
+)

@@ -1,0 +1,35 @@
+"""FiCoCo-L: reduction in the decoder, between attention and MLP of its layers from the 4th on.
+
+Filter (Eq. 14): s_i = beta / N * sum_j A_ij - (1 - beta) * sum_k A_ki, k over the text tokens.
+Correlate (Eq. 15): C_ij = gamma * A_ij + (1 - gamma) * sum_k A_ki * A_kj.
+Compress (Eq. 13): as in FiCoCo-V.
+
+Deviation: the paper writes A_ik for what visual token i and text token k share; in a causal decoder that is
+zero, so it is read as what i receives from k, A_ki, in both equations. The authors' release takes the
+pre-softmax, unmasked attention instead (`attention="logits"`), averages the text term over k, puts the
+quantile over all tokens, and sums where Eq. 13 divides by 1 + sum_i alpha_ij. We follow the paper.
+
+Source: arXiv:2411.17686, Eqs. 13-15, Alg. 2.
+"""
+
+from ficoco_vllm.reduction.method import Method
+from ficoco_vllm.reduction.settings import AttentionSettings, Count, DecoderSettings
+from ficoco_vllm.reduction.stages import COMPRESSIONS, CORRELATIONS, FILTERS
+
+
+class FicocoLKnobs(DecoderSettings, AttentionSettings):
+    """Settings of FiCoCo-L beyond its stages: it starts at the 4th layer (Sec. 10)."""
+
+    start_layer: Count | None = 3
+
+
+FICOCO_L = Method(
+    name="ficoco-l",
+    title="FiCoCo-L",
+    site="decoder",
+    source="2411.17686",
+    filter=FILTERS["local_text"],
+    correlate=CORRELATIONS["attention_via_text"],
+    compress=COMPRESSIONS["quantile_merge"],
+    knobs=FicocoLKnobs,
+)

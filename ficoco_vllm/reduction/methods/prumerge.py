@@ -1,0 +1,43 @@
+"""LLaVA-PruMerge and PruMerge+: keep outliers of the [CLS] attention, add their neighbours to them.
+
+Filter: PruMerge keeps the tokens that [CLS] looks at most (Eq. 4); PruMerge+ keeps the outliers of that
+attention (more than 1.5 interquartile ranges above the third quartile) and fills up with evenly spaced
+tokens.
+Correlate: C_ij = a_i^CLS for the 32 sources i whose keys are most alike to that of target j.
+Compress (Eq. 10): X_j = X_j + sum_i C_ij X_i.
+
+The authors keep as many tokens as there are outliers, so the count depends on the image. A prompt is sized
+before any image is seen: here the count is what the prompt was sized with. With fewer outliers PruMerge
+goes on down the ranking and PruMerge+ adds more evenly spaced tokens; with more outliers both keep the most
+attended of them.
+
+Deviation: neighbours are sought among the discarded tokens only; in the authors' code kept ones are added
+to each other as well, though nothing of them is lost. Their code also appends one token for all that was
+discarded, which their paper does not have; we follow the paper. As in their code, the centre itself has the
+weight 1.
+
+Source: arXiv:2403.15388, Sec. 3, Alg. 1.
+"""
+
+from ficoco_vllm.reduction.method import Method
+from ficoco_vllm.reduction.stages import COMPRESSIONS, CORRELATIONS, FILTERS
+
+PRUMERGE = Method(
+    name="prumerge",
+    title="LLaVA-PruMerge",
+    site="features",
+    source="2403.15388",
+    filter=FILTERS["cls_attention"],
+    correlate=CORRELATIONS["neighbour_attention"],
+    compress=COMPRESSIONS["add"],
+)
+
+PRUMERGE_PLUS = Method(
+    name="prumerge-plus",
+    title="LLaVA-PruMerge+",
+    site="features",
+    source="2403.15388",
+    filter=FILTERS["outlier_then_even"],
+    correlate=CORRELATIONS["neighbour_attention"],
+    compress=COMPRESSIONS["add"],
+)

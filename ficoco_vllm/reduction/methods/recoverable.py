@@ -1,0 +1,32 @@
+"""Recoverable Compression: keep what [CLS] looks at, recover what the text asks for, merge the rest.
+
+Filter: of K tokens half stay for their [CLS] attention, a share is recovered for its relevance for the
+text, and the remaining ones are centres, again by attention.
+Correlate: C_ij = a_i^CLS for the sources nearest to centre j: cosine of the keys plus relevance for the text.
+Compress (Eq. 10): X_j = X_j + sum_i C_ij X_i.
+
+Signal: `text_relevance`, the cosine of CLIP's projected patch and its projected text. It takes CLIP's text
+encoder and both projections, which a LLaVA checkpoint does not carry: given, the method works; not given,
+it is refused.
+
+The authors find all three counts from the data, as local outliers of the scores. Here the total is what the
+prompt was sized with, and the parts are shares of it.
+
+Deviation: the shares are ours, since the authors fix none. The appended token for what was discarded is
+left out, as in PruMerge, from which their code takes the merging.
+
+Source: arXiv:2409.01179, Sec. 3.
+"""
+
+from ficoco_vllm.reduction.method import Method
+from ficoco_vllm.reduction.stages import COMPRESSIONS, CORRELATIONS, FILTERS
+
+RECOVERABLE = Method(
+    name="recoverable",
+    title="Recoverable Compression",
+    site="features",
+    source="2409.01179",
+    filter=FILTERS["text_recovery"],
+    correlate=CORRELATIONS["recovery_attention"],
+    compress=COMPRESSIONS["add"],
+)

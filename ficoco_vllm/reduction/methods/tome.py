@@ -1,0 +1,36 @@
+"""ToMe: token merging between attention and MLP of every encoder layer.
+
+Filter (Eq. 3): even tokens may leave; s_i = the highest cosine of key i with the key of an odd token.
+Correlate (Eq. 6): C_ij = that cosine, for odd targets j.
+Compress (Eq. 9): each source into its best target, by the mean over the patches that they stand for.
+
+Deviation: Eq. 9 as printed is a plain mean (`size_weighted=False`); the ToMe paper and code weigh by size,
+and so do we. The authors count [CLS] as the first token and therefore start with the odd patches; here
+[CLS] is kept aside and the even patches may leave. They put what is left of the even tokens before the odd
+ones; here the order is kept. Proportional attention is on, as the authors' `prop_attn` is for supervised
+models.
+
+Source: arXiv:2210.09461, Sec. 3; arXiv:2411.17686, Eqs. 3, 6, 9.
+"""
+
+from ficoco_vllm.reduction.method import Method
+from ficoco_vllm.reduction.settings import EncoderSettings
+from ficoco_vllm.reduction.stages import COMPRESSIONS, CORRELATIONS, FILTERS
+
+
+class BipartiteKnobs(EncoderSettings):
+    """Settings of ToMe and of what builds on it, beyond the stages."""
+
+    proportional_attention: bool = True
+
+
+TOME = Method(
+    name="tome",
+    title="ToMe",
+    site="encoder",
+    source="2210.09461",
+    filter=FILTERS["key_similarity"],
+    correlate=CORRELATIONS["bipartite_cosine"],
+    compress=COMPRESSIONS["nearest_merge"],
+    knobs=BipartiteKnobs,
+)

@@ -1,0 +1,23 @@
+"""TopK: keep the tokens that [CLS] looks at most.
+
+Filter (Eq. 4): s_i = -a_i^CLS.
+Compress: prune.
+
+Deviation: the source names the baseline and no details; the features are cut once, by the last executed
+layer.
+
+Source: arXiv:2411.17686, Table 3.
+"""
+
+from ficoco_vllm.reduction.method import Method
+from ficoco_vllm.reduction.stages import COMPRESSIONS, CORRELATIONS, FILTERS
+
+TOPK_CLS = Method(
+    name="topk-cls",
+    title="TopK",
+    site="features",
+    source="2411.17686",
+    filter=FILTERS["cls_attention"],
+    correlate=CORRELATIONS["none"],
+    compress=COMPRESSIONS["prune"],
+)

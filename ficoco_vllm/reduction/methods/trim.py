@@ -1,0 +1,30 @@
+"""TRIM: keep what is relevant for the text, average the rest into one token.
+
+Filter: s_i = minus the relevance of token i for the text.
+Compress: append the mean of all discarded tokens.
+
+Signal: `text_relevance`, the product of CLIP's projected patch and its projected text. It takes CLIP's text
+encoder and both projections, which a LLaVA checkpoint does not carry: given, the method works; not given,
+it is refused.
+
+The authors keep as many tokens as there are outliers of the relevance, so the count depends on image and
+text. Here the count is what the prompt was sized with: the most relevant ones, be they outliers or not.
+
+Deviation: as in the authors' code the relevance is negated (`negate`), which the paper does not say. Their
+softmax over the tokens is left out: it changes no order.
+
+Source: arXiv:2409.10994, Sec. 3.
+"""
+
+from ficoco_vllm.reduction.method import Method
+from ficoco_vllm.reduction.stages import COMPRESSIONS, CORRELATIONS, FILTERS
+
+TRIM = Method(
+    name="trim",
+    title="TRIM",
+    site="features",
+    source="2409.10994",
+    filter=FILTERS["text_relevance"],
+    correlate=CORRELATIONS["none"],
+    compress=COMPRESSIONS["fuse_mean"],
+)

@@ -1,0 +1,26 @@
+"""Turbo: ToMe with an information degree instead of the similarity alone.
+
+Filter: s_i = R_i - alpha * a_i^CLS for even tokens, with R_i the similarity of ToMe (Eq. 3): what is unlike
+the others, or looked at by [CLS], is informative and stays. Correlate and compress: as ToMe (Eqs. 6 and 9).
+
+Deviation: the default of alpha is ours, since no LLaVA is among the models of the source: 10 lets the
+attention, at most a few hundredths for a patch, weigh against cosines that lie close together. For
+generation the authors restore the merged tokens afterwards; a LLaVA does without.
+
+Source: arXiv:2407.11717, Sec. 3.
+"""
+
+from ficoco_vllm.reduction.method import Method
+from ficoco_vllm.reduction.methods.tome import BipartiteKnobs
+from ficoco_vllm.reduction.stages import COMPRESSIONS, CORRELATIONS, FILTERS
+
+TURBO = Method(
+    name="turbo",
+    title="Turbo",
+    site="encoder",
+    source="2407.11717",
+    filter=FILTERS["informativity"],
+    correlate=CORRELATIONS["bipartite_cosine"],
+    compress=COMPRESSIONS["nearest_merge"],
+    knobs=BipartiteKnobs,
+)

@@ -1,0 +1,92 @@
+"""Filters that pick one token after another.
+
+The picks loop over the kept tokens, for each depends on those before; every step is batched over the images
+and has no host synchronisation.
+"""
+
+import torch
+from torch import Tensor
+
+from ficoco_vllm.reduction.settings import Settings
+from ficoco_vllm.reduction.signals import Signals, require
+from ficoco_vllm.reduction.stages.text_filter import Relevance
+
+
+def _cosines(signals: Signals) -> Tensor:
+    """Cosine between the features of all pairs, (B, N, N) fp32."""
+    features = torch.nn.functional.normalize(require(signals, "features").float(), dim=-1)
+    return features @ features.transpose(1, 2)
+
+
+def _rows(matrix: Tensor, pick: Tensor) -> Tensor:
+    """One row per image: (B, N, N) at (B,) gives (B, N)."""
+    return matrix[torch.arange(pick.shape[0], device=pick.device), pick]
+
+
+def max_min_distance(signals: Signals, settings: Settings, num_removed: int) -> Tensor:
+    """Keep tokens that are as far as possible from one another.
+
+    First the token whose nearest neighbour is farthest; then, again and again, the one that is farthest
+    from all that were picked. Distance is one minus the cosine of the features.
+
+    Args:
+        signals: `features` (B, N, Df), N at least 2.
+        settings: none.
+        num_removed: R.
+
+    Returns:
+        (B, N) fp32 redundancy, 0 for those to keep and 1 for the rest.
+
+    Source: arXiv:2503.02175, Alg. 1.
+    """
+    distance = 1.0 - _cosines(signals)
+    N = distance.shape[1]
+    redundancy = distance.new_ones(distance.shape[:2])
+    nearest = distance.topk(2, dim=-1, largest=False).values[..., 1]  # the smallest is to itself
+    pick = nearest.argmax(dim=-1)
+    closest = torch.full_like(redundancy, torch.inf)
+    for _ in range(N - num_removed):
+        redundancy = redundancy.scatter(1, pick[:, None], 0.0)
+        closest = torch.minimum(closest, _rows(distance, pick))
+        pick = torch.where(redundancy > 0, closest, -torch.inf).argmax(dim=-1)
+    return redundancy
+
+
+def conditional_dpp(signals: Signals, settings: Relevance, num_removed: int) -> Tensor:
+    """Keep the tokens that maximise the determinant of L_ij = r_i * cos(f_i, f_j) * r_j, greedily.
+
+    r is the relevance for the text, stretched to 0..1 within the image. Each step picks the token with the
+    largest gain, which an incremental Cholesky factor keeps up to date.
+
+    Args:
+        signals: `features` (B, N, Df) and `text_relevance` (B, N).
+        settings: see `Relevance`.
+        num_removed: R.
+
+    Returns:
+        (B, N) fp32 redundancy, 0 for those to keep and 1 for the rest.
+
+    Source: arXiv:2506.10967, Sec. 3.
+    """
+    relevance = require(signals, "text_relevance").float()
+    relevance = -relevance if settings.negate else relevance
+    low, high = relevance.aminmax(dim=-1, keepdim=True)
+    # The small number keeps every token eligible, and equal relevances at 1.
+    relevance = (relevance - low + 1e-6) / (high - low + 1e-6)
+    kernel = relevance[..., None] * _cosines(signals) * relevance[:, None]
+    B, N = relevance.shape
+    K = N - num_removed
+    gain = kernel.diagonal(dim1=1, dim2=2).clone()
+    factor = kernel.new_zeros(B, K, N)
+    redundancy = kernel.new_ones(B, N)
+    for step in range(K):
+        pick = gain.argmax(dim=-1, keepdim=True)
+        before = factor[:, :step]
+        weight = before.gather(2, pick[:, None].expand(B, step, 1))
+        row = _rows(kernel, pick[:, 0]) - torch.bmm(weight.transpose(1, 2), before)[:, 0]
+        # Once the features span no more dimensions, gains are rounding errors around zero.
+        row = row / gain.gather(1, pick).clamp_min(1e-12).sqrt()
+        factor[:, step] = row
+        redundancy = redundancy.scatter(1, pick, 0.0)
+        gain = torch.where(redundancy > 0, gain - row.square(), -torch.inf)
+    return redundancy

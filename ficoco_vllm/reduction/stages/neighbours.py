@@ -1,0 +1,135 @@
+"""Kept tokens as cluster centres that draw in their nearest discarded neighbours."""
+
+from typing import NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ficoco_vllm.reduction.settings import Settings
+from ficoco_vllm.reduction.signals import Partition, Signals, ranks, require, take
+from ficoco_vllm.reduction.stages.correlate import key_cosine
+
+
+class Neighbours(Settings):
+    """Knobs of PruMerge.
+
+    Attributes:
+        num_neighbours: how many discarded tokens each centre draws in.
+    """
+
+    num_neighbours: int = Field(default=32, ge=1)
+
+
+def neighbour_attention(signals: Signals, partition: Partition, settings: Neighbours) -> Tensor:
+    """C_ij = a_i^CLS where source i is among the nearest neighbours of target j by the cosine of the keys.
+
+    Args:
+        signals: `keys` (B, N, Dk) and `cls_attention` (B, N).
+        partition: R sources and K targets.
+        settings: see `Neighbours`.
+
+    Returns:
+        (B, R, K) fp32, 0 for other pairs.
+
+    Source: arXiv:2403.15388, Alg. 1.
+    """
+    near = _nearest(key_cosine(signals, partition, settings), settings.num_neighbours)
+    return _weigh(near, signals, partition)
+
+
+def _nearest(likeness: Tensor, count: int) -> Tensor:
+    """Mark the `count` highest entries of every column, and what equals the last of them: (B, R, K) bool."""
+    columns = likeness.transpose(1, 2).contiguous()
+    lowest = columns.topk(min(count, columns.shape[-1]), dim=-1).values[..., -1]
+    return likeness >= lowest[:, None]
+
+
+def _weigh(near: Tensor, signals: Signals, partition: Partition) -> Tensor:
+    """The [CLS] attention of the source where marked: (B, R, K) fp32."""
+    attention = take(require(signals, "cls_attention"), partition.source).float()
+    return torch.where(near, attention[..., None], 0.0)
+
+
+class Recovery(Neighbours):
+    """Knobs of Recoverable Compression.
+
+    Attributes:
+        visual_share: part of the kept tokens that [CLS] chooses.
+        text_share: part that the text recovers; the rest are centres of what is merged.
+        text_weight: weight of the relevance for the text in the choice of neighbours.
+    """
+
+    num_neighbours: int = Field(default=10, ge=1)
+    visual_share: float = Field(default=0.5, ge=0.0, le=1.0)
+    text_share: float = Field(default=0.3, ge=0.0, le=1.0)
+    text_weight: float = Field(default=1.8, ge=0.0)
+
+
+class Roles(NamedTuple):
+    """Why a token stays, (B, N) bool each: none, or one of them."""
+
+    seen: Tensor
+    asked: Tensor
+    centre: Tensor
+
+
+def roles(signals: Signals, settings: Recovery, num_kept: int) -> Roles:
+    """Choose by [CLS] attention, then of the others by relevance for the text, then by [CLS] attention again.
+
+    Args:
+        signals: `cls_attention` (B, N) and `text_relevance` (B, N).
+        settings: see `Recovery`.
+        num_kept: K, tokens with a role.
+
+    Returns:
+        Three disjoint masks of K tokens in all.
+    """
+    num_seen = round(num_kept * settings.visual_share)
+    num_asked = min(round(num_kept * settings.text_share), num_kept - num_seen)
+    attention = require(signals, "cls_attention").float()
+    relevance = require(signals, "text_relevance").float()
+    seen = ranks(attention) < num_seen
+    asked = ranks(relevance.masked_fill(seen, -torch.inf)) < num_asked
+    taken = seen | asked
+    centre = ranks(attention.masked_fill(taken, -torch.inf)) < num_kept - num_seen - num_asked
+    return Roles(seen, asked, centre)
+
+
+def text_recovery(signals: Signals, settings: Recovery, num_removed: int) -> Tensor:
+    """Keep what [CLS] looks at, what the text asks for, and centres for the rest.
+
+    Args:
+        signals: `cls_attention` (B, N) and `text_relevance` (B, N).
+        settings: see `Recovery`.
+        num_removed: R.
+
+    Returns:
+        (B, N) fp32 redundancy, 0 for those to keep and 1 for the rest.
+
+    Source: arXiv:2409.01179, Sec. 3.
+    """
+    role = roles(signals, settings, signals.position.shape[1] - num_removed)
+    return (~(role.seen | role.asked | role.centre)).float()
+
+
+def recovery_attention(signals: Signals, partition: Partition, settings: Recovery) -> Tensor:
+    """C_ij = a_i^CLS where source i is among the nearest neighbours of the centre j.
+
+    Nearness is the cosine of the keys plus the relevance of the source for the text.
+
+    Args:
+        signals: `keys` (B, N, Dk), `cls_attention` (B, N) and `text_relevance` (B, N).
+        partition: R sources and K targets.
+        settings: see `Recovery`.
+
+    Returns:
+        (B, R, K) fp32, 0 for other pairs.
+
+    Source: arXiv:2409.01179, Sec. 3.
+    """
+    role = roles(signals, settings, partition.target.shape[1])
+    relevance = take(require(signals, "text_relevance"), partition.source).float()
+    likeness = key_cosine(signals, partition, settings) + settings.text_weight * relevance[..., None]
+    near = _nearest(likeness, settings.num_neighbours) & take(role.centre, partition.target)[:, None]
+    return _weigh(near, signals, partition)

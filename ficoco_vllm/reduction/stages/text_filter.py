@@ -1,0 +1,139 @@
+"""Filters that look at the text: what the question does not ask for leaves first."""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ficoco_vllm.reduction.settings import Settings
+from ficoco_vllm.reduction.signals import Signals, attention_row_sum, require
+from ficoco_vllm.reduction.stages.filter import LocalPenalty
+from ficoco_vllm.reduction.stages.penalty import local_penalty
+
+
+class LocalText(LocalPenalty):
+    """Knobs of Eq. 14.
+
+    Attributes:
+        beta: weight of the local redundancy against the task redundancy.
+        local_redundancy: False drops the first term.
+        task_redundancy: False drops the second term.
+        local_penalty: True applies the local penalty, which the paper leaves out in the decoder.
+    """
+
+    beta: float = Field(default=0.6, ge=0.0, le=1.0)
+    local_redundancy: bool = True
+    task_redundancy: bool = True
+    local_penalty: bool = False
+
+
+def local_text_signals(settings: LocalText) -> frozenset[str]:
+    """Signals that Eq. 14 reads under these settings."""
+    used = {"visual_attention": settings.local_redundancy, "text_attention": settings.task_redundancy}
+    return frozenset(name for name, on in used.items() if on)
+
+
+def local_text(signals: Signals, settings: LocalText) -> Tensor:
+    """s_i = beta / N * sum_j A_ij - (1 - beta) * sum_k A_ki, with k over the text tokens.
+
+    The second term is what token i receives from the text: the paper writes A_ik, but in a causal decoder the
+    visual tokens come first and attend to no text.
+
+    Args:
+        signals: `visual_attention` (B, N, N) and `text_attention` (B, M, N).
+        settings: see `LocalText`.
+
+    Returns:
+        (B, N) fp32 redundancy.
+
+    Source: arXiv:2411.17686, Eq. 14.
+    """
+    B, N = signals.position.shape
+    scores = signals.position.new_zeros((B, N), dtype=torch.float32)
+    if settings.local_redundancy:
+        scores = scores + settings.beta / N * attention_row_sum(signals)
+    if settings.task_redundancy:
+        received = require(signals, "text_attention").sum(dim=1, dtype=torch.float32)
+        scores = scores - (1.0 - settings.beta) * received
+    if settings.local_penalty:
+        scores = local_penalty(scores, signals, settings.window, settings.coefficient)
+    return scores
+
+
+class Received(Settings):
+    """Knobs of Eq. 5.
+
+    Attributes:
+        queries: whose attention counts: "last", that of the last prompt token; "all", that of all tokens.
+    """
+
+    queries: Literal["last", "all"] = "last"
+
+
+def received_signals(settings: Received) -> frozenset[str]:
+    """Signals that Eq. 5 reads under these settings."""
+    return frozenset({"text_attention", *({"visual_attention"} if settings.queries == "all" else ())})
+
+
+def received_attention(signals: Signals, settings: Received) -> Tensor:
+    """s_i = minus the attention that token i receives.
+
+    Args:
+        signals: `text_attention` (B, M, N); for `queries="all"` also `visual_attention` (B, N, N).
+        settings: see `Received`.
+
+    Returns:
+        (B, N) fp32 redundancy.
+
+    Source: arXiv:2411.17686, Eq. 5; arXiv:2403.06764, Sec. 4.
+    """
+    text = require(signals, "text_attention")
+    if settings.queries == "last":
+        return -text[:, -1].float()
+    visual = require(signals, "visual_attention").sum(dim=1, dtype=torch.float32)
+    return -(visual + text.sum(dim=1, dtype=torch.float32))
+
+
+def self_cross(signals: Signals, settings: Settings) -> Tensor:
+    """s_i = -(sum_j A_ji / N) * sum_k A_ki: what i receives from the image times what it does from the text.
+
+    Args:
+        signals: `visual_attention` (B, N, N) and `text_attention` (B, M, N).
+        settings: none.
+
+    Returns:
+        (B, N) fp32 redundancy.
+
+    Source: arXiv:2409.10197, Sec. 3.
+    """
+    visual = require(signals, "visual_attention").mean(dim=1, dtype=torch.float32)
+    return -visual * require(signals, "text_attention").sum(dim=1, dtype=torch.float32)
+
+
+class Relevance(Settings):
+    """Knobs of what reads `text_relevance`.
+
+    Attributes:
+        negate: take the negated relevance. CLIP's patch tokens are most alike to a text where the image
+            does not show it, so with a plain cosine of CLIP the released codes of TRIM and CDPruner negate
+            it.
+    """
+
+    negate: bool = True
+
+
+def text_relevance(signals: Signals, settings: Relevance) -> Tensor:
+    """s_i = minus the relevance of token i for the text.
+
+    Args:
+        signals: `text_relevance` (B, N).
+        settings: see `Relevance`.
+
+    Returns:
+        (B, N) fp32 redundancy.
+
+    Source: arXiv:2409.10994, Sec. 3.
+    """
+    relevance = require(signals, "text_relevance").float()
+    return relevance if settings.negate else -relevance

@@ -1,0 +1,192 @@
+"""The `plan` subcommand: its figures, its JSON, its errors, and that it needs neither vLLM nor weights."""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ficoco_vllm.reduction import available, get
+from ficoco_vllm.reduction.cost import KNOWN_MODELS
+from ficoco_vllm.server import plan
+
+LLAVA_7B = "llava-hf/llava-1.5-7b-hf"
+
+
+def run(*options: str) -> int:
+    parser = argparse.ArgumentParser()
+    plan.add_parser(parser.add_subparsers())
+    return plan.run(parser.parse_args(["plan", *options]))
+
+
+def report(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
+    assert run(*options, "--json") == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    parsed: dict[str, Any] = json.loads(printed.out)
+    return parsed
+
+
+# The paper prints one digit. At 64 tokens its figure is that of 56 (docs/paper-tables.md, note a).
+@pytest.mark.parametrize(
+    ("keep", "tflops", "tolerance"), [(64, 1.5, 0.08), (128, 2.4, 0.03), (192, 3.3, 0.01)]
+)
+def test_the_papers_settings(
+    capsys: pytest.CaptureFixture[str], keep: int, tflops: float, tolerance: float
+) -> None:
+    plan = report(capsys, LLAVA_7B, "--method", "ficoco-v", "--keep", str(keep), "--text-tokens", "60")
+    assert plan["reduced"]["decoder_flops"] / 1e12 == pytest.approx(tflops, rel=tolerance)
+    assert plan["unreduced"]["decoder_flops"] / 1e12 == pytest.approx(8.5, rel=0.01)
+    assert plan["decoder_visual_tokens"] == [keep] * 33
+    assert plan["encoder_tokens"][:12] == [576] * 12
+    assert plan["encoder_tokens"][-1] == keep
+
+
+def test_the_json_is_stable(capsys: pytest.CaptureFixture[str]) -> None:
+    """A change here breaks who reads it: raise JSON_SCHEMA with it."""
+    parsed = report(capsys, LLAVA_7B, "--keep", "64", "--images", "2", "--dtype", "int8")
+    assert parsed["schema"] == 1
+    assert list(parsed) == [
+        "schema",
+        "model",
+        "method",
+        "num_text_tokens",
+        "num_images",
+        "dtype",
+        "num_patches",
+        "encoder_tokens",
+        "decoder_visual_tokens",
+        "mean_visual_tokens",
+        "reduced",
+        "unreduced",
+        "prefill_speedup",
+    ]
+    costs = {
+        "tower_flops",
+        "projector_flops",
+        "decoder_flops",
+        "reduction_flops",
+        "kv_bytes_per_layer",
+        "weight_bytes",
+        "activation_bytes",
+        "llm_traffic_bytes",
+        "total_flops",
+        "kv_bytes",
+        "memory_bytes",
+    }
+    assert set(parsed["reduced"]) == set(parsed["unreduced"]) == costs
+    assert set(parsed["prefill_speedup"]) == {"compute_bound", "memory_bound"}
+    # Two images of 64 tokens, 60 text tokens, keys and values of 4096 numbers of one byte each.
+    assert parsed["reduced"]["kv_bytes_per_layer"] == [(2 * 64 + 60) * 2 * 4096] * 32
+    assert parsed["reduced"]["kv_bytes"] == 32 * (2 * 64 + 60) * 2 * 4096
+
+
+def test_the_table_shows_both_sides(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(LLAVA_7B, "--keep", "64") == 0
+    lines = capsys.readouterr().out.splitlines()
+    cells = [line.split() for line in lines]
+    for row in (
+        ["layers", "0-11", "576"],
+        ["layer", "12", "533"],
+        ["layers", "0-31", "64"],
+        ["LLM", "prefill,", "TFLOPs", "8.450", "1.614"],
+        ["KV", "cache,", "MB", "333.447", "65.012"],
+    ):
+        assert row in cells
+
+
+def test_every_method_has_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    """What stays is `keep` whatever the method; where tokens leave is its site."""
+    for name in available():
+        parsed = report(capsys, LLAVA_7B, "--method", name, "--keep", "64")
+        in_tower, in_decoder = parsed["encoder_tokens"], parsed["decoder_visual_tokens"]
+        site = get(name).site
+        assert in_decoder[-1] == 64
+        assert (in_tower[-1] < 576) == (site == "encoder")
+        assert (in_decoder[0] == 576) == (site == "decoder")
+
+
+@pytest.mark.parametrize(
+    ("options", "encoder", "decoder"),
+    [
+        (["--schedule", "11:300,20:64"], [576] * 12 + [300] * 9 + [64] * 3, [64] * 33),
+        (["--keep", "64", "--schedule", "one-shot"], [576] * 12 + [64] * 12, [64] * 33),
+        (["--keep", "64", "--schedule", "one-shot", "--start-layer", "20"], [576] * 21 + [64] * 3, [64] * 33),
+        (["--kv-budget", "64", "--schedule", "one-shot"], [576] * 12 + [64] * 12, [64] * 33),
+    ],
+)
+def test_schedules(
+    capsys: pytest.CaptureFixture[str], options: list[str], encoder: list[int], decoder: list[int]
+) -> None:
+    parsed = report(capsys, LLAVA_7B, *options)
+    assert parsed["encoder_tokens"] == encoder
+    assert parsed["decoder_visual_tokens"] == decoder
+
+
+def test_a_configuration_on_disk_is_read(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(KNOWN_MODELS[LLAVA_7B]))
+    known = report(capsys, LLAVA_7B, "--keep", "64")
+    for model in (tmp_path, tmp_path / "config.json"):
+        assert {**report(capsys, str(model), "--keep", "64"), "model": LLAVA_7B} == known
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["no/such-model", "--keep", "64"], "model: got 'no/such-model', allowed: a folder with config.json"),
+        ([LLAVA_7B], "keep: got None, allowed: 1 to 576"),
+        ([LLAVA_7B, "--keep", "577"], "keep: got 577, allowed: 1 to 576"),
+        ([LLAVA_7B, "--keep", "64", "--method", "nope"], "method: got 'nope', allowed: "),
+        ([LLAVA_7B, "--keep", "64", "--dtype", "fp8"], "dtype: got 'fp8', allowed: fp16, int8, int4"),
+        ([LLAVA_7B, "--keep", "64", "--images", "0"], "num_images: got 0, allowed: at least 1"),
+        ([LLAVA_7B, "--keep", "64", "--text-tokens", "0"], "num_text_tokens: got 0, allowed: at least 1"),
+        (
+            [LLAVA_7B, "--keep", "64", "--schedule", "odd"],
+            "schedule: got 'odd', allowed: even, one-shot, geometric",
+        ),
+        (
+            [LLAVA_7B, "--schedule", "3:x"],
+            "schedule: got '3:x', allowed: even, one-shot, geometric, or LAYER:KEEP",
+        ),
+        ([LLAVA_7B, "--schedule", "3:4:5"], "schedule: got '3:4:5', allowed"),
+        ([LLAVA_7B, "--keep", "64", "--start-layer", "23"], "start_layer: got 23, allowed: 0 to 22"),
+        (
+            [LLAVA_7B, "--keep", "64", "--encoder-keep", "9"],
+            "encoder_keep, encoder_schedule, encoder_start_layer",
+        ),
+        ([LLAVA_7B, "--keep", "64", "--kv-budget", "64"], "kv_budget: allowed without keep"),
+    ],
+)
+def test_errors_go_to_stderr(capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
+    assert run(*options) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(f"ficoco-vllm: error: {message}")
+    assert printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "llava"}'])
+def test_a_broken_configuration_is_an_error(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, content: str
+) -> None:
+    (tmp_path / "config.json").write_text(content)
+    assert run(str(tmp_path), "--keep", "64") == 2
+    assert "config" in capsys.readouterr().err
+
+
+def test_runs_without_vllm(tmp_path: Path) -> None:
+    """In a process of its own, where importing vLLM, transformers or Triton fails."""
+    script = f"""
+import sys
+for name in ("vllm", "transformers", "triton"):
+    sys.modules[name] = None
+from ficoco_vllm.server.cli import main
+sys.exit(main(["plan", {LLAVA_7B!r}, "--keep", "64", "--json"]))
+"""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["decoder_visual_tokens"][0] == 64
