@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 
+from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.reduction import available, get
 from ficoco_vllm.reduction.cost import KNOWN_MODELS
 from ficoco_vllm.server import plan
+from ficoco_vllm.vision.plan import VisionPlanner
+from ficoco_vllm.vision.shape import TowerShape
 
 LLAVA_7B = "llava-hf/llava-1.5-7b-hf"
 
@@ -116,6 +119,58 @@ def test_every_method_has_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
         (["--keep", "64", "--schedule", "one-shot"], [576] * 12 + [64] * 12, [64] * 33),
         (["--keep", "64", "--schedule", "one-shot", "--start-layer", "20"], [576] * 21 + [64] * 3, [64] * 33),
         (["--kv-budget", "64", "--schedule", "one-shot"], [576] * 12 + [64] * 12, [64] * 33),
+        (
+            ["--method", "ficoco-l", "--keep", "64", "--schedule", "one-shot"],
+            [576] * 24,
+            [576] * 4 + [64] * 29,
+        ),
+        # 4 x 576 + 28 x 9 = 32 x 79.875; with 10 left the average would be 80.75.
+        (
+            ["--method", "ficoco-l", "--kv-budget", "80", "--schedule", "one-shot"],
+            [576] * 24,
+            [576] * 4 + [9] * 29,
+        ),
+        (
+            ["--method", "ficoco-l", "--schedule", "7:288,15:144,23:72"],
+            [576] * 24,
+            [576] * 8 + [288] * 8 + [144] * 8 + [72] * 9,
+        ),
+        # PyramidDrop reduces at layers of its own, unless told otherwise.
+        (
+            ["--method", "pyramiddrop", "--keep", "72"],
+            [576] * 24,
+            [576] * 9 + [288] * 8 + [144] * 8 + [72] * 8,
+        ),
+        (
+            ["--method", "pyramiddrop", "--keep", "72", "--start-layer", "31"],
+            [576] * 24,
+            [576] * 32 + [72],
+        ),
+        # Without --encoder-keep, half of the 512 that go leave in the tower.
+        (
+            [
+                "--method",
+                "ficoco-vl",
+                "--keep",
+                "64",
+                "--schedule",
+                "one-shot",
+                "--encoder-schedule",
+                "one-shot",
+            ],
+            [576] * 12 + [320] * 12,
+            [320] * 4 + [64] * 29,
+        ),
+        (
+            ["--method", "ficoco-vl", "--schedule", "9:50", "--encoder-schedule", "20:100"],
+            [576] * 21 + [100] * 3,
+            [100] * 10 + [50] * 23,
+        ),
+        (
+            ["--method", "ficoco-vl", "--kv-budget", "56", "--schedule", "one-shot", "--encoder-keep", "70"],
+            [576] * 12 + [533, 490, *range(448, 69, -42)],  # 506 = 2 x 43 + 10 x 42
+            [70] * 4 + [54] * 29,
+        ),
     ],
 )
 def test_schedules(
@@ -126,11 +181,35 @@ def test_schedules(
     assert parsed["decoder_visual_tokens"] == decoder
 
 
+@pytest.mark.parametrize("method", ["ficoco-v", "tome", "evit"])
+@pytest.mark.parametrize("keep", [48, 63, 64, 300, 576])
+def test_the_tower_does_what_is_planned(capsys: pytest.CaptureFixture[str], method: str, keep: int) -> None:
+    """The counts are those by which the server runs the tower."""
+    parsed = report(capsys, LLAVA_7B, "--method", method, "--keep", str(keep))
+    shape = TowerShape(grid=(24, 24), num_layers=24, num_executed_layers=23, with_cls=False)
+    served = VisionPlanner.shared(FicocoConfig(method=method, keep=keep), shape)
+    num_extra = get(method).num_extra
+    counts = [576]
+    removals = served.plan(served.default).removals
+    for layer in range(23):
+        gone = removals.get(layer, 0)
+        counts.append(counts[-1] - gone + (num_extra if gone else 0))
+    assert parsed["encoder_tokens"] == counts
+
+
 def test_a_configuration_on_disk_is_read(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(KNOWN_MODELS[LLAVA_7B]))
     known = report(capsys, LLAVA_7B, "--keep", "64")
     for model in (tmp_path, tmp_path / "config.json"):
         assert {**report(capsys, str(model), "--keep", "64"), "model": LLAVA_7B} == known
+
+
+def test_the_demo_model_is_found(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(KNOWN_MODELS[LLAVA_7B]))
+    monkeypatch.setattr("ficoco_vllm.demo_model.path", lambda: tmp_path)
+    assert report(capsys, "demo", "--keep", "64")["encoder_tokens"][-1] == 64
 
 
 @pytest.mark.parametrize(
@@ -158,6 +237,19 @@ def test_a_configuration_on_disk_is_read(capsys: pytest.CaptureFixture[str], tmp
             "encoder_keep, encoder_schedule, encoder_start_layer",
         ),
         ([LLAVA_7B, "--keep", "64", "--kv-budget", "64"], "kv_budget: allowed without keep"),
+        ([LLAVA_7B, "--method", "ficoco-vl"], "keep: got None"),
+        (
+            [LLAVA_7B, "--method", "ficoco-vl", "--keep", "64", "--encoder-keep", "63"],
+            "keep: got 64, allowed: 1 to 63, the visual tokens that enter",
+        ),
+        (
+            [LLAVA_7B, "--method", "ficoco-l", "--kv-budget", "62.5", "--schedule", "one-shot"],
+            "kv_budget: got 62.5, allowed: 72.88",
+        ),
+        (
+            [LLAVA_7B, "--method", "topk-cls", "--keep", "64", "--schedule", "even"],
+            "schedule, start_layer: allowed for methods that reduce inside tower or decoder",
+        ),
     ],
 )
 def test_errors_go_to_stderr(capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:

@@ -41,24 +41,21 @@ class Traits:
         max_removed: the most tokens that a call may remove out of so many.
         schedule: its own schedule, by name or as what each reducing layer removes.
         start_layer: its own first reducing layer, None for the paper's.
+        layers: its own reducing layers, None for all from `start_layer` on.
     """
 
     num_extra: int = 0
     max_removed: Callable[[int], int] = lambda num_tokens: num_tokens - 1
     schedule: str | tuple[int, ...] = "even"
     start_layer: int | None = None
+    layers: tuple[int, ...] | None = None
 
 
 PLAIN = Traits()
 
 
 def spread(
-    entering: int,
-    num_layers: int,
-    keep: int | None,
-    schedule: str | tuple[int, ...],
-    start: int,
-    traits: Traits,
+    entering: int, num_layers: int, keep: int | None, budget: Budget, default_start: int, traits: Traits
 ) -> tuple[int, ...]:
     """Tokens that enter each layer, and those that leave the last one, by the schedule of a method.
 
@@ -66,8 +63,8 @@ def spread(
         entering: tokens that enter the first layer.
         num_layers: how many layers there are.
         keep: tokens that leave the last layer.
-        schedule: "even", "one-shot", "geometric", or what each reducing layer removes.
-        start: the first reducing layer.
+        budget: with the schedule and the start layer, if they are not the method's own.
+        default_start: the first reducing layer if neither budget nor method names one.
         traits: of the method.
 
     Returns:
@@ -78,19 +75,32 @@ def spread(
 
     Source: arXiv:2411.17686, Section 10.
     """
+    schedule = budget.schedule if isinstance(budget.schedule, str) else traits.schedule
     if isinstance(schedule, str) and schedule not in KINDS:
         allowed = f"{', '.join(KINDS)}, or pairs of a layer and what it keeps"
         raise ValueError(f"schedule: got {schedule!r}, allowed: {allowed}")
     if keep is None or not 1 <= keep <= entering:
         raise ValueError(f"keep: got {keep}, allowed: 1 to {entering}, the visual tokens that enter")
+    layers = _reducing_layers(num_layers, budget.start_layer, default_start, traits)
+    removed = make_schedule(schedule, entering, keep, layers, traits.num_extra, traits.max_removed)
+    counts = [entering]
+    for layer in range(num_layers):
+        gone = removed.get(layer, 0)
+        counts.append(counts[-1] - gone + (traits.num_extra if gone else 0))
+    return tuple(counts)
+
+
+def _reducing_layers(
+    num_layers: int, start_layer: int | None, default_start: int, traits: Traits
+) -> Sequence[int]:
+    if start_layer is None and traits.layers is not None:
+        if max(traits.layers) >= num_layers:
+            raise ValueError(f"layers: the method's are {traits.layers}, allowed: 0 to {num_layers - 1}")
+        return traits.layers
+    start = next(start for start in (start_layer, traits.start_layer, default_start) if start is not None)
     if not 0 <= start < num_layers:
         raise ValueError(f"start_layer: got {start}, allowed: 0 to {num_layers - 1}")
-    layers = range(start, num_layers)
-    removed = make_schedule(schedule, entering, keep, layers, traits.num_extra, traits.max_removed)
-    counts = [entering] * (start + 1)
-    for layer in layers:
-        counts.append(counts[-1] - removed[layer] + (traits.num_extra if removed[layer] else 0))
-    return tuple(counts)
+    return range(start, num_layers)
 
 
 def spread_pairs(

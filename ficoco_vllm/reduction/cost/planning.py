@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import floor
 from statistics import fmean
-from typing import TypeVar
 
 from ficoco_vllm.reduction.cost.budget import PLAIN, Budget, Traits, spread, spread_pairs
 from ficoco_vllm.reduction.cost.shapes import ModelShape
@@ -18,8 +17,6 @@ from ficoco_vllm.reduction.schedule import default_start_layer
 DECODER_START_LAYER = 3
 # Methods that reduce twice: in the tower, then in the decoder.
 PIPELINES: Mapping[str, tuple[str, str]] = {"ficoco-vl": ("ficoco-v", "ficoco-l")}
-
-T = TypeVar("T")
 
 
 def plan_tokens(
@@ -68,7 +65,8 @@ def encoder_tokens(shape: ModelShape, budget: Budget, traits: Traits = PLAIN) ->
 
     Args:
         shape: the model.
-        budget: `start_layer` defaults to the paper's 12th layer of 24, scaled with the depth.
+        budget: without a start layer, and if the method has none, the paper's 12th layer of 24 starts, scaled
+            with the depth.
         traits: of the method.
 
     Returns:
@@ -83,8 +81,7 @@ def encoder_tokens(shape: ModelShape, budget: Budget, traits: Traits = PLAIN) ->
     keep = _constant_keep(budget)
     if budget.pairs is not None:
         return spread_pairs(entering, num_layers, budget.pairs, keep, traits)
-    start = _first(budget.start_layer, traits.start_layer, default_start_layer(shape.tower.num_layers))
-    return spread(entering, num_layers, keep, _named(budget, traits), start, traits)
+    return spread(entering, num_layers, keep, budget, default_start_layer(shape.tower.num_layers), traits)
 
 
 def decoder_tokens(
@@ -95,8 +92,8 @@ def decoder_tokens(
     Args:
         shape: the model.
         entering: visual tokens of an image that leave the tower.
-        budget: `start_layer` defaults to the paper's 4th layer. A `kv_budget` is met from below, by the
-            largest `keep` whose average does not exceed it.
+        budget: without a start layer, and if the method has none, the paper's 4th layer starts. A `kv_budget`
+            is met from below, by the largest `keep` whose average does not exceed it.
         traits: of the method.
 
     Returns:
@@ -112,10 +109,9 @@ def decoder_tokens(
         raise ValueError("kv_budget: allowed without keep, and with a named schedule only")
     if budget.pairs is not None:
         return spread_pairs(entering, num_layers, budget.pairs, budget.keep, traits)
-    start = _first(budget.start_layer, traits.start_layer, DECODER_START_LAYER)
 
     def counts(keep: int | None) -> tuple[int, ...]:
-        return spread(entering, num_layers, keep, _named(budget, traits), start, traits)
+        return spread(entering, num_layers, keep, budget, DECODER_START_LAYER, traits)
 
     if budget.kv_budget is None:
         return counts(budget.keep)
@@ -135,7 +131,8 @@ def _feature_tokens(num_patches: int, budget: Budget, traits: Traits) -> int:
     # All go in one call behind the last executed layer: there is no layer to choose.
     if budget.schedule is not None or budget.start_layer is not None:
         raise ValueError("schedule, start_layer: allowed for methods that reduce inside tower or decoder")
-    return spread(num_patches, 1, _constant_keep(budget), "one-shot", 0, traits)[-1]
+    at_once = Budget(schedule="one-shot", start_layer=0)
+    return spread(num_patches, 1, _constant_keep(budget), at_once, 0, traits)[-1]
 
 
 def _constant_keep(budget: Budget) -> int | None:
@@ -150,23 +147,17 @@ def _constant_keep(budget: Budget) -> int | None:
 def _tower_part(num_patches: int, budget: Budget, encoder_budget: Budget) -> Budget:
     if encoder_budget.keep is not None or encoder_budget.pairs is not None:
         return encoder_budget
-    target = budget.pairs[-1][1] if budget.pairs else _first(budget.keep, budget.kv_budget, num_patches)
+    targets = (budget.pairs[-1][1] if budget.pairs else None, budget.keep, budget.kv_budget)
+    target = next((target for target in targets if target is not None), num_patches)
     return replace(encoder_budget, keep=(num_patches + floor(target)) // 2)
 
 
-def _named(budget: Budget, traits: Traits) -> str | tuple[int, ...]:
-    return budget.schedule if isinstance(budget.schedule, str) else traits.schedule
-
-
-def _first(*values: T | None) -> T:
-    return next(value for value in values if value is not None)
-
-
 def _own(method: Method) -> Traits:
-    start = method.settings.model_fields.get("start_layer")
+    defaults = {name: field.default for name, field in method.settings.model_fields.items()}
     return Traits(
         num_extra=method.num_extra,
         max_removed=method.max_removed,
         schedule=method.default_schedule,
-        start_layer=None if start is None else start.default,
+        start_layer=defaults.get("start_layer"),
+        layers=defaults.get("layers"),
     )
