@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import BatchFeature
 from vllm.exceptions import VLLMValidationError
-from vllm.model_executor.models.llava import LlavaMultiModalProcessor, LlavaProcessingInfo
 from vllm.inputs import MultiModalInput
+from vllm.model_executor.models.llava import LlavaMultiModalProcessor, LlavaProcessingInfo
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
 from vllm.multimodal.parse import ImageEmbeddingItems, ImageProcessorItems, MultiModalDataItems
 from vllm.multimodal.processing import PromptReplacement, PromptUpdate
@@ -50,7 +50,9 @@ class FicocoProcessingInfo(LlavaProcessingInfo):
             VLLMValidationError: naming the field, its value and what is allowed (HTTP 400).
         """
         merged = self.ctx.get_merged_mm_kwargs(mm_kwargs)
-        unknown = sorted(key for key in merged if key.startswith(PREFIX) and key not in (KEEP, METHOD, SETTINGS))
+        unknown = sorted(
+            key for key in merged if key.startswith(PREFIX) and key not in (KEEP, METHOD, SETTINGS)
+        )
         if unknown:
             raise VLLMValidationError(
                 f"{unknown[0]} is not a field of this server; allowed: {KEEP}, {METHOD}",
@@ -131,7 +133,9 @@ class FicocoMultiModalProcessor(LlavaMultiModalProcessor):
 
         def replacement(item_index: int) -> list[int]:
             images = mm_items.get_items("image", (ImageEmbeddingItems, ImageProcessorItems))
-            if isinstance(images, ImageEmbeddingItems):  # embeddings come reduced or not, as their sender chose
+            if isinstance(
+                images, ImageEmbeddingItems
+            ):  # embeddings come reduced or not, as their sender chose
                 return [image_token_id] * images.get_feature_size(item_index)
             return [image_token_id] * num_tokens
 

@@ -20,7 +20,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, or 2 for bad input (said in one line on stderr).
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    parser = argparse.ArgumentParser(prog="ficoco-vllm", description="LLaVA with a fraction of its visual tokens.")
+    parser = argparse.ArgumentParser(
+        prog="ficoco-vllm", description="LLaVA with a fraction of its visual tokens."
+    )
     parser.add_argument("-v", "--version", action="version", version=f"ficoco-vllm {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
     for command in COMMANDS.values():

@@ -25,16 +25,18 @@ class FicocoMediaConnector(MediaConnector):
             VLLMValidationError: the image is too large, or its URL is not allowed.
         """
         try:
-            return super().fetch_image(image_url, image_mode=image_mode)
+            image: Image.Image = super().fetch_image(image_url, image_mode=image_mode)
         except _CLIENT_ERRORS as error:
             raise _refusal(error) from error
+        return image
 
     async def fetch_image_async(self, image_url: str, *, image_mode: str | None = "RGB") -> Image.Image:
         """Load one image; see `fetch_image`."""
         try:
-            return await super().fetch_image_async(image_url, image_mode=image_mode)
+            image: Image.Image = await super().fetch_image_async(image_url, image_mode=image_mode)
         except _CLIENT_ERRORS as error:
             raise _refusal(error) from error
+        return image
 
 
 def _refusal(error: Exception) -> VLLMValidationError:

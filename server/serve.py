@@ -22,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add our options to those of vLLM's server."""
     group = parser.add_argument_group("ficoco", "Reduction of visual tokens; without these, as stock vLLM.")
     group.add_argument("--ficoco-method", metavar="NAME", help="one of `ficoco-vllm methods`")
-    group.add_argument("--ficoco-keep", metavar="N", help="visual tokens kept of an image (a request may differ)")
+    group.add_argument(
+        "--ficoco-keep", metavar="N", help="visual tokens kept of an image (a request may differ)"
+    )
     group.add_argument(
         "--ficoco-config", metavar="JSON|FILE", help="all settings, as a JSON object or a file that holds one"
     )
@@ -96,7 +98,9 @@ def read_settings(method: str | None, keep: str | None, config: str | None) -> d
         try:
             settings["keep"] = int(keep)
         except ValueError as error:
-            raise ValueError(f"--ficoco-keep = {keep!r} is not allowed; allowed: an integer of at least 1") from error
+            raise ValueError(
+                f"--ficoco-keep = {keep!r} is not allowed; allowed: an integer of at least 1"
+            ) from error
     return settings
 
 
@@ -119,7 +123,9 @@ def _check_architecture(args: argparse.Namespace) -> None:
     """Refuse a model that would be served without the reduction that was asked for."""
     from vllm.transformers_utils.config import get_config
 
-    config = get_config(args.model_tag or args.model, trust_remote_code=args.trust_remote_code, revision=args.revision)
+    config = get_config(
+        args.model_tag or args.model, trust_remote_code=args.trust_remote_code, revision=args.revision
+    )
     architectures = list(getattr(config, "architectures", None) or [])
     if not set(architectures) & set(ARCHITECTURES):
         raise ValueError(

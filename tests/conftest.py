@@ -39,4 +39,6 @@ def images() -> list[Image.Image]:
     """Eight different images, not all square."""
     sizes = [(192, 192), (300, 200), (64, 64), (192, 400), (192, 192), (500, 500), (193, 191), (224, 224)]
     rng = np.random.default_rng(0)
-    return [Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)) for width, height in sizes]
+    return [
+        Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)) for width, height in sizes
+    ]

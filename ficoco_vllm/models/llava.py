@@ -76,7 +76,9 @@ class FicocoLlava(LlavaForConditionalGeneration):
         for budget, members in groups.items():
             for start in range(0, len(members), self.max_images):
                 chunk = members[start : start + self.max_images]
-                batch = pixels if len(chunk) == len(pixels) else pixels[torch.tensor(chunk, device=pixels.device)]
+                batch = (
+                    pixels if len(chunk) == len(pixels) else pixels[torch.tensor(chunk, device=pixels.device)]
+                )
                 for index, embedding in zip(chunk, self._embed(batch, budget), strict=True):
                     embeddings[index] = embedding
         return embeddings

@@ -40,8 +40,9 @@ def attention_with_lse(
     step = max(1, _SCRATCH_BYTES // (4 * H * N * N))
     lse = torch.cat(
         [
-            _logits(query[i : i + step], key[i : i + step], scale, None if bias is None else bias[i : i + step])
-            .logsumexp(dim=-1)
+            _logits(
+                query[i : i + step], key[i : i + step], scale, None if bias is None else bias[i : i + step]
+            ).logsumexp(dim=-1)
             for i in range(0, B, step)
         ]
     )
@@ -78,6 +79,8 @@ class ClipAttention:
         bias: (B, 1 + N) added to the logits of each key, or None.
         head_mean: turns the sum over this rank's heads into the mean over all heads (a reduction over the
             ranks, under tensor parallelism).
+        logits: hand out logits before the softmax, as the authors' release of FiCoCo does, instead of
+            probabilities.
     """
 
     query: Tensor
@@ -86,6 +89,7 @@ class ClipAttention:
     scale: float
     bias: Tensor | None
     head_mean: Callable[[Tensor], Tensor]
+    logits: bool = False
 
     @property
     def shape(self) -> torch.Size:
@@ -93,20 +97,24 @@ class ClipAttention:
         B, _, N, _ = self.query.shape
         return torch.Size((B, N - 1, N - 1))
 
-    def _probabilities(self, query: Tensor, lse: Tensor, keys: slice) -> Tensor:
+    def _block(self, query: Tensor, lse: Tensor, keys: slice) -> Tensor:
         bias = None if self.bias is None else self.bias[:, keys]
-        logits = _logits(query, self.key[:, :, keys], self.scale, bias)
-        return self.head_mean(logits.sub_(lse[..., None]).exp_().sum(dim=1))
+        values = _logits(query, self.key[:, :, keys], self.scale, bias)
+        if not self.logits:
+            values = values.sub_(lse[..., None]).exp_()
+        return self.head_mean(values.sum(dim=1))
 
     def row_sum(self) -> Tensor:
-        """What each token draws from the other patches: one minus its attention to [CLS].
+        """What each token draws from the patches: one minus its attention to [CLS] (for logits, their sum).
 
         Returns:
             (B, N) fp32.
 
         Source: arXiv:2411.17686, Eq. 11, first term, times N.
         """
-        to_cls = self._probabilities(self.query[:, :, 1:], self.lse[:, :, 1:], slice(0, 1))
+        if self.logits:
+            return self.dense().sum(dim=-1)
+        to_cls = self._block(self.query[:, :, 1:], self.lse[:, :, 1:], slice(0, 1))
         return 1.0 - to_cls[..., 0]
 
     def rows(self, index: Tensor) -> Tensor:
@@ -121,7 +129,7 @@ class ClipAttention:
         B, H, _, d = self.query.shape
         chosen = (index + 1)[:, None, :].expand(B, H, -1)
         query = self.query.gather(2, chosen[..., None].expand(-1, -1, -1, d))
-        return self._probabilities(query, self.lse.gather(2, chosen), slice(1, None))
+        return self._block(query, self.lse.gather(2, chosen), slice(1, None))
 
     def dense(self) -> Tensor:
         """The whole map.
@@ -129,7 +137,7 @@ class ClipAttention:
         Returns:
             (B, N, N) fp32.
         """
-        return self._probabilities(self.query[:, :, 1:], self.lse[:, :, 1:], slice(1, None))
+        return self._block(self.query[:, :, 1:], self.lse[:, :, 1:], slice(1, None))
 
     def cls_attention(self) -> Tensor:
         """Attention of [CLS] to each patch token.
@@ -139,7 +147,7 @@ class ClipAttention:
 
         Source: arXiv:2411.17686, Eq. 4.
         """
-        return self._probabilities(self.query[:, :, :1], self.lse[:, :, :1], slice(1, None))[:, 0]
+        return self._block(self.query[:, :, :1], self.lse[:, :, :1], slice(1, None))[:, 0]
 
     def keys(self) -> Tensor:
         """Head-mean keys of the patch tokens.

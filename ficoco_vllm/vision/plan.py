@@ -31,12 +31,14 @@ class VisionPlan:
         removals: index of each reducing layer to the number of tokens removed there; empty for a method that
             works on the features.
         proportional: whether later layers weigh each key by the patches that it stands for.
+        logits: whether the method is shown attention logits instead of probabilities.
     """
 
     reducer: Reducer
     keep: int
     removals: dict[int, int] = field(default_factory=dict)
     proportional: bool = False
+    logits: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +107,9 @@ class VisionPlanner:
             return default
         if not self.active:
             asked = "ficoco_method" if keep is None else "ficoco_keep"
-            raise ValueError(f"{asked}: this server does not reduce; start it with --ficoco-method to allow it")
+            raise ValueError(
+                f"{asked}: this server does not reduce; start it with --ficoco-method to allow it"
+            )
         if method is None:
             method = default.method
         elif method not in self.methods:
@@ -148,7 +152,9 @@ class VisionPlanner:
         settings = self.config.settings if budget.method == self.config.method else {}
         reducer = method.configure(**settings)
         if method.site == "features":
-            make_schedule("one-shot", self.shape.num_patches, budget.keep, [0], method.num_extra, method.max_removed)
+            make_schedule(
+                "one-shot", self.shape.num_patches, budget.keep, [0], method.num_extra, method.max_removed
+            )
             return VisionPlan(reducer, budget.keep)
         start = getattr(reducer.settings, "start_layer", None)
         if start is None:
@@ -164,8 +170,13 @@ class VisionPlanner:
             method.num_extra,
             method.max_removed,
         )
-        proportional = getattr(reducer.settings, "proportional_attention", False)
-        return VisionPlan(reducer, budget.keep, removals, proportional)
+        return VisionPlan(
+            reducer,
+            budget.keep,
+            removals,
+            proportional=getattr(reducer.settings, "proportional_attention", False),
+            logits=getattr(reducer.settings, "attention", "probs") == "logits",
+        )
 
 
 @lru_cache(maxsize=4096)
@@ -185,6 +196,8 @@ def _shared(config: str, shape: TowerShape) -> VisionPlanner:
         )
     keep = planner.default.keep
     if keep > shape.num_patches:
-        raise ValueError(f"ficoco.keep = {keep} is not allowed; allowed: an integer from 1 to {shape.num_patches}")
+        raise ValueError(
+            f"ficoco.keep = {keep} is not allowed; allowed: an integer from 1 to {shape.num_patches}"
+        )
     planner.plan(planner.default)
     return planner

@@ -53,7 +53,7 @@ def encode(tower: CLIPVisionTransformer, pixels: Tensor, plan: VisionPlan, grid:
         if not (num_removed or on_features or weighted):
             tokens = replace(tokens, hidden=layer(tokens.hidden))
             continue
-        tokens, attention = _attend(layer, tokens, weighted)
+        tokens, attention = _attend(layer, tokens, weighted, plan.logits)
         if num_removed:
             tokens = _reduce(tokens, attention, plan, num_removed, grid)
         tokens = replace(tokens, hidden=tokens.hidden + layer.mlp(layer.layer_norm2(tokens.hidden)))
@@ -62,7 +62,9 @@ def encode(tower: CLIPVisionTransformer, pixels: Tensor, plan: VisionPlan, grid:
     return tokens.hidden
 
 
-def _attend(layer: CLIPEncoderLayer, tokens: _Tokens, weighted: bool) -> tuple[_Tokens, ClipAttention]:
+def _attend(
+    layer: CLIPEncoderLayer, tokens: _Tokens, weighted: bool, logits: bool
+) -> tuple[_Tokens, ClipAttention]:
     """The first half of an encoder layer, with a hold on its attention."""
     module: CLIPAttention = layer.self_attn
     qkv, _ = module.qkv_proj(layer.layer_norm1(tokens.hidden))
@@ -81,7 +83,7 @@ def _attend(layer: CLIPEncoderLayer, tokens: _Tokens, weighted: bool) -> tuple[_
             head_sum = tensor_model_parallel_all_reduce(head_sum)
         return head_sum.div_(module.num_heads)
 
-    attention = ClipAttention(query, key, lse, module.scale, bias, head_mean)
+    attention = ClipAttention(query, key, lse, module.scale, bias, head_mean, logits)
     return replace(tokens, hidden=tokens.hidden + projected), attention
 
 

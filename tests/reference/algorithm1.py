@@ -13,7 +13,12 @@ LAM, EPSILON, COEFFICIENT, WINDOW = 0.35, 0.998, 2.0, 2
 
 
 def reduce_layer(
-    tokens: np.ndarray, attention: np.ndarray, cls_attention: np.ndarray, position: list[int], side: int, removed: int
+    tokens: np.ndarray,
+    attention: np.ndarray,
+    cls_attention: np.ndarray,
+    position: list[int],
+    side: int,
+    removed: int,
 ) -> tuple[np.ndarray, list[int]]:
     """Algorithm 1, line by line, for one image.
 
@@ -37,7 +42,7 @@ def reduce_layer(
         scores[top] = scores[top] * COEFFICIENT if scores[top] > 0 else scores[top] / COEFFICIENT
     ranked = sorted(range(N), key=lambda i: -scores[i])  # lines 4-5
     source, target = sorted(ranked[:removed]), sorted(ranked[removed:])
-    total, weight = {j: tokens[j].copy() for j in target}, {j: 1.0 for j in target}
+    total, weight = {j: tokens[j].copy() for j in target}, dict.fromkeys(target, 1.0)
     for i in source:
         row = sorted(rows[i][j] for j in target)  # line 9: quantile by linear interpolation
         place = EPSILON * (len(row) - 1)
@@ -104,7 +109,9 @@ class ReferenceLlava:
         return projected
 
     @torch.no_grad()
-    def generate(self, prompt: str, images: list[tuple[Image.Image, int]], num_tokens: int) -> tuple[list[int], Tensor]:
+    def generate(
+        self, prompt: str, images: list[tuple[Image.Image, int]], num_tokens: int
+    ) -> tuple[list[int], Tensor]:
         """Greedy answer, the whole sequence each step.
 
         Args:

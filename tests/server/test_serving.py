@@ -131,7 +131,9 @@ def test_budgets_do_not_share_a_prefix(server: Server, client: OpenAI, images: l
 
 
 def test_completions_endpoint_and_models(client: OpenAI) -> None:
-    completion = client.completions.create(model=MODEL, prompt="USER: is there a red sign? ASSISTANT:", max_tokens=2)
+    completion = client.completions.create(
+        model=MODEL, prompt="USER: is there a red sign? ASSISTANT:", max_tokens=2
+    )
     assert completion.usage is not None
     assert completion.usage.completion_tokens <= 2
     assert [model.id for model in client.models.list().data] == [MODEL]

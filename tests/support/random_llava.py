@@ -24,7 +24,9 @@ CHAT_TEMPLATE = (
 )
 
 
-def build(folder: Path, *, vision_layers: int = 8, select: str = "default", patch_size: int = 8, seed: int = 0) -> Path:
+def build(
+    folder: Path, *, vision_layers: int = 8, select: str = "default", patch_size: int = 8, seed: int = 0
+) -> Path:
     """Write a random model in the layout of published LLaVA-1.5 checkpoints.
 
     Args:
@@ -35,7 +37,9 @@ def build(folder: Path, *, vision_layers: int = 8, select: str = "default", patc
         seed: of the weights.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = {token: index for index, token in enumerate(SPECIAL + sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    vocabulary = {
+        token: index for index, token in enumerate(SPECIAL + sorted(pre_tokenizers.ByteLevel.alphabet()))
+    }
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -45,7 +49,9 @@ def build(folder: Path, *, vision_layers: int = 8, select: str = "default", patc
     )
     fast.chat_template = CHAT_TEMPLATE
     processor = LlavaProcessor(
-        image_processor=CLIPImageProcessor(size={"shortest_edge": 192}, crop_size={"height": 192, "width": 192}),
+        image_processor=CLIPImageProcessor(
+            size={"shortest_edge": 192}, crop_size={"height": 192, "width": 192}
+        ),
         tokenizer=fast,
         patch_size=patch_size,
         vision_feature_select_strategy=select,
@@ -95,12 +101,14 @@ def build(folder: Path, *, vision_layers: int = 8, select: str = "default", patc
             torch.nn.init.normal_(parameter, std=1.0)
     model.save_pretrained(folder)
     weights = folder / "model.safetensors"
-    save_file({_published_name(key): value for key, value in load_file(weights).items()}, weights, {"format": "pt"})
+    save_file(
+        {_published_name(key): value for key, value in load_file(weights).items()}, weights, {"format": "pt"}
+    )
     return folder
 
 
 def _published_name(key: str) -> str:
-    """transformers 5 leaves out a level that published checkpoints, and vLLM, have."""
+    """Transformers 5 leaves out a level that published checkpoints, and vLLM, have."""
     key = key.removeprefix("model.")
     if key.startswith("vision_tower.") and not key.startswith("vision_tower.vision_model."):
         return key.replace("vision_tower.", "vision_tower.vision_model.", 1)
