@@ -49,7 +49,8 @@ def declare_torchvision_schemas() -> bool:
 
     if torch.version.cuda is not None or sys.modules["torchvision.extension"]._has_ops():
         return False
-    library = torch.library.Library("torchvision", "FRAGMENT")
+    make_library: Any = torch.library.Library  # not annotated by torch
+    library = make_library("torchvision", "FRAGMENT")
     for operator in ("nms", "qnms"):
         library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _LIBRARIES.append(library)
