@@ -1,0 +1,142 @@
+"""`make bench-ttft`: stock vLLM and ours take turns, request by request, in one run.
+
+Both engines run in eager mode on the same machine; images are random and never repeated, one request at a time.
+A speed-up is stock's time over ours, round by round; it is held against the ratio of FLOPs that the planner
+predicts for the same prompt.
+"""
+
+import argparse
+import json
+import multiprocessing
+import random
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.bars import Bar, environment, report
+from benchmarks.ttft import model, worker
+from ficoco_vllm.reduction.cost import Budget, estimate, model_shape, plan_tokens, unreduced
+
+RESULTS = Path(__file__).parent.parent / "results" / "ttft.json"
+KEEPS = (576, 192, 128, 64)
+SPEEDUP_SHARE = 0.9
+REDUCTION_SHARE = 0.05
+
+
+def main() -> int:
+    """Run the benchmark, write its JSON, print its bars."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, nargs="+", default=[8], help="decoder layers to run with")
+    parser.add_argument("--rounds", type=int, default=7, help="measured requests of each kind")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    runs = [_run(num_layers, args) for num_layers in args.layers]
+    result = {"environment": environment(), "dtype": args.dtype, "seed": args.seed, "runs": runs}
+    if len(runs) > 1:
+        result["extrapolated_to_32_layers"] = _extrapolate(runs)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=2) + "\n")
+    _print(result)
+    bars = []
+    for run in runs:
+        smallest = run["kinds"][f"keep-{min(KEEPS)}"]
+        name = f"ttft-speedup-{min(KEEPS)}-of-predicted-{run['layers']}-layers"
+        bars.append(Bar(name, smallest["speedup"] / smallest["predicted_speedup"], SPEEDUP_SHARE))
+        share = smallest["reduction_share_of_tower"]
+        bars.append(Bar(f"reduction-share-of-tower-{run['layers']}-layers", share, REDUCTION_SHARE, at_least=False))
+    return report(bars)
+
+
+def _run(num_layers: int, args: argparse.Namespace) -> dict[str, Any]:
+    kinds: list[tuple[str, int]] = [("stock", max(KEEPS)), *((f"keep-{keep}", keep) for keep in KEEPS)]
+    samples: dict[str, list[dict[str, float]]] = {name: [] for name, _ in kinds}
+    order = random.Random(args.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        model.write(Path(folder), num_layers)
+        engines = {stock: _start(folder, stock, args.dtype) for stock in (True, False)}
+        for round_index in range(-1, args.rounds):  # the first round warms up and is not counted
+            for name, keep in order.sample(kinds, len(kinds)):
+                pipe = engines[name == "stock"]
+                pipe.send((keep, order.getrandbits(32)))
+                sample = pipe.recv()
+                if round_index >= 0:
+                    samples[name].append(sample)
+                    print(f"{num_layers} layers, round {round_index}, {name}: {sample['ttft_seconds']:.3f} s", flush=True)
+        for pipe in engines.values():
+            pipe.send(None)
+    return {"layers": num_layers, "rounds": args.rounds, "kinds": _summary(num_layers, samples, dict(kinds))}
+
+
+def _start(folder: str, stock: bool, dtype: str) -> Any:
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    context.Process(target=worker.run, args=(there, folder, stock, dtype), daemon=True).start()
+    there.close()
+    assert here.recv() == "ready"
+    return here
+
+
+def _summary(
+    num_layers: int, samples: dict[str, list[dict[str, float]]], keeps: dict[str, int]
+) -> dict[str, dict[str, float]]:
+    shape = model_shape(model.config(num_layers))
+    full = estimate(shape, unreduced(shape), num_text_tokens=worker.NUM_TEXT_TOKENS).total_flops
+    stock = [sample["ttft_seconds"] for sample in samples["stock"]]
+    summary = {}
+    for name, rows in samples.items():
+        seconds = [row["ttft_seconds"] for row in rows]
+        plan = plan_tokens(shape, "ficoco-v", Budget(keep=keeps[name])) if name != "stock" else unreduced(shape)
+        flops = estimate(shape, plan, num_text_tokens=worker.NUM_TEXT_TOKENS).total_flops
+        ratios = [before / after for before, after in zip(stock, seconds, strict=True)]
+        summary[name] = {
+            "num_prompt_tokens": rows[0]["num_prompt_tokens"],
+            "ttft_seconds_median": statistics.median(seconds),
+            "ttft_seconds_min": min(seconds),
+            "ttft_seconds_max": max(seconds),
+            "tower_seconds_median": statistics.median(row["tower_seconds"] for row in rows),
+            "reduction_seconds_median": statistics.median(row["reduction_seconds"] for row in rows),
+            "reduction_share_of_tower": statistics.median(
+                row["reduction_seconds"] / row["tower_seconds"] for row in rows
+            ),
+            "speedup": statistics.median(ratios),
+            "speedup_min": min(ratios),
+            "speedup_max": max(ratios),
+            "predicted_speedup": full / flops,
+        }
+    return summary
+
+
+def _extrapolate(runs: list[dict[str, Any]], num_layers: int = 32) -> dict[str, float]:
+    """Least-squares line of each kind's median over the number of layers, read off at the whole model's."""
+    layers = [run["layers"] for run in runs]
+    times = {}
+    for name in runs[0]["kinds"]:
+        slope, intercept = statistics.linear_regression(
+            layers, [run["kinds"][name]["ttft_seconds_median"] for run in runs]
+        )
+        times[name] = intercept + slope * num_layers
+    return {name: times["stock"] / seconds for name, seconds in times.items()}
+
+
+def _print(result: dict[str, Any]) -> None:
+    print(f"\n{json.dumps(result['environment'])}, {result['dtype']}, eager, one request at a time")
+    for run in result["runs"]:
+        print(f"{run['layers']} decoder layers, {run['rounds']} rounds")
+        print(f"{'':10}{'TTFT median (min-max), s':>28}{'speed-up (min-max)':>24}{'FLOPs say':>11}{'tower, s':>10}{'of it reducing':>16}")
+        for name, row in run["kinds"].items():
+            spread = f"{row['ttft_seconds_median']:.3f} ({row['ttft_seconds_min']:.3f}-{row['ttft_seconds_max']:.3f})"
+            ratio = f"{row['speedup']:.2f} ({row['speedup_min']:.2f}-{row['speedup_max']:.2f})"
+            print(
+                f"{name:10}{spread:>28}{ratio:>24}{row['predicted_speedup']:>11.2f}"
+                f"{row['tower_seconds_median']:>10.3f}{row['reduction_share_of_tower']:>16.1%}"
+            )
+    if "extrapolated_to_32_layers" in result:
+        print("extrapolated to 32 layers:", json.dumps(result["extrapolated_to_32_layers"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
