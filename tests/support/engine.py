@@ -65,3 +65,8 @@ def _answer(output: RequestOutput) -> Answer:
 def scheduler_of(engine: LLM) -> Any:
     """The scheduler of the engine's core."""
     return engine.llm_engine.engine_core.engine_core.scheduler
+
+
+def model_class(model: torch.nn.Module) -> str:
+    """Full name of a model's class; a function of a module, so that it can be sent to a worker."""
+    return f"{type(model).__module__}.{type(model).__name__}"

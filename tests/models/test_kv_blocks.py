@@ -1,0 +1,47 @@
+"""The saving is real: blocks held for a request are what its shorter prompt predicts, and all come back."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from vllm import LLM, SamplingParams
+
+from tests.support.engine import PROMPT, make_engine, request, scheduler_of
+
+pytestmark = pytest.mark.engine
+
+BLOCK_SIZE = 32
+
+
+@pytest.fixture(scope="module")
+def engine(random_llava: Path) -> Iterator[LLM]:
+    engine = make_engine(random_llava, {"method": "ficoco-v", "keep": 64}, block_size=BLOCK_SIZE)
+    yield engine
+    engine.llm_engine.engine_core.shutdown()
+
+
+@pytest.mark.parametrize("keep", [576, 192, 64, 1])
+def test_blocks_follow_the_prompt(engine: LLM, images: list[Image.Image], keep: int) -> None:
+    """Blocks after the prefill of one image, and after the request has ended."""
+    scheduler = scheduler_of(engine)
+    pool = scheduler.kv_cache_manager.block_pool
+    engine.reset_prefix_cache()
+    free = pool.get_num_free_blocks()
+    steps = engine.llm_engine
+    (request_id,) = engine.enqueue(
+        [request(PROMPT, [images[0]], ficoco_keep=keep)],
+        SamplingParams(temperature=0, max_tokens=4, ignore_eos=True),
+        use_tqdm=False,
+    )
+    steps.step()  # the prefill, and the first token
+    (held,) = scheduler.requests.values()
+    text_tokens = len(engine.get_tokenizer()(PROMPT, add_special_tokens=False).input_ids) - 1
+    num_tokens = text_tokens + keep
+    assert held.num_prompt_tokens == num_tokens
+    assert free - pool.get_num_free_blocks() == math.ceil(num_tokens / BLOCK_SIZE)
+    while steps.has_unfinished_requests():
+        steps.step()
+    assert request_id
+    assert pool.get_num_free_blocks() == free
