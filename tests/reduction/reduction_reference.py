@@ -110,6 +110,15 @@ def mean_of_nearest(
     return torch.stack([tokens[groups[j]].double().mean(dim=0) for j in target])
 
 
+def takers(likeness: list[list[float]], count: int) -> dict[int, list[int]]:
+    """For each source that any target takes: the targets that have it among their `count` most alike ones."""
+    taken: dict[int, list[int]] = {}
+    for column in range(len(likeness[0])):
+        for index in sorted(range(len(likeness)), key=lambda index: -likeness[index][column])[:count]:
+            taken.setdefault(index, []).append(column)
+    return taken
+
+
 def add_neighbours(
     tokens: Tensor,
     source: list[int],

@@ -263,10 +263,41 @@ def test_any_shape(name: str, B: int, N: int, share: float, seed: int) -> None:
         torch.testing.assert_close(got.size.sum(1), torch.full((B,), float(N)), rtol=1e-5, atol=0)
 
 
+class Lazy:
+    """An attention map that counts what is asked of it."""
+
+    def __init__(self, attention: Tensor) -> None:
+        self.attention, self.shape, self.asked = attention, attention.shape, set[str]()
+
+    def row_sum(self) -> Tensor:
+        self.asked.add("row_sum")
+        return self.attention.sum(-1)
+
+    def rows(self, index: Tensor) -> Tensor:
+        self.asked.add("rows")
+        return torch.stack([image[chosen] for image, chosen in zip(self.attention, index, strict=True)])
+
+    def dense(self) -> Tensor:
+        self.asked.add("dense")
+        return self.attention
+
+
+def test_a_lazy_attention_map_is_as_good_as_a_dense_one(method: Method) -> None:
+    signals, tokens, R = make_signals(2, 30), make_tokens(2, 30), some(method, 30)
+    lazy = Lazy(signals.visual_attention)
+    got = reduce(method, tokens, replace(signals, visual_attention=lazy), R)
+    assert torch.equal(got.tokens, reduce(method, tokens, signals, R).tokens)
+    assert bool(lazy.asked) == ("visual_attention" in method.required_signals())
+    if method.name in ("ficoco-v", "ficoco-l"):
+        assert lazy.asked == {"row_sum", "rows"}, "the whole map is never written"
+
+
 def test_ties_leave_in_index_order() -> None:
-    source, target = partition(torch.tensor([[1.0, 0.0, 1.0, 1.0, -torch.inf]]), 2)
-    assert source.tolist() == [[0, 2]]
-    assert target.tolist() == [[1, 3, 4]]
+    source, target = partition(torch.tensor([[1.0, 0.0, 1.0, 2.0, 1.0, -torch.inf]]), 3)
+    assert source.tolist() == [[0, 2, 3]]
+    assert target.tolist() == [[1, 4, 5]]
+    source, _ = partition(torch.zeros(2, 577), 100)
+    assert torch.equal(source, torch.arange(100).expand(2, 100))
 
 
 def test_a_shape_that_does_not_fit_is_named() -> None:

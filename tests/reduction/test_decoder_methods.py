@@ -30,6 +30,7 @@ ABLATIONS = [
     {"fixed_k": 1},
     {"fixed_k": 2},
     {"average": True},
+    {"average": True, "epsilon": 0.8},
     {"beta": 0.2, "gamma": 0.9, "epsilon": 0.8},
 ]
 

@@ -1,6 +1,7 @@
 """The vision-side methods against plain float64 transcriptions, one image and one token at a time."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import reduction_reference as reference
@@ -14,12 +15,12 @@ N, R = 36, 20
 K = N - R
 
 
-@pytest.fixture(scope="module")
-def signals() -> Signals:
-    return make_signals(1, N, grid=(6, 7))
+@pytest.fixture(params=[0, 1, 2])
+def signals(request: pytest.FixtureRequest) -> Signals:
+    return make_signals(1, N, seed=request.param, grid=(6, 7))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def tokens() -> Tensor:
     return make_tokens(1, N)
 
@@ -134,15 +135,24 @@ def test_prumerge(signals: Signals, tokens: Tensor) -> None:
     source, target = reference.split([-a for a in attention], R)
     likeness = cosines(signals.keys[0], source, target)
     want = reference.add_neighbours(tokens[0], source, target, likeness, attention, 5, target)
-    check(reduce("prumerge", tokens, signals, R, num_neighbours=5), signals, target, want)
+    got = reduce("prumerge", tokens, signals, R, num_neighbours=5)
+    check(got, signals, target, want)
+    takers = reference.takers(likeness, 5)
+    size = [1 + sum(1 / len(takers[i]) for i in takers if column in takers[i]) for column in range(K)]
+    torch.testing.assert_close(got.size[0], torch.tensor(size), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("num_kept", [2, 9, 16, 30])
 def test_prumerge_plus(signals: Signals, tokens: Tensor, num_kept: int) -> None:
+    # Seven values above the fence, of which three lie close above it.
+    order = signals.cls_attention[0].argsort()
+    spread = torch.linspace(0.4, 0.6, N)
+    spread[-7:] = torch.tensor([0.81, 0.82, 0.83, 1.2, 1.3, 1.4, 1.5])
+    signals = replace(signals, cls_attention=torch.zeros(1, N).scatter(1, order[None], spread[None]))
     attention = [float(a) for a in signals.cls_attention[0].double()]
     first, third = reference.quantile(attention, 0.25), reference.quantile(attention, 0.75)
     outliers = [i for i, a in enumerate(attention) if a > third + 1.5 * (third - first)]
-    assert len(outliers) > 2, "the example has outliers"
+    assert len(outliers) == 7
     if len(outliers) >= num_kept:
         target = sorted(sorted(outliers, key=lambda i: -attention[i])[:num_kept])
     else:
@@ -161,8 +171,9 @@ def test_prumerge_plus(signals: Signals, tokens: Tensor, num_kept: int) -> None:
     check(reduce("prumerge-plus", tokens, signals, N - num_kept), signals, target, want)
 
 
-def test_visionzip(signals: Signals, tokens: Tensor) -> None:
-    contextual_count = round(K * 10 / 64)
+@pytest.mark.parametrize("share", [10 / 64, 0.5, 1.0])
+def test_visionzip(signals: Signals, tokens: Tensor, share: float) -> None:
+    contextual_count = round(K * share)
     ranked = reference.place([float(a) for a in signals.cls_attention[0].double()])
     dominant = [i for i in range(N) if ranked[i] < K - contextual_count]
     others = [i for i in range(N) if i not in dominant]
@@ -171,7 +182,7 @@ def test_visionzip(signals: Signals, tokens: Tensor) -> None:
     source = [i for i in others if i not in contextual]
     likeness = cosines(signals.keys[0], source, target)
     want = reference.mean_of_nearest(tokens[0], source, target, likeness, contextual)
-    check(reduce("visionzip", tokens, signals, R), signals, target, want)
+    check(reduce("visionzip", tokens, signals, R, contextual_share=share), signals, target, want)
 
 
 def test_divprune(signals: Signals, tokens: Tensor) -> None:
