@@ -11,7 +11,7 @@ from benchmarks.demo_model.muon import MatrixGroup
 from benchmarks.demo_model.vision import Linear
 
 STD = 0.09
-SHARED_QK = 0.4
+SHARED_QK = 0.8
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -42,14 +42,25 @@ class DecoderLayer(nn.Module):
         self.norm1, self.norm2 = nn.Parameter(torch.ones(D)), nn.Parameter(torch.ones(D))
         self.num_heads, self.eps = sizes.num_heads, sizes.decoder_norm_eps
 
+    def project(self, x: Tensor, rotate: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value of (B, T, D), each (B, H, T, d), rotated to their places."""
+        B, T, _ = x.shape
+        normed = rms_norm(x, self.norm1, self.eps)
+        qkv = F.linear(normed, self.qkv.to(x.dtype)).view(B, T, 3, self.num_heads, -1)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        return turn(query, rotate), turn(key, rotate), value
+
+    def log_attention(self, x: Tensor, rotate: tuple[Tensor, Tensor], bias: Tensor) -> Tensor:
+        """Logarithm of the attention that `forward` would pay, (B, H, T, T), fp32."""
+        query, key, _ = self.project(x, rotate)
+        logits = (query @ key.mT).float() * query.shape[-1] ** -0.5 + bias.float()
+        return logits.log_softmax(dim=-1)
+
     def forward(self, x: Tensor, rotate: tuple[Tensor, Tensor], bias: Tensor) -> Tensor:
         """Map (B, T, D) to (B, T, D) under an additive attention mask."""
-        B, T, _ = x.shape
         kind = x.dtype
-        qkv = F.linear(rms_norm(x, self.norm1, self.eps), self.qkv.to(kind)).view(B, T, 3, self.num_heads, -1)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        mixed = attend(turn(query, rotate), turn(key, rotate), value, bias)
-        x = x + F.linear(mixed, self.out.to(kind))
+        query, key, value = self.project(x, rotate)
+        x = x + F.linear(attend(query, key, value, bias), self.out.to(kind))
         gate, up = F.linear(rms_norm(x, self.norm2, self.eps), self.gate_up.to(kind)).chunk(2, dim=-1)
         return x + F.linear(F.silu(gate) * up, self.down.to(kind))
 
@@ -80,24 +91,31 @@ class Decoder(nn.Module):
         self.norm = nn.Parameter(torch.ones(sizes.hidden_size))
         self.head = nn.Parameter(torch.randn(vocabulary, sizes.hidden_size) * 0.02)
 
-    def forward(self, x: Tensor, position: Tensor, bias: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, position: Tensor, bias: Tensor, watch: int | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Run all layers and the last norm.
 
         Args:
             x: embeddings, (B, T, D), bf16 or fp32.
             position: rotary positions, (B, T), int64.
             bias: 0 where attention is allowed and a large negative number elsewhere, (B or 1, 1, T, T).
+            watch: layer whose attention is wanted too.
 
         Returns:
-            Hidden states, (B, T, D), in the type of x.
+            Hidden states, (B, T, D), in the type of x, and the logarithm of the watched layer's attention,
+            (B, H, T, T), fp32, or None.
         """
         half = self.sizes.head_dim // 2
         frequency = self.sizes.rope_theta ** -(torch.arange(half).float() / half)
         angle = position[:, None, :, None].float() * frequency
         rotate = (angle.cos().to(x.dtype), angle.sin().to(x.dtype))
-        for layer in self.layers:
+        watched = None
+        for index, layer in enumerate(self.layers):
+            if index == watch:
+                watched = layer.log_attention(x, rotate, bias)
             x = layer(x, rotate, bias)
-        return rms_norm(x, self.norm, self.sizes.decoder_norm_eps)
+        return rms_norm(x, self.norm, self.sizes.decoder_norm_eps), watched
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of every token, fp32, for hidden states (..., D)."""

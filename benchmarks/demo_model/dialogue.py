@@ -37,11 +37,14 @@ class AnswerScores:
         logits: (n, vocabulary), fp32.
         target: right tokens, (n,), int64.
         owner: image * num_questions + question of each token, (n,), int64.
+        log_attention: of the position that predicts each token to the visual tokens, at the watched layer,
+            (n, H, N), fp32, or None.
     """
 
     logits: Tensor
     target: Tensor
     owner: Tensor
+    log_attention: Tensor | None = None
 
 
 class Asker:
@@ -76,6 +79,7 @@ class Asker:
         questions: Sequence[Sequence[Question]],
         system: str = "",
         chained: bool = False,
+        watch: int | None = None,
     ) -> AnswerScores:
         """Run the decoder with the right answers given (teacher forcing).
 
@@ -87,6 +91,7 @@ class Asker:
             questions: the same number of questions for every image.
             system: text before the first turn.
             chained: the questions are turns of one dialogue, each seeing those before it.
+            watch: layer whose attention to the visual tokens is wanted too.
         """
         B, N, _ = visual.shape
         Q = len(questions[0])
@@ -107,11 +112,17 @@ class Asker:
         after = (start + num_positions + torch.arange(T)).repeat(width).expand(B, -1)
         places = torch.cat([torch.arange(start).expand(B, -1), position + start, after], dim=1)
         bias = block_bias(start + N, width, T).to(visual.dtype)
-        hidden = decoder(x, places, bias)[:, start + N :]
+        hidden, watched = decoder(x, places, bias, watch)
+        hidden = hidden[:, start + N :]
         right = torch.from_numpy(target).view(B, -1)
         answered = right != IGNORED
         asked = torch.from_numpy(owner).view(B, -1)[answered]
-        return AnswerScores(decoder.logits(hidden[answered]), right[answered], asked)
+        seen = (
+            None
+            if watched is None
+            else watched[:, :, start + N :, start : start + N].transpose(1, 2)[answered]
+        )
+        return AnswerScores(decoder.logits(hidden[answered]), right[answered], asked, seen)
 
     def strands(
         self, questions: Sequence[Question], chained: bool

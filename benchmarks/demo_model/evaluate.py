@@ -1,7 +1,7 @@
 """Accuracy of an exported model on the held-out set, each type of question alone.
 
-Greedy decoding gives the right answer exactly when each of its tokens scores highest given those before it, so
-one batched forward with the right answers is equivalent to generation; tests hold it against `generate`.
+Greedy decoding gives the right answer exactly when each of its tokens scores highest given those before it,
+so one batched forward with the right answers is equivalent to generation; tests hold it against `generate`.
 """
 
 import argparse

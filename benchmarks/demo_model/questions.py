@@ -29,6 +29,9 @@ ABSENT = (
     "does the image not contain a {}?",
 )
 
+# Stands for every place in Question.evidence.
+ANY = -1
+
 
 @dataclass(frozen=True)
 class Question:
@@ -38,25 +41,35 @@ class Question:
         text: as the user types it.
         answer: digits, a colour, a shape, "yes" or "no".
         kind: the type under which accuracy is reported.
+        evidence: colour and place (ANY for every place) of the digits from which each digit of the answer, or
+            its one word, is read; empty where nothing so simple can be said.
     """
 
     text: str
     answer: str
     kind: str
+    evidence: tuple[tuple[int, int], ...] = ()
+
+
+def evidence_of(sign: Sign) -> tuple[tuple[int, int], ...]:
+    """Where the digits of a sign's number stand, one after another; a lone digit stands in any place."""
+    if len(sign.number) == 1:
+        return ((sign.colour, ANY),)
+    return tuple((sign.colour, place) for place in range(len(sign.number)))
 
 
 def number_question(sign: Sign, rng: random.Random | None = None) -> Question:
     """The number on the sign of a colour; rng chooses the phrasing, None takes the plain one."""
     phrase = NUMBER_BY_COLOUR[0] if rng is None else rng.choice(NUMBER_BY_COLOUR)
-    return Question(phrase.format(COLOUR_NAMES[sign.colour]), sign.number, "number_by_colour")
+    text = phrase.format(COLOUR_NAMES[sign.colour])
+    return Question(text, sign.number, "number_by_colour", evidence_of(sign))
 
 
 def digit_question(sign: Sign, place: str) -> Question:
     """One digit of the number on the sign of a colour."""
-    digit = sign.number[PLACES.index(place)]
-    return Question(
-        f"what is the {place} digit on the {COLOUR_NAMES[sign.colour]} sign?", digit, f"{place}_digit"
-    )
+    index = PLACES.index(place)
+    text = f"what is the {place} digit on the {COLOUR_NAMES[sign.colour]} sign?"
+    return Question(text, sign.number[index], f"{place}_digit", ((sign.colour, index),))
 
 
 def sign_exists(colour: int, signs: tuple[Sign, ...]) -> Question:
@@ -80,6 +93,7 @@ def other_sign_questions(signs: tuple[Sign, ...], rng: random.Random) -> list[Qu
             f"what color is the sign with the number {sign.number}?",
             COLOUR_NAMES[sign.colour],
             "colour_by_number",
+            ((sign.colour, ANY),),
         ),
         Question("how many signs are there?", str(len(signs)), "count"),
     ]
@@ -87,7 +101,7 @@ def other_sign_questions(signs: tuple[Sign, ...], rng: random.Random) -> list[Qu
         asked += [digit_question(sign, place) for place in PLACES]
     if len(signs) == 1:
         asked += [
-            Question("what number is on the sign?", sign.number, "number"),
+            Question("what number is on the sign?", sign.number, "number", evidence_of(sign)),
             Question("what color is the sign?", COLOUR_NAMES[sign.colour], "colour_of_sign"),
         ]
     rng.shuffle(asked)

@@ -55,8 +55,9 @@ class Reducer:
         needed = method.filter.required_signals(settings) | correlate.required_signals(settings)
         object.__setattr__(self, "correlate", correlate)
         object.__setattr__(self, "signals", needed)
-        merges = method.compress.conserves_size(settings) and (correlate.complete or not correlates)
-        object.__setattr__(self, "merges", merges)
+        partners = correlate.partners
+        complete = not correlates or partners is None or method.filter.function in partners
+        object.__setattr__(self, "merges", complete and method.compress.conserves_size(settings))
 
     @property
     def num_extra(self) -> int:

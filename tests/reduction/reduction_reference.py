@@ -85,3 +85,56 @@ def quantile_merge(
             weight[j] += alpha
             mass[j] += float(size[i]) * (1 / len(chosen) if average else row[j] / norm)
     return torch.stack([t / w for t, w in zip(total, weight, strict=True)]), torch.tensor(mass)
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    """Cosine of two vectors in float64."""
+    a, b = a.double(), b.double()
+    return float(a @ b / (a.norm() * b.norm()))
+
+
+def place(values: list[float]) -> list[int]:
+    """Place of each value from the highest, the first of equals higher."""
+    order = sorted(range(len(values)), key=lambda index: (-values[index], index))
+    return [order.index(index) for index in range(len(values))]
+
+
+def mean_of_nearest(
+    tokens: Tensor, source: list[int], target: list[int], likeness: list[list[float]], allowed: list[int]
+) -> Tensor:
+    """Each source joins the most alike of the allowed targets; every target becomes the mean of its group."""
+    groups: dict[int, list[int]] = {j: [j] for j in target}
+    for row, i in zip(likeness, source, strict=True):
+        best = max(allowed, key=lambda j: (row[target.index(j)], -j))
+        groups[best].append(i)
+    return torch.stack([tokens[groups[j]].double().mean(dim=0) for j in target])
+
+
+def takers(likeness: list[list[float]], count: int) -> dict[int, list[int]]:
+    """For each source that any target takes: the targets that have it among their `count` most alike ones."""
+    taken: dict[int, list[int]] = {}
+    for column in range(len(likeness[0])):
+        for index in sorted(range(len(likeness)), key=lambda index: -likeness[index][column])[:count]:
+            taken.setdefault(index, []).append(column)
+    return taken
+
+
+def add_neighbours(
+    tokens: Tensor,
+    source: list[int],
+    target: list[int],
+    likeness: list[list[float]],
+    weight: list[float],
+    count: int,
+    allowed: list[int],
+) -> Tensor:
+    """Each allowed target is added its `count` most alike sources, times their weight."""
+    result = []
+    for column, j in enumerate(target):
+        row = tokens[j].double().clone()
+        if j in allowed:
+            nearest = sorted(range(len(source)), key=lambda index: -likeness[index][column])[:count]
+            for index in nearest:
+                row += weight[source[index]] * tokens[source[index]].double()
+        result.append(row)
+    return torch.stack(result)

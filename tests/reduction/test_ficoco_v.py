@@ -18,6 +18,7 @@ ABLATIONS = [
     {"fixed_k": 1},
     {"fixed_k": 2},
     {"average": True},
+    {"average": True, "epsilon": 0.8},
     {"epsilon": 0.9},
     {"lam": 0.8, "coefficient": 4.0, "window": (3, 2)},
 ]

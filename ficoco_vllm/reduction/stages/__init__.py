@@ -55,15 +55,22 @@ FILTERS: Mapping[str, Stage] = {
 }
 
 CORRELATIONS: Mapping[str, Stage] = {
-    "none": Stage(correlate.none, complete=False),
+    "none": Stage(correlate.none, partners=()),
     "attention": Stage(correlate.attention, frozenset({"visual_attention"})),
     "attention_via_text": Stage(correlate.attention_via_text, correlate.via_text_signals, correlate.ViaText),
     "cls_weight": Stage(correlate.cls_weight, frozenset({"cls_attention"})),
     "key_cosine": Stage(correlate.key_cosine, frozenset({"keys"})),
-    "bipartite_cosine": Stage(bipartite.bipartite_cosine, frozenset({"keys"})),
-    "same_cell": Stage(spatial.same_cell),
+    "bipartite_cosine": Stage(
+        bipartite.bipartite_cosine,
+        frozenset({"keys"}),
+        partners=(bipartite.key_similarity, bipartite.informativity),
+    ),
+    "same_cell": Stage(spatial.same_cell, partners=(spatial.one_per_cell,)),
     "contextual_cosine": Stage(
-        context.contextual_cosine, frozenset({"keys", "cls_attention"}), context.Contextual
+        context.contextual_cosine,
+        frozenset({"keys", "cls_attention"}),
+        context.Contextual,
+        partners=(context.dominant_contextual,),
     ),
     "neighbour_attention": Stage(
         neighbours.neighbour_attention, frozenset({"keys", "cls_attention"}), neighbours.Neighbours
@@ -73,7 +80,7 @@ CORRELATIONS: Mapping[str, Stage] = {
         frozenset({"keys", "cls_attention", "text_relevance"}),
         neighbours.Recovery,
     ),
-    "cluster_likeness": Stage(recycle.cluster_likeness, _RATERS, recycle.Recycling, complete=False),
+    "cluster_likeness": Stage(recycle.cluster_likeness, _RATERS, recycle.Recycling, partners=()),
 }
 
 COMPRESSIONS: Mapping[str, Stage] = {

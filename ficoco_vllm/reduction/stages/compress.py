@@ -126,8 +126,8 @@ def merge(
     Source: arXiv:2411.17686, Eq. 13, first line.
     """
     flow = alpha.transpose(1, 2)
-    merged = torch.bmm(flow, take(tokens, partition.source).float())
-    merged.add_(take(tokens, partition.target)).div_(1.0 + flow.sum(dim=-1, keepdim=True))
+    source, target = take(tokens, partition.source).float(), take(tokens, partition.target).float()
+    merged = torch.baddbmm(target, flow, source).div_(1.0 + flow.sum(dim=-1, keepdim=True))
     moved = torch.bmm(take(size, partition.source)[:, None], share)[:, 0]
     return merged.to(tokens.dtype), take(size, partition.target) + moved
 

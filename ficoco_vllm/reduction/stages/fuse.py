@@ -70,8 +70,8 @@ def add(
     """
     taken = (correlation != 0).float()
     share = taken / taken.sum(dim=-1, keepdim=True).clamp_min(1.0)
-    added = torch.bmm(correlation.transpose(1, 2), take(tokens, partition.source).float())
-    added.add_(take(tokens, partition.target))
+    source, target = take(tokens, partition.source).float(), take(tokens, partition.target).float()
+    added = torch.baddbmm(target, correlation.transpose(1, 2), source)
     moved = torch.bmm(take(size, partition.source)[:, None], share)[:, 0]
     return added.to(tokens.dtype), take(size, partition.target) + moved
 

@@ -26,8 +26,8 @@ class Stage:
         sized: a filter only: it is also told `num_removed`, as its last argument. For selections that place a
             given number of tokens (greedy picks, grids).
         max_removed: a filter only: the most tokens that it can let go at once, out of so many.
-        complete: a correlation only: every source has a target. Where one may have none, a compression
-            loses it.
+        partners: a correlation only: the filters with which every source has a target; None means all. With
+            any other filter a source may have none, and is lost.
         num_extra: a compression only: E, how many fused tokens it appends.
         merges: a compression only: the sizes of the tokens keep their sum, given that every source has a
             target. A bool or a function of the settings.
@@ -40,7 +40,7 @@ class Stage:
     settings: type[Settings] = Settings
     sized: bool = False
     max_removed: Callable[[int], int] = all_but_one
-    complete: bool = True
+    partners: tuple[Callable[..., Any], ...] | None = None
     num_extra: int = 0
     merges: bool | Callable[[Any], bool] = False
     correlated: bool | Callable[[Any], bool] = True

@@ -1,0 +1,230 @@
+"""Names, settings, composition by name, and methods of other packages."""
+
+import itertools
+import json
+import logging
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from reduction_inputs import make_signals, make_tokens
+
+from ficoco_vllm.reduction import available, get, reduce
+from ficoco_vllm.reduction.method import SITES
+from ficoco_vllm.reduction.stages import COMPRESSIONS, CORRELATIONS, FILTERS
+
+GUIDE = Path(__file__).parents[2] / "docs" / "adding-a-method.md"
+TEXT_GUIDED = {"cdpruner", "trim", "recoverable"}
+
+
+def test_names_by_site() -> None:
+    assert {"ficoco-v", "tome", "evit", "turbo"} <= set(available("encoder"))
+    assert {"random", "topk-cls", "spatial-pool", "prumerge", "prumerge-plus"} <= set(available("features"))
+    assert {"visionzip", "divprune", "cdpruner", "trim", "recoverable"} <= set(available("features"))
+    assert {"ficoco-l", "fastv", "sparsevlm", "pyramiddrop", "fitprune"} <= set(available("decoder"))
+    assert sorted(name for site in SITES for name in available(site)) == sorted(available())
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"method 'fico' is not known; available: .*ficoco-v"):
+        get("fico")
+    with pytest.raises(ValueError, match="site = 'tower': allowed are encoder, features, decoder"):
+        available("tower")
+
+
+@pytest.mark.parametrize("name", available())
+def test_descriptors(name: str) -> None:
+    method = get(name)
+    assert method.name == name
+    assert re.fullmatch(r"\d{4}\.\d{5}", method.source)
+    assert method.default_schedule in ("even", "one-shot", "geometric")
+    assert method.num_extra == int(name in ("evit", "trim"))
+    # Settings survive a round trip through JSON, as they travel in a server's configuration.
+    settings = method.configure().settings
+    assert method.settings.model_validate_json(settings.model_dump_json()) == settings
+
+
+@pytest.mark.parametrize("name", available())
+def test_what_a_llava_can_measure(name: str) -> None:
+    reducer = get(name).configure()
+    offered = SITES[reducer.method.site]
+    if name in TEXT_GUIDED:
+        with pytest.raises(ValueError, match=f"{name} needs the signal `text_relevance`; given are: cls_"):
+            reducer.check_signals(offered)
+        offered = offered | {"text_relevance"}
+    reducer.check_signals(offered)
+
+
+def test_required_signals_follow_the_settings() -> None:
+    method = get("ficoco-v")
+    assert method.required_signals() == {"visual_attention", "cls_attention"}
+    assert method.required_signals(task_redundancy=False) == {"visual_attention"}
+    assert method.required_signals(local_redundancy=False, fixed_k=0) == {"cls_attention"}
+    assert get("fastv").required_signals(queries="all") == {"visual_attention", "text_attention"}
+    assert get("ficoco-l").required_signals(fixed_k=0) == {"visual_attention", "text_attention"}
+    text_only = get("ficoco-l").required_signals(local_redundancy=False, direct_correlation=False)
+    assert text_only == {"text_attention"}
+
+
+def test_mass_follows_the_settings() -> None:
+    assert get("ficoco-v").configure().merges
+    assert not get("ficoco-v").configure(fixed_k=0).merges
+    assert get("tome").configure().settings.model_dump()["proportional_attention"]
+    assert not get("ficoco-v").configure().settings.model_dump()["proportional_attention"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lam": 1.5}, "lam = 1.5 is not allowed for ficoco-v: .*allowed: float, >= 0.0, <= 1.0"),
+        ({"lam": "x"}, "lam = 'x' is not allowed"),
+        ({"lam": float("nan")}, "lam = nan is not allowed"),
+        ({"epsilon": -0.1}, "epsilon = -0.1 .*>= 0.0"),
+        ({"coefficient": 0.5}, "coefficient = 0.5 .*allowed: float, >= 1.0"),
+        ({"window": 0}, r"window = 0 .*allowed: \(int, >= 1, int, >= 1\)"),
+        ({"window": (2, 2, 2)}, "window = "),
+        ({"fixed_k": -1}, r"fixed_k = -1 .*allowed: int \| None, >= 0"),
+        ({"attention": "scores"}, r"attention = 'scores' .*allowed: 'probs' \| 'logits'"),
+        ({"schedule": "odd"}, "schedule = 'odd' .*'geometric'"),
+        ({"start_layer": -1}, "start_layer = -1 .*>= 0"),
+        ({"beta": 0.5}, "beta is not a setting of ficoco-v; allowed: .*lam"),
+        ({"lam": 2, "epsilon": 2}, "epsilon = 2 .*; lam = 2|lam = 2 .*; epsilon = 2"),
+    ],
+    ids=str,
+)
+def test_wrong_settings_are_named(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        get("ficoco-v").configure(**settings)
+
+
+def test_a_square_window_may_be_one_number() -> None:
+    assert get("ficoco-v").configure(window=3) == get("ficoco-v").configure(window=(3, 3))
+
+
+@pytest.mark.parametrize("filter_name", FILTERS)
+def test_any_stage_goes_with_any_other(filter_name: str) -> None:
+    N = 14
+    signals, tokens = make_signals(1, N), make_tokens(1, N)
+    for correlate, compress in itertools.product(CORRELATIONS, COMPRESSIONS):
+        stages = {"filter": filter_name, "correlate": correlate, "compress": compress}
+        reducer = get("ficoco-v").configure(**stages)
+        got = reducer(tokens, signals, 5)
+        assert got.tokens.shape[1] == N - 5 + reducer.num_extra, stages
+        assert got.tokens.isfinite().all(), stages
+        if reducer.merges and compress != "quantile_merge":  # it drops sources that correlate with nothing
+            torch.testing.assert_close(got.size.sum(), torch.tensor(float(N)), rtol=1e-5, atol=0)
+
+
+def test_a_composition_is_its_parts() -> None:
+    N = 20
+    signals, tokens = make_signals(1, N), make_tokens(1, N)
+    got = reduce(
+        "ficoco-v",
+        tokens,
+        signals,
+        6,
+        filter="cls_attention",
+        correlate="key_cosine",
+        compress="quantile_merge",
+    )
+    pruned = reduce("topk-cls", tokens, signals, 6)
+    assert torch.equal(got.position, pruned.position)
+    assert not torch.equal(got.tokens, pruned.tokens)
+    same = reduce("ficoco-v", tokens, signals, 6, filter="cls_attention", compress="prune")
+    assert torch.equal(same.tokens, pruned.tokens)
+
+
+def test_exchanged_stages_bring_their_settings_and_limits() -> None:
+    method = get("ficoco-v")
+    assert method.configure(filter="informativity", alpha=3.0).max_removed(10) == 5
+    assert method.configure(compress="fuse").num_extra == 1
+    with pytest.raises(ValueError, match=r"lam is not a setting of ficoco-v; allowed: .*alpha"):
+        method.configure(filter="informativity", lam=0.3)
+    assert get("tome").configure(filter="cls_attention").max_removed(10) == 9
+
+
+@pytest.mark.parametrize("kind", ["filter", "correlate", "compress"])
+def test_unknown_stages_are_named(kind: str) -> None:
+    known = {"filter": "local_task", "correlate": "key_cosine", "compress": "prune"}[kind]
+    for wrong in ("softmax", 3, None):
+        with pytest.raises(ValueError, match=f"{kind} = {wrong!r} is not allowed; allowed: .*{known}"):
+            get("ficoco-v").configure(**{kind: wrong})
+
+
+def test_a_composition_names_the_signal_that_it_lacks() -> None:
+    reducer = get("ficoco-v").configure(filter="text_relevance")
+    with pytest.raises(ValueError, match=r"ficoco-v needs the signal `text_relevance`"):
+        reducer.check_signals(SITES["encoder"])
+
+
+def blocks() -> dict[str, str]:
+    """The code blocks of the guide, one of each language."""
+    found = re.findall(r"```(\w+)\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    assert len(found) == len(dict(found))
+    return dict(found)
+
+
+def install(folder: Path, name: str, module: str, code: str, entry: str) -> None:
+    """What pip leaves behind: a module, and a dist-info folder with its entry points."""
+    info = folder / f"{name.replace('-', '_')}-1.0.dist-info"
+    info.mkdir()
+    (folder / f"{module}.py").write_text(code)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[ficoco_vllm.reductions]\n{entry}\n")
+
+
+def test_the_guide_followed_to_the_letter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, project = blocks()["python"], tomllib.loads(blocks()["toml"])["project"]
+    (name, value), *others = project["entry-points"]["ficoco_vllm.reductions"].items()
+    assert not others
+    install(tmp_path, project["name"], value.split(":")[0], code, f"{name} = {value}")
+    assert name not in available()
+    monkeypatch.syspath_prepend(tmp_path)
+
+    assert name in available()
+    assert name in available("encoder")
+    assert name not in available("decoder")
+    signals, tokens = make_signals(2, 25), make_tokens(2, 25)
+    got = reduce(name, tokens, signals, 8, power=1.5)
+    order = signals.features.norm(dim=-1).argsort(dim=-1)[:, 8:].sort(dim=-1).values
+    assert torch.equal(got.position, signals.position.gather(1, order))
+    torch.testing.assert_close(got.size.sum(-1), torch.full((2,), 25.0))
+    get(name).configure().check_signals(SITES["encoder"])
+    with pytest.raises(ValueError, match=r"power = 0.0 is not allowed for small-norm"):
+        get(name).configure(power=0.0)
+
+
+def test_the_guides_composition_is_valid() -> None:
+    get("ficoco-v").configure(**json.loads(blocks()["json"]))
+
+
+def test_a_broken_package_breaks_only_its_own_method(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    code = "raise RuntimeError('no such GPU')"
+    install(tmp_path, "broken-pkg", "broken_module", code, "broken = broken_module:METHOD")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "broken" in available()
+    with caplog.at_level(logging.WARNING):
+        assert "ficoco-v" in available("encoder")
+    assert "broken" in caplog.text
+    with pytest.raises(
+        ValueError, match=r"method 'broken' of broken-pkg \(broken_module:METHOD\) .*no such GPU"
+    ):
+        get("broken")
+
+
+def test_a_package_that_offers_no_method_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, "odd-pkg", "odd_module", "METHOD = 3", "odd = odd_module:METHOD")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="odd_module:METHOD of odd-pkg is not a Method with the name 'odd'"):
+        get("odd")
+
+
+def test_built_in_names_cannot_be_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, "thief-pkg", "thief_module", "METHOD = 3", "tome = thief_module:METHOD")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert get("tome").title == "ToMe"
+    assert available().count("tome") == 1
