@@ -27,7 +27,9 @@ REDUCTION_SHARE = 0.05
 
 def main() -> int:
     """Run the benchmark, write its JSON, print its bars."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int, nargs="+", default=[8], help="decoder layers to run with")
     parser.add_argument("--rounds", type=int, default=7, help="measured requests of each kind")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
@@ -47,7 +49,9 @@ def main() -> int:
         name = f"ttft-speedup-{min(KEEPS)}-of-predicted-{run['layers']}-layers"
         bars.append(Bar(name, smallest["speedup"] / smallest["predicted_speedup"], SPEEDUP_SHARE))
         share = smallest["reduction_share_of_tower"]
-        bars.append(Bar(f"reduction-share-of-tower-{run['layers']}-layers", share, REDUCTION_SHARE, at_least=False))
+        bars.append(
+            Bar(f"reduction-share-of-tower-{run['layers']}-layers", share, REDUCTION_SHARE, at_least=False)
+        )
     return report(bars)
 
 
@@ -65,7 +69,10 @@ def _run(num_layers: int, args: argparse.Namespace) -> dict[str, Any]:
                 sample = pipe.recv()
                 if round_index >= 0:
                     samples[name].append(sample)
-                    print(f"{num_layers} layers, round {round_index}, {name}: {sample['ttft_seconds']:.3f} s", flush=True)
+                    print(
+                        f"{num_layers} layers, round {round_index}, {name}: {sample['ttft_seconds']:.3f} s",
+                        flush=True,
+                    )
         for pipe in engines.values():
             pipe.send(None)
     return {"layers": num_layers, "rounds": args.rounds, "kinds": _summary(num_layers, samples, dict(kinds))}
@@ -89,7 +96,9 @@ def _summary(
     summary = {}
     for name, rows in samples.items():
         seconds = [row["ttft_seconds"] for row in rows]
-        plan = plan_tokens(shape, "ficoco-v", Budget(keep=keeps[name])) if name != "stock" else unreduced(shape)
+        plan = (
+            plan_tokens(shape, "ficoco-v", Budget(keep=keeps[name])) if name != "stock" else unreduced(shape)
+        )
         flops = estimate(shape, plan, num_text_tokens=worker.NUM_TEXT_TOKENS).total_flops
         ratios = [before / after for before, after in zip(stock, seconds, strict=True)]
         summary[name] = {
@@ -126,7 +135,9 @@ def _print(result: dict[str, Any]) -> None:
     print(f"\n{json.dumps(result['environment'])}, {result['dtype']}, eager, one request at a time")
     for run in result["runs"]:
         print(f"{run['layers']} decoder layers, {run['rounds']} rounds")
-        print(f"{'':10}{'TTFT median (min-max), s':>28}{'speed-up (min-max)':>24}{'FLOPs say':>11}{'tower, s':>10}{'of it reducing':>16}")
+        print(
+            f"{'':10}{'TTFT median (min-max), s':>28}{'speed-up (min-max)':>24}{'FLOPs say':>11}{'tower, s':>10}{'of it reducing':>16}"
+        )
         for name, row in run["kinds"].items():
             spread = f"{row['ttft_seconds_median']:.3f} ({row['ttft_seconds_min']:.3f}-{row['ttft_seconds_max']:.3f})"
             ratio = f"{row['speedup']:.2f} ({row['speedup_min']:.2f}-{row['speedup_max']:.2f})"

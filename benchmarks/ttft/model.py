@@ -7,7 +7,6 @@ from typing import Any
 
 from transformers import AutoTokenizer, CLIPImageProcessor, LlavaProcessor
 
-from ficoco_vllm import demo_model
 from ficoco_vllm.reduction.cost import KNOWN_MODELS
 
 CHECKPOINT = "llava-hf/llava-1.5-7b-hf"
@@ -28,7 +27,7 @@ def write(folder: Path, num_layers: int) -> Path:
         num_layers: of the decoder; the vision tower is whole.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = AutoTokenizer.from_pretrained("/tmp/demo-random")
+    tokenizer = AutoTokenizer.from_pretrained(demo_model.path())
     image_token = tokenizer.convert_tokens_to_ids("<image>")
     values = config(num_layers) | {
         "architectures": ["LlavaForConditionalGeneration"],
@@ -45,7 +44,9 @@ def write(folder: Path, num_layers: int) -> Path:
     (folder / "config.json").write_text(json.dumps(values, indent=2))
     side = values["vision_config"]["image_size"]
     processor = LlavaProcessor(
-        image_processor=CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
+        image_processor=CLIPImageProcessor(
+            size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+        ),
         tokenizer=tokenizer,
         patch_size=values["vision_config"]["patch_size"],
         vision_feature_select_strategy="default",

@@ -121,4 +121,3 @@ def _stopwatch(engine: Any, stock: bool) -> Any:
     finally:
         for owner, name, original in originals:
             setattr(owner, name, original)
-

@@ -65,6 +65,8 @@ def make_schedule(
         raise ValueError(f"layers = {list(layers)}: must ascend, none twice")
     if isinstance(kind, str):
         losses = _losses(kind, num_tokens, keep, len(layers))
+        if kind == "even":
+            losses = _within_reach(losses, num_tokens, keep, lambda left: max_removed(left) - num_extra)
         removed = [loss + num_extra if loss else 0 for loss in losses]
     else:
         removed = list(kind)
@@ -82,6 +84,39 @@ def make_schedule(
     if left != keep:
         raise ValueError(f"schedule = {removed} keeps {left} tokens, not keep = {keep}")
     return dict(zip(layers, removed, strict=True))
+
+
+def _within_reach(losses: list[int], num_tokens: int, keep: int, most: Callable[[int], int]) -> list[int]:
+    """Shift losses to earlier layers where a later one would have to lose more than `most` allows.
+
+    Returns:
+        The same losses if they are possible; else those under the lowest common ceiling that reaches `keep`.
+
+    Raises:
+        ValueError: no ceiling reaches it.
+    """
+
+    def under(ceiling: int) -> list[int]:
+        left, found = num_tokens, []
+        for _ in losses:
+            found.append(max(0, min(ceiling, most(left), left - keep)))
+            left -= found[-1]
+        return found
+
+    left = num_tokens
+    for loss in losses:
+        if loss > most(left):
+            break
+        left -= loss
+    else:
+        return losses
+    fewest = num_tokens - sum(under(num_tokens))
+    if fewest > keep:
+        raise ValueError(
+            f"keep = {keep}: {len(losses)} layers of this method reach {fewest} of {num_tokens} at least"
+        )
+    ceilings = range(max(losses), num_tokens + 1)
+    return under(next(ceiling for ceiling in ceilings if sum(under(ceiling)) == num_tokens - keep))
 
 
 def _losses(kind: str, num_tokens: int, keep: int, num_layers: int) -> list[int]:

@@ -3,11 +3,12 @@
 import hashlib
 import json
 from dataclasses import dataclass, field
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property, lru_cache, partial
 from typing import Any, NamedTuple
 
 from ficoco_vllm.config import DEFAULT_SHARE, FicocoConfig
 from ficoco_vllm.reduction import Reducer, available, get
+from ficoco_vllm.reduction.method import SITES
 from ficoco_vllm.reduction.schedule import default_start_layer, make_schedule
 from ficoco_vllm.vision.shape import TowerShape
 
@@ -69,8 +70,12 @@ class VisionPlanner:
 
     @cached_property
     def methods(self) -> tuple[str, ...]:
-        """Methods that work in the vision tower, in the order of their indices."""
-        return tuple(name for site in VISION_SITES for name in available(site))
+        """Methods that the vision tower can serve, in the order of their indices.
+
+        Those that need a signal of another model are not among them.
+        """
+        offered = [(name, SITES[site]) for site in VISION_SITES for name in available(site)]
+        return tuple(name for name, signals in offered if get(name).required_signals() <= signals)
 
     @property
     def default(self) -> Budget:
@@ -114,7 +119,7 @@ class VisionPlanner:
             method = default.method
         elif method not in self.methods:
             raise ValueError(
-                f"ficoco_method = {method!r} is not a method of the vision tower; "
+                f"ficoco_method = {method!r} is not a method that this model can serve; "
                 f"allowed: {', '.join(self.methods)}"
             )
         if keep is None:
@@ -151,10 +156,16 @@ class VisionPlanner:
         # The server's hyperparameters are those of the server's method; another one runs with its own defaults.
         settings = self.config.settings if budget.method == self.config.method else {}
         reducer = method.configure(**settings)
+        reducer.check_signals(SITES[method.site])
+        spread = partial(
+            make_schedule,
+            num_tokens=self.shape.num_patches,
+            keep=budget.keep,
+            num_extra=reducer.num_extra,
+            max_removed=reducer.max_removed,
+        )
         if method.site == "features":
-            make_schedule(
-                "one-shot", self.shape.num_patches, budget.keep, [0], method.num_extra, method.max_removed
-            )
+            spread("one-shot", layers=[0])
             return VisionPlan(reducer, budget.keep)
         start = getattr(reducer.settings, "start_layer", None)
         if start is None:
@@ -162,14 +173,8 @@ class VisionPlanner:
         last = self.shape.num_executed_layers - 1
         if start > last:
             raise ValueError(f"start_layer = {start} is not allowed; allowed: an integer from 0 to {last}")
-        removals = make_schedule(
-            getattr(reducer.settings, "schedule", method.default_schedule),
-            self.shape.num_patches,
-            budget.keep,
-            range(start, last + 1),
-            method.num_extra,
-            method.max_removed,
-        )
+        schedule = getattr(reducer.settings, "schedule", method.default_schedule)
+        removals = spread(schedule, layers=range(start, last + 1))
         return VisionPlan(
             reducer,
             budget.keep,
@@ -189,11 +194,14 @@ def _shared(config: str, shape: TowerShape) -> VisionPlanner:
     planner = VisionPlanner(FicocoConfig.model_validate_json(config), shape)
     if not planner.active:
         return planner
-    if planner.config.method not in planner.methods:
+    assert planner.config.method is not None
+    method = get(planner.config.method)
+    if method.site not in VISION_SITES:
         raise ValueError(
-            f"ficoco.method = {planner.config.method!r} does not work in the vision tower; "
+            f"ficoco.method = {method.name!r} works in the {method.site}, which is not served; "
             f"allowed: {', '.join(planner.methods)}"
         )
+    method.configure(**planner.config.settings).check_signals(SITES[method.site])
     keep = planner.default.keep
     if keep > shape.num_patches:
         raise ValueError(

@@ -21,13 +21,17 @@ REQUESTS: list[tuple[str, list[int], dict[str, Any]]] = [
 
 
 @pytest.fixture(scope="module")
-def stock(tmp_path_factory: pytest.TempPathFactory, demo_model: Path, images: list[Image.Image]) -> dict[str, Any]:
+def stock(
+    tmp_path_factory: pytest.TempPathFactory, demo_model: Path, images: list[Image.Image]
+) -> dict[str, Any]:
     """Answers of vLLM without any plugin."""
     folder = tmp_path_factory.mktemp("stock")
     return answers(folder, demo_model, images, REQUESTS, environment={"VLLM_PLUGINS": ""}, dtype="bfloat16")
 
 
-@pytest.mark.parametrize("ficoco", [None, {"method": "ficoco-v", "keep": 576}], ids=["no settings", "keep all"])
+@pytest.mark.parametrize(
+    "ficoco", [None, {"method": "ficoco-v", "keep": 576}], ids=["no settings", "keep all"]
+)
 def test_equals_stock_bit_for_bit(
     stock: dict[str, Any],
     tmp_path: Path,
@@ -56,7 +60,11 @@ def test_two_tensor_parallel_workers_equal_one(
     tmp_path: Path, demo_model: Path, images: list[Image.Image]
 ) -> None:
     """Each worker sees half of the heads; both must remove the same tokens."""
-    requests = [(prompt, indices, {"ficoco_keep": keep} if indices else {}) for keep in (64, 9) for prompt, indices, _ in REQUESTS]
+    requests = [
+        (prompt, indices, {"ficoco_keep": keep} if indices else {})
+        for keep in (64, 9)
+        for prompt, indices, _ in REQUESTS
+    ]
     one = answers(tmp_path / "one", demo_model, images, requests, ficoco={"keep": 64})
     two = answers(
         tmp_path / "two",

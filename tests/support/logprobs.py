@@ -20,7 +20,9 @@ def main(job: dict[str, Any]) -> None:
 
     engine = make_engine(Path(job["model"]), job["ficoco"], **job["options"])
     images = [Image.open(path).convert("RGB") for path in job["images"]]
-    requests = [request(prompt, [images[i] for i in indices], **kwargs) for prompt, indices, kwargs in job["requests"]]
+    requests = [
+        request(prompt, [images[i] for i in indices], **kwargs) for prompt, indices, kwargs in job["requests"]
+    ]
     answers = ask(engine, requests)
     torch.save(
         {

@@ -1,0 +1,90 @@
+"""Every vision-side method is served as it is defined, by the server's settings or by a request's."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from vllm import LLM
+from vllm.exceptions import VLLMValidationError
+
+from ficoco_vllm.reduction import available, get
+from ficoco_vllm.reduction.method import SITES
+from tests.reference.dense_tower import DenseLlava
+from tests.support.engine import PROMPT, ask, make_engine, request
+
+# float32 on both sides, see test_reference.py
+TOLERANCE = 1e-4
+VISION = [*available("encoder"), *available("features")]
+SERVED = [name for name in VISION if get(name).required_signals() <= SITES[get(name).site]]
+COMPOSED: list[dict[str, Any]] = [
+    {"filter": "cls_attention", "correlate": "key_cosine", "compress": "quantile_merge", "epsilon": 0.99},
+    {"attention": "logits"},
+    {"proportional_attention": True, "schedule": "geometric", "start_layer": 2},
+]
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def engine(random_llava: Path) -> Iterator[LLM]:
+    engine = make_engine(random_llava, {"method": "ficoco-v", "keep": 64})
+    yield engine
+    engine.llm_engine.engine_core.shutdown()
+
+
+@pytest.fixture(scope="module")
+def reference(random_llava: Path) -> DenseLlava:
+    return DenseLlava(random_llava)
+
+
+@pytest.mark.parametrize("method", SERVED)
+def test_served_as_defined(
+    engine: LLM, reference: DenseLlava, images: list[Image.Image], method: str
+) -> None:
+    reference.method, reference.settings = method, {}
+    for keep in (192, 64):
+        (answer,) = ask(engine, [request(PROMPT, [images[1]], ficoco_method=method, ficoco_keep=keep)], 3)
+        tokens, logprobs = reference.generate(PROMPT, [(images[1], keep)], 3)
+        assert answer.num_prompt_tokens == keep + len(engine.get_tokenizer()(PROMPT).input_ids) - 1
+        assert answer.tokens == tokens
+        torch.testing.assert_close(answer.logprobs, logprobs, atol=TOLERANCE, rtol=0)
+
+
+def test_all_methods_in_one_step_equal_each_alone(engine: LLM, images: list[Image.Image]) -> None:
+    requests = [
+        request(PROMPT, [images[index % len(images)]], ficoco_method=method, ficoco_keep=(64, 100)[index % 2])
+        for index, method in enumerate(SERVED)
+    ]
+    engine.reset_prefix_cache()
+    for one, answer in zip(requests, ask(engine, requests, 3), strict=True):
+        engine.reset_prefix_cache()
+        (alone,) = ask(engine, [one], 3)
+        assert answer.tokens == alone.tokens
+        torch.testing.assert_close(answer.logprobs, alone.logprobs, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("method", sorted({*available(), "magic"} - set(SERVED)))
+def test_what_cannot_be_served_is_refused(engine: LLM, images: list[Image.Image], method: str) -> None:
+    with pytest.raises(VLLMValidationError, match=f"ficoco_method = '{method}'"):
+        ask(engine, [request(PROMPT, [images[0]], ficoco_method=method)])
+    (answer,) = ask(engine, [request(PROMPT, [images[0]])], 1)
+    assert answer.tokens
+
+
+@pytest.mark.parametrize("settings", COMPOSED, ids=["composed", "logits", "proportional"])
+def test_settings_and_composition(
+    random_llava: Path, reference: DenseLlava, images: list[Image.Image], settings: dict[str, Any]
+) -> None:
+    """Stages exchanged by name, and settings that the tower reads."""
+    engine = make_engine(random_llava, {"method": "ficoco-v", "keep": 64, **settings})
+    try:
+        (answer,) = ask(engine, [request(PROMPT, [images[3]])], 3)
+    finally:
+        engine.llm_engine.engine_core.shutdown()
+    reference.method, reference.settings = "ficoco-v", settings
+    tokens, logprobs = reference.generate(PROMPT, [(images[3], 64)], 3)
+    assert answer.tokens == tokens
+    torch.testing.assert_close(answer.logprobs, logprobs, atol=TOLERANCE, rtol=0)
