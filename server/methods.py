@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ficoco_vllm.reduction import available, get
+from ficoco_vllm.reduction.pipeline import PIPELINES
 from ficoco_vllm.reduction.settings import describe
 
 
@@ -33,10 +34,17 @@ def run(args: argparse.Namespace) -> int:
 def _all_methods() -> list[str]:
     rows = [("NAME", "SITE", "SOURCE", "TITLE")]
     rows += [(name, get(name).site, f"arXiv:{get(name).source}", get(name).title) for name in available()]
-    return _table(rows)
+    for name, pipeline in PIPELINES.items():
+        sites = f"{pipeline.encoder.site}+{pipeline.decoder.site}"
+        rows.append((name, sites, f"arXiv:{pipeline.source}", pipeline.title))
+    return _table([rows[0], *sorted(rows[1:])])
 
 
 def _one_method(name: str) -> list[str]:
+    if name in PIPELINES:
+        parts = (PIPELINES[name].encoder.name, PIPELINES[name].decoder.name)
+        head = f"{PIPELINES[name].title} ({name}): first {parts[0]}, then {parts[1]}"
+        return [head, "", *_one_method(parts[0]), "", *_one_method(parts[1])]
     method = get(name)
     head = [
         f"{method.title} ({method.name})",

@@ -9,6 +9,8 @@ from typing import Any
 from ficoco_vllm.compat import is_cpu_build, set_cpu_defaults
 from ficoco_vllm.config import NAME, FicocoConfig
 from ficoco_vllm.plugin import ARCHITECTURES, MEDIA_CONNECTOR
+from ficoco_vllm.vision.plan import VisionPlanner
+from ficoco_vllm.vision.shape import TowerShape
 
 HELP = "serve a model with vLLM's OpenAI-compatible server"
 
@@ -79,10 +81,9 @@ def configure(args: argparse.Namespace) -> None:
         _use_demo_model(args)
     settings = read_settings(args.ficoco_method, args.ficoco_keep, args.ficoco_config)
     if settings:
-        FicocoConfig.parse(settings)
         args.additional_config = {**(args.additional_config or {}), NAME: settings}
     if (args.additional_config or {}).get(NAME):
-        _check_architecture(args)
+        _check_model(args)
 
 
 def read_settings(method: str | None, keep: str | None, config: str | None) -> dict[str, Any]:
@@ -119,16 +120,17 @@ def _use_demo_model(args: argparse.Namespace) -> None:
             args.kv_cache_memory_bytes = 2**30
 
 
-def _check_architecture(args: argparse.Namespace) -> None:
-    """Refuse a model that would be served without the reduction that was asked for."""
+def _check_model(args: argparse.Namespace) -> None:
+    """Refuse a model that would be served without the reduction that was asked for, and settings that do not fit it."""
     from vllm.transformers_utils.config import get_config
 
-    config = get_config(
-        args.model_tag or args.model, trust_remote_code=args.trust_remote_code, revision=args.revision
-    )
+    model = args.model_tag or args.model
+    config = get_config(model, trust_remote_code=args.trust_remote_code, revision=args.revision)
     architectures = list(getattr(config, "architectures", None) or [])
     if not set(architectures) & set(ARCHITECTURES):
         raise ValueError(
-            f"model = {args.model_tag or args.model!r} has the architecture {', '.join(architectures) or 'none'}, "
+            f"model = {model!r} has the architecture {', '.join(architectures) or 'none'}, "
             f"whose visual tokens cannot be reduced; allowed: {', '.join(ARCHITECTURES)}"
         )
+    settings = FicocoConfig.parse(args.additional_config[NAME])
+    VisionPlanner.shared(settings, TowerShape.from_hf_config(config))

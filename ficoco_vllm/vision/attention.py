@@ -28,13 +28,32 @@ def attention_with_lse(
 
     Source: arXiv:2411.17686, Eq. 2.
     """
-    mask = None if bias is None else bias[:, None, None, :]
     if query.device.type == "cpu":
+        mask = None if bias is None else bias[:, None, None, :]
         # The kernel that scaled_dot_product_attention runs on a CPU; it hands out the normalisers for free.
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, False, attn_mask=mask, scale=scale
         )
         return output, lse
+    return portable_attention_with_lse(query, key, value, scale, bias)
+
+
+def portable_attention_with_lse(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Like `attention_with_lse`, on any device, at the price of a second pass over the logits.
+
+    Args:
+        query: (B, H, N, d).
+        key: see `query`.
+        value: see `query`.
+        scale: factor of the logits.
+        bias: (B, N) or None.
+
+    Returns:
+        Output (B, H, N, d) and log-sum-exp (B, H, N) fp32.
+    """
+    mask = None if bias is None else bias[:, None, None, :]
     output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
     B, H, N, _ = query.shape
     step = max(1, _SCRATCH_BYTES // (4 * H * N * N))

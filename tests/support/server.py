@@ -20,6 +20,8 @@ from openai import OpenAI
 from PIL import Image
 
 START_SECONDS = 300
+# What conftest.py sets for engines inside the test process.
+_ONLY_IN_PROCESS = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL", "VLLM_CPU_KVCACHE_SPACE")
 
 
 @dataclass
@@ -62,7 +64,7 @@ def serve(log: Path, *arguments: str) -> Iterator[Server]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = {key: value for key, value in os.environ.items() if key != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    environment = {key: value for key, value in os.environ.items() if key not in _ONLY_IN_PROCESS}
     command = [sys.executable, "-m", "ficoco_vllm.server.cli", "serve", *arguments]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     with log.open("wb") as output:

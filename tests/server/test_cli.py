@@ -1,0 +1,95 @@
+"""The command line: what it lists, and what it refuses before anything is loaded."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ficoco_vllm import __version__
+from ficoco_vllm.reduction import available
+from ficoco_vllm.server.cli import main
+from ficoco_vllm.server.serve import read_settings
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"ficoco-vllm {__version__}\n"
+
+
+def test_without_a_command_it_helps(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "serve" in capsys.readouterr().out
+
+
+def test_methods_lists_all(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["NAME", "SITE", "SOURCE", "TITLE"]
+    assert sorted(line.split()[0] for line in lines[1:]) == sorted([*available(), "ficoco-vl"])
+    assert all("arXiv:" in line for line in lines[1:])
+
+
+def test_methods_shows_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods", "ficoco-v"]) == 0
+    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line}
+    assert rows["lam"][1:] == ["0.35", "float,", ">=", "0.0,", "<=", "1.0"]
+    assert rows["epsilon"][1] == "0.998"
+
+
+def test_methods_refuses_unknown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods", "magic"]) == 2
+    assert "'magic'" in capsys.readouterr().err
+
+
+def test_method_and_keep_win_over_the_file() -> None:
+    config = '{"method": "tome", "keep": 9, "start_layer": 2}'
+    assert read_settings(None, None, config) == {"method": "tome", "keep": 9, "start_layer": 2}
+    assert read_settings("evit", "64", config) == {"method": "evit", "keep": 64, "start_layer": 2}
+    assert read_settings(None, None, None) == {}
+
+
+@pytest.mark.server
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--ficoco-method", "magic"], ["method = 'magic'", "allowed: ", "ficoco-v"]),
+        (["--ficoco-keep", "0"], ["ficoco.keep = 0"]),
+        (["--ficoco-keep", "many"], ["--ficoco-keep = 'many'", "an integer"]),
+        (["--ficoco-keep", "577"], ["ficoco.keep = 577", "an integer from 1 to 576"]),
+        (["--ficoco-config", "{"], ["--ficoco-config", "not valid JSON"]),
+        (["--ficoco-config", '{"lam": 7}'], ["lam = 7", "<= 1"]),
+        (["--ficoco-method", "ficoco-l"], ["ficoco.method = 'ficoco-l'"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) and value[0].startswith("--") else "",
+)
+def test_serve_refuses_in_one_line(arguments: list[str], parts: list[str]) -> None:
+    check_refusal(arguments, parts)
+
+
+@pytest.mark.server
+def test_serve_refuses_an_unknown_architecture(tmp_path: Path) -> None:
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    check_refusal(
+        [str(tmp_path), "--ficoco-keep", "64"], ["LlamaForCausalLM", "LlavaForConditionalGeneration"]
+    )
+
+
+def check_refusal(arguments: list[str], parts: list[str]) -> None:
+    """The command ends at once with status 2 and one line that names what is wrong."""
+    result = subprocess.run(
+        [sys.executable, "-m", "ficoco_vllm.server.cli", "serve", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert result.returncode == 2, result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("ficoco-vllm: error: ")]
+    assert "Traceback" not in result.stderr
+    for part in parts:
+        assert part in line

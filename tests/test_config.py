@@ -1,0 +1,80 @@
+"""Settings: what is accepted, and that every refusal names field, value and what is allowed."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ficoco_vllm.config import DEFAULT_METHOD, FicocoConfig
+
+
+@pytest.mark.parametrize(
+    ("values", "method", "keep", "settings"),
+    [
+        ({}, None, None, {}),
+        ({"keep": 64}, DEFAULT_METHOD, 64, {}),
+        ({"method": "tome"}, "tome", None, {}),
+        ({"keep": 9, "lam": 0.5}, DEFAULT_METHOD, 9, {"lam": 0.5}),
+        (
+            {"method": "ficoco-v", "settings": {"lam": 0.5}, "epsilon": 0.9},
+            "ficoco-v",
+            None,
+            {"lam": 0.5, "epsilon": 0.9},
+        ),
+        ({"filter": "cls_attention"}, DEFAULT_METHOD, None, {"filter": "cls_attention"}),
+    ],
+)
+def test_accepted(
+    values: dict[str, Any], method: str | None, keep: int | None, settings: dict[str, Any]
+) -> None:
+    config = FicocoConfig.parse(values)
+    assert (config.method, config.keep, config.settings) == (method, keep, settings)
+    assert FicocoConfig.model_validate_json(config.model_dump_json()) == config
+
+
+@pytest.mark.parametrize(
+    ("values", "parts"),
+    [
+        ({"method": "magic"}, ["method = 'magic'", "allowed: ", "ficoco-v"]),
+        ({"keep": 0}, ["ficoco.keep = 0", "greater than or equal to 1"]),
+        ({"keep": -5}, ["ficoco.keep = -5"]),
+        ({"keep": 6.5}, ["ficoco.keep = 6.5", "integer"]),
+        ({"keep": "64"}, ["ficoco.keep = '64'", "integer"]),
+        ({"keep": True}, ["ficoco.keep = True", "integer"]),
+        ({"lam": 2}, ["lam = 2", ">= 0", "<= 1"]),
+        ({"lambda": 0.5}, ["lambda is not a setting of ficoco-v", "lam"]),
+        ({"filter": "magic"}, ["filter = 'magic'", "cls_attention"]),
+        ({"schedule": "sometimes"}, ["schedule = 'sometimes'", "even"]),
+        ([64], ["[64]", "mapping"]),
+    ],
+)
+def test_refused(values: Any, parts: list[str]) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 (the message is what is tested)
+        FicocoConfig.parse(values)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_load_text_and_file(tmp_path: Path) -> None:
+    file = tmp_path / "settings.json"
+    file.write_text(json.dumps({"keep": 64}))
+    assert FicocoConfig.load(str(file)) == FicocoConfig.load('{"keep": 64}') == {"keep": 64}
+
+
+@pytest.mark.parametrize("text", ['{"keep": 64', "[64]", "/nowhere/settings.json", "{}}"])
+def test_load_refuses(text: str) -> None:
+    with pytest.raises(ValueError, match="--ficoco-config"):
+        FicocoConfig.load(text)
+
+
+def test_load_refuses_a_list_in_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "settings.json"
+    file.write_text("[64]")
+    with pytest.raises(ValueError, match="holds list, not a JSON object"):
+        FicocoConfig.load(str(file))
+
+
+def test_of_a_model_without_settings() -> None:
+    assert FicocoConfig.of(SimpleNamespace()).method is None
