@@ -116,6 +116,13 @@ def test_spatial_pool_cells_are_alike(num_kept: int) -> None:
     assert size.max() <= (side + 2) ** 2
 
 
+def test_spatial_pool_keeps_what_has_no_place() -> None:
+    position = torch.cat([torch.arange(16), torch.tensor([-1])])[None]
+    got = reduce("spatial-pool", make_tokens(1, 17), Signals(position=position, grid=(4, 5)), 13)
+    assert got.size.sum() == 17
+    assert got.position[0, 0] == 0
+
+
 def test_spatial_pool_on_what_is_alive(signals: Signals, tokens: Tensor) -> None:
     rows, columns = signals.grid
     bands = max(1, min(rows, K, round(math.sqrt(K * rows / columns))), math.ceil(K / columns))
