@@ -1,12 +1,8 @@
-"""Puts the plain-loop references beside the tests on the path, and keeps torch to one thread and one seed."""
-
-import sys
-from pathlib import Path
+"""Keeps torch to one thread and one seed."""
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(1)
 
 

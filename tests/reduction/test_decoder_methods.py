@@ -1,12 +1,12 @@
 """The decoder-side methods against plain float64 transcriptions, and the pipeline of both sites."""
 
 import pytest
-import reduction_reference as reference
 import torch
-from reduction_inputs import make_signals, make_tokens
 
 from ficoco_vllm.reduction import Signals, get, reduce
 from ficoco_vllm.reduction.pipeline import PIPELINES
+from tests.reduction import reference
+from tests.reduction.inputs import make_signals, make_tokens
 
 N, R, M = 30, 11, 5
 

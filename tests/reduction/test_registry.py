@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from reduction_inputs import make_signals, make_tokens
 
 from ficoco_vllm.reduction import available, get, reduce
 from ficoco_vllm.reduction.method import SITES
 from ficoco_vllm.reduction.stages import COMPRESSIONS, CORRELATIONS, FILTERS
+from tests.reduction.inputs import make_signals, make_tokens
 
 GUIDE = Path(__file__).parents[2] / "docs" / "adding-a-method.md"
 TEXT_GUIDED = {"cdpruner", "trim", "recoverable"}

@@ -4,12 +4,12 @@ import math
 from dataclasses import replace
 
 import pytest
-import reduction_reference as reference
 import torch
-from reduction_inputs import make_signals, make_tokens
 from torch import Tensor
 
 from ficoco_vllm.reduction import Reduced, Signals, reduce
+from tests.reduction import reference
+from tests.reduction.inputs import make_signals, make_tokens
 
 N, R = 36, 20
 K = N - R
