@@ -1,11 +1,16 @@
 """Keeps torch to one thread and one seed."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _one_thread_one_seed() -> Iterator[None]:
+    """Small tensors are slower on several threads, and other folders' tests keep theirs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
