@@ -11,7 +11,8 @@ KINDS = ("even", "one-shot", "geometric")
 def default_start_layer(num_layers: int) -> int:
     """The paper's first reducing encoder layer, the 12th of 24, in an encoder of another depth.
 
-    floor(11/24 of the depth): 24 -> 11, 12 -> 5, 8 -> 3, 4 -> 1 (0-based).
+    floor(11/24 of the depth): 24 -> 11, 12 -> 5, 8 -> 3, 4 -> 1, counted from 0. A LLaVA reads the hidden
+    state before the last layer, so of 24 layers the first 23 run and those at 11 to 22 reduce: 12 reductions.
 
     Args:
         num_layers: depth of the whole encoder, including layers behind the one that the features are read

@@ -90,22 +90,22 @@ def parse(model: type[S], values: Mapping[str, Any], owner: str) -> S:
     try:
         return model(**values)
     except ValidationError as error:
-        lines = []
-        for item in error.errors():
-            name = str(item["loc"][0])
-            if item["type"] == "extra_forbidden":
-                allowed = ", ".join(model.model_fields) or "none"
-                lines.append(f"{name} is not a setting of {owner}; allowed: {allowed}")
-            else:
-                lines.append(
-                    f"{name} = {values[name]!r} is not allowed for {owner}: {item['msg']}; "
-                    f"allowed: {describe(model.model_fields[name])}"
-                )
-        raise ValueError("; ".join(dict.fromkeys(lines))) from error
+        # One line a field: a field that takes several types has an error for each of them.
+        wrong = {str(item["loc"][0]): item["type"] for item in error.errors()}
+        raise ValueError(
+            "; ".join(_complaint(model, values, owner, *item) for item in wrong.items())
+        ) from error
+
+
+def _complaint(model: type[Settings], values: Mapping[str, Any], owner: str, name: str, kind: str) -> str:
+    if kind == "extra_forbidden":
+        return f"{name} is not a setting of {owner}; allowed: {', '.join(model.model_fields) or 'none'}"
+    allowed = describe(model.model_fields[name])
+    return f"{name} = {values[name]!r} is not allowed for {owner}; allowed: {allowed}"
 
 
 def describe(field: FieldInfo) -> str:
-    """The allowed values of a field in words, such as `float, >= 0, <= 1`."""
+    """The allowed values of a field in words, such as `float >= 0.0 and <= 1.0`."""
     return _words(field.annotation, field.metadata)
 
 
@@ -130,8 +130,8 @@ def _words(annotation: Any, metadata: Any = ()) -> str:
         words = " | ".join(repr(value) for value in arguments)
     elif origin is tuple:
         words = f"({', '.join(_words(argument) for argument in arguments)})"
-    elif arguments:
-        words = " | ".join(_words(argument) for argument in arguments)
+    elif arguments:  # a union: its bounds are those of the numbers in it
+        return " | ".join(_words(argument, metadata) for argument in arguments)
     else:
         words = annotation.__name__
-    return ", ".join([words, *bounds])
+    return f"{words} {' and '.join(bounds)}" if bounds else words

@@ -1,9 +1,16 @@
-"""Puts the plain-loop references beside the tests on the path, and keeps torch to one thread."""
+"""Keeps torch to one thread and one seed."""
 
-import sys
-from pathlib import Path
+from collections.abc import Iterator
 
+import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-torch.set_num_threads(1)
+
+@pytest.fixture(autouse=True)
+def _one_thread_one_seed() -> Iterator[None]:
+    """Small tensors are slower on several threads, and other folders' tests keep theirs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)

@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reduction_inputs import make_signals, make_tokens, one
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ficoco_vllm.reduction import Method, Reduced, Signals, available, get, partition, reduce
 from ficoco_vllm.reduction.stages import COMPRESSIONS
+from tests.reduction.inputs import make_signals, make_tokens, one
 
 NAMES = available()
 MEASURED = ("visual_attention", "cls_attention", "text_attention", "keys", "text_relevance")

@@ -1,13 +1,13 @@
 """FiCoCo-V against a plain float64 transcription of Eqs. 11-13, its ablations, and the local penalty."""
 
 import pytest
-import reduction_reference as reference
 import torch
-from reduction_inputs import make_signals, make_tokens
 
 from ficoco_vllm.reduction import Signals, get, reduce
 from ficoco_vllm.reduction.stages.compress import row_quantile
 from ficoco_vllm.reduction.stages.penalty import local_penalty
+from tests.reduction import reference
+from tests.reduction.inputs import make_signals, make_tokens
 
 ABLATIONS = [
     {},

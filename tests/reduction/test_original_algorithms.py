@@ -5,10 +5,10 @@ float64 on the side of the originals, which use nothing of the package.
 """
 
 import torch
-from reduction_inputs import make_signals, make_tokens
 from torch import Tensor
 
 from ficoco_vllm.reduction import Signals, reduce
+from tests.reduction.inputs import make_signals, make_tokens
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 

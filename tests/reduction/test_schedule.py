@@ -50,6 +50,7 @@ def test_fused_tokens_are_counted() -> None:
         (("even", 576, 64, []), "at least one reducing layer"),
         (("odd", 576, 64, [1]), "even, one-shot, geometric"),
         (("even", 576, 64, [3, 2]), "ascend"),
+        (("even", 576, 64, [3, 3]), "none twice"),
         (([100, 100], 576, 64, [1, 2]), "keeps 376 tokens, not keep = 64"),
         (([512], 576, 64, [1, 2]), "2 reducing layers"),
         (([600, -88], 576, 64, [1, 2]), "removes 600 of 576"),

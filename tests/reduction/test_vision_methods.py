@@ -4,12 +4,12 @@ import math
 from dataclasses import replace
 
 import pytest
-import reduction_reference as reference
 import torch
-from reduction_inputs import make_signals, make_tokens
 from torch import Tensor
 
 from ficoco_vllm.reduction import Reduced, Signals, reduce
+from tests.reduction import reference
+from tests.reduction.inputs import make_signals, make_tokens
 
 N, R = 36, 20
 K = N - R
@@ -114,6 +114,13 @@ def test_spatial_pool_cells_are_alike(num_kept: int) -> None:
     # Bands and cuts are each off by at most one row or column.
     side = math.sqrt(576 / num_kept)
     assert size.max() <= (side + 2) ** 2
+
+
+def test_spatial_pool_keeps_what_has_no_place() -> None:
+    position = torch.cat([torch.arange(16), torch.tensor([-1])])[None]
+    got = reduce("spatial-pool", make_tokens(1, 17), Signals(position=position, grid=(4, 5)), 13)
+    assert got.size.sum() == 17
+    assert got.position[0, 0] == 0
 
 
 def test_spatial_pool_on_what_is_alive(signals: Signals, tokens: Tensor) -> None:

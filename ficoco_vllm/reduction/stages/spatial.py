@@ -86,16 +86,16 @@ def cells(position: Tensor, grid: tuple[int, int], num_cells: int) -> Tensor:
         num_cells: how many, at most rows times columns.
 
     Returns:
-        (B, N) int64 cell of each token, `num_cells` for a token without a place.
+        (B, N) int64 cell of each token; a token without a place goes with the first cell.
     """
     rows, columns = grid
     wanted = min(rows, num_cells, round(math.sqrt(num_cells * rows / columns)))
     num_bands = max(1, wanted, -(-num_cells // columns))
     each, rest = divmod(num_cells, num_bands)
+    position = position.clamp_min(0)
     band = position // columns * num_bands // rows
     first = band * each + band.clamp_max(rest)
-    cell = first + position % columns * (each + (band < rest)) // columns
-    return torch.where(position >= 0, cell, num_cells)
+    return first + position % columns * (each + (band < rest)) // columns
 
 
 def one_per_cell(signals: Signals, settings: Settings, num_removed: int) -> Tensor:
@@ -115,7 +115,7 @@ def one_per_cell(signals: Signals, settings: Settings, num_removed: int) -> Tens
     num_cells = N - num_removed
     cell = cells(signals.position, signals.grid, num_cells)
     index = torch.arange(N, device=cell.device).expand(B, N)
-    first = index.new_full((B, num_cells + 1), N).scatter_reduce(1, cell, index, "amin")
+    first = index.new_full((B, num_cells), N).scatter_reduce(1, cell, index, "amin")
     return (index != first.gather(1, cell)).float()
 
 
