@@ -17,8 +17,9 @@ from benchmarks.demo_model.dialogue import Asker, right_answers
 from benchmarks.demo_model.features import Features, choose_tokens, load_or_collect
 from benchmarks.demo_model.questions import Question, shape_questions, sign_questions
 from benchmarks.demo_model.scene import KIND, Shape, Sign
+from benchmarks.demo_model.steps import optimizers, running_accuracy, set_rates
+from benchmarks.demo_model.synthetic import VisualVocabulary
 from benchmarks.demo_model.tokenizer import build_tokenizer
-from benchmarks.demo_model.train_synthetic import VisualVocabulary, optimizers, running_accuracy, set_rates
 from benchmarks.demo_model.vision import VisionTower
 
 NUM_QUESTIONS = 5
