@@ -51,7 +51,8 @@ def train_synthetic(work: Path, seconds: float, seed: int = 2) -> None:
     warm_from = course.step
     rng = random.Random(seed + course.step)
     running: dict[str, float] = {}
-    begin = time.monotonic() - spent
+    started = time.monotonic()
+    begin = started - spent
     first = course.step
     with tqdm(total=round(seconds), initial=round(spent), unit="s", desc="synthetic") as bar:
         while (spent := time.monotonic() - begin) < seconds:
@@ -86,7 +87,7 @@ def train_synthetic(work: Path, seconds: float, seed: int = 2) -> None:
                 course.three_digits_since = course.step
             if course.step % 50 == 0:
                 bar.update(round(spent) - bar.n)
-                rate = BATCH * (course.step - first) / (time.monotonic() - begin)
+                rate = BATCH * (course.step - first) / (time.monotonic() - started)
                 shown = " ".join(f"{kind}={value:.3f}" for kind, value in sorted(running.items()))
                 bar.write(f"synthetic {course.step} {len(decoder.layers)} layers {rate:.0f} images/s {shown}")
             if course.step % 400 == 0:
