@@ -44,7 +44,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "for methods that reduce in tower and decoder, where the option without `encoder` means the decoder"
     )
     add = parser.add_argument
-    add("model", help=f"a folder with config.json, a config.json, {DEMO!r}, or one of: {known}")
+    add(
+        "model",
+        nargs="?",
+        default=DEMO,
+        metavar="MODEL",
+        help=f"a folder with config.json, a config.json, or one of: {known} (default: {DEMO}, the demo model)",
+    )
     add("--method", default="ficoco-v", help="a reduction method (default: %(default)s)")
     add("--keep", type=int, metavar="N", help="visual tokens of an image after the last reduction")
     add(
@@ -85,10 +91,12 @@ def run(args: argparse.Namespace) -> int:
     """
     try:
         report = make_report(args)
+        text = json.dumps(report, indent=2) if args.json else as_text(report)
+    except OverflowError:
+        return _fail("a number is too large to plan with")
     except (ValueError, OSError) as error:
-        print(f"ficoco-vllm: error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(report, indent=2) if args.json else as_text(report))
+        return _fail(str(error))
+    print(text)
     return 0
 
 
@@ -145,10 +153,10 @@ def read_config(model: str) -> Mapping[str, Any]:
         path /= "config.json"
     if not path.is_file():
         allowed = f"a folder with config.json, a config.json, {DEMO!r}, or one of {', '.join(KNOWN_MODELS)}"
-        raise ValueError(f"model: got {model!r}, allowed: {allowed}")
+        raise ValueError(f"model: got {model!r}, but there is no file {path}, allowed: {allowed}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, a number of too many digits
         raise ValueError(f"model: {path} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"model: {path} holds a {type(config).__name__}, allowed: a JSON object")
@@ -224,6 +232,11 @@ _ROWS = (
     ("activations, GB", "activation_bytes", 1e9),
     ("total memory, GB", "memory_bytes", 1e9),
 )
+
+
+def _fail(reason: str) -> int:
+    print(f"ficoco-vllm: error: {reason}", file=sys.stderr)
+    return 2
 
 
 def _budgets(args: argparse.Namespace) -> tuple[Budget, Budget | None]:
