@@ -29,13 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_parser(subparsers)
     # vLLM's own parser reads the options of its server: it takes seconds to load, so only `serve` asks for it.
     if arguments[:1] == ["serve"]:
-        return serve.main(arguments)
+        return int(serve.main(arguments))
     args = parser.parse_args(arguments)
     if args.command is None:
         parser.print_help()
         return 2
-    status: int = COMMANDS[args.command].run(args)
-    return status
+    return int(COMMANDS[args.command].run(args))
 
 
 if __name__ == "__main__":

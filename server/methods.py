@@ -43,8 +43,8 @@ def _all_methods() -> list[str]:
 def _one_method(name: str) -> list[str]:
     if name in PIPELINES:
         parts = (PIPELINES[name].encoder.name, PIPELINES[name].decoder.name)
-        head = f"{PIPELINES[name].title} ({name}): first {parts[0]}, then {parts[1]}"
-        return [head, "", *_one_method(parts[0]), "", *_one_method(parts[1])]
+        title = f"{PIPELINES[name].title} ({name}): first {parts[0]}, then {parts[1]}"
+        return [title, "", *_one_method(parts[0]), "", *_one_method(parts[1])]
     method = get(name)
     head = [
         f"{method.title} ({method.name})",

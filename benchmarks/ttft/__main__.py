@@ -135,9 +135,14 @@ def _print(result: dict[str, Any]) -> None:
     print(f"\n{json.dumps(result['environment'])}, {result['dtype']}, eager, one request at a time")
     for run in result["runs"]:
         print(f"{run['layers']} decoder layers, {run['rounds']} rounds")
-        print(
-            f"{'':10}{'TTFT median (min-max), s':>28}{'speed-up (min-max)':>24}{'FLOPs say':>11}{'tower, s':>10}{'of it reducing':>16}"
+        columns = (
+            "TTFT median (min-max), s",
+            "speed-up (min-max)",
+            "FLOPs say",
+            "tower, s",
+            "of it reducing",
         )
+        print(f"{'':10}{columns[0]:>28}{columns[1]:>24}{columns[2]:>11}{columns[3]:>10}{columns[4]:>16}")
         for name, row in run["kinds"].items():
             spread = f"{row['ttft_seconds_median']:.3f} ({row['ttft_seconds_min']:.3f}-{row['ttft_seconds_max']:.3f})"
             ratio = f"{row['speedup']:.2f} ({row['speedup_min']:.2f}-{row['speedup_max']:.2f})"

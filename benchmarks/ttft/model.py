@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, CLIPImageProcessor, LlavaProcessor
 
+from ficoco_vllm import demo_model
 from ficoco_vllm.reduction.cost import KNOWN_MODELS
 
 CHECKPOINT = "llava-hf/llava-1.5-7b-hf"
