@@ -12,6 +12,7 @@ import torch
 
 from ficoco_vllm.reduction import available, get, reduce
 from ficoco_vllm.reduction.method import SITES
+from ficoco_vllm.reduction.signals import WHY_ABSENT
 from ficoco_vllm.reduction.stages import COMPRESSIONS, CORRELATIONS, FILTERS
 from tests.reduction.inputs import make_signals, make_tokens
 
@@ -51,7 +52,10 @@ def test_what_a_llava_can_measure(name: str) -> None:
     reducer = get(name).configure()
     offered = SITES[reducer.method.site]
     if name in TEXT_GUIDED:
-        with pytest.raises(ValueError, match=f"{name} needs the signal `text_relevance`; given are: cls_"):
+        why = r"\(it takes another model's text encoder, which a LLaVA checkpoint does not carry\)"
+        with pytest.raises(
+            ValueError, match=f"{name} needs the signal `text_relevance` {why}; given are: cls_"
+        ):
             reducer.check_signals(offered)
         offered = offered | {"text_relevance"}
     reducer.check_signals(offered)
@@ -151,6 +155,18 @@ def test_unknown_stages_are_named(kind: str) -> None:
     for wrong in ("softmax", 3, None):
         with pytest.raises(ValueError, match=f"{kind} = {wrong!r} is not allowed; allowed: .*{known}"):
             get("ficoco-v").configure(**{kind: wrong})
+
+
+@pytest.mark.parametrize("name", available())
+def test_what_cannot_be_measured_has_a_reason(name: str) -> None:
+    """At every site, for every signal that some method needs and a LLaVA cannot measure there."""
+    reducer = get(name).configure()
+    for offered in SITES.values():
+        missing = reducer.signals - offered
+        if missing:
+            lacks = "; ".join(f"the signal `{signal}` ({WHY_ABSENT[signal]})" for signal in sorted(missing))
+            with pytest.raises(ValueError, match=re.escape(f"{name} needs {lacks}; given are: ")):
+                reducer.check_signals(offered)
 
 
 def test_a_composition_names_the_signal_that_it_lacks() -> None:

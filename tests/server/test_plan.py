@@ -220,7 +220,10 @@ def test_the_demo_model_is_found(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["no/such", "--keep", "64"], "model: got 'no/such', but there is no file no/such, allowed: a folder"),
+        (
+            ["no/such", "--keep", "64"],
+            "model: got 'no/such', but there is no file no/such, allowed: a folder",
+        ),
         ([LLAVA_7B], "keep: got None, allowed: 1 to 576"),
         ([LLAVA_7B, "--keep", "577"], "keep: got 577, allowed: 1 to 576"),
         ([LLAVA_7B, "--keep", "64", "--method", "nope"], "method: got 'nope', allowed: "),
