@@ -79,6 +79,35 @@ def test_mass_follows_the_settings() -> None:
     assert not get("ficoco-v").configure().settings.model_dump()["proportional_attention"]
 
 
+# Tables 2, 4, 6 and 7 and Fig. 4 of arXiv:2411.17686: what they vary, of the stages.
+COMPRESS = [{"fixed_k": 0}, {"fixed_k": 1}, {"fixed_k": 2}, {"average": True}, {"epsilon": 0.5}]
+FILTER = [{"local_redundancy": False}, {"task_redundancy": False}]
+PENALTY = [{"coefficient": 1.0}, {"window": (3, 2)}]
+CORRELATE = [{"gamma": 0.1}, {"direct_correlation": False}, {"indirect_correlation": False}]
+ABLATIONS = [
+    *(("ficoco-v", {}, change) for change in [*COMPRESS, *FILTER, *PENALTY, {"lam": 0.9}]),
+    ("ficoco-v", {}, {"local_penalty": False}),
+    *(("ficoco-l", {}, change) for change in [*COMPRESS, *FILTER, *CORRELATE, {"beta": 0.1}]),
+    ("ficoco-l", {}, {"local_penalty": True}),
+    *(("ficoco-l", {"local_penalty": True}, change) for change in PENALTY),
+]
+
+
+@pytest.mark.parametrize(("name", "base", "change"), ABLATIONS, ids=str)
+def test_what_the_paper_varies_is_a_setting_that_matters(name: str, base: dict, change: dict) -> None:
+    signals, tokens = make_signals(2, 60, grid=(8, 8)), make_tokens(2, 60)
+    base = {"epsilon": 0.8, **base}  # so that sources have several targets among so few
+    want = reduce(name, tokens, signals, 24, **base)
+    assert not torch.equal(reduce(name, tokens, signals, 24, **{**base, **change}).tokens, want.tokens)
+
+
+@pytest.mark.parametrize("name", ["ficoco-v", "ficoco-l"])
+def test_what_the_model_reads_is_a_setting(name: str) -> None:
+    """These do not show in one call: where reductions start, how they are spread, and what is measured."""
+    settings = {"start_layer": 5, "schedule": (3, 0, 2), "attention": "logits"}
+    assert settings.items() <= get(name).configure(**settings).settings.model_dump().items()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
