@@ -10,6 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from ficoco_vllm.reduction import get
 from ficoco_vllm.reduction.cost import (
     BITS,
     KNOWN_MODELS,
@@ -21,6 +22,8 @@ from ficoco_vllm.reduction.cost import (
     speedup,
     unreduced,
 )
+from ficoco_vllm.reduction.method import SITES
+from ficoco_vllm.reduction.pipeline import PIPELINES
 from ficoco_vllm.reduction.schedule import KINDS
 
 DEMO = "demo"
@@ -216,7 +219,8 @@ def as_text(report: Mapping[str, Any]) -> str:
         "",
         f"Expected speed-up of prefill: {gain['memory_bound']:.2f}x where memory bandwidth is the limit,",
         f"{gain['compute_bound']:.2f}x where arithmetic is (long prompts, large batches).",
-        "A multiply-add is 2 FLOPs; MB and GB are decimal.",
+        "A multiply-add is 2 FLOPs; MB and GB are decimal. The reduction itself is counted as FiCoCo's (Eqs. 18, 19).",
+        *_obstacles(report["method"]),
     ]
     return "\n".join(lines)
 
@@ -232,6 +236,18 @@ _ROWS = (
     ("activations, GB", "activation_bytes", 1e9),
     ("total memory, GB", "memory_bytes", 1e9),
 )
+
+
+def _obstacles(method: str) -> list[str]:
+    """Why a LLaVA cannot serve the method, if so: it can be planned for all the same."""
+    if method in PIPELINES:
+        return []
+    reducer = get(method).configure()
+    try:
+        reducer.check_signals(SITES[reducer.method.site])
+    except ValueError as error:
+        return [f"A LLaVA cannot serve this: {error}."]
+    return []
 
 
 def _fail(reason: str) -> int:

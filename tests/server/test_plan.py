@@ -101,6 +101,14 @@ def test_the_table_shows_both_sides(capsys: pytest.CaptureFixture[str]) -> None:
         assert row in cells
 
 
+@pytest.mark.parametrize("method", [*available(), "ficoco-vl"])
+def test_what_cannot_be_served_is_said(capsys: pytest.CaptureFixture[str], method: str) -> None:
+    assert run(LLAVA_7B, "--method", method, "--keep", "64") == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    needs_another_model = method in ("cdpruner", "recoverable", "trim")
+    assert last.startswith(f"A LLaVA cannot serve this: {method} needs the signal") == needs_another_model
+
+
 def test_every_method_has_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
     """What stays is `keep` whatever the method; where tokens leave is its site."""
     for name in available():
