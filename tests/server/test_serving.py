@@ -8,7 +8,7 @@ from openai import AsyncOpenAI, OpenAI
 from PIL import Image
 
 from ficoco_vllm.demo_model import Example, examples
-from tests.server.conftest import KEEP
+from tests.support.server import DEMO_KEEP as KEEP
 from tests.support.server import Server, budget, data_url, message
 
 MODEL = "ficoco-demo"

@@ -20,6 +20,8 @@ from openai import OpenAI
 from PIL import Image
 
 START_SECONDS = 300
+# Budget of the server that the tests share; that of `make serve`.
+DEMO_KEEP = 64
 # What conftest.py sets for engines inside the test process.
 _ONLY_IN_PROCESS = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL", "VLLM_CPU_KVCACHE_SPACE")
 
