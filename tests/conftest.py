@@ -19,7 +19,7 @@ import pytest
 from openai import OpenAI
 from PIL import Image
 
-from tests.support.server import DEMO_KEEP, Server, serve
+from tests.support.server import API_KEY, DEMO_KEEP, Server, serve
 
 
 @pytest.fixture(scope="session")
@@ -53,6 +53,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The demo model as `make serve` serves it, with budgets of their own allowed to requests."""
     log = tmp_path_factory.mktemp("server") / "log"
     arguments = ["--ficoco-method", "ficoco-v", "--ficoco-keep", str(DEMO_KEEP), "--trust-request-mm-kwargs"]
+    arguments += ["--api-key", API_KEY]
     with serve(log, *arguments) as server:
         yield server
 

@@ -3,13 +3,15 @@
 import asyncio
 from typing import Any
 
+import httpx
+import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 from PIL import Image
 
 from ficoco_vllm.demo_model import Example, examples
+from tests.support.server import API_KEY, Server, budget, data_url, message
 from tests.support.server import DEMO_KEEP as KEEP
-from tests.support.server import Server, budget, data_url, message
 
 MODEL = "ficoco-demo"
 NUM_PATCHES = 576
@@ -85,7 +87,7 @@ def test_32_concurrent_requests_with_mixed_budgets(server: Server, client: OpenA
     alone = {(example.question, keep): ask(client, example, keep) for example, keep in cases}
 
     async def gather() -> list[tuple[str, int]]:
-        async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as asynchronous:
+        async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key=API_KEY, max_retries=0) as asynchronous:
 
             async def one(example: Example, keep: int) -> tuple[str, int]:
                 completion = await asynchronous.chat.completions.create(
@@ -142,6 +144,30 @@ def test_completions_endpoint_and_models(client: OpenAI) -> None:
     assert completion.usage is not None
     assert completion.usage.completion_tokens <= 2
     assert [model.id for model in client.models.list().data] == [MODEL]
+
+
+def test_api_key_is_asked_for(server: Server) -> None:
+    with pytest.raises(openai.AuthenticationError):
+        OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0).models.list()
+
+
+def test_batch_endpoint(server: Server) -> None:
+    """Several conversations in one call, vLLM's own route."""
+    image = data_url(Image.open(examples()[0].image))
+    body = {
+        "model": MODEL,
+        "messages": [[message(example.question, [image])] for example in examples()[:2]],
+        "max_tokens": 8,
+        "temperature": 0,
+    }
+    answer = httpx.post(
+        f"{server.url}/v1/chat/completions/batch",
+        json=body,
+        headers={"Authorization": f"Bearer {API_KEY}"},
+        timeout=60,
+    )
+    assert answer.status_code == 200, answer.text
+    assert len(answer.json()["choices"]) == 2
 
 
 def test_start_up_says_what_is_kept(server: Server) -> None:
