@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.ttft.table import committed
 from ficoco_vllm.reduction import available
 from ficoco_vllm.reduction.pipeline import PIPELINES
 from tests.support.server import Server
@@ -26,6 +27,11 @@ def test_transcript_is_what_the_server_answers(server: Server) -> None:
     with contextlib.redirect_stdout(printed):
         exec(code.replace("http://127.0.0.1:8000", server.url), {})
     assert printed.getvalue() == transcript
+
+
+def test_figures_are_those_of_the_committed_run() -> None:
+    (block,) = re.findall(r"<!-- python -m benchmarks.ttft.table -->\n(.*?)\n<!-- end -->", README, re.DOTALL)
+    assert block == committed()
 
 
 def test_every_method_is_listed() -> None:

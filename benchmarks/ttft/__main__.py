@@ -17,9 +17,9 @@ from typing import Any
 
 from benchmarks.bars import Bar, environment, report
 from benchmarks.ttft import model, worker
+from benchmarks.ttft.table import RESULTS
 from ficoco_vllm.reduction.cost import Budget, estimate, model_shape, plan_tokens, unreduced
 
-RESULTS = Path(__file__).parent.parent / "results" / "ttft.json"
 KEEPS = (576, 192, 128, 64)
 SPEEDUP_SHARE = 0.9
 REDUCTION_SHARE = 0.05
