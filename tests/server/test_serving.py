@@ -34,10 +34,9 @@ def ask(client: OpenAI, example: Example, keep: int | None = None) -> tuple[str,
 
 @pytest.mark.parametrize("example", examples(), ids=lambda example: example.question)
 def test_right_answers(client: OpenAI, example: Example) -> None:
-    """With all tokens, and with a ninth of them where the example says that this is enough."""
+    """With all tokens, and with a ninth of them."""
     assert ask(client, example, NUM_PATCHES)[0] == example.answer
-    if example.holds_at_64:
-        assert ask(client, example)[0] == example.answer
+    assert ask(client, example, KEEP)[0] == example.answer
 
 
 @pytest.mark.parametrize("keep", [1, 64, 192, 575, NUM_PATCHES, None])
@@ -106,7 +105,7 @@ def test_32_concurrent_requests_with_mixed_budgets(server: Server, client: OpenA
     for (example, keep), (answer, prompt_tokens) in zip(cases, together, strict=True):
         expected, expected_tokens = alone[example.question, keep]
         assert prompt_tokens == expected_tokens
-        if keep == NUM_PATCHES:  # in bf16 a batch may tip a near tie; the right answers are no near ties
+        if keep >= KEEP:  # in bf16 a batch may tip a near tie, as 9 tokens leave; the right answers are none
             assert answer == expected
 
 
