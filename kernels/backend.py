@@ -11,8 +11,8 @@ def uses_triton(backend: Backend, tensor: Tensor) -> bool:
     """Decide between the two implementations of an op.
 
     Args:
-        backend: "triton" or "torch" is taken at its word and never falls back; "auto" takes Triton for tensors
-            on a CUDA (or ROCm) device and torch elsewhere.
+        backend: "triton" or "torch" is taken at its word and never falls back; "auto" takes Triton for
+            tensors on a CUDA (or ROCm) device and torch elsewhere.
         tensor: any input of the op.
 
     Returns:

@@ -47,7 +47,7 @@ def kth_largest(bits, count):
     found = tl.full(count.shape, -2147483648, tl.int32)
     enough = tl.sum((bits >= 0).to(tl.int32), 1) >= count
     found = tl.where(enough, 0, found)
-    for step in range(0, 31):
+    for step in range(31):
         candidate = found | (1 << (30 - step))
         enough = tl.sum((bits >= candidate[:, None]).to(tl.int32), 1) >= count
         found = tl.where(enough, candidate, found)

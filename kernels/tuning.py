@@ -38,28 +38,35 @@ CANDIDATES: Mapping[str, tuple[Config, ...]] = {
         Config({"BLOCK_R": 16, "BLOCK_K": 64}, 4, 3),
         Config({"BLOCK_R": 32, "BLOCK_K": 64}, 4, 3),
         Config({"BLOCK_R": 64, "BLOCK_K": 64}, 4, 3),
+        Config({"BLOCK_R": 16, "BLOCK_K": 32}, 4, 2),
         Config({"BLOCK_R": 64, "BLOCK_K": 128}, 8, 3),
     ),
     "softmax_stats": (
         Config({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 3),
+        Config({"BLOCK_M": 64, "BLOCK_N": 32}, 4, 2),
         Config({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 3),
     ),
     "attention_sums": (
         Config({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 3),
+        Config({"BLOCK_M": 64, "BLOCK_N": 32}, 4, 2),
         Config({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 3),
     ),
     "cls_scores": (
         Config({"BLOCK_N": 16, "BLOCK_H": 4}, 4, 2),
         Config({"BLOCK_N": 32, "BLOCK_H": 2}, 4, 2),
     ),
-    "filter_scores": (Config({"BLOCK_N": 64, "BLOCK_J": 64}, 4, 2),),
-    "row_statistics": (Config({"TILE": 4096}, 4, 2), Config({"TILE": 2048}, 4, 2)),
-    "merge": (
-        Config({"BLOCK_K": 32, "BLOCK_D": 128, "BLOCK_R": 32}, 4, 3),
-        Config({"BLOCK_K": 64, "BLOCK_D": 128, "BLOCK_R": 32}, 4, 3),
-        Config({"BLOCK_K": 16, "BLOCK_D": 128, "BLOCK_R": 16}, 4, 3),
+    "filter_scores": (
+        Config({"BLOCK_N": 32, "BLOCK_J": 32}, 4, 2),
+        Config({"BLOCK_N": 64, "BLOCK_J": 32}, 4, 2),
     ),
-    "partition": (Config({}, 4, 1), Config({}, 8, 1)),
+    "row_statistics": (Config({"TILE": 2048}, 4, 1), Config({"TILE": 4096}, 8, 1)),
+    "merge": (
+        Config({"BLOCK_K": 32, "BLOCK_D": 64, "BLOCK_R": 32}, 4, 2),
+        Config({"BLOCK_K": 64, "BLOCK_D": 64, "BLOCK_R": 32}, 4, 2),
+        Config({"BLOCK_K": 64, "BLOCK_D": 128, "BLOCK_R": 32}, 8, 2),
+        Config({"BLOCK_K": 32, "BLOCK_D": 128, "BLOCK_R": 32}, 4, 3),
+    ),
+    "partition": (Config({}, 8, 1), Config({}, 4, 1)),
 }
 
 

@@ -31,7 +31,7 @@ def softmax_stats(
         if column_weight is not None:
             drawn = torch.bmm(weights, column_weight.float()[..., None])[..., 0]
         row_sum += torch.where(total > 0, drawn / total, 0.0)
-        torch.add(total.log(), highest[..., 0], out=lse[:, h])
+        lse[:, h] = total.log().add_(highest[..., 0])
     return lse, row_sum.div_(num_heads)
 
 
@@ -48,7 +48,7 @@ def attention_block(
     num_heads: int,
 ) -> Tensor:
     """See `ops.attention_block`."""
-    B, H, M, _ = query.shape
+    B, M = query.shape[0], query.shape[2]
     hidden = _hidden(B, M, key.shape[2], mask, query.device, row_index, column_index)
     result = _head_sum(query, key, lse, scale, row_index, column_index, mask.bias).div_(num_heads)
     if hidden is not None:
@@ -99,7 +99,8 @@ def cls_scores(
     mean = query.new_zeros((B, N, d) if with_keys else (0,), dtype=torch.float32)
     for h in range(H):
         queries, keys = query[:, h].float(), key[:, h // group].float()
-        offset = -lse[:, h, :, None]
+        absent = lse[:, h] == -torch.inf  # a token without a normaliser is padding
+        offset = -lse[:, h, :, None].masked_fill(absent[..., None], torch.inf)
         if bias is not None:
             offset = offset + bias[:, None, cls_index : cls_index + 1].float()
         cls_key = keys[:, cls_index, :, None]
@@ -108,7 +109,8 @@ def cls_scores(
         if bias is not None:
             offset = offset + bias[:, :, None].float()
         cls_query = queries[:, cls_index, :, None]
-        from_cls += torch.baddbmm(offset, keys, cls_query, alpha=scale).exp_()[..., 0]
+        given = torch.baddbmm(offset, keys, cls_query, alpha=scale).exp_()[..., 0]
+        from_cls += given.masked_fill_(absent, 0.0)
         if with_keys:
             mean += keys
     return to_cls.div_(num_heads), from_cls.div_(num_heads), mean.div_(num_heads)
@@ -145,7 +147,7 @@ def _head_sum(
 def _head_logits(
     query: Tensor, key: Tensor, normaliser: Tensor | None, scale: float, bias: Tensor | None
 ) -> Tensor:
-    """scale * q . k + bias - normaliser of one head, (B, R, K) fp32."""
+    """One head: scale * q . k + bias - normaliser, (B, R, K) fp32."""
     B, R, K = query.shape[0], query.shape[1], key.shape[1]
     if normaliser is None:
         offset = query.new_zeros((1, 1, 1), dtype=torch.float32).expand(B, R, K)

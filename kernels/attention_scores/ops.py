@@ -184,7 +184,13 @@ def cls_scores(
 def _checked(query: Tensor, key: Tensor, mask: Mask, num_heads: int | None) -> int:
     """The divisor of the head mean, after a look at the shapes."""
     B, H, _, d = query.shape
-    if key.shape[0] != B or key.shape[3] != d or key.shape[1] == 0 or H % key.shape[1] or key.dtype != query.dtype:
+    if (
+        key.shape[0] != B
+        or key.shape[3] != d
+        or key.shape[1] == 0
+        or H % key.shape[1]
+        or key.dtype != query.dtype
+    ):
         raise ValueError(
             f"key {tuple(key.shape)} of {key.dtype} does not fit query {tuple(query.shape)} of {query.dtype}"
         )

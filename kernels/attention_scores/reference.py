@@ -25,7 +25,7 @@ def visible(B: int, M: int, N: int, mask: Mask) -> Tensor:
 
 
 def logits(query: Tensor, key: Tensor, scale: float, mask: Mask) -> Tensor:
-    """scale * q_i . k_j + bias_j, and -inf where i does not see j.
+    """Logits scale * q_i . k_j + bias_j, and -inf where i does not see j.
 
     Args:
         query: (B, H, M, d), any floating dtype.
@@ -45,7 +45,7 @@ def logits(query: Tensor, key: Tensor, scale: float, mask: Mask) -> Tensor:
 
 
 def log_sum_exp(query: Tensor, key: Tensor, scale: float, mask: Mask) -> Tensor:
-    """log sum_j exp(logit_ij), (B, H, M) fp64; -inf for a query that sees nothing."""
+    """Normalisers log sum_j exp(logit_ij), (B, H, M) fp64; -inf for a query that sees nothing."""
     return logits(query, key, scale, mask).logsumexp(dim=-1)
 
 

@@ -54,7 +54,7 @@ def attention_block_kernel(
     PRECISION: tl.constexpr,
     TEXT_PRECISION: tl.constexpr,
 ):
-    """out_ij = gamma / H * sum_h exp(scale q_hi . k_hj + bias_j - lse_hi) + (1 - gamma) sum_t text_ti text_tj.
+    """out_ij = gamma / H sum_h exp(scale q_hi . k_hj + bias_j - lse_hi) + (1 - gamma) sum_t text_ti text_tj.
 
     Grid: (tiles of the columns, tiles of the rows, B). Every sum runs in one program, in a fixed order, so
     the result has the same bits in every run.
@@ -87,14 +87,16 @@ def attention_block_kernel(
     lse_tile = lse + item * lse_stride_b + row * lse_stride_m
     extra = tl.zeros((BLOCK_K,), tl.float32)
     if bias is not None:
-        extra = tl.load(bias + item * bias_stride_b + column, mask=column_seen, other=0.0).to(tl.float32) * LOG2E
+        extra = (
+            tl.load(bias + item * bias_stride_b + column, mask=column_seen, other=0.0).to(tl.float32) * LOG2E
+        )
     query_mask = row_seen[:, None] & (d[None, :] < D)
     key_mask = column_seen[None, :] & (d[:, None] < D)
     # A tile that nobody sees (the upper triangle of a causal map) costs no head.
     heads = tl.where(tl.max(tl.max(seen.to(tl.int32), 1), 0) > 0, H, 0)
     total = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
     # Within one item 32 bits are enough; the bases above are 64 bits wide.
-    for h in range(0, heads):
+    for h in range(heads):
         q = tl.load(query_tile + h * query_stride_h, mask=query_mask, other=0.0)
         k = tl.load(key_tile + (h // group) * key_stride_h, mask=key_mask, other=0.0)
         # A query that sees nothing has lse -inf and no attention.
@@ -111,7 +113,9 @@ def attention_block_kernel(
             t = start + tl.arange(0, BLOCK_T)
             base = text + item * text_stride_b + t[:, None].to(tl.int64) * text_stride_t
             to_source = tl.load(base + row[None, :], mask=(t < T)[:, None] & listed_row[None, :], other=0.0)
-            to_target = tl.load(base + column[None, :], mask=(t < T)[:, None] & listed_column[None, :], other=0.0)
+            to_target = tl.load(
+                base + column[None, :], mask=(t < T)[:, None] & listed_column[None, :], other=0.0
+            )
             indirect = tl.dot(tl.trans(to_source), to_target, input_precision=TEXT_PRECISION)
             total += (1.0 - gamma) * indirect
     address = out + (item * R + i[:, None]) * K + j[None, :]
@@ -142,8 +146,11 @@ def attention_block(
     column_index = None if column_index is None else column_index.contiguous()
     bias = None if mask.bias is None else rows_contiguous(mask.bias)
     text = None if text is None else rows_contiguous(text.float())
-    few_rows = 0 if R <= 16 or B * R < 256 else 1 if B * R < 2048 else 2
-    chosen = config("attention_block", query.device, few_rows)
+    if query.dtype == torch.float32:
+        default = 3  # each operand is held as two TF32 numbers
+    else:
+        default = 0 if R <= 16 or B * R < 256 else 1 if B * R < 2048 else 2
+    chosen = config("attention_block", query.device, default)
     grid = (triton.cdiv(K, chosen.tiles["BLOCK_K"]), triton.cdiv(R, chosen.tiles["BLOCK_R"]), B)
     attention_block_kernel[grid](
         query,

@@ -166,7 +166,9 @@ def attention_sums_kernel(
     outer_seen = i < num_outer
     outer_tile = outer + item * outer_stride_b + (h // outer_group) * outer_stride_h
     x = tl.load(
-        outer_tile + i[:, None] * outer_stride_n + d[None, :], mask=outer_seen[:, None] & (d[None, :] < D), other=0.0
+        outer_tile + i[:, None] * outer_stride_n + d[None, :],
+        mask=outer_seen[:, None] & (d[None, :] < D),
+        other=0.0,
     )
     inner_base = inner + item * inner_stride_b + (h // inner_group) * inner_stride_h + d[:, None]
     lse_base = lse + item * lse_stride_b + h * lse_stride_h
@@ -177,7 +179,15 @@ def attention_sums_kernel(
     elif bias is not None:
         constant += tl.load(bias + item * bias_stride_b + i, mask=outer_seen, other=0.0).to(tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    for start in range(0, num_inner, BLOCK_N):
+    first = 0
+    if CAUSAL:  # tiles of which this one sees nothing are left out
+        if OVER_ROWS:
+            lowest = (tl.program_id(0) * BLOCK_M - shift).to(tl.int32)
+            first = tl.maximum(lowest, 0) // BLOCK_N * BLOCK_N
+        else:
+            reach = (tl.program_id(0) * BLOCK_M + BLOCK_M + shift).to(tl.int32)
+            num_inner = tl.maximum(tl.minimum(num_inner, reach), 0)
+    for start in range(first, num_inner, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         inner_seen = j < num_inner
         y = tl.load(
@@ -206,6 +216,11 @@ def attention_sums_kernel(
     tl.store(out + (item * H + h) * M + i, total, mask=i < M)
 
 
+def _narrow(query: Tensor) -> int:
+    """Single precision takes four times the shared memory: narrower tiles."""
+    return 1 if query.dtype == torch.float32 else 0
+
+
 def softmax_stats(
     query: Tensor, key: Tensor, scale: float, mask: Mask, column_weight: Tensor | None, num_heads: int
 ) -> tuple[Tensor, Tensor]:
@@ -216,7 +231,7 @@ def softmax_stats(
     drawn = torch.empty_like(lse)
     bias = None if mask.bias is None else rows_contiguous(mask.bias)
     weight = None if column_weight is None else rows_contiguous(column_weight)
-    chosen = config("softmax_stats", query.device)
+    chosen = config("softmax_stats", query.device, _narrow(query))
     if lse.numel():
         softmax_stats_kernel[(triton.cdiv(M, chosen.tiles["BLOCK_M"]), H, B)](
             query,
@@ -258,14 +273,14 @@ def attention_sums(
 ) -> Tensor:
     """See `ops.attention_sums`."""
     query, key = rows_contiguous(query), rows_contiguous(key)
-    B, H, M, D = query.shape
+    B, H, _, D = query.shape
     group = H // key.shape[1]
     over_rows = axis == 1
     outer, inner = (key, query) if over_rows else (query, key)
     out = torch.empty((B, H, outer.shape[2]), dtype=torch.float32, device=query.device)
     bias = None if mask.bias is None else rows_contiguous(mask.bias)
     weight = None if weight is None else rows_contiguous(weight)
-    chosen = config("attention_sums", query.device)
+    chosen = config("attention_sums", query.device, _narrow(query))
     if out.numel():
         attention_sums_kernel[(triton.cdiv(out.shape[2], chosen.tiles["BLOCK_M"]), H, B)](
             outer,

@@ -50,11 +50,17 @@ def filter_scores(
     if coefficient < 1.0:
         raise ValueError(f"coefficient = {coefficient} is not allowed; allowed: at least 1")
     if not uses_triton(backend, position):
-        return eager.filter_scores(
-            drawn, task, weight, position, grid, window, coefficient, protect, length
-        )
+        return eager.filter_scores(drawn, task, weight, position, grid, window, coefficient, protect, length)
     return _filter_scores(
-        drawn, task, weight, position, list(grid), None if window is None else list(window), coefficient, protect, length
+        drawn,
+        task,
+        weight,
+        position,
+        list(grid),
+        None if window is None else list(window),
+        coefficient,
+        protect,
+        length,
     )
 
 

@@ -26,7 +26,7 @@ def filter_scores(
         num_tokens = N if length is None else int(length[b])
         scores = torch.zeros(num_tokens, dtype=torch.float64)
         if drawn is not None:
-            scores += weight / num_tokens * drawn[b, :num_tokens].double()
+            scores += weight / max(num_tokens, 1) * drawn[b, :num_tokens].double()
         if task is not None:
             scores -= (1.0 - weight) * task[b, :num_tokens].double()
         if protect is not None:

@@ -10,10 +10,8 @@ from ficoco_vllm.kernels.tuning import config
 
 
 @triton.jit
-def _scores(
-    drawn, task, protect, item, i, seen, N, share, task_weight
-):
-    """share * drawn_i - task_weight * task_i; -inf where protected."""
+def _scores(drawn, task, protect, item, i, seen, N, share, task_weight):
+    """The scores share * drawn_i - task_weight * task_i; -inf where protected."""
     scores = tl.zeros(i.shape, tl.float32)
     if drawn is not None:
         scores += share * tl.load(drawn + item * N + i, mask=seen, other=0.0)

@@ -28,7 +28,9 @@ def quantile_merge(
     absent_target = target < 0 if ragged else None
     if ragged:
         source, target = source.clamp_min(0), target.clamp_min(0)
-    share = _weights(_cut(correlation, source, target, layout), absent_source, absent_target, epsilon, fixed_k)
+    share = _weights(
+        _cut(correlation, source, target, layout), absent_source, absent_target, epsilon, fixed_k
+    )
     if average:
         share = (share > 0).float()
         alpha = share
@@ -103,7 +105,7 @@ def _ragged_quantile(values: Tensor, epsilon: float, count: Tensor) -> Tensor:
 
 
 def _merge(tokens: Tensor, alpha: Tensor, source: Tensor, target: Tensor) -> Tensor:
-    """Weighted mean of every target (weight 1) with what flows into it, (B, K, D) in the dtype of `tokens`."""
+    """Weighted mean of every target (weight 1) with what flows in, (B, K, D) in the dtype of `tokens`."""
     D = tokens.shape[2]
     flow = alpha.transpose(1, 2)
     scale = (1.0 + alpha.sum(dim=1)).reciprocal_()[..., None]

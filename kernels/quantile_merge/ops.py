@@ -82,9 +82,7 @@ def _quantile_merge(
 ) -> tuple[Tensor, Tensor]:
     from ficoco_vllm.kernels.quantile_merge import triton
 
-    return triton.quantile_merge(
-        tokens, size, correlation, source, target, layout, epsilon, fixed_k, average
-    )
+    return triton.quantile_merge(tokens, size, correlation, source, target, layout, epsilon, fixed_k, average)
 
 
 @_quantile_merge.register_fake

@@ -33,11 +33,10 @@ def quantile_merge(
     fixed_k: int | None,
     average: bool,
 ) -> tuple[Tensor, Tensor]:
-    """X_j = (X_j + sum_i alpha_ij X_i) / (1 + sum_i alpha_ij), alpha_ij = C_ij / sum_j C_ij over the selected j.
+    """X_j = (X_j + sum_i alpha_ij X_i) / (1 + sum_i alpha_ij), alpha_ij = C_ij / sum_j C_ij.
 
-    Args:
-        correlation: (B, R, K), cut to the sources and targets; thresholds are taken in its own precision.
-        tokens: see `ops.quantile_merge`, as the rest.
+    The sums run over the selected pairs. Arguments are those of `ops.quantile_merge` with the layout "cut";
+    thresholds are taken in the correlation's own precision.
 
     Returns:
         Tokens (B, K, D) fp64 and size (B, K) fp64, zeros where the target index is -1.

@@ -143,7 +143,9 @@ def merge_kernel(
         if not ROW_INDEXED:
             row = i.to(tl.int64)
         seen = gone[:, None] & there[None, :]
-        address = correlation + item * correlation_stride_b + row[:, None] * correlation_stride_r + column[None, :]
+        address = (
+            correlation + item * correlation_stride_b + row[:, None] * correlation_stride_r + column[None, :]
+        )
         values = tl.load(address, mask=seen, other=0.0).to(tl.float32)
         threshold = tl.load(tau + item * R + i, mask=gone, other=0.0)[:, None]
         end = tl.load(last + item * R + i, mask=gone, other=-1)[:, None]
@@ -224,6 +226,7 @@ def quantile_merge(
             ROWS=rows,
             BLOCK_K=block,
             num_warps=chosen.num_warps,
+            enable_fp_fusion=False,  # the threshold rounds as `torch.lerp` does
         )
     chosen = config("merge", tokens.device, 1 if B >= 8 else 0)
     grid = (triton.cdiv(D, chosen.tiles["BLOCK_D"]), triton.cdiv(K, chosen.tiles["BLOCK_K"]), B)
