@@ -42,7 +42,8 @@ def softmax_stats(
     heads = _checked(query, key, mask, num_heads)
     if not uses_triton(backend, query):
         return eager.softmax_stats(query, key, scale, mask, column_weight, heads)
-    return custom.softmax_stats(query, key, scale, *mask, column_weight, heads)
+    found: tuple[Tensor, Tensor] = custom.softmax_stats(query, key, scale, *mask, column_weight, heads)
+    return found
 
 
 def attention_block(
@@ -91,7 +92,10 @@ def attention_block(
         return eager.attention_block(
             query, key, lse, scale, row_index, column_index, mask, text, gamma, heads
         )
-    return custom.attention_block(query, key, lse, scale, row_index, column_index, *mask, text, gamma, heads)
+    found: Tensor = custom.attention_block(
+        query, key, lse, scale, row_index, column_index, *mask, text, gamma, heads
+    )
+    return found
 
 
 def attention_sums(
@@ -133,7 +137,8 @@ def attention_sums(
         raise ValueError(f"axis = {axis} is not allowed; allowed: 1 (over the queries), 2 (over the keys)")
     if not uses_triton(backend, query):
         return eager.attention_sums(query, key, lse, scale, axis, weight, mask, heads)
-    return custom.attention_sums(query, key, lse, scale, axis, weight, *mask, heads)
+    found: Tensor = custom.attention_sums(query, key, lse, scale, axis, weight, *mask, heads)
+    return found
 
 
 def cls_scores(
@@ -178,7 +183,10 @@ def cls_scores(
         raise ValueError(f"cls_index = {cls_index} is not allowed; allowed: 0 to {query.shape[2] - 1}")
     if not uses_triton(backend, query):
         return eager.cls_scores(query, key, lse, scale, cls_index, bias, with_keys, heads)
-    return custom.cls_scores(query, key, lse, scale, cls_index, bias, with_keys, heads)
+    found: tuple[Tensor, Tensor, Tensor] = custom.cls_scores(
+        query, key, lse, scale, cls_index, bias, with_keys, heads
+    )
+    return found
 
 
 def _checked(query: Tensor, key: Tensor, mask: Mask, num_heads: int | None) -> int:

@@ -51,7 +51,7 @@ def filter_scores(
         raise ValueError(f"coefficient = {coefficient} is not allowed; allowed: at least 1")
     if not uses_triton(backend, position):
         return eager.filter_scores(drawn, task, weight, position, grid, window, coefficient, protect, length)
-    return _filter_scores(
+    found: Tensor = _filter_scores(
         drawn,
         task,
         weight,
@@ -62,6 +62,7 @@ def filter_scores(
         protect,
         length,
     )
+    return found
 
 
 @torch.library.custom_op("ficoco::filter_scores", mutates_args=())

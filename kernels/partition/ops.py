@@ -46,7 +46,8 @@ def partition(
         raise ValueError(f"num_kept = {num_kept} is not allowed; allowed: 0 to {N}")
     if not uses_triton(backend, redundancy):
         return eager.partition(redundancy, num_removed, num_kept, length, removed)
-    return _partition(redundancy, num_removed, num_kept, length, removed)
+    found: tuple[Tensor, Tensor] = _partition(redundancy, num_removed, num_kept, length, removed)
+    return found
 
 
 @torch.library.custom_op("ficoco::partition", mutates_args=())

@@ -15,7 +15,8 @@ def partition(
         num_tokens = N if length is None else int(length[b])
         num_leaving = num_removed if removed is None else int(removed[b])
         scores = redundancy[b, :num_tokens].tolist()
-        leaving = sorted(sorted(range(num_tokens), key=lambda i, s=scores: -s[i])[:num_leaving])
+        # Python's sort leaves equals in their order, also in reverse.
+        leaving = sorted(sorted(range(num_tokens), key=scores.__getitem__, reverse=True)[:num_leaving])
         staying = sorted(set(range(num_tokens)) - set(leaving))
         source[b, : len(leaving)] = torch.tensor(leaving, dtype=torch.int64)
         target[b, : len(staying)] = torch.tensor(staying, dtype=torch.int64)

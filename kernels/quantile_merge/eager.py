@@ -106,17 +106,18 @@ def _ragged_quantile(values: Tensor, epsilon: float, count: Tensor) -> Tensor:
 
 def _merge(tokens: Tensor, alpha: Tensor, source: Tensor, target: Tensor) -> Tensor:
     """Weighted mean of every target (weight 1) with what flows in, (B, K, D) in the dtype of `tokens`."""
-    D = tokens.shape[2]
     flow = alpha.transpose(1, 2)
     scale = (1.0 + alpha.sum(dim=1)).reciprocal_()[..., None]
-    step = D if tokens.dtype == torch.float32 else _FEATURES
-    merged = tokens.new_empty((tokens.shape[0], target.shape[1], D))
-    for start in range(0, D, step):
-        part = tokens[..., start : start + step]
-        leaving = part.gather(1, source[..., None].expand(-1, -1, part.shape[2])).float()
-        staying = part.gather(1, target[..., None].expand(-1, -1, part.shape[2])).float()
-        sums = staying.baddbmm_(flow, leaving).mul_(scale)
-        if step == D:
-            return sums
-        merged[..., start : start + step] = sums
+    batch = torch.arange(tokens.shape[0], device=tokens.device)[:, None]
+
+    def weighted(part: Tensor) -> Tensor:
+        sums = part[batch, target].float()
+        return sums.baddbmm_(flow, part[batch, source].float()).mul_(scale)
+
+    if tokens.dtype == torch.float32:
+        return weighted(tokens)
+    merged = tokens.new_empty((tokens.shape[0], target.shape[1], tokens.shape[2]))
+    for start in range(0, tokens.shape[2], _FEATURES):
+        features = slice(start, start + _FEATURES)
+        merged[..., features] = weighted(tokens[..., features])
     return merged

@@ -1,5 +1,7 @@
 """The door to the quantile merge."""
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -65,7 +67,10 @@ def quantile_merge(
         return eager.quantile_merge(
             tokens, size, correlation, source, target, layout, epsilon, fixed_k, average, ragged
         )
-    return _quantile_merge(tokens, size, correlation, source, target, layout, epsilon, fixed_k, average)
+    found: tuple[Tensor, Tensor] = _quantile_merge(
+        tokens, size, correlation, source, target, layout, epsilon, fixed_k, average
+    )
+    return found
 
 
 @torch.library.custom_op("ficoco::quantile_merge", mutates_args=())
@@ -82,7 +87,9 @@ def _quantile_merge(
 ) -> tuple[Tensor, Tensor]:
     from ficoco_vllm.kernels.quantile_merge import triton
 
-    return triton.quantile_merge(tokens, size, correlation, source, target, layout, epsilon, fixed_k, average)
+    return triton.quantile_merge(
+        tokens, size, correlation, source, target, cast(Layout, layout), epsilon, fixed_k, average
+    )
 
 
 @_quantile_merge.register_fake
