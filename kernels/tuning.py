@@ -38,22 +38,22 @@ CANDIDATES: Mapping[str, tuple[Config, ...]] = {
         Config({"BLOCK_R": 16, "BLOCK_K": 64}, 4, 3),
         Config({"BLOCK_R": 32, "BLOCK_K": 64}, 4, 3),
         Config({"BLOCK_R": 64, "BLOCK_K": 64}, 4, 3),
-        Config({"BLOCK_R": 16, "BLOCK_K": 32}, 4, 2),
+        Config({"BLOCK_R": 16, "BLOCK_K": 32}, 8, 2),
         Config({"BLOCK_R": 64, "BLOCK_K": 128}, 8, 3),
     ),
     "softmax_stats": (
         Config({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 3),
-        Config({"BLOCK_M": 64, "BLOCK_N": 32}, 4, 2),
+        Config({"BLOCK_M": 64, "BLOCK_N": 16}, 4, 2),
         Config({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 3),
     ),
     "attention_sums": (
         Config({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 3),
-        Config({"BLOCK_M": 64, "BLOCK_N": 32}, 4, 2),
+        Config({"BLOCK_M": 64, "BLOCK_N": 16}, 4, 2),
         Config({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 3),
     ),
     "cls_scores": (
         Config({"BLOCK_N": 16, "BLOCK_H": 4}, 4, 2),
-        Config({"BLOCK_N": 32, "BLOCK_H": 2}, 4, 2),
+        Config({"BLOCK_N": 16, "BLOCK_H": 2}, 8, 2),
     ),
     "filter_scores": (
         Config({"BLOCK_N": 32, "BLOCK_J": 32}, 4, 2),
@@ -63,6 +63,7 @@ CANDIDATES: Mapping[str, tuple[Config, ...]] = {
     "merge": (
         Config({"BLOCK_K": 32, "BLOCK_D": 64, "BLOCK_R": 32}, 4, 2),
         Config({"BLOCK_K": 64, "BLOCK_D": 64, "BLOCK_R": 32}, 4, 2),
+        Config({"BLOCK_K": 32, "BLOCK_D": 64, "BLOCK_R": 16}, 8, 2),
         Config({"BLOCK_K": 64, "BLOCK_D": 128, "BLOCK_R": 32}, 8, 2),
         Config({"BLOCK_K": 32, "BLOCK_D": 128, "BLOCK_R": 32}, 4, 3),
     ),
@@ -76,20 +77,17 @@ def config(op: str, device: torch.device, default: int = 0) -> Config:
     Args:
         op: a key of `CANDIDATES`.
         device: where the kernel runs.
-        default: which candidate to take where nothing was measured.
+        default: which candidate to take where nothing was measured; it names the class of shapes, too.
 
     Returns:
-        The measured configuration of this kind of device, or the default.
+        What was measured to be the fastest for this class on this kind of device, or the default.
     """
-    if device.type == "cuda":
-        measured = _measured().get(torch.cuda.get_device_name(device), {}).get(op)
-        if measured is not None:
-            return CANDIDATES[op][measured]
-    return CANDIDATES[op][default]
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return CANDIDATES[op][_measured().get(kind, {}).get(f"{op}/{default}", default)]
 
 
 def measured_path() -> Path:
-    """The file of measured configurations: device name -> op -> index into `CANDIDATES[op]`."""
+    """The file of measured configurations: device name -> "op/default" -> index into `CANDIDATES[op]`."""
     cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache_home / "ficoco-vllm" / "kernels.json"
 

@@ -1,13 +1,18 @@
-"""Attention scores in torch, one head at a time, so that no (B, H, M, N) map exists.
+"""Attention scores in torch, a few heads at a time, so that no (B, H, M, N) map exists.
 
-A loop over the heads, not over the images: its matrix products are large enough to be fast, and its scratch
-space is 1/H of the map's. Half-precision inputs are widened one head at a time.
+A loop over groups of heads, not over the images. A group is as large as fits into a processor's cache: small
+problems are one group and pay for no loop, large ones hold a fraction of the map. Half-precision inputs are
+widened one group at a time.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from ficoco_vllm.kernels.attention_scores.mask import Mask
+
+_GROUP_BYTES = 4 * 2**20
 
 
 def softmax_stats(
@@ -19,19 +24,19 @@ def softmax_stats(
     hidden = _hidden(B, M, N, mask, query.device)
     lse = query.new_empty((B, H, M), dtype=torch.float32)
     row_sum = query.new_zeros((B, M), dtype=torch.float32)
-    for h in range(H):
-        logits = _head_logits(query[:, h], key[:, h // (H // key.shape[1])], None, scale, mask.bias)
+    for part, queries, keys in _groups(query, key, B * M * N):
+        logits = _logits(queries, keys, scale, mask.bias)
         if hidden is not None:
-            logits.masked_fill_(hidden, -torch.inf)
+            logits.masked_fill_(hidden[:, None], -torch.inf)
         highest = logits.amax(dim=-1, keepdim=True)
         highest = torch.where(highest == -torch.inf, 0.0, highest)
         weights = logits.sub_(highest).exp_()
         total = weights.sum(dim=-1)
         drawn = total
         if column_weight is not None:
-            drawn = torch.bmm(weights, column_weight.float()[..., None])[..., 0]
-        row_sum += torch.where(total > 0, drawn / total, 0.0)
-        lse[:, h] = total.log().add_(highest[..., 0])
+            drawn = torch.matmul(weights, column_weight[:, None, :, None].float())[..., 0]
+        row_sum += torch.where(total > 0, drawn / total, 0.0).sum(dim=1)
+        lse[:, part] = total.log().add_(highest[..., 0])
     return lse, row_sum.div_(num_heads)
 
 
@@ -93,27 +98,45 @@ def cls_scores(
     num_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `ops.cls_scores`."""
-    B, H, N, d = query.shape
-    group = H // key.shape[1]
+    B, _, N, d = query.shape
     to_cls, from_cls = query.new_zeros((2, B, N), dtype=torch.float32)
     mean = query.new_zeros((B, N, d) if with_keys else (0,), dtype=torch.float32)
-    for h in range(H):
-        queries, keys = query[:, h].float(), key[:, h // group].float()
-        absent = lse[:, h] == -torch.inf  # a token without a normaliser is padding
-        offset = -lse[:, h, :, None].masked_fill(absent[..., None], torch.inf)
-        if bias is not None:
-            offset = offset + bias[:, None, cls_index : cls_index + 1].float()
-        cls_key = keys[:, cls_index, :, None]
-        to_cls += torch.baddbmm(offset, queries, cls_key, alpha=scale).exp_()[..., 0]
-        offset = -lse[:, h, cls_index, None, None].expand(B, N, 1)
-        if bias is not None:
-            offset = offset + bias[:, :, None].float()
-        cls_query = queries[:, cls_index, :, None]
-        given = torch.baddbmm(offset, keys, cls_query, alpha=scale).exp_()[..., 0]
-        from_cls += given.masked_fill_(absent, 0.0)
+    own_bias = query.new_zeros((B, N), dtype=torch.float32) if bias is None else bias.float()
+    for part, queries, keys in _groups(query, key, B * N * d):
+        normaliser = lse[:, part]
+        absent = normaliser == -torch.inf  # a token without a normaliser is padding
+        logits = torch.matmul(queries, keys[:, :, cls_index, :, None])[..., 0].mul_(scale)
+        logits.add_(own_bias[:, None, cls_index, None]).sub_(normaliser)
+        to_cls += logits.exp_().masked_fill_(absent, 0.0).sum(dim=1)
+        logits = torch.matmul(keys, queries[:, :, cls_index, :, None])[..., 0].mul_(scale)
+        logits.add_(own_bias[:, None]).sub_(normaliser[:, :, cls_index, None])
+        from_cls += logits.exp_().masked_fill_(absent, 0.0).sum(dim=1)
         if with_keys:
-            mean += keys
+            mean += keys.sum(dim=1)
     return to_cls.div_(num_heads), from_cls.div_(num_heads), mean.div_(num_heads)
+
+
+def _groups(query: Tensor, key: Tensor, head_size: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Groups of heads whose scratch space fits into a cache.
+
+    Args:
+        query: (B, H, M, d).
+        key: (B, Hk, N, d).
+        head_size: fp32 numbers of scratch space that one head takes.
+
+    Yields:
+        The heads, their queries (B, g, M, d) fp32 and keys (B, g, N, d) fp32.
+    """
+    H = query.shape[1]
+    repeats = H // key.shape[1]
+    step = max(1, _GROUP_BYTES // (4 * max(1, head_size)))
+    for start in range(0, H, step):
+        part = slice(start, min(start + step, H))
+        if repeats == 1:
+            keys = key[:, part]
+        else:
+            keys = key[:, torch.arange(part.start, part.stop, device=key.device) // repeats]
+        yield part, query[:, part].float(), keys.float()
 
 
 def _head_sum(
@@ -126,47 +149,38 @@ def _head_sum(
     bias: Tensor | None,
 ) -> Tensor:
     """Sum over the heads of exp(logit - lse), before the mask, (B, R, K) fp32."""
-    H = query.shape[1]
-    group = H // key.shape[1]
-    rows = None if row_index is None else row_index.clamp_min(0)
-    columns = None if column_index is None else column_index.clamp_min(0)
-    if bias is not None and columns is not None:
-        bias = bias.gather(1, columns)
-    result: Tensor | None = None
-    for h in range(H):
-        normaliser = lse[:, h] if rows is None else lse[:, h].gather(1, rows)
+    if row_index is not None:
+        rows = row_index.clamp_min(0).long()
+        query, lse = _take(query, rows), lse.gather(2, rows[:, None].expand(-1, lse.shape[1], -1))
+    if column_index is not None:
+        columns = column_index.clamp_min(0).long()
+        key, bias = _take(key, columns), None if bias is None else bias.gather(1, columns)
+    B, R, K = query.shape[0], query.shape[2], key.shape[2]
+    result = query.new_zeros((B, R, K), dtype=torch.float32)
+    for part, queries, keys in _groups(query, key, B * R * K):
         # A query that sees nothing has -inf here and no attention.
-        normaliser = torch.where(normaliser == -torch.inf, torch.inf, normaliser)
-        keys = _take(key[:, h // group], columns)
-        head = _head_logits(_take(query[:, h], rows), keys, normaliser, scale, bias).exp_()
-        result = head if result is None else result.add_(head)
-    assert result is not None
+        normaliser = torch.where(lse[:, part] == -torch.inf, torch.inf, lse[:, part])
+        result += _logits(queries, keys, scale, bias).sub_(normaliser[..., None]).exp_().sum(dim=1)
     return result
 
 
-def _head_logits(
-    query: Tensor, key: Tensor, normaliser: Tensor | None, scale: float, bias: Tensor | None
-) -> Tensor:
-    """One head: scale * q . k + bias - normaliser, (B, R, K) fp32."""
-    B, R, K = query.shape[0], query.shape[1], key.shape[1]
-    if normaliser is None:
-        offset = query.new_zeros((1, 1, 1), dtype=torch.float32).expand(B, R, K)
-    else:
-        offset = -normaliser.float()[..., None].expand(B, R, K)
-    logits = torch.baddbmm(offset, query.float(), key.float().transpose(1, 2), alpha=scale)
-    return logits if bias is None else logits.add_(bias[:, None].float())
+def _logits(query: Tensor, key: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    """Logits scale * q . k + bias of some heads, (B, g, R, K) fp32."""
+    logits = torch.matmul(query, key.transpose(-1, -2)).mul_(scale)
+    return logits if bias is None else logits.add_(bias[:, None, None].float())
 
 
-def _take(values: Tensor, index: Tensor | None) -> Tensor:
-    """Rows (B, R, d) of (B, N, d)."""
-    return values if index is None else values.gather(1, index[..., None].expand(-1, -1, values.shape[2]))
+def _take(values: Tensor, index: Tensor) -> Tensor:
+    """Rows (B, H, R, d) of (B, H, N, d)."""
+    _, H, _, d = values.shape
+    return values.gather(2, index[:, None, :, None].expand(-1, H, -1, d))
 
 
 def _columns(values: Tensor, index: Tensor | None) -> Tensor:
     """Columns (B, T, R) of (B, T, N), zeros where the index is -1."""
     if index is None:
         return values
-    spread = index[:, None].expand(-1, values.shape[1], -1)
+    spread = index.long()[:, None].expand(-1, values.shape[1], -1)
     return values.gather(2, spread.clamp_min(0)).masked_fill_(spread < 0, 0.0)
 
 

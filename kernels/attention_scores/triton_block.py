@@ -146,8 +146,8 @@ def attention_block(
     column_index = None if column_index is None else column_index.contiguous()
     bias = None if mask.bias is None else rows_contiguous(mask.bias)
     text = None if text is None else rows_contiguous(text.float())
-    if query.dtype == torch.float32:
-        default = 3  # each operand is held as two TF32 numbers
+    if query.dtype == torch.float32 or D & (D - 1):
+        default = 3  # an operand is held as two TF32 numbers, or padded to the next power of two
     else:
         default = 0 if R <= 16 or B * R < 256 else 1 if B * R < 2048 else 2
     chosen = config("attention_block", query.device, default)

@@ -102,7 +102,7 @@ def cls_scores(
     to_cls = torch.empty((B, N), dtype=torch.float32, device=query.device)
     from_cls = torch.empty_like(to_cls)
     mean = torch.empty((B, N, D) if with_keys else (0,), dtype=torch.float32, device=query.device)
-    chosen = config("cls_scores", query.device)
+    chosen = config("cls_scores", query.device, 1 if D > 64 or query.dtype == torch.float32 else 0)
     if to_cls.numel():
         cls_scores_kernel[(triton.cdiv(N, chosen.tiles["BLOCK_N"]), B)](
             query,

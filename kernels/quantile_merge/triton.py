@@ -228,7 +228,7 @@ def quantile_merge(
             num_warps=chosen.num_warps,
             enable_fp_fusion=False,  # the threshold rounds as `torch.lerp` does
         )
-    chosen = config("merge", tokens.device, 1 if B >= 8 else 0)
+    chosen = config("merge", tokens.device, 2 if tokens.dtype == torch.float32 else 1 if B >= 8 else 0)
     grid = (triton.cdiv(D, chosen.tiles["BLOCK_D"]), triton.cdiv(K, chosen.tiles["BLOCK_K"]), B)
     merge_kernel[grid](
         tokens,
