@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ficoco_vllm.kernels import Mask
-from ficoco_vllm.kernels.attention_scores import triton_block, triton_cls, triton_sums
+from ficoco_vllm.kernels.attention_scores import triton_block, triton_cls, triton_stats, triton_sums
 from ficoco_vllm.kernels.filter_scores import triton as triton_filter
 from ficoco_vllm.kernels.partition import triton as triton_partition
 from ficoco_vllm.kernels.quantile_merge import triton as triton_merge
@@ -28,7 +28,7 @@ def attention(d: int, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
     weight = torch.empty((B, N), dtype=dtype, device="meta")
     label = f"d={d},{str(dtype).removeprefix('torch.')}"
     return {
-        f"stats({label})": lambda: triton_sums.softmax_stats(query, key, 0.1, full, weight, H),
+        f"stats({label})": lambda: triton_stats.softmax_stats(query, key, 0.1, full, weight, H),
         f"rows({label})": lambda: triton_sums.attention_sums(query, key, lse, 0.1, 2, None, full, H),
         f"columns({label})": lambda: triton_sums.attention_sums(query, key, lse, 0.1, 1, None, full, H),
         f"columns, lengths({label})": lambda: triton_sums.attention_sums(

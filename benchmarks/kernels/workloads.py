@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ficoco_vllm.kernels import Mask
-from ficoco_vllm.kernels.attention_scores import triton_block, triton_cls, triton_sums
+from ficoco_vllm.kernels.attention_scores import triton_block, triton_cls, triton_stats, triton_sums
 from ficoco_vllm.kernels.filter_scores import triton as triton_filter
 from ficoco_vllm.kernels.partition import triton as triton_partition
 from ficoco_vllm.kernels.quantile_merge import triton as triton_merge
@@ -97,7 +97,7 @@ def tower(B: int, dtype: torch.dtype = torch.float16, device: str = "meta") -> l
             "softmax_stats/tower",
             2 * N * map_bytes + 4 * B * N * (H + 1),
             2 * B * H * N * N * d,
-            lambda: triton_sums.softmax_stats(query, key, scale, Mask(), None, H),
+            lambda: triton_stats.softmax_stats(query, key, scale, Mask(), None, H),
             True,
         ),
         Workload(
@@ -184,7 +184,7 @@ def decoder(B: int, dtype: torch.dtype = torch.float16, device: str = "meta") ->
             "softmax_stats/decoder",
             2 * N * map_bytes + 4 * B * N * (H + 2),
             B * H * N * (N + 1) * d,
-            lambda: triton_sums.softmax_stats(query, key, scale, causal, weight, H),
+            lambda: triton_stats.softmax_stats(query, key, scale, causal, weight, H),
             True,
         ),
         Workload(

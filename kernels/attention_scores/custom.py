@@ -23,10 +23,10 @@ def softmax_stats(
     num_heads: int,
 ) -> tuple[Tensor, Tensor]:
     """See `ops.softmax_stats`."""
-    from ficoco_vllm.kernels.attention_scores import triton_sums
+    from ficoco_vllm.kernels.attention_scores import triton_stats
 
     mask = Mask(bias, causal, offset, query_length, key_length)
-    return triton_sums.softmax_stats(query, key, scale, mask, column_weight, num_heads)
+    return triton_stats.softmax_stats(query, key, scale, mask, column_weight, num_heads)
 
 
 @softmax_stats.register_fake
