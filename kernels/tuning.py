@@ -29,7 +29,10 @@ class Config(NamedTuple):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """As keyword arguments of a launch. Fused multiply-adds are Triton's default of today, not of tomorrow."""
+        """As keyword arguments of a launch.
+
+        Fused multiply-adds are asked for by name: Triton is about to change its default.
+        """
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
         return {**self.tiles, **options}
 
