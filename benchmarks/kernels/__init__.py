@@ -1,0 +1,1 @@
+"""What the fused ops cost: compiled ahead of time, counted, and timed."""

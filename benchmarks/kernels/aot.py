@@ -1,0 +1,210 @@
+"""Compiles every kernel ahead of time, without a GPU, and holds what can be known so to bars.
+
+    python -m benchmarks.kernels.aot [--json OUT.json]
+
+The launchers run on meta tensors at the shapes of LLaVA-1.5-7B; what they would compile is compiled for
+three NVIDIA generations and for AMD's gfx942. Each bar is a line `BAR name measured limit PASS|FAIL`; the
+exit status is 1 if one fails.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.kernels.chips import CHIPS, Chip
+from benchmarks.kernels.compiling import Compiled, compile_for, compile_for_amd, launches_of
+from benchmarks.kernels.recording import Launch
+from benchmarks.kernels.variants import variants
+from benchmarks.kernels.workloads import workloads
+
+BATCHES = (1, 8, 32)
+BYTES_LIMIT = 1.25
+# Of each kernel: how many of the first axes of its grid hold programs that read the same data, and over how
+# many steps of a loop they walk through it side by side (the heads of the tower, the smaller model).
+SHARING = {
+    "softmax_stats_kernel": (1, 1),
+    "attention_sums_kernel": (1, 1),
+    "attention_block_kernel": (2, 16),
+    "cls_scores_kernel": (1, 1),
+    "filter_scores_kernel": (1, 1),
+    "partition_kernel": (1, 1),
+    "row_statistics_kernel": (1, 1),
+    "merge_kernel": (2, 1),
+}
+# While programs walk side by side through the heads, so many heads' data is live: the pipeline and its skew.
+LIVE_STEPS = 4
+# Kernels that live off matrix products of what they load.
+PRODUCT_KERNELS = ("softmax_stats_kernel", "attention_sums_kernel", "attention_block_kernel", "merge_kernel")
+
+
+def traffic() -> dict[str, dict[str, Any]]:
+    """Counts at B = 1, out of a process whose kernels are interpreted."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "traffic.json"
+        command = [sys.executable, "-m", "benchmarks.kernels.traffic", str(path)]
+        subprocess.run(command, check=True, env=os.environ | {"TRITON_INTERPRET": "1"})
+        counts: dict[str, dict[str, Any]] = json.loads(path.read_text())
+    return counts
+
+
+def moved_bytes(
+    B: int, counts: dict[str, Any], launches: list[Launch], chip: Chip, compiled: list[Compiled]
+) -> tuple[int, int]:
+    """Bytes from and to device memory, and the most data that must stay in the second-level cache for that.
+
+    Items share nothing, so the counts of one item hold for each. Programs that share data run together: if
+    what they share fits into the cache, it is read once; if not, every request goes to memory.
+    """
+    total, most = B * counts["torch_bytes"], 0
+    for launch, made, count in zip(launches, compiled, counts["launches"], strict=True):
+        axes, steps = SHARING[launch.name]
+        together = int(torch.Size(launch.grid[:axes]).numel())
+        groups = launch.num_programs // together
+        in_flight = min(groups, -(-made.num_resident * chip.num_processors // together))
+        walked = min(1.0, LIVE_STEPS / steps)
+        live = int(in_flight * count["moved_bytes"] * B / groups * walked)
+        total += B * count["moved_bytes" if live <= chip.cache_bytes else "requested_bytes"]
+        most = max(most, live)
+    return total, most
+
+
+def summed(counts: dict[str, Any], name: str) -> int:
+    """One count over the launches of a workload."""
+    return sum(count[name] for count in counts["launches"])
+
+
+def bar(name: str, measured: float, limit: float, passed: bool) -> bool:
+    """Print one bar."""
+    print(f"BAR {name} {measured:g} {limit:g} {'PASS' if passed else 'FAIL'}")
+    return passed
+
+
+def distinct(compiled: list[Compiled]) -> list[Compiled]:
+    """One of those that differ in nothing but the number of programs."""
+    return list(
+        {
+            (c.workload, c.kernel, c.chip, c.registers, c.shared_bytes, c.loads): c
+            for c in reversed(compiled)
+        }.values()
+    )[::-1]
+
+
+def report(compiled: list[Compiled], moved: list[dict[str, Any]], amd_spills: dict[str, int]) -> bool:
+    """Print tables and bars.
+
+    Returns:
+        Whether every bar holds.
+    """
+    print("\nCompiled (programs, resident ones, occupancy and waves are predicted)")
+    print(
+        f"{'op':38s} {'kernel':24s} {'chip':7s} "
+        "regs shared spill tensor wide/loads programs resident  occ waves"
+    )
+    for c in compiled:
+        print(
+            f"{c.workload:38s} {c.kernel:24s} {c.chip:7s} {c.registers:4d} {c.shared_bytes:6d} {c.spills:5d} "
+            f"{c.tensor_core:6d} {c.wide_loads:4d}/{c.loads:<5d} {c.num_programs:8d} {c.num_resident:8d} "
+            f"{c.occupancy:4.0%} {c.waves:5.2f}"
+        )
+    print("\nBytes and operations (counted in the interpreter at B = 1; live: needed in the L2 cache)")
+    print(
+        f"{'op':38s} {'chip':7s}  B  floor MB  moved MB ratio requested MB live MB  GFLOP floor  GFLOP done"
+    )
+    for m in moved:
+        print(
+            f"{m['workload']:38s} {m['chip']:7s} {m['B']:2d} {m['floor_bytes'] / 1e6:9.3f} "
+            f"{m['moved_bytes'] / 1e6:9.3f} {m['ratio']:5.3f} {m['requested_bytes'] / 1e6:12.3f} "
+            f"{m['live_bytes'] / 1e6:7.2f} {m['floor_flops'] / 1e9:12.3f} {m['flops'] / 1e9:11.3f}"
+        )
+    print()
+    held = [bar(f"spills[{c.workload},{c.kernel},{c.chip}]", c.spills, 0, c.spills == 0) for c in compiled]
+    held += [bar(f"spills[{name},gfx942]", count, 0, count == 0) for name, count in amd_spills.items()]
+    held += [
+        bar(f"fits[{c.workload},{c.kernel},{c.chip}]", c.num_resident, 1, c.num_resident >= 1)
+        for c in compiled
+    ]
+    for m in moved:
+        name = f"bytes[{m['workload']},{m['chip']},B={m['B']}]"
+        held.append(bar(name, round(m["ratio"], 4), BYTES_LIMIT, m["ratio"] <= BYTES_LIMIT))
+    for c in compiled:
+        if "/" not in c.workload:  # a variant, whose rows need not be aligned
+            continue
+        if c.kernel in PRODUCT_KERNELS:
+            held.append(
+                bar(f"tensor_core[{c.workload},{c.kernel},{c.chip}]", c.tensor_core, 1, c.tensor_core >= 1)
+            )
+        if c.kernel in PRODUCT_KERNELS or c.kernel == "cls_scores_kernel":
+            held.append(
+                bar(f"wide_loads[{c.workload},{c.kernel},{c.chip}]", c.wide_loads, 1, c.wide_loads >= 1)
+            )
+    print(f"{sum(held)} of {len(held)} bars hold")
+    return all(held)
+
+
+def main() -> int:
+    """Compile, count, print the tables and the bars.
+
+    Returns:
+        1 if a bar fails.
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, help="where the figures are written")
+    arguments = parser.parse_args()
+    counts = traffic()
+    compiled: list[Compiled] = []
+    moved: list[dict[str, Any]] = []
+    amd_spills: dict[str, int] = {}
+    for B in BATCHES:
+        for workload in workloads(B):
+            launches = launches_of(workload.run)
+            count = counts[workload.name]
+            for chip in CHIPS:
+                made = [compile_for(workload.name, launch, chip) for launch in launches]
+                compiled += made
+                total, live = moved_bytes(B, count, launches, chip, made)
+                moved.append(
+                    {
+                        "workload": workload.name,
+                        "chip": chip.name,
+                        "B": B,
+                        "floor_bytes": workload.floor_bytes,
+                        "moved_bytes": total,
+                        "ratio": total / workload.floor_bytes,
+                        "requested_bytes": B * summed(count, "requested_bytes"),
+                        "live_bytes": live,
+                        "floor_flops": workload.floor_flops,
+                        "flops": B * summed(count, "flops"),
+                    }
+                )
+            for launch in launches:
+                name = f"{workload.name},{launch.name}"
+                amd_spills[name] = max(amd_spills.get(name, 0), compile_for_amd(launch))
+    for dtype in (torch.bfloat16, torch.float32):
+        for workload in workloads(1, dtype):
+            label = f"{workload.name} {str(dtype).removeprefix('torch.')}"
+            for launch in launches_of(workload.run):
+                # The chip with the least shared memory, and the one whose instructions differ most from it.
+                compiled += [compile_for(label, launch, chip) for chip in CHIPS[:2]]
+    for name, run in variants().items():
+        compiled += [compile_for(name, launch, CHIPS[0]) for launch in launches_of(run)]
+    compiled = distinct(compiled)
+    passed = report(compiled, moved, amd_spills)
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        figures = {"compiled": [asdict(one) for one in compiled], "moved": moved, "amd_spills": amd_spills}
+        arguments.json.write_text(json.dumps(figures, indent=1))
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

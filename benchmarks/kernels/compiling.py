@@ -1,0 +1,108 @@
+"""Compiles launches for devices that are not here, and reads what came out."""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+
+from benchmarks.kernels.chips import AMD, Chip, occupancy, resident
+from benchmarks.kernels.recording import Launch, recorded
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+TENSOR_CORE = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b")
+WIDE = re.compile(r"ld\.global[.\w:]*\.v4\.b32|ld\.global[.\w:]*\.v2\.b64|ld\.global[.\w:]*\.v8\.b16")
+ASYNC_WIDE = re.compile(r"cp\.async\.c[ag]\.shared\.global \[[^\]]*\], \[[^\]]*\], 0x10")
+SINGLE_LOAD = re.compile(r"\bld\.global")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of one launch.
+
+    Attributes:
+        workload: op and shape.
+        kernel: its name.
+        chip: for which device.
+        registers: of a thread.
+        shared_bytes: of a program.
+        spills: loads and stores of local memory in the machine code.
+        tensor_core: instructions of the tensor cores in the PTX.
+        wide_loads: loads of 16 bytes in the PTX, synchronous and asynchronous.
+        loads: loads from global memory in the PTX.
+        num_programs: size of the grid.
+        num_resident: programs that fit on one processor.
+        occupancy: share of its warp slots.
+        waves: how often the device is filled.
+    """
+
+    workload: str
+    kernel: str
+    chip: str
+    registers: int
+    shared_bytes: int
+    spills: int
+    tensor_core: int
+    wide_loads: int
+    loads: int
+    num_programs: int
+    num_resident: int
+    occupancy: float
+    waves: float
+
+
+def compile_for(workload: str, launch: Launch, chip: Chip) -> Compiled:
+    """Compile one launch and read what came out."""
+    made = triton.compile(launch.source(hip=False), target=chip.target, options=launch.options)
+    usage = _resources(made.asm["cubin"])
+    ptx = made.asm["ptx"]
+    shared = max(int(made.metadata.shared), usage["SHARED"])
+    num_warps = launch.options["num_warps"]
+    fits = resident(chip, num_warps, usage["REG"], shared)
+    asynchronous = len(ASYNC_WIDE.findall(ptx))
+    return Compiled(
+        workload=workload,
+        kernel=launch.name,
+        chip=chip.name,
+        registers=usage["REG"],
+        shared_bytes=shared,
+        spills=usage["SPILLS"],
+        tensor_core=len(TENSOR_CORE.findall(ptx)),
+        wide_loads=len(WIDE.findall(ptx)) + asynchronous,
+        loads=len(SINGLE_LOAD.findall(ptx)) + ptx.count("cp.async.c"),
+        num_programs=launch.num_programs,
+        num_resident=fits,
+        occupancy=occupancy(fits, num_warps),
+        waves=launch.num_programs / (fits * chip.num_processors),
+    )
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    """Registers and shared memory of the one kernel in a cubin, and its instructions on local memory."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, code = (
+            subprocess.run([CUOBJDUMP, what, file.name], check=True, capture_output=True, text=True).stdout
+            for what in ("--dump-resource-usage", "--dump-sass")
+        )
+    line = next(line for line in usage.splitlines() if "REG:" in line)
+    found = {name: int(value) for name, value in re.findall(r"\b(REG|SHARED):(\d+)", line)}
+    return found | {"SPILLS": len(re.findall(r"\b(?:STL|LDL)\b", code))}
+
+
+def compile_for_amd(launch: Launch) -> int:
+    """Compile one launch for gfx942; returns the vector registers that spill to memory."""
+    made = triton.compile(launch.source(hip=True), target=AMD, options=launch.options)
+    return sum(int(count) for count in re.findall(r"\.vgpr_spill_count:\s+(\d+)", made.asm["amdgcn"]))
+
+
+def launches_of(run: Callable[[], Any]) -> list[Launch]:
+    """What a call would launch."""
+    with recorded() as launches:
+        run()
+    return launches

@@ -1,0 +1,94 @@
+"""Measures which tile sizes are fastest on this GPU, and writes them where the kernels look for them.
+
+    python -m benchmarks.kernels.tune
+
+Serving reads the file once; it never tunes itself. Another choice of tiles sums in another order, so the
+last bits of the results may change with the file.
+"""
+
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from benchmarks.kernels.workloads import workloads
+from ficoco_vllm.kernels import tuning
+
+BATCHES = (1, 8, 32)
+
+
+class _Chosen(dict[str, int]):
+    """Choices by class, which notes what it is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """As a dictionary's."""
+        self.asked.add(key)
+        return super().get(key, default)
+
+
+def fastest(
+    runs: Iterable[Callable[[], Any]], kind: str, measure: Callable[[Callable[[], Any]], float]
+) -> dict[str, int]:
+    """The fastest candidate of every class of shapes that the calls use.
+
+    Args:
+        runs: calls of the kernels.
+        kind: the device's name, as `tuning.config` asks for it.
+        measure: seconds of a call.
+
+    Returns:
+        "op/default" to index into `CANDIDATES[op]`.
+    """
+    chosen = _Chosen()
+    seconds: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
+    with patch.object(tuning, "_measured", lambda: {kind: chosen}):
+        for run in runs:
+            chosen.asked.clear()
+            run()
+            for name in sorted(chosen.asked):
+                for index in range(len(tuning.CANDIDATES[name.split("/")[0]])):
+                    chosen[name] = index
+                    seconds[name][index] += measure(run)
+                del chosen[name]
+    return {name: min(times, key=times.__getitem__) for name, times in seconds.items()}
+
+
+def main() -> int:
+    """Measure and write.
+
+    Returns:
+        1 where there is no GPU.
+    """
+    if not torch.cuda.is_available():
+        print("no GPU: there is nothing to tune", file=sys.stderr)
+        return 1
+    from triton.runtime.errors import OutOfResources
+    from triton.testing import do_bench
+
+    def measure(run: Callable[[], Any]) -> float:
+        try:
+            return float(do_bench(run, return_mode="median"))
+        except OutOfResources:  # tiles that this device cannot hold
+            return float("inf")
+
+    kind = torch.cuda.get_device_name()
+    runs = (workload.run for B in BATCHES for workload in workloads(B, torch.float16, "cuda"))
+    found = fastest(runs, kind, measure)
+    path = tuning.measured_path()
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(known | {kind: found}, indent=1))
+    print(f"{kind}: {found}, written to {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,28 @@
+"""Fused ops of the reduction: tensors in, tensors out, each with a torch and a Triton implementation.
+
+Importing this needs neither Triton nor a GPU; Triton is imported when a kernel first runs.
+"""
+
+from ficoco_vllm.kernels.attention_scores import (
+    Mask,
+    attention_block,
+    attention_sums,
+    cls_scores,
+    softmax_stats,
+)
+from ficoco_vllm.kernels.backend import Backend
+from ficoco_vllm.kernels.filter_scores import filter_scores
+from ficoco_vllm.kernels.partition import partition
+from ficoco_vllm.kernels.quantile_merge import quantile_merge
+
+__all__ = [
+    "Backend",
+    "Mask",
+    "attention_block",
+    "attention_sums",
+    "cls_scores",
+    "filter_scores",
+    "partition",
+    "quantile_merge",
+    "softmax_stats",
+]

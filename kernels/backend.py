@@ -1,0 +1,28 @@
+"""Which implementation of an op runs."""
+
+from typing import Literal
+
+from torch import Tensor
+
+Backend = Literal["auto", "torch", "triton"]
+
+
+def uses_triton(backend: Backend, tensor: Tensor) -> bool:
+    """Decide between the two implementations of an op.
+
+    Args:
+        backend: "triton" or "torch" is taken at its word and never falls back; "auto" takes Triton for
+            tensors on a CUDA (or ROCm) device and torch elsewhere.
+        tensor: any input of the op.
+
+    Returns:
+        Whether the Triton kernels run.
+
+    Raises:
+        ValueError: `backend` is none of the three.
+    """
+    if backend == "auto":
+        return tensor.device.type == "cuda"
+    if backend not in ("torch", "triton"):
+        raise ValueError(f"backend = {backend!r} is not allowed; allowed: auto, torch, triton")
+    return backend == "triton"

@@ -1,0 +1,44 @@
+"""Eqs. 11 and 14 with the local penalty, in torch."""
+
+import torch
+from torch import Tensor
+
+
+def filter_scores(
+    drawn: Tensor | None,
+    task: Tensor | None,
+    weight: float,
+    position: Tensor,
+    grid: tuple[int, int],
+    window: tuple[int, int] | None,
+    coefficient: float,
+    protect: Tensor | None,
+    length: Tensor | None,
+) -> Tensor:
+    """See `ops.filter_scores`."""
+    B, N = position.shape
+    scores = position.new_zeros((B, N), dtype=torch.float32)
+    if drawn is not None:
+        share = weight / N if length is None else weight / length[:, None].clamp_min(1)
+        scores = scores + share * drawn
+    if task is not None:
+        scores = scores - (1.0 - weight) * task
+    index = torch.arange(N, device=position.device).expand(B, N)
+    if protect is not None:
+        scores = scores.masked_fill(protect, -torch.inf)
+    placed = position >= 0
+    if length is not None:
+        placed = placed & (index < length[:, None])
+    if window is not None:
+        across = -(-grid[1] // window[1])
+        num_windows = -(-grid[0] // window[0]) * across
+        cell = position // grid[1] // window[0] * across + position % grid[1] // window[1]
+        cell = torch.where(placed, cell, num_windows)
+        highest = scores.new_full((B, num_windows + 1), -torch.inf).scatter_reduce(1, cell, scores, "amax")
+        candidate = torch.where(scores == highest.gather(1, cell), index, N)
+        first = index.new_full((B, num_windows + 1), N).scatter_reduce(1, cell, candidate, "amin")
+        peak = placed & (index == first.gather(1, cell))
+        scores = torch.where(
+            peak, torch.where(scores > 0, scores * coefficient, scores / coefficient), scores
+        )
+    return scores if length is None else scores.masked_fill(index >= length[:, None], -torch.inf)

@@ -1,0 +1,26 @@
+"""What the launchers of all kernels share."""
+
+import struct
+
+import torch
+from torch import Tensor
+
+
+def rows_contiguous(values: Tensor) -> Tensor:
+    """The same values with the last dimension contiguous; a copy only where it is not already."""
+    return values if values.stride(-1) == 1 else values.contiguous()
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How `tl.dot` multiplies.
+
+    Single precision is emulated by three products in TF32, which keeps about 21 bits of the 24 and runs on
+    the tensor cores; ROCm knows no such mode and multiplies as it stands.
+    """
+    return "tf32x3" if dtype == torch.float32 and torch.version.hip is None else "ieee"
+
+
+def bits_of(value: float) -> int:
+    """The 64 bits of a double, since Triton rounds a floating-point argument to single precision."""
+    bits: int = struct.unpack("<q", struct.pack("<d", value))[0]
+    return bits

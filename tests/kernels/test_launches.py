@@ -1,0 +1,38 @@
+"""What the launchers do on the host: nothing that waits for the device, and shapes known beforehand."""
+
+import pytest
+
+from tests.kernels.conftest import INTERPRETED
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter replaces the launcher")
+
+
+@pytest.mark.parametrize("B", [1, 32])
+def test_no_look_at_the_data(B: int) -> None:
+    """On meta tensors there is no data: a launcher that reads a value fails."""
+    from benchmarks.kernels.recording import recorded
+    from benchmarks.kernels.workloads import workloads
+
+    for workload in workloads(B):
+        with recorded() as launches:
+            workload.run()
+        assert launches, workload.name
+        for launch in launches:
+            assert 1 <= launch.num_programs < 2**31
+            assert max(launch.grid[1:], default=1) < 2**16, "the second and third axis of a grid hold 16 bits"
+
+
+def test_the_table_of_launches_is_small() -> None:
+    """A reduction is six launches; each further one costs microseconds at every reducing layer."""
+    from benchmarks.kernels.recording import recorded
+    from benchmarks.kernels.workloads import workloads
+
+    names = []
+    for workload in workloads(1):
+        if workload.name.split("/")[1] == "tower" and "sums" not in workload.name:
+            with recorded() as launches:
+                workload.run()
+            names += [launch.name for launch in launches]
+    names.remove("softmax_stats_kernel")  # not needed where the attention hands out its normalisers
+    assert len(names) == 6
