@@ -17,7 +17,7 @@ ARGS   ?=
 RUNTIME := $(VENV)/.installed
 DEV     := $(VENV)/.installed-dev
 
-.PHONY: help install serve test check format lint types imports clean
+.PHONY: help install serve test test-kernels check format lint types imports kernels-aot bench-kernels bench-ttft clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -60,6 +60,15 @@ imports: $(DEV)
 format: $(DEV)  ## let ruff rewrite the code
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+test-kernels: $(DEV)  ## every fused op against its reference, in Triton's interpreter
+	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels $(ARGS)
+
+kernels-aot: $(DEV)  ## compile the kernels for GPUs that are not here, with bars
+	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.kernels.aot --json build/kernels-aot.json $(ARGS)
+
+bench-kernels: $(DEV)  ## time the fused ops (on a GPU the kernels, else the torch versions)
+	@$(BIN)/python -m benchmarks.kernels.bench --out build/kernels $(ARGS)
 
 bench-ttft: $(DEV)  ## time to first token at LLaVA-1.5-7B's width, stock and reduced side by side
 	@$(BIN)/python -m benchmarks.ttft $(ARGS)
