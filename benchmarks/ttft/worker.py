@@ -42,7 +42,7 @@ def run(pipe: Connection, folder: str, stock: bool, dtype: str) -> None:
         limit_mm_per_prompt={"image": 1},
         seed=0,
         disable_log_stats=True,
-        kv_cache_memory_bytes=2**28,
+        kv_cache_memory_bytes=2**30,
         additional_config={} if stock else {"ficoco": {"method": "ficoco-v", "keep": 64}},
     )
     params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, detokenize=False)
