@@ -35,8 +35,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--layers", type=int, nargs="+", default=[4, 8], help="decoder layers to run with")
-    parser.add_argument("--rounds", type=int, default=7, help="measured requests of each kind")
+    parser.add_argument("--layers", type=int, nargs="+", default=[8, 16], help="decoder layers to run with")
+    parser.add_argument("--rounds", type=int, default=5, help="measured requests of each kind")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS)
