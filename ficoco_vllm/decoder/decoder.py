@@ -11,7 +11,7 @@ from vllm.forward_context import get_forward_context
 from ficoco_vllm.decoder.attention import DecoderHeads
 from ficoco_vllm.decoder.layout import Boundary
 from ficoco_vllm.decoder.reduction import Rows, reduce_rows
-from ficoco_vllm.decoder.segment import Segment, SegmentAttention
+from ficoco_vllm.decoder.segment import Segment, SegmentAttention, Unit, compile_unit
 from ficoco_vllm.kv.plan import DecoderPlanner
 
 
@@ -32,13 +32,16 @@ class ReducingStep:
 class SegmentedDecoder:
     """A view of vLLM's decoder: it owns no weights."""
 
-    def __init__(self, decoder: Any, planner: DecoderPlanner, grid: tuple[int, int]) -> None:
+    def __init__(
+        self, decoder: Any, planner: DecoderPlanner, grid: tuple[int, int], compiled: bool = False
+    ) -> None:
         """Cut a decoder into segments and give each its own KV cache.
 
         Args:
             decoder: vLLM's LlamaModel, whole on this worker.
             planner: of the served model.
             grid: rows and columns of an unreduced image.
+            compiled: whether each segment is compiled, as one unit.
         """
         self.planner = planner
         self.grid = grid
@@ -56,6 +59,10 @@ class SegmentedDecoder:
                 norm=decoder.norm if start + size == len(layers) else None,
             )
             for start in range(0, len(layers), size)
+        ]
+        self.units: list[Unit] = [
+            compile_unit(segment, index) if compiled else segment
+            for index, segment in enumerate(self.segments)
         ]
         self.num_heads: int = decoder.config.num_attention_heads
 
@@ -76,8 +83,8 @@ class SegmentedDecoder:
         num_tokens = hidden.shape[0]
         origin = torch.arange(num_tokens, device=hidden.device)
         rows = Rows(hidden, origin, torch.ones(num_tokens, dtype=torch.float32, device=hidden.device))
-        for index, segment in enumerate(self.segments):
-            output, query, key = segment(positions[rows.origin], rows.hidden)
+        for index, (segment, unit) in enumerate(zip(self.segments, self.units, strict=True)):
+            output, query, key = unit(positions[rows.origin], rows.hidden)
             rows = Rows(output, rows.origin, rows.size)
             if index < len(step.boundaries) and step.boundaries[index].groups:
                 heads = self._heads(segment, query, key)
@@ -85,6 +92,17 @@ class SegmentedDecoder:
         result = torch.zeros_like(hidden)
         result[rows.origin] = rows.hidden
         return result
+
+    def warm_up(self, positions: Tensor, hidden: Tensor) -> None:
+        """Compile the segments, and take the memory that a reducing step takes, while vLLM profiles.
+
+        Args:
+            positions: (tokens,) int64.
+            hidden: (tokens, D) embeddings.
+        """
+        hidden = hidden.clone()  # vLLM goes on with it, and fused norms write into what they are given
+        for unit in self.units:
+            hidden, _, _ = unit(positions, hidden)
 
     def _heads(self, segment: Segment, query: Tensor, key: Tensor) -> DecoderHeads:
         attention = segment.last.self_attn

@@ -1,13 +1,17 @@
 """A run of decoder layers that ends between attention and MLP of its last layer; one compiled unit."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import FunctionType, MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.kv_cache_interface import replace_as
 
 from ficoco_vllm.kv.spec import SegmentSpec
+
+Unit = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 class SegmentAttention(Attention):
@@ -74,3 +78,20 @@ class Segment(nn.Module):
         query, key = attention.rotary_emb(positions, query, key)
         mixed, _ = attention.o_proj(attention.attn(query, key, value))
         return mixed + residual, query, key
+
+
+def compile_unit(segment: Segment, index: int) -> Unit:
+    """Compile one segment for any number of rows.
+
+    Each segment gets a code object of its own: torch.compile keeps what it has compiled by code object, and all
+    segments share one `forward` while every one has its own layers.
+
+    Args:
+        segment: to compile.
+        index: of it.
+    """
+    forward = Segment.forward
+    code = forward.__code__.replace(co_name=f"segment_{index}_forward")
+    own = FunctionType(code, forward.__globals__, code.co_name)
+    unit: Unit = torch.compile(MethodType(own, segment), dynamic=True)
+    return unit

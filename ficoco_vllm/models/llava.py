@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig
-from vllm.config import VllmConfig
+from vllm.config import CompilationMode, VllmConfig
+from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.model_executor.models.interfaces import MultiModalEmbeddings
 from vllm.model_executor.models.llava import (
     BaseLlavaProcessingInfo,
@@ -52,11 +53,17 @@ class FicocoLlava(LlavaForConditionalGeneration):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         config = FicocoConfig.of(self.config)
         self.planner: VisionPlanner | None = None
+        self.decoder: SegmentedDecoder | None = None
         shape = None if config.method is None else TowerShape.from_hf_config(self.config)
         if shape is not None and config.decoder_method is not None:
             from ficoco_vllm.decoder.state import DecoderModelState  # imports Triton, which V1 does without
 
-            self.decoder = SegmentedDecoder(self.language_model.model, planner_of(vllm_config), shape.grid)
+            self.decoder = SegmentedDecoder(
+                self.language_model.model,
+                planner_of(vllm_config),
+                shape.grid,
+                compiled=vllm_config.compilation_config.mode != CompilationMode.NONE,
+            )
             # vLLM looks for this name; without a method in the decoder it must not find it.
             self.get_model_state_cls = lambda: DecoderModelState
         if shape is not None and config.tower_part(shape.num_patches).method is not None:
@@ -85,7 +92,11 @@ class FicocoLlava(LlavaForConditionalGeneration):
             **kwargs: of vLLM's class.
         """
         if reduction is None:
+            profiling = is_forward_context_available() and get_forward_context().attn_metadata is None
+            if self.decoder is not None and profiling and inputs_embeds is not None:
+                self.decoder.warm_up(positions, inputs_embeds)
             return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
+        assert self.decoder is not None
         assert inputs_embeds is not None
         return self.decoder(positions, inputs_embeds, reduction)
 

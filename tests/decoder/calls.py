@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from PIL import Image
 from vllm import LLM, SamplingParams
+from vllm.model_executor.models.utils import extract_layer_index
 
-from tests.support.engine import Answer, request
+from tests.support.engine import Answer, request, scheduler_of
 
 
 @dataclass
@@ -56,3 +57,105 @@ def refusal(engine: LLM, one: Ask, **more: Any) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def ask_counting_preemptions(engine: LLM, asks: list[Ask]) -> tuple[list[Answer], int]:
+    """Send requests together; also how often one had to give its blocks back."""
+    scheduler = scheduler_of(engine)
+    original, count = scheduler._preempt_request, 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        return original(*args, **kwargs)
+
+    scheduler._preempt_request = counted
+    try:
+        return ask(engine, asks), count
+    finally:
+        scheduler._preempt_request = original
+
+
+def free_blocks(engine: LLM) -> int:
+    """Blocks of the shared pool that nobody holds."""
+    return int(scheduler_of(engine).kv_cache_manager.block_pool.get_num_free_blocks())
+
+
+def held(engine: LLM) -> list[dict[str, int]]:
+    """Blocks that each request holds, group by group; and what else is remembered of requests."""
+    scheduler = scheduler_of(engine)
+    groups = scheduler.kv_cache_manager.coordinator.single_type_managers
+    found = [
+        {request_id: len(blocks) for request_id, blocks in group.req_to_blocks.items() if blocks}
+        for group in groups
+    ]
+    runner = worker_of(engine).model_runner
+    return [*found, dict.fromkeys(scheduler.plans, 1), dict.fromkeys(runner.model_state.plans, 1)]
+
+
+def worker_of(engine: LLM) -> Any:
+    """The worker in the engine's process."""
+    worker = engine.llm_engine.engine_core.engine_core.model_executor.driver_worker
+    return getattr(worker, "worker", worker)
+
+
+def abort_at(engine: LLM, asks: list[Ask], num_steps: int) -> None:
+    """Send requests, let the engine take some steps, and abort all of them."""
+    ids = engine.enqueue([one.body() for one in asks], [one.params() for one in asks], use_tqdm=False)
+    for _ in range(num_steps):
+        engine.llm_engine.step()
+    engine.llm_engine.abort_request(ids, internal=True)
+    while engine.llm_engine.has_unfinished_requests():
+        engine.llm_engine.step()
+    engine.llm_engine.step()
+
+
+def written_slots(engine: LLM, one: Ask) -> tuple[list[float], list[int], int]:
+    """Answer one request in an empty cache and count.
+
+    Returns:
+        Slots written in each layer, blocks held in each group before the end, and tokens of prompt and answer
+        whose keys and values are needed.
+    """
+    runner = worker_of(engine).model_runner
+    context = runner.vllm_config.compilation_config.static_forward_context
+    layers = sorted(
+        (layer for layer in context.values() if getattr(layer, "segment", None) is not None),
+        key=lambda layer: extract_layer_index(layer.layer_name),
+    )
+    for layer in layers:
+        layer.kv_cache.zero_()
+    (request_id,) = engine.enqueue([one.body()], [one.params()], use_tqdm=False)
+    managers = scheduler_of(engine).kv_cache_manager.coordinator.single_type_managers
+    blocks: list[list[int]] = []
+    num_tokens = 0
+    while engine.llm_engine.has_unfinished_requests():
+        for output in engine.llm_engine.step():
+            num_tokens = len(output.prompt_token_ids or []) + len(output.outputs[0].token_ids) - 1
+        now = [[b.block_id for held in manager.req_to_blocks.values() for b in held] for manager in managers]
+        blocks = now if any(now) else blocks
+    assert request_id
+    # Keys and values of a token are never all zero, and a slot is written as a whole.
+    written = []
+    for layer in layers:
+        # (blocks, heads, slots, 2 * d), whose inner order is the kernel's own. Layers of several groups share one
+        # tensor, so only the blocks that this layer's group held are looked at.
+        cache = layer.kv_cache[torch.tensor(blocks[layer.segment])]
+        per_slot = cache.shape[1] * cache.shape[3]
+        written.append(float((cache != 0).sum()) / per_slot)
+    return written, [len(ids) for ids in blocks], num_tokens
+
+
+def repeat_short(engine: LLM, asks: list[Ask], times: int) -> set[int]:
+    """Answer requests over and over, one token each.
+
+    Returns:
+        Free blocks seen after each round.
+    """
+    params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+    seen = set()
+    for _ in range(times):
+        outputs = engine.generate([one.body() for one in asks], params, use_tqdm=False)
+        assert all(len(output.outputs[0].token_ids) == 1 for output in outputs)
+        seen.add(free_blocks(engine))
+    return seen

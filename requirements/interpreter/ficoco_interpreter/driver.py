@@ -20,7 +20,7 @@ class InterpreterDriver(driver.DriverBase):
         return False
 
     def get_current_target(self) -> GPUTarget:
-        """This machine's CPU."""
+        """The CPU, the only target there is."""
         return GPUTarget("cpu", 0, 0)
 
     def get_active_torch_device(self) -> torch.device:
