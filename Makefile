@@ -64,5 +64,8 @@ format: $(DEV)  ## let ruff rewrite the code
 bench-ttft: $(DEV)  ## time to first token at LLaVA-1.5-7B's width, stock and reduced side by side
 	@$(BIN)/python -m benchmarks.ttft $(ARGS)
 
+bench-concurrency: $(DEV)  ## requests that run at once under the same KV memory: stock, V, L, VL
+	@$(BIN)/python -m benchmarks.concurrency $(ARGS)
+
 clean:  ## remove the environment and everything built
 	@rm -rf $(VENV) build dist *.egg-info

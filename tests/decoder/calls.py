@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from PIL import Image
 from vllm import LLM, SamplingParams
+from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models.utils import extract_layer_index
 
 from tests.support.engine import Answer, request, scheduler_of
@@ -159,3 +160,27 @@ def repeat_short(engine: LLM, asks: list[Ask], times: int) -> set[int]:
         assert all(len(output.outputs[0].token_ids) == 1 for output in outputs)
         seen.add(free_blocks(engine))
     return seen
+
+
+def start_up_error(engine: LLM, model: str, ficoco: dict[str, Any], options: dict[str, Any]) -> str:
+    """What the configuration of another engine is refused with, before anything is loaded."""
+    arguments = {"max_model_len": 512, "enforce_eager": True, "limit_mm_per_prompt": {"image": 2}, **options}
+    try:
+        EngineArgs(model, additional_config={"ficoco": ficoco}, **arguments).create_engine_config()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def settings_of(engine: LLM) -> dict[str, Any]:
+    """What a configuration has been changed to."""
+    config = engine.llm_engine.vllm_config
+    scheduler = config.scheduler_config
+    return {
+        "scheduler": scheduler.scheduler_cls,
+        "chunked_prefill": scheduler.enable_chunked_prefill,
+        "prefix_caching": config.cache_config.enable_prefix_caching,
+        "max_num_batched_tokens": scheduler.max_num_batched_tokens,
+        "max_num_encoder_input_tokens": scheduler.max_num_encoder_input_tokens,
+        "encoder_cache_size": scheduler.encoder_cache_size,
+    }
