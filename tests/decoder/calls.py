@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from vllm import LLM, SamplingParams
 from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.models.utils import extract_layer_index
 
 from tests.support.engine import Answer, request, scheduler_of
@@ -55,7 +56,7 @@ def refusal(engine: LLM, one: Ask, **more: Any) -> str:
     """The message that a request is refused with; empty if it is answered."""
     try:
         engine.generate([one.body()], [one.params(**more)], use_tqdm=False)
-    except ValueError as error:
+    except VLLMValidationError as error:
         return str(error)
     return ""
 
@@ -184,3 +185,15 @@ def settings_of(engine: LLM) -> dict[str, Any]:
         "max_num_encoder_input_tokens": scheduler.max_num_encoder_input_tokens,
         "encoder_cache_size": scheduler.encoder_cache_size,
     }
+
+
+def compiled_units(engine: LLM) -> list[bool]:
+    """Whether each segment of the decoder is a compiled unit that has been compiled."""
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list as entries
+    from torch._dynamo.eval_frame import innermost_fn
+
+    decoder = worker_of(engine).model_runner.get_model().decoder
+    return [
+        unit is not segment and len(entries(innermost_fn(unit).__func__.__code__)) > 0
+        for unit, segment in zip(decoder.units, decoder.segments, strict=True)
+    ]

@@ -7,13 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.decoder.calls import Ask, ask
+from tests.decoder.calls import Ask, ask, compiled_units
 from tests.support.engine import PROMPT, TEXT_ONLY, TWO_IMAGES, Answer
 from tests.support.remote import remote_engine
 
 # float32; fused loops and sums over heads and columns that are split between workers
 TOLERANCE = 1e-4
-FICOCO = {"method": "ficoco-l", "keep": 16, "num_segments": 4}
+FICOCO: dict[str, Any] = {"method": "ficoco-l", "keep": 16, "num_segments": 4}
 
 pytestmark = pytest.mark.engine
 
@@ -57,6 +57,8 @@ def test_equal(
 ) -> None:
     with remote_engine(small_llava, FICOCO, environment, block_size=32, **options) as engine:
         answers = engine.call(ask, asks(images))
+        if "enforce_eager" in options:
+            assert engine.call(compiled_units) == [True] * FICOCO["num_segments"]
     for answer, one in zip(answers, expected, strict=True):
         assert answer.tokens == one.tokens
         torch.testing.assert_close(answer.logprobs, one.logprobs, atol=TOLERANCE, rtol=0)
