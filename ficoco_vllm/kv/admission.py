@@ -1,5 +1,6 @@
 """What a request may ask of the decoder, checked before it reaches the engine."""
 
+from functools import wraps
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
@@ -83,13 +84,13 @@ def hook_admission() -> None:
     the method that turns them into the engine's request is wrapped.
     """
     original = InputProcessor.process_inputs
-    if hasattr(original, "ficoco"):
+    if hasattr(original, "__wrapped__"):
         return
 
+    @wraps(original)
     def process_inputs(self: InputProcessor, *args: Any, **kwargs: Any) -> Any:
         request = original(self, *args, **kwargs)
         check_request(self.vllm_config, request)
         return request
 
-    process_inputs.ficoco = True  # type: ignore[attr-defined]
     InputProcessor.process_inputs = process_inputs

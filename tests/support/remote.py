@@ -9,6 +9,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from ficoco_vllm.compat import hook_interpreter
+
 # Model runner V2 through Triton's interpreter, whatever the machine; read before vLLM is imported.
 ENVIRONMENT = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
 
@@ -66,6 +68,7 @@ def remote_engine(
 
 
 def _serve(pipe: Connection, model: Path, ficoco: dict[str, Any], options: dict[str, Any]) -> None:
+    hook_interpreter()
     try:
         from tests.support.engine import make_engine
 
