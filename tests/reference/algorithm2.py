@@ -32,20 +32,14 @@ def ficoco_l(
     Returns:
         Which stay, and their hidden states.
     """
-    N, M = len(tokens), len(text)
-    scores = [
-        BETA * sum(attention[i, j] for j in range(N)) / N - (1 - BETA) * sum(text[k, i] for k in range(M))
-        for i in range(N)
-    ]
+    N = len(tokens)
+    scores = [BETA * attention[i].sum() / N - (1 - BETA) * text[:, i].sum() for i in range(N)]
     order = sorted(range(N), key=lambda i: (-scores[i], i))
     source, target = sorted(order[:removed]), sorted(order[removed:])
     total = {j: tokens[j].copy() for j in target}
     weight = dict.fromkeys(target, 1.0)
     for i in source:
-        row = [
-            GAMMA * attention[i, j] + (1 - GAMMA) * sum(text[k, i] * text[k, j] for k in range(M))
-            for j in target
-        ]
+        row = [GAMMA * attention[i, j] + (1 - GAMMA) * (text[:, i] @ text[:, j]) for j in target]
         threshold = np.quantile(row, EPSILON)
         chosen = [(j, value) for j, value in zip(target, row, strict=True) if value >= threshold]
         mass = sum(value for _, value in chosen)
@@ -100,6 +94,12 @@ class Shown:
 
 class ReferenceDecoder(ReferenceLlava):
     """Hugging Face's Llama unrolled by hand."""
+
+    @property
+    def num_patches(self) -> int:
+        """Visual tokens of an image before any reduction."""
+        vision = self.config.vision_config
+        return (vision.image_size // vision.patch_size) ** 2
 
     @torch.no_grad()
     def answer(
