@@ -3,10 +3,9 @@
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import import_module
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from ficoco_vllm.reduction.cost import (
     unreduced,
 )
 from ficoco_vllm.reduction.schedule import KINDS
+from ficoco_vllm.server.plan_table import as_text
 
 DEMO = "demo"
 # Raised whenever a field of the JSON output is renamed, removed or changes its meaning.
@@ -44,7 +44,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "for methods that reduce in tower and decoder, where the option without `encoder` means the decoder"
     )
     add = parser.add_argument
-    add("model", help=f"a folder with config.json, a config.json, {DEMO!r}, or one of: {known}")
+    add(
+        "model",
+        nargs="?",
+        default=DEMO,
+        metavar="MODEL",
+        help=f"a folder with config.json, a config.json, or one of: {known} (default: {DEMO}, the demo model)",
+    )
     add("--method", default="ficoco-v", help="a reduction method (default: %(default)s)")
     add("--keep", type=int, metavar="N", help="visual tokens of an image after the last reduction")
     add(
@@ -85,10 +91,12 @@ def run(args: argparse.Namespace) -> int:
     """
     try:
         report = make_report(args)
+        text = json.dumps(report, indent=2) if args.json else as_text(report)
+    except OverflowError:
+        return _fail("a number is too large to plan with")
     except (ValueError, OSError) as error:
-        print(f"ficoco-vllm: error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(report, indent=2) if args.json else as_text(report))
+        return _fail(str(error))
+    print(text)
     return 0
 
 
@@ -145,10 +153,10 @@ def read_config(model: str) -> Mapping[str, Any]:
         path /= "config.json"
     if not path.is_file():
         allowed = f"a folder with config.json, a config.json, {DEMO!r}, or one of {', '.join(KNOWN_MODELS)}"
-        raise ValueError(f"model: got {model!r}, allowed: {allowed}")
+        raise ValueError(f"model: got {model!r}, but there is no file {path}, allowed: {allowed}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, a number of too many digits
         raise ValueError(f"model: {path} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"model: {path} holds a {type(config).__name__}, allowed: a JSON object")
@@ -178,52 +186,9 @@ def parse_schedule(name: str, text: str | None) -> str | list[tuple[int, int]] |
         raise ValueError(f"{name}: got {text!r}, allowed: {allowed}") from None
 
 
-def as_text(report: Mapping[str, Any]) -> str:
-    """The report as a table for people.
-
-    Args:
-        report: from `make_report`.
-
-    Returns:
-        Lines, without a newline at the end.
-    """
-    encoder, decoder = report["encoder_tokens"], report["decoder_visual_tokens"]
-    lines = [
-        f"{report['model']}: {report['method']}, {report['dtype']}, {report['num_text_tokens']} text tokens, "
-        f"{report['num_images']} x {report['num_patches']} visual tokens",
-        "",
-        "Patch tokens of an image that enter each layer of the vision tower ([CLS] not counted)",
-        *_runs(encoder),
-        "Visual tokens of an image that enter each layer of the decoder",
-        *_runs(decoder),
-        f"  {'on average':<14}{report['mean_visual_tokens']:>8.1f}",
-        "",
-        f"{'':<26}{'no reduction':>14}{report['method']:>16}",
-    ]
-    for label, field, unit in _ROWS:
-        before, after = (report[side][field] / unit for side in ("unreduced", "reduced"))
-        lines.append(f"{label:<26}{before:>14.3f}{after:>16.3f}")
-    gain = report["prefill_speedup"]
-    lines += [
-        "",
-        f"Expected speed-up of prefill: {gain['memory_bound']:.2f}x where memory bandwidth is the limit,",
-        f"{gain['compute_bound']:.2f}x where arithmetic is (long prompts, large batches).",
-        "A multiply-add is 2 FLOPs; MB and GB are decimal.",
-    ]
-    return "\n".join(lines)
-
-
-_ROWS = (
-    ("vision tower, TFLOPs", "tower_flops", 1e12),
-    ("projector, TFLOPs", "projector_flops", 1e12),
-    ("LLM prefill, TFLOPs", "decoder_flops", 1e12),
-    ("all, TFLOPs", "total_flops", 1e12),
-    ("reduction itself, MFLOPs", "reduction_flops", 1e6),
-    ("KV cache, MB", "kv_bytes", 1e6),
-    ("weights, GB", "weight_bytes", 1e9),
-    ("activations, GB", "activation_bytes", 1e9),
-    ("total memory, GB", "memory_bytes", 1e9),
-)
+def _fail(reason: str) -> int:
+    print(f"ficoco-vllm: error: {reason}", file=sys.stderr)
+    return 2
 
 
 def _budgets(args: argparse.Namespace) -> tuple[Budget, Budget | None]:
@@ -237,15 +202,6 @@ def _budgets(args: argparse.Namespace) -> tuple[Budget, Budget | None]:
 def _costs(cost: Estimate) -> dict[str, Any]:
     totals = {name: getattr(cost, name) for name in ("total_flops", "kv_bytes", "memory_bytes")}
     return {**asdict(cost), "kv_bytes_per_layer": list(cost.kv_bytes_per_layer), **totals}
-
-
-def _runs(counts: Sequence[int]) -> list[str]:
-    lines = []
-    for count, run_of in groupby(enumerate(counts[:-1]), key=lambda pair: pair[1]):
-        layers = [layer for layer, _ in run_of]
-        name = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]}-{layers[-1]}"
-        lines.append(f"  {name:<14}{count:>8}")
-    return [*lines, f"  {'leaving':<14}{counts[-1]:>8}"]
 
 
 def _demo_folder() -> Path:

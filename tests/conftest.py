@@ -11,11 +11,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from openai import OpenAI
 from PIL import Image
+
+from tests.support.server import API_KEY, DEMO_KEEP, Server, serve
 
 
 @pytest.fixture(scope="session")
@@ -42,3 +46,19 @@ def images() -> list[Image.Image]:
     return [
         Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)) for width, height in sizes
     ]
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The demo model as `make serve` serves it, with budgets of their own allowed to requests."""
+    log = tmp_path_factory.mktemp("server") / "log"
+    arguments = ["--ficoco-method", "ficoco-v", "--ficoco-keep", str(DEMO_KEEP), "--trust-request-mm-kwargs"]
+    arguments += ["--api-key", API_KEY]
+    with serve(log, *arguments) as server:
+        yield server
+
+
+@pytest.fixture
+def client(server: Server) -> OpenAI:
+    """The official client of that server."""
+    return server.client()

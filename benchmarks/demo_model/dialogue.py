@@ -37,8 +37,8 @@ class AnswerScores:
         logits: (n, vocabulary), fp32.
         target: right tokens, (n,), int64.
         owner: image * num_questions + question of each token, (n,), int64.
-        log_attention: of the position that predicts each token to the visual tokens, at the watched layer,
-            (n, H, N), fp32, or None.
+        log_attention: of every text token to the visual tokens at the watched layer, fp32,
+            (B, H, sequences after the image, tokens of each, N), or None.
     """
 
     logits: Tensor
@@ -117,11 +117,10 @@ class Asker:
         right = torch.from_numpy(target).view(B, -1)
         answered = right != IGNORED
         asked = torch.from_numpy(owner).view(B, -1)[answered]
-        seen = (
-            None
-            if watched is None
-            else watched[:, :, start + N :, start : start + N].transpose(1, 2)[answered]
-        )
+        seen = None
+        if watched is not None:
+            H = watched.shape[1]
+            seen = watched[:, :, start + N :, start : start + N].reshape(B, H, width, T, N)
         return AnswerScores(decoder.logits(hidden[answered]), right[answered], asked, seen)
 
     def strands(

@@ -17,8 +17,9 @@ from benchmarks.demo_model.dialogue import Asker, right_answers
 from benchmarks.demo_model.features import Features, choose_tokens, load_or_collect
 from benchmarks.demo_model.questions import Question, shape_questions, sign_questions
 from benchmarks.demo_model.scene import KIND, Shape, Sign
+from benchmarks.demo_model.steps import optimizers, running_accuracy, set_rates
+from benchmarks.demo_model.synthetic import VisualVocabulary
 from benchmarks.demo_model.tokenizer import build_tokenizer
-from benchmarks.demo_model.train_synthetic import VisualVocabulary, optimizers, running_accuracy, set_rates
 from benchmarks.demo_model.vision import VisionTower
 
 NUM_QUESTIONS = 5
@@ -136,7 +137,8 @@ def train_features(work: Path, phase: Phase, seconds: float, num_images: int, se
     params = [*decoder.parameters(), *projector.parameters()]
     rng = random.Random(seed + 1000 * step)
     running: dict[str, float] = {}
-    images, first, begin = 0, step, time.monotonic() - spent
+    started = time.monotonic()
+    images, first, begin = 0, step, started - spent
     with tqdm(total=round(seconds), initial=round(spent), unit="s", desc=phase.name) as bar:
         while (spent := time.monotonic() - begin) < seconds:
             scale = min(1.0, (step - first + 1) / 20) * max(0.03, 1 - spent / seconds)
@@ -178,7 +180,7 @@ def train_features(work: Path, phase: Phase, seconds: float, num_images: int, se
             if step % 50 == 0:
                 bar.update(round(spent) - bar.n)
                 shown = " ".join(f"{kind}={value:.3f}" for kind, value in sorted(running.items()))
-                rate = images / (time.monotonic() - begin)
+                rate = images / (time.monotonic() - started)
                 bar.write(f"{phase.name} {step} {rate:.0f} images/s {shown}")
             if step % 200 == 0:
                 save(path, projector, decoder, step, spent)

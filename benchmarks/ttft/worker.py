@@ -24,7 +24,6 @@ def run(pipe: Connection, folder: str, stock: bool, dtype: str) -> None:
     os.environ |= {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "HF_HUB_OFFLINE": "1",
     }
@@ -43,6 +42,7 @@ def run(pipe: Connection, folder: str, stock: bool, dtype: str) -> None:
         limit_mm_per_prompt={"image": 1},
         seed=0,
         disable_log_stats=True,
+        kv_cache_memory_bytes=2**28,
         additional_config={} if stock else {"ficoco": {"method": "ficoco-v", "keep": 64}},
     )
     params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, detokenize=False)

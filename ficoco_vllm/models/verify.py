@@ -33,6 +33,12 @@ class FicocoModelConfig(VerifyAndUpdateConfig):
         config = FicocoConfig.parse(values)
         hf_config = vllm_config.model_config.hf_config
         shape = TowerShape.from_hf_config(hf_config)
+        lora = vllm_config.lora_config
+        if lora is not None and lora.enable_tower_connector_lora:
+            raise ValueError(
+                "enable_tower_connector_lora = True is not allowed with ficoco, whose tower changes its number of "
+                "tokens from layer to layer; allowed: adapters of the language model"
+            )
         planner = VisionPlanner.shared(config, shape)
         # The processor is given the model's configuration only, so the settings travel with that, to every process.
         setattr(hf_config, NAME, config.model_dump(mode="json"))

@@ -13,8 +13,7 @@ __all__ = ["SITES", "STAGES", "Method", "Site", "all_but_one"]
 
 Site = Literal["encoder", "features", "decoder"]
 
-# Where a reduction can take place, and which signals a LLaVA can measure there. `text_relevance` is nowhere
-# among them: it takes the text encoder of another model.
+# Where a reduction can take place, and which signals a LLaVA can measure there; `WHY_ABSENT` says why not all.
 SITES: Mapping[str, frozenset[str]] = {
     "encoder": frozenset({"visual_attention", "cls_attention", "keys", "features"}),
     "features": frozenset({"visual_attention", "cls_attention", "keys", "features"}),

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ficoco_vllm.reduction.settings import Settings
-from ficoco_vllm.reduction.signals import TOKEN_AXIS, Signals, partition, take
+from ficoco_vllm.reduction.signals import TOKEN_AXIS, WHY_ABSENT, Signals, partition, take
 from ficoco_vllm.reduction.stages import CORRELATIONS, Stage
 
 if TYPE_CHECKING:
@@ -79,10 +79,13 @@ class Reducer:
         """
         missing = sorted(self.signals.difference(offered))
         if missing:
-            raise ValueError(
-                f"{self.method.name} needs the signal {' and '.join(f'`{name}`' for name in missing)}; "
-                f"given are: {', '.join(sorted(offered))}"
-            )
+            given = f"given are: {', '.join(sorted(offered)) or 'none'}"
+            lacks = "; ".join(self._lacks(name) for name in missing)
+            raise ValueError(f"{self.method.name} needs {lacks}; {given}")
+
+    def _lacks(self, name: str) -> str:
+        why = WHY_ABSENT.get(name)
+        return f"the signal `{name}`" + (f" ({why})" if why else "")
 
     def __call__(
         self, tokens: Tensor, signals: Signals, num_removed: int, size: Tensor | None = None

@@ -1,5 +1,6 @@
 """How many tokens each reducing layer removes: host-side integers only."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -65,9 +66,7 @@ def make_schedule(
     if list(layers) != sorted(set(layers)):
         raise ValueError(f"layers = {list(layers)}: must ascend, none twice")
     if isinstance(kind, str):
-        losses = _losses(kind, num_tokens, keep, len(layers))
-        if kind == "even":
-            losses = _within_reach(losses, num_tokens, keep, lambda left: max_removed(left) - num_extra)
+        losses = _losses(kind, num_tokens, keep, len(layers), lambda left: max_removed(left) - num_extra)
         removed = [loss + num_extra if loss else 0 for loss in losses]
     else:
         removed = list(kind)
@@ -87,45 +86,13 @@ def make_schedule(
     return dict(zip(layers, removed, strict=True))
 
 
-def _within_reach(losses: list[int], num_tokens: int, keep: int, most: Callable[[int], int]) -> list[int]:
-    """Shift losses to earlier layers where a later one would have to lose more than `most` allows.
-
-    Returns:
-        The same losses if they are possible; else those under the lowest common ceiling that reaches `keep`.
-
-    Raises:
-        ValueError: no ceiling reaches it.
-    """
-
-    def under(ceiling: int) -> list[int]:
-        left, found = num_tokens, []
-        for _ in losses:
-            found.append(max(0, min(ceiling, most(left), left - keep)))
-            left -= found[-1]
-        return found
-
-    left = num_tokens
-    for loss in losses:
-        if loss > most(left):
-            break
-        left -= loss
-    else:
-        return losses
-    fewest = num_tokens - sum(under(num_tokens))
-    if fewest > keep:
-        raise ValueError(
-            f"keep = {keep}: {len(losses)} layers of this method reach {fewest} of {num_tokens} at least"
-        )
-    ceilings = range(max(losses), num_tokens + 1)
-    return under(next(ceiling for ceiling in ceilings if sum(under(ceiling)) == num_tokens - keep))
-
-
-def _losses(kind: str, num_tokens: int, keep: int, num_layers: int) -> list[int]:
-    """How many fewer tokens there are after each layer than before it."""
+def _losses(
+    kind: str, num_tokens: int, keep: int, num_layers: int, most: Callable[[int], int]
+) -> Sequence[int]:
+    """How many fewer tokens there are after each layer than before it; `most` says how many fewer can be."""
     total = num_tokens - keep
     if kind == "even":
-        each, rest = divmod(total, max(num_layers, 1))
-        return [each + (index < rest) for index in range(num_layers)]
+        return _even(num_tokens, keep, num_layers, most)
     if kind == "one-shot":
         return [total if index == 0 else 0 for index in range(num_layers)]
     if kind == "geometric":
@@ -133,3 +100,34 @@ def _losses(kind: str, num_tokens: int, keep: int, num_layers: int) -> list[int]
         counts = [round(num_tokens * ratio ** (step / num_layers)) for step in range(num_layers)] + [keep]
         return [before - after for before, after in pairwise(counts)]
     raise ValueError(f"schedule = {kind!r}: allowed are {', '.join(KINDS)}, or one count a layer")
+
+
+def _even(num_tokens: int, keep: int, num_layers: int, most: Callable[[int], int]) -> Sequence[int]:
+    """The same loss at every layer, the remainder first; more at the earlier ones where the later ones cannot.
+
+    A layer may have to lose more than `most` allows it, for the fewer tokens are left, the fewer can go. Then
+    the ceilings are an even split of more than what must go: of the least that reaches `keep`. Losses never
+    grow from layer to layer.
+
+    Raises:
+        ValueError: no schedule reaches `keep`.
+    """
+
+    def under(ceilings: int) -> Sequence[int]:
+        """Losses, as large as they can be, under an even split of so many."""
+        each, rest = divmod(ceilings, max(num_layers, 1))
+        left, losses = num_tokens, []
+        for index in range(num_layers):
+            losses.append(max(0, min(each + (index < rest), most(left), left - keep)))
+            left -= losses[-1]
+        return losses
+
+    total, unlimited = num_tokens - keep, num_tokens * num_layers
+    fewest = num_tokens - sum(under(unlimited))
+    if fewest > keep:
+        layers = "1 reducing layer" if num_layers == 1 else f"{num_layers} reducing layers"
+        raise ValueError(
+            f"keep = {keep}: {layers} can reach {fewest} of {num_tokens} at least, "
+            f"as the first of them can lose no more than {max(most(num_tokens), 0)}"
+        )
+    return under(bisect_left(range(unlimited), total, lo=total, key=lambda ceilings: sum(under(ceilings))))

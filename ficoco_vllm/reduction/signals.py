@@ -9,6 +9,14 @@ from torch import Tensor
 # Where a signal counts the visual tokens, if not along its second axis; 0 where it does not count them.
 TOKEN_AXIS = {"text_attention": 2, "text_features": 0}
 
+# Why a LLaVA cannot measure a signal everywhere, for who asks for it where it is not to be had.
+WHY_ABSENT = {
+    "text_relevance": "it takes another model's text encoder, which a LLaVA checkpoint does not carry",
+    "text_attention": "the text is seen in the decoder only",
+    "text_features": "the text is seen in the decoder only",
+    "cls_attention": "only the vision encoder has a [CLS] token",
+}
+
 
 class AttentionMap(Protocol):
     """An attention map that is computed only where it is looked at, so that no (B, N, N) is ever written.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -116,9 +117,14 @@ class ClipAttention:
         B, _, N, _ = self.query.shape
         return torch.Size((B, N - 1, N - 1))
 
+    @cached_property
+    def _float_key(self) -> Tensor:
+        # Scores decide what stays, so they are computed in fp32; every score reads the keys.
+        return self.key.float()
+
     def _block(self, query: Tensor, lse: Tensor, keys: slice) -> Tensor:
         bias = None if self.bias is None else self.bias[:, keys]
-        values = _logits(query, self.key[:, :, keys], self.scale, bias)
+        values = _logits(query, self._float_key[:, :, keys], self.scale, bias)
         if not self.logits:
             values = values.sub_(lse[..., None]).exp_()
         return self.head_mean(values.sum(dim=1))
@@ -174,4 +180,4 @@ class ClipAttention:
         Returns:
             (B, N, d) fp32.
         """
-        return self.head_mean(self.key[:, :, 1:].sum(dim=1, dtype=torch.float32))
+        return self.head_mean(self._float_key[:, :, 1:].sum(dim=1))

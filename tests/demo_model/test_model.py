@@ -23,6 +23,11 @@ def loaded():
     return model.eval(), transformers.AutoProcessor.from_pretrained(demo.path()), info
 
 
+def load_image(example: demo.Example) -> Image.Image:
+    with Image.open(example.image) as image:
+        return image.convert("RGB")
+
+
 @torch.no_grad()
 def answer(loaded, prompt: str, images: list[Image.Image]) -> str:
     model, processor, _ = loaded
@@ -46,7 +51,7 @@ def test_every_weight_is_found_and_none_is_left_over(loaded):
 def test_answers_every_example_with_all_tokens(loaded):
     for example in demo.examples():
         prompt = loaded[1].apply_chat_template(chat(example.question), add_generation_prompt=True)
-        assert answer(loaded, prompt, [Image.open(example.image)]) == example.answer, example.question
+        assert answer(loaded, prompt, [load_image(example)]) == example.answer, example.question
 
 
 def test_examples_cover_the_types_of_question_and_have_native_size():
@@ -56,7 +61,7 @@ def test_examples_cover_the_types_of_question_and_have_native_size():
     assert answers & {"yes", "no"}
     assert any(len(text) == 3 and text.isdigit() for text in answers)
     assert any(len(text) == 1 for text in answers)
-    assert all(Image.open(example.image).size == (192, 192) for example in examples)
+    assert all(load_image(example).size == (192, 192) for example in examples)
 
 
 def test_weights_are_one_small_bf16_file_under_the_names_that_vllm_reads():
@@ -94,7 +99,7 @@ def test_chat_template_takes_a_system_message_several_images_and_several_turns(l
     assert prompt == (
         "Be brief. USER: <image>\n<image>\nred number? ASSISTANT: 473</s>USER: and the blue one? ASSISTANT:"
     )
-    images = [Image.open(demo.examples()[0].image)] * 2
+    images = [load_image(demo.examples()[0])] * 2
     tokens = processor(text=[prompt], images=images, return_tensors="pt").input_ids
     assert (tokens == processor.image_token_id).sum() == 2 * 576
 

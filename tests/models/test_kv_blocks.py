@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from vllm import LLM, SamplingParams
 
-from tests.support.engine import PROMPT, make_engine, request, scheduler_of
+from tests.support.engine import PROMPT, ask, make_engine, request, scheduler_of
 
 pytestmark = pytest.mark.engine
 
@@ -45,3 +45,17 @@ def test_blocks_follow_the_prompt(engine: LLM, images: list[Image.Image], keep: 
         steps.step()
     assert request_id
     assert pool.get_num_free_blocks() == free
+
+
+def test_a_step_encodes_as_many_images_as_in_stock(engine: LLM) -> None:
+    """The budget counts emitted tokens; it shrinks with them, but any budget that a request may ask for still fits."""
+    assert scheduler_of(engine).max_num_encoder_input_tokens == max(576, 2048 * 64 // 576)
+
+
+def test_sixteen_images_at_once_with_the_smallest_budget(engine: LLM, images: list[Image.Image]) -> None:
+    """More than the tower takes in one go: all are answered, as alone."""
+    engine.reset_prefix_cache()
+    engine.llm_engine.reset_mm_cache()
+    together = ask(engine, [request(PROMPT, [image], ficoco_keep=1) for image in images * 2], 2)
+    assert [answer.tokens for answer in together[:8]] == [answer.tokens for answer in together[8:]]
+    assert {answer.num_prompt_tokens for answer in together} == {together[0].num_prompt_tokens}

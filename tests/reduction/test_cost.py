@@ -26,6 +26,7 @@ from ficoco_vllm.reduction.cost import (
 from ficoco_vllm.reduction.cost.budget import Traits
 from ficoco_vllm.reduction.cost.llm_viewer import footprint_bytes, traffic_bytes
 from ficoco_vllm.reduction.cost.memory import num_parameters, to_bytes
+from ficoco_vllm.reduction.pipeline import PIPELINES
 
 LLAVA_7B = model_shape(KNOWN_MODELS["llava-hf/llava-1.5-7b-hf"])
 LLAVA_13B = model_shape(KNOWN_MODELS["llava-hf/llava-1.5-13b-hf"])
@@ -159,6 +160,13 @@ def test_tower_counts_of_the_paper() -> None:
     """64 of 576: twelve reductions from the 12th layer on, eight of 43 and four of 42."""
     counts = encoder_tokens(LLAVA_7B, Budget(64))
     assert counts == (576,) * 12 + (533, 490, 447, 404, 361, 318, 275, 232, 190, 148, 106, 64)
+
+
+@pytest.mark.parametrize("keep", [1, 64, 300, 576])
+def test_ficoco_vl_splits_its_budget_as_the_pipeline_does(keep: int) -> None:
+    plan = plan_tokens(LLAVA_7B, "ficoco-vl", Budget(keep))
+    assert plan.encoder[-1] == plan.decoder[0] == PIPELINES["ficoco-vl"].encoder_keep(576, keep)
+    assert plan.decoder[-1] == keep
 
 
 @pytest.mark.parametrize(

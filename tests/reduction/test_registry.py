@@ -12,6 +12,7 @@ import torch
 
 from ficoco_vllm.reduction import available, get, reduce
 from ficoco_vllm.reduction.method import SITES
+from ficoco_vllm.reduction.signals import WHY_ABSENT
 from ficoco_vllm.reduction.stages import COMPRESSIONS, CORRELATIONS, FILTERS
 from tests.reduction.inputs import make_signals, make_tokens
 
@@ -51,7 +52,10 @@ def test_what_a_llava_can_measure(name: str) -> None:
     reducer = get(name).configure()
     offered = SITES[reducer.method.site]
     if name in TEXT_GUIDED:
-        with pytest.raises(ValueError, match=f"{name} needs the signal `text_relevance`; given are: cls_"):
+        why = r"\(it takes another model's text encoder, which a LLaVA checkpoint does not carry\)"
+        with pytest.raises(
+            ValueError, match=f"{name} needs the signal `text_relevance` {why}; given are: cls_"
+        ):
             reducer.check_signals(offered)
         offered = offered | {"text_relevance"}
     reducer.check_signals(offered)
@@ -73,6 +77,35 @@ def test_mass_follows_the_settings() -> None:
     assert not get("ficoco-v").configure(fixed_k=0).merges
     assert get("tome").configure().settings.model_dump()["proportional_attention"]
     assert not get("ficoco-v").configure().settings.model_dump()["proportional_attention"]
+
+
+# Tables 2, 4, 6 and 7 and Fig. 4 of arXiv:2411.17686: what they vary, of the stages.
+COMPRESS = [{"fixed_k": 0}, {"fixed_k": 1}, {"fixed_k": 2}, {"average": True}, {"epsilon": 0.5}]
+FILTER = [{"local_redundancy": False}, {"task_redundancy": False}]
+PENALTY = [{"coefficient": 1.0}, {"window": (3, 2)}]
+CORRELATE = [{"gamma": 0.1}, {"direct_correlation": False}, {"indirect_correlation": False}]
+ABLATIONS = [
+    *(("ficoco-v", {}, change) for change in [*COMPRESS, *FILTER, *PENALTY, {"lam": 0.9}]),
+    ("ficoco-v", {}, {"local_penalty": False}),
+    *(("ficoco-l", {}, change) for change in [*COMPRESS, *FILTER, *CORRELATE, {"beta": 0.1}]),
+    ("ficoco-l", {}, {"local_penalty": True}),
+    *(("ficoco-l", {"local_penalty": True}, change) for change in PENALTY),
+]
+
+
+@pytest.mark.parametrize(("name", "base", "change"), ABLATIONS, ids=str)
+def test_what_the_paper_varies_is_a_setting_that_matters(name: str, base: dict, change: dict) -> None:
+    signals, tokens = make_signals(2, 60, grid=(8, 8)), make_tokens(2, 60)
+    base = {"epsilon": 0.8, **base}  # so that sources have several targets among so few
+    want = reduce(name, tokens, signals, 12, **base)
+    assert not torch.equal(reduce(name, tokens, signals, 12, **{**base, **change}).tokens, want.tokens)
+
+
+@pytest.mark.parametrize("name", ["ficoco-v", "ficoco-l"])
+def test_what_the_model_reads_is_a_setting(name: str) -> None:
+    """These do not show in one call: where reductions start, how they are spread, and what is measured."""
+    settings = {"start_layer": 5, "schedule": (3, 0, 2), "attention": "logits"}
+    assert settings.items() <= get(name).configure(**settings).settings.model_dump().items()
 
 
 @pytest.mark.parametrize(
@@ -151,6 +184,18 @@ def test_unknown_stages_are_named(kind: str) -> None:
     for wrong in ("softmax", 3, None):
         with pytest.raises(ValueError, match=f"{kind} = {wrong!r} is not allowed; allowed: .*{known}"):
             get("ficoco-v").configure(**{kind: wrong})
+
+
+@pytest.mark.parametrize("name", available())
+def test_what_cannot_be_measured_has_a_reason(name: str) -> None:
+    """At every site, for every signal that some method needs and a LLaVA cannot measure there."""
+    reducer = get(name).configure()
+    for offered in SITES.values():
+        missing = reducer.signals - offered
+        if missing:
+            lacks = "; ".join(f"the signal `{signal}` ({WHY_ABSENT[signal]})" for signal in sorted(missing))
+            with pytest.raises(ValueError, match=re.escape(f"{name} needs {lacks}; given are: ")):
+                reducer.check_signals(offered)
 
 
 def test_a_composition_names_the_signal_that_it_lacks() -> None:

@@ -1,10 +1,21 @@
 """The schedule: host-side integers that end at exactly `keep`."""
 
+from collections.abc import Callable
+
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ficoco_vllm.reduction.schedule import KINDS, default_start_layer, make_schedule
+from ficoco_vllm.reduction.stages.bipartite import half
+from ficoco_vllm.reduction.stages.stage import all_but_one
+
+LIMITS: dict[str, Callable[[int], int]] = {
+    "all but one": all_but_one,
+    "half": half,
+    "a tenth": lambda num_tokens: num_tokens // 10,
+    "three": lambda num_tokens: min(3, max(num_tokens - 1, 0)),
+}
 
 
 def run(schedule: dict[int, int], num_tokens: int, num_extra: int) -> int:
@@ -42,6 +53,55 @@ def test_fused_tokens_are_counted() -> None:
     assert list(schedule.values()) == [44] * 8 + [43] * 4
 
 
+def reachable(num_tokens: int, num_layers: int, num_extra: int, most: Callable[[int], int]) -> set[int]:
+    """Every count that any schedule can end at, by trying all of them."""
+    counts = {num_tokens}
+    for _ in range(num_layers):
+        removals = [(left, r) for left in counts for r in range(1, most(left) + 1)]
+        counts |= {left - r + num_extra for left, r in removals if r >= num_extra}
+    return counts
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    num_tokens=st.integers(1, 45),
+    num_layers=st.integers(1, 6),
+    num_extra=st.integers(0, 1),
+    limit=st.sampled_from(sorted(LIMITS)),
+    data=st.data(),
+)
+@example(num_tokens=40, num_layers=4, num_extra=0, limit="half", data=None)
+@example(num_tokens=2, num_layers=1, num_extra=1, limit="all but one", data=None)
+def test_even_wherever_any_schedule_can(
+    num_tokens: int, num_layers: int, num_extra: int, limit: str, data: st.DataObject | None
+) -> None:
+    """Exactly `keep` if any schedule ends there, losses that never grow, and the plain split if it is possible."""
+    most, layers = LIMITS[limit], range(num_layers)
+    possible = reachable(num_tokens, num_layers, num_extra, most)
+    keeps = range(1, num_tokens + 1) if data is None else [data.draw(st.integers(1, num_tokens))]
+    for keep in keeps:
+        if keep not in possible:
+            with pytest.raises(ValueError, match=f"can reach {min(possible)} of {num_tokens} at least"):
+                make_schedule("even", num_tokens, keep, layers, num_extra, most)
+            continue
+        schedule = make_schedule("even", num_tokens, keep, layers, num_extra, most)
+        removed = list(schedule.values())
+        assert run(schedule, num_tokens, num_extra) == keep
+        assert removed == sorted(removed, reverse=True)
+        each, rest = divmod(num_tokens - keep, num_layers)
+        losses = [each + (layer < rest) for layer in layers]
+        plain = [loss + num_extra if loss else 0 for loss in losses]
+        lefts = [num_tokens - sum(losses[:layer]) for layer in layers]
+        if all(count <= most(left) for count, left in zip(plain, lefts, strict=True)):
+            assert removed == plain
+
+
+def test_what_a_late_layer_cannot_lose_an_early_one_does() -> None:
+    """576 to 9 by halves: the last of twelve even losses would be 47 of 56."""
+    schedule = make_schedule("even", 576, 9, range(12), max_removed=half)
+    assert list(schedule.values()) == [56] * 9 + [36, 18, 9]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -62,6 +122,11 @@ def test_refused(arguments: tuple, message: str) -> None:
 
 
 def test_per_call_maximum() -> None:
+    message = "keep = 64: 2 reducing layers can reach 144 of 576 at least, .* no more than 288"
+    with pytest.raises(ValueError, match=message):
+        make_schedule("even", 576, 64, [1, 2], max_removed=half)
+    with pytest.raises(ValueError, match="keep = 64: 1 reducing layer can reach 288 of 576"):
+        make_schedule("even", 576, 64, [1], max_removed=half)
     with pytest.raises(ValueError, match=r"removes 512 of 576 tokens at layer 1, where 0 to 288"):
         make_schedule("one-shot", 576, 64, [1], max_removed=lambda n: n // 2)
 

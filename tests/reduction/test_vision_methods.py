@@ -192,6 +192,18 @@ def test_visionzip(signals: Signals, tokens: Tensor, share: float) -> None:
     check(reduce("visionzip", tokens, signals, R, contextual_share=share), signals, target, want)
 
 
+@pytest.mark.parametrize(("keep", "dominant"), [(64, 54), (128, 108), (192, 162)])
+def test_visionzip_as_its_authors_set_it(keep: int, dominant: int) -> None:
+    """54 + 10, 108 + 20 and 162 + 30: the dominant tokens are those that [CLS] looks at most, as they are."""
+    full, tokens = make_signals(1, 576, grid=(24, 24)), make_tokens(1, 576)
+    got = reduce("visionzip", tokens, full, 576 - keep)
+    most = full.cls_attention[0].topk(dominant).indices
+    kept = torch.isin(got.position[0], full.position[0, most])
+    assert kept.sum() == dominant
+    assert torch.equal(got.tokens[0, kept], tokens[0, most.sort().values])
+    assert got.size[0, ~kept].sum() == 576 - dominant
+
+
 def test_divprune(signals: Signals, tokens: Tensor) -> None:
     features = signals.features[0]
     distance = [[1 - reference.cosine(features[i], features[j]) for j in range(N)] for i in range(N)]
@@ -244,4 +256,6 @@ def test_recoverable(signals: Signals, tokens: Tensor) -> None:
         for i, row in zip(source, cosines(signals.keys[0], source, target), strict=True)
     ]
     want = reference.add_neighbours(tokens[0], source, target, likeness, attention, 10, centres)
-    check(reduce("recoverable", tokens, signals, R), signals, target, want)
+    check(reduce("recoverable", tokens, signals, R, num_neighbours=10), signals, target, want)
+    all_of_them = reduce("recoverable", tokens, signals, R)  # 32 neighbours are more than the 20 sources
+    assert torch.equal(all_of_them.tokens, reduce("recoverable", tokens, signals, R, num_neighbours=R).tokens)

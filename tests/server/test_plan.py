@@ -101,6 +101,14 @@ def test_the_table_shows_both_sides(capsys: pytest.CaptureFixture[str]) -> None:
         assert row in cells
 
 
+@pytest.mark.parametrize("method", [*available(), "ficoco-vl"])
+def test_what_cannot_be_served_is_said(capsys: pytest.CaptureFixture[str], method: str) -> None:
+    assert run(LLAVA_7B, "--method", method, "--keep", "64") == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    needs_another_model = method in ("cdpruner", "recoverable", "trim")
+    assert last.startswith(f"A LLaVA cannot serve this: {method} needs the signal") == needs_another_model
+
+
 def test_every_method_has_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
     """What stays is `keep` whatever the method; where tokens leave is its site."""
     for name in available():
@@ -146,7 +154,7 @@ def test_every_method_has_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
             [576] * 24,
             [576] * 32 + [72],
         ),
-        # Without --encoder-keep, half of the 512 that go leave in the tower.
+        # Without --encoder-keep, both parts shrink by the same ratio: 576, 192, 64.
         (
             [
                 "--method",
@@ -158,8 +166,8 @@ def test_every_method_has_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
                 "--encoder-schedule",
                 "one-shot",
             ],
-            [576] * 12 + [320] * 12,
-            [320] * 4 + [64] * 29,
+            [576] * 12 + [192] * 12,
+            [192] * 4 + [64] * 29,
         ),
         (
             ["--method", "ficoco-vl", "--schedule", "9:50", "--encoder-schedule", "20:100"],
@@ -209,13 +217,21 @@ def test_the_demo_model_is_found(
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(KNOWN_MODELS[LLAVA_7B]))
     monkeypatch.setattr("ficoco_vllm.demo_model.path", lambda: tmp_path)
-    assert report(capsys, "demo", "--keep", "64")["encoder_tokens"][-1] == 64
+    named = report(capsys, "demo", "--keep", "64")
+    assert named["encoder_tokens"][-1] == 64
+    assert report(capsys, "--keep", "64") == named, "without a model it is the demo model"
+    (tmp_path / "config.json").unlink()
+    assert run("--keep", "64") == 2
+    assert f"model: got 'demo', but there is no file {tmp_path / 'config.json'}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["no/such-model", "--keep", "64"], "model: got 'no/such-model', allowed: a folder with config.json"),
+        (
+            ["no/such", "--keep", "64"],
+            "model: got 'no/such', but there is no file no/such, allowed: a folder",
+        ),
         ([LLAVA_7B], "keep: got None, allowed: 1 to 576"),
         ([LLAVA_7B, "--keep", "577"], "keep: got 577, allowed: 1 to 576"),
         ([LLAVA_7B, "--keep", "64", "--method", "nope"], "method: got 'nope', allowed: "),
@@ -237,7 +253,19 @@ def test_the_demo_model_is_found(
             "encoder_keep, encoder_schedule, encoder_start_layer",
         ),
         ([LLAVA_7B, "--keep", "64", "--kv-budget", "64"], "kv_budget: allowed without keep"),
+        ([LLAVA_7B, "--keep", "0"], "keep: got 0, allowed: 1 to 576"),
+        ([LLAVA_7B, "--keep", "64", "--text-tokens", "-3"], "num_text_tokens: got -3, allowed: at least 1"),
+        ([LLAVA_7B, "--schedule", "11:64,11:9"], "schedule: got layer 11, allowed: 12 to 22, ascending"),
+        ([LLAVA_7B, "--schedule", "11:0"], "schedule: got 0 left after layer 11, allowed: 1 to 576"),
+        ([LLAVA_7B, "--kv-budget", "nan"], "kv_budget: got nan, allowed: a number of at least 1"),
+        ([LLAVA_7B, "--kv-budget", "inf"], "kv_budget: got inf, allowed: a number of at least 1"),
+        (
+            [LLAVA_7B, "--method", "tome", "--keep", "9", "--start-layer", "22"],
+            "keep = 9: 1 reducing layer can reach 288 of 576 at least",
+        ),
         ([LLAVA_7B, "--method", "ficoco-vl"], "keep: got None"),
+        ([LLAVA_7B, "--method", "ficoco-vl", "--keep", "0"], "keep = 0: allowed is 1 to 576"),
+        ([LLAVA_7B, "--method", "ficoco-vl", "--schedule", "3:0"], "schedule: got 0 left after layer 3"),
         (
             [LLAVA_7B, "--method", "ficoco-vl", "--keep", "64", "--encoder-keep", "63"],
             "keep: got 64, allowed: 1 to 63, the visual tokens that enter",
@@ -260,13 +288,50 @@ def test_errors_go_to_stderr(capsys: pytest.CaptureFixture[str], options: list[s
     assert printed.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "llava"}'])
+def changed(*path: str, value: Any) -> bytes:
+    """The configuration of LLaVA-1.5-7B with one field set, or left out where the value is None."""
+    config = json.loads(json.dumps(KNOWN_MODELS[LLAVA_7B]))
+    section = config[path[0]] if len(path) == 2 else config
+    section[path[-1]] = value
+    if value is None:
+        del section[path[-1]]
+    return json.dumps(config).encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "config.json is not JSON: Expecting property name"),
+        (b"\xff\xfe", "config.json is not JSON: 'utf-8' codec"),
+        (b"[" * 100_000, "config.json is not JSON: maximum recursion depth"),
+        (b'{"model_type": ' + b"9" * 5000 + b"}", "config.json is not JSON: Exceeds the limit"),
+        (b"[]", "config.json holds a list, allowed: a JSON object"),
+        (b'{"model_type": "llava"}', "vision_config: got None, allowed: an object"),
+        (changed("model_type", value=["llava"]), "model_type: got ['llava'], allowed: llava, llava_next"),
+        (changed("vision_config", value=None), "vision_config: got None"),
+        (changed("vision_config", "model_type", value={}), "vision_config.model_type: got {}, allowed"),
+        (changed("vision_config", "image_size", value=10**12), "vision_config.image_size: got 1000000000000"),
+        (
+            changed("text_config", "num_hidden_layers", value=10**9),
+            "text_config.num_hidden_layers: got 1000000000, allowed: an integer from 1 to 4096",
+        ),
+        (changed("text_config", "hidden_size", value=4096.0), "text_config.hidden_size: got 4096.0"),
+    ],
+    ids=range(12),
+)
 def test_a_broken_configuration_is_an_error(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, content: str
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, content: bytes, message: str
 ) -> None:
-    (tmp_path / "config.json").write_text(content)
+    (tmp_path / "config.json").write_bytes(content)
     assert run(str(tmp_path), "--keep", "64") == 2
-    assert "config" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert (printed.out, printed.err.count("\n")) == ("", 1)
+
+
+def test_numbers_beyond_all_bounds(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(LLAVA_7B, "--keep", "64", "--text-tokens", "9" * 400) == 2
+    assert capsys.readouterr().err == "ficoco-vllm: error: a number is too large to plan with\n"
 
 
 def test_runs_without_vllm(tmp_path: Path) -> None:

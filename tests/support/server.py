@@ -20,6 +20,10 @@ from openai import OpenAI
 from PIL import Image
 
 START_SECONDS = 300
+# Budget of the server that the tests share; that of `make serve`.
+DEMO_KEEP = 64
+# Also what the README's client sends.
+API_KEY = "none"
 # What conftest.py sets for engines inside the test process.
 _ONLY_IN_PROCESS = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL", "VLLM_CPU_KVCACHE_SPACE")
 
@@ -39,7 +43,7 @@ class Server:
 
     def client(self) -> OpenAI:
         """The official client."""
-        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
+        return OpenAI(base_url=f"{self.url}/v1", api_key=API_KEY, max_retries=0, timeout=120)
 
     def metric(self, name: str) -> float:
         """Sum of one Prometheus metric over its labels."""

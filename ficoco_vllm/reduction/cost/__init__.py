@@ -11,14 +11,13 @@ from ficoco_vllm.reduction.cost.budget import Budget
 from ficoco_vllm.reduction.cost.estimate import Estimate, Speedup, estimate, speedup
 from ficoco_vllm.reduction.cost.known_models import KNOWN_MODELS
 from ficoco_vllm.reduction.cost.memory import BITS
-from ficoco_vllm.reduction.cost.planning import PIPELINES, decoder_tokens, encoder_tokens, plan_tokens
+from ficoco_vllm.reduction.cost.planning import decoder_tokens, encoder_tokens, plan_tokens
 from ficoco_vllm.reduction.cost.shapes import ModelShape, model_shape
 from ficoco_vllm.reduction.cost.tokens import TokenPlan, constant, unreduced
 
 __all__ = [
     "BITS",
     "KNOWN_MODELS",
-    "PIPELINES",
     "Budget",
     "Estimate",
     "ModelShape",

@@ -1,5 +1,6 @@
 """A budget of visual tokens, spread over the layers of one site."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,10 @@ class Budget:
     kv_budget: float | None = None
     schedule: str | Pairs | None = None
     start_layer: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kv_budget is not None and not 1 <= self.kv_budget < math.inf:
+            raise ValueError(f"kv_budget: got {self.kv_budget}, allowed: a number of at least 1")
 
     @property
     def pairs(self) -> Pairs | None:
@@ -95,7 +100,9 @@ def _reducing_layers(
 ) -> Sequence[int]:
     if start_layer is None and traits.layers is not None:
         if max(traits.layers) >= num_layers:
-            raise ValueError(f"layers: the method's are {traits.layers}, allowed: 0 to {num_layers - 1}")
+            raise ValueError(
+                f"layers: the method's are {traits.layers}, allowed: 0 to {num_layers - 1}; name a start_layer"
+            )
         return traits.layers
     start = next(start for start in (start_layer, traits.start_layer, default_start) if start is not None)
     if not 0 <= start < num_layers:

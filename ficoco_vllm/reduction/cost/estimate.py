@@ -12,7 +12,10 @@ from ficoco_vllm.reduction.cost.tokens import TokenPlan
 
 @dataclass(frozen=True)
 class Estimate:
-    """The cost of one prefill. FLOPs count a multiply-add as 2 and do not depend on the data type."""
+    """The cost of one prefill. FLOPs count a multiply-add as 2 and do not depend on the data type.
+
+    What the reductions cost themselves is counted by Eqs. 18 and 19, those of FiCoCo, for every method.
+    """
 
     tower_flops: int
     projector_flops: int

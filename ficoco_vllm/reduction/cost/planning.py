@@ -1,7 +1,7 @@
 """From a method, a budget and a schedule to the tokens of every layer."""
 
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from math import floor
 from statistics import fmean
@@ -10,13 +10,12 @@ from ficoco_vllm.reduction.cost.budget import PLAIN, Budget, Traits, spread, spr
 from ficoco_vllm.reduction.cost.shapes import ModelShape
 from ficoco_vllm.reduction.cost.tokens import TokenPlan, constant
 from ficoco_vllm.reduction.method import Method
+from ficoco_vllm.reduction.pipeline import PIPELINES, Pipeline
 from ficoco_vllm.reduction.registry import available, get
 from ficoco_vllm.reduction.schedule import default_start_layer
 
 # The paper's "4-th layer of the LLM", counted from 0.
 DECODER_START_LAYER = 3
-# Methods that reduce twice: in the tower, then in the decoder.
-PIPELINES: Mapping[str, tuple[str, str]] = {"ficoco-vl": ("ficoco-v", "ficoco-l")}
 
 
 def plan_tokens(
@@ -28,8 +27,8 @@ def plan_tokens(
         shape: the model.
         method: name of a registered method, or "ficoco-vl".
         budget: of the method; for a method that reduces at both sites, of its decoder part.
-        encoder_budget: for such a method only, of its tower part. Without `keep`, half of the tokens that go
-            leave there.
+        encoder_budget: for such a method only, of its tower part. Without `keep`, what `Pipeline.encoder_keep`
+            says.
 
     Returns:
         The plan.
@@ -42,9 +41,10 @@ def plan_tokens(
     num_patches = shape.tower.num_patches
     full_tower = (num_patches,) * (shape.tower.num_executed + 1)
     if method in PIPELINES:
-        first, second = (_own(get(name)) for name in PIPELINES[method])
-        encoder = encoder_tokens(shape, _tower_part(num_patches, budget, encoder_budget or Budget()), first)
-        return TokenPlan(encoder, decoder_tokens(shape, encoder[-1], budget, second))
+        pipeline = PIPELINES[method]
+        tower_budget = _tower_part(pipeline, num_patches, budget, encoder_budget or Budget())
+        encoder = encoder_tokens(shape, tower_budget, _own(pipeline.encoder))
+        return TokenPlan(encoder, decoder_tokens(shape, encoder[-1], budget, _own(pipeline.decoder)))
     if encoder_budget is not None:
         raise ValueError(
             f"encoder_keep, encoder_schedule, encoder_start_layer: allowed for {', '.join(PIPELINES)}"
@@ -144,12 +144,17 @@ def _constant_keep(budget: Budget) -> int | None:
     return floor(budget.kv_budget)
 
 
-def _tower_part(num_patches: int, budget: Budget, encoder_budget: Budget) -> Budget:
+def _tower_part(pipeline: Pipeline, num_patches: int, budget: Budget, encoder_budget: Budget) -> Budget:
     if encoder_budget.keep is not None or encoder_budget.pairs is not None:
         return encoder_budget
-    targets = (budget.pairs[-1][1] if budget.pairs else None, budget.keep, budget.kv_budget)
-    target = next((target for target in targets if target is not None), num_patches)
-    return replace(encoder_budget, keep=(num_patches + floor(target)) // 2)
+    # What the decoder part ends at; where that is out of range, its own check names the option.
+    if budget.pairs:
+        final = min(max(budget.pairs[-1][1], 1), num_patches)
+    elif budget.kv_budget is not None:
+        final = min(floor(budget.kv_budget), num_patches)
+    else:
+        final = budget.keep if budget.keep is not None else num_patches
+    return replace(encoder_budget, keep=pipeline.encoder_keep(num_patches, final))
 
 
 def _own(method: Method) -> Traits:

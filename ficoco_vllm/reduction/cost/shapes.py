@@ -21,6 +21,8 @@ LLAMA_DEFAULTS: Mapping[str, int] = {
     "vocab_size": 32000,
 }
 MODEL_TYPES = ("llava", "llava_next")
+# Beyond these a configuration is a mistake, and counting it layer by layer would take forever.
+MAX_LAYERS, MAX_SIZE = 4096, 2**24
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
 def _tower(config: Mapping[str, Any]) -> TowerShape:
     section = _section(config, "vision_config")
     read = _Reader("vision_config", section, CLIP_DEFAULTS, ("clip_vision_model",))
-    num_layers = read.positive("num_hidden_layers")
+    num_layers = read.positive("num_hidden_layers", MAX_LAYERS)
     hidden, num_heads = read.divisible("hidden_size", "num_attention_heads")
     image_size, patch_size = read.positive("image_size"), read.positive("patch_size")
     if patch_size > image_size:
@@ -147,7 +149,7 @@ def _decoder(config: Mapping[str, Any]) -> DecoderShape:
         _, num_kv_heads = read.divisible("num_attention_heads", "num_key_value_heads")
     return DecoderShape(
         hidden=hidden,
-        num_layers=read.positive("num_hidden_layers"),
+        num_layers=read.positive("num_hidden_layers", MAX_LAYERS),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
@@ -176,10 +178,10 @@ class _Reader:
         self.name = name
         self.values = {**(defaults if model_type == types[0] else {}), **_given(section)}
 
-    def positive(self, field: str) -> int:
+    def positive(self, field: str, most: int = MAX_SIZE) -> int:
         value = self.values.get(field)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{self.name}.{field}: got {value!r}, allowed: an integer of at least 1")
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+            raise ValueError(f"{self.name}.{field}: got {value!r}, allowed: an integer from 1 to {most}")
         return value
 
     def divisible(self, field: str, by: str) -> tuple[int, int]:

@@ -9,7 +9,9 @@ encoder and both projections, which a LLaVA checkpoint does not carry: given, th
 it is refused.
 
 Deviation: as in the authors' code the relevance is negated (`negate`): CLIP's patches are most alike to a
-text where the image does not show it.
+text where the image does not show it. Their code measures cos(f_i, f_j) behind the projector, on the
+decoder's input; here it is measured on the features before it. It stretches the relevance by the extremes
+of the whole batch; here by those of the image, so that an image does not know its batch.
 
 Source: arXiv:2506.10967, Sec. 3.
 """

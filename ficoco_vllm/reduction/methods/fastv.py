@@ -3,6 +3,8 @@
 Filter (Eq. 5): s_i = minus the attention that token i receives.
 Compress: prune.
 
+Signal: `text_attention`, which the reducing decoder layer measures from its own queries and keys.
+
 Deviation: the paper averages over all queries (`queries="all"`); the authors' code takes the last prompt
 token alone, and so do we, since their results come from it. Eq. 5 sums A_ij over j, that is, what token i
 pays; the text beside it says received, which is the column, and is what we take. The authors drop the

@@ -4,10 +4,15 @@ Filter (Eq. 14): s_i = beta / N * sum_j A_ij - (1 - beta) * sum_k A_ki, k over t
 Correlate (Eq. 15): C_ij = gamma * A_ij + (1 - gamma) * sum_k A_ki * A_kj.
 Compress (Eq. 13): as in FiCoCo-V.
 
+Signal: `text_attention`, which the reducing decoder layer measures from its own queries and keys.
+
 Deviation: the paper writes A_ik for what visual token i and text token k share; in a causal decoder that is
-zero, so it is read as what i receives from k, A_ki, in both equations. The authors' release takes the
-pre-softmax, unmasked attention instead (`attention="logits"`), averages the text term over k, puts the
-quantile over all tokens, and sums where Eq. 13 divides by 1 + sum_i alpha_ij. We follow the paper.
+zero, so it is read as what i receives from k, A_ki, in both equations. The authors' release takes A_ik and
+the pre-softmax, unmasked attention instead (`attention="logits"` gives the latter); sums its local term
+where Eq. 14 has the mean over j, and averages the text term where it has the sum over k; looks for tau_i and
+for targets among all visual tokens, not only those that stay; merges where C_ij > tau_i, gives every source
+the K of the row with the most, and weighs by a softmax over the row; and sums where Eq. 13 divides by
+1 + sum_i alpha_ij. We follow the paper.
 
 Source: arXiv:2411.17686, Eqs. 13-15, Alg. 2.
 """

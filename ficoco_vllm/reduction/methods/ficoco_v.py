@@ -6,10 +6,11 @@ A_ij. Compress (Eq. 13): each source flows into the targets above the epsilon-qu
 share.
 
 Deviation: we follow the paper's equations. The authors' release differs: it scales both terms of Eq. 11 to
-unit length before mixing them and swaps their weights; it takes the attention before the softmax
-(`attention="logits"` asks the tower for that), merges where C_ij > tau_i, with tau_i over all tokens,
-sources included, and gives every source the K of the row with the most; and it weighs by a softmax over the
-row.
+unit length over the tokens before mixing them, and swaps their weights (0.65 for the local term, 0.35 for
+[CLS]); it takes the attention before the softmax (`attention="logits"` asks the tower for that), merges
+where C_ij > tau_i, with tau_i over all tokens, sources and [CLS] included, and gives every source the K of
+the row with the most; it weighs by a softmax over the row, and each token by the patches that it already
+stands for, which Eq. 13 does not.
 
 Source: arXiv:2411.17686, Eqs. 11-13, Alg. 1.
 """

@@ -8,13 +8,15 @@ Compress (Eq. 10): X_j = X_j + sum_i C_ij X_i.
 
 The authors keep as many tokens as there are outliers, so the count depends on the image. A prompt is sized
 before any image is seen: here the count is what the prompt was sized with. With fewer outliers PruMerge
-goes on down the ranking and PruMerge+ adds more evenly spaced tokens; with more outliers both keep the most
-attended of them.
+goes on down the ranking and PruMerge+ adds more evenly spaced tokens (the authors about three for each
+outlier); with more outliers both keep the most attended of them.
 
 Deviation: neighbours are sought among the discarded tokens only; in the authors' code kept ones are added
 to each other as well, though nothing of them is lost. Their code also appends one token for all that was
 discarded, which their paper does not have; we follow the paper. As in their code, the centre itself has the
-weight 1.
+weight 1. Their attention and keys are those of the last layer, taken over the full width as if it had one
+head; here they are the head means of the last layer that a LLaVA runs, the one before it. They put the
+tokens in order of attention; here the order is kept.
 
 Source: arXiv:2403.15388, Sec. 3, Alg. 1.
 """

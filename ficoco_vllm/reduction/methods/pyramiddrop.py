@@ -4,8 +4,11 @@ Filter: s_i = minus the attention that token i receives from the last token of t
 Compress: prune.
 Schedule: geometric over the layers 8, 16 and 24 of 32; the authors halve at each.
 
-Deviation: the authors rank by a product of that layer's queries and keys before the layer runs; here by the
-attention of the layer itself, head mean, before its MLP.
+Signal: `text_attention`, which the reducing decoder layer measures from its own queries and keys.
+
+Deviation: the authors rank by the head-mean attention of the same layer, computed ahead, and drop at its
+door; here the tokens leave within the layer, before its MLP, so that its keys and values still hold them.
+They number the tokens that stay anew; here these keep their positions.
 
 Source: arXiv:2410.17247, Sec. 3.
 """

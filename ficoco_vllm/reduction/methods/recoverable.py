@@ -2,7 +2,8 @@
 
 Filter: of K tokens half stay for their [CLS] attention, a share is recovered for its relevance for the
 text, and the remaining ones are centres, again by attention.
-Correlate: C_ij = a_i^CLS for the sources nearest to centre j: cosine of the keys plus relevance for the text.
+Correlate: C_ij = a_i^CLS for the 32 sources nearest to centre j: cosine of the keys plus 1.8 times the
+relevance for the text.
 Compress (Eq. 10): X_j = X_j + sum_i C_ij X_i.
 
 Signal: `text_relevance`, the cosine of CLIP's projected patch and its projected text. It takes CLIP's text
@@ -12,8 +13,10 @@ it is refused.
 The authors find all three counts from the data, as local outliers of the scores. Here the total is what the
 prompt was sized with, and the parts are shares of it.
 
-Deviation: the shares are ours, since the authors fix none. The appended token for what was discarded is
-left out, as in PruMerge, from which their code takes the merging.
+Deviation: the shares are ours, since the authors fix none. 32 and 1.8 (50 over the root of CLIP's projected
+width of 768) are those of their code, of which we could read a copy only. The appended token for what was
+discarded is left out, as in PruMerge, from which their code takes the merging; attention and keys differ
+from theirs as there. The merged centres are put behind the others there; here the order is kept.
 
 Source: arXiv:2409.01179, Sec. 3.
 """

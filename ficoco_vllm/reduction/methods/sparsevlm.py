@@ -6,13 +6,19 @@ cluster; the peaks stay.
 Correlate: a recycled token belongs to the nearest peak by its features.
 Compress (Eq. 9): each cluster becomes its mean.
 
-The authors derive the number to drop from the rank of the attention, layer by layer, and fix it in their
-evaluation; here the schedule fixes it, clusters included.
+Signals: `text_attention`, which the reducing decoder layer measures from its own queries and keys, and
+`text_features`, its own hidden states of the text.
+
+The authors derive the number to drop from the rank of the attention, layer by layer. In their evaluation
+they fix it by hand: 66, 30 and 17 tokens behind layers 2, 6 and 15 of LLaVA-1.5 are their budget of 64, an
+average over the layers, clusters not counted. Here the schedule fixes it, clusters included, and `keep` is
+what is left in the end.
 
 Deviation: a cluster stands at the position of its peak, where the authors append it behind the visual
 tokens. Their density has a random part against equal values; here the first of equals counts as denser.
 They choose the raters once, on the decoder's input; here `features` and `text_features` decide, the layer's
-own hidden states unless the model gives others.
+own hidden states unless the model gives others. They cluster and drop behind a layer, here it is before its
+MLP. Where no text token stands out all of them rate; their code then has no rater.
 
 Source: arXiv:2410.04417, Sec. 3.
 """

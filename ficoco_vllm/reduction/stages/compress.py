@@ -127,7 +127,8 @@ def merge(
     """
     flow = alpha.transpose(1, 2)
     source, target = take(tokens, partition.source).float(), take(tokens, partition.target).float()
-    merged = torch.baddbmm(target, flow, source).div_(1.0 + flow.sum(dim=-1, keepdim=True))
+    # In place: `take` has made a copy, and a second one costs a third of the time on a CPU.
+    merged = target.baddbmm_(flow, source).div_(1.0 + flow.sum(dim=-1, keepdim=True))
     moved = torch.bmm(take(size, partition.source)[:, None], share)[:, 0]
     return merged.to(tokens.dtype), take(size, partition.target) + moved
 

@@ -71,7 +71,7 @@ def add(
     taken = (correlation != 0).float()
     share = taken / taken.sum(dim=-1, keepdim=True).clamp_min(1.0)
     source, target = take(tokens, partition.source).float(), take(tokens, partition.target).float()
-    added = torch.baddbmm(target, correlation.transpose(1, 2), source)
+    added = target.baddbmm_(correlation.transpose(1, 2), source)  # in place: `take` has made a copy
     moved = torch.bmm(take(size, partition.source)[:, None], share)[:, 0]
     return added.to(tokens.dtype), take(size, partition.target) + moved
 

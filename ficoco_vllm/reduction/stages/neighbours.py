@@ -52,7 +52,7 @@ def _weigh(near: Tensor, signals: Signals, partition: Partition) -> Tensor:
 
 
 class Recovery(Neighbours):
-    """Knobs of Recoverable Compression.
+    """Knobs of Recoverable Compression, besides the number of neighbours of a centre.
 
     Attributes:
         visual_share: part of the kept tokens that [CLS] chooses.
@@ -60,7 +60,6 @@ class Recovery(Neighbours):
         text_weight: weight of the relevance for the text in the choice of neighbours.
     """
 
-    num_neighbours: int = Field(default=10, ge=1)
     visual_share: float = Field(default=0.5, ge=0.0, le=1.0)
     text_share: float = Field(default=0.3, ge=0.0, le=1.0)
     text_weight: float = Field(default=1.8, ge=0.0)
