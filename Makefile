@@ -27,7 +27,7 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "Python 3.11 is needed; set PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV)
 
-$(RUNTIME): requirements/cpu.lock requirements/install.sh pyproject.toml | $(BIN)/python
+$(RUNTIME): requirements/cpu.lock requirements/install.sh pyproject.toml requirements/interpreter/pyproject.toml | $(BIN)/python
 	@echo "installing (about 1.2 GB, a few minutes the first time)"
 	@requirements/install.sh $(BIN)/python
 	@touch $@
@@ -72,6 +72,9 @@ bench-kernels: $(DEV)  ## time the fused ops (on a GPU the kernels, else the tor
 
 bench-ttft: $(DEV)  ## time to first token at LLaVA-1.5-7B's width, stock and reduced side by side
 	@$(BIN)/python -m benchmarks.ttft $(ARGS)
+
+bench-concurrency: $(DEV)  ## requests that run at once under the same KV memory: stock, V, L, VL
+	@$(BIN)/python -m benchmarks.concurrency $(ARGS)
 
 clean:  ## remove the environment and everything built
 	@rm -rf $(VENV) build dist *.egg-info

@@ -2,12 +2,15 @@
 
 import os
 import sys
+import sysconfig
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import Any
 
+# In site-packages; requirements/install.sh puts the package of requirements/interpreter there.
+INTERPRETER_FOLDER = "ficoco_interpreter_path"
 # Keeps the definitions alive: a torch.library.Library that is collected takes its schemas with it.
 _LIBRARIES: list[Any] = []
 
@@ -55,6 +58,26 @@ def declare_torchvision_schemas() -> bool:
         library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _LIBRARIES.append(library)
     return True
+
+
+def hook_interpreter() -> None:
+    """Let Triton find the backend `cpu`, where the environment asks for its interpreter. Imports nothing heavy.
+
+    The CPU install keeps that backend in a folder beside the other packages. Were it found always, vLLM's CPU build
+    would take model runner V2 for every model, and none of its kernels would run.
+    """
+    folder = os.path.join(sysconfig.get_path("purelib"), INTERPRETER_FOLDER)
+    if os.environ.get("TRITON_INTERPRET") == "1" and os.path.isdir(folder) and folder not in sys.path:
+        sys.path.append(folder)
+
+
+def use_interpreter() -> None:
+    """Environment in which model runner V2, which reducing in the decoder needs, runs without a GPU."""
+    if not is_cpu_build():
+        return
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1")
+    hook_interpreter()
 
 
 def is_cpu_build() -> bool:

@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ficoco_vllm.reduction import available, get
+from ficoco_vllm.reduction import Method, available, get
+from ficoco_vllm.reduction.pipeline import PIPELINES
 
 NAME = "ficoco"
 DEFAULT_METHOD = "ficoco-v"
@@ -19,10 +20,16 @@ class FicocoConfig(BaseModel):
     """Settings of the server; `additional_config["ficoco"]` of vLLM.
 
     Attributes:
-        method: name of a method of the registry, or None: no reduction, as stock vLLM.
-        keep: visual tokens of an image that reach the language model where the request names no budget; None
-            means a ninth of the patches.
-        settings: hyperparameters of the method, by name.
+        method: name of a method of the registry, or of one that reduces twice, or None: no reduction, as stock
+            vLLM.
+        keep: visual tokens of an image that are left where the request names no budget, behind the vision tower
+            or, for a method of the decoder, in its last layers; None means a ninth of the patches.
+        settings: hyperparameters of the method, by name; of one that reduces twice, those of its decoder part.
+        kv_budget: for methods of the decoder, instead of `keep`: visual tokens of an image in the KV cache,
+            averaged over the layers.
+        num_segments: for methods of the decoder: runs of layers with a KV length of their own; None leaves the
+            choice to us.
+        encoder: for a method that reduces twice: `keep` and settings of its part in the tower.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -30,6 +37,9 @@ class FicocoConfig(BaseModel):
     method: str | None = None
     keep: int | None = Field(default=None, ge=1, strict=True)
     settings: dict[str, Any] = Field(default_factory=dict)
+    kv_budget: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    num_segments: int | None = Field(default=None, ge=2, strict=True)
+    encoder: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod
@@ -47,13 +57,51 @@ class FicocoConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_method(self) -> "FicocoConfig":
-        if self.method is not None:
-            if self.method not in available():
-                raise ValueError(
-                    f"method = {self.method!r} is not a known method; allowed: {', '.join(available())}"
-                )
+        if self.method is None:
+            return self
+        pipeline = PIPELINES.get(self.method)
+        if pipeline is None and self.method not in available():
+            known = sorted({*available(), *PIPELINES})
+            raise ValueError(f"method = {self.method!r} is not a known method; allowed: {', '.join(known)}")
+        if pipeline is None:
             get(self.method).configure(**self.settings)
+        else:
+            pipeline.decoder.configure(**self.settings)
+            FicocoConfig.model_validate({**self.encoder, "method": pipeline.encoder.name})
+        self._check_fields_of_the_decoder()
         return self
+
+    def _check_fields_of_the_decoder(self) -> None:
+        if self.encoder and self.method not in PIPELINES:
+            raise ValueError(f"encoder = {self.encoder!r} is allowed for {', '.join(PIPELINES)} only")
+        for name in ("kv_budget", "num_segments"):
+            if getattr(self, name) is not None and self.decoder_method is None:
+                raise ValueError(f"{name} is allowed for methods of the decoder only, not for {self.method}")
+        if self.kv_budget is not None and self.keep is not None:
+            raise ValueError(f"kv_budget = {self.kv_budget} and keep = {self.keep}: only one is allowed")
+
+    @property
+    def decoder_method(self) -> Method | None:
+        """The method that reduces in the decoder, if any does."""
+        if self.method is None:
+            return None
+        if self.method in PIPELINES:
+            return PIPELINES[self.method].decoder
+        method = get(self.method)
+        return method if method.site == "decoder" else None
+
+    def tower_part(self, num_patches: int) -> "FicocoConfig":
+        """The settings as they concern the vision tower alone.
+
+        Args:
+            num_patches: of an image.
+        """
+        pipeline = PIPELINES.get(self.method or "")
+        if pipeline is not None:
+            final = self.keep if self.keep is not None else max(1, round(num_patches * DEFAULT_SHARE))
+            keep = {"keep": pipeline.encoder_keep(num_patches, min(final, num_patches))}
+            return FicocoConfig.model_validate({**keep, **self.encoder, "method": pipeline.encoder.name})
+        return FicocoConfig() if self.decoder_method is not None else self
 
     @classmethod
     def parse(cls, values: Any) -> "FicocoConfig":

@@ -17,10 +17,12 @@ def register() -> None:
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
+    from ficoco_vllm.kv.spec import register_spec
     from ficoco_vllm.models.verify import FicocoModelConfig
 
     for architecture, location in ARCHITECTURES.items():
         ModelRegistry.register_model(architecture, location)
         MODELS_CONFIG_MAP[architecture] = FicocoModelConfig
+    register_spec()
     if os.environ.get("VLLM_MEDIA_CONNECTOR") == MEDIA_CONNECTOR:
         import ficoco_vllm.server.media  # noqa: F401 (registers itself)

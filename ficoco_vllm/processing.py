@@ -59,6 +59,14 @@ class FicocoProcessingInfo(LlavaProcessingInfo):
                 parameter=unknown[0],
                 value=merged[unknown[0]],
             )
+        asked = next((name for name in (KEEP, METHOD) if merged.get(name) is not None), None)
+        config = FicocoConfig.of(self.get_hf_config())
+        if asked is not None and config.method is not None and not self.planner.active:
+            raise VLLMValidationError(
+                f"{asked} in mm_processor_kwargs is for methods of the vision tower; "
+                f"{config.method} works in the decoder: send it in vllm_xargs",
+                parameter=asked,
+            )
         try:
             return self.planner.budget(merged.get(METHOD), merged.get(KEEP))
         except ValueError as error:

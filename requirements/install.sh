@@ -26,3 +26,10 @@ done
 # In every process of this environment: a torchvision built for CUDA is made importable, if that is what came.
 site=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 echo 'import ficoco_vllm.compat; ficoco_vllm.compat.hook_torchvision()' > "$site/ficoco_vllm_torchvision.pth"
+
+# Reducing in the decoder needs a Triton backend for the CPU. It is kept in a folder of its own, which is put on the
+# path only where the environment asks for Triton's interpreter (TRITON_INTERPRET=1).
+rm -rf "$site/ficoco_interpreter_path"
+"$python" -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation \
+    --target "$site/ficoco_interpreter_path" requirements/interpreter
+echo 'import ficoco_vllm.compat; ficoco_vllm.compat.hook_interpreter()' > "$site/ficoco_vllm_interpreter.pth"

@@ -6,8 +6,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from ficoco_vllm.compat import is_cpu_build, set_cpu_defaults
+from ficoco_vllm.compat import is_cpu_build, set_cpu_defaults, use_interpreter
 from ficoco_vllm.config import NAME, FicocoConfig
+from ficoco_vllm.kv.plan import DecoderPlanner
 from ficoco_vllm.plugin import ARCHITECTURES, MEDIA_CONNECTOR
 from ficoco_vllm.vision.plan import VisionPlanner
 from ficoco_vllm.vision.shape import TowerShape
@@ -42,6 +43,8 @@ def main(arguments: Sequence[str]) -> int:
         2 for settings that are not allowed; otherwise what vLLM's server leaves.
     """
     set_cpu_defaults()
+    if reduces_in_decoder(arguments):
+        use_interpreter()  # before vLLM is imported, which looks for Triton at once
     os.environ.setdefault("VLLM_MEDIA_CONNECTOR", MEDIA_CONNECTOR)
 
     from vllm.entrypoints.cli.serve import ServeSubcommand
@@ -84,6 +87,22 @@ def configure(args: argparse.Namespace) -> None:
         args.additional_config = {**(args.additional_config or {}), NAME: settings}
     if (args.additional_config or {}).get(NAME):
         _check_model(args)
+
+
+def reduces_in_decoder(arguments: Sequence[str]) -> bool:
+    """Whether our options name a method that works in the decoder; options that are wrong are reported later.
+
+    Args:
+        arguments: of the command line.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_arguments(parser)
+    ours, _ = parser.parse_known_args(list(arguments))
+    try:
+        settings = FicocoConfig.parse(read_settings(ours.ficoco_method, None, ours.ficoco_config))
+    except ValueError:
+        return False
+    return settings.decoder_method is not None
 
 
 def read_settings(method: str | None, keep: str | None, config: str | None) -> dict[str, Any]:
@@ -133,4 +152,7 @@ def _check_model(args: argparse.Namespace) -> None:
             f"whose visual tokens cannot be reduced; allowed: {', '.join(ARCHITECTURES)}"
         )
     settings = FicocoConfig.parse(args.additional_config[NAME])
-    VisionPlanner.shared(settings, TowerShape.from_hf_config(config))
+    tower = VisionPlanner.shared(settings, TowerShape.from_hf_config(config))
+    if settings.decoder_method is not None:
+        num_layers = config.get_text_config().num_hidden_layers
+        DecoderPlanner.shared(settings, num_layers, tower.num_output_tokens(tower.default))

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from ficoco_vllm.compat import INTERPRETER_FOLDER, hook_interpreter
+
 IMPORT = "import torchvision; from torchvision.transforms.v2 import functional; print('imported')"
 HOOKED = f"import ficoco_vllm.compat; ficoco_vllm.compat.hook_torchvision(); {IMPORT}"
 
@@ -97,3 +99,20 @@ def test_gpu_build_gets_no_cpu_settings(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(compat, "is_cpu_build", lambda: False)
     compat.set_cpu_defaults()
     assert "VLLM_CPU_OMP_THREADS_BIND" not in os.environ
+
+
+def test_interpreter_is_found_only_where_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Were it always there, the CPU build of vLLM would take model runner V2 for every model."""
+    folder = tmp_path / INTERPRETER_FOLDER
+    folder.mkdir()
+    monkeypatch.setattr("ficoco_vllm.compat.sysconfig.get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    hook_interpreter()
+    assert sys.path == []
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    hook_interpreter()
+    hook_interpreter()
+    assert sys.path == [str(folder)]

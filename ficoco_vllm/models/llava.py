@@ -1,11 +1,13 @@
-"""LLaVA with visual tokens reduced in the vision tower; takes the place of vLLM's class."""
+"""LLaVA with visual tokens reduced in the vision tower or the decoder; takes the place of vLLM's class."""
 
 from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig
-from vllm.config import VllmConfig
+from vllm.config import CompilationMode, VllmConfig
+from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.model_executor.models.interfaces import MultiModalEmbeddings
 from vllm.model_executor.models.llava import (
     BaseLlavaProcessingInfo,
@@ -18,6 +20,8 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import BaseMultiModalProcessor, InputProcessingContext
 
 from ficoco_vllm.config import FicocoConfig
+from ficoco_vllm.decoder.decoder import ReducingStep, SegmentedDecoder
+from ficoco_vllm.kv.admission import planner_of
 from ficoco_vllm.processing import KEEP, METHOD, FicocoMultiModalProcessor, FicocoProcessingInfo
 from ficoco_vllm.vision.plan import Budget, VisionPlanner
 from ficoco_vllm.vision.shape import TowerShape
@@ -43,17 +47,58 @@ def _build_processor(
     _build_processor, info=_build_info, dummy_inputs=LlavaDummyInputsBuilder
 )
 class FicocoLlava(LlavaForConditionalGeneration):
-    """vLLM's LLaVA; images whose budget is below the number of patches take the reducing way through the tower."""
+    """vLLM's LLaVA; images whose budget is below the number of patches take the reducing way."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         config = FicocoConfig.of(self.config)
         self.planner: VisionPlanner | None = None
-        if config.method is not None:
-            self.planner = VisionPlanner.shared(config, TowerShape.from_hf_config(self.config))
+        self.decoder: SegmentedDecoder | None = None
+        shape = None if config.method is None else TowerShape.from_hf_config(self.config)
+        if shape is not None and config.decoder_method is not None:
+            from ficoco_vllm.decoder.state import DecoderModelState  # imports Triton, which V1 does without
+
+            self.decoder = SegmentedDecoder(
+                self.language_model.model,
+                planner_of(vllm_config),
+                shape.grid,
+                compiled=vllm_config.compilation_config.mode != CompilationMode.NONE,
+            )
+            # vLLM looks for this name; without a method in the decoder it must not find it.
+            self.get_model_state_cls = lambda: DecoderModelState
+        if shape is not None and config.tower_part(shape.num_patches).method is not None:
+            self.planner = VisionPlanner.shared(config, shape)
             num_patches = self.planner.shape.num_patches
             # As many images at once as stock vLLM would take, so that a burst of small budgets needs no more memory.
             self.max_images = max(1, vllm_config.scheduler_config.max_num_batched_tokens // num_patches)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: Tensor | None = None,
+        reduction: ReducingStep | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the language model; see vLLM's class.
+
+        Args:
+            input_ids: (tokens,) or None.
+            positions: (tokens,).
+            intermediate_tensors: None, since a decoder that reduces is whole on each worker.
+            inputs_embeds: (tokens, hidden size).
+            reduction: given in the steps that reduce a prompt in the decoder.
+            **kwargs: of vLLM's class.
+        """
+        if reduction is None:
+            profiling = is_forward_context_available() and get_forward_context().attn_metadata is None
+            if self.decoder is not None and profiling and inputs_embeds is not None:
+                self.decoder.warm_up(positions, inputs_embeds)
+            return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
+        assert self.decoder is not None
+        assert inputs_embeds is not None
+        return self.decoder(positions, inputs_embeds, reduction)
 
     def embed_multimodal(self, **kwargs: object) -> MultiModalEmbeddings:
         """Embed the images of a step, those of one budget together.

@@ -22,6 +22,10 @@ class FicocoModelConfig(VerifyAndUpdateConfig):
         Raises:
             ValueError: naming the field, its value and what is allowed.
         """
+        # These import vLLM's engine, which a process that only loads plugins does without.
+        from ficoco_vllm.decoder.verify import prepare_decoder
+        from ficoco_vllm.kv.admission import hook_admission
+
         additional = vllm_config.additional_config
         values = additional.get(NAME) if isinstance(additional, dict) else None
         if not values:
@@ -38,10 +42,16 @@ class FicocoModelConfig(VerifyAndUpdateConfig):
         planner = VisionPlanner.shared(config, shape)
         # The processor is given the model's configuration only, so the settings travel with that, to every process.
         setattr(hf_config, NAME, config.model_dump(mode="json"))
-        _bound_encoder_batch(vllm_config, planner)
+        hook_admission()
+        if planner.active:
+            _bound_encoder_batch(vllm_config, planner)
+        if config.decoder_method is not None:
+            prepare_decoder(vllm_config, config)
+        if not planner.active:
+            return
         logger.info(
             "ficoco: %s keeps %d of %d visual tokens of an image (a request may ask for another budget)",
-            config.method,
+            planner.default.method,
             planner.default.keep,
             shape.num_patches,
         )

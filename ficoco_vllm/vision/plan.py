@@ -56,12 +56,12 @@ class VisionPlanner:
 
     @classmethod
     def shared(cls, config: FicocoConfig, shape: TowerShape) -> "VisionPlanner":
-        """The planner of these settings, checked once and then kept.
+        """The planner of these settings as far as they concern the tower, checked once and then kept.
 
         Raises:
             ValueError: the settings do not fit the tower.
         """
-        return _shared(config.model_dump_json(), shape)
+        return _shared(config.tower_part(shape.num_patches).model_dump_json(), shape)
 
     @property
     def active(self) -> bool:

@@ -25,7 +25,13 @@ CHAT_TEMPLATE = (
 
 
 def build(
-    folder: Path, *, vision_layers: int = 8, select: str = "default", patch_size: int = 8, seed: int = 0
+    folder: Path,
+    *,
+    vision_layers: int = 8,
+    select: str = "default",
+    patch_size: int = 8,
+    seed: int = 0,
+    decoder_layers: int = 3,
 ) -> Path:
     """Write a random model in the layout of published LLaVA-1.5 checkpoints.
 
@@ -35,6 +41,7 @@ def build(
         select: "default" (patches only) or "full" (with [CLS]).
         patch_size: of images of 192 pixels.
         seed: of the weights.
+        decoder_layers: depth of the language model.
     """
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = {
@@ -74,7 +81,7 @@ def build(
             vocab_size=len(vocabulary) + 3,
             hidden_size=128,
             intermediate_size=256,
-            num_hidden_layers=3,
+            num_hidden_layers=decoder_layers,
             num_attention_heads=4,
             num_key_value_heads=2,
             head_dim=32,

@@ -1,0 +1,116 @@
+"""vLLM's Llama, run segment by segment in the steps that reduce a prompt."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
+from vllm.forward_context import get_forward_context
+
+from ficoco_vllm.decoder.attention import DecoderHeads
+from ficoco_vllm.decoder.layout import Boundary
+from ficoco_vllm.decoder.reduction import Rows, reduce_rows
+from ficoco_vllm.decoder.segment import Segment, SegmentAttention, Unit, compile_unit
+from ficoco_vllm.kv.plan import DecoderPlanner
+
+
+@dataclass(frozen=True)
+class ReducingStep:
+    """What the decoder must know of a step in which prompts are reduced.
+
+    Attributes:
+        boundaries: behind each segment but the last.
+        slot_mapping: attention layer to the KV slot of each of its rows, for the layers with fewer rows than
+            tokens.
+    """
+
+    boundaries: tuple[Boundary, ...]
+    slot_mapping: dict[str, Tensor]
+
+
+class SegmentedDecoder:
+    """A view of vLLM's decoder: it owns no weights."""
+
+    def __init__(
+        self, decoder: Any, planner: DecoderPlanner, grid: tuple[int, int], compiled: bool = False
+    ) -> None:
+        """Cut a decoder into segments and give each its own KV cache.
+
+        Args:
+            decoder: vLLM's LlamaModel, whole on this worker.
+            planner: of the served model.
+            grid: rows and columns of an unreduced image.
+            compiled: whether each segment is compiled, as one unit.
+        """
+        self.planner = planner
+        self.grid = grid
+        layers, size = list(decoder.layers), planner.segments.size
+        for index, layer in enumerate(layers):
+            attention = layer.self_attn.attn
+            # vLLM builds the layers from the model's configuration alone; only what they say of their KV cache
+            # is to be ours.
+            attention.__class__ = SegmentAttention
+            attention.segment = planner.segments.of_layer(index)
+        self.segments = [
+            Segment(
+                before=layers[start - 1] if start else None,
+                layers=layers[start : start + size],
+                norm=decoder.norm if start + size == len(layers) else None,
+            )
+            for start in range(0, len(layers), size)
+        ]
+        self.units: list[Unit] = [
+            compile_unit(segment, index) if compiled else segment
+            for index, segment in enumerate(self.segments)
+        ]
+        self.num_heads: int = decoder.config.num_attention_heads
+
+    def __call__(self, positions: Tensor, hidden: Tensor, step: ReducingStep) -> Tensor:
+        """Run a step that reduces.
+
+        Args:
+            positions: (tokens,) int64.
+            hidden: (tokens, D) embeddings.
+            step: where the tokens lie.
+
+        Returns:
+            (tokens, D) hidden states. Rows of tokens that have left are zero; nobody may read them.
+
+        Source: arXiv:2411.17686, Alg. 2.
+        """
+        get_forward_context().slot_mapping.update(step.slot_mapping)
+        num_tokens = hidden.shape[0]
+        origin = torch.arange(num_tokens, device=hidden.device)
+        rows = Rows(hidden, origin, torch.ones(num_tokens, dtype=torch.float32, device=hidden.device))
+        for index, (segment, unit) in enumerate(zip(self.segments, self.units, strict=True)):
+            output, query, key = unit(positions[rows.origin], rows.hidden)
+            rows = Rows(output, rows.origin, rows.size)
+            if index < len(step.boundaries) and step.boundaries[index].groups:
+                heads = self._heads(segment, query, key)
+                rows = reduce_rows(rows, heads, step.boundaries[index], self.planner, self.grid)
+        result = torch.zeros_like(hidden)
+        result[rows.origin] = rows.hidden
+        return result
+
+    def warm_up(self, positions: Tensor, hidden: Tensor) -> None:
+        """Compile the segments, and take the memory that a reducing step takes, while vLLM profiles.
+
+        Args:
+            positions: (tokens,) int64.
+            hidden: (tokens, D) embeddings.
+        """
+        hidden = hidden.clone()  # vLLM goes on with it, and fused norms write into what they are given
+        for unit in self.units:
+            hidden, _, _ = unit(positions, hidden)
+
+    def _heads(self, segment: Segment, query: Tensor, key: Tensor) -> DecoderHeads:
+        attention = segment.last.self_attn
+        parallel = get_tensor_model_parallel_world_size() > 1
+        return DecoderHeads(
+            query=query.view(query.shape[0], -1, attention.head_dim),
+            key=key.view(key.shape[0], -1, attention.head_dim),
+            scale=attention.scaling,
+            num_heads=self.num_heads,
+            all_reduce=tensor_model_parallel_all_reduce if parallel else lambda total: total,
+        )

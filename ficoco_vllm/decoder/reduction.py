@@ -1,0 +1,108 @@
+"""One reduction between attention and MLP of a segment's last layer, for all requests of a step at once."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ficoco_vllm.decoder.attention import DecoderHeads
+from ficoco_vllm.decoder.layout import Boundary, ImageGroup
+from ficoco_vllm.kv.plan import DecoderPlanner
+from ficoco_vllm.reduction import Reducer, Signals
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The tokens of a step.
+
+    Attributes:
+        hidden: (rows, D) residual stream.
+        origin: (rows,) int64, the row of each in the first segment; an image's survivors keep the row of the
+            token that they were, and with it its position.
+        size: (rows,) fp32, how many tokens of the first segment each stands for.
+    """
+
+    hidden: Tensor
+    origin: Tensor
+    size: Tensor
+
+
+def reduce_rows(
+    rows: Rows, heads: DecoderHeads, boundary: Boundary, planner: DecoderPlanner, grid: tuple[int, int]
+) -> Rows:
+    """Let the visual tokens leave that the boundary says, merged into those that stay.
+
+    Args:
+        rows: behind the attention of a segment's last layer.
+        heads: queries and keys of that layer.
+        boundary: from this segment to the next.
+        planner: knows the methods.
+        grid: rows and columns of an unreduced image.
+
+    Returns:
+        The rows of the next segment.
+
+    Source: arXiv:2411.17686, Alg. 2.
+    """
+    device = rows.hidden.device
+    source = torch.from_numpy(boundary.source).to(device)
+    merged = []
+    for group in boundary.groups:
+        index, tokens, size = _reduce_group(rows, heads, group, planner.reducer(group.method), grid)
+        kept = torch.from_numpy(group.kept).to(device)
+        source[kept] = index
+        merged.append((kept, tokens, size))
+    hidden, sizes = rows.hidden[source], rows.size[source]
+    for kept, tokens, size in merged:
+        hidden[kept], sizes[kept] = tokens, size
+    return Rows(hidden, rows.origin[source], sizes)
+
+
+def _reduce_group(
+    rows: Rows, heads: DecoderHeads, group: ImageGroup, reducer: Reducer, grid: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Reduce images of one shape by one method.
+
+    Returns:
+        (B, K) int64 rows that the kept tokens come from, their hidden states (B, K, D) and sizes (B, K).
+    """
+    device = rows.hidden.device
+    visual = torch.from_numpy(group.visual).to(device)
+    N = visual.shape[1]
+    signals = _measure(rows, heads, group, visual, reducer, grid)
+    reduced = reducer(rows.hidden[visual], signals, N - group.kept.shape[1], rows.size[visual])
+    # `position` counted the image's tokens in this segment, so it says which of them stayed.
+    return visual.gather(1, reduced.position), reduced.tokens, reduced.size
+
+
+def _measure(
+    rows: Rows,
+    heads: DecoderHeads,
+    group: ImageGroup,
+    visual: Tensor,
+    reducer: Reducer,
+    grid: tuple[int, int],
+) -> Signals:
+    """The signals that a method asks for."""
+    device = visual.device
+    needed = reducer.signals
+    logits = getattr(reducer.settings, "attention", "probs") == "logits"
+    text, has_text, text_place, place, context = (
+        torch.from_numpy(array).to(device)
+        for array in (group.text, group.has_text, group.text_place, group.visual_place, group.context)
+    )
+    text_attention = visual_attention = None
+    if "text_attention" in needed:
+        text_attention = heads.mean_attention(text, text_place, context, place, logits)
+        text_attention = text_attention.masked_fill(~has_text[..., None], 0.0)
+    if "visual_attention" in needed:
+        visual_attention = heads.mean_attention(visual, place, context, place, logits)
+    B, N = visual.shape
+    return Signals(
+        text_attention=text_attention,
+        visual_attention=visual_attention,
+        keys=heads.mean_key(visual) if "keys" in needed else None,
+        text_features=rows.hidden[text] if "text_features" in needed else None,
+        position=torch.arange(N, device=device).expand(B, N),
+        grid=grid if grid[0] * grid[1] == N else (1, N),
+    )

@@ -1,0 +1,204 @@
+"""Each step's sequence lengths, slots and attention metadata, segment by segment."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+from ficoco_vllm.decoder.decoder import ReducingStep
+from ficoco_vllm.decoder.layout import boundary, num_rows
+from ficoco_vllm.kv.admission import planner_of
+from ficoco_vllm.kv.plan import RequestPlan
+
+Counts = npt.NDArray[np.int32]
+
+
+class DecoderModelState(DefaultModelState):
+    """vLLM's model state, with the token counts of each segment instead of one for all layers.
+
+    Decoding leaves the number of rows as it is: slots are rewritten in place and sequence lengths live in buffers
+    that stay, so that CUDA graphs captured for decoding stay valid. Only the step that prefills a prompt which is
+    reduced has fewer rows from segment to segment; it takes a `ReducingStep` to the model.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.planner = planner_of(self.vllm_config)
+        self.plans: dict[str, RequestPlan] = {}
+        self.step: ReducingStep | None = None
+        shape = (self.planner.segments.num_segments, self.max_num_reqs)
+        self.seq_lens = torch.zeros(shape, dtype=torch.int32, device=self.device)
+
+    def add_request(self, req_index: int, new_req_data: Any) -> None:
+        """Plan a request; the scheduler has come to the same plan."""
+        super().add_request(req_index, new_req_data)
+        images = [
+            (feature.mm_position.offset, feature.mm_position.length)
+            for feature in new_req_data.mm_features or ()
+        ]
+        params = new_req_data.sampling_params
+        num_tokens = len(new_req_data.prompt_token_ids)
+        plan = self.planner.plan(num_tokens, images, params.extra_args if params else None)
+        if plan.reduces:
+            self.plans[new_req_data.req_id] = plan
+
+    def remove_request(self, req_id: str) -> None:
+        """Forget the plan of a request that has ended or was preempted."""
+        super().remove_request(req_id)
+        self.plans.pop(req_id, None)
+
+    def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
+        """Hand the step that `prepare_attn` has found to the model."""
+        inputs: dict[str, Any] = super().prepare_inputs(input_batch, req_states)
+        return inputs if self.step is None else {**inputs, "reduction": self.step}
+
+    def prepare_attn(
+        self,
+        input_batch: Any,
+        cudagraph_mode: CUDAGraphMode,
+        block_tables: tuple[Tensor, ...],
+        slot_mappings: Tensor,
+        attn_groups: list[list[Any]],
+        kv_cache_config: Any,
+        for_capture: bool = False,
+        ubatch_idx: int = 0,
+        model_specific_attn_metadata: Any = None,
+    ) -> dict[str, Any]:
+        """Attention metadata of every layer; see vLLM's model state for the arguments.
+
+        `slot_mappings` is rewritten in place where the number of rows does not change.
+        """
+        self.step = None
+        num_reqs = input_batch.num_reqs
+        computed = np.asarray(input_batch.num_computed_tokens_np[:num_reqs])
+        plans = [self.plans.get(req_id) for req_id in input_batch.req_ids[:num_reqs]]
+        now = [plan if computed[index] == 0 else None for index, plan in enumerate(plans)]
+        reducing = any(now)
+        full = cudagraph_mode == CUDAGraphMode.FULL
+        padded_reqs = input_batch.num_reqs_after_padding if full else num_reqs
+        padded_tokens = input_batch.num_tokens_after_padding if full else input_batch.num_tokens
+        query_start = input_batch.query_start_loc_np[: num_reqs + 1].tolist()
+        metadata: dict[str, Any] = {}
+        moved: dict[str, Tensor] = {}
+        for segment in range(self.planner.segments.num_segments):
+            groups = [
+                group if config.kv_cache_spec.segment == segment else []
+                for group, config in zip(attn_groups, kv_cache_config.kv_cache_groups, strict=True)
+            ]
+            missing = np.zeros(padded_reqs, dtype=np.int32)
+            missing[:num_reqs] = [plan.dropped[segment] if plan else 0 for plan in plans]
+            rows = np.zeros(padded_reqs, dtype=np.int32)
+            rows[:num_reqs] = num_rows(query_start, now, segment)
+            shrinks = any(plan is not None and plan.dropped[segment] for plan in now)
+            starts = np.zeros(padded_reqs + 1, dtype=np.int32)
+            np.cumsum(rows, out=starts[1:])
+            missing_device = torch.from_numpy(missing).to(self.device, non_blocking=True)
+            seq_lens = self.seq_lens[segment, :padded_reqs]
+            torch.sub(input_batch.seq_lens[:padded_reqs], missing_device, out=seq_lens).clamp_(min=0)
+            upper = input_batch.seq_lens_cpu_upper_bound[:padded_reqs] - torch.from_numpy(missing)
+            positions, slots = input_batch.positions, slot_mappings
+            if missing.any():
+                # Of a prompt that is prefilled now, the first token is at place 0; behind a reduced prompt every
+                # token has moved forward by what is missing.
+                moved_by = np.where(computed == 0, 0, missing[:num_reqs])
+                positions, slots = self._slots(
+                    input_batch, rows[:num_reqs], moved_by, block_tables, slot_mappings, groups, shrinks
+                )
+            if shrinks:
+                names = [(index, g.layer_names) for index, group in enumerate(groups) for g in group]
+                moved |= {name: slots[index] for index, layers in names for name in layers}
+            most_rows = int(rows.max()) if shrinks else input_batch.max_query_len or int(rows.max())
+            metadata |= build_attn_metadata(
+                attn_groups=groups,
+                num_reqs=padded_reqs,
+                num_tokens=int(starts[-1]) if shrinks else padded_tokens,
+                query_start_loc_gpu=(
+                    torch.from_numpy(starts).to(self.device, non_blocking=True)
+                    if shrinks
+                    else input_batch.query_start_loc[: padded_reqs + 1]
+                ),
+                query_start_loc_cpu=torch.from_numpy(
+                    starts if shrinks else input_batch.query_start_loc_np[: padded_reqs + 1]
+                ),
+                max_query_len=most_rows,
+                seq_lens=seq_lens,
+                max_seq_len=self.max_model_len if for_capture else int(upper.max()),
+                block_tables=block_tables,
+                slot_mappings=slots,
+                kv_cache_config=kv_cache_config,
+                seq_lens_cpu_upper_bound=upper,
+                positions=positions,
+                is_prefilling=torch.from_numpy(input_batch.is_prefilling_np),
+                for_cudagraph_capture=for_capture,
+                ubatch_idx=ubatch_idx,
+                model_specific_attn_metadata=model_specific_attn_metadata,
+            )
+        if reducing:
+            self.step = self._reducing_step(query_start, now, moved)
+        return metadata
+
+    def _slots(
+        self,
+        input_batch: Any,
+        rows: Counts,
+        moved_by: Counts,
+        block_tables: tuple[Tensor, ...],
+        slot_mappings: Tensor,
+        groups: list[list[Any]],
+        shrinks: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Places of the rows in one segment's KV cache.
+
+        Args:
+            input_batch: of the step.
+            rows: of each request in this segment.
+            moved_by: how far a decoded token of each request has moved forward.
+            block_tables: of each group, (requests, blocks).
+            slot_mappings: (groups, tokens) of the unreduced step.
+            groups: attention groups, empty for other segments.
+            shrinks: whether this segment has fewer rows than the step has tokens.
+
+        Returns:
+            Place of each row in its sequence, and slots (groups, rows): a new tensor where `shrinks`, else
+            `slot_mappings`, rewritten.
+        """
+        request = torch.from_numpy(np.repeat(np.arange(len(rows)), rows)).to(self.device, non_blocking=True)
+        if shrinks:
+            computed = np.asarray(input_batch.num_computed_tokens_np[: len(rows)])
+            within = np.arange(rows.sum()) - np.repeat(np.cumsum(rows) - rows, rows)
+            places = torch.from_numpy(within + np.repeat(computed - moved_by, rows)).to(self.device)
+            slots = slot_mappings.new_full((len(groups), len(places)), -1)
+        else:
+            moved = torch.from_numpy(np.repeat(moved_by, rows)).to(self.device, non_blocking=True)
+            places = input_batch.positions[: len(request)] - moved
+            slots = slot_mappings
+        for index, group in enumerate(groups):
+            if group:
+                block_size = self.block_sizes[index]
+                block = block_tables[index][request, places // block_size].to(slots.dtype)
+                slots[index, : len(places)] = block * block_size + places % block_size
+        return places, slots
+
+    def initialize_kv_cache(self, kv_cache_config: Any, block_tables: Any) -> None:
+        """Note the size of the blocks that the attention kernels use."""
+        super().initialize_kv_cache(kv_cache_config, block_tables)
+        self.block_sizes = block_tables.block_sizes
+
+    def _reducing_step(
+        self, query_start: Sequence[int], plans: Sequence[RequestPlan | None], slots: dict[str, Tensor]
+    ) -> ReducingStep:
+        """Indices for the model, from the plans of the prompts that are prefilled now."""
+        boundaries = tuple(
+            boundary(query_start, plans, segment, self._needs_equal_text)
+            for segment in range(self.planner.segments.num_segments - 1)
+        )
+        return ReducingStep(boundaries, slots)
+
+    def _needs_equal_text(self, method: str) -> bool:
+        return "text_features" in self.planner.reducer(method).signals

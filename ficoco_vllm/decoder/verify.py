@@ -1,0 +1,120 @@
+"""Start-up of a method that works in the decoder: what it cannot be combined with, and what it sets itself."""
+
+from typing import Any
+
+from vllm.logger import init_logger
+
+from ficoco_vllm.config import FicocoConfig
+from ficoco_vllm.kv.admission import planner_of
+
+SCHEDULER = "ficoco_vllm.kv.scheduler.SegmentScheduler"
+
+# A child of vLLM's logger, whose handlers and level it shares.
+logger = init_logger("vllm.ficoco.decoder")
+
+
+def prepare_decoder(vllm_config: Any, config: FicocoConfig) -> None:
+    """Refuse what does not go together with a KV length per segment, and set what it needs.
+
+    Args:
+        vllm_config: vLLM's configuration, with our settings left on the model's.
+        config: these settings.
+
+    Raises:
+        ValueError: naming the option and what is allowed.
+    """
+    refusal = find_refusal(vllm_config)
+    if refusal is not None:
+        raise ValueError(f"ficoco.method = {config.method!r}: {refusal}")
+    planner = planner_of(vllm_config)
+    scheduler = vllm_config.scheduler_config
+    scheduler.scheduler_cls = SCHEDULER
+    scheduler.enable_chunked_prefill = False
+    vllm_config.cache_config.enable_prefix_caching = False
+    # A prompt is prefilled in one step with all of its images, so whatever may be asked for must fit into one.
+    longest = vllm_config.model_config.max_model_len
+    scheduler.max_num_batched_tokens = max(longest, scheduler.max_num_batched_tokens)
+    scheduler.max_num_encoder_input_tokens = max(longest, scheduler.max_num_encoder_input_tokens)
+    scheduler.encoder_cache_size = max(longest, scheduler.encoder_cache_size)
+    counts = planner.counts(planner.method, planner.num_visual_tokens, planner.keep)
+    logger.info(
+        "ficoco: %s leaves %d of %d visual tokens of an image in the decoder; by segments of %d layers: %s "
+        "(a request may ask for another budget in vllm_xargs)",
+        planner.method,
+        planner.keep,
+        planner.num_visual_tokens,
+        planner.segments.size,
+        ", ".join(str(count) for count in counts),
+    )
+    logger.info(
+        "ficoco: what the KV cache holds now depends on the whole prompt, so no prompt can take over the cached "
+        "prefix of another, and every prompt is computed in one step (no chunks); long prompts delay the others"
+    )
+
+
+def find_refusal(vllm_config: Any) -> str | None:
+    """The first thing in a configuration that a decoder with several KV lengths cannot be combined with.
+
+    Args:
+        vllm_config: vLLM's configuration.
+
+    Returns:
+        A sentence that names the option and what is allowed, or None.
+    """
+    parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
+    hf_config = vllm_config.model_config.hf_config
+    decoder = hf_config.get_text_config().model_type
+    refused = {
+        f"the decoder is {decoder!r}; allowed: 'llama'": decoder != "llama",
+        "vision_feature_select_strategy = 'full' hands [CLS] to the decoder; allowed: 'default'": (
+            hf_config.vision_feature_select_strategy == "full"
+        ),
+        "--pipeline-parallel-size must be 1, since every worker needs all segments": (
+            parallel.pipeline_parallel_size > 1
+        ),
+        "--decode-context-parallel-size and --prefill-context-parallel-size must be 1": (
+            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
+        ),
+        "--enable-dbo is not allowed: a reducing step cannot be split into microbatches": parallel.use_ubatching,
+        "--speculative-config is not allowed: a draft model would need the same KV lengths": (
+            vllm_config.speculative_config is not None
+        ),
+        "--kv-transfer-config is not allowed: other instances do not know the KV lengths": (
+            vllm_config.kv_transfer_config is not None
+        ),
+        "--enable-lora is not allowed: adapters index the rows of a step, which change within it": (
+            vllm_config.lora_config is not None
+        ),
+        "--enable-prompt-embeds is not allowed: the placeholders of images must be known": (
+            vllm_config.model_config.enable_prompt_embeds
+        ),
+        "--disable-hybrid-kv-cache-manager is not allowed: the segments are groups of that manager": (
+            scheduler.disable_hybrid_kv_cache_manager is True
+        ),
+        f"--scheduler-cls {scheduler.scheduler_cls} is not allowed: the KV lengths need our scheduler": (
+            scheduler.scheduler_cls not in (None, SCHEDULER)
+        ),
+        "--no-async-scheduling is not allowed: our scheduler is the asynchronous one": (
+            scheduler.async_scheduling is False
+        ),
+    }
+    for sentence, holds in refused.items():
+        if holds:
+            return sentence
+    return None if vllm_config.use_v2_model_runner else _why_not_v2(vllm_config)
+
+
+def _why_not_v2(vllm_config: Any) -> str:
+    """Why vLLM would take its model runner V1, which has one KV length for all layers."""
+    import vllm.envs as envs
+    from vllm.triton_utils import HAS_TRITON
+
+    if envs.VLLM_USE_V2_MODEL_RUNNER is False:
+        return "VLLM_USE_V2_MODEL_RUNNER=0 is not allowed: model runner V2 is needed"
+    if not HAS_TRITON:
+        return (
+            "vLLM's model runner V2 is needed, and that needs Triton. Without a GPU set TRITON_INTERPRET=1 in the "
+            "environment (`ficoco-vllm serve` does it)"
+        )
+    features = ", ".join(vllm_config._get_v2_model_runner_unsupported_features())
+    return f"vLLM's model runner V2 is needed, which does not support: {features}"

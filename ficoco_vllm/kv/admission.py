@@ -1,0 +1,96 @@
+"""What a request may ask of the decoder, checked before it reaches the engine."""
+
+from functools import wraps
+from typing import Any
+
+from vllm.exceptions import VLLMValidationError
+from vllm.v1.engine.input_processor import InputProcessor
+
+from ficoco_vllm.config import FicocoConfig
+from ficoco_vllm.kv.plan import KEEP, METHOD, DecoderPlanner
+from ficoco_vllm.vision.plan import VisionPlanner
+from ficoco_vllm.vision.shape import TowerShape
+
+
+def planner_of(vllm_config: Any) -> DecoderPlanner:
+    """The planner of a served model whose method works in the decoder.
+
+    Args:
+        vllm_config: vLLM's configuration, checked by `FicocoModelConfig`.
+
+    Raises:
+        ValueError: the settings do not fit the model.
+    """
+    hf_config = vllm_config.model_config.hf_config
+    config = FicocoConfig.of(hf_config)
+    tower = VisionPlanner.shared(config, TowerShape.from_hf_config(hf_config))
+    num_layers = hf_config.get_text_config().num_hidden_layers
+    return DecoderPlanner.shared(config, num_layers, tower.num_output_tokens(tower.default))
+
+
+def check_request(vllm_config: Any, request: Any) -> None:
+    """Refuse what could not be answered rightly.
+
+    Args:
+        vllm_config: vLLM's configuration.
+        request: vLLM's `EngineCoreRequest`.
+
+    Raises:
+        VLLMValidationError: naming the field, its value and what is allowed (HTTP 400).
+    """
+    config = FicocoConfig.of(vllm_config.model_config.hf_config)
+    params = request.sampling_params
+    if config.method is None or params is None:
+        return
+    extra_args = params.extra_args or {}
+    if config.decoder_method is None:
+        ours = sorted(key for key in extra_args if key.startswith("ficoco_"))
+        if ours:
+            raise VLLMValidationError(
+                f"{ours[0]} in vllm_xargs is for methods of the decoder; "
+                f"{config.method} works in the vision tower: send it in mm_processor_kwargs",
+                parameter=ours[0],
+            )
+        return
+    images = [
+        (feature.mm_position.offset, feature.mm_position.length) for feature in request.mm_features or ()
+    ]
+    num_tokens = len(request.prompt_token_ids or ())
+    try:
+        plan = planner_of(vllm_config).plan(num_tokens, images, extra_args)
+    except ValueError as error:
+        field = next((name for name in (KEEP, METHOD) if str(error).startswith(name)), None)
+        raise VLLMValidationError(str(error), parameter=field) from error
+    if not plan.reduces:
+        return
+    offset, length = plan.images[-1]
+    if offset + length >= num_tokens:
+        raise VLLMValidationError(
+            "the prompt ends in an image; allowed: at least one token of text behind the last image, "
+            "since the text decides which visual tokens stay"
+        )
+    if params.prompt_logprobs is not None or getattr(params, "prompt_logprob_token_ids", None) is not None:
+        raise VLLMValidationError(
+            f"prompt_logprobs = {params.prompt_logprobs!r} is not allowed for a prompt whose visual tokens are "
+            f"reduced in the decoder (nor echo with logprobs); allowed: none, or {KEEP} = {images[0][1]}",
+            parameter="prompt_logprobs",
+        )
+
+
+def hook_admission() -> None:
+    """Let vLLM's front end call `check_request`; may run many times.
+
+    No hook of vLLM sees a request's prompt, its sampling parameters and the server's configuration together, so
+    the method that turns them into the engine's request is wrapped.
+    """
+    original = InputProcessor.process_inputs
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @wraps(original)
+    def process_inputs(self: InputProcessor, *args: Any, **kwargs: Any) -> Any:
+        request = original(self, *args, **kwargs)
+        check_request(self.vllm_config, request)
+        return request
+
+    InputProcessor.process_inputs = process_inputs

@@ -1,0 +1,59 @@
+"""Blocks of one segment: as many as the plan says, never more."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+
+# Tokens that a segment holds of a request, once so many have been computed.
+CountTokens = Callable[[str, int, int], int]
+
+
+class SegmentManager(FullAttentionManager):
+    """vLLM's manager with token counts translated into those of its segment.
+
+    Attributes:
+        count_tokens: (request id, segment, computed tokens) -> tokens of the segment; set by the scheduler, which
+            alone knows the requests.
+    """
+
+    count_tokens: CountTokens | None = None
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        **kwargs: Any,
+    ) -> int:
+        """Blocks that the request still needs here; see vLLM's manager for the arguments."""
+        num_blocks: int = super().get_num_blocks_to_allocate(
+            request_id,
+            self._held(request_id, num_tokens),
+            new_computed_blocks,
+            self._held(request_id, total_computed_tokens),
+            self._held(request_id, num_local_computed_tokens),
+            self._held(request_id, num_tokens_main_model),
+            **kwargs,
+        )
+        return num_blocks
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int
+    ) -> list[KVCacheBlock]:
+        """Blocks for the request's tokens in this segment."""
+        blocks: list[KVCacheBlock] = super().allocate_new_blocks(
+            request_id, self._held(request_id, num_tokens), self._held(request_id, num_tokens_main_model)
+        )
+        return blocks
+
+    def cache_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: what a block holds depends on the whole prompt, so no later prompt may find it."""
+
+    def _held(self, request_id: str, num_tokens: int) -> int:
+        assert self.count_tokens is not None, "bound by SegmentScheduler"
+        return self.count_tokens(request_id, self.kv_cache_spec.segment, num_tokens)

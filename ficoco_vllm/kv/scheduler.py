@@ -1,0 +1,58 @@
+"""vLLM's scheduler, which tells the managers of the segments about requests and never splits a prompt."""
+
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.request import Request
+
+from ficoco_vllm.kv.admission import planner_of
+from ficoco_vllm.kv.manager import SegmentManager
+from ficoco_vllm.kv.plan import RequestPlan
+
+
+class SegmentScheduler(AsyncScheduler):
+    """Plans each request when it comes in, and lets go of the plan when it has ended."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.planner = planner_of(self.vllm_config)
+        self.plans: dict[str, RequestPlan] = {}
+        assert not self.scheduler_config.enable_chunked_prefill
+        assert not self.cache_config.enable_prefix_caching
+        for manager in self.kv_cache_manager.coordinator.single_type_managers:
+            assert isinstance(manager, SegmentManager)
+            manager.count_tokens = self._count_tokens
+
+    def add_request(self, request: Request) -> None:
+        """Plan the request, then queue it."""
+        images = [
+            (feature.mm_position.offset, feature.mm_position.length) for feature in request.mm_features or ()
+        ]
+        extra_args = request.sampling_params.extra_args if request.sampling_params else None
+        self.plans[request.request_id] = self.planner.plan(request.num_prompt_tokens, images, extra_args)
+        super().add_request(request)
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        self.plans.pop(request.request_id, None)
+        return super()._free_request(request, *args, **kwargs)
+
+    def _count_tokens(self, request_id: str, segment: int, num_tokens: int) -> int:
+        plan = self.plans.get(request_id)
+        return num_tokens if plan is None else plan.num_kv_tokens(segment, num_tokens)
+
+    def _try_schedule_encoder_inputs(
+        self,
+        request: Request,
+        num_computed_tokens: int,
+        num_new_tokens: int,
+        encoder_compute_budget: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """As vLLM, but a prompt whose images do not all fit into this step waits for the next one."""
+        scheduled = super()._try_schedule_encoder_inputs(
+            request, num_computed_tokens, num_new_tokens, encoder_compute_budget, *args, **kwargs
+        )
+        if scheduled[1] < num_new_tokens and num_computed_tokens < request.num_prompt_tokens:
+            return [], 0, encoder_compute_budget, [], []
+        return scheduled

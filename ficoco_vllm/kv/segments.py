@@ -1,0 +1,88 @@
+"""The decoder's layers in segments of equal size; tokens may leave in the last layer of each but the final one."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# Defaults of methods are written for LLaVA-1.5-7B's decoder.
+REFERENCE_LAYERS = 32
+DEFAULT_SEGMENTS = 8
+# More segments are tried only where they let a method reduce exactly in the layers that it names.
+MOST_SEGMENTS = 16
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Decoder layers 0 to L - 1 in S runs of L / S layers; each run is one group of vLLM's KV cache.
+
+    The runs are equally long because the groups of vLLM's cache share one pool of blocks, and a block holds the
+    same number of layers in every group.
+
+    Attributes:
+        num_layers: L.
+        num_segments: S, a divisor of L.
+    """
+
+    num_layers: int
+    num_segments: int
+
+    def __post_init__(self) -> None:
+        if self.num_segments < 1 or self.num_layers % self.num_segments:
+            allowed = ", ".join(str(count) for count in _divisors(self.num_layers))
+            raise ValueError(
+                f"num_segments = {self.num_segments} does not divide the {self.num_layers} layers of the decoder; "
+                f"allowed: {allowed}"
+            )
+
+    @property
+    def size(self) -> int:
+        """Layers of one segment."""
+        return self.num_layers // self.num_segments
+
+    def of_layer(self, layer: int) -> int:
+        """The segment that a layer belongs to."""
+        return layer // self.size
+
+    def end(self, segment: int) -> int:
+        """The last layer of a segment, in which tokens leave after its attention."""
+        return (segment + 1) * self.size - 1
+
+    def nearest(self, layer: int) -> int:
+        """The segment whose last layer is nearest to a layer (the earlier of two); never the final segment."""
+        reducing = range(self.num_segments - 1)
+        return min(reducing, key=lambda segment: (abs(self.end(segment) - layer), segment))
+
+    @classmethod
+    def choose(cls, num_layers: int, layers: Sequence[int]) -> "Segments":
+        """Segments for a method.
+
+        Args:
+            num_layers: of the decoder.
+            layers: in which the method wants to reduce.
+
+        Returns:
+            About `DEFAULT_SEGMENTS`; more, up to `MOST_SEGMENTS`, where only so many end in all of `layers`.
+        """
+        divisors = _divisors(num_layers)
+        usual = max(count for count in divisors if count <= DEFAULT_SEGMENTS)
+        for count in divisors:
+            found = cls(num_layers, count)
+            exact = all((layer + 1) % found.size == 0 for layer in layers)
+            if usual <= count <= MOST_SEGMENTS and exact:
+                return found
+        return cls(num_layers, usual)
+
+
+def scaled(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
+    """Layers named for 32, in a decoder of another depth where they do not fit.
+
+    Args:
+        layers: counted from 0; tokens are to leave in them, so the last layer of the decoder is of no use.
+        num_layers: of the decoder.
+    """
+    if max(layers) < num_layers - 1:
+        return tuple(layers)
+    return tuple(layer * num_layers // REFERENCE_LAYERS for layer in layers)
+
+
+def _divisors(number: int) -> list[int]:
+    return [count for count in range(1, number + 1) if number % count == 0]

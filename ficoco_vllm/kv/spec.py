@@ -1,0 +1,47 @@
+"""The KV cache of one segment, as vLLM sees it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentSpec(FullAttentionSpec):
+    """Full attention whose layers hold the tokens of one segment.
+
+    Attributes:
+        segment: index; layers of two segments never share a group.
+        non_causal: attention is causal; this is how a layer tells vLLM's engine that its prompts are prefilled in
+            one step and that their blocks are not to be found by the hash of their tokens.
+    """
+
+    segment: int = 0
+    non_causal: bool = True
+
+    def is_uniform_with_collection(self, kv_cache_specs: Mapping[str, KVCacheSpec]) -> bool:
+        """Whether all these layers may share one group."""
+        return all(
+            isinstance(spec, SegmentSpec) and spec.segment == self.segment for spec in kv_cache_specs.values()
+        )
+
+    @classmethod
+    def merge(cls, specs: Sequence[Any]) -> Any:
+        """The specification of a group.
+
+        Raises:
+            AssertionError: two segments meet; vLLM then puts them into two groups.
+        """
+        assert all(spec == specs[0] for spec in specs[1:]), "one KV group holds one segment"
+        return specs[0]
+
+
+def register_spec() -> None:
+    """Make the specification and its manager known to vLLM in this process; may run many times."""
+    from ficoco_vllm.kv.manager import SegmentManager
+
+    # The built-in ones first: vLLM registers them only where the registry is still empty.
+    KVCacheSpecRegistry._ensure_registered()
+    KVCacheSpecRegistry.register(SegmentSpec, SegmentManager, uniform_type_base_spec=SegmentSpec)

@@ -1,0 +1,199 @@
+"""What tests run inside the process of the engine."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+from vllm import LLM, SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMValidationError
+from vllm.model_executor.models.utils import extract_layer_index
+
+from tests.support.engine import Answer, request, scheduler_of
+
+
+@dataclass
+class Ask:
+    """One request: prompt, images, tokens to generate, `vllm_xargs` and `mm_processor_kwargs`."""
+
+    prompt: str
+    images: list[Image.Image] = field(default_factory=list)
+    num_tokens: int = 4
+    extra: dict[str, Any] = field(default_factory=dict)
+    mm: dict[str, Any] = field(default_factory=dict)
+
+    def params(self, **more: Any) -> SamplingParams:
+        """Greedy, all log-probabilities."""
+        return SamplingParams(
+            temperature=0,
+            max_tokens=self.num_tokens,
+            ignore_eos=True,
+            logprobs=-1,
+            extra_args=self.extra or None,
+            **more,
+        )
+
+    def body(self) -> dict[str, Any]:
+        """The prompt as vLLM takes it."""
+        return request(self.prompt, self.images, **self.mm)
+
+
+def ask(engine: LLM, asks: list[Ask]) -> list[Answer]:
+    """Send requests together."""
+    outputs = engine.generate([one.body() for one in asks], [one.params() for one in asks], use_tqdm=False)
+    answers = []
+    for output in outputs:
+        completion = output.outputs[0]
+        rows = [[step[token].logprob for token in sorted(step)] for step in completion.logprobs or []]
+        answers.append(
+            Answer(list(completion.token_ids), len(output.prompt_token_ids or []), torch.tensor(rows))
+        )
+    return answers
+
+
+def refusal(engine: LLM, one: Ask, **more: Any) -> str:
+    """The message that a request is refused with; empty if it is answered."""
+    try:
+        engine.generate([one.body()], [one.params(**more)], use_tqdm=False)
+    except VLLMValidationError as error:
+        return str(error)
+    return ""
+
+
+def ask_counting_preemptions(engine: LLM, asks: list[Ask]) -> tuple[list[Answer], int]:
+    """Send requests together; also how often one had to give its blocks back."""
+    scheduler = scheduler_of(engine)
+    original, count = scheduler._preempt_request, 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        return original(*args, **kwargs)
+
+    scheduler._preempt_request = counted
+    try:
+        return ask(engine, asks), count
+    finally:
+        scheduler._preempt_request = original
+
+
+def free_blocks(engine: LLM) -> int:
+    """Blocks of the shared pool that nobody holds."""
+    return int(scheduler_of(engine).kv_cache_manager.block_pool.get_num_free_blocks())
+
+
+def held(engine: LLM) -> list[dict[str, int]]:
+    """Blocks that each request holds, group by group; and what else is remembered of requests."""
+    scheduler = scheduler_of(engine)
+    groups = scheduler.kv_cache_manager.coordinator.single_type_managers
+    found = [
+        {request_id: len(blocks) for request_id, blocks in group.req_to_blocks.items() if blocks}
+        for group in groups
+    ]
+    runner = worker_of(engine).model_runner
+    return [*found, dict.fromkeys(scheduler.plans, 1), dict.fromkeys(runner.model_state.plans, 1)]
+
+
+def worker_of(engine: LLM) -> Any:
+    """The worker in the engine's process."""
+    worker = engine.llm_engine.engine_core.engine_core.model_executor.driver_worker
+    return getattr(worker, "worker", worker)
+
+
+def abort_at(engine: LLM, asks: list[Ask], num_steps: int) -> None:
+    """Send requests, let the engine take some steps, and abort all of them."""
+    ids = engine.enqueue([one.body() for one in asks], [one.params() for one in asks], use_tqdm=False)
+    for _ in range(num_steps):
+        engine.llm_engine.step()
+    engine.llm_engine.abort_request(ids, internal=True)
+    while engine.llm_engine.has_unfinished_requests():
+        engine.llm_engine.step()
+    engine.llm_engine.step()
+
+
+def written_slots(engine: LLM, one: Ask) -> tuple[list[float], list[int], int]:
+    """Answer one request in an empty cache and count.
+
+    Returns:
+        Slots written in each layer, blocks held in each group before the end, and tokens of prompt and answer
+        whose keys and values are needed.
+    """
+    runner = worker_of(engine).model_runner
+    context = runner.vllm_config.compilation_config.static_forward_context
+    layers = sorted(
+        (layer for layer in context.values() if getattr(layer, "segment", None) is not None),
+        key=lambda layer: extract_layer_index(layer.layer_name),
+    )
+    for layer in layers:
+        layer.kv_cache.zero_()
+    (request_id,) = engine.enqueue([one.body()], [one.params()], use_tqdm=False)
+    managers = scheduler_of(engine).kv_cache_manager.coordinator.single_type_managers
+    blocks: list[list[int]] = []
+    num_tokens = 0
+    while engine.llm_engine.has_unfinished_requests():
+        for output in engine.llm_engine.step():
+            num_tokens = len(output.prompt_token_ids or []) + len(output.outputs[0].token_ids) - 1
+        now = [[b.block_id for held in manager.req_to_blocks.values() for b in held] for manager in managers]
+        blocks = now if any(now) else blocks
+    assert request_id
+    # Keys and values of a token are never all zero, and a slot is written as a whole.
+    written = []
+    for layer in layers:
+        # (blocks, heads, slots, 2 * d), whose inner order is the kernel's own. Layers of several groups share one
+        # tensor, so only the blocks that this layer's group held are looked at.
+        cache = layer.kv_cache[torch.tensor(blocks[layer.segment])]
+        per_slot = cache.shape[1] * cache.shape[3]
+        written.append(float((cache != 0).sum()) / per_slot)
+    return written, [len(ids) for ids in blocks], num_tokens
+
+
+def repeat_short(engine: LLM, asks: list[Ask], times: int) -> set[int]:
+    """Answer requests over and over, one token each.
+
+    Returns:
+        Free blocks seen after each round.
+    """
+    params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+    seen = set()
+    for _ in range(times):
+        outputs = engine.generate([one.body() for one in asks], params, use_tqdm=False)
+        assert all(len(output.outputs[0].token_ids) == 1 for output in outputs)
+        seen.add(free_blocks(engine))
+    return seen
+
+
+def start_up_error(engine: LLM, model: str, ficoco: dict[str, Any], options: dict[str, Any]) -> str:
+    """What the configuration of another engine is refused with, before anything is loaded."""
+    arguments = {"max_model_len": 512, "enforce_eager": True, "limit_mm_per_prompt": {"image": 2}, **options}
+    try:
+        EngineArgs(model, additional_config={"ficoco": ficoco}, **arguments).create_engine_config()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def settings_of(engine: LLM) -> dict[str, Any]:
+    """What a configuration has been changed to."""
+    config = engine.llm_engine.vllm_config
+    scheduler = config.scheduler_config
+    return {
+        "scheduler": scheduler.scheduler_cls,
+        "chunked_prefill": scheduler.enable_chunked_prefill,
+        "prefix_caching": config.cache_config.enable_prefix_caching,
+        "max_num_batched_tokens": scheduler.max_num_batched_tokens,
+        "max_num_encoder_input_tokens": scheduler.max_num_encoder_input_tokens,
+        "encoder_cache_size": scheduler.encoder_cache_size,
+    }
+
+
+def compiled_units(engine: LLM) -> list[bool]:
+    """Whether each segment of the decoder is a compiled unit that has been compiled."""
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list as entries
+    from torch._dynamo.eval_frame import innermost_fn
+
+    decoder = worker_of(engine).model_runner.get_model().decoder
+    return [
+        unit is not segment and len(entries(innermost_fn(unit).__func__.__code__)) > 0
+        for unit, segment in zip(decoder.units, decoder.segments, strict=True)
+    ]

@@ -1,0 +1,53 @@
+"""CUDA graphs of decoding read the same memory at every replay: as much of it as a CPU can show."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm import LLM
+
+from tests.decoder.calls import worker_of
+from tests.support.remote import remote_engine
+
+pytestmark = pytest.mark.engine
+
+
+def captured(engine: LLM) -> dict[str, Any]:
+    """Prepare a decoding step twice as vLLM does for capture and for replay."""
+    from vllm.config.compilation import CUDAGraphMode
+    from vllm.v1.worker.gpu.input_batch import InputBatch
+
+    runner = worker_of(engine).model_runner
+    state = runner.model_state
+    seen = []
+    for for_capture in (True, False):
+        batch = InputBatch.make_dummy(3, 3, runner.input_buffers)
+        tables, slots = runner.prepare_dummy_attn(batch)
+        metadata = state.prepare_attn(
+            batch,
+            CUDAGraphMode.FULL,
+            tables,
+            slots,
+            runner.attn_groups,
+            runner.kv_cache_config,
+            for_capture=for_capture,
+        )
+        seen.append(
+            {
+                "lengths": state.seq_lens.data_ptr(),
+                "layers": len(metadata),
+                "slots": [group.slot_mapping.data_ptr() for group in metadata.values()],
+                "rows": {group.slot_mapping.shape[0] for group in metadata.values()},
+                "reduction": state.prepare_inputs(batch, runner.req_states).get("reduction"),
+            }
+        )
+    return {"capture": seen[0], "replay": seen[1]}
+
+
+def test_capture_and_replay_share_their_buffers(small_llava: Path) -> None:
+    with remote_engine(small_llava, {"method": "ficoco-l", "keep": 16}, block_size=32) as engine:
+        found = engine.call(captured)
+    assert found["capture"] == found["replay"]
+    assert found["capture"]["layers"] == 8
+    assert found["capture"]["rows"] == {3}
+    assert found["capture"]["reduction"] is None

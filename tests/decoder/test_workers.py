@@ -1,0 +1,71 @@
+"""Compiled against eager, two workers against one: the same answers."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.decoder.calls import Ask, ask, compiled_units
+from tests.support.engine import PROMPT, TEXT_ONLY, TWO_IMAGES, Answer
+from tests.support.remote import remote_engine
+
+# float32; fused loops and sums over heads and columns that are split between workers
+TOLERANCE = 1e-4
+FICOCO: dict[str, Any] = {"method": "ficoco-l", "keep": 16, "num_segments": 4}
+
+pytestmark = pytest.mark.engine
+
+
+def asks(images: list[Image.Image]) -> list[Ask]:
+    """Methods that look at different signals, in one step with text."""
+    return [
+        Ask(PROMPT, [images[0]]),
+        Ask(TEXT_ONLY),
+        Ask(TWO_IMAGES, images[1:3], extra={"ficoco_keep": 64}),
+        Ask(PROMPT, [images[3]], extra={"ficoco_method": "sparsevlm", "ficoco_keep": 30}),
+        Ask(PROMPT, [images[4]], extra={"ficoco_method": "fastv"}),
+    ]
+
+
+@pytest.fixture(scope="module")
+def expected(small_llava: Path, images: list[Image.Image]) -> list[Answer]:
+    """One worker, eager."""
+    with remote_engine(small_llava, FICOCO, block_size=32) as engine:
+        answers: list[Answer] = engine.call(ask, asks(images))
+    return answers
+
+
+@pytest.mark.parametrize(
+    ("environment", "options"),
+    [
+        ({}, {"enforce_eager": False}),
+        (
+            {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "OMP_NUM_THREADS": "1"},
+            {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"},
+        ),
+    ],
+    ids=["compiled", "two workers"],
+)
+def test_equal(
+    small_llava: Path,
+    images: list[Image.Image],
+    expected: list[Answer],
+    environment: dict[str, str],
+    options: dict[str, Any],
+) -> None:
+    with remote_engine(small_llava, FICOCO, environment, block_size=32, **options) as engine:
+        answers = engine.call(ask, asks(images))
+        if "enforce_eager" in options:
+            assert engine.call(compiled_units) == [True] * FICOCO["num_segments"]
+    for answer, one in zip(answers, expected, strict=True):
+        assert answer.tokens == one.tokens
+        torch.testing.assert_close(answer.logprobs, one.logprobs, atol=TOLERANCE, rtol=0)
+
+
+def test_the_check_can_fail(small_llava: Path, images: list[Image.Image], expected: list[Answer]) -> None:
+    """Negative control: other segments reduce in other layers."""
+    with remote_engine(small_llava, FICOCO | {"num_segments": 8}, block_size=32) as engine:
+        (answer,) = engine.call(ask, [Ask(PROMPT, [images[0]])])
+    assert (answer.logprobs - expected[0].logprobs).abs().max() > 10 * TOLERANCE

@@ -1,0 +1,76 @@
+"""Requests are checked against the settings that the server was started with."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+from vllm.exceptions import VLLMValidationError
+from vllm.v1.engine.input_processor import InputProcessor
+
+from ficoco_vllm.kv.admission import check_request, hook_admission
+
+
+def config(**ficoco: Any) -> Any:
+    """A vLLM configuration with our settings on the model's."""
+    hf_config = LlavaConfig(
+        vision_config=CLIPVisionConfig(image_size=48, patch_size=8, num_hidden_layers=4),
+        text_config=LlamaConfig(num_hidden_layers=8),
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+    hf_config.ficoco = ficoco
+    return SimpleNamespace(model_config=SimpleNamespace(hf_config=hf_config))
+
+
+def request(extra: dict[str, Any] | None = None, num_tokens: int = 50, **params: Any) -> Any:
+    """One image of 36 tokens behind four of text."""
+    position = SimpleNamespace(offset=4, length=36)
+    found = {"extra_args": extra, "prompt_logprobs": None, **params}
+    return SimpleNamespace(
+        sampling_params=SimpleNamespace(**found),
+        mm_features=[SimpleNamespace(mm_position=position)],
+        prompt_token_ids=[0] * num_tokens,
+    )
+
+
+@pytest.mark.parametrize(
+    "ficoco", [{}, {"method": "ficoco-v"}, {"method": "ficoco-l"}, {"method": "ficoco-vl"}]
+)
+def test_plain_requests_pass(ficoco: dict[str, Any]) -> None:
+    check_request(config(**ficoco), request())
+    check_request(config(**ficoco), SimpleNamespace(sampling_params=None))
+
+
+def test_xargs_of_the_decoder_are_refused_by_a_server_that_reduces_in_the_tower() -> None:
+    with pytest.raises(VLLMValidationError, match=r"ficoco_keep in vllm_xargs .* mm_processor_kwargs"):
+        check_request(config(method="ficoco-v"), request({"ficoco_keep": 9}))
+
+
+@pytest.mark.parametrize(
+    ("asked", "part"),
+    [
+        (request({"ficoco_keep": 37}), "ficoco_keep = 37"),
+        (request(num_tokens=40), "ends in an image"),
+        (request(prompt_logprobs=0), "prompt_logprobs = 0"),
+        (request(prompt_logprob_token_ids=[[1]]), "prompt_logprobs"),
+    ],
+)
+def test_refusals(asked: Any, part: str) -> None:
+    with pytest.raises(VLLMValidationError, match=part):
+        check_request(config(method="ficoco-l", keep=4), asked)
+
+
+def test_what_is_not_reduced_may_do_all_of_it() -> None:
+    check_request(config(method="ficoco-l"), request({"ficoco_keep": 36}, num_tokens=40, prompt_logprobs=1))
+
+
+def test_the_seam_is_there_and_is_wrapped_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails when vLLM turns prompts into the engine's requests elsewhere."""
+    original = InputProcessor.process_inputs
+    monkeypatch.setattr(InputProcessor, "process_inputs", getattr(original, "__wrapped__", original))
+    hook_admission()
+    hooked = InputProcessor.process_inputs
+    assert hooked is not original
+    hook_admission()
+    assert InputProcessor.process_inputs is hooked

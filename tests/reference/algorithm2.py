@@ -1,0 +1,166 @@
+"""Reduction in the decoder written plainly on Hugging Face's LLaVA: the oracle of the served one.
+
+The whole sequence is computed again for each token, with a mask of its own in every layer instead of a cache, and one
+token after the other in the reduction. Nothing of ours is used here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
+
+from tests.reference.algorithm1 import ReferenceLlava
+
+BETA, GAMMA, EPSILON = 0.6, 0.6, 0.998
+
+
+def ficoco_l(
+    tokens: np.ndarray, attention: np.ndarray, text: np.ndarray, removed: int
+) -> tuple[list[int], np.ndarray]:
+    """Algorithm 2 for one image.
+
+    Args:
+        tokens: (N, D) hidden states of the visual tokens.
+        attention: (N, N) among them, head mean.
+        text: (M, N) from text tokens, head mean.
+        removed: how many leave.
+
+    Returns:
+        Which stay, and their hidden states.
+    """
+    N = len(tokens)
+    scores = [BETA * attention[i].sum() / N - (1 - BETA) * text[:, i].sum() for i in range(N)]
+    order = sorted(range(N), key=lambda i: (-scores[i], i))
+    source, target = sorted(order[:removed]), sorted(order[removed:])
+    total = {j: tokens[j].copy() for j in target}
+    weight = dict.fromkeys(target, 1.0)
+    for i in source:
+        row = [GAMMA * attention[i, j] + (1 - GAMMA) * (text[:, i] @ text[:, j]) for j in target]
+        threshold = np.quantile(row, EPSILON)
+        chosen = [(j, value) for j, value in zip(target, row, strict=True) if value >= threshold]
+        mass = sum(value for _, value in chosen)
+        for j, value in chosen if mass > 0 else ():
+            total[j] += value / mass * tokens[i]
+            weight[j] += value / mass
+    return target, np.stack([total[j] / weight[j] for j in target])
+
+
+def prune_by_last(
+    tokens: np.ndarray, attention: np.ndarray, text: np.ndarray, removed: int
+) -> tuple[list[int], np.ndarray]:
+    """FastV and PyramidDrop: what the last token of the prompt attends to least is gone."""
+    order = sorted(range(len(tokens)), key=lambda i: (text[-1, i], i))
+    stay = sorted(order[removed:])
+    return stay, tokens[stay]
+
+
+def prune_by_both(
+    tokens: np.ndarray, attention: np.ndarray, text: np.ndarray, removed: int
+) -> tuple[list[int], np.ndarray]:
+    """FitPrune: what image and text together attend to least is gone."""
+    received = attention.mean(axis=0) * text.sum(axis=0)
+    order = sorted(range(len(tokens)), key=lambda i: (received[i], i))
+    stay = sorted(order[removed:])
+    return stay, tokens[stay]
+
+
+RULES = {
+    "ficoco-l": ficoco_l,
+    "ficoco-vl": ficoco_l,
+    "fastv": prune_by_last,
+    "pyramiddrop": prune_by_last,
+    "fitprune": prune_by_both,
+}
+
+
+@dataclass
+class Shown:
+    """An image in a prompt.
+
+    Attributes:
+        image: pixels.
+        entering: tokens that enter the decoder (fewer than patches: FiCoCo-V has run).
+        left: layer to the number of tokens that are left behind its attention.
+    """
+
+    image: Image.Image
+    entering: int
+    left: Mapping[int, int]
+
+
+class ReferenceDecoder(ReferenceLlava):
+    """Hugging Face's Llama unrolled by hand."""
+
+    @property
+    def num_patches(self) -> int:
+        """Visual tokens of an image before any reduction."""
+        vision = self.config.vision_config
+        return (vision.image_size // vision.patch_size) ** 2
+
+    @torch.no_grad()
+    def answer(
+        self, method: str, prompt: str, images: list[Shown], num_tokens: int
+    ) -> tuple[list[int], Tensor]:
+        """Greedy tokens and log-probabilities (num_tokens, vocabulary)."""
+        table = self.model.model.language_model.embed_tokens
+        pieces, spans, waiting, length = [], [], list(images), 0
+        for token in self.processor.tokenizer(prompt, add_special_tokens=False).input_ids:
+            if token == self.config.image_token_id:
+                shown = waiting.pop(0)
+                pieces.append(self.features(shown.image, shown.entering))
+                spans.append(range(length, length + len(pieces[-1])))
+            else:
+                pieces.append(table(torch.tensor([token])))
+            length += len(pieces[-1])
+        embeddings = torch.cat(pieces)
+        tokens: list[int] = []
+        rows = []
+        for _ in range(num_tokens):
+            hidden = self._run(method, embeddings, length, spans, images)
+            rows.append(torch.log_softmax(self.model.lm_head(hidden), dim=-1))
+            tokens.append(int(rows[-1].argmax()))
+            embeddings = torch.cat([embeddings, table(torch.tensor(tokens[-1:]))])
+        return tokens, torch.stack(rows)
+
+    def _run(
+        self, method: str, x: Tensor, num_prompt: int, spans: list[range], images: list[Shown]
+    ) -> Tensor:
+        """Hidden state of the last token."""
+        decoder = self.model.model.language_model
+        T = len(x)
+        cos, sin = decoder.rotary_emb(x[None], torch.arange(T)[None])
+        alive = torch.ones(T, dtype=torch.bool)
+        visual = {i for span in spans for i in span}
+        for index, layer in enumerate(decoder.layers):
+            attention, normed = layer.self_attn, layer.input_layernorm(x)
+            query, key, value = (
+                linear(normed).view(1, T, -1, attention.head_dim).transpose(1, 2)
+                for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )
+            query, key = apply_rotary_pos_emb(query, key, cos, sin)
+            key, value = (repeat_kv(t, attention.num_key_value_groups) for t in (key, value))
+            seen = torch.ones(T, T, dtype=torch.bool).tril() & alive | torch.eye(T, dtype=torch.bool)
+            logits = (query @ key.transpose(2, 3) * attention.scaling).masked_fill(~seen, -torch.inf)
+            weights = logits.softmax(dim=-1)
+            x = x + attention.o_proj((weights @ value).transpose(1, 2).reshape(T, -1))
+            mean = weights[0].mean(0).double().numpy()
+            for span, shown in zip(spans, images, strict=True):
+                now = [i for i in span if alive[i]]
+                removed = len(now) - shown.left.get(index, len(now))
+                if not removed:
+                    continue
+                text = [k for k in range(span.stop, num_prompt) if k not in visual]
+                stay, merged = RULES[method](
+                    x[now].double().numpy(), mean[np.ix_(now, now)], mean[np.ix_(text, now)], removed
+                )
+                x = x.clone()
+                x[[now[i] for i in stay]] = torch.from_numpy(merged).float()
+                alive[now] = False
+                alive[[now[i] for i in stay]] = True
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+        last: Tensor = decoder.norm(x)[-1]
+        return last
