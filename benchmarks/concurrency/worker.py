@@ -32,6 +32,7 @@ def run(
         "VLLM_LOGGING_LEVEL": "ERROR",
         "HF_HUB_OFFLINE": "1",
     }
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would win over the memory that all are given alike
     if ficoco is None:
         os.environ["VLLM_PLUGINS"] = ""
     if in_decoder:

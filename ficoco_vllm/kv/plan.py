@@ -245,6 +245,12 @@ def _shared(config_json: str, num_layers: int, num_visual_tokens: int) -> Decode
             f"ficoco.method = {method.name!r}: its fused extra tokens have no place in the prompt, "
             "which the decoder's KV cache needs; choose another `compress`"
         )
+    by_place = reducer.method.filter.function.__module__.endswith(".spatial")
+    if by_place or getattr(reducer.settings, "local_penalty", False):
+        raise ValueError(
+            "ficoco.filter by places in the image and ficoco.local_penalty are not allowed in the decoder, "
+            "where only the order of the tokens is known"
+        )
     if config.num_segments is None:
         segments = Segments.choose(num_layers, _layers(reducer, num_layers))
     else:

@@ -115,6 +115,8 @@ def test_requests_that_are_refused(extra: dict[str, Any], parts: list[str]) -> N
         ({"start_layer": 31}, ["start_layer = 31", "0 to 30"]),
         ({"method": "pyramiddrop", "layers": [8, 31]}, ["layers = (8, 31)", "0 to 30"]),
         ({"compress": "fuse"}, ["fused extra tokens"]),
+        ({"local_penalty": True}, ["ficoco.filter by places", "local_penalty"]),
+        ({"filter": "one_per_cell"}, ["ficoco.filter by places"]),
         ({"keep": 577}, ["ficoco_keep = 577", "1 to 576"]),
         ({"schedule": [1, 2]}, ["7 reducing layers need as many counts"]),
     ],

@@ -69,7 +69,6 @@ def test_fingerprint_tells_settings_apart() -> None:
     ("settings", "message"),
     [
         ({"keep": 577}, "ficoco.keep = 577 is not allowed; allowed: an integer from 1 to 576"),
-        ({"method": "fastv"}, "ficoco.method = 'fastv' works in the decoder"),
         ({"method": "trim"}, "trim needs the signal `text_relevance`"),
         (
             {"keep": 64, "start_layer": 23},
