@@ -29,7 +29,7 @@ class AttentionMap(Protocol):
         """(B, N, N)."""
 
     def row_sum(self) -> Tensor:
-        """Sum over the keys, (B, N) fp32."""
+        """Sum over the keys, (B, N) fp64."""
 
     def rows(self, index: Tensor) -> Tensor:
         """Rows of chosen queries, index (B, R) int64 -> (B, R, N) fp32."""
@@ -150,14 +150,14 @@ def attention_row_sum(signals: Signals) -> Tensor:
     """Sum of each row of `visual_attention`, without writing the map where it is given lazily.
 
     Returns:
-        (B, N) fp32.
+        (B, N) fp64.
 
     Raises:
         ValueError: the signal is None.
     """
     attention = signals.visual_attention
     if attention is None or isinstance(attention, Tensor):
-        return require(signals, "visual_attention").sum(dim=-1, dtype=torch.float32)
+        return require(signals, "visual_attention").sum(dim=-1, dtype=torch.float64)
     return attention.row_sum()
 
 

@@ -133,14 +133,14 @@ class ClipAttention:
         """What each token draws from the patches: one minus its attention to [CLS] (for logits, their sum).
 
         Returns:
-            (B, N) fp32.
+            (B, N) fp64: next to 1 fp32 would round away what tells the tokens apart.
 
         Source: arXiv:2411.17686, Eq. 11, first term, times N.
         """
         if self.logits:
-            return self.dense().sum(dim=-1)
+            return self.dense().sum(dim=-1, dtype=torch.float64)
         to_cls = self._block(self.query[:, :, 1:], self.lse[:, :, 1:], slice(0, 1))
-        return 1.0 - to_cls[..., 0]
+        return 1.0 - to_cls[..., 0].double()
 
     def rows(self, index: Tensor) -> Tensor:
         """Attention of chosen tokens to every patch token.

@@ -93,12 +93,14 @@ class ReferenceLlava:
                 linear(x).view(x.shape[1], heads, -1).transpose(0, 1)
                 for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
             )
-            weights = torch.softmax(query @ key.transpose(1, 2) / math.sqrt(query.shape[-1]), dim=-1)
-            mixed = (weights @ value).transpose(0, 1).reshape(1, x.shape[1], -1)
+            # In float64: a row of float32 weights does not sum to 1 as exactly as near ties of its score ask for.
+            logits = query.double() @ key.double().transpose(1, 2) / math.sqrt(query.shape[-1])
+            weights = torch.softmax(logits, dim=-1)
+            mixed = (weights.float() @ value).transpose(0, 1).reshape(1, x.shape[1], -1)
             hidden = hidden + attention.out_proj(mixed)
             removed = removals[index - start] if index >= start else 0
             if removed:
-                mean = weights.mean(0).double().numpy()
+                mean = weights.mean(0).numpy()
                 kept, position = reduce_layer(
                     hidden[0, 1:].double().numpy(), mean[1:, 1:], mean[0, 1:], position, side, removed
                 )

@@ -56,21 +56,24 @@ def local_task_signals(settings: LocalTask) -> frozenset[str]:
 def local_task(signals: Signals, settings: LocalTask) -> Tensor:
     """s_i = lam / N * sum_j A_ij - (1 - lam) * a_i^CLS, then the local penalty.
 
+    In fp64: where [CLS] looks at a few tokens only, the row sums of the others are 1 but for the seventh digit, and
+    the scores of hundreds of tokens, the one at the cut among them, differ behind what fp32 holds.
+
     Args:
         signals: `visual_attention` (B, N, N) and `cls_attention` (B, N).
         settings: see `LocalTask`.
 
     Returns:
-        (B, N) fp32 redundancy.
+        (B, N) fp64 redundancy.
 
     Source: arXiv:2411.17686, Eq. 11.
     """
     B, N = signals.position.shape
-    scores = signals.position.new_zeros((B, N), dtype=torch.float32)
+    scores = signals.position.new_zeros((B, N), dtype=torch.float64)
     if settings.local_redundancy:
         scores = scores + settings.lam / N * attention_row_sum(signals)
     if settings.task_redundancy:
-        scores = scores - (1.0 - settings.lam) * require(signals, "cls_attention").float()
+        scores = scores - (1.0 - settings.lam) * require(signals, "cls_attention").double()
     if settings.local_penalty:
         scores = local_penalty(scores, signals, settings.window, settings.coefficient)
     return scores
