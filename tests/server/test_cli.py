@@ -63,7 +63,7 @@ def test_method_and_keep_win_over_the_file() -> None:
         (["--ficoco-keep", "577"], ["ficoco.keep = 577", "an integer from 1 to 576"]),
         (["--ficoco-config", "{"], ["--ficoco-config", "not valid JSON"]),
         (["--ficoco-config", '{"lam": 7}'], ["lam = 7", "<= 1"]),
-        (["--ficoco-method", "ficoco-l"], ["ficoco.method = 'ficoco-l'"]),
+        (["--ficoco-method", "trim"], ["trim", "text_relevance"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and value[0].startswith("--") else "",
 )
