@@ -46,10 +46,7 @@ def model(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture
 def pictures(model: Path, images: list[Image.Image]) -> list[Image.Image]:
-    """What the model can tell apart: anything for random weights, for trained ones what they know.
-
-    Equal patches of drawn images tie in the tower, so the other tests look at noise.
-    """
+    """What the model can tell apart: anything for random weights, for trained ones what they know."""
     if model.name != "demo_model":
         return images
     shown = [Image.open(example.image).convert("RGB") for example in examples()]
