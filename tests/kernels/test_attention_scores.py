@@ -176,7 +176,7 @@ def test_as_the_vision_tower_has_it(biased: bool, backend: Backend) -> None:
         q, k, normalisers, 0.2, bias=there, with_keys=True, backend=backend
     )
     atol = tolerance(query, key, 0.2, Mask(bias))
-    close(1.0 - to_cls[:, 1:], tower.row_sum(), atol)
+    close(1.0 - to_cls[:, 1:], tower.row_sum().float(), atol)
     close(from_cls[:, 1:], tower.cls_attention(), atol)
     close(keys[:, 1:], tower.keys(), 1e-6)
     index = torch.tensor([[0, 3, 48], [7, 8, 30]])

@@ -114,7 +114,7 @@ def test_as_the_stages_have_it(backend: Backend) -> None:
     drawn = attention[:, 1:, 1:].sum(-1)
     common = {"position": given.position, "grid": grid}
     vision = run(backend, drawn, attention[:, 0, 1:], 0.35, **common)
-    torch.testing.assert_close(vision, local_task(given, LocalTask()), rtol=ATOL, atol=ATOL)
+    torch.testing.assert_close(vision, local_task(given, LocalTask()).float(), rtol=ATOL, atol=ATOL)
     decoder = run(backend, drawn, text.sum(1), 0.6, window=None, **common)
     torch.testing.assert_close(decoder, local_text(given, LocalText()), rtol=ATOL, atol=ATOL * M)
 
