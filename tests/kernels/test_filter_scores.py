@@ -116,7 +116,7 @@ def test_as_the_stages_have_it(backend: Backend) -> None:
     vision = run(backend, drawn, attention[:, 0, 1:], 0.35, **common)
     torch.testing.assert_close(vision, local_task(given, LocalTask()).float(), rtol=ATOL, atol=ATOL)
     decoder = run(backend, drawn, text.sum(1), 0.6, window=None, **common)
-    torch.testing.assert_close(decoder, local_text(given, LocalText()), rtol=ATOL, atol=ATOL * M)
+    torch.testing.assert_close(decoder, local_text(given, LocalText()).float(), rtol=ATOL, atol=ATOL * M)
 
 
 def test_a_coefficient_below_one_is_refused() -> None:

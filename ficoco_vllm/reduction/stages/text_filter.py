@@ -45,7 +45,7 @@ def local_text(signals: Signals, settings: LocalText) -> Tensor:
         settings: see `LocalText`.
 
     Returns:
-        (B, N) fp32 redundancy.
+        (B, N) fp64 redundancy.
 
     Source: arXiv:2411.17686, Eq. 14.
     """
