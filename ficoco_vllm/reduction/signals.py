@@ -91,7 +91,7 @@ def partition(redundancy: Tensor, num_removed: int) -> Partition:
     """Let the `num_removed` most redundant tokens leave.
 
     Args:
-        redundancy: (B, N) fp32, higher leaves first, -inf protects; equal scores leave in index order.
+        redundancy: (B, N) fp32 or fp64, higher leaves first, -inf protects; equal scores leave in index order.
         num_removed: R, 0 <= R <= N.
 
     Returns:
