@@ -16,9 +16,9 @@ from tests.support.remote import Remote, remote_engine
 
 # float32 on both sides; the difference is the order of sums in matrix products and softmax, amplified by the layers.
 TOLERANCE = 1e-4
-# The answer; behind its end a trained model is led by rounding.
 # Of a log-probability's own size: trained weights give improbable tokens -8 and less, where float32 is that coarse.
 RELATIVE = 1e-5
+# The answer; behind its end a trained model is led by rounding.
 NUM_TOKENS = 2
 # Of eight decoder layers in segments of one: FiCoCo-L from the 4th on; FastV behind the 2nd; PyramidDrop's layers
 # 8, 16 and 24 of 32. The last layer saves nothing.
