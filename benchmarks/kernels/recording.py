@@ -17,6 +17,7 @@ _NAMES = {
     torch.float32: "fp32",
     torch.int8: "i8",
     torch.int32: "i32",
+    torch.float64: "fp64",
     torch.int64: "i64",
 }
 _OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
