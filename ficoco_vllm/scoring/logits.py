@@ -37,7 +37,9 @@ def mean_logits(
     Source: arXiv:2411.17686, Sec. 2.3 ("attention" of the authors' release).
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
-    grouped = query.to(dtype).unflatten(1, (key.shape[1], -1)).sum(dim=2)
+    B, H, R, d = query.shape
+    Hk = key.shape[1]
+    grouped = query.to(dtype).reshape(B, Hk, H // Hk, R, d).sum(dim=2)
     wide = key.to(dtype).transpose(1, 2).flatten(2)
     total = torch.bmm(grouped.transpose(1, 2).flatten(2), wide.transpose(1, 2)).mul_(scale / num_heads)
     if all_reduce is not None:

@@ -203,9 +203,10 @@ def _products(query: Tensor, key: Tensor, start: Tensor | None = None) -> Tensor
     """
     B, g = query.shape[:2]
     left, right = query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2)
+    shape = (left.shape[1], right.shape[2])
     if start is None:
-        return torch.bmm(left, right).unflatten(0, (B, g))
-    return torch.baddbmm(start.flatten(0, 1), left, right).unflatten(0, (B, g))
+        return torch.bmm(left, right).view(B, g, *shape)
+    return torch.baddbmm(start.flatten(0, 1), left, right).view(B, g, *shape)
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:

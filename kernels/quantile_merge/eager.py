@@ -139,7 +139,6 @@ def weighted_mean(tokens: Tensor, alpha: Tensor, source: Tensor, target: Tensor)
     Source: arXiv:2411.17686, Eq. 13, first line.
     """
     flow = alpha.transpose(1, 2)
-    scale = (1.0 + alpha.sum(dim=1)).reciprocal_()[..., None]
     # In place: indexing has made a copy, and a second one costs a third of the time.
     sums = _kept(tokens, target).float().baddbmm_(flow, _kept(tokens, source).float())
-    return sums.mul_(scale).to(tokens.dtype)
+    return sums.div_(1.0 + flow.sum(dim=-1, keepdim=True)).to(tokens.dtype)
