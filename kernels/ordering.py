@@ -8,8 +8,10 @@ import triton.language as tl
 def least_bits(WIDE: tl.constexpr):
     """The least integer: what no float maps to, and what does not take part in an order."""
     if WIDE:
-        return tl.full((), -9223372036854775808, tl.int64)
-    return tl.full((), -2147483648, tl.int32)
+        least = tl.full((), -9223372036854775808, tl.int64)
+    else:
+        least = tl.full((), -2147483648, tl.int32)
+    return least
 
 
 @triton.jit
@@ -24,12 +26,14 @@ def ordered_bits(values):
     """
     values = tl.where(values == 0.0, 0.0, values)
     if values.dtype == tl.float64:
-        wide = values.to(tl.int64, bitcast=True)
-        wide = tl.where(values != values, 0x7FFFFFFFFFFFFFFF, wide)
-        return wide ^ ((wide >> 63) & 0x7FFFFFFFFFFFFFFF)
-    bits = values.to(tl.int32, bitcast=True)
-    bits = tl.where(values != values, 0x7FFFFFFF, bits)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+        bits = values.to(tl.int64, bitcast=True)
+        bits = tl.where(values != values, 0x7FFFFFFFFFFFFFFF, bits)
+        bits = bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)
+    else:
+        bits = values.to(tl.int32, bitcast=True)
+        bits = tl.where(values != values, 0x7FFFFFFF, bits)
+        bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return bits
 
 
 @triton.jit

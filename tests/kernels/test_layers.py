@@ -128,7 +128,9 @@ def test_tower(
     with torch.inference_mode():
         for backend in ("torch", "triton"):
             start = {"start_layer": 1} if method in ("ficoco-v", "tome", "evit") else {}
-            config = FicocoConfig.parse({"method": method, "backend": backend, **start, **settings})
+            config = FicocoConfig.parse(
+                {"method": method, "keep": 9, "backend": backend, **start, **settings}
+            )
             planner = VisionPlanner.shared(config, shape)
             found[backend] = encode(tower, pixels, planner.plan(Budget(method, 9)), (5, 5))
             assert bool(launched) == (backend == "triton")
