@@ -42,7 +42,7 @@ class DecoderHeads:
 
     def reduced(self, part: Tensor) -> Tensor:
         """The sum over the workers."""
-        return part if self.all_reduce is None else self.all_reduce(part)
+        return part if self.all_reduce is None else self.all_reduce(part.contiguous())
 
     def mean_key(self, rows: Tensor) -> Tensor:
         """Head-mean keys, every key head counted once for each of its query heads.
@@ -60,8 +60,8 @@ class DecoderHeads:
 class ImageAttention:
     """The attention of B images of one shape, among their tokens and from the text behind them.
 
-    An image's tokens and all tokens behind it are its span: those are the queries that a method may ask about. Seen
-    from the image, a visual token has the same number among the queries of the span and among the keys.
+    The queries that a method may ask about are all of the prompt, or, where none of the visual ones is asked about, those
+    behind the image.
     """
 
     def __init__(self, heads: DecoderHeads, group: ImageGroup, visual: bool, logits: bool = False) -> None:
@@ -77,14 +77,16 @@ class ImageAttention:
         self.num_visual = group.visual.shape[1]
         device = heads.query.device
         self.with_visual = visual
-        first = group.visual_place[:, :1] + (0 if visual else self.num_visual)
+        # From the start of the prompt no offset is needed, so that tiles which nobody sees are skipped on any device.
+        first = np.zeros_like(group.visual_place[:, :1]) if visual else group.visual_place[:, -1:] + 1
         length = group.text_place[:, -1:] + 1 - first  # the text is filled up in front, and ends the prompt
         place = np.minimum(np.arange(int(length.max())), length - 1) + first
         row = group.visual[:, :1] - group.visual_place[:, :1]
         self.query = _take(heads.query, row + place, device)
         self.context_key = _take(heads.key, group.context, device)
         self.key = _take(heads.key, group.visual, device)
-        self.first = torch.from_numpy(first[:, 0]).to(device)
+        self.visual_query = _take(heads.query, group.visual, device) if visual else None
+        self.first = None if visual else torch.from_numpy(first[:, 0]).to(device)
         self.length = torch.from_numpy(length[:, 0]).to(device)
         self.text_index = torch.from_numpy(np.where(group.has_text, group.text_place - first, -1)).to(device)
         self.visual_place = torch.from_numpy(group.visual_place).to(device)
@@ -111,18 +113,23 @@ class ImageAttention:
         if not self.logits:
             return VisualAttention(self)
         heads = self.heads
-        query = self.query[:, :, : self.num_visual]
-        return LogitMap(query, self.key, heads.scale, heads.num_heads, heads.all_reduce)
+        assert self.visual_query is not None
+        return LogitMap(self.visual_query, self.key, heads.scale, heads.num_heads, heads.all_reduce)
 
     @property
     def lse(self) -> Tensor:
-        """Log-sum-exp of the logits of each query of the span, (B, H, S) fp32."""
+        """Log-sum-exp of the logits of each query, (B, H, S) fp32."""
         return self._stats[0]
 
     @property
     def drawn(self) -> Tensor:
         """What each visual token draws from those of its image, of this worker's heads, (B, N) fp32."""
-        return self._stats[1][:, : self.num_visual]
+        return self._stats[1].gather(1, self.visual_place)
+
+    @cached_property
+    def visual_lse(self) -> Tensor:
+        """Log-sum-exp of the logits of each visual token, (B, H, N) fp32."""
+        return self.lse.gather(2, self.visual_place[:, None].expand(-1, self.lse.shape[1], -1))
 
     @cached_property
     def _stats(self) -> tuple[Tensor, Tensor]:
@@ -148,9 +155,9 @@ class ImageAttention:
         self, source: Tensor | None, target: Tensor | None, text: Tensor | None = None, gamma: float = 1.0
     ) -> Tensor:
         """Chosen rows and columns among the visual tokens, of this worker's heads, (B, R, K) fp32."""
-        visual = slice(0, self.num_visual)
-        query, lse = self.query[:, :, visual], self.lse[:, :, visual]
-        return self._block(query, lse, source, target, Mask(causal=True), text, gamma)
+        assert self.visual_query is not None
+        mask = Mask(causal=True)
+        return self._block(self.visual_query, self.visual_lse, source, target, mask, text, gamma)
 
     def _block(
         self,
@@ -207,11 +214,11 @@ class VisualAttention:
         Source: arXiv:2411.17686, Eq. 5.
         """
         images, heads = self.images, self.images.heads
-        visual = slice(0, images.num_visual)
+        assert images.visual_query is not None
         received = kernels.attention_sums(
-            images.query[:, :, visual],
+            images.visual_query,
             images.key,
-            images.lse[:, :, visual],
+            images.visual_lse,
             heads.scale,
             axis=1,
             mask=Mask(causal=True),

@@ -132,7 +132,7 @@ class ClipHeads:
 
     def reduced(self, head_sum: Tensor) -> Tensor:
         """Under tensor parallelism a rank sees its own heads only; all must come to the same choice."""
-        return head_sum if self.all_reduce is None else self.all_reduce(head_sum)
+        return head_sum if self.all_reduce is None else self.all_reduce(head_sum.contiguous())
 
     @cached_property
     def lse(self) -> Tensor:

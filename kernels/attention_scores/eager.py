@@ -12,7 +12,10 @@ from torch import Tensor
 
 from ficoco_vllm.kernels.attention_scores.mask import Mask
 
-_CACHE_BYTES = 4 * 2**20
+# Scratch space of the heads of one item that are worked on together, and of a tile of a softmax, which is passed over
+# several times.
+_HEADS_BYTES = 4 * 2**20
+_TILE_BYTES = 2**20
 
 
 def softmax_stats(
@@ -25,8 +28,8 @@ def softmax_stats(
     lse = query.new_empty((B, H, M), dtype=torch.float32)
     row_sum = query.new_zeros((B, M), dtype=torch.float32)
     weight = None if column_weight is None else column_weight.float()[:, :, None]
-    tile = max(1, _CACHE_BYTES // (4 * max(1, B * N)))
-    for part, queries, keys in _parts(query, key, min(tile, M) * N):
+    tile = max(1, _TILE_BYTES // (4 * max(1, B * N)))
+    for part, queries, keys in _parts(query, key, min(tile, M) * N, _TILE_BYTES):
         for start in range(0, M, tile):
             rows = slice(start, min(start + tile, M))
             # Of a causal map these rows see no key behind their last one.
@@ -125,20 +128,23 @@ def cls_scores(
     return to_cls.div_(num_heads), from_cls.div_(num_heads), mean.div_(num_heads)
 
 
-def _parts(query: Tensor, key: Tensor, head_size: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def _parts(
+    query: Tensor, key: Tensor, head_size: int, num_bytes: int = _HEADS_BYTES
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Heads that are worked on together.
 
     Args:
         query: (B, H, M, d).
         key: (B, Hk, N, d).
         head_size: fp32 numbers of scratch space that one head of one item takes.
+        num_bytes: scratch space of heads that are worked on together.
 
     Yields:
         The heads, their queries (B, g, M, d) fp32 and keys (B, g, N, d) fp32.
     """
     B, H = query.shape[:2]
     repeats = H // key.shape[1]
-    step = max(1, _CACHE_BYTES // (4 * max(1, B * head_size))) if B == 1 else 1
+    step = max(1, num_bytes // (4 * max(1, B * head_size))) if B == 1 else 1
     for start in range(0, H, step):
         part = slice(start, min(start + step, H))
         if repeats == 1:

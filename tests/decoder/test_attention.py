@@ -113,6 +113,17 @@ def test_two_workers_sum_to_the_whole(heads: DecoderHeads) -> None:
     maps = [part.visual_attention() for part in parts]
     close(sum(one.row_sum() for one in maps), whole.visual_attention().row_sum())
     close(sum(one.column_sum() for one in maps), whole.visual_attention().column_sum())
+
+    def other_rank(total: Tensor) -> Tensor:
+        """A collective takes contiguous tensors only; here the other rank holds zeros."""
+        assert total.is_contiguous()
+        return total
+
+    alone = ImageAttention(replace(heads, all_reduce=other_rank), where, visual=True)
+    assert torch.equal(alone.text_attention(), whole.text_attention())
+    for name in ("row_sum", "column_sum", "dense"):
+        found, expected = (getattr(one.visual_attention(), name)() for one in (alone, whole))
+        assert torch.equal(found, expected)
     source, target, text = torch.tensor([[1], [2]]), torch.tensor([[0], [1]]), whole.text_attention()
     other = maps[1].block(source, target)
     summed = replace(halves[0], all_reduce=lambda part: part + other)

@@ -95,6 +95,17 @@ def test_two_ranks_sum_to_the_whole() -> None:
         for part in (slice(0, 1), slice(1, 3))
     ]
     maps = [part.visual_attention() for part in parts]
+
+    def other_rank(total: Tensor) -> Tensor:
+        """A collective takes contiguous tensors only; here the other rank holds zeros."""
+        assert total.is_contiguous()
+        return total
+
+    alone = replace(heads, all_reduce=other_rank)
+    for name in ("cls_attention", "keys"):
+        torch.testing.assert_close(getattr(alone, name)(), getattr(heads, name)())
+    assert torch.equal(alone.visual_attention().column_sum(), heads.visual_attention().column_sum())
+    assert torch.equal(alone.visual_attention().dense(), heads.visual_attention().dense())
     # Of the mean of one minus something, each rank holds its share of something.
     drawn = 1.0 - sum(1.0 - one.row_sum() for one in maps)
     torch.testing.assert_close(drawn, heads.visual_attention().row_sum(), atol=1e-7, rtol=0)
