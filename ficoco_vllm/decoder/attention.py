@@ -60,8 +60,8 @@ class DecoderHeads:
 class ImageAttention:
     """The attention of B images of one shape, among their tokens and from the text behind them.
 
-    The queries that a method may ask about are all of the prompt, or, where none of the visual ones is asked about, those
-    behind the image.
+    The queries that a method may ask about are all of the prompt, or, where none of the visual ones is asked about,
+    those behind the image.
     """
 
     def __init__(self, heads: DecoderHeads, group: ImageGroup, visual: bool, logits: bool = False) -> None:
