@@ -16,6 +16,7 @@ from ficoco_vllm.config import DEFAULT_METHOD, FicocoConfig
         ({}, None, None, {}),
         ({"keep": 64}, DEFAULT_METHOD, 64, {}),
         ({"method": "tome"}, "tome", None, {}),
+        ({"backend": "torch"}, None, None, {}),
         ({"keep": 9, "lam": 0.5}, DEFAULT_METHOD, 9, {"lam": 0.5}),
         (
             {"method": "ficoco-v", "settings": {"lam": 0.5}, "epsilon": 0.9},

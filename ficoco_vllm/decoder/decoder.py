@@ -112,5 +112,6 @@ class SegmentedDecoder:
             key=key.view(key.shape[0], -1, attention.head_dim),
             scale=attention.scaling,
             num_heads=self.num_heads,
-            all_reduce=tensor_model_parallel_all_reduce if parallel else lambda total: total,
+            all_reduce=tensor_model_parallel_all_reduce if parallel else None,
+            backend=self.planner.config.backend,
         )

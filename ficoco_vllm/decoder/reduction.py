@@ -5,10 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ficoco_vllm.decoder.attention import DecoderHeads
+from ficoco_vllm.decoder.attention import DecoderHeads, ImageAttention
 from ficoco_vllm.decoder.layout import Boundary, ImageGroup
 from ficoco_vllm.kv.plan import DecoderPlanner
 from ficoco_vllm.reduction import Reducer, Signals
+from ficoco_vllm.scoring import FusedOps
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ def _reduce_group(
     visual = torch.from_numpy(group.visual).to(device)
     N = visual.shape[1]
     signals = _measure(rows, heads, group, visual, reducer, grid)
-    reduced = reducer(rows.hidden[visual], signals, N - group.kept.shape[1], rows.size[visual])
+    ops = FusedOps(heads.backend)
+    reduced = reducer(rows.hidden[visual], signals, N - group.kept.shape[1], rows.size[visual], ops)
     # `position` counted the image's tokens in this segment, so it says which of them stayed.
     return visual.gather(1, reduced.position), reduced.tokens, reduced.size
 
@@ -84,25 +86,18 @@ def _measure(
     grid: tuple[int, int],
 ) -> Signals:
     """The signals that a method asks for."""
-    device = visual.device
     needed = reducer.signals
     logits = getattr(reducer.settings, "attention", "probs") == "logits"
-    text, has_text, text_place, place, context = (
-        torch.from_numpy(array).to(device)
-        for array in (group.text, group.has_text, group.text_place, group.visual_place, group.context)
-    )
-    text_attention = visual_attention = None
-    if "text_attention" in needed:
-        text_attention = heads.mean_attention(text, text_place, context, place, logits)
-        text_attention = text_attention.masked_fill(~has_text[..., None], 0.0)
-    if "visual_attention" in needed:
-        visual_attention = heads.mean_attention(visual, place, context, place, logits)
+    images = ImageAttention(heads, group, "visual_attention" in needed, logits)
+    text_features = None
+    if "text_features" in needed:
+        text_features = rows.hidden[torch.from_numpy(group.text).to(visual.device)]
     B, N = visual.shape
     return Signals(
-        text_attention=text_attention,
-        visual_attention=visual_attention,
+        text_attention=images.text_attention() if "text_attention" in needed else None,
+        visual_attention=images.visual_attention() if "visual_attention" in needed else None,
         keys=heads.mean_key(visual) if "keys" in needed else None,
-        text_features=rows.hidden[text] if "text_features" in needed else None,
-        position=torch.arange(N, device=device).expand(B, N),
+        text_features=text_features,
+        position=torch.arange(N, device=visual.device).expand(B, N),
         grid=grid if grid[0] * grid[1] == N else (1, N),
     )

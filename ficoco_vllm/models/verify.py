@@ -1,8 +1,11 @@
 """Start-up: settings are checked before anything is loaded, and left where processor and workers find them."""
 
+import os
+
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
 
 from ficoco_vllm.config import NAME, FicocoConfig
 from ficoco_vllm.vision.plan import VisionPlanner
@@ -31,6 +34,7 @@ class FicocoModelConfig(VerifyAndUpdateConfig):
         if not values:
             return
         config = FicocoConfig.parse(values)
+        _check_backend(config)
         hf_config = vllm_config.model_config.hf_config
         shape = TowerShape.from_hf_config(hf_config)
         lora = vllm_config.lora_config
@@ -54,6 +58,16 @@ class FicocoModelConfig(VerifyAndUpdateConfig):
             planner.default.method,
             planner.default.keep,
             shape.num_patches,
+        )
+
+
+def _check_backend(config: FicocoConfig) -> None:
+    """Refuse kernels that cannot run here at start-up, not at the first image."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if config.backend == "triton" and not (current_platform.is_cuda_alike() or interpreted):
+        raise ValueError(
+            "ficoco.backend = 'triton' is not allowed without a GPU; allowed: 'auto', 'torch' (TRITON_INTERPRET=1 in "
+            "the environment runs the kernels in Triton's interpreter, very slowly)"
         )
 
 

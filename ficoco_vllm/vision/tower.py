@@ -8,7 +8,8 @@ from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.models.clip import CLIPAttention, CLIPEncoderLayer, CLIPVisionTransformer
 
 from ficoco_vllm.reduction import Signals
-from ficoco_vllm.vision.attention import ClipAttention, attention_with_lse
+from ficoco_vllm.scoring import FusedOps
+from ficoco_vllm.vision.attention import ClipHeads, attention_with_lse
 from ficoco_vllm.vision.plan import VisionPlan
 
 
@@ -53,7 +54,7 @@ def encode(tower: CLIPVisionTransformer, pixels: Tensor, plan: VisionPlan, grid:
         if not (num_removed or on_features or weighted):
             tokens = replace(tokens, hidden=layer(tokens.hidden))
             continue
-        tokens, attention = _attend(layer, tokens, weighted, plan.logits)
+        tokens, attention = _attend(layer, tokens, weighted, plan)
         if num_removed:
             tokens = _reduce(tokens, attention, plan, num_removed, grid)
         tokens = replace(tokens, hidden=tokens.hidden + layer.mlp(layer.layer_norm2(tokens.hidden)))
@@ -63,8 +64,8 @@ def encode(tower: CLIPVisionTransformer, pixels: Tensor, plan: VisionPlan, grid:
 
 
 def _attend(
-    layer: CLIPEncoderLayer, tokens: _Tokens, weighted: bool, logits: bool
-) -> tuple[_Tokens, ClipAttention]:
+    layer: CLIPEncoderLayer, tokens: _Tokens, weighted: bool, plan: VisionPlan
+) -> tuple[_Tokens, ClipHeads]:
     """The first half of an encoder layer, with a hold on its attention."""
     module: CLIPAttention = layer.self_attn
     qkv, _ = module.qkv_proj(layer.layer_norm1(tokens.hidden))
@@ -76,29 +77,33 @@ def _attend(
         bias = torch.cat([tokens.size.new_zeros((B, 1)), tokens.size.log()], dim=1).to(query.dtype)
     output, lse = attention_with_lse(query, key, value, module.scale, bias)
     projected, _ = module.out_proj(output.transpose(1, 2).reshape(B, N, -1))
-
-    def head_mean(head_sum: Tensor) -> Tensor:
-        # Under tensor parallelism a rank sees its own heads only; all must come to the same choice.
-        if module.tp_size > 1:
-            head_sum = tensor_model_parallel_all_reduce(head_sum)
-        return head_sum.div_(module.num_heads)
-
-    attention = ClipAttention(query, key, lse, module.scale, bias, head_mean, logits)
+    attention = ClipHeads(
+        query,
+        key,
+        lse,
+        module.scale,
+        bias,
+        module.num_heads,
+        tensor_model_parallel_all_reduce if module.tp_size > 1 else None,
+        plan.reducer.signals,
+        plan.logits,
+        plan.backend,
+    )
     return replace(tokens, hidden=tokens.hidden + projected), attention
 
 
 def _reduce(
-    tokens: _Tokens, attention: ClipAttention, plan: VisionPlan, num_removed: int, grid: tuple[int, int]
+    tokens: _Tokens, attention: ClipHeads, plan: VisionPlan, num_removed: int, grid: tuple[int, int]
 ) -> _Tokens:
     """One reduction of the patch tokens; [CLS] stays in front."""
     needed = plan.reducer.signals
     signals = Signals(
-        visual_attention=attention if "visual_attention" in needed else None,
+        visual_attention=attention.visual_attention() if "visual_attention" in needed else None,
         cls_attention=attention.cls_attention() if "cls_attention" in needed else None,
         keys=attention.keys() if "keys" in needed else None,
         position=tokens.position,
         grid=grid,
     )
     cls, patches = tokens.hidden[:, :1], tokens.hidden[:, 1:]
-    reduced = plan.reducer(patches, signals, num_removed, tokens.size)
+    reduced = plan.reducer(patches, signals, num_removed, tokens.size, FusedOps(plan.backend))
     return _Tokens(torch.cat([cls, reduced.tokens], dim=1), reduced.size, reduced.position)

@@ -45,6 +45,8 @@ def test_nothing_happens_without_settings(random_llava: Path) -> None:
         ({"keep": 577}, {}, ["ficoco.keep = 577", "1 to 576"]),
         ({"keep": 64, "epsilon": 2}, {}, ["epsilon = 2"]),
         ({"method": "cdpruner"}, {}, ["cdpruner", "text_relevance"]),
+        ({"keep": 64, "backend": "triton"}, {}, ["ficoco.backend = 'triton'", "'auto', 'torch'"]),
+        ({"keep": 64, "backend": "cuda"}, {}, ["ficoco.backend = 'cuda'", "'auto', 'torch' or 'triton'"]),
         (
             {"keep": 64},
             {"enable_lora": True, "enable_tower_connector_lora": True},
