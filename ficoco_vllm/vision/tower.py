@@ -10,6 +10,7 @@ from vllm.model_executor.models.clip import CLIPAttention, CLIPEncoderLayer, CLI
 from ficoco_vllm.reduction import Signals
 from ficoco_vllm.vision.attention import ClipAttention, attention_with_lse
 from ficoco_vllm.vision.plan import VisionPlan
+from ficoco_vllm.vision.rows import plain_layer
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def encode(tower: CLIPVisionTransformer, pixels: Tensor, plan: VisionPlan, grid:
         on_features = index == last and not plan.removals
         weighted = plan.proportional and tokens.size.shape[1] < N
         if not (num_removed or on_features or weighted):
-            tokens = replace(tokens, hidden=layer(tokens.hidden))
+            tokens = replace(tokens, hidden=plain_layer(layer, tokens.hidden))
             continue
         tokens, attention = _attend(layer, tokens, weighted, plan.logits)
         if num_removed:
