@@ -10,12 +10,13 @@ since the layers in which they reduce do not scale with the depth.
 import argparse
 import json
 import multiprocessing
+import os
 import random
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,11 @@ from benchmarks.ttft.kinds import (
     token_plan,
 )
 from benchmarks.ttft.table import RESULTS, WHOLE_MODEL
+from ficoco_vllm.compat import is_cpu_build
 
 SPEEDUP_SHARE = 0.9
+# Model runner V2, which methods of the decoder need, without a GPU.
+INTERPRETER = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
 # OpenMP's threads spin for 0.2 s after their work; one engine must not take the other's core with that.
 SETTLE_SECONDS = 0.4
 REDUCTION_SHARE = 0.05
@@ -127,13 +131,26 @@ def _take_turns(
 
 
 @contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Variables for a process that starts within the block: Triton is imported before `worker.run` is reached."""
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextmanager
 def _engine(folder: str, kind: Kind, dtype: str) -> Iterator[Any]:
     """The pipe to an engine in a process of its own, which ends with the block."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     arguments = (there, folder, kind.settings, kind.in_decoder, dtype)
     process = context.Process(target=worker.run, args=arguments, daemon=True)
-    process.start()
+    with _environment(INTERPRETER if kind.in_decoder and is_cpu_build() else {}):
+        process.start()
     there.close()
     assert here.recv() == "ready"
     try:
