@@ -11,6 +11,7 @@ from ficoco_vllm.reduction import Signals
 from ficoco_vllm.scoring import FusedOps
 from ficoco_vllm.vision.attention import ClipHeads, attention_with_lse
 from ficoco_vllm.vision.plan import VisionPlan
+from ficoco_vllm.vision.rows import plain_layer
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def encode(tower: CLIPVisionTransformer, pixels: Tensor, plan: VisionPlan, grid:
         on_features = index == last and not plan.removals
         weighted = plan.proportional and tokens.size.shape[1] < N
         if not (num_removed or on_features or weighted):
-            tokens = replace(tokens, hidden=layer(tokens.hidden))
+            tokens = replace(tokens, hidden=plain_layer(layer, tokens.hidden))
             continue
         tokens, attention = _attend(layer, tokens, weighted, plan)
         if num_removed:
