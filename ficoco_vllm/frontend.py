@@ -20,7 +20,7 @@ from vllm.v1.metrics.loggers import StatLoggerManager
 from ficoco_vllm.account import Account, Accountant
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.kv.admission import planner_of
-from ficoco_vllm.metrics import NO_ENGINE, OFF, TEXT, metrics, observe_all
+from ficoco_vllm.metrics import NO_ENGINE, OFF, TEXT, metrics, observe_all, set_default_budget
 from ficoco_vllm.processing import BUDGET
 from ficoco_vllm.vision.plan import VisionPlanner
 from ficoco_vllm.vision.shape import TowerShape
@@ -95,12 +95,19 @@ class Meter:
 
     def begin(self, engines: Sequence[int]) -> None:
         """Let the counters stand at zero before the first request, so that rates see it."""
-        for engine in map(str, engines):
+        decoder, tower = self.accountant.decoder, self.accountant.tower
+        keep = tower.default.keep if decoder is None else decoder.keep
+        for index in engines:
+            engine = str(index)
+            set_default_budget(self.model_name, self.method, keep, index)
             for method in (self.method, OFF, TEXT):
                 labels = (self.model_name, engine, method)
                 self.metrics.visual_tokens_in.labels(*labels)
                 self.metrics.visual_tokens_kept.labels(*labels)
                 self.metrics.prefill_flops_avoided.labels(*labels)
+                self.metrics.budget_tokens.labels(*labels)
+                self.metrics.time_to_first_token_seconds.labels(*labels)
+                self.metrics.inter_token_latency_seconds.labels(*labels)
                 for outcome in ("stop", "length", "abort", "error"):
                     self.metrics.requests.labels(*labels, outcome)
             for segment in range(self.num_segments):

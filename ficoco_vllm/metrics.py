@@ -58,7 +58,7 @@ class Metrics:
         budget_tokens: budgets of the images of prefilled prompts.
         requests: by outcome.
         prefill_flops_avoided: by the cost model.
-        elastic_budget_tokens: the current budget of requests that name none, where it follows the load.
+        default_budget_tokens: the budget of requests that name none, as it is now.
         time_to_first_token_seconds: as vLLM's, by method.
         inter_token_latency_seconds: as vLLM's, by method.
     """
@@ -132,10 +132,10 @@ class Metrics:
             "cost model of `ficoco-vllm plan`: without reduction minus with it, its own work included; prefix "
             "cache hits are not looked at.",
         )
-        self.elastic_budget_tokens = gauge(
-            "elastic_budget_tokens",
-            "Visual tokens of an image that a request keeps now if it names no budget, where the budget follows "
-            "the load.",
+        self.default_budget_tokens = gauge(
+            "default_budget_tokens",
+            "Visual tokens of an image that a request may keep now if it names no budget; fixed, unless the budget "
+            "follows the load.",
             "mostrecent",
         )
         self.time_to_first_token_seconds = histogram(
@@ -156,8 +156,8 @@ def metrics() -> Metrics:
     return Metrics()
 
 
-def set_elastic_budget(model_name: str, method: str, num_tokens: int, engine: int = 0) -> None:
-    """Say which budget requests without one get now.
+def set_default_budget(model_name: str, method: str, num_tokens: int, engine: int = 0) -> None:
+    """Say which budget requests that name none get now; for what lets the budget follow the load.
 
     Args:
         model_name: as served.
@@ -165,7 +165,7 @@ def set_elastic_budget(model_name: str, method: str, num_tokens: int, engine: in
         num_tokens: visual tokens of an image.
         engine: index of the engine whose load decides.
     """
-    metrics().elastic_budget_tokens.labels(model_name, str(engine), method).set(num_tokens)
+    metrics().default_budget_tokens.labels(model_name, str(engine), method).set(num_tokens)
 
 
 def count_refusal(model_config: Any) -> None:

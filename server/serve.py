@@ -168,7 +168,9 @@ def _settings_of(arguments: Sequence[str]) -> FicocoConfig:
     parser.add_argument("--additional-config", "--additional_config", default="{}")
     ours, _ = parser.parse_known_args(list(arguments))
     try:
-        settings = read_settings(ours.ficoco_method, None, ours.ficoco_config, ours.ficoco_no_metrics)
+        settings = read_settings(
+            ours.ficoco_method, ours.ficoco_keep, ours.ficoco_config, ours.ficoco_no_metrics
+        )
         return FicocoConfig.parse(settings or json.loads(ours.additional_config).get(NAME) or {})
     except (ValueError, AttributeError):
         return FicocoConfig()

@@ -57,7 +57,7 @@ class FicocoLlava(LlavaForConditionalGeneration):
         config = FicocoConfig.of(self.config)
         self.planner: VisionPlanner | None = None
         self.decoder: SegmentedDecoder | None = None
-        self.watch = _watch(vllm_config, config, "tower")
+        self.watch: Stopwatch | None = None
         shape = None if config.method is None else TowerShape.from_hf_config(self.config)
         if shape is not None and config.decoder_method is not None:
             from ficoco_vllm.decoder.state import DecoderModelState  # imports Triton, which V1 does without
@@ -67,12 +67,13 @@ class FicocoLlava(LlavaForConditionalGeneration):
                 planner_of(vllm_config),
                 shape.grid,
                 compiled=vllm_config.compilation_config.mode != CompilationMode.NONE,
-                watch=_watch(vllm_config, config, "decoder"),
+                watch=_watch(vllm_config, config.decoder_method.name, "decoder"),
             )
             # vLLM looks for this name; without a method in the decoder it must not find it.
             self.get_model_state_cls = lambda: DecoderModelState
         if shape is not None and config.tower_part(shape.num_patches).method is not None:
             self.planner = VisionPlanner.shared(config, shape)
+            self.watch = _watch(vllm_config, str(self.planner.default.method), "tower")
             num_patches = self.planner.shape.num_patches
             # As many images at once as stock vLLM would take, so that a burst of small budgets needs no more memory.
             self.max_images = max(1, vllm_config.scheduler_config.max_num_batched_tokens // num_patches)
@@ -168,11 +169,21 @@ def _numel(kv_cache: Any) -> int:
     return sum(cache.numel() for cache in (kv_cache if isinstance(kv_cache, list | tuple) else [kv_cache]))
 
 
-def _watch(vllm_config: VllmConfig, config: FicocoConfig, site: str) -> Stopwatch | None:
-    """What takes the time of the reductions at one site, on the first of several tensor-parallel workers."""
-    if config.method is None or not config.metrics or get_tensor_model_parallel_rank() != 0:
+def _watch(vllm_config: VllmConfig, method: str, site: str) -> Stopwatch | None:
+    """What takes the time of the reductions at one site, on the first of several tensor-parallel workers.
+
+    Args:
+        vllm_config: vLLM's configuration.
+        method: the server's at this site; a request may bring another.
+        site: "tower" or "decoder".
+    """
+    if (
+        not FicocoConfig.of(vllm_config.model_config.hf_config).metrics
+        or get_tensor_model_parallel_rank() != 0
+    ):
         return None
     family = metrics().reduction_seconds
     engine = str(vllm_config.parallel_config.data_parallel_index)
     model_name = vllm_config.model_config.served_model_name
+    family.labels(model_name, engine, method, site)  # at zero before the first image, so that rates see it
     return Stopwatch(lambda method, seconds: family.labels(model_name, engine, method, site).observe(seconds))
