@@ -135,8 +135,10 @@ def configure(args: argparse.Namespace) -> None:
     model = args.model_tag or (args.model if "--model" in sys.argv else None)
     if model is None:
         _use_demo_model(args)
-    settings = read_settings(args.ficoco_method, args.ficoco_keep, args.ficoco_config, args.ficoco_no_metrics)
+    settings = read_settings(args.ficoco_method, args.ficoco_keep, args.ficoco_config)
+    settings = settings or (args.additional_config or {}).get(NAME) or {}
     if settings:
+        settings = _without_metrics(settings) if args.ficoco_no_metrics else settings
         args.additional_config = {**(args.additional_config or {}), NAME: settings}
     if (args.additional_config or {}).get(NAME):
         _check_model(args)
@@ -168,17 +170,18 @@ def _settings_of(arguments: Sequence[str]) -> FicocoConfig:
     parser.add_argument("--additional-config", "--additional_config", default="{}")
     ours, _ = parser.parse_known_args(list(arguments))
     try:
-        settings = read_settings(
-            ours.ficoco_method, ours.ficoco_keep, ours.ficoco_config, ours.ficoco_no_metrics
-        )
-        return FicocoConfig.parse(settings or json.loads(ours.additional_config).get(NAME) or {})
+        settings = read_settings(ours.ficoco_method, ours.ficoco_keep, ours.ficoco_config)
+        settings = settings or json.loads(ours.additional_config).get(NAME) or {}
+        return FicocoConfig.parse(_without_metrics(settings) if ours.ficoco_no_metrics else settings)
     except (ValueError, AttributeError):
         return FicocoConfig()
 
 
-def read_settings(
-    method: str | None, keep: str | None, config: str | None, no_metrics: bool = False
-) -> dict[str, Any]:
+def _without_metrics(settings: Any) -> Any:
+    return {**settings, "metrics": False} if isinstance(settings, dict) else settings
+
+
+def read_settings(method: str | None, keep: str | None, config: str | None) -> dict[str, Any]:
     """Our options as one mapping; `method` and `keep` win over the same fields of `config`.
 
     Raises:
@@ -194,8 +197,6 @@ def read_settings(
             raise ValueError(
                 f"--ficoco-keep = {keep!r} is not allowed; allowed: an integer of at least 1"
             ) from error
-    if no_metrics and settings:  # without a reduction there is nothing to switch off
-        settings["metrics"] = False
     return settings
 
 
