@@ -28,7 +28,7 @@ OUT = Path("docs/images/dashboard.svg")
 PHASES: tuple[dict[str, Any], ...] = (
     {"ficoco_keep": 576},
     {},
-    {"ficoco_keep": 32, "ficoco_method": "tome"},
+    {"ficoco_keep": 32, "ficoco_method": "topk-cls"},
 )
 CONCURRENCY, NUM_TOKENS, STEP_SECONDS, WINDOW_SECONDS = 24, 96, 2, 12
 # Some 126 blocks of 128 tokens: 18 of the 24 requests that keep everything fit.
@@ -68,7 +68,7 @@ def main() -> int:
                 asyncio.run(_phase(server.url, phase, args.seconds))
             found = _panels(prometheus, start, time.time())
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    title = "ficoco-vllm dashboard: all 576 tokens, then ficoco-v with 64, then ToMe with 32, at equal load"
+    title = "ficoco-vllm dashboard: all 576 tokens, then ficoco-v with 64, then top-k by [CLS] with 32, at equal load"
     args.out.write_text(draw(found, 3, title))
     return 0
 
