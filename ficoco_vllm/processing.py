@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import BatchFeature
@@ -16,6 +16,7 @@ from vllm.multimodal.processing.context import TimingContext
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from ficoco_vllm.config import FicocoConfig
+from ficoco_vllm.metrics import count_refusal
 from ficoco_vllm.vision.plan import Budget, VisionPlanner
 from ficoco_vllm.vision.shape import TowerShape
 
@@ -25,6 +26,8 @@ METHOD = "ficoco_method"
 # What stands in the multimodal hash beside them, so that no cache shared by servers mixes settings.
 SETTINGS = "ficoco_settings"
 PREFIX = "ficoco_"
+# Where a processed prompt carries its `Budget` through the front end.
+BUDGET = "ficoco_budget"
 
 
 class FicocoProcessingInfo(LlavaProcessingInfo):
@@ -73,6 +76,14 @@ class FicocoProcessingInfo(LlavaProcessingInfo):
             field = METHOD if str(error).startswith(METHOD) else KEEP
             raise VLLMValidationError(str(error), parameter=field) from error
 
+    def admit(self, mm_kwargs: Mapping[str, object]) -> Budget:
+        """Method and budget of a request that has just come in; see `budget`. A refusal is counted."""
+        try:
+            return self.budget(mm_kwargs)
+        except VLLMValidationError:
+            count_refusal(self.ctx.model_config)
+            raise
+
 
 class FicocoMultiModalProcessor(LlavaMultiModalProcessor):
     """LLaVA's processor, with a budget per request.
@@ -93,13 +104,16 @@ class FicocoMultiModalProcessor(LlavaMultiModalProcessor):
         Raises:
             VLLMValidationError: the budget is not allowed.
         """
-        budget = self.info.budget(inputs.hf_processor_mm_kwargs)
+        budget = self.info.admit(inputs.hf_processor_mm_kwargs)
         kwargs = _without_ours(inputs.hf_processor_mm_kwargs)
         if self.info.planner.active:  # else nothing is written down, and the hashes are those of stock vLLM
             kwargs[KEEP] = budget.keep
             kwargs[METHOD] = budget.method
             kwargs[SETTINGS] = self.info.planner.fingerprint
-        return super().apply(replace(inputs, hf_processor_mm_kwargs=kwargs), timing_ctx)
+        result: Any = super().apply(replace(inputs, hf_processor_mm_kwargs=kwargs), timing_ctx)
+        if isinstance(inputs.mm_data_items.get("image"), ImageProcessorItems):
+            result[BUDGET] = budget  # for what is told of the request; embeddings are not reduced
+        return cast(MultiModalInput, result)
 
     def _call_hf_processor(
         self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]

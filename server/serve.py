@@ -1,9 +1,12 @@
 """`ficoco-vllm serve`: vLLM's own OpenAI server with our settings put where the plugin reads them."""
 
 import argparse
+import json
 import os
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from ficoco_vllm.compat import is_cpu_build, set_cpu_defaults, use_interpreter
@@ -13,6 +16,8 @@ from ficoco_vllm.plugin import ARCHITECTURES, MEDIA_CONNECTOR
 from ficoco_vllm.vision.plan import VisionPlanner
 from ficoco_vllm.vision.shape import TowerShape
 
+# prometheus_client's name for the folder that processes share.
+MULTIPROC = "PROMETHEUS_MULTIPROC_DIR"
 HELP = "serve a model with vLLM's OpenAI-compatible server"
 
 
@@ -31,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--ficoco-config", metavar="JSON|FILE", help="all settings, as a JSON object or a file that holds one"
     )
+    group.add_argument(
+        "--ficoco-no-metrics", action="store_true", help="leave what the reduction saves out of /metrics"
+    )
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -46,7 +54,11 @@ def main(arguments: Sequence[str]) -> int:
     if reduces_in_decoder(arguments):
         use_interpreter()  # before vLLM is imported, which looks for Triton at once
     os.environ.setdefault("VLLM_MEDIA_CONNECTOR", MEDIA_CONNECTOR)
+    with shared_metrics(counts_savings(arguments)) as folder:
+        return _serve(arguments, folder)
 
+
+def _serve(arguments: Sequence[str], metrics_folder: str | None) -> int:
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
@@ -67,10 +79,51 @@ def main(arguments: Sequence[str]) -> int:
     except ValueError as error:
         print(f"ficoco-vllm: error: {error}", file=sys.stderr)
         return 2
+    if metrics_folder is not None and several_servers(args):
+        del os.environ[MULTIPROC]  # vLLM makes such a folder itself then, and would warn of ours
     configure_logging_from_args(args)
     command.validate(args)
     command.cmd(args)
     return 0
+
+
+@contextmanager
+def shared_metrics(wanted: bool) -> Iterator[str | None]:
+    """Let engine core and workers count into the `/metrics` of the API server.
+
+    prometheus_client adds up what several processes count if a folder is named before it is imported. vLLM names
+    one only for several API servers; a folder that the user has named stays.
+
+    Args:
+        wanted: whether there is anything to share.
+
+    Yields:
+        The folder, None where it is not ours.
+    """
+    if not wanted or MULTIPROC in os.environ:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="ficoco-metrics-", ignore_cleanup_errors=True) as folder:
+        os.environ[MULTIPROC] = folder
+        yield folder
+
+
+def several_servers(args: argparse.Namespace) -> bool:
+    """Whether vLLM will start several API servers.
+
+    Args:
+        args: of vLLM's parser.
+    """
+    if args.api_server_count is not None:
+        return bool(args.api_server_count > 1)
+    balanced_outside = (
+        args.data_parallel_external_lb
+        or args.data_parallel_hybrid_lb
+        or args.data_parallel_multi_port_external_lb
+        or args.data_parallel_rank is not None
+        or args.data_parallel_start_rank is not None
+    )
+    return bool(args.data_parallel_size > 1 and not balanced_outside)
 
 
 def configure(args: argparse.Namespace) -> None:
@@ -82,7 +135,7 @@ def configure(args: argparse.Namespace) -> None:
     model = args.model_tag or (args.model if "--model" in sys.argv else None)
     if model is None:
         _use_demo_model(args)
-    settings = read_settings(args.ficoco_method, args.ficoco_keep, args.ficoco_config)
+    settings = read_settings(args.ficoco_method, args.ficoco_keep, args.ficoco_config, args.ficoco_no_metrics)
     if settings:
         args.additional_config = {**(args.additional_config or {}), NAME: settings}
     if (args.additional_config or {}).get(NAME):
@@ -95,17 +148,37 @@ def reduces_in_decoder(arguments: Sequence[str]) -> bool:
     Args:
         arguments: of the command line.
     """
+    return _settings_of(arguments).decoder_method is not None
+
+
+def counts_savings(arguments: Sequence[str]) -> bool:
+    """Whether the server reduces and tells at `/metrics` what that saves.
+
+    Args:
+        arguments: of the command line.
+    """
+    settings = _settings_of(arguments)
+    return settings.method is not None and settings.metrics
+
+
+def _settings_of(arguments: Sequence[str]) -> FicocoConfig:
+    """Our settings before vLLM is imported; none where they are wrong."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add_arguments(parser)
+    parser.add_argument("--additional-config", "--additional_config", default="{}")
     ours, _ = parser.parse_known_args(list(arguments))
     try:
-        settings = FicocoConfig.parse(read_settings(ours.ficoco_method, None, ours.ficoco_config))
-    except ValueError:
-        return False
-    return settings.decoder_method is not None
+        settings = read_settings(
+            ours.ficoco_method, ours.ficoco_keep, ours.ficoco_config, ours.ficoco_no_metrics
+        )
+        return FicocoConfig.parse(settings or json.loads(ours.additional_config).get(NAME) or {})
+    except (ValueError, AttributeError):
+        return FicocoConfig()
 
 
-def read_settings(method: str | None, keep: str | None, config: str | None) -> dict[str, Any]:
+def read_settings(
+    method: str | None, keep: str | None, config: str | None, no_metrics: bool = False
+) -> dict[str, Any]:
     """Our options as one mapping; `method` and `keep` win over the same fields of `config`.
 
     Raises:
@@ -121,6 +194,8 @@ def read_settings(method: str | None, keep: str | None, config: str | None) -> d
             raise ValueError(
                 f"--ficoco-keep = {keep!r} is not allowed; allowed: an integer of at least 1"
             ) from error
+    if no_metrics and settings:  # without a reduction there is nothing to switch off
+        settings["metrics"] = False
     return settings
 
 

@@ -8,6 +8,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.kv.plan import KEEP, METHOD, DecoderPlanner
+from ficoco_vllm.metrics import count_refusal
 from ficoco_vllm.vision.plan import VisionPlanner
 from ficoco_vllm.vision.shape import TowerShape
 
@@ -90,7 +91,11 @@ def hook_admission() -> None:
     @wraps(original)
     def process_inputs(self: InputProcessor, *args: Any, **kwargs: Any) -> Any:
         request = original(self, *args, **kwargs)
-        check_request(self.vllm_config, request)
+        try:
+            check_request(self.vllm_config, request)
+        except VLLMValidationError:
+            count_refusal(self.vllm_config.model_config)
+            raise
         return request
 
     InputProcessor.process_inputs = process_inputs

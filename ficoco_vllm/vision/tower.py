@@ -1,5 +1,6 @@
 """The CLIP tower of vLLM, run with fewer tokens from layer to layer. Its modules and weights stay vLLM's own."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -8,6 +9,7 @@ from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.models.clip import CLIPAttention, CLIPEncoderLayer, CLIPVisionTransformer
 
 from ficoco_vllm.reduction import Signals
+from ficoco_vllm.stopwatch import Lap
 from ficoco_vllm.vision.attention import ClipAttention, attention_with_lse
 from ficoco_vllm.vision.plan import VisionPlan
 
@@ -27,7 +29,13 @@ class _Tokens:
     position: Tensor
 
 
-def encode(tower: CLIPVisionTransformer, pixels: Tensor, plan: VisionPlan, grid: tuple[int, int]) -> Tensor:
+def encode(
+    tower: CLIPVisionTransformer,
+    pixels: Tensor,
+    plan: VisionPlan,
+    grid: tuple[int, int],
+    lap: Lap | None = None,
+) -> Tensor:
     """Features of images that all follow one plan.
 
     Args:
@@ -35,6 +43,7 @@ def encode(tower: CLIPVisionTransformer, pixels: Tensor, plan: VisionPlan, grid:
         pixels: (B, 3, height, width).
         plan: which layer removes how many tokens, and how.
         grid: rows and columns of patches.
+        lap: takes the time of the reductions.
 
     Returns:
         (B, 1 + keep, D) in the tower's dtype, [CLS] first, patch tokens in raster order.
@@ -55,11 +64,17 @@ def encode(tower: CLIPVisionTransformer, pixels: Tensor, plan: VisionPlan, grid:
             continue
         tokens, attention = _attend(layer, tokens, weighted, plan.logits)
         if num_removed:
-            tokens = _reduce(tokens, attention, plan, num_removed, grid)
+            with _timed(lap):
+                tokens = _reduce(tokens, attention, plan, num_removed, grid)
         tokens = replace(tokens, hidden=tokens.hidden + layer.mlp(layer.layer_norm2(tokens.hidden)))
         if on_features and plan.keep < N:
-            tokens = _reduce(tokens, attention, plan, N - plan.keep + plan.reducer.num_extra, grid)
+            with _timed(lap):
+                tokens = _reduce(tokens, attention, plan, N - plan.keep + plan.reducer.num_extra, grid)
     return tokens.hidden
+
+
+def _timed(lap: Lap | None) -> AbstractContextManager[None]:
+    return nullcontext() if lap is None else lap.running()
 
 
 def _attend(
