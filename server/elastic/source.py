@@ -45,14 +45,30 @@ class ElasticBudget:
         self._show = show
         self._news = News()
         self._level = len(settings.budgets) - 1
-        self._looked_seconds = float("-inf")
         self.look()
 
     def __call__(self) -> int:
-        """Visual tokens of an image."""
-        if time.monotonic() - self._looked_seconds > TICK_SECONDS:
-            self.look()  # the event loop was busy, or there was no request for long
+        """Visual tokens of an image. May be called in any thread: prompts are processed outside the event loop."""
         return self.settings.budgets[self._level]
+
+    def reachable(self, check: Callable[[int], Any]) -> int:
+        """The budget for a method that cannot reach every one: the lowest that it can, from the current one upwards.
+
+        Args:
+            check: of one budget; raises ValueError where the method cannot reach it.
+
+        Returns:
+            The current budget where the method reaches none: it is refused like one that the request had named.
+        """
+        current = self()
+        for budget in self.settings.budgets:
+            if budget >= current:
+                try:
+                    check(budget)
+                except ValueError:
+                    continue
+                return budget
+        return current
 
     def record(self, engine: int, stats: SchedulerStats | None, num_preempted: int) -> None:
         """Note what vLLM reports of a step.
@@ -76,7 +92,7 @@ class ElasticBudget:
         if seen is None:
             return
         state, load = seen
-        self._news, self._looked_seconds = News(), now
+        self._news = News()
         if state.changed_seconds == now:  # this very look moved it, so one process says it once
             logger.info(
                 "ficoco: requests that name no budget now keep %d visual tokens of an image "
