@@ -15,8 +15,6 @@ from typing import Any
 from ficoco_vllm.server.elastic.controller import Load, State, start, step
 from ficoco_vllm.server.elastic.settings import ElasticSettings
 
-# From then on a report no longer says how many wait: the engine is in the middle of a long step.
-STALE_SECONDS = 1.0
 # From then on an engine is taken for idle, and a process for ended.
 GONE_SECONDS = 30.0
 
@@ -59,17 +57,12 @@ class _Content:
     # Process to (time, unfinished requests).
     servers: dict[int, tuple[float, int]] = field(default_factory=dict)
 
-    def load(self, now_seconds: float) -> Load:
+    def load(self) -> Load:
         """The load as all processes together know it."""
-        num_unfinished = sum(count for _, count in self.servers.values())
-        if num_unfinished == 0:
+        if not any(num_unfinished for _, num_unfinished in self.servers.values()):
             # An engine without work makes no steps, so its last report may speak of requests that are gone.
             return Load()
         load = Load.of_engines([report.load for report in self.reports.values()])
-        newest = max((report.time_seconds for report in self.reports.values()), default=-GONE_SECONDS)
-        if now_seconds - newest > STALE_SECONDS:
-            waiting = max(load.num_waiting, num_unfinished - load.num_running)
-            load = replace(load, num_waiting=waiting)
         return replace(load, num_preempted=self.num_preempted)
 
     def forget(self, now_seconds: float) -> None:
@@ -119,7 +112,7 @@ class Board:
             content.num_preempted += news.num_preempted
             content.servers[self._process] = (now_seconds, news.num_unfinished)
             content.forget(now_seconds)
-            load = content.load(now_seconds)
+            load = content.load()
             content.state = step(self.settings, content.state, load, now_seconds)
             content.num_preempted = 0
             self._write(content)

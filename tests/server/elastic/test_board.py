@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ficoco_vllm.server.elastic.board import GONE_SECONDS, STALE_SECONDS, Board, News, Report
+from ficoco_vllm.server.elastic.board import GONE_SECONDS, Board, News, Report
 from ficoco_vllm.server.elastic.controller import Load, State
 from ficoco_vllm.server.elastic.settings import ElasticSettings
 
@@ -80,14 +80,6 @@ def test_requests_of_another_process_keep_the_report(tmp_path: Path) -> None:
     assert exchange(two, 1.1, News(num_unfinished=0))[1] == FULL
     # A process that is heard of no more takes its requests with it.
     assert exchange(two, 2.0 + GONE_SECONDS, News(num_unfinished=0))[1] == Load()
-
-
-def test_during_a_long_step_those_that_wait_are_what_is_unfinished(tmp_path: Path) -> None:
-    board = Board(SETTINGS, tmp_path, 1)
-    report = Report(1.0, Load(0.2, 4, 0))
-    exchange(board, 1.0, News({0: report}, num_unfinished=4))
-    assert exchange(board, 1.0 + STALE_SECONDS / 2, News(num_unfinished=20))[1].num_waiting == 0
-    assert exchange(board, 1.1 + STALE_SECONDS, News(num_unfinished=20))[1].num_waiting == 16
 
 
 def test_preempted_requests_of_all_processes_count_once(tmp_path: Path) -> None:
