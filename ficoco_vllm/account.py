@@ -104,13 +104,16 @@ class Accountant:
             num_text_tokens: M.
 
         Returns:
-            The difference, 0 for a model that the cost model does not know.
+            The difference, 0 for a model or a plan that the cost model does not know.
 
         Source: arXiv:2411.17686, Eqs. 16-19.
         """
         if self.shape is None or num_text_tokens < 1:
             return 0
-        value, first, second = _differences(self.shape, self.token_plan(budget, counts), num_images)
+        try:
+            value, first, second = _differences(self.shape, self.token_plan(budget, counts), num_images)
+        except ValueError:  # a request is answered whether it can be counted or not
+            return 0
         steps = num_text_tokens - 1
         return value + steps * first + steps * (steps - 1) // 2 * second
 

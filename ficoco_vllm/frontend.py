@@ -81,6 +81,7 @@ class Meter:
         self.num_segments = 1 if decoder is None else decoder.segments.num_segments
         num_layers: int = model.hf_config.get_text_config().num_hidden_layers
         self.token_bytes = token_layer_bytes(vllm_config) * num_layers // self.num_segments
+        self.num_engines = 1
         self.only_engine = "0" if parallel.data_parallel_size == 1 else NO_ENGINE
 
     def __deepcopy__(self, memo: Any) -> "Meter":
@@ -95,6 +96,7 @@ class Meter:
 
     def begin(self, engines: Sequence[int]) -> None:
         """Let the counters stand at zero before the first request, so that rates see it."""
+        self.num_engines = max(1, len(engines))
         decoder, tower = self.accountant.decoder, self.accountant.tower
         keep = tower.default.keep if decoder is None else decoder.keep
         for index in engines:
@@ -175,7 +177,7 @@ class Meter:
         if self.accountant.decoder is not None:
             return
         total = self.vllm_config.cache_config.num_gpu_blocks or 0
-        per_engine = total // self.vllm_config.parallel_config.data_parallel_size
+        per_engine = total // self.num_engines  # vLLM adds up those of the engines that it talks to
         held = round(usage * max(0, per_engine - 1))  # one block is vLLM's null block
         self.metrics.kv_blocks_held.labels(self.model_name, engine, self.method, "0").set(held)
 

@@ -13,7 +13,7 @@ from ficoco_vllm.compat import is_cpu_build, set_cpu_defaults, use_interpreter
 from ficoco_vllm.config import NAME, FicocoConfig
 from ficoco_vllm.plugin import ARCHITECTURES, MEDIA_CONNECTOR
 from ficoco_vllm.server.elastic.settings import OPTION, ElasticSettings
-from ficoco_vllm.server.elastic.sites import Sites
+from ficoco_vllm.server.elastic.sites import Sites, check_elastic
 from ficoco_vllm.server.plugins import allow_endpoint
 
 # Entry point of `server.elastic.plugin`.
@@ -147,11 +147,13 @@ def configure(args: argparse.Namespace) -> None:
     model = args.model_tag or (args.model if "--model" in sys.argv else None)
     if model is None:
         _use_demo_model(args)
-    settings = read_settings(args.ficoco_method, args.ficoco_keep, args.ficoco_config, args.ficoco_no_metrics)
+    settings = read_settings(args.ficoco_method, args.ficoco_keep, args.ficoco_config)
+    settings = settings or (args.additional_config or {}).get(NAME) or {}
     elastic = None if args.ficoco_elastic is None else ElasticSettings.load(args.ficoco_elastic)
     if elastic is not None:
         settings = _prepare_elastic(args, elastic, settings)
     if settings:
+        settings = _without_metrics(settings) if args.ficoco_no_metrics else settings
         args.additional_config = {**(args.additional_config or {}), NAME: settings}
     if (args.additional_config or {}).get(NAME):
         _check_model(args, elastic)
@@ -183,17 +185,18 @@ def _settings_of(arguments: Sequence[str]) -> FicocoConfig:
     parser.add_argument("--additional-config", "--additional_config", default="{}")
     ours, _ = parser.parse_known_args(list(arguments))
     try:
-        settings = read_settings(
-            ours.ficoco_method, ours.ficoco_keep, ours.ficoco_config, ours.ficoco_no_metrics
-        )
-        return FicocoConfig.parse(settings or json.loads(ours.additional_config).get(NAME) or {})
+        settings = read_settings(ours.ficoco_method, ours.ficoco_keep, ours.ficoco_config)
+        settings = settings or json.loads(ours.additional_config).get(NAME) or {}
+        return FicocoConfig.parse(_without_metrics(settings) if ours.ficoco_no_metrics else settings)
     except (ValueError, AttributeError):
         return FicocoConfig()
 
 
-def read_settings(
-    method: str | None, keep: str | None, config: str | None, no_metrics: bool = False
-) -> dict[str, Any]:
+def _without_metrics(settings: Any) -> Any:
+    return {**settings, "metrics": False} if isinstance(settings, dict) else settings
+
+
+def read_settings(method: str | None, keep: str | None, config: str | None) -> dict[str, Any]:
     """Our options as one mapping; `method` and `keep` win over the same fields of `config`.
 
     Raises:
@@ -209,8 +212,6 @@ def read_settings(
             raise ValueError(
                 f"--ficoco-keep = {keep!r} is not allowed; allowed: an integer of at least 1"
             ) from error
-    if no_metrics and settings:  # without a reduction there is nothing to switch off
-        settings["metrics"] = False
     return settings
 
 
@@ -240,14 +241,13 @@ def _prepare_elastic(
     Raises:
         ValueError: naming the option and what is allowed.
     """
-    settings = settings or dict((args.additional_config or {}).get(NAME) or {})
     if FicocoConfig.parse(settings).method is None:
         raise ValueError(f"{OPTION} needs a method; allowed: one of `ficoco-vllm methods` as --ficoco-method")
     if args.disable_log_stats:
         raise ValueError(f"--disable-log-stats is not allowed with {OPTION}, which follows these statistics")
     allow_endpoint(ELASTIC_PLUGIN)
     if settings.get("keep") is None and settings.get("kv_budget") is None:
-        settings["keep"] = elastic.floor
+        return {**settings, "keep": elastic.floor}
     return settings
 
 
@@ -264,6 +264,6 @@ def _check_model(args: argparse.Namespace, elastic: ElasticSettings | None = Non
             f"whose visual tokens cannot be reduced; allowed: {', '.join(ARCHITECTURES)}"
         )
     settings = FicocoConfig.parse(args.additional_config[NAME])
-    sites = Sites.of(settings, config)
     if elastic is not None:
-        sites.check(elastic, getattr(args, "ficoco_min_keep", None) or 1)
+        check_elastic(elastic, settings, config, getattr(args, "ficoco_min_keep", None) or 1)
+    Sites.of(settings, config)

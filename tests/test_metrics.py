@@ -218,6 +218,7 @@ def test_the_switch_changes_no_cache_entry() -> None:
         (["--ficoco-method", "ficoco-v", "--ficoco-no-metrics"], False),
         (["--ficoco-config", '{"method": "tome", "metrics": false}'], False),
         (["--additional-config", '{"ficoco": {"method": "tome"}}'], True),
+        (["--additional-config", '{"ficoco": {"method": "tome"}}', "--ficoco-no-metrics"], False),
         (["--additional-config", '{"other": 1}'], False),
         (["--ficoco-method", "no such method"], False),
         (["--additional-config", "[1"], False),

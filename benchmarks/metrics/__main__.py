@@ -51,8 +51,13 @@ def main() -> int:
             kind: stack.enter_context(serve(folder / kind, *SERVE, *options))
             for kind, options in KINDS.items()
         }
-        for server in servers.values():  # once unmeasured, so that every image was seen
+        for kind, server in servers.items():  # once unmeasured, so that every image was seen
             asyncio.run(_load(server, **load))
+            counts = "ficoco:" in httpx.get(f"{server.url}/metrics").text
+            if counts is not (kind == "on"):
+                raise RuntimeError(
+                    f"the server with metrics {kind} has {'some' if counts else 'none'} of ours"
+                )
         for index in range(args.rounds):
             order = list(servers) if index % 2 == 0 else list(servers)[::-1]
             rounds.append({kind: _measure(servers[kind], load) for kind in order})

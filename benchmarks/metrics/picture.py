@@ -90,10 +90,10 @@ async def _phase(url: str, kwargs: Mapping[str, Any], seconds: float) -> None:
                     "messages": [message("is there a red sign?", [image])],
                     "max_tokens": NUM_TOKENS,
                     "ignore_eos": True,
-                    "mm_processor_kwargs": kwargs or None,
-                }
+                } | ({"mm_processor_kwargs": kwargs} if kwargs else {})
                 answer = await client.post("/v1/chat/completions", json=body)
-                answer.raise_for_status()
+                if answer.is_error:
+                    raise RuntimeError(answer.text)
 
         await asyncio.gather(*(ask(index) for index in range(CONCURRENCY)))
 

@@ -76,23 +76,28 @@ class Sites:
             # Where the tower leaves fewer than the budget they all stay.
             self.decoder.plan(entering + 1, [(0, entering)], {KEEP: min(budget, entering)})
 
-    def check(self, settings: ElasticSettings, min_keep: int = 1) -> None:
-        """Hold settings against model, method and operator, before anything is loaded.
 
-        Args:
-            settings: of the controller.
-            min_keep: the fewest visual tokens that the operator lets a request have.
+def check_elastic(settings: ElasticSettings, config: FicocoConfig, hf_config: Any, min_keep: int = 1) -> None:
+    """Hold settings against model, method and operator, before anything is loaded.
 
-        Raises:
-            ValueError: naming the field, its value and what is allowed.
-        """
-        if self.config.kv_budget is not None:
-            raise ValueError(
-                f"kv_budget = {self.config.kv_budget} is not allowed with {OPTION}, which says what is left in the "
-                "last layers; allowed: keep, or neither"
-            )
-        settings.check_bounds(min_keep, self.tower.shape.num_patches)
-        settings.check_served(self.plan)
+    Args:
+        settings: of the controller.
+        config: the server's settings.
+        hf_config: transformers' configuration of the model.
+        min_keep: the fewest visual tokens that the operator lets a request have.
+
+    Raises:
+        ValueError: naming the field, its value and what is allowed.
+    """
+    if config.kv_budget is not None:
+        raise ValueError(
+            f"kv_budget = {config.kv_budget} is not allowed with {OPTION}, which says what is left in the "
+            "last layers; allowed: keep, or neither"
+        )
+    settings.check_bounds(min_keep, TowerShape.from_hf_config(hf_config).num_patches)
+    # The ceiling is the easiest to reach, so that it is the level that is named if another is not.
+    at_ceiling = Sites.of(config.model_copy(update={"keep": settings.ceiling}), hf_config)
+    settings.check_served(at_ceiling.plan)
 
 
 @dataclass(frozen=True)

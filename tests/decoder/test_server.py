@@ -131,8 +131,8 @@ def test_metrics_by_segment_over_two_servers(server: Server, images: list[Image.
     expected = {str(segment): num_requests * (144 - count) for segment, count in enumerate(counts)}
     assert grown[0] == expected
     assert grown[1] == {
-        segment: tokens * 2 * 2 * 32 * 4 for segment, tokens in expected.items()
-    }  # 2 heads, fp32
+        segment: tokens * 2 * 2 * 32 * 2 for segment, tokens in expected.items()
+    }  # 2 heads, bf16
     assert (grown[2][""], grown[3][""]) == (num_requests * 144, num_requests * 16)
     assert grown[5][""] > 0
     now = samples(server, "reduction_seconds_count", site="decoder", method="ficoco-l")

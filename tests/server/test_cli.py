@@ -81,8 +81,8 @@ def test_method_and_keep_win_over_the_file() -> None:
             ["--disable-log-stats is not allowed with --ficoco-elastic"],
         ),
         (
-            ["--ficoco-elastic", ELASTIC, "--ficoco-config", '{"method": "ficoco-l", "kv_budget": 300}'],
-            ["kv_budget = 300", "--ficoco-elastic"],
+            ["--ficoco-elastic", ELASTIC, "--ficoco-config", '{"method": "ficoco-l", "kv_budget": 450}'],
+            ["kv_budget = 450", "--ficoco-elastic"],
         ),
         (["--ficoco-method", "trim"], ["trim", "text_relevance"]),
     ],

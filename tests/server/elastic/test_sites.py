@@ -13,7 +13,7 @@ from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.kv.admission import fill_budget
 from ficoco_vllm.server.elastic.settings import ElasticSettings
-from ficoco_vllm.server.elastic.sites import DecoderBudget, Sites, TowerBudget
+from ficoco_vllm.server.elastic.sites import DecoderBudget, Sites, TowerBudget, check_elastic
 from ficoco_vllm.server.elastic.source import ElasticBudget, LoadRecorder, install
 
 # 576 patches, towers and decoders of LLaVA-1.5's depth.
@@ -29,6 +29,11 @@ SETTINGS = ElasticSettings(floor=64, ceiling=288)
 def sites(**ficoco: Any) -> Sites:
     """Of a model of LLaVA-1.5's shape."""
     return Sites.of(FicocoConfig.parse(ficoco), HF_CONFIG)
+
+
+def check(settings: ElasticSettings, min_keep: int = 1, **ficoco: Any) -> None:
+    """As at start-up."""
+    check_elastic(settings, FicocoConfig.parse(ficoco), HF_CONFIG, min_keep)
 
 
 class Fixed(ElasticBudget):
@@ -51,21 +56,20 @@ class Fixed(ElasticBudget):
     ],
 )
 def test_levels_are_served_by_methods_of_every_site(ficoco: dict[str, Any]) -> None:
-    sites(**ficoco).check(SETTINGS)
+    check(SETTINGS, **ficoco)
 
 
 def test_what_the_operator_and_the_model_do_not_allow() -> None:
     with pytest.raises(ValueError, match=r"floor = 64 .* at least 65 \(--ficoco-min-keep\)"):
-        sites(method="ficoco-v").check(SETTINGS, min_keep=65)
+        check(SETTINGS, min_keep=65, method="ficoco-v")
     with pytest.raises(ValueError, match=r"kv_budget = 300.0 .* allowed: keep, or neither"):
-        sites(method="ficoco-l", kv_budget=300).check(SETTINGS)
+        check(SETTINGS, method="ficoco-l", kv_budget=300)
     with pytest.raises(ValueError, match=r"ceiling = 600 .* at most 576"):
-        sites(method="ficoco-l").check(ElasticSettings(floor=64, ceiling=600))
-    # ToMe removes at most half of the tokens in each of 12 layers.
-    sites(method="tome").check(ElasticSettings(floor=1, ceiling=288))
-    late = sites(method="tome", keep=400, start_layer=22)
+        check(ElasticSettings(floor=64, ceiling=600), method="ficoco-l")
+    # ToMe removes at most half of the tokens in one layer.
+    check(ElasticSettings(floor=1, ceiling=288), method="tome")
     with pytest.raises(ValueError, match=r"the budget 100 of 100, .* cannot be served"):
-        late.check(ElasticSettings(floor=100, ceiling=400))
+        check(ElasticSettings(floor=100, ceiling=400), method="tome", start_layer=22)
 
 
 @pytest.mark.parametrize("level", range(5))
