@@ -95,8 +95,10 @@ def check_elastic(settings: ElasticSettings, config: FicocoConfig, hf_config: An
             "last layers; allowed: keep, or neither"
         )
     settings.check_bounds(min_keep, TowerShape.from_hf_config(hf_config).num_patches)
-    # The ceiling is the easiest to reach, so that it is the level that is named if another is not.
-    at_ceiling = Sites.of(config.model_copy(update={"keep": settings.ceiling}), hf_config)
+    # The ceiling is the easiest to reach, so that of the others each is named where it cannot be.
+    fixed = config.encoder.get("keep")
+    most = settings.ceiling if fixed is None else min(settings.ceiling, fixed)
+    at_ceiling = Sites.of(config.model_copy(update={"keep": most}), hf_config)
     settings.check_served(at_ceiling.plan)
 
 
