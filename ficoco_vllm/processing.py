@@ -1,6 +1,6 @@
 """Prompt length and per-request budget: how many placeholders an image takes, decided before any pixel is seen."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -31,7 +31,14 @@ BUDGET = "ficoco_budget"
 
 
 class FicocoProcessingInfo(LlavaProcessingInfo):
-    """LLaVA's processing facts, with the number of tokens that an image keeps by default."""
+    """LLaVA's processing facts, with the number of tokens that an image keeps by default.
+
+    Attributes:
+        default_keep: the budget of a request that names none, given the method that it names or None; set in the
+            API server where the budget follows the load, otherwise it is the server's.
+    """
+
+    default_keep: Callable[[str | None], int] | None = None
 
     @property
     def planner(self) -> VisionPlanner:
@@ -42,6 +49,20 @@ class FicocoProcessingInfo(LlavaProcessingInfo):
     def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
         """Placeholders of an image whose request names no budget."""
         return self.planner.num_output_tokens(self.planner.default)
+
+    def filled(self, mm_kwargs: Mapping[str, object]) -> Mapping[str, object]:
+        """The keyword arguments of a request that has just come in, with a budget where it names none.
+
+        Args:
+            mm_kwargs: the request's `mm_processor_kwargs`; the server's own are merged below them.
+        """
+        if self.default_keep is None or not self.planner.active:
+            return mm_kwargs
+        merged = self.ctx.get_merged_mm_kwargs(mm_kwargs)
+        if merged.get(KEEP) is not None:
+            return mm_kwargs
+        method = merged.get(METHOD)
+        return {**mm_kwargs, KEEP: self.default_keep(None if method is None else str(method))}
 
     def budget(self, mm_kwargs: Mapping[str, object]) -> Budget:
         """Method and budget of a request.
@@ -104,6 +125,7 @@ class FicocoMultiModalProcessor(LlavaMultiModalProcessor):
         Raises:
             VLLMValidationError: the budget is not allowed.
         """
+        inputs = replace(inputs, hf_processor_mm_kwargs=self.info.filled(inputs.hf_processor_mm_kwargs))
         budget = self.info.admit(inputs.hf_processor_mm_kwargs)
         kwargs = _without_ours(inputs.hf_processor_mm_kwargs)
         if self.info.planner.active:  # else nothing is written down, and the hashes are those of stock vLLM

@@ -1,5 +1,6 @@
 """The decoder behind the OpenAI server: budgets of requests, and refusals as HTTP 400."""
 
+import json
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -22,12 +23,17 @@ pytestmark = pytest.mark.server
 def server(small_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """As `make serve METHOD=ficoco-vl` starts it: the command line alone chooses the model runner.
 
-    Two API servers share the engine and the port, so counters must add up over processes.
+    Two API servers share the engine and the port, so counters must add up over processes. The budget of requests that
+    name none is 16 by `--ficoco-elastic`, which never sees the load that would make it 15.
     """
     log = tmp_path_factory.mktemp("server") / "log"
-    arguments = ["--ficoco-method", "ficoco-vl", "--ficoco-keep", "16", "--served-model-name", "small"]
+    arguments = ["--ficoco-method", "ficoco-vl", "--ficoco-keep", "15", "--served-model-name", "small"]
     more = ["--enforce-eager", "--max-model-len", "1024", "--kv-cache-memory-bytes", str(2**26)]
     more += ["--api-server-count", "2"]
+    more += [
+        "--ficoco-elastic",
+        json.dumps({"floor": 15, "ceiling": 16, "target_kv_usage": 1, "target_queue": 99}),
+    ]
     with serve(log, str(small_llava), *arguments, *more) as server:
         yield server
 
@@ -82,8 +88,8 @@ def test_refusals(
 
 def test_start_up_says_what_it_means(server: Server) -> None:
     log = server.log.read_text()
-    assert "ficoco-l leaves 16 of 48 visual tokens of an image in the decoder" in log
-    assert "ficoco-v keeps 48 of 144 visual tokens" in log
+    assert "ficoco-l leaves 15 of 46 visual tokens of an image in the decoder" in log
+    assert "ficoco-v keeps 46 of 144 visual tokens" in log
     assert "no prompt can take over the cached prefix of another" in log
 
 
