@@ -30,6 +30,7 @@ class FicocoConfig(BaseModel):
         num_segments: for methods of the decoder: runs of layers with a KV length of their own; None leaves the
             choice to us.
         encoder: for a method that reduces twice: `keep` and settings of its part in the tower.
+        explain: whether a request may ask for a trace of its own reduction, which the viewer shows.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -40,6 +41,7 @@ class FicocoConfig(BaseModel):
     kv_budget: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     num_segments: int | None = Field(default=None, ge=2, strict=True)
     encoder: dict[str, Any] = Field(default_factory=dict)
+    explain: bool = Field(default=False, strict=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -51,13 +53,16 @@ class FicocoConfig(BaseModel):
         loose = {key: value for key, value in values.items() if key not in cls.model_fields}
         if loose:
             fields["settings"] = {**fields.get("settings", {}), **loose}
-        if any(value not in (None, {}) for value in fields.values()) and fields.get("method") is None:
+        given = [value for key, value in fields.items() if key != "explain"]
+        if any(value not in (None, {}) for value in given) and fields.get("method") is None:
             fields["method"] = DEFAULT_METHOD
         return fields
 
     @model_validator(mode="after")
     def _check_method(self) -> "FicocoConfig":
         if self.method is None:
+            if self.explain:
+                raise ValueError("explain = True is not allowed without a method: there is nothing to explain")
             return self
         pipeline = PIPELINES.get(self.method)
         if pipeline is None and self.method not in available():

@@ -16,6 +16,7 @@ from vllm.multimodal.processing.context import TimingContext
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from ficoco_vllm.config import FicocoConfig
+from ficoco_vllm.tracing.store import TRACE, check_trace_id
 from ficoco_vllm.vision.plan import Budget, VisionPlanner
 from ficoco_vllm.vision.shape import TowerShape
 
@@ -50,9 +51,9 @@ class FicocoProcessingInfo(LlavaProcessingInfo):
             VLLMValidationError: naming the field, its value and what is allowed (HTTP 400).
         """
         merged = self.ctx.get_merged_mm_kwargs(mm_kwargs)
-        unknown = sorted(
-            key for key in merged if key.startswith(PREFIX) and key not in (KEEP, METHOD, SETTINGS)
-        )
+        config = FicocoConfig.of(self.get_hf_config())
+        known = (KEEP, METHOD, SETTINGS, TRACE) if config.explain else (KEEP, METHOD, SETTINGS)
+        unknown = sorted(key for key in merged if key.startswith(PREFIX) and key not in known)
         if unknown:
             raise VLLMValidationError(
                 f"{unknown[0]} is not a field of this server; allowed: {KEEP}, {METHOD}",
@@ -60,7 +61,6 @@ class FicocoProcessingInfo(LlavaProcessingInfo):
                 value=merged[unknown[0]],
             )
         asked = next((name for name in (KEEP, METHOD) if merged.get(name) is not None), None)
-        config = FicocoConfig.of(self.get_hf_config())
         if asked is not None and config.method is not None and not self.planner.active:
             raise VLLMValidationError(
                 f"{asked} in mm_processor_kwargs is for methods of the vision tower; "
@@ -68,9 +68,11 @@ class FicocoProcessingInfo(LlavaProcessingInfo):
                 parameter=asked,
             )
         try:
+            if TRACE in merged:
+                check_trace_id(merged[TRACE])
             return self.planner.budget(merged.get(METHOD), merged.get(KEEP))
         except ValueError as error:
-            field = METHOD if str(error).startswith(METHOD) else KEEP
+            field = next((name for name in (METHOD, TRACE) if str(error).startswith(name)), KEEP)
             raise VLLMValidationError(str(error), parameter=field) from error
 
 
@@ -78,7 +80,8 @@ class FicocoMultiModalProcessor(LlavaMultiModalProcessor):
     """LLaVA's processor, with a budget per request.
 
     The budget travels in the processor's keyword arguments, which are part of the multimodal hash: neither the
-    processor cache nor the encoder cache nor the prefix cache can mix two budgets.
+    processor cache nor the encoder cache nor the prefix cache can mix two budgets. So does the mark of a request that
+    is traced, which therefore finds nothing in any of them: what is traced has run for that very request.
     """
 
     info: FicocoProcessingInfo
@@ -99,6 +102,8 @@ class FicocoMultiModalProcessor(LlavaMultiModalProcessor):
             kwargs[KEEP] = budget.keep
             kwargs[METHOD] = budget.method
             kwargs[SETTINGS] = self.info.planner.fingerprint
+            if TRACE in inputs.hf_processor_mm_kwargs:
+                kwargs[TRACE] = check_trace_id(inputs.hf_processor_mm_kwargs[TRACE])
         return super().apply(replace(inputs, hf_processor_mm_kwargs=kwargs), timing_ctx)
 
     def _call_hf_processor(
@@ -118,6 +123,8 @@ class FicocoMultiModalProcessor(LlavaMultiModalProcessor):
             budget = self.info.budget(hf_processor_mm_kwargs)
             processed_data[KEEP] = torch.full((len(pixels),), budget.keep)
             processed_data[METHOD] = torch.full((len(pixels),), self.info.planner.method_index(budget.method))
+            if TRACE in hf_processor_mm_kwargs:
+                processed_data[TRACE] = torch.full((len(pixels),), hf_processor_mm_kwargs[TRACE])
         return processed_data
 
     def _get_mm_fields_config(
@@ -127,6 +134,7 @@ class FicocoMultiModalProcessor(LlavaMultiModalProcessor):
         # Read on the host to group the images of a step, so they stay there.
         fields[KEEP] = MultiModalFieldConfig.batched("image", keep_on_cpu=True)
         fields[METHOD] = MultiModalFieldConfig.batched("image", keep_on_cpu=True)
+        fields[TRACE] = MultiModalFieldConfig.batched("image", keep_on_cpu=True)
         return fields
 
     def _get_prompt_updates(

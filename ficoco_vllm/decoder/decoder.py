@@ -1,6 +1,7 @@
 """vLLM's Llama, run segment by segment in the steps that reduce a prompt."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,10 +10,12 @@ from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_
 from vllm.forward_context import get_forward_context
 
 from ficoco_vllm.decoder.attention import DecoderHeads
-from ficoco_vllm.decoder.layout import Boundary
+from ficoco_vllm.decoder.layout import Boundary, ImageGroup
 from ficoco_vllm.decoder.reduction import Rows, reduce_rows
 from ficoco_vllm.decoder.segment import Segment, SegmentAttention, Unit, compile_unit
 from ficoco_vllm.kv.plan import DecoderPlanner
+from ficoco_vllm.reduction import Observer
+from ficoco_vllm.tracing.store import Traces
 
 
 @dataclass(frozen=True)
@@ -23,17 +26,24 @@ class ReducingStep:
         boundaries: behind each segment but the last.
         slot_mapping: attention layer to the KV slot of each of its rows, for the layers with fewer rows than
             tokens.
+        traced: first row of an image in the first segment to the trace that it goes into.
     """
 
     boundaries: tuple[Boundary, ...]
     slot_mapping: dict[str, Tensor]
+    traced: dict[int, int]
 
 
 class SegmentedDecoder:
     """A view of vLLM's decoder: it owns no weights."""
 
     def __init__(
-        self, decoder: Any, planner: DecoderPlanner, grid: tuple[int, int], compiled: bool = False
+        self,
+        decoder: Any,
+        planner: DecoderPlanner,
+        grid: tuple[int, int],
+        compiled: bool = False,
+        traces: Traces | None = None,
     ) -> None:
         """Cut a decoder into segments and give each its own KV cache.
 
@@ -42,9 +52,11 @@ class SegmentedDecoder:
             planner: of the served model.
             grid: rows and columns of an unreduced image.
             compiled: whether each segment is compiled, as one unit.
+            traces: where requests that ask for it are traced.
         """
         self.planner = planner
         self.grid = grid
+        self.traces = Traces() if traces is None else traces
         layers, size = list(decoder.layers), planner.segments.size
         for index, layer in enumerate(layers):
             attention = layer.self_attn.attn
@@ -88,7 +100,9 @@ class SegmentedDecoder:
             rows = Rows(output, rows.origin, rows.size)
             if index < len(step.boundaries) and step.boundaries[index].groups:
                 heads = self._heads(segment, query, key)
-                rows = reduce_rows(rows, heads, step.boundaries[index], self.planner, self.grid)
+                layer = (index + 1) * self.planner.segments.size - 1
+                watch = partial(self._observer, layer, step.traced) if step.traced else None
+                rows = reduce_rows(rows, heads, step.boundaries[index], self.planner, self.grid, watch)
         result = torch.zeros_like(hidden)
         result[rows.origin] = rows.hidden
         return result
@@ -103,6 +117,10 @@ class SegmentedDecoder:
         hidden = hidden.clone()  # vLLM goes on with it, and fused norms write into what they are given
         for unit in self.units:
             hidden, _, _ = unit(positions, hidden)
+
+    def _observer(self, layer: int, traced: dict[int, int], group: ImageGroup) -> Observer | None:
+        found = {index: traced[row] for index, row in enumerate(group.first_row) if row in traced}
+        return self.traces.observer("decoder", layer, found)
 
     def _heads(self, segment: Segment, query: Tensor, key: Tensor) -> DecoderHeads:
         attention = segment.last.self_attn

@@ -1,5 +1,6 @@
 """The CLIP tower of vLLM, run with fewer tokens from layer to layer. Its modules and weights stay vLLM's own."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -7,9 +8,12 @@ from torch import Tensor
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.models.clip import CLIPAttention, CLIPEncoderLayer, CLIPVisionTransformer
 
-from ficoco_vllm.reduction import Signals
+from ficoco_vllm.reduction import Observer, Signals
 from ficoco_vllm.vision.attention import ClipAttention, attention_with_lse
 from ficoco_vllm.vision.plan import VisionPlan
+
+# Site and index of a layer to who wants to see what is reduced there.
+Watch = Callable[[str, int], Observer | None]
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,13 @@ class _Tokens:
     position: Tensor
 
 
-def encode(tower: CLIPVisionTransformer, pixels: Tensor, plan: VisionPlan, grid: tuple[int, int]) -> Tensor:
+def encode(
+    tower: CLIPVisionTransformer,
+    pixels: Tensor,
+    plan: VisionPlan,
+    grid: tuple[int, int],
+    watch: Watch | None = None,
+) -> Tensor:
     """Features of images that all follow one plan.
 
     Args:
@@ -35,6 +45,7 @@ def encode(tower: CLIPVisionTransformer, pixels: Tensor, plan: VisionPlan, grid:
         pixels: (B, 3, height, width).
         plan: which layer removes how many tokens, and how.
         grid: rows and columns of patches.
+        watch: who is shown each reduction, for requests that are traced.
 
     Returns:
         (B, 1 + keep, D) in the tower's dtype, [CLS] first, patch tokens in raster order.
@@ -55,10 +66,12 @@ def encode(tower: CLIPVisionTransformer, pixels: Tensor, plan: VisionPlan, grid:
             continue
         tokens, attention = _attend(layer, tokens, weighted, plan.logits)
         if num_removed:
-            tokens = _reduce(tokens, attention, plan, num_removed, grid)
+            observer = watch and watch("encoder", index)
+            tokens = _reduce(tokens, attention, plan, num_removed, grid, observer)
         tokens = replace(tokens, hidden=tokens.hidden + layer.mlp(layer.layer_norm2(tokens.hidden)))
         if on_features and plan.keep < N:
-            tokens = _reduce(tokens, attention, plan, N - plan.keep + plan.reducer.num_extra, grid)
+            num_removed, observer = N - plan.keep + plan.reducer.num_extra, watch and watch("features", index)
+            tokens = _reduce(tokens, attention, plan, num_removed, grid, observer)
     return tokens.hidden
 
 
@@ -88,7 +101,12 @@ def _attend(
 
 
 def _reduce(
-    tokens: _Tokens, attention: ClipAttention, plan: VisionPlan, num_removed: int, grid: tuple[int, int]
+    tokens: _Tokens,
+    attention: ClipAttention,
+    plan: VisionPlan,
+    num_removed: int,
+    grid: tuple[int, int],
+    observer: Observer | None,
 ) -> _Tokens:
     """One reduction of the patch tokens; [CLS] stays in front."""
     needed = plan.reducer.signals
@@ -100,5 +118,5 @@ def _reduce(
         grid=grid,
     )
     cls, patches = tokens.hidden[:, :1], tokens.hidden[:, 1:]
-    reduced = plan.reducer(patches, signals, num_removed, tokens.size)
+    reduced = plan.reducer(patches, signals, num_removed, tokens.size, observer)
     return _Tokens(torch.cat([cls, reduced.tokens], dim=1), reduced.size, reduced.position)
