@@ -7,8 +7,11 @@ import torch
 from PIL import Image
 from vllm import LLM
 
+from ficoco_vllm.tracing.chain import read_steps
+from tests.reference import algorithm1
 from tests.reference.algorithm1 import ReferenceLlava
 from tests.support.engine import PROMPT, TEXT_ONLY, TWO_IMAGES, ask, make_engine, request
+from tests.support.oracle import Spy, assert_same_story
 
 # float32 on both sides; the difference is the order of sums in matrix products and softmax, amplified by the layers.
 TOLERANCE = 1e-4
@@ -25,7 +28,7 @@ pytestmark = pytest.mark.engine
 def pair(request: pytest.FixtureRequest) -> Iterator[tuple[LLM, ReferenceLlava]]:
     """The engine and the oracle on the same weights."""
     folder = request.getfixturevalue(request.param)
-    engine = make_engine(folder, {"method": "ficoco-v", "keep": 64})
+    engine = make_engine(folder, {"method": "ficoco-v", "keep": 64, "explain": True})
     yield engine, ReferenceLlava(folder)
     engine.llm_engine.engine_core.shutdown()
 
@@ -64,6 +67,27 @@ def test_batched_equals_alone(pair: tuple[LLM, ReferenceLlava], images: list[Ima
         (alone,) = ask(engine, [one], NUM_TOKENS)
         assert answer.tokens == alone.tokens
         torch.testing.assert_close(answer.logprobs, alone.logprobs, atol=TOLERANCE, rtol=RELATIVE)
+
+
+def test_a_trace_tells_what_the_reference_does(
+    pair: tuple[LLM, ReferenceLlava], images: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the very request: beside it another one of the same budget is served without a trace."""
+    engine, reference = pair
+    spy = Spy(algorithm1.reduce_layer)
+    monkeypatch.setattr(algorithm1, "reduce_layer", spy)
+    reference.features(images[2], 64)
+    requests = [
+        request(PROMPT, [images[3]], ficoco_keep=64),
+        request(PROMPT, [images[2]], ficoco_keep=64, ficoco_trace=11),
+        request(PROMPT, [images[2]], ficoco_keep=64),
+    ]
+    _, traced, plain = ask(engine, requests, NUM_TOKENS)
+    torch.testing.assert_close(traced.logprobs, plain.logprobs, atol=TOLERANCE, rtol=RELATIVE)
+    (trace,) = engine.collective_rpc("ficoco_take_trace", args=(11,))
+    # Shares are ratios of attention weights, which differ as the log-probabilities do.
+    assert_same_story(read_steps(trace, 576), spy.mixes, 576, TOLERANCE)
+    assert engine.collective_rpc("ficoco_take_trace", args=(11,)) == [[]]
 
 
 def test_the_check_can_fail(pair: tuple[LLM, ReferenceLlava], images: list[Image.Image]) -> None:
