@@ -62,7 +62,9 @@ class FicocoConfig(BaseModel):
     def _check_method(self) -> "FicocoConfig":
         if self.method is None:
             if self.explain:
-                raise ValueError("explain = True is not allowed without a method: there is nothing to explain")
+                raise ValueError(
+                    "explain = True is not allowed without a method: there is nothing to explain"
+                )
             return self
         pipeline = PIPELINES.get(self.method)
         if pipeline is None and self.method not in available():

@@ -124,7 +124,9 @@ class FicocoMultiModalProcessor(LlavaMultiModalProcessor):
             processed_data[KEEP] = torch.full((len(pixels),), budget.keep)
             processed_data[METHOD] = torch.full((len(pixels),), self.info.planner.method_index(budget.method))
             if TRACE in hf_processor_mm_kwargs:
-                processed_data[TRACE] = torch.full((len(pixels),), hf_processor_mm_kwargs[TRACE])
+                processed_data[TRACE] = torch.full(
+                    (len(pixels),), check_trace_id(hf_processor_mm_kwargs[TRACE])
+                )
         return processed_data
 
     def _get_mm_fields_config(

@@ -10,9 +10,12 @@ from ficoco_vllm.compat import is_cpu_build, set_cpu_defaults, use_interpreter
 from ficoco_vllm.config import NAME, FicocoConfig
 from ficoco_vllm.kv.plan import DecoderPlanner
 from ficoco_vllm.plugin import ARCHITECTURES, MEDIA_CONNECTOR
+from ficoco_vllm.server.plugins import allow_endpoint
 from ficoco_vllm.vision.plan import VisionPlanner
 from ficoco_vllm.vision.shape import TowerShape
 
+# Each costs two chats that no cache helps.
+DEFAULT_EXPLAIN_RATE = 20
 HELP = "serve a model with vLLM's OpenAI-compatible server"
 
 
@@ -27,6 +30,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--ficoco-method", metavar="NAME", help="one of `ficoco-vllm methods`")
     group.add_argument(
         "--ficoco-keep", metavar="N", help="visual tokens kept of an image (a request may differ)"
+    )
+    group.add_argument(
+        "--ficoco-explain", action="store_true", help="serve POST /ficoco/explain and its page at /ficoco/"
+    )
+    group.add_argument(
+        "--ficoco-explain-rate",
+        type=int,
+        default=DEFAULT_EXPLAIN_RATE,
+        metavar="N",
+        help="explanations a minute of one client and API server process, 0 for no limit (default: %(default)s)",
     )
     group.add_argument(
         "--ficoco-config", metavar="JSON|FILE", help="all settings, as a JSON object or a file that holds one"
@@ -83,6 +96,13 @@ def configure(args: argparse.Namespace) -> None:
     if model is None:
         _use_demo_model(args)
     settings = read_settings(args.ficoco_method, args.ficoco_keep, args.ficoco_config)
+    if args.ficoco_explain:
+        if args.ficoco_explain_rate < 0:
+            raise ValueError(
+                f"--ficoco-explain-rate = {args.ficoco_explain_rate} is not allowed; allowed: 0 (no limit) and more"
+            )
+        settings["explain"] = True
+        allow_endpoint()
     if settings:
         args.additional_config = {**(args.additional_config or {}), NAME: settings}
     if (args.additional_config or {}).get(NAME):

@@ -123,9 +123,7 @@ def boundary(
     return Boundary(source, tuple(_group(method, images) for (method, *_), images in groups.items()))
 
 
-def _images(
-    plan: RequestPlan, segment: int, row: int, row_behind: int, first_row: int
-) -> list[_Image]:
+def _images(plan: RequestPlan, segment: int, row: int, row_behind: int, first_row: int) -> list[_Image]:
     """The images of one request, in order; `first_row` is its row in the first segment."""
     counts, counts_behind = plan.counts[segment], plan.counts[segment + 1]
     prompt_places = plan.num_prompt_tokens - plan.dropped[segment]

@@ -56,9 +56,7 @@ def reduce_rows(
     merged = []
     for group in boundary.groups:
         observer = watch and watch(group)
-        index, tokens, size = _reduce_group(
-            rows, heads, group, planner.reducer(group.method), grid, observer
-        )
+        index, tokens, size = _reduce_group(rows, heads, group, planner.reducer(group.method), grid, observer)
         kept = torch.from_numpy(group.kept).to(device)
         source[kept] = index
         merged.append((kept, tokens, size))

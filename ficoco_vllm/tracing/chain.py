@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from ficoco_vllm.reduction.method import Site
+
 
 @dataclass(frozen=True)
 class Departure:
@@ -40,7 +42,7 @@ class Step:
         sizes: patches that each of `kept` stands for, as the reduction counted them.
     """
 
-    site: str
+    site: Site
     layer: int
     kept: tuple[int, ...]
     num_fused: int

@@ -10,7 +10,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """vLLM did not answer a chat; carries its error for the client."""
 
     def __init__(self, response: ErrorResponse) -> None:
@@ -46,18 +46,18 @@ async def ask(handler: Any, request: ChatCompletionRequest, raw_request: Any) ->
         raw_request: of the client, for its headers and priorities.
 
     Raises:
-        Refused: vLLM answered with an error.
+        RefusedError: vLLM answered with an error.
         VLLMValidationError: the request is not allowed.
     """
     start = time.monotonic()
     chunks = await handler.create_chat_completion(request, raw_request)
     if isinstance(chunks, ErrorResponse):
-        raise Refused(chunks)
+        raise RefusedError(chunks)
     text, usage = "", {"prompt_tokens": 0, "completion_tokens": 0}
     first: float | None = None
     async for chunk in _events(chunks):
         if "error" in chunk:
-            raise Refused(ErrorResponse.model_validate(chunk))
+            raise RefusedError(ErrorResponse.model_validate(chunk))
         usage = chunk.get("usage") or usage
         for choice in chunk["choices"]:
             words = choice["delta"].get("content") or ""

@@ -26,6 +26,8 @@ class Facts:
         method: that the server was started with.
         keep: its budget.
         methods: that a request may name.
+        in_tower: whether anything is reduced in the tower.
+        in_decoder: whether anything is reduced in the decoder.
     """
 
     shape: TowerShape
@@ -35,6 +37,8 @@ class Facts:
     method: str
     keep: int
     methods: tuple[MethodChoice, ...]
+    in_tower: bool
+    in_decoder: bool
 
     @classmethod
     def of(cls, vllm_config: Any) -> "Facts":
@@ -71,6 +75,8 @@ class Facts:
             method=config.method,
             keep=keep,
             methods=tuple(choices),
+            in_tower=tower.active,
+            in_decoder=config.decoder_method is not None,
         )
 
     def visual_tokens(self, steps: Sequence[Step]) -> tuple[int, int]:

@@ -192,8 +192,9 @@ def _followed(
     grid = explanation.grid
     panel = _veiled(seen, side, grid, kept, _FAINT)
     targets = {left.token: left.targets for left in explanation.destinations}
-    for patch, (token, share) in ((patch, flow) for patch in patches for flow in targets.get(patch, ())):
-        for start, end in zip(_boxes(patch, side, grid), _boxes(token, side, grid), strict=False):
+    flows = [(patch, token, share) for patch in patches for token, share in targets.get(patch, ())]
+    for source, token, share in flows:
+        for start, end in zip(_boxes(source, side, grid), _boxes(token, side, grid), strict=False):
             layer = Image.new("RGBA", panel.size)
             pen = ImageDraw.Draw(layer)
             pen.line([_middle(start), _middle(end)], (*_GREEN, round(60 + 120 * share)), 2)

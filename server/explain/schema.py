@@ -1,10 +1,11 @@
 """What `POST /ficoco/explain` is asked and answers."""
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+from ficoco_vllm.reduction.method import Site
 from ficoco_vllm.tracing.chain import Departure, Step, destinations
 
 # Of a token that left, so many targets are named, the largest; the sum of the others is `rest`.
@@ -20,7 +21,9 @@ class ExplainRequest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    image: str = Field(min_length=1, description="URL of the image, as a chat may name it; usually a data URL")
+    image: str = Field(
+        min_length=1, description="URL of the image, as a chat may name it; usually a data URL"
+    )
     question: Annotated[str, StringConstraints(strip_whitespace=True)] = Field(
         min_length=1, max_length=4000, description="what is asked about the image"
     )
@@ -41,7 +44,9 @@ class Measured(BaseModel):
     last_visual_tokens: int = Field(description="of the image, in the decoder's last layer")
     prompt_tokens: int
     completion_tokens: int
-    ttft_seconds: float = Field(description="from the request to its first token; no cache had seen the image")
+    ttft_seconds: float = Field(
+        description="from the request to its first token; no cache had seen the image"
+    )
     total_seconds: float
     kv_bytes: int = Field(description="KV cache of the prompt, over all layers and workers")
 
@@ -70,7 +75,7 @@ class Left(BaseModel):
 class Layer(BaseModel):
     """One reduction, as the engine did it."""
 
-    site: Literal["encoder", "features", "decoder"]
+    site: Site
     layer: int = Field(description="index, from 0")
     kept: list[int]
     num_fused: int = Field(description="the last tokens of `kept` that are new")
@@ -124,7 +129,7 @@ class MethodChoice(BaseModel):
 
     name: str
     title: str
-    site: Literal["encoder", "features", "decoder"]
+    site: Site
 
 
 class Options(BaseModel):

@@ -145,7 +145,7 @@ export class Stage {
     }
     const { shares, lost } = whereIs(this.layers, this.chosen, this.count);
     this.mark(shares, "is-target");
-    const since = this.count - 1 > left ? `, and now is, ${this.count - 1 - left} layers later, in` : " and went into";
+    const since = this.count - 1 > left ? `, and now is, ${this.count - 1 - left} ${this.count - left > 2 ? "layers" : "layer"} later, in` : " and went into";
     say("p", `Left in the ${layerName(this.layers[left])}${shares.length ? since : ". Its information was dropped"}${shares.length ? ":" : "."}`);
     this.list(shares);
     if (shares.length && lost > 0.0005) say("p", `${percent(lost)} went to others or was dropped.`);

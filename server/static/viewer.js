@@ -76,7 +76,7 @@ async function takeImage(file) {
   }
 }
 
-function card(measured, full, title, isReduced) {
+function card(measured, other, title, isReduced) {
   const section = document.createElement("section");
   section.className = isReduced ? "answer is-reduced" : "answer";
   const add = (parent, tag, text, name) => {
@@ -92,15 +92,15 @@ function card(measured, full, title, isReduced) {
     ? `${measured.visual_tokens}`
     : `${measured.visual_tokens} → ${measured.last_visual_tokens}`;
   const rows = [
-    ["Visual tokens", tokens, measured.last_visual_tokens, full?.visual_tokens],
-    ["First token", seconds(measured.ttft_seconds), measured.ttft_seconds, full?.ttft_seconds],
-    ["Whole answer", seconds(measured.total_seconds), measured.total_seconds, full?.total_seconds],
-    ["KV cache", bytes(measured.kv_bytes), measured.kv_bytes, full?.kv_bytes],
+    ["Visual tokens", tokens, "last_visual_tokens"],
+    ["First token", seconds(measured.ttft_seconds), "ttft_seconds"],
+    ["Whole answer", seconds(measured.total_seconds), "total_seconds"],
+    ["KV cache", bytes(measured.kv_bytes), "kv_bytes"],
   ];
-  for (const [name, text, value, reference] of rows) {
+  for (const [name, text, field] of rows) {
     add(list, "dt", name);
     const bar = add(add(list, "dd", undefined, "bar"), "span");
-    bar.style.setProperty("--part", reference ? Math.min(1, value / reference).toFixed(4) : 1);
+    bar.style.setProperty("--part", (measured[field] / Math.max(measured[field], other?.[field] ?? 0, 1e-9)).toFixed(4));
     bar.parentElement.setAttribute("aria-hidden", "true");
     add(list, "dd", text);
   }
@@ -127,13 +127,14 @@ async function ask(event) {
     const title = $("method").selectedOptions[0].textContent;
     const cards = [card(explanation.reduced, explanation.full, `${title}, ${explanation.keep} kept`, true)];
     if (explanation.full) {
-      cards.unshift(card(explanation.full, explanation.full, `All ${explanation.full.visual_tokens} visual tokens`, false));
+      cards.unshift(card(explanation.full, explanation.reduced, `All ${explanation.full.visual_tokens} visual tokens`, false));
     }
     $("answers").replaceChildren(...cards);
     $("empty").hidden = true;
     $("answers").hidden = false;
     $("way").hidden = false;
     stage.load(explanation, asked);
+    if (matchMedia("(max-width: 860px)").matches) $("result").scrollIntoView();
   } catch (error) {
     $("error").textContent = error.message;
   } finally {

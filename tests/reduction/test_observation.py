@@ -13,7 +13,9 @@ def method(request: pytest.FixtureRequest) -> Method:
     return get(request.param)
 
 
-def observe(method: Method, N: int, R: int, B: int = 2, **settings: object) -> tuple[Observation, torch.Tensor]:
+def observe(
+    method: Method, N: int, R: int, B: int = 2, **settings: object
+) -> tuple[Observation, torch.Tensor]:
     """One reduction with somebody watching, and the reduced tokens."""
     seen: list[Observation] = []
     size = torch.rand(B, N) + 0.5

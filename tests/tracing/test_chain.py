@@ -14,7 +14,9 @@ NUM_PATCHES = 36
 TRACE_ID = 7
 
 
-def layers_of(method: str, removals: list[int], site: str = "encoder", **settings: Any) -> list[dict[str, Any]]:
+def layers_of(
+    method: str, removals: list[int], site: str = "encoder", **settings: Any
+) -> list[dict[str, Any]]:
     """The trace of several reductions one behind the other, of the second image of a batch."""
     traces = Traces()
     reducer = get(method).configure(**settings)
@@ -140,7 +142,7 @@ def test_no_observer_where_nothing_is_traced() -> None:
 
 @pytest.mark.parametrize("value", [True, -1, MAX_TRACE_ID + 1, "1", 1.5, None])
 def test_a_mark_that_is_not_one(value: Any) -> None:
-    with pytest.raises(ValueError, match="ficoco_trace = .* allowed: an integer from 0 to"):
+    with pytest.raises(ValueError, match=r"ficoco_trace = .* allowed: an integer from 0 to"):
         check_trace_id(value)
 
 
