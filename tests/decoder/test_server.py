@@ -4,10 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from PIL import Image
 
+from ficoco_vllm.server.explain.schema import Explanation
 from tests.support.server import Server, data_url, message, serve
 
 pytestmark = pytest.mark.server
@@ -17,7 +19,15 @@ pytestmark = pytest.mark.server
 def server(small_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """As `make serve METHOD=ficoco-vl` starts it: the command line alone chooses the model runner."""
     log = tmp_path_factory.mktemp("server") / "log"
-    arguments = ["--ficoco-method", "ficoco-vl", "--ficoco-keep", "16", "--served-model-name", "small"]
+    arguments = [
+        "--ficoco-method",
+        "ficoco-vl",
+        "--ficoco-keep",
+        "16",
+        "--served-model-name",
+        "small",
+        "--ficoco-explain",
+    ]
     more = ["--enforce-eager", "--max-model-len", "1024", "--kv-cache-memory-bytes", str(2**26)]
     with serve(log, str(small_llava), *arguments, *more) as server:
         yield server
@@ -69,6 +79,29 @@ def test_refusals(
     assert all(part in body["message"] for part in parts)
     assert server.is_healthy()
     assert complete(server, images[:1]).usage.completion_tokens == 3
+
+
+def test_an_explanation_goes_through_tower_and_decoder(server: Server, images: list[Image.Image]) -> None:
+    body = {"image": data_url(images[1]), "question": "what is this?", "max_tokens": 2}
+    answer = httpx.post(f"{server.url}/ficoco/explain", json=body, timeout=300)
+    assert answer.status_code == 200, answer.text
+    found = Explanation.model_validate_json(answer.content)
+    assert (found.method, found.keep, found.grid) == ("ficoco-vl", 16, (12, 12))
+    sites = [layer.site for layer in found.layers]
+    assert sites == sorted(sites, reverse=True), "first the tower, then the decoder"
+    assert set(sites) == {"encoder", "decoder"}
+    assert (found.reduced.visual_tokens, found.reduced.last_visual_tokens) == (48, 16)
+    assert found.full is not None
+    assert (found.full.visual_tokens, found.full.last_visual_tokens) == (144, 144)
+    assert found.full.prompt_tokens - found.reduced.prompt_tokens == 144 - 48
+    kept = found.layers[-1].kept
+    held = dict.fromkeys(kept, 1.0)
+    for item in found.destinations:
+        for token, share in item.targets:
+            held[token] += share
+    # Nothing is lost on the whole way, though the decoder counts anew.
+    assert len(kept) == 16
+    assert sum(held.values()) == pytest.approx(144, abs=0.1)
 
 
 def test_start_up_says_what_it_means(server: Server) -> None:
