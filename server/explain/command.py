@@ -143,7 +143,7 @@ def _reason(error: urllib.error.HTTPError, url: str) -> str:
         said = json.loads(error.read())["error"]["message"]
     except (ValueError, KeyError, TypeError):
         said = error.reason
-    return f"{url} answered {error.code}: {said}"
+    return f"{url} answered {error.code}: {' '.join(str(said).split())}"
 
 
 def _patches(texts: list[str] | None, grid: tuple[int, int]) -> list[int] | None:

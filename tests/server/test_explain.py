@@ -224,3 +224,27 @@ def test_the_command_refuses(
     assert part in printed.err
     assert printed.err.count("\n") == 1
     assert not (tmp_path / "picture.png").exists()
+
+
+def test_the_command_with_a_server_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    example, out = examples()[2], tmp_path / "picture.jpg"
+    assert main(["explain", str(example.image), example.question, "--out", str(out), "--method", "tome"]) == 0
+    printed = capsys.readouterr()
+    assert "starting a server for this picture" in printed.err
+    assert "tome, 64 kept: " in printed.out
+    with Image.open(out) as picture:
+        assert picture.width == 1120
+
+
+def test_a_server_of_its_own_that_does_not_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "explain",
+        str(examples()[2].image),
+        "?",
+        "--out",
+        str(tmp_path / "out.png"),
+        "--method",
+        "magic",
+    ]
+    assert main(arguments) == 1
+    assert "error: ficoco: method = 'magic' is not a known method" in capsys.readouterr().err

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from selenium.webdriver import Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
@@ -124,10 +123,9 @@ class Browser:
             if entry["level"] in ("SEVERE", "WARNING")
         ]
 
-    def screenshot(self, file: Path) -> Image.Image:
-        """The whole page, not only what is in view."""
+    def screenshot(self, file: Path) -> None:
+        """The whole page, not only what is in view, as PNG."""
         shown = self.driver.execute_cdp_cmd(
             "Page.captureScreenshot", {"format": "png", "captureBeyondViewport": True, "fromSurface": True}
         )
         file.write_bytes(base64.b64decode(shown["data"]))
-        return Image.open(file)
