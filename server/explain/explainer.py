@@ -1,5 +1,6 @@
 """Answers one explanation: the chat with and without reduction, and the trace of the first."""
 
+import asyncio
 import secrets
 from copy import copy
 from typing import Any
@@ -15,6 +16,12 @@ from ficoco_vllm.tracing.store import MAX_TRACE_ID, TRACE
 
 # Of a worker; it only hands over what is recorded, so what takes longer is a worker that does not answer.
 _RPC_SECONDS = 60.0
+# Explanations that run at once in this process; the others wait. Each has one trace, of the few that a worker holds.
+MAX_AT_ONCE = 2
+
+
+class TraceLostError(RuntimeError):
+    """A trace was not whole when it was fetched."""
 
 
 def trusting(chat: Any) -> Any:
@@ -49,6 +56,7 @@ class Explainer:
         self.chat = trusting(chat)
         self.facts = Facts.of(engine_client.vllm_config)
         self._is_warm = False
+        self._few_at_once = asyncio.Semaphore(MAX_AT_ONCE)
 
     @property
     def model(self) -> str:
@@ -77,8 +85,13 @@ class Explainer:
 
         Raises:
             RefusedError: vLLM answered with an error.
+            TraceLostError: other requests have taken the place of the trace.
             VLLMValidationError: the request is not allowed.
         """
+        async with self._few_at_once:
+            return await self._explain(asked, raw_request)
+
+    async def _explain(self, asked: ExplainRequest, raw_request: Any) -> Explanation:
         method = asked.method or self.facts.method
         keep = self.facts.keep if asked.keep is None else asked.keep
         if not self._is_warm:
@@ -138,8 +151,13 @@ class Explainer:
                 "ficoco_take_trace", timeout=_RPC_SECONDS, args=(trace_id,)
             )
         # Every worker that holds a part of a layer has seen the same.
-        trace = next((trace for trace in traces if trace), [])
-        return reply, read_steps(trace, self.facts.shape.num_patches)
+        trace: list[dict[str, Any]] = next((trace for trace in traces if trace), [])
+        try:
+            steps = read_steps(trace, self.facts.shape.num_patches)
+            self.facts.check_complete(steps, keep)
+        except ValueError as error:
+            raise TraceLostError(str(error)) from error
+        return reply, steps
 
     def _budget(self, method: str | None, keep: int | None, trace_id: int) -> dict[str, Any]:
         """What the chat says of the reduction; without a method, that there is none."""

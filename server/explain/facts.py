@@ -92,6 +92,26 @@ class Facts:
             last = len(step.kept) if step.site == "decoder" else entering
         return entering, entering if last is None else last
 
+    def check_complete(self, steps: Sequence[Step], keep: int | None) -> None:
+        """Find out whether a trace tells of the whole way.
+
+        Args:
+            steps: of a trace.
+            keep: the budget of its request; None: without reduction.
+
+        Raises:
+            ValueError: a part of it is missing.
+        """
+        entering, last = self.visual_tokens(steps)
+        if keep is None:
+            keep = self.shape.num_patches + self.shape.with_cls
+        elif not self.in_decoder:  # there [CLS] is one of the tokens that are counted
+            keep += self.shape.with_cls
+        if last != min(keep, entering):
+            raise ValueError(
+                f"the trace is incomplete: it ends with {last} visual tokens, the budget is {keep}"
+            )
+
     def kv_bytes(self, num_prompt_tokens: int, steps: Sequence[Step]) -> int:
         """KV cache of a prompt with one image, over all layers.
 

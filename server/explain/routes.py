@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response
 
 from ficoco_vllm.server.explain import pages
 from ficoco_vllm.server.explain.asking import RefusedError
-from ficoco_vllm.server.explain.explainer import Explainer
+from ficoco_vllm.server.explain.explainer import Explainer, TraceLostError
 from ficoco_vllm.server.explain.guard import RateLimiter, api_keys, check_key
 from ficoco_vllm.server.explain.schema import ExplainRequest, Explanation, Options
 
@@ -29,7 +29,9 @@ def make_router(keys: Sequence[str], limiter: RateLimiter) -> APIRouter:
         check_key(raw_request.headers, keys)
 
     router = APIRouter(tags=["ficoco"], dependencies=[Depends(check_key_of)])
-    errors: dict[int | str, dict[str, Any]] = {status: {"model": ErrorResponse} for status in (400, 401, 429)}
+    errors: dict[int | str, dict[str, Any]] = {
+        status: {"model": ErrorResponse} for status in (400, 401, 429, 503)
+    }
 
     @router.get("/ficoco/options", response_model=Options)
     async def options(raw_request: Request) -> Options:
@@ -49,6 +51,8 @@ def make_router(keys: Sequence[str], limiter: RateLimiter) -> APIRouter:
             explanation = await explainer(raw_request).explain(request, raw_request)
         except RefusedError as error:
             return JSONResponse(error.response.model_dump(), status_code=error.response.error.code)
+        except TraceLostError as error:
+            raise HTTPException(503, f"{error}; other requests were traced meanwhile, try again") from error
         return Response(explanation.model_dump_json(), media_type="application/json")
 
     return router

@@ -65,6 +65,16 @@ def test_nothing_left() -> None:
     assert facts().kv_bytes(20, []) == 20 * 8 * 10
 
 
+def test_a_trace_that_others_have_pushed_out_is_noticed() -> None:
+    whole = [step("encoder", 3, 9), step("decoder", 3, 5)]
+    facts().check_complete(whole, 5)
+    facts().check_complete([], None)
+    facts(with_cls=True).check_complete([], None)
+    for part in (whole[:1], []):
+        with pytest.raises(ValueError, match="the trace is incomplete: it ends with"):
+            facts().check_complete(part, 5)
+
+
 @pytest.mark.parametrize(
     ("size", "crop", "expected"),
     [
