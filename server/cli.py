@@ -1,4 +1,4 @@
-"""`ficoco-vllm`: serve, list the methods, plan."""
+"""`ficoco-vllm`: serve, list the methods, plan, explain."""
 
 import argparse
 import sys
@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from ficoco_vllm import __version__
 from ficoco_vllm.server import methods, plan, serve
+from ficoco_vllm.server.explain import command as explain
 
-COMMANDS = {"serve": serve, "methods": methods, "plan": plan}
+COMMANDS = {"serve": serve, "methods": methods, "plan": plan, "explain": explain}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
