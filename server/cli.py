@@ -1,13 +1,13 @@
-"""`ficoco-vllm`: serve, list the methods, plan."""
+"""`ficoco-vllm`: serve, list the methods, plan, measure."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
 from ficoco_vllm import __version__
-from ficoco_vllm.server import methods, plan, serve
+from ficoco_vllm.server import bench, methods, plan, serve
 
-COMMANDS = {"serve": serve, "methods": methods, "plan": plan}
+COMMANDS = {"serve": serve, "methods": methods, "plan": plan, "bench": bench}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
