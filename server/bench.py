@@ -63,6 +63,7 @@ def _add_accuracy(benchmarks: Any) -> None:
 
 def _accuracy(args: argparse.Namespace) -> int:
     try:
+        from ficoco_vllm.benchmarks.accuracy.host import Host
         from ficoco_vllm.benchmarks.accuracy.run import Options, measure, write
         from ficoco_vllm.benchmarks.accuracy.suites import TABLES
         from ficoco_vllm.benchmarks.accuracy.tables import methods_table
@@ -76,10 +77,12 @@ def _accuracy(args: argparse.Namespace) -> int:
             few_count=args.few_count,
             answers=args.answers,
             methods=_names(args.methods) or None,
-            url=args.url and args.url.rstrip("/").removesuffix("/v1"),
-            model=args.model,
-            api_key=args.api_key,
-            num_tokens=args.visual_tokens,
+            host=Host(
+                url=args.url and args.url.rstrip("/").removesuffix("/v1"),
+                model=args.model,
+                api_key=args.api_key,
+                num_tokens=args.visual_tokens,
+            ),
             seed=args.seed,
             concurrency=args.concurrency,
         )

@@ -5,9 +5,9 @@ import sys
 from collections.abc import Sequence
 
 from ficoco_vllm import __version__
-from ficoco_vllm.server import bench, methods, plan, serve
+from ficoco_vllm.server import bench, calibrate, methods, plan, serve
 
-COMMANDS = {"serve": serve, "methods": methods, "plan": plan, "bench": bench}
+COMMANDS = {"serve": serve, "methods": methods, "plan": plan, "bench": bench, "calibrate": calibrate}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

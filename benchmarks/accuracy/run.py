@@ -1,22 +1,19 @@
 """One run: servers started or found, questions asked, figures written."""
 
 import json
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ficoco_vllm.benchmarks.accuracy.client import Endpoint, Job, replay, served_model
+from ficoco_vllm.benchmarks.accuracy.client import Job, replay
+from ficoco_vllm.benchmarks.accuracy.host import CONCURRENCY, Host, endpoint
 from ficoco_vllm.benchmarks.accuracy.store import Store
 from ficoco_vllm.benchmarks.accuracy.suites import Row, rows, served_methods
 from ficoco_vllm.benchmarks.accuracy.summary import summarise
-from ficoco_vllm.benchmarks.accuracy.variant_package import write_package
-from ficoco_vllm.benchmarks.accuracy.variants import HOST_METHOD, SITES, Site, Variant
+from ficoco_vllm.benchmarks.accuracy.variants import SITES
 from ficoco_vllm.benchmarks.accuracy.workload import Item, embedded
 from ficoco_vllm.benchmarks.bars import environment
-from ficoco_vllm.benchmarks.serving import serve
 
 
 @dataclass(frozen=True)
@@ -30,14 +27,10 @@ class Options:
         count: questions of each type.
         few_count: questions of each type in the ablations and sensitivity tables.
         answers: JSONL file; a run that was cut off goes on from it.
+        host: the server.
         methods: None means every one that the server's site can run.
-        url: of a running server, or None: servers are started, one for each site.
-        model: folder or name of the model to serve, or None: the demo model.
-        api_key: of the server.
-        num_tokens: visual tokens of an image without reduction.
         seed: of the questions.
         concurrency: questions under way at once.
-        serve_arguments: more options for servers that are started.
     """
 
     tables: tuple[str, ...]
@@ -46,24 +39,15 @@ class Options:
     count: int
     few_count: int
     answers: Path
+    host: Host = field(default_factory=Host)
     methods: tuple[str, ...] | None = None
-    url: str | None = None
-    model: str | None = None
-    api_key: str = "none"
-    num_tokens: int = 576
     seed: int = 0
-    concurrency: int = 16
-    serve_arguments: tuple[str, ...] = field(default=())
+    concurrency: int = CONCURRENCY
 
     @property
     def identity(self) -> dict[str, Any]:
         """What must be equal for answers of two runs to be mixed."""
-        return {
-            "model": self.model or "demo",
-            "seed": self.seed,
-            "num_tokens": self.num_tokens,
-            "workload": "embedded",
-        }
+        return {**self.host.identity, "seed": self.seed, "workload": "embedded"}
 
 
 def measure(options: Options) -> dict[str, Any]:
@@ -89,37 +73,11 @@ def measure(options: Options) -> dict[str, Any]:
             missing = [(variant, item) for variant, item in jobs if (variant.key, item.name) not in store]
             if not missing:
                 continue
-            with endpoint(options, site, [variant for variant, _ in missing]) as found:
+            with endpoint(options.host, site, [variant for variant, _ in missing]) as found:
                 replay(found, jobs, store, options.concurrency, site)
-        result = summarise(wanted, items, store, options.num_tokens, lambda row: _count(row, options))
+        result = summarise(wanted, items, store, options.host.num_tokens, lambda row: _count(row, options))
     head = {"schema": 1, **options.identity, "environment": environment()}
     return {**head, "count": options.count, "few_count": options.few_count, **result}
-
-
-@contextmanager
-def endpoint(options: Options, site: Site, variants: Sequence[Variant], **changes: Any) -> Iterator[Endpoint]:
-    """A server that can answer as some variants of one site.
-
-    Args:
-        options: of the run.
-        site: where the variants reduce.
-        variants: those with settings of their own are made known to a server that is started.
-        **changes: fields of `Endpoint` other than its defaults.
-
-    Raises:
-        RuntimeError: the server does not start.
-    """
-    fields = {"num_tokens": options.num_tokens, "api_key": options.api_key, **changes}
-    if options.url is not None:
-        yield Endpoint(options.url, served_model(options.url, options.api_key), **fields)
-        return
-    with tempfile.TemporaryDirectory(prefix="ficoco-bench-") as name:
-        folder = Path(name)
-        variables = write_package(folder, variants)
-        arguments = [*filter(None, [options.model]), "--ficoco-method", HOST_METHOD[site]]
-        arguments += ["--trust-request-mm-kwargs", "--api-key", options.api_key, *options.serve_arguments]
-        with serve(arguments, folder / "server.log", variables) as url:
-            yield Endpoint(url, served_model(url, options.api_key), **fields)
 
 
 def _count(row: Row, options: Options) -> int:
