@@ -1,11 +1,13 @@
 """`ficoco-vllm bench`: figures that others can repeat."""
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ficoco_vllm.server import bench_lmms
 from ficoco_vllm.server.numbers import numbers
 
 NEEDS = "pip install 'ficoco-vllm[bench]'"
@@ -18,6 +20,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("bench", help="measure accuracy through the endpoint")
     benchmarks = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
     _add_accuracy(benchmarks)
+    bench_lmms.add_parser(benchmarks)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -57,6 +60,7 @@ def _add_accuracy(benchmarks: Any) -> None:
     add("--visual-tokens", type=int, default=576, help="of an image without reduction (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the questions")
     add("--concurrency", type=int, default=16, help="questions under way at once (default: %(default)s)")
+    add("--reference", type=Path, help="JSON of an earlier run; warn where this one is worse")
     add("--answers", type=Path, default=DEFAULT_ANSWERS, help="JSONL of all answers (default: %(default)s)")
     add("--out", type=Path, default=DEFAULT_OUT, help="JSON of the figures (default: %(default)s)")
 
@@ -64,6 +68,7 @@ def _add_accuracy(benchmarks: Any) -> None:
 def _accuracy(args: argparse.Namespace) -> int:
     try:
         from ficoco_vllm.benchmarks.accuracy.host import Host
+        from ficoco_vllm.benchmarks.accuracy.regression import regressions
         from ficoco_vllm.benchmarks.accuracy.run import Options, measure, write
         from ficoco_vllm.benchmarks.accuracy.suites import TABLES
         from ficoco_vllm.benchmarks.accuracy.tables import methods_table
@@ -87,9 +92,11 @@ def _accuracy(args: argparse.Namespace) -> int:
             concurrency=args.concurrency,
         )
         result = measure(options)
+        if args.reference is not None:
+            result["warnings"] += regressions(result, json.loads(args.reference.read_text(encoding="utf-8")))
     except ModuleNotFoundError as error:
         return _fail(f"{error}; {NEEDS}")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return _fail(str(error))
     write(result, args.out)
     if any(row["table"] == "methods" for row in result["rows"]):

@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 CONFIDENCE = 0.95
 RESAMPLES = 4000
@@ -64,15 +66,16 @@ def at_least(successes: int, count: int, share: float) -> float:
         return 1.0
     if not 0.0 < share < 1.0:
         return float(share >= 1.0)
-    logs = [
-        math.lgamma(count + 1)
-        - math.lgamma(k + 1)
-        - math.lgamma(count - k + 1)
-        + k * math.log(share)
-        + (count - k) * math.log1p(-share)
-        for k in range(successes, count + 1)
-    ]
-    return min(1.0, sum(math.exp(value) for value in logs))
+    k = np.arange(successes, count + 1)
+    logs = _log_choices(count)[successes:] + k * math.log(share) + (count - k) * math.log1p(-share)
+    return min(1.0, float(np.exp(logs).sum()))
+
+
+@lru_cache(maxsize=1024)
+def _log_choices(count: int) -> NDArray[np.float64]:
+    """Logarithms of the binomial coefficients of `count` over 0 to `count`."""
+    logs = np.array([math.lgamma(k + 1) for k in range(count + 1)])
+    return np.asarray(logs[-1] - logs - logs[::-1])
 
 
 def sign_test(better: int, worse: int) -> float:

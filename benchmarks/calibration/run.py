@@ -14,7 +14,7 @@ from ficoco_vllm.benchmarks.accuracy.workload import Item
 from ficoco_vllm.benchmarks.bars import environment
 from ficoco_vllm.benchmarks.calibration.divergence import divergence
 from ficoco_vllm.benchmarks.calibration.savings import first_token_ratio, kv_saving
-from ficoco_vllm.benchmarks.calibration.search import Ask, Found, certify, needed, search
+from ficoco_vllm.benchmarks.calibration.search import FIRST, Ask, Found, certify, needed, search
 
 BUDGETS = (288, 192, 144, 96, 64, 48, 32, 16)
 SEARCH_SHARE = 1 / 4
@@ -114,11 +114,11 @@ def split(items: Sequence[Item], target: float, confidence: float) -> tuple[list
         ValueError: too few to show the target even if all answers agree.
     """
     least = needed(target, confidence)
-    at_search = min(max(1, round(len(items) * SEARCH_SHARE)), len(items) - least)
-    if at_search < min(16, least):
+    at_search = min(max(FIRST, round(len(items) * SEARCH_SHARE)), len(items) - least)
+    if at_search < FIRST:
         raise ValueError(
             f"--data holds {len(items)} questions, too few to show an agreement of {target} with {confidence:.0%} "
-            f"confidence; allowed: at least {least + min(16, least)}, or a lower --target-agreement"
+            f"confidence; allowed: at least {least + FIRST}, or a lower --target-agreement"
         )
     return list(items[:at_search]), list(items[at_search:])
 
