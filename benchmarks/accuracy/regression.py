@@ -41,7 +41,7 @@ def regressions(result: Mapping[str, Any], reference: Mapping[str, Any], level: 
         better, worse = pairs.count(("0", "1")), pairs.count(("1", "0"))
         if worse > better and sign_test(better, worse) < level:
             found.append(
-                f"{row['table']}, {row['label']}, {row['keep']} tokens: of {len(pairs)} questions {worse} are no "
+                f"{row['table']}, {row['label']}, {row['keep'] or 'all'} tokens: of {len(pairs)} questions {worse} are no "
                 f"longer answered right and {better} are that were not"
             )
     return found
