@@ -40,9 +40,9 @@ def regressions(result: Mapping[str, Any], reference: Mapping[str, Any], level: 
         pairs = list(_pairs(before["kinds"], row["kinds"]))
         better, worse = pairs.count(("0", "1")), pairs.count(("1", "0"))
         if worse > better and sign_test(better, worse) < level:
+            place = f"{row['table']}, {row['label']}, {row['keep'] or 'all'} tokens"
             found.append(
-                f"{row['table']}, {row['label']}, {row['keep'] or 'all'} tokens: of {len(pairs)} questions {worse} are no "
-                f"longer answered right and {better} are that were not"
+                f"{place}: of {len(pairs)} questions {worse} are wrong now and {better} right that were not"
             )
     return found
 
