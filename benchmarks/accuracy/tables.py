@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from ficoco_vllm.benchmarks.accuracy.paper import ABLATIONS
+from ficoco_vllm.benchmarks.accuracy.suites import TABLES
 from ficoco_vllm.benchmarks.accuracy.variants import FULL, NO_IMAGE
 
 ROOT = Path(__file__).resolve().parents[2]
-# Two runs, since a server of the decoder answers a tenth as fast here; the second one's blocks carry the prefix.
+# Two runs, since methods of the decoder take far longer without a GPU; the second one's blocks carry the prefix.
 RESULTS = {"": "accuracy.json", "decoder-": "accuracy-decoder.json"}
 PAGE = ROOT / "docs" / "accuracy.md"
 _BLOCK = re.compile(r"(<!-- begin ([a-z-]+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
+
+_NAMES = ("kinds", "provenance", *TABLES)
 
 Result = Mapping[str, Any]
 
@@ -103,12 +106,15 @@ def filled(page: str, results: Mapping[str, Result]) -> str:
 
     Args:
         page: Markdown with `<!-- begin NAME -->` and `<!-- end NAME -->` lines.
-        results: prefix of block names to the result that fills them.
+        results: prefix of block names to the result that fills them; where one of `RESULTS` is missing, its blocks
+            say so.
 
     Raises:
         ValueError: a block of the page is in no result.
     """
-    blocks = {
+    missing = RESULTS.keys() - results.keys()
+    blocks = {prefix + name: ["Not measured yet."] for prefix in missing for name in _NAMES}
+    blocks |= {
         prefix + name: lines for prefix, result in results.items() for name, lines in render(result).items()
     }
 
