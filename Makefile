@@ -17,7 +17,7 @@ ARGS   ?=
 RUNTIME := $(VENV)/.installed
 DEV     := $(VENV)/.installed-dev
 
-.PHONY: help install serve test test-kernels check format lint types imports kernels-aot bench-kernels bench-ttft clean
+.PHONY: help install serve test test-kernels check format lint types imports kernels-aot bench-kernels bench-ttft bench-concurrency bench-load clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -75,6 +75,9 @@ bench-ttft: $(DEV)  ## time to first token at LLaVA-1.5-7B's width, stock and re
 
 bench-concurrency: $(DEV)  ## requests that run at once under the same KV memory: stock, V, L, VL
 	@$(BIN)/python -m benchmarks.concurrency $(ARGS)
+
+bench-load: $(DEV)  ## stock and reducing servers under the same load, in turns (ARGS="--help")
+	@$(BIN)/python -m benchmarks.load.command --bar 1.0 $(ARGS)
 
 clean:  ## remove the environment and everything built
 	@rm -rf $(VENV) build dist *.egg-info
