@@ -19,7 +19,7 @@ RUNTIME := $(VENV)/.installed
 DEV     := $(VENV)/.installed-dev
 
 .PHONY: help install serve test test-kernels check format lint types imports kernels-aot bench-kernels bench-ttft \
-    bench-concurrency bench-accuracy bench-smoke lmms clean
+    bench-concurrency bench-metrics bench-elastic bench-load bench-accuracy bench-smoke lmms clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -99,6 +99,9 @@ $(LMMS)/.installed: requirements/lmms.lock $(RUNTIME)
 	@touch $@
 
 lmms: $(LMMS)/.installed  ## an environment with lmms-eval on top of the serving one, for `ficoco-vllm bench lmms`
+
+bench-load: $(DEV)  ## stock and reducing servers under the same load, in turns (ARGS="--help")
+	@$(BIN)/python -m benchmarks.load.command --bar 1.0 $(ARGS)
 
 clean:  ## remove the environment and everything built
 	@rm -rf $(VENV) $(LMMS) build dist *.egg-info
