@@ -8,7 +8,7 @@ from io import StringIO
 from typing import Any
 
 from ficoco_vllm.benchmarks.load.sampling import Sampler
-from ficoco_vllm.benchmarks.load.settings import INFINITE, Traffic
+from ficoco_vllm.benchmarks.load.settings import Traffic
 
 PERCENTILES = (50, 90, 99)
 # What is kept of the client's result, beside the percentiles.
@@ -91,7 +91,7 @@ def _arguments(
         "--random-mm-bucket-config": f"{{({side}, {side}, 1): 1.0}}",
         "--seed": seed,
         "--temperature": 0,
-        "--request-rate": traffic.rate if traffic.rate != INFINITE else "inf",
+        "--request-rate": "inf" if traffic.rate is None else traffic.rate,
         "--percentile-metrics": ",".join(_LATENCIES),
         "--metric-percentiles": ",".join(map(str, PERCENTILES)),
         # The client's own test request is its first one: that image would then be in the server's caches.

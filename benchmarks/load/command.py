@@ -141,7 +141,7 @@ def _measure(args: argparse.Namespace, turns: Sequence[Turn]) -> list[dict[str, 
             (*options, *args.server_options.split()),
             args.out,
         )
-        return run_turns(turns, target, args.sample_seconds, _say)
+        return run_turns(list(turns), target, args.sample_seconds, _say)
 
 
 def _model(args: argparse.Namespace, scratch: Path) -> tuple[str, tuple[str, ...]]:

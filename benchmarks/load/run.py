@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ficoco_vllm.benchmarks.load.client import run_point
-from ficoco_vllm.benchmarks.load.settings import INFINITE, Traffic, Turn
+from ficoco_vllm.benchmarks.load.settings import Traffic, Turn
 from ficoco_vllm.benchmarks.serving import STOCK, serve
 
 # Requests that a server answers before anything is measured: it compiles, grows its pools, fills its thread pools.
@@ -77,7 +77,7 @@ def run_turn(
         say: takes a line about each point.
     """
     first = turn.points[0][0]
-    warm_up = first.model_copy(update={"num_requests": _WARM_UP, "rate": INFINITE, "concurrency": _WARM_UP})
+    warm_up = first.model_copy(update={"num_requests": _WARM_UP, "rate": None, "concurrency": _WARM_UP})
     run_point(url, target.name, target.tokenizer, warm_up, _WARM_UP_SEED, headers, sample_seconds)
     rows = []
     for traffic, seed in turn.points:

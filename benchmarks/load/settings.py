@@ -3,7 +3,7 @@
 import math
 import random
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -11,7 +11,6 @@ from ficoco_vllm.reduction import available
 from ficoco_vllm.reduction.pipeline import PIPELINES
 
 STOCK = "stock"
-INFINITE = "inf"
 
 
 class Server(BaseModel):
@@ -53,7 +52,7 @@ class Traffic(BaseModel):
     """The requests of one point: one image and some text each, images never seen before.
 
     Attributes:
-        rate: requests a second (Poisson), or "inf": as fast as `concurrency` lets them.
+        rate: requests a second (Poisson); None: as fast as `concurrency` lets them.
         concurrency: requests that the client has open at once; None does not bound them.
         num_requests: measured requests.
         num_text_tokens: of a prompt, beside the image.
@@ -63,7 +62,7 @@ class Traffic(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    rate: float | Literal["inf"] = INFINITE
+    rate: float | None = None
     concurrency: int | None = Field(default=None, ge=1)
     num_requests: int = Field(default=64, ge=2)
     num_text_tokens: int = Field(default=60, ge=1)
@@ -72,16 +71,16 @@ class Traffic(BaseModel):
 
     @model_validator(mode="after")
     def _bounded(self) -> "Traffic":
-        if self.rate == INFINITE and self.concurrency is None:
+        if self.rate is None and self.concurrency is None:
             raise ValueError("a point needs a rate or a concurrency; got neither")
-        if self.rate != INFINITE and not 0 < self.rate < math.inf:
+        if self.rate is not None and not 0 < self.rate < math.inf:
             raise ValueError(f"rate = {self.rate} is not allowed; allowed: a number above 0")
         return self
 
     @property
     def name(self) -> str:
         """Short and unique among the points of a run."""
-        if self.rate == INFINITE:
+        if self.rate is None:
             return f"concurrency {self.concurrency}"
         return f"{self.rate:g} requests/s"
 
