@@ -2,15 +2,19 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from tests.decoder.calls import Ask, ask
+from ficoco_vllm.tracing.chain import read_steps
+from tests.decoder.calls import Ask, ask, take_trace
 from tests.reference.algorithm2 import ReferenceDecoder, Shown
+from tests.reference.decoder_rules import RULES
 from tests.support.compare import NUM_TOKENS, TOLERANCE, assert_equal, demo_questions
 from tests.support.engine import PROMPT, TEXT_ONLY, TWO_IMAGES, Answer
+from tests.support.oracle import Spy, assert_same_story
 from tests.support.remote import Remote, remote_engine
 
 # Of eight decoder layers in segments of one: FiCoCo-L from the 4th on; FastV behind the 2nd; PyramidDrop's layers
@@ -62,7 +66,7 @@ def questions(trained: bool, images: list[Image.Image]) -> list[tuple[str, Image
 @pytest.fixture(scope="module")
 def pair(model: Path) -> Iterator[tuple[Remote, ReferenceDecoder]]:
     """The engine and the oracle on the same weights."""
-    with remote_engine(model, {"method": "ficoco-l", "keep": 16}, block_size=32) as engine:
+    with remote_engine(model, {"method": "ficoco-l", "keep": 16, "explain": True}, block_size=32) as engine:
         yield engine, ReferenceDecoder(model)
 
 
@@ -112,6 +116,32 @@ def test_two_images_and_text_in_one_step(
     for one, answer in zip(asks, answers, strict=True):
         shown = [Shown(image, num_patches, left("ficoco-l", num_patches, 16)) for image in one.images]
         check(reference, "ficoco-l", one, answer, shown, trained)
+
+
+def test_a_trace_tells_what_the_reference_does(
+    pair: tuple[Remote, ReferenceDecoder],
+    questions: list[tuple[str, Image.Image]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of the very request, not of its neighbours in the step."""
+    engine, reference = pair
+    rule = RULES["ficoco-l"]
+    spy = Spy(lambda tokens, seen, removed: rule(replace(seen, tokens=tokens), removed))
+    monkeypatch.setitem(RULES, "ficoco-l", lambda seen, removed: spy(seen.tokens, seen, removed))
+    num_patches = reference.num_patches
+    (text, image), (other_text, other_image) = questions[0], questions[1]
+    asks = [
+        Ask(other_text, [other_image], NUM_TOKENS),
+        Ask(TEXT_ONLY, [], NUM_TOKENS),
+        Ask(text, [image], NUM_TOKENS, extra={"ficoco_trace": 12}),
+    ]
+    answers = engine.call(ask, asks)
+    shown = Shown(image, num_patches, left("ficoco-l", num_patches, 16))
+    reference.judge("ficoco-l", text, [shown], answers[2].tokens)
+    steps = read_steps(engine.call(take_trace, 12), num_patches)
+    assert [step.layer for step in steps] == list(LAYERS["ficoco-l"])
+    # Shares are ratios of attention weights, which differ as the log-probabilities do.
+    assert_same_story(steps, spy.mixes, num_patches, TOLERANCE)
 
 
 @pytest.mark.parametrize("method", list(LAYERS))
