@@ -1,30 +1,32 @@
-"""The served decoder against Algorithm 2 written plainly on Hugging Face's model."""
+"""The served decoder against Algorithm 2 and its relatives written plainly on Hugging Face's model, in float64."""
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
-from ficoco_vllm.demo_model import examples
 from ficoco_vllm.tracing.chain import read_steps
 from tests.decoder.calls import Ask, ask, take_trace
-from tests.reference.algorithm2 import RULES, ReferenceDecoder, Shown
-from tests.support.engine import PROMPT, TEXT_ONLY, TWO_IMAGES
+from tests.reference.algorithm2 import ReferenceDecoder, Shown
+from tests.reference.decoder_rules import RULES
+from tests.support.compare import NUM_TOKENS, TOLERANCE, assert_equal, demo_questions
+from tests.support.engine import PROMPT, TEXT_ONLY, TWO_IMAGES, Answer
 from tests.support.oracle import Spy, assert_same_story
 from tests.support.remote import Remote, remote_engine
 
-# float32 on both sides; the difference is the order of sums in matrix products and softmax, amplified by the layers.
-TOLERANCE = 1e-4
-# Of a log-probability's own size: trained weights give improbable tokens -8 and less, where float32 is that coarse.
-RELATIVE = 1e-5
-# The answer; behind its end a trained model is led by rounding.
-NUM_TOKENS = 2
 # Of eight decoder layers in segments of one: FiCoCo-L from the 4th on; FastV behind the 2nd; PyramidDrop's layers
-# 8, 16 and 24 of 32. The last layer saves nothing.
-LAYERS = {"ficoco-l": (3, 4, 5, 6), "fitprune": (3, 4, 5, 6), "fastv": (1,), "pyramiddrop": (2, 4, 6)}
+# 8, 16 and 24 of 32; SparseVLM's 2, 6 and 15 of 32, scaled to eight. The last layer saves nothing.
+LAYERS = {
+    "ficoco-l": (3, 4, 5, 6),
+    "fitprune": (3, 4, 5, 6),
+    "fastv": (1,),
+    "pyramiddrop": (2, 4, 6),
+    "sparsevlm": (0, 1, 3),
+}
+GEOMETRIC = ("pyramiddrop", "sparsevlm")
 
 pytestmark = pytest.mark.engine
 
@@ -33,7 +35,7 @@ def left(method: str, entering: int, keep: int) -> dict[int, int]:
     """Tokens left behind each reducing layer, spread as the method's authors do."""
     layers = LAYERS[method]
     steps = len(layers)
-    if method == "pyramiddrop":
+    if method in GEOMETRIC:
         counts = [round(entering * (keep / entering) ** (step / steps)) for step in range(1, steps)] + [keep]
     else:
         lost = [(entering - keep) // steps + (index < (entering - keep) % steps) for index in range(steps)]
@@ -48,13 +50,17 @@ def model(request: pytest.FixtureRequest) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def trained(model: Path) -> bool:
+    """Whether the weights know when an answer ends."""
+    return model.name == "demo_model"
+
+
 @pytest.fixture
-def pictures(model: Path, images: list[Image.Image]) -> list[Image.Image]:
-    """What the model can tell apart: anything for random weights, for trained ones what they know."""
-    if model.name != "demo_model":
-        return images
-    shown = [Image.open(example.image).convert("RGB") for example in examples()]
-    return [shown[index % len(shown)] for index in range(8)]
+def questions(trained: bool, images: list[Image.Image]) -> list[tuple[str, Image.Image]]:
+    """Noise for random weights; for trained ones what they know, the longest answers first."""
+    known = demo_questions()
+    return known[2:] + known[:2] if trained else [(PROMPT, image) for image in images[:6]]
 
 
 @pytest.fixture(scope="module")
@@ -64,88 +70,118 @@ def pair(model: Path) -> Iterator[tuple[Remote, ReferenceDecoder]]:
         yield engine, ReferenceDecoder(model)
 
 
+def check(
+    reference: ReferenceDecoder, method: str, one: Ask, answer: Answer, shown: list[Shown], trained: bool
+) -> None:
+    """Hold one answer against the oracle."""
+    logprobs = reference.judge(method, one.prompt, shown, answer.tokens)
+    assert_equal(answer.tokens, answer.logprobs, logprobs.argmax(dim=-1).tolist(), logprobs, ends=trained)
+
+
 @pytest.mark.parametrize("method", list(LAYERS))
 def test_equals_reference(
-    pair: tuple[Remote, ReferenceDecoder], images: list[Image.Image], method: str
+    pair: tuple[Remote, ReferenceDecoder],
+    questions: list[tuple[str, Image.Image]],
+    method: str,
+    trained: bool,
 ) -> None:
+    """Budgets: all, half, 64 and 9; with each of them two images."""
     engine, reference = pair
     num_patches = reference.num_patches
-    keeps = (num_patches, num_patches // 2, 64, 9)
-    asks = [
-        Ask(PROMPT, [images[index]], NUM_TOKENS, extra={"ficoco_method": method, "ficoco_keep": keep})
-        for index, keep in enumerate(keeps)
-    ]
-    answers = engine.call(ask, asks)
-    for one, answer, keep in zip(asks, answers, keeps, strict=True):
+    asks, keeps = [], []
+    for index, keep in enumerate((num_patches, num_patches // 2, 64, 9)):
+        # The first two are the longest answers; the small budgets, where most is reduced, get them.
+        for text, image in questions[:2] if keep in (64, 9) else questions[2 + index : 4 + index]:
+            extra = {"ficoco_method": method, "ficoco_keep": keep}
+            asks.append(Ask(text, [image], NUM_TOKENS, extra))
+            keeps.append(keep)
+    for one, answer, keep in zip(asks, engine.call(ask, asks), keeps, strict=True):
         shown = Shown(one.images[0], num_patches, left(method, num_patches, keep))
-        tokens, logprobs = reference.answer(method, PROMPT, [shown], one.num_tokens)
-        assert answer.tokens == tokens
-        torch.testing.assert_close(answer.logprobs, logprobs, atol=TOLERANCE, rtol=RELATIVE)
+        check(reference, method, one, answer, [shown], trained)
 
 
 def test_two_images_and_text_in_one_step(
-    pair: tuple[Remote, ReferenceDecoder], images: list[Image.Image]
+    pair: tuple[Remote, ReferenceDecoder], questions: list[tuple[str, Image.Image]], trained: bool
 ) -> None:
     """Each image has the whole budget; a request without any is left alone."""
     engine, reference = pair
     num_patches = reference.num_patches
+    pictures = [image for _, image in questions]
     asks = [
-        Ask(TWO_IMAGES, images[:2], NUM_TOKENS),
+        Ask(TWO_IMAGES, pictures[:2], NUM_TOKENS),
         Ask(TEXT_ONLY, [], NUM_TOKENS),
-        Ask(PROMPT, [images[3]], num_tokens=2),
+        Ask(questions[0][0], [pictures[0]], num_tokens=2),
     ]
     answers = engine.call(ask, asks)
     for one, answer in zip(asks, answers, strict=True):
         shown = [Shown(image, num_patches, left("ficoco-l", num_patches, 16)) for image in one.images]
-        tokens, logprobs = reference.answer("ficoco-l", one.prompt, shown, one.num_tokens)
-        assert answer.tokens == tokens
-        torch.testing.assert_close(answer.logprobs, logprobs, atol=TOLERANCE, rtol=RELATIVE)
+        check(reference, "ficoco-l", one, answer, shown, trained)
 
 
 def test_a_trace_tells_what_the_reference_does(
-    pair: tuple[Remote, ReferenceDecoder], images: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+    pair: tuple[Remote, ReferenceDecoder],
+    questions: list[tuple[str, Image.Image]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of the very request, not of its neighbours in the step."""
     engine, reference = pair
-    spy = Spy(RULES["ficoco-l"])
-    monkeypatch.setitem(RULES, "ficoco-l", spy)
+    rule = RULES["ficoco-l"]
+    spy = Spy(lambda tokens, seen, removed: rule(replace(seen, tokens=tokens), removed))
+    monkeypatch.setitem(RULES, "ficoco-l", lambda seen, removed: spy(seen.tokens, seen, removed))
     num_patches = reference.num_patches
-    reference.answer(
-        "ficoco-l", PROMPT, [Shown(images[4], num_patches, left("ficoco-l", num_patches, 16))], num_tokens=1
-    )
+    (text, image), (other_text, other_image) = questions[0], questions[1]
     asks = [
-        Ask(PROMPT, [images[5]], NUM_TOKENS),
+        Ask(other_text, [other_image], NUM_TOKENS),
         Ask(TEXT_ONLY, [], NUM_TOKENS),
-        Ask(PROMPT, [images[4]], NUM_TOKENS, extra={"ficoco_trace": 12}),
+        Ask(text, [image], NUM_TOKENS, extra={"ficoco_trace": 12}),
     ]
-    engine.call(ask, asks)
+    answers = engine.call(ask, asks)
+    shown = Shown(image, num_patches, left("ficoco-l", num_patches, 16))
+    reference.judge("ficoco-l", text, [shown], answers[2].tokens)
     steps = read_steps(engine.call(take_trace, 12), num_patches)
     assert [step.layer for step in steps] == list(LAYERS["ficoco-l"])
     # Shares are ratios of attention weights, which differ as the log-probabilities do.
     assert_same_story(steps, spy.mixes, num_patches, TOLERANCE)
 
 
-def test_the_check_can_fail(pair: tuple[Remote, ReferenceDecoder], pictures: list[Image.Image]) -> None:
-    """Negative control: what is left without any reduction is told apart by far more than the tolerance."""
+@pytest.mark.parametrize("method", list(LAYERS))
+def test_the_check_can_fail(
+    pair: tuple[Remote, ReferenceDecoder], questions: list[tuple[str, Image.Image]], method: str
+) -> None:
+    """Negative control: one token more in the end is told apart by far more than the tolerance."""
     engine, reference = pair
-    (answer,) = engine.call(ask, [Ask(PROMPT, [pictures[0]], NUM_TOKENS)])
-    shown = Shown(pictures[0], reference.num_patches, {})
-    _, logprobs = reference.answer("ficoco-l", PROMPT, [shown], NUM_TOKENS)
+    text, image = questions[0]
+    (answer,) = engine.call(
+        ask, [Ask(text, [image], NUM_TOKENS, {"ficoco_method": method, "ficoco_keep": 16})]
+    )
+    num_patches = reference.num_patches
+    shown = Shown(image, num_patches, left(method, num_patches, 17))
+    logprobs = reference.judge(method, text, [shown], answer.tokens)
     assert (answer.logprobs - logprobs).abs().max() > 10 * TOLERANCE
 
 
-def test_tower_then_decoder(small_llava: Path, images: list[Image.Image]) -> None:
-    """FiCoCo-VL: Algorithm 1 down to the geometric mean, then Algorithm 2; random weights only."""
-    reference = ReferenceDecoder(small_llava)
-    between = math.isqrt(reference.num_patches * 16)
-    asks = [
-        Ask(PROMPT, [images[4]], NUM_TOKENS),
-        Ask(PROMPT, [images[5]], NUM_TOKENS, mm={"ficoco_keep": 100}, extra={"ficoco_keep": 9}),
-    ]
-    with remote_engine(small_llava, {"method": "ficoco-vl", "keep": 16}, block_size=32) as engine:
+def test_tower_then_decoder(model: Path, questions: list[tuple[str, Image.Image]], trained: bool) -> None:
+    """FiCoCo-VL: Algorithm 1 down to the geometric mean, then Algorithm 2."""
+    reference = ReferenceDecoder(model)
+    num_patches = reference.num_patches
+    budgets = []  # what enters the decoder, what is left
+    asks = []
+    for index, keep in enumerate((num_patches, num_patches // 2, 64, 9)):
+        text, image = questions[index]
+        # The tower's part is the server's, whose budget is 16, unless the request says otherwise.
+        entering = math.isqrt(num_patches * 16) if keep == 9 else math.isqrt(num_patches * keep)
+        asks.append(
+            Ask(
+                text,
+                [image],
+                NUM_TOKENS,
+                extra={"ficoco_keep": keep},
+                mm={} if keep == 9 else {"ficoco_keep": entering},
+            )
+        )
+        budgets.append((entering, keep))
+    with remote_engine(model, {"method": "ficoco-vl", "keep": 16}, block_size=32) as engine:
         answers = engine.call(ask, asks)
-    for one, answer, (entering, keep) in zip(asks, answers, [(between, 16), (100, 9)], strict=True):
+    for one, answer, (entering, keep) in zip(asks, answers, budgets, strict=True):
         shown = Shown(one.images[0], entering, left("ficoco-l", entering, keep))
-        tokens, logprobs = reference.answer("ficoco-vl", PROMPT, [shown], one.num_tokens)
-        assert answer.tokens == tokens
-        torch.testing.assert_close(answer.logprobs, logprobs, atol=TOLERANCE, rtol=RELATIVE)
+        check(reference, "ficoco-vl", one, answer, [shown], trained)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.support.compare import assert_equal, demo_questions
 from tests.support.engine import PROMPT, TEXT_ONLY, TWO_IMAGES
 from tests.support.subprocess_engine import answers
 
@@ -56,15 +57,16 @@ def test_a_reduction_is_told_apart(
     assert torch.equal(ours["answers"][1][2], stock["answers"][1][2])  # text only
 
 
-def test_two_tensor_parallel_workers_equal_one(
-    tmp_path: Path, demo_model: Path, images: list[Image.Image]
-) -> None:
+def test_two_tensor_parallel_workers_equal_one(tmp_path: Path, demo_model: Path) -> None:
     """Each worker sees half of the heads; both must remove the same tokens."""
-    requests = [
-        (prompt, indices, {"ficoco_keep": keep} if indices else {})
+    questions = demo_questions()
+    images = [image for _, image in questions]
+    requests: list[tuple[str, list[int], dict[str, Any]]] = [
+        (text, [index], {"ficoco_keep": keep})
         for keep in (64, 9)
-        for prompt, indices, _ in REQUESTS
+        for index, (text, _) in enumerate(questions)
     ]
+    requests.append((TEXT_ONLY, [], {}))
     one = answers(tmp_path / "one", demo_model, images, requests, ficoco={"keep": 64})
     two = answers(
         tmp_path / "two",
@@ -77,6 +79,5 @@ def test_two_tensor_parallel_workers_equal_one(
         environment={"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "OMP_NUM_THREADS": "1"},
     )
     for answer, expected in zip(two["answers"], one["answers"], strict=True):
-        assert answer[:2] == expected[:2]
-        # float32; sums over heads and columns are split between the workers
-        torch.testing.assert_close(answer[2], expected[2], atol=1e-4, rtol=1e-5)
+        assert answer[1] == expected[1]
+        assert_equal(answer[0], answer[2], expected[0], expected[2], ends=True)

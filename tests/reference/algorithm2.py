@@ -1,7 +1,7 @@
 """Reduction in the decoder written plainly on Hugging Face's LLaVA: the oracle of the served one.
 
-The whole sequence is computed again for each token, with a mask of its own in every layer instead of a cache, and one
-token after the other in the reduction. Nothing of ours is used here.
+Prompt and answer are one sequence, with a mask of its own in every layer instead of a cache, and one token after the
+other in the reduction. Nothing of ours is used here.
 """
 
 from collections.abc import Mapping
@@ -42,10 +42,21 @@ class ReferenceDecoder(ReferenceLlava):
         return (vision.image_size // vision.patch_size) ** 2
 
     @torch.no_grad()
-    def answer(
-        self, method: str, prompt: str, images: list[Shown], num_tokens: int
-    ) -> tuple[list[int], Tensor]:
-        """Greedy tokens and log-probabilities (num_tokens, vocabulary), float64."""
+    def judge(self, method: str, prompt: str, images: list[Shown], answer: list[int]) -> Tensor:
+        """Log-probabilities of what could stand at each place of an answer.
+
+        Whether the answer is the greedy one shows in their maxima: up to the first place where it is not, they are
+        those of the greedy one.
+
+        Args:
+            method: name.
+            prompt: with one `<image>` for each image.
+            images: in order.
+            answer: tokens.
+
+        Returns:
+            (tokens, vocabulary), float64.
+        """
         table = self.model.model.language_model.embed_tokens
         pieces, spans, waiting, length = [], [], list(images), 0
         for token in self.processor.tokenizer(prompt, add_special_tokens=False).input_ids:
@@ -56,20 +67,14 @@ class ReferenceDecoder(ReferenceLlava):
             else:
                 pieces.append(table(torch.tensor([token])))
             length += len(pieces[-1])
-        embeddings = torch.cat(pieces)
-        tokens: list[int] = []
-        rows = []
-        for _ in range(num_tokens):
-            hidden = self._run(method, embeddings, length, spans, images)
-            rows.append(torch.log_softmax(self.model.lm_head(hidden), dim=-1))
-            tokens.append(int(rows[-1].argmax()))
-            embeddings = torch.cat([embeddings, table(torch.tensor(tokens[-1:]))])
-        return tokens, torch.stack(rows)
+        embeddings = torch.cat([*pieces, table(torch.tensor(answer[:-1], dtype=torch.int64))])
+        hidden = self._run(method, embeddings, length, spans, images)[length - 1 :]
+        return torch.log_softmax(self.model.lm_head(hidden), dim=-1)
 
     def _run(
         self, method: str, x: Tensor, num_prompt: int, spans: list[range], images: list[Shown]
     ) -> Tensor:
-        """Hidden state of the last token."""
+        """Hidden states behind the last layer; those of tokens that have left mean nothing."""
         decoder = self.model.model.language_model
         T = len(x)
         cos, sin = decoder.rotary_emb(x[None], torch.arange(T)[None])
@@ -109,5 +114,5 @@ class ReferenceDecoder(ReferenceLlava):
                 alive[now] = False
                 alive[kept] = True
             x = x + layer.mlp(layer.post_attention_layernorm(x))
-        last: Tensor = decoder.norm(x)[-1]
-        return last
+        normed: Tensor = decoder.norm(x)
+        return normed

@@ -43,7 +43,7 @@ def ficoco_l(seen: Seen, removed: int) -> Outcome:
     total = {j: tokens[j].copy() for j in target}
     weight = dict.fromkeys(target, 1.0)
     for i in source:
-        row = [GAMMA * attention[i, j] + (1 - GAMMA) * (text[:, i] @ text[:, j]) for j in target]
+        row = GAMMA * attention[i, target] + (1 - GAMMA) * (text[:, i] @ text[:, target])
         threshold = np.quantile(row, EPSILON)
         chosen = [(j, value) for j, value in zip(target, row, strict=True) if value >= threshold]
         mass = sum(value for _, value in chosen)
