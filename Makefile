@@ -76,5 +76,11 @@ bench-ttft: $(DEV)  ## time to first token at LLaVA-1.5-7B's width, stock and re
 bench-concurrency: $(DEV)  ## requests that run at once under the same KV memory: stock, V, L, VL
 	@$(BIN)/python -m benchmarks.concurrency $(ARGS)
 
+bench-metrics: $(DEV)  ## throughput with our metrics against without, interleaved
+	@$(BIN)/python -m benchmarks.metrics $(ARGS)
+
+bench-elastic: $(DEV)  ## overload a small KV cache: time to first token at a fixed budget and with --ficoco-elastic
+	@$(BIN)/python -m benchmarks.elastic $(ARGS)
+
 clean:  ## remove the environment and everything built
 	@rm -rf $(VENV) build dist *.egg-info

@@ -33,6 +33,7 @@ class FicocoConfig(BaseModel):
         encoder: for a method that reduces twice: `keep` and settings of its part in the tower.
         backend: which implementation of the fused ops runs: "triton", "torch", or "auto", Triton where there is a GPU
             and torch elsewhere. One that is named never gives way to another.
+        metrics: whether `/metrics` tells what the reduction saves and costs.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -44,6 +45,7 @@ class FicocoConfig(BaseModel):
     num_segments: int | None = Field(default=None, ge=2, strict=True)
     encoder: dict[str, Any] = Field(default_factory=dict)
     backend: Backend = "auto"
+    metrics: bool = Field(default=True, strict=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -55,8 +57,8 @@ class FicocoConfig(BaseModel):
         loose = {key: value for key, value in values.items() if key not in cls.model_fields}
         if loose:
             fields["settings"] = {**fields.get("settings", {}), **loose}
-        told = (value for key, value in fields.items() if key != "backend")
-        if any(value not in (None, {}) for value in told) and fields.get("method") is None:
+        about_method = [value for key, value in fields.items() if key not in ("backend", "metrics")]
+        if any(value not in (None, {}) for value in about_method) and fields.get("method") is None:
             fields["method"] = DEFAULT_METHOD
         return fields
 

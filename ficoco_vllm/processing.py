@@ -1,8 +1,8 @@
 """Prompt length and per-request budget: how many placeholders an image takes, decided before any pixel is seen."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import BatchFeature
@@ -16,6 +16,7 @@ from vllm.multimodal.processing.context import TimingContext
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from ficoco_vllm.config import FicocoConfig
+from ficoco_vllm.metrics import count_refusal
 from ficoco_vllm.vision.plan import Budget, VisionPlanner
 from ficoco_vllm.vision.shape import TowerShape
 
@@ -25,10 +26,19 @@ METHOD = "ficoco_method"
 # What stands in the multimodal hash beside them, so that no cache shared by servers mixes settings.
 SETTINGS = "ficoco_settings"
 PREFIX = "ficoco_"
+# Where a processed prompt carries its `Budget` through the front end.
+BUDGET = "ficoco_budget"
 
 
 class FicocoProcessingInfo(LlavaProcessingInfo):
-    """LLaVA's processing facts, with the number of tokens that an image keeps by default."""
+    """LLaVA's processing facts, with the number of tokens that an image keeps by default.
+
+    Attributes:
+        default_keep: the budget of a request that names none, given the method that it names or None; set in the
+            API server where the budget follows the load, otherwise it is the server's.
+    """
+
+    default_keep: Callable[[str | None], int] | None = None
 
     @property
     def planner(self) -> VisionPlanner:
@@ -39,6 +49,20 @@ class FicocoProcessingInfo(LlavaProcessingInfo):
     def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
         """Placeholders of an image whose request names no budget."""
         return self.planner.num_output_tokens(self.planner.default)
+
+    def filled(self, mm_kwargs: Mapping[str, object]) -> Mapping[str, object]:
+        """The keyword arguments of a request that has just come in, with a budget where it names none.
+
+        Args:
+            mm_kwargs: the request's `mm_processor_kwargs`; the server's own are merged below them.
+        """
+        if self.default_keep is None or not self.planner.active:
+            return mm_kwargs
+        merged = self.ctx.get_merged_mm_kwargs(mm_kwargs)
+        if merged.get(KEEP) is not None:
+            return mm_kwargs
+        method = merged.get(METHOD)
+        return {**mm_kwargs, KEEP: self.default_keep(None if method is None else str(method))}
 
     def budget(self, mm_kwargs: Mapping[str, object]) -> Budget:
         """Method and budget of a request.
@@ -73,6 +97,14 @@ class FicocoProcessingInfo(LlavaProcessingInfo):
             field = METHOD if str(error).startswith(METHOD) else KEEP
             raise VLLMValidationError(str(error), parameter=field) from error
 
+    def admit(self, mm_kwargs: Mapping[str, object]) -> Budget:
+        """Method and budget of a request that has just come in; see `budget`. A refusal is counted."""
+        try:
+            return self.budget(mm_kwargs)
+        except VLLMValidationError:
+            count_refusal(self.ctx.model_config)
+            raise
+
 
 class FicocoMultiModalProcessor(LlavaMultiModalProcessor):
     """LLaVA's processor, with a budget per request.
@@ -93,13 +125,17 @@ class FicocoMultiModalProcessor(LlavaMultiModalProcessor):
         Raises:
             VLLMValidationError: the budget is not allowed.
         """
-        budget = self.info.budget(inputs.hf_processor_mm_kwargs)
+        inputs = replace(inputs, hf_processor_mm_kwargs=self.info.filled(inputs.hf_processor_mm_kwargs))
+        budget = self.info.admit(inputs.hf_processor_mm_kwargs)
         kwargs = _without_ours(inputs.hf_processor_mm_kwargs)
         if self.info.planner.active:  # else nothing is written down, and the hashes are those of stock vLLM
             kwargs[KEEP] = budget.keep
             kwargs[METHOD] = budget.method
             kwargs[SETTINGS] = self.info.planner.fingerprint
-        return super().apply(replace(inputs, hf_processor_mm_kwargs=kwargs), timing_ctx)
+        result: Any = super().apply(replace(inputs, hf_processor_mm_kwargs=kwargs), timing_ctx)
+        if isinstance(inputs.mm_data_items.get("image"), ImageProcessorItems):
+            result[BUDGET] = budget  # for what is told of the request; embeddings are not reduced
+        return cast(MultiModalInput, result)
 
     def _call_hf_processor(
         self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]

@@ -1,5 +1,6 @@
 """vLLM's Llama, run segment by segment in the steps that reduce a prompt."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from ficoco_vllm.decoder.layout import Boundary
 from ficoco_vllm.decoder.reduction import Rows, reduce_rows
 from ficoco_vllm.decoder.segment import Segment, SegmentAttention, Unit, compile_unit
 from ficoco_vllm.kv.plan import DecoderPlanner
+from ficoco_vllm.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,23 @@ class ReducingStep:
     boundaries: tuple[Boundary, ...]
     slot_mapping: dict[str, Tensor]
 
+    @property
+    def method(self) -> str:
+        """Name of the method that reduces in this step, "mixed" for several."""
+        names = {group.method for boundary in self.boundaries for group in boundary.groups}
+        return names.pop() if len(names) == 1 else "mixed"
+
 
 class SegmentedDecoder:
     """A view of vLLM's decoder: it owns no weights."""
 
     def __init__(
-        self, decoder: Any, planner: DecoderPlanner, grid: tuple[int, int], compiled: bool = False
+        self,
+        decoder: Any,
+        planner: DecoderPlanner,
+        grid: tuple[int, int],
+        compiled: bool = False,
+        watch: Stopwatch | None = None,
     ) -> None:
         """Cut a decoder into segments and give each its own KV cache.
 
@@ -42,8 +55,10 @@ class SegmentedDecoder:
             planner: of the served model.
             grid: rows and columns of an unreduced image.
             compiled: whether each segment is compiled, as one unit.
+            watch: takes the time of the reductions.
         """
         self.planner = planner
+        self.watch = watch
         self.grid = grid
         layers, size = list(decoder.layers), planner.segments.size
         for index, layer in enumerate(layers):
@@ -83,12 +98,16 @@ class SegmentedDecoder:
         num_tokens = hidden.shape[0]
         origin = torch.arange(num_tokens, device=hidden.device)
         rows = Rows(hidden, origin, torch.ones(num_tokens, dtype=torch.float32, device=hidden.device))
+        lap = None if self.watch is None else self.watch.lap(step.method, hidden.device)
         for index, (segment, unit) in enumerate(zip(self.segments, self.units, strict=True)):
             output, query, key = unit(positions[rows.origin], rows.hidden)
             rows = Rows(output, rows.origin, rows.size)
             if index < len(step.boundaries) and step.boundaries[index].groups:
                 heads = self._heads(segment, query, key)
-                rows = reduce_rows(rows, heads, step.boundaries[index], self.planner, self.grid)
+                with nullcontext() if lap is None else lap.running():
+                    rows = reduce_rows(rows, heads, step.boundaries[index], self.planner, self.grid)
+        if self.watch is not None and lap is not None:
+            self.watch.hand_in(lap)
         result = torch.zeros_like(hidden)
         result[rows.origin] = rows.hidden
         return result

@@ -27,6 +27,7 @@ class FicocoModelConfig(VerifyAndUpdateConfig):
         """
         # These import vLLM's engine, which a process that only loads plugins does without.
         from ficoco_vllm.decoder.verify import prepare_decoder
+        from ficoco_vllm.frontend import hook_front_end
         from ficoco_vllm.kv.admission import hook_admission
 
         additional = vllm_config.additional_config
@@ -47,6 +48,8 @@ class FicocoModelConfig(VerifyAndUpdateConfig):
         # The processor is given the model's configuration only, so the settings travel with that, to every process.
         setattr(hf_config, NAME, config.model_dump(mode="json"))
         hook_admission()
+        if config.method is not None and config.metrics:
+            hook_front_end()
         if planner.active:
             _bound_encoder_batch(vllm_config, planner)
         if config.decoder_method is not None:

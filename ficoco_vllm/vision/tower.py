@@ -1,5 +1,6 @@
 """The CLIP tower of vLLM, run with fewer tokens from layer to layer. Its modules and weights stay vLLM's own."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,8 +10,10 @@ from vllm.model_executor.models.clip import CLIPAttention, CLIPEncoderLayer, CLI
 
 from ficoco_vllm.reduction import Signals
 from ficoco_vllm.scoring import FusedOps
+from ficoco_vllm.stopwatch import Lap
 from ficoco_vllm.vision.attention import ClipHeads, attention_with_lse
 from ficoco_vllm.vision.plan import VisionPlan
+from ficoco_vllm.vision.rows import plain_layer
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,13 @@ class _Tokens:
     position: Tensor
 
 
-def encode(tower: CLIPVisionTransformer, pixels: Tensor, plan: VisionPlan, grid: tuple[int, int]) -> Tensor:
+def encode(
+    tower: CLIPVisionTransformer,
+    pixels: Tensor,
+    plan: VisionPlan,
+    grid: tuple[int, int],
+    lap: Lap | None = None,
+) -> Tensor:
     """Features of images that all follow one plan.
 
     Args:
@@ -36,6 +45,7 @@ def encode(tower: CLIPVisionTransformer, pixels: Tensor, plan: VisionPlan, grid:
         pixels: (B, 3, height, width).
         plan: which layer removes how many tokens, and how.
         grid: rows and columns of patches.
+        lap: takes the time of the reductions.
 
     Returns:
         (B, 1 + keep, D) in the tower's dtype, [CLS] first, patch tokens in raster order.
@@ -52,15 +62,21 @@ def encode(tower: CLIPVisionTransformer, pixels: Tensor, plan: VisionPlan, grid:
         on_features = index == last and not plan.removals
         weighted = plan.proportional and tokens.size.shape[1] < N
         if not (num_removed or on_features or weighted):
-            tokens = replace(tokens, hidden=layer(tokens.hidden))
+            tokens = replace(tokens, hidden=plain_layer(layer, tokens.hidden))
             continue
         tokens, attention = _attend(layer, tokens, weighted, plan)
         if num_removed:
-            tokens = _reduce(tokens, attention, plan, num_removed, grid)
+            with _timed(lap):
+                tokens = _reduce(tokens, attention, plan, num_removed, grid)
         tokens = replace(tokens, hidden=tokens.hidden + layer.mlp(layer.layer_norm2(tokens.hidden)))
         if on_features and plan.keep < N:
-            tokens = _reduce(tokens, attention, plan, N - plan.keep + plan.reducer.num_extra, grid)
+            with _timed(lap):
+                tokens = _reduce(tokens, attention, plan, N - plan.keep + plan.reducer.num_extra, grid)
     return tokens.hidden
+
+
+def _timed(lap: Lap | None) -> AbstractContextManager[None]:
+    return nullcontext() if lap is None else lap.running()
 
 
 def _attend(
