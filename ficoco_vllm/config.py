@@ -34,6 +34,7 @@ class FicocoConfig(BaseModel):
         backend: which implementation of the fused ops runs: "triton", "torch", or "auto", Triton where there is a GPU
             and torch elsewhere. One that is named never gives way to another.
         metrics: whether `/metrics` tells what the reduction saves and costs.
+        explain: whether a request may ask for a trace of its own reduction, which the viewer shows.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,6 +47,7 @@ class FicocoConfig(BaseModel):
     encoder: dict[str, Any] = Field(default_factory=dict)
     backend: Backend = "auto"
     metrics: bool = Field(default=True, strict=True)
+    explain: bool = Field(default=False, strict=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -57,7 +59,9 @@ class FicocoConfig(BaseModel):
         loose = {key: value for key, value in values.items() if key not in cls.model_fields}
         if loose:
             fields["settings"] = {**fields.get("settings", {}), **loose}
-        about_method = [value for key, value in fields.items() if key not in ("backend", "metrics")]
+        about_method = [
+            value for key, value in fields.items() if key not in ("backend", "metrics", "explain")
+        ]
         if any(value not in (None, {}) for value in about_method) and fields.get("method") is None:
             fields["method"] = DEFAULT_METHOD
         return fields
@@ -65,6 +69,10 @@ class FicocoConfig(BaseModel):
     @model_validator(mode="after")
     def _check_method(self) -> "FicocoConfig":
         if self.method is None:
+            if self.explain:
+                raise ValueError(
+                    "explain = True is not allowed without a method: there is nothing to explain"
+                )
             return self
         pipeline = PIPELINES.get(self.method)
         if pipeline is None and self.method not in available():

@@ -17,6 +17,7 @@ from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.metrics import count_refusal
+from ficoco_vllm.tracing.store import TRACE, check_trace_id
 from ficoco_vllm.vision.plan import Budget, VisionPlanner
 from ficoco_vllm.vision.shape import TowerShape
 
@@ -74,9 +75,9 @@ class FicocoProcessingInfo(LlavaProcessingInfo):
             VLLMValidationError: naming the field, its value and what is allowed (HTTP 400).
         """
         merged = self.ctx.get_merged_mm_kwargs(mm_kwargs)
-        unknown = sorted(
-            key for key in merged if key.startswith(PREFIX) and key not in (KEEP, METHOD, SETTINGS)
-        )
+        config = FicocoConfig.of(self.get_hf_config())
+        known = (KEEP, METHOD, SETTINGS, TRACE) if config.explain else (KEEP, METHOD, SETTINGS)
+        unknown = sorted(key for key in merged if key.startswith(PREFIX) and key not in known)
         if unknown:
             raise VLLMValidationError(
                 f"{unknown[0]} is not a field of this server; allowed: {KEEP}, {METHOD}",
@@ -84,7 +85,6 @@ class FicocoProcessingInfo(LlavaProcessingInfo):
                 value=merged[unknown[0]],
             )
         asked = next((name for name in (KEEP, METHOD) if merged.get(name) is not None), None)
-        config = FicocoConfig.of(self.get_hf_config())
         if asked is not None and config.method is not None and not self.planner.active:
             raise VLLMValidationError(
                 f"{asked} in mm_processor_kwargs is for methods of the vision tower; "
@@ -92,9 +92,11 @@ class FicocoProcessingInfo(LlavaProcessingInfo):
                 parameter=asked,
             )
         try:
+            if TRACE in merged:
+                check_trace_id(merged[TRACE])
             return self.planner.budget(merged.get(METHOD), merged.get(KEEP))
         except ValueError as error:
-            field = METHOD if str(error).startswith(METHOD) else KEEP
+            field = next((name for name in (METHOD, TRACE) if str(error).startswith(name)), KEEP)
             raise VLLMValidationError(str(error), parameter=field) from error
 
     def admit(self, mm_kwargs: Mapping[str, object]) -> Budget:
@@ -110,7 +112,8 @@ class FicocoMultiModalProcessor(LlavaMultiModalProcessor):
     """LLaVA's processor, with a budget per request.
 
     The budget travels in the processor's keyword arguments, which are part of the multimodal hash: neither the
-    processor cache nor the encoder cache nor the prefix cache can mix two budgets.
+    processor cache nor the encoder cache nor the prefix cache can mix two budgets. So does the mark of a request that
+    is traced, which therefore finds nothing in any of them: what is traced has run for that very request.
     """
 
     info: FicocoProcessingInfo
@@ -132,6 +135,8 @@ class FicocoMultiModalProcessor(LlavaMultiModalProcessor):
             kwargs[KEEP] = budget.keep
             kwargs[METHOD] = budget.method
             kwargs[SETTINGS] = self.info.planner.fingerprint
+            if TRACE in inputs.hf_processor_mm_kwargs:
+                kwargs[TRACE] = check_trace_id(inputs.hf_processor_mm_kwargs[TRACE])
         result: Any = super().apply(replace(inputs, hf_processor_mm_kwargs=kwargs), timing_ctx)
         if isinstance(inputs.mm_data_items.get("image"), ImageProcessorItems):
             result[BUDGET] = budget  # for what is told of the request; embeddings are not reduced
@@ -154,6 +159,10 @@ class FicocoMultiModalProcessor(LlavaMultiModalProcessor):
             budget = self.info.budget(hf_processor_mm_kwargs)
             processed_data[KEEP] = torch.full((len(pixels),), budget.keep)
             processed_data[METHOD] = torch.full((len(pixels),), self.info.planner.method_index(budget.method))
+            if TRACE in hf_processor_mm_kwargs:
+                processed_data[TRACE] = torch.full(
+                    (len(pixels),), check_trace_id(hf_processor_mm_kwargs[TRACE])
+                )
         return processed_data
 
     def _get_mm_fields_config(
@@ -163,6 +172,7 @@ class FicocoMultiModalProcessor(LlavaMultiModalProcessor):
         # Read on the host to group the images of a step, so they stay there.
         fields[KEEP] = MultiModalFieldConfig.batched("image", keep_on_cpu=True)
         fields[METHOD] = MultiModalFieldConfig.batched("image", keep_on_cpu=True)
+        fields[TRACE] = MultiModalFieldConfig.batched("image", keep_on_cpu=True)
         return fields
 
     def _get_prompt_updates(

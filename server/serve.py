@@ -20,6 +20,8 @@ from ficoco_vllm.server.plugins import allow_endpoint
 ELASTIC_PLUGIN = "ficoco_elastic"
 # prometheus_client's name for the folder that processes share.
 MULTIPROC = "PROMETHEUS_MULTIPROC_DIR"
+# Each explanation costs two chats that no cache helps.
+DEFAULT_EXPLAIN_RATE = 20
 HELP = "serve a model with vLLM's OpenAI-compatible server"
 
 
@@ -34,6 +36,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--ficoco-method", metavar="NAME", help="one of `ficoco-vllm methods`")
     group.add_argument(
         "--ficoco-keep", metavar="N", help="visual tokens kept of an image (a request may differ)"
+    )
+    group.add_argument(
+        "--ficoco-explain", action="store_true", help="serve POST /ficoco/explain and its page at /ficoco/"
+    )
+    group.add_argument(
+        "--ficoco-explain-rate",
+        type=int,
+        default=DEFAULT_EXPLAIN_RATE,
+        metavar="N",
+        help="explanations a minute of one client and API server process, 0 for no limit (default: %(default)s)",
     )
     group.add_argument(
         "--ficoco-config", metavar="JSON|FILE", help="all settings, as a JSON object or a file that holds one"
@@ -152,6 +164,13 @@ def configure(args: argparse.Namespace) -> None:
     elastic = None if args.ficoco_elastic is None else ElasticSettings.load(args.ficoco_elastic)
     if elastic is not None:
         settings = _prepare_elastic(args, elastic, settings)
+    if args.ficoco_explain:
+        if args.ficoco_explain_rate < 0:
+            raise ValueError(
+                f"--ficoco-explain-rate = {args.ficoco_explain_rate} is not allowed; allowed: 0 (no limit) and more"
+            )
+        settings = {**settings, "explain": True}
+        allow_endpoint()
     if settings:
         settings = _without_metrics(settings) if args.ficoco_no_metrics else settings
         args.additional_config = {**(args.additional_config or {}), NAME: settings}

@@ -1,5 +1,6 @@
 """One reduction between attention and MLP of a segment's last layer, for all requests of a step at once."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from ficoco_vllm.decoder.attention import DecoderHeads, ImageAttention
 from ficoco_vllm.decoder.layout import Boundary, ImageGroup
 from ficoco_vllm.kv.plan import DecoderPlanner
-from ficoco_vllm.reduction import Reducer, Signals
+from ficoco_vllm.reduction import Observer, Reducer, Signals
 from ficoco_vllm.scoring import FusedOps
 
 
@@ -29,7 +30,12 @@ class Rows:
 
 
 def reduce_rows(
-    rows: Rows, heads: DecoderHeads, boundary: Boundary, planner: DecoderPlanner, grid: tuple[int, int]
+    rows: Rows,
+    heads: DecoderHeads,
+    boundary: Boundary,
+    planner: DecoderPlanner,
+    grid: tuple[int, int],
+    watch: Callable[[ImageGroup], Observer | None] | None = None,
 ) -> Rows:
     """Let the visual tokens leave that the boundary says, merged into those that stay.
 
@@ -39,6 +45,7 @@ def reduce_rows(
         boundary: from this segment to the next.
         planner: knows the methods.
         grid: rows and columns of an unreduced image.
+        watch: who is shown the reduction of a group, for requests that are traced.
 
     Returns:
         The rows of the next segment.
@@ -49,7 +56,8 @@ def reduce_rows(
     source = torch.from_numpy(boundary.source).to(device)
     merged = []
     for group in boundary.groups:
-        index, tokens, size = _reduce_group(rows, heads, group, planner.reducer(group.method), grid)
+        observer = watch and watch(group)
+        index, tokens, size = _reduce_group(rows, heads, group, planner.reducer(group.method), grid, observer)
         kept = torch.from_numpy(group.kept).to(device)
         source[kept] = index
         merged.append((kept, tokens, size))
@@ -60,7 +68,12 @@ def reduce_rows(
 
 
 def _reduce_group(
-    rows: Rows, heads: DecoderHeads, group: ImageGroup, reducer: Reducer, grid: tuple[int, int]
+    rows: Rows,
+    heads: DecoderHeads,
+    group: ImageGroup,
+    reducer: Reducer,
+    grid: tuple[int, int],
+    observer: Observer | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Reduce images of one shape by one method.
 
@@ -71,8 +84,9 @@ def _reduce_group(
     visual = torch.from_numpy(group.visual).to(device)
     N = visual.shape[1]
     signals = _measure(rows, heads, group, visual, reducer, grid)
+    num_removed = N - group.kept.shape[1]
     ops = FusedOps(heads.backend)
-    reduced = reducer(rows.hidden[visual], signals, N - group.kept.shape[1], rows.size[visual], ops)
+    reduced = reducer(rows.hidden[visual], signals, num_removed, rows.size[visual], ops, observer)
     # `position` counted the image's tokens in this segment, so it says which of them stayed.
     return visual.gather(1, reduced.position), reduced.tokens, reduced.size
 

@@ -16,6 +16,7 @@ from ficoco_vllm.kv.segments import Segments, scaled
 from ficoco_vllm.reduction import Reducer, available, get
 from ficoco_vllm.reduction.method import SITES
 from ficoco_vllm.reduction.schedule import make_schedule
+from ficoco_vllm.tracing.store import TRACE, check_trace_id
 
 # What a request may say in `vllm_xargs`.
 KEEP = "ficoco_keep"
@@ -179,9 +180,12 @@ class DecoderPlanner:
         return RequestPlan(method, num_prompt_tokens, tuple(sorted(images)), counts or empty)
 
     def _asked(self, extra_args: Mapping[str, Any], most: int) -> tuple[str, int]:
-        unknown = sorted(key for key in extra_args if key.startswith("ficoco_") and key not in (KEEP, METHOD))
+        allowed = (KEEP, METHOD, TRACE) if self.config.explain else (KEEP, METHOD)
+        unknown = sorted(key for key in extra_args if key.startswith("ficoco_") and key not in allowed)
         if unknown:
             raise ValueError(f"{unknown[0]} is not a field of this server; allowed: {KEEP}, {METHOD}")
+        if TRACE in extra_args:
+            check_trace_id(extra_args[TRACE])
         method = extra_args.get(METHOD, self.method)
         if method not in self.methods:
             raise ValueError(

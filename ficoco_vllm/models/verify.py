@@ -8,6 +8,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
 from ficoco_vllm.config import NAME, FicocoConfig
+from ficoco_vllm.tracing.worker import QUALIFIED_NAME as TRACING_WORKER
 from ficoco_vllm.vision.plan import VisionPlanner
 from ficoco_vllm.vision.shape import TowerShape
 
@@ -45,6 +46,8 @@ class FicocoModelConfig(VerifyAndUpdateConfig):
                 "tokens from layer to layer; allowed: adapters of the language model"
             )
         planner = VisionPlanner.shared(config, shape)
+        if config.explain:
+            _allow_traces(vllm_config)
         # The processor is given the model's configuration only, so the settings travel with that, to every process.
         setattr(hf_config, NAME, config.model_dump(mode="json"))
         hook_admission()
@@ -72,6 +75,22 @@ def _check_backend(config: FicocoConfig) -> None:
             "ficoco.backend = 'triton' is not allowed without a GPU; allowed: 'auto', 'torch' (TRITON_INTERPRET=1 in "
             "the environment runs the kernels in Triton's interpreter, very slowly)"
         )
+
+
+def _allow_traces(vllm_config: VllmConfig) -> None:
+    """Give the workers the method that hands traces out."""
+    parallel = vllm_config.parallel_config
+    if parallel.worker_extension_cls not in ("", TRACING_WORKER):
+        raise ValueError(
+            f"worker_extension_cls = {parallel.worker_extension_cls!r} is not allowed with ficoco.explain, "
+            f"which hands traces out through {TRACING_WORKER}"
+        )
+    if parallel.data_parallel_size > 1:
+        raise ValueError(
+            f"data_parallel_size = {parallel.data_parallel_size} is not allowed with ficoco.explain, "
+            "whose traces stay with one engine; allowed: 1"
+        )
+    parallel.worker_extension_cls = TRACING_WORKER
 
 
 def _bound_encoder_batch(vllm_config: VllmConfig, planner: VisionPlanner) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ficoco_vllm.reduction.observation import Observation, Observer
 from ficoco_vllm.reduction.ops import TORCH, Ops
 from ficoco_vllm.reduction.settings import Settings
 from ficoco_vllm.reduction.signals import TOKEN_AXIS, WHY_ABSENT, Signals, partition, take
@@ -95,6 +96,7 @@ class Reducer:
         num_removed: int,
         size: Tensor | None = None,
         ops: Ops = TORCH,
+        observer: Observer | None = None,
     ) -> Reduced:
         """Reduce once. No host synchronisation, so it may be compiled and captured.
 
@@ -104,6 +106,7 @@ class Reducer:
             num_removed: R. Zero is the identity.
             size: (B, N) fp32, how many original patches each token stands for; None means one each.
             ops: the implementation of the heavy steps.
+            observer: is shown what was done, where tokens are removed.
 
         Returns:
             K + E tokens, K = N - R, in their order.
@@ -127,6 +130,17 @@ class Reducer:
         correlation = self.correlate(ops, signals, parts, settings)
         reduced, new_size = method.compress(ops, tokens, size, parts, correlation, settings)
         position = pad(take(signals.position, parts.target), (0, self.num_extra), value=-1)
+        if observer is not None:
+            observer(
+                Observation(
+                    partition=parts,
+                    size=size,
+                    correlation=correlation,
+                    new_size=new_size,
+                    position=position,
+                    compress=lambda *what: method.compress.function(*what, settings),
+                )
+            )
         return Reduced(reduced, new_size, position)
 
     def _check(self, tokens: Tensor, signals: Signals, num_removed: int, size: Tensor) -> None:

@@ -93,7 +93,7 @@ class VisionPlanner:
     @cached_property
     def fingerprint(self) -> str:
         """A short name of the settings, for the hashes of the caches."""
-        text = json.dumps(self.config.model_dump(mode="json", exclude={"metrics"}), sort_keys=True)
+        text = json.dumps(self.config.model_dump(mode="json", exclude={"metrics", "explain"}), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def method_index(self, method: str | None) -> int:

@@ -1,5 +1,6 @@
 """The CLIP tower of vLLM, run with fewer tokens from layer to layer. Its modules and weights stay vLLM's own."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -8,12 +9,15 @@ from torch import Tensor
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.models.clip import CLIPAttention, CLIPEncoderLayer, CLIPVisionTransformer
 
-from ficoco_vllm.reduction import Signals
+from ficoco_vllm.reduction import Observer, Signals
 from ficoco_vllm.scoring import FusedOps
 from ficoco_vllm.stopwatch import Lap
 from ficoco_vllm.vision.attention import ClipHeads, attention_with_lse
 from ficoco_vllm.vision.plan import VisionPlan
 from ficoco_vllm.vision.rows import plain_layer
+
+# Site and index of a layer to who wants to see what is reduced there.
+Watch = Callable[[str, int], Observer | None]
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ def encode(
     plan: VisionPlan,
     grid: tuple[int, int],
     lap: Lap | None = None,
+    watch: Watch | None = None,
 ) -> Tensor:
     """Features of images that all follow one plan.
 
@@ -46,6 +51,7 @@ def encode(
         plan: which layer removes how many tokens, and how.
         grid: rows and columns of patches.
         lap: takes the time of the reductions.
+        watch: who is shown each reduction, for requests that are traced.
 
     Returns:
         (B, 1 + keep, D) in the tower's dtype, [CLS] first, patch tokens in raster order.
@@ -66,12 +72,14 @@ def encode(
             continue
         tokens, attention = _attend(layer, tokens, weighted, plan)
         if num_removed:
+            observer = watch and watch("encoder", index)
             with _timed(lap):
-                tokens = _reduce(tokens, attention, plan, num_removed, grid)
+                tokens = _reduce(tokens, attention, plan, num_removed, grid, observer)
         tokens = replace(tokens, hidden=tokens.hidden + layer.mlp(layer.layer_norm2(tokens.hidden)))
         if on_features and plan.keep < N:
+            num_removed, observer = N - plan.keep + plan.reducer.num_extra, watch and watch("features", index)
             with _timed(lap):
-                tokens = _reduce(tokens, attention, plan, N - plan.keep + plan.reducer.num_extra, grid)
+                tokens = _reduce(tokens, attention, plan, num_removed, grid, observer)
     return tokens.hidden
 
 
@@ -109,7 +117,12 @@ def _attend(
 
 
 def _reduce(
-    tokens: _Tokens, attention: ClipHeads, plan: VisionPlan, num_removed: int, grid: tuple[int, int]
+    tokens: _Tokens,
+    attention: ClipHeads,
+    plan: VisionPlan,
+    num_removed: int,
+    grid: tuple[int, int],
+    observer: Observer | None,
 ) -> _Tokens:
     """One reduction of the patch tokens; [CLS] stays in front."""
     needed = plan.reducer.signals
@@ -121,5 +134,6 @@ def _reduce(
         grid=grid,
     )
     cls, patches = tokens.hidden[:, :1], tokens.hidden[:, 1:]
-    reduced = plan.reducer(patches, signals, num_removed, tokens.size, FusedOps(plan.backend))
+    ops = FusedOps(plan.backend)
+    reduced = plan.reducer(patches, signals, num_removed, tokens.size, ops, observer)
     return _Tokens(torch.cat([cls, reduced.tokens], dim=1), reduced.size, reduced.position)

@@ -52,6 +52,12 @@ def ask(engine: LLM, asks: list[Ask]) -> list[Answer]:
     return answers
 
 
+def take_trace(engine: LLM, trace_id: int) -> list[dict[str, Any]]:
+    """The trace of a request, from the only worker."""
+    (trace,) = engine.collective_rpc("ficoco_take_trace", args=(trace_id,))
+    return trace  # type: ignore[no-any-return]
+
+
 def refusal(engine: LLM, one: Ask, **more: Any) -> str:
     """The message that a request is refused with; empty if it is answered."""
     try:

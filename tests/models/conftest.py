@@ -13,7 +13,7 @@ Pair = tuple[LLM, ReferenceLlava]
 
 
 def _pair(folder: Path) -> Iterator[Pair]:
-    engine = make_engine(folder, {"method": "ficoco-v", "keep": 64})
+    engine = make_engine(folder, {"method": "ficoco-v", "keep": 64, "explain": True})
     yield engine, ReferenceLlava(folder)
     engine.llm_engine.engine_core.shutdown()
 

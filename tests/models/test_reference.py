@@ -1,11 +1,15 @@
 """The served FiCoCo-V against Algorithm 1 written plainly on Hugging Face's model, in float64."""
 
 import pytest
+import torch
 from PIL import Image
 
+from ficoco_vllm.tracing.chain import read_steps
 from tests.models.conftest import Pair
+from tests.reference import algorithm1
 from tests.support.compare import NUM_TOKENS, TOLERANCE, assert_equal, demo_questions
 from tests.support.engine import PROMPT, TEXT_ONLY, TWO_IMAGES, ask, request
+from tests.support.oracle import Spy, assert_same_story
 
 BUDGETS = (576, 575, 192, 64, 9, 1)
 
@@ -67,6 +71,28 @@ def test_batched_equals_alone(pair: Pair, weights: str, questions: list[tuple[st
         engine.llm_engine.reset_mm_cache()
         (alone,) = ask(engine, [one], NUM_TOKENS)
         assert_equal(answer.tokens, answer.logprobs, alone.tokens, alone.logprobs, ends=weights == "demo")
+
+
+def test_a_trace_tells_what_the_reference_does(
+    pair: Pair, questions: list[tuple[str, Image.Image]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the very request: beside it another one of the same budget is served without a trace."""
+    engine, reference = pair
+    (text, image), (other_text, other) = questions[2], questions[3]
+    spy = Spy(algorithm1.reduce_layer)
+    monkeypatch.setattr(algorithm1, "reduce_layer", spy)
+    reference.features(image, 64)
+    requests = [
+        request(other_text, [other], ficoco_keep=64),
+        request(text, [image], ficoco_keep=64, ficoco_trace=11),
+        request(text, [image], ficoco_keep=64),
+    ]
+    _, traced, plain = ask(engine, requests, NUM_TOKENS)
+    torch.testing.assert_close(traced.logprobs, plain.logprobs, atol=TOLERANCE, rtol=0)
+    (trace,) = engine.collective_rpc("ficoco_take_trace", args=(11,))
+    # Shares are ratios of attention weights, which differ as the log-probabilities do.
+    assert_same_story(read_steps(trace, 576), spy.mixes, 576, TOLERANCE)
+    assert engine.collective_rpc("ficoco_take_trace", args=(11,)) == [[]]
 
 
 def test_the_check_can_fail(pair: Pair, questions: list[tuple[str, Image.Image]]) -> None:
