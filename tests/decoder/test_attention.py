@@ -52,6 +52,7 @@ def group(requests: tuple[int, ...]) -> ImageGroup:
         text_place=text_place,
         visual_place=visual_place,
         context=start + np.where(places < lengths, places, 0),
+        first_row=tuple(int(r * T + IMAGES[r]) for r in requests),
     )
 
 
