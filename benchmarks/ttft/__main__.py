@@ -34,7 +34,7 @@ from benchmarks.ttft.kinds import (
     token_plan,
 )
 from benchmarks.ttft.table import RESULTS, WHOLE_MODEL
-from ficoco_vllm.compat import is_cpu_build
+from ficoco_vllm.compat import hook_interpreter, is_cpu_build
 
 SPEEDUP_SHARE = 0.9
 # Model runner V2, which methods of the decoder need, without a GPU.
@@ -132,14 +132,19 @@ def _take_turns(
 
 @contextmanager
 def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Variables for a process that starts within the block: Triton is imported before `worker.run` is reached."""
-    before = dict(os.environ)
+    """Variables for a process that starts within the block: Triton is imported before `worker.run` is reached.
+
+    A spawned process takes its search path from its parent, so that is set here as well.
+    """
+    before, search_path = dict(os.environ), list(sys.path)
     os.environ.update(values)
+    hook_interpreter()
     try:
         yield
     finally:
         os.environ.clear()
         os.environ.update(before)
+        sys.path[:] = search_path
 
 
 @contextmanager
