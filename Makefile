@@ -6,6 +6,7 @@ SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
 BIN    := $(VENV)/bin
+LMMS   := .venv-lmms
 
 # Of `make serve`:
 PORT   ?= 8000
@@ -17,7 +18,8 @@ ARGS   ?=
 RUNTIME := $(VENV)/.installed
 DEV     := $(VENV)/.installed-dev
 
-.PHONY: help install serve test test-kernels check format lint types imports kernels-aot bench-kernels bench-ttft clean
+.PHONY: help install serve test test-kernels check format lint types imports kernels-aot bench-kernels bench-ttft \
+    bench-concurrency bench-metrics bench-elastic bench-load bench-accuracy bench-smoke lmms clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -79,5 +81,27 @@ bench-concurrency: $(DEV)  ## requests that run at once under the same KV memory
 bench-metrics: $(DEV)  ## throughput with our metrics against without, interleaved
 	@$(BIN)/python -m benchmarks.metrics $(ARGS)
 
+bench-elastic: $(DEV)  ## overload a small KV cache: time to first token at a fixed budget and with --ficoco-elastic
+	@$(BIN)/python -m benchmarks.elastic $(ARGS)
+
+bench-accuracy: $(DEV)  ## accuracy of every method and budget, ablations, sensitivity; then docs/accuracy.md
+	@$(BIN)/ficoco-vllm bench accuracy --out benchmarks/results/accuracy.json $(ARGS)
+	@$(BIN)/python -m ficoco_vllm.benchmarks.accuracy.tables
+
+bench-smoke: $(DEV)  ## every benchmark in miniature, and that planted regressions are noticed
+	@$(BIN)/python -m pytest tests/benchmarks $(ARGS)
+
+$(LMMS)/.installed: requirements/lmms.lock $(RUNTIME)
+	@$(BIN)/python -m venv $(LMMS)
+	@echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+	    > "$$($(LMMS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/ficoco_vllm_serving.pth"
+	@$(LMMS)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --requirement requirements/lmms.lock
+	@touch $@
+
+lmms: $(LMMS)/.installed  ## an environment with lmms-eval on top of the serving one, for `ficoco-vllm bench lmms`
+
+bench-load: $(DEV)  ## stock and reducing servers under the same load, in turns (ARGS="--help")
+	@$(BIN)/python -m benchmarks.load.command --bar 1.0 $(ARGS)
+
 clean:  ## remove the environment and everything built
-	@rm -rf $(VENV) build dist *.egg-info
+	@rm -rf $(VENV) $(LMMS) build dist *.egg-info

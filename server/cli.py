@@ -1,13 +1,21 @@
-"""`ficoco-vllm`: serve, list the methods, plan."""
+"""`ficoco-vllm`: serve, list the methods, plan, explain, measure."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
 from ficoco_vllm import __version__
-from ficoco_vllm.server import methods, plan, serve
+from ficoco_vllm.server import bench, calibrate, methods, plan, serve
+from ficoco_vllm.server.explain import command as explain
 
-COMMANDS = {"serve": serve, "methods": methods, "plan": plan}
+COMMANDS = {
+    "serve": serve,
+    "methods": methods,
+    "plan": plan,
+    "explain": explain,
+    "bench": bench,
+    "calibrate": calibrate,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

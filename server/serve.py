@@ -11,13 +11,17 @@ from typing import Any
 
 from ficoco_vllm.compat import is_cpu_build, set_cpu_defaults, use_interpreter
 from ficoco_vllm.config import NAME, FicocoConfig
-from ficoco_vllm.kv.plan import DecoderPlanner
 from ficoco_vllm.plugin import ARCHITECTURES, MEDIA_CONNECTOR
-from ficoco_vllm.vision.plan import VisionPlanner
-from ficoco_vllm.vision.shape import TowerShape
+from ficoco_vllm.server.elastic.settings import OPTION, ElasticSettings
+from ficoco_vllm.server.elastic.sites import Sites, check_elastic
+from ficoco_vllm.server.plugins import allow_endpoint
 
+# Entry point of `server.elastic.plugin`.
+ELASTIC_PLUGIN = "ficoco_elastic"
 # prometheus_client's name for the folder that processes share.
 MULTIPROC = "PROMETHEUS_MULTIPROC_DIR"
+# Each explanation costs two chats that no cache helps.
+DEFAULT_EXPLAIN_RATE = 20
 HELP = "serve a model with vLLM's OpenAI-compatible server"
 
 
@@ -34,7 +38,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ficoco-keep", metavar="N", help="visual tokens kept of an image (a request may differ)"
     )
     group.add_argument(
+        "--ficoco-explain", action="store_true", help="serve POST /ficoco/explain and its page at /ficoco/"
+    )
+    group.add_argument(
+        "--ficoco-explain-rate",
+        type=int,
+        default=DEFAULT_EXPLAIN_RATE,
+        metavar="N",
+        help="explanations a minute of one client and API server process, 0 for no limit (default: %(default)s)",
+    )
+    group.add_argument(
         "--ficoco-config", metavar="JSON|FILE", help="all settings, as a JSON object or a file that holds one"
+    )
+    group.add_argument(
+        "--ficoco-elastic",
+        metavar="JSON",
+        help="let the budget of requests that name none follow the load, for example "
+        """'{"floor": 64, "ceiling": 288, "target_kv_usage": 0.8}'""",
     )
     group.add_argument(
         "--ficoco-no-metrics", action="store_true", help="leave what the reduction saves out of /metrics"
@@ -54,11 +74,14 @@ def main(arguments: Sequence[str]) -> int:
     if reduces_in_decoder(arguments):
         use_interpreter()  # before vLLM is imported, which looks for Triton at once
     os.environ.setdefault("VLLM_MEDIA_CONNECTOR", MEDIA_CONNECTOR)
-    with shared_metrics(counts_savings(arguments)) as folder:
-        return _serve(arguments, folder)
+    with (
+        shared_metrics(counts_savings(arguments)) as folder,
+        tempfile.TemporaryDirectory(prefix="ficoco-elastic-", ignore_cleanup_errors=True) as elastic_folder,
+    ):
+        return _serve(arguments, folder, elastic_folder)
 
 
-def _serve(arguments: Sequence[str], metrics_folder: str | None) -> int:
+def _serve(arguments: Sequence[str], metrics_folder: str | None, elastic_folder: str) -> int:
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
@@ -74,6 +97,7 @@ def _serve(arguments: Sequence[str], metrics_folder: str | None) -> int:
     serve_parser.description = HELP
     add_arguments(serve_parser)
     args = parser.parse_args(list(arguments))
+    args.ficoco_elastic_folder = elastic_folder  # every API server process is given `args`
     try:
         configure(args)
     except ValueError as error:
@@ -137,11 +161,21 @@ def configure(args: argparse.Namespace) -> None:
         _use_demo_model(args)
     settings = read_settings(args.ficoco_method, args.ficoco_keep, args.ficoco_config)
     settings = settings or (args.additional_config or {}).get(NAME) or {}
+    elastic = None if args.ficoco_elastic is None else ElasticSettings.load(args.ficoco_elastic)
+    if elastic is not None:
+        settings = _prepare_elastic(args, elastic, settings)
+    if args.ficoco_explain:
+        if args.ficoco_explain_rate < 0:
+            raise ValueError(
+                f"--ficoco-explain-rate = {args.ficoco_explain_rate} is not allowed; allowed: 0 (no limit) and more"
+            )
+        settings = {**settings, "explain": True}
+        allow_endpoint()
     if settings:
         settings = _without_metrics(settings) if args.ficoco_no_metrics else settings
         args.additional_config = {**(args.additional_config or {}), NAME: settings}
     if (args.additional_config or {}).get(NAME):
-        _check_model(args)
+        _check_model(args, elastic)
 
 
 def reduces_in_decoder(arguments: Sequence[str]) -> bool:
@@ -215,7 +249,28 @@ def _use_demo_model(args: argparse.Namespace) -> None:
             args.kv_cache_memory_bytes = 2**30
 
 
-def _check_model(args: argparse.Namespace) -> None:
+def _prepare_elastic(
+    args: argparse.Namespace, elastic: ElasticSettings, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """What a budget that follows the load needs of the rest.
+
+    Returns:
+        Our settings, with the smallest budget as the one that vLLM's own budgets are made for.
+
+    Raises:
+        ValueError: naming the option and what is allowed.
+    """
+    if FicocoConfig.parse(settings).method is None:
+        raise ValueError(f"{OPTION} needs a method; allowed: one of `ficoco-vllm methods` as --ficoco-method")
+    if args.disable_log_stats:
+        raise ValueError(f"--disable-log-stats is not allowed with {OPTION}, which follows these statistics")
+    allow_endpoint(ELASTIC_PLUGIN)
+    if settings.get("keep") is None and settings.get("kv_budget") is None:
+        return {**settings, "keep": elastic.floor}
+    return settings
+
+
+def _check_model(args: argparse.Namespace, elastic: ElasticSettings | None = None) -> None:
     """Refuse a model that would be served without the reduction that was asked for, and settings that do not fit it."""
     from vllm.transformers_utils.config import get_config
 
@@ -228,7 +283,6 @@ def _check_model(args: argparse.Namespace) -> None:
             f"whose visual tokens cannot be reduced; allowed: {', '.join(ARCHITECTURES)}"
         )
     settings = FicocoConfig.parse(args.additional_config[NAME])
-    tower = VisionPlanner.shared(settings, TowerShape.from_hf_config(config))
-    if settings.decoder_method is not None:
-        num_layers = config.get_text_config().num_hidden_layers
-        DecoderPlanner.shared(settings, num_layers, tower.num_output_tokens(tower.default))
+    if elastic is not None:
+        check_elastic(elastic, settings, config, getattr(args, "ficoco_min_keep", None) or 1)
+    Sites.of(settings, config)

@@ -13,15 +13,23 @@ import pytest
 from ficoco_vllm import __version__
 
 ROOT = Path(__file__).parents[1]
-# Folder of the repository to package; kernels and server stand beside the package and are mapped into it.
-PACKAGES = {"ficoco_vllm": "ficoco_vllm", "server": "ficoco_vllm/server"}
+# Folder of the repository to package; kernels, server and benchmarks stand beside the package and are mapped into it.
+PACKAGES = {
+    "ficoco_vllm": "ficoco_vllm",
+    "server": "ficoco_vllm/server",
+    # What the command line runs; other benchmarks are run from a checkout.
+    **{
+        f"benchmarks/{name}": f"ficoco_vllm/benchmarks/{name}"
+        for name in ("accuracy", "calibration", "demo_model", "lmms")
+    },
+}
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     """A wheel built from a copy of the sources, without a network."""
     source = tmp_path_factory.mktemp("source") / "repository"
-    ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__", "tests", "benchmarks")
+    ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__", "tests")
     shutil.copytree(ROOT, source, ignore=ignored, symlinks=True)
     out = source.parent / "wheel"
     command = [
@@ -61,6 +69,12 @@ def test_wheel_has_weights_card_examples_and_licence(wheel: zipfile.ZipFile) -> 
         assert f"ficoco_vllm/demo_model/{name}" in shipped
     assert any(name.endswith("licenses/LICENSE") for name in shipped)
     assert "ficoco_vllm/py.typed" in shipped
+
+
+def test_wheel_has_the_page(wheel: zipfile.ZipFile) -> None:
+    shipped = set(wheel.namelist())
+    for file in (ROOT / "server" / "static").iterdir():
+        assert f"ficoco_vllm/server/static/{file.name}" in shipped
 
 
 def test_version_is_the_same_everywhere() -> None:

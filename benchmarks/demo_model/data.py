@@ -5,17 +5,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
-from benchmarks.demo_model.architecture import ARCHITECTURE
-from benchmarks.demo_model.questions import (
+from ficoco_vllm.benchmarks.demo_model.architecture import ARCHITECTURE
+from ficoco_vllm.benchmarks.demo_model.questions import (
     Question,
     digit_question,
     number_question,
     shape_exists_balanced,
     sign_exists_balanced,
 )
-from benchmarks.demo_model.scene import COLOUR_NAMES, SHAPES, Scene
-from benchmarks.demo_model.shapes import EasyVqa
-from benchmarks.demo_model.signs import HELD_OUT_NUMBERS, render_signs
+from ficoco_vllm.benchmarks.demo_model.scene import COLOUR_NAMES, SHAPES, Scene
+from ficoco_vllm.benchmarks.demo_model.shapes import EasyVqa
+from ficoco_vllm.benchmarks.demo_model.signs import HELD_OUT_NUMBERS, render_signs
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 import ficoco_vllm.demo_model
-from benchmarks.demo_model.architecture import ARCHITECTURE
-from benchmarks.demo_model.data import KINDS_OF_QUESTION, Example, held_out
-from benchmarks.demo_model.decoder import Decoder, Projector
-from benchmarks.demo_model.dialogue import Asker, right_answers
-from benchmarks.demo_model.features import encode
-from benchmarks.demo_model.load import load_exported
-from benchmarks.demo_model.vision import VisionTower
+from ficoco_vllm.benchmarks.demo_model.architecture import ARCHITECTURE
+from ficoco_vllm.benchmarks.demo_model.data import KINDS_OF_QUESTION, Example, held_out
+from ficoco_vllm.benchmarks.demo_model.decoder import Decoder, Projector
+from ficoco_vllm.benchmarks.demo_model.dialogue import Asker, right_answers
+from ficoco_vllm.benchmarks.demo_model.features import encode
+from ficoco_vllm.benchmarks.demo_model.load import load_exported
+from ficoco_vllm.benchmarks.demo_model.vision import VisionTower
 
 BATCH = 10
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.demo_model.dialogue import AnswerScores, Asker
-from benchmarks.demo_model.questions import ANY, Question
-from benchmarks.demo_model.scene import COLOUR, DIGIT, PLACE
+from ficoco_vllm.benchmarks.demo_model.dialogue import AnswerScores, Asker
+from ficoco_vllm.benchmarks.demo_model.questions import ANY, Question
+from ficoco_vllm.benchmarks.demo_model.scene import COLOUR, DIGIT, PLACE
 
 NUM_HEADS = 2
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from PIL import Image
 
 import ficoco_vllm.demo_model
-from benchmarks.demo_model.data import Example, held_out
-from benchmarks.demo_model.evaluate import Evaluator
+from ficoco_vllm.benchmarks.demo_model.data import Example, held_out
+from ficoco_vllm.benchmarks.demo_model.evaluate import Evaluator
 
 TYPES = ("colour", "shape", "number", "number_by_colour_2", "first_digit", "yes_no_signs")
 TRIES = 40

@@ -15,10 +15,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from benchmarks.demo_model.architecture import ARCHITECTURE, IMAGE_MEAN, IMAGE_STD
-from benchmarks.demo_model.decoder import Decoder, Projector
-from benchmarks.demo_model.tokenizer import BOS, EOS, IMAGE, PAD, SPECIAL
-from benchmarks.demo_model.vision import VisionTower
+from ficoco_vllm.benchmarks.demo_model.architecture import ARCHITECTURE, IMAGE_MEAN, IMAGE_STD
+from ficoco_vllm.benchmarks.demo_model.decoder import Decoder, Projector
+from ficoco_vllm.benchmarks.demo_model.tokenizer import BOS, EOS, IMAGE, PAD, SPECIAL
+from ficoco_vllm.benchmarks.demo_model.vision import VisionTower
 
 MAX_NEW_TOKENS = 16
 

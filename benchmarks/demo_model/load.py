@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.demo_model.architecture import ARCHITECTURE
-from benchmarks.demo_model.decoder import Decoder, Projector
-from benchmarks.demo_model.export import views_by_name
-from benchmarks.demo_model.vision import VisionTower
+from ficoco_vllm.benchmarks.demo_model.architecture import ARCHITECTURE
+from ficoco_vllm.benchmarks.demo_model.decoder import Decoder, Projector
+from ficoco_vllm.benchmarks.demo_model.export import views_by_name
+from ficoco_vllm.benchmarks.demo_model.vision import VisionTower
 
 
 @torch.no_grad()

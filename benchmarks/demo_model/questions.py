@@ -3,7 +3,7 @@
 import random
 from dataclasses import dataclass
 
-from benchmarks.demo_model.scene import COLOUR_NAMES, PLACES, SHAPES, Scene, Shape, Sign
+from ficoco_vllm.benchmarks.demo_model.scene import COLOUR_NAMES, PLACES, SHAPES, Scene, Shape, Sign
 
 NUMBER_BY_COLOUR = (
     "what number is on the {} sign?",

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from benchmarks.demo_model.architecture import ARCHITECTURE
-from benchmarks.demo_model.scene import COLOUR, COLOURS, KIND, SHAPES, Scene, Shape
+from ficoco_vllm.benchmarks.demo_model.architecture import ARCHITECTURE
+from ficoco_vllm.benchmarks.demo_model.scene import COLOUR, COLOURS, KIND, SHAPES, Scene, Shape
 
 NATIVE = 64
 SCALE = ARCHITECTURE.image_size // NATIVE

@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from benchmarks.demo_model.architecture import ARCHITECTURE
-from benchmarks.demo_model.scene import (
+from ficoco_vllm.benchmarks.demo_model.architecture import ARCHITECTURE
+from ficoco_vllm.benchmarks.demo_model.scene import (
     COLOUR,
     COLOUR_NAMES,
     COLOURS,
@@ -56,13 +56,14 @@ def number_mask(number: str, size: int) -> tuple[NDArray[np.float32], tuple[floa
     canvas = Image.new("L", (int(right - left) + 1, int(bottom - top)), 0)
     ImageDraw.Draw(canvas).text((-left, -top), number, font=font, fill=255)
     edges = tuple(font.getlength(number[:count]) - left for count in range(len(number) + 1))
-    return np.asarray(canvas, dtype=np.float32) / 255, edges
+    return np.asarray(canvas, dtype=np.float32) / np.float32(255), edges
 
 
 def overlap(start: float, stop: float, num_cells: int) -> NDArray[np.float32]:
     """Length of [start, stop) inside every patch row or column, in pixels, (num_cells,)."""
     cells = np.arange(num_cells, dtype=np.float32) * P
-    return np.clip(np.minimum(cells + P, stop) - np.maximum(cells, start), 0, None)
+    inside = np.minimum(cells + P, stop) - np.maximum(cells, start)
+    return np.asarray(np.maximum(inside, 0), dtype=np.float32)
 
 
 def render_signs(

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from benchmarks.demo_model.decoder import Decoder
-from benchmarks.demo_model.muon import Muon
-from benchmarks.demo_model.questions import Question
-from benchmarks.demo_model.shapes import is_negated
+from ficoco_vllm.benchmarks.demo_model.decoder import Decoder
+from ficoco_vllm.benchmarks.demo_model.muon import Muon
+from ficoco_vllm.benchmarks.demo_model.questions import Question
+from ficoco_vllm.benchmarks.demo_model.shapes import is_negated
 
 
 def running_accuracy(

@@ -8,10 +8,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks.demo_model.architecture import ARCHITECTURE
-from benchmarks.demo_model.dialogue import Asker
-from benchmarks.demo_model.questions import Question, shape_questions, sign_questions
-from benchmarks.demo_model.scene import (
+from ficoco_vllm.benchmarks.demo_model.architecture import ARCHITECTURE
+from ficoco_vllm.benchmarks.demo_model.dialogue import Asker
+from ficoco_vllm.benchmarks.demo_model.questions import Question, shape_questions, sign_questions
+from ficoco_vllm.benchmarks.demo_model.scene import (
     COLOUR,
     COLOUR_NAMES,
     DIGIT,
@@ -23,7 +23,7 @@ from benchmarks.demo_model.scene import (
     Shape,
     Sign,
 )
-from benchmarks.demo_model.signs import TRAINING_NUMBERS
+from ficoco_vllm.benchmarks.demo_model.signs import TRAINING_NUMBERS
 
 ROWS, COLUMNS = 3, 8
 SHAPE_SHARE = 0.25

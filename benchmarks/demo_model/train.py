@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 
 import ficoco_vllm.demo_model
-from benchmarks.demo_model.architecture import ARCHITECTURE
-from benchmarks.demo_model.decoder import Decoder, Projector
-from benchmarks.demo_model.export import export
-from benchmarks.demo_model.tokenizer import build_tokenizer
-from benchmarks.demo_model.train_features import ALL_TOKENS, SUBSETS, train_features
-from benchmarks.demo_model.train_synthetic import train_synthetic
-from benchmarks.demo_model.train_vision import train_vision
-from benchmarks.demo_model.vision import VisionTower
+from ficoco_vllm.benchmarks.demo_model.architecture import ARCHITECTURE
+from ficoco_vllm.benchmarks.demo_model.decoder import Decoder, Projector
+from ficoco_vllm.benchmarks.demo_model.export import export
+from ficoco_vllm.benchmarks.demo_model.tokenizer import build_tokenizer
+from ficoco_vllm.benchmarks.demo_model.train_features import ALL_TOKENS, SUBSETS, train_features
+from ficoco_vllm.benchmarks.demo_model.train_synthetic import train_synthetic
+from ficoco_vllm.benchmarks.demo_model.train_vision import train_vision
+from ficoco_vllm.benchmarks.demo_model.vision import VisionTower
 
 SECONDS = {"vision": 2000.0, "synthetic": 950.0, "subsets": 900.0, "all_tokens": 600.0}
 NUM_IMAGES = 8000

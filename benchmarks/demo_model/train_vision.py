@@ -11,14 +11,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.demo_model.architecture import ARCHITECTURE
-from benchmarks.demo_model.muon import Muon
-from benchmarks.demo_model.pixels import to_patches
-from benchmarks.demo_model.scene import NUM_CLASSES
-from benchmarks.demo_model.shapes import EasyVqa
-from benchmarks.demo_model.steps import set_rates
-from benchmarks.demo_model.vision import VisionHeads, VisionTower
-from benchmarks.demo_model.windows import NUM_FLAGS, choose_window, draw, image_flags, random_positions
+from ficoco_vllm.benchmarks.demo_model.architecture import ARCHITECTURE
+from ficoco_vllm.benchmarks.demo_model.muon import Muon
+from ficoco_vllm.benchmarks.demo_model.pixels import to_patches
+from ficoco_vllm.benchmarks.demo_model.scene import NUM_CLASSES
+from ficoco_vllm.benchmarks.demo_model.shapes import EasyVqa
+from ficoco_vllm.benchmarks.demo_model.steps import set_rates
+from ficoco_vllm.benchmarks.demo_model.vision import VisionHeads, VisionTower
+from ficoco_vllm.benchmarks.demo_model.windows import (
+    NUM_FLAGS,
+    choose_window,
+    draw,
+    image_flags,
+    random_positions,
+)
 
 MUON_LR, ADAM_LR = 0.02, 2e-3
 BACKGROUND_WEIGHT = 0.15

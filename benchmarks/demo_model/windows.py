@@ -8,10 +8,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks.demo_model.architecture import ARCHITECTURE
-from benchmarks.demo_model.scene import COLOUR_NAMES, KINDS, PLACES, Scene
-from benchmarks.demo_model.shapes import EasyVqa
-from benchmarks.demo_model.signs import TRAINING_NUMBERS, render_signs
+from ficoco_vllm.benchmarks.demo_model.architecture import ARCHITECTURE
+from ficoco_vllm.benchmarks.demo_model.scene import COLOUR_NAMES, KINDS, PLACES, Scene
+from ficoco_vllm.benchmarks.demo_model.shapes import EasyVqa
+from ficoco_vllm.benchmarks.demo_model.signs import TRAINING_NUMBERS, render_signs
 
 P = ARCHITECTURE.patch_size
 NUM_DIGIT_FLAGS = 10 * len(PLACES)

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,11 +11,13 @@ from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_
 from vllm.forward_context import get_forward_context
 
 from ficoco_vllm.decoder.attention import DecoderHeads
-from ficoco_vllm.decoder.layout import Boundary
+from ficoco_vllm.decoder.layout import Boundary, ImageGroup
 from ficoco_vllm.decoder.reduction import Rows, reduce_rows
 from ficoco_vllm.decoder.segment import Segment, SegmentAttention, Unit, compile_unit
 from ficoco_vllm.kv.plan import DecoderPlanner
+from ficoco_vllm.reduction import Observer
 from ficoco_vllm.stopwatch import Stopwatch
+from ficoco_vllm.tracing.store import Traces
 
 
 @dataclass(frozen=True)
@@ -25,10 +28,12 @@ class ReducingStep:
         boundaries: behind each segment but the last.
         slot_mapping: attention layer to the KV slot of each of its rows, for the layers with fewer rows than
             tokens.
+        traced: first row of an image in the first segment to the trace that it goes into.
     """
 
     boundaries: tuple[Boundary, ...]
     slot_mapping: dict[str, Tensor]
+    traced: dict[int, int]
 
     @property
     def method(self) -> str:
@@ -47,6 +52,7 @@ class SegmentedDecoder:
         grid: tuple[int, int],
         compiled: bool = False,
         watch: Stopwatch | None = None,
+        traces: Traces | None = None,
     ) -> None:
         """Cut a decoder into segments and give each its own KV cache.
 
@@ -56,10 +62,12 @@ class SegmentedDecoder:
             grid: rows and columns of an unreduced image.
             compiled: whether each segment is compiled, as one unit.
             watch: takes the time of the reductions.
+            traces: where requests that ask for it are traced.
         """
         self.planner = planner
         self.watch = watch
         self.grid = grid
+        self.traces = Traces() if traces is None else traces
         layers, size = list(decoder.layers), planner.segments.size
         for index, layer in enumerate(layers):
             attention = layer.self_attn.attn
@@ -104,8 +112,11 @@ class SegmentedDecoder:
             rows = Rows(output, rows.origin, rows.size)
             if index < len(step.boundaries) and step.boundaries[index].groups:
                 heads = self._heads(segment, query, key)
+                layer = (index + 1) * self.planner.segments.size - 1
+                observers = partial(self._observer, layer, step.traced) if step.traced else None
+                boundary = step.boundaries[index]
                 with nullcontext() if lap is None else lap.running():
-                    rows = reduce_rows(rows, heads, step.boundaries[index], self.planner, self.grid)
+                    rows = reduce_rows(rows, heads, boundary, self.planner, self.grid, observers)
         if self.watch is not None and lap is not None:
             self.watch.hand_in(lap)
         result = torch.zeros_like(hidden)
@@ -123,6 +134,10 @@ class SegmentedDecoder:
         for unit in self.units:
             hidden, _, _ = unit(positions, hidden)
 
+    def _observer(self, layer: int, traced: dict[int, int], group: ImageGroup) -> Observer | None:
+        found = {index: traced[row] for index, row in enumerate(group.first_row) if row in traced}
+        return self.traces.observer("decoder", layer, found)
+
     def _heads(self, segment: Segment, query: Tensor, key: Tensor) -> DecoderHeads:
         attention = segment.last.self_attn
         parallel = get_tensor_model_parallel_world_size() > 1
@@ -131,5 +146,6 @@ class SegmentedDecoder:
             key=key.view(key.shape[0], -1, attention.head_dim),
             scale=attention.scaling,
             num_heads=self.num_heads,
-            all_reduce=tensor_model_parallel_all_reduce if parallel else lambda total: total,
+            all_reduce=tensor_model_parallel_all_reduce if parallel else None,
+            backend=self.planner.config.backend,
         )

@@ -1,6 +1,7 @@
 """LLaVA with visual tokens reduced in the vision tower or the decoder; takes the place of vLLM's class."""
 
 from collections import defaultdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from ficoco_vllm.kv.admission import planner_of
 from ficoco_vllm.metrics import metrics
 from ficoco_vllm.processing import KEEP, METHOD, FicocoMultiModalProcessor, FicocoProcessingInfo
 from ficoco_vllm.stopwatch import Stopwatch
+from ficoco_vllm.tracing.store import TRACE, Traces
 from ficoco_vllm.vision.plan import Budget, VisionPlanner
 from ficoco_vllm.vision.shape import TowerShape
 from ficoco_vllm.vision.tower import encode
@@ -58,6 +60,7 @@ class FicocoLlava(LlavaForConditionalGeneration):
         self.planner: VisionPlanner | None = None
         self.decoder: SegmentedDecoder | None = None
         self.watch: Stopwatch | None = None
+        self.traces = Traces()
         shape = None if config.method is None else TowerShape.from_hf_config(self.config)
         if shape is not None and config.decoder_method is not None:
             from ficoco_vllm.decoder.state import DecoderModelState  # imports Triton, which V1 does without
@@ -68,6 +71,7 @@ class FicocoLlava(LlavaForConditionalGeneration):
                 shape.grid,
                 compiled=vllm_config.compilation_config.mode != CompilationMode.NONE,
                 watch=_watch(vllm_config, config.decoder_method.name, "decoder"),
+                traces=self.traces,
             )
             # vLLM looks for this name; without a method in the decoder it must not find it.
             self.get_model_state_cls = lambda: DecoderModelState
@@ -110,12 +114,13 @@ class FicocoLlava(LlavaForConditionalGeneration):
         """Embed the images of a step, those of one budget together.
 
         Args:
-            **kwargs: vLLM's fields of a batch of n images, with `ficoco_keep` and `ficoco_method` (n,) on the host.
+            **kwargs: vLLM's fields of a batch of n images, with `ficoco_keep` and `ficoco_method` (n,) on the host,
+                and `ficoco_trace` (n,) where they are traced.
 
         Returns:
             One tensor (num_tokens, hidden size) for each image, in order.
         """
-        keep, method = kwargs.pop(KEEP, None), kwargs.pop(METHOD, None)
+        keep, method, trace = (kwargs.pop(name, None) for name in (KEEP, METHOD, TRACE))
         pixels = kwargs.get("pixel_values")
         if self.planner is None or not isinstance(keep, Tensor) or not isinstance(pixels, Tensor):
             return super().embed_multimodal(**kwargs)
@@ -123,6 +128,7 @@ class FicocoLlava(LlavaForConditionalGeneration):
         groups: dict[Budget, list[int]] = defaultdict(list)
         for index, (number, count) in enumerate(zip(method.tolist(), keep.tolist(), strict=True)):
             groups[Budget(self.planner.methods[number], count)].append(index)
+        traced = dict(enumerate(trace.tolist())) if isinstance(trace, Tensor) else {}
         embeddings: list[Tensor] = [pixels.new_empty(0)] * len(pixels)
         for budget, members in groups.items():
             for start in range(0, len(members), self.max_images):
@@ -130,16 +136,18 @@ class FicocoLlava(LlavaForConditionalGeneration):
                 batch = (
                     pixels if len(chunk) == len(pixels) else pixels[torch.tensor(chunk, device=pixels.device)]
                 )
-                for index, embedding in zip(chunk, self._embed(batch, budget), strict=True):
+                here = {place: traced[index] for place, index in enumerate(chunk) if index in traced}
+                for index, embedding in zip(chunk, self._embed(batch, budget, here), strict=True):
                     embeddings[index] = embedding
         return embeddings
 
-    def _embed(self, pixels: Tensor, budget: Budget) -> Tensor:
+    def _embed(self, pixels: Tensor, budget: Budget, traced: dict[int, int]) -> Tensor:
         """Features of images of one budget, projected.
 
         Args:
             pixels: (B, 3, height, width).
             budget: method and number of patch tokens.
+            traced: index in the batch to trace, of the images that are traced.
 
         Returns:
             (B, num_tokens, hidden size of the language model).
@@ -150,11 +158,13 @@ class FicocoLlava(LlavaForConditionalGeneration):
         else:
             tower = self.vision_tower.vision_model
             # Not the made-up images with which vLLM profiles before it allocates the KV cache.
-            watch = self.watch if self._has_kv_cache() else None
-            lap = None if watch is None else watch.lap(str(budget.method), pixels.device)
-            features = encode(tower, pixels, self.planner.plan(budget), self.planner.shape.grid, lap)
-            if watch is not None and lap is not None:
-                watch.hand_in(lap)
+            stopwatch = self.watch if self._has_kv_cache() else None
+            lap = None if stopwatch is None else stopwatch.lap(str(budget.method), pixels.device)
+            watch = partial(self.traces.observer, traced=traced) if traced else None
+            plan, grid = self.planner.plan(budget), self.planner.shape.grid
+            features = encode(tower, pixels, plan, grid, lap, watch)
+            if stopwatch is not None and lap is not None:
+                stopwatch.hand_in(lap)
             if not self.planner.shape.with_cls:
                 features = features[:, 1:]
         projected: Tensor = self.multi_modal_projector(features)

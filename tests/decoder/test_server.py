@@ -1,11 +1,13 @@
 """The decoder behind the OpenAI server: budgets of requests, and refusals as HTTP 400."""
 
+import json
 import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from PIL import Image
@@ -13,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.kv.plan import DecoderPlanner
+from ficoco_vllm.server.explain.schema import Explanation
 from tests.support.server import Server, data_url, message, serve
 
 pytestmark = pytest.mark.server
@@ -22,12 +25,18 @@ pytestmark = pytest.mark.server
 def server(small_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """As `make serve METHOD=ficoco-vl` starts it: the command line alone chooses the model runner.
 
-    Two API servers share the engine and the port, so counters must add up over processes.
+    Two API servers share the engine and the port, so counters must add up over processes. The budget of requests that
+    name none is 16 by `--ficoco-elastic`, which never sees the load that would make it 15.
     """
     log = tmp_path_factory.mktemp("server") / "log"
-    arguments = ["--ficoco-method", "ficoco-vl", "--ficoco-keep", "16", "--served-model-name", "small"]
+    arguments = ["--ficoco-method", "ficoco-vl", "--ficoco-keep", "15", "--served-model-name", "small"]
+    arguments += ["--ficoco-explain"]
     more = ["--enforce-eager", "--max-model-len", "1024", "--kv-cache-memory-bytes", str(2**26)]
     more += ["--api-server-count", "2"]
+    more += [
+        "--ficoco-elastic",
+        json.dumps({"floor": 15, "ceiling": 16, "target_kv_usage": 1, "target_queue": 99}),
+    ]
     with serve(log, str(small_llava), *arguments, *more) as server:
         yield server
 
@@ -80,10 +89,33 @@ def test_refusals(
     assert complete(server, images[:1]).usage.completion_tokens == 3
 
 
+def test_an_explanation_goes_through_tower_and_decoder(server: Server, images: list[Image.Image]) -> None:
+    body = {"image": data_url(images[1]), "question": "what is this?", "max_tokens": 2}
+    answer = httpx.post(f"{server.url}/ficoco/explain", json=body, timeout=300)
+    assert answer.status_code == 200, answer.text
+    found = Explanation.model_validate_json(answer.content)
+    assert (found.method, found.keep, found.grid) == ("ficoco-vl", 15, (12, 12))
+    sites = [layer.site for layer in found.layers]
+    assert sites == sorted(sites, reverse=True), "first the tower, then the decoder"
+    assert set(sites) == {"encoder", "decoder"}
+    assert (found.reduced.visual_tokens, found.reduced.last_visual_tokens) == (46, 15)
+    assert found.full is not None
+    assert (found.full.visual_tokens, found.full.last_visual_tokens) == (144, 144)
+    assert found.full.prompt_tokens - found.reduced.prompt_tokens == 144 - 46
+    kept = found.layers[-1].kept
+    held = dict.fromkeys(kept, 1.0)
+    for item in found.destinations:
+        for token, share in item.targets:
+            held[token] += share
+    # Nothing is lost on the whole way, though the decoder counts anew.
+    assert len(kept) == 15
+    assert sum(held.values()) == pytest.approx(144, abs=0.1)
+
+
 def test_start_up_says_what_it_means(server: Server) -> None:
     log = server.log.read_text()
-    assert "ficoco-l leaves 16 of 48 visual tokens of an image in the decoder" in log
-    assert "ficoco-v keeps 48 of 144 visual tokens" in log
+    assert "ficoco-l leaves 15 of 46 visual tokens of an image in the decoder" in log
+    assert "ficoco-v keeps 46 of 144 visual tokens" in log
     assert "no prompt can take over the cached prefix of another" in log
 
 

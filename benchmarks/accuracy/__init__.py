@@ -1,0 +1,1 @@
+"""Accuracy through the HTTP endpoint: methods by budgets, ablations, sensitivity."""

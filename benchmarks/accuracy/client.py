@@ -1,0 +1,117 @@
+"""Questions to an OpenAI-compatible server, many at a time, answers kept as they come."""
+
+import asyncio
+import base64
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from openai import AsyncOpenAI, OpenAI
+
+from ficoco_vllm.benchmarks.accuracy.store import Reply, Store
+from ficoco_vllm.benchmarks.accuracy.variants import Variant
+from ficoco_vllm.benchmarks.accuracy.workload import Item
+
+Job = tuple[Variant, Item]
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A running server.
+
+    Attributes:
+        url: without a path.
+        model: its name there.
+        num_tokens: visual tokens of an image without reduction.
+        api_key: of the server.
+        max_tokens: of an answer.
+        num_logprobs: how many of the most likely first tokens are kept with an answer, at most 20.
+    """
+
+    url: str
+    model: str
+    num_tokens: int
+    api_key: str = "none"
+    max_tokens: int = 16
+    num_logprobs: int = 1
+
+    def body(self, variant: Variant, item: Item) -> dict[str, Any]:
+        """Arguments of `chat.completions.create` for one question."""
+        content: list[dict[str, Any]] = [{"type": "text", "text": item.question}]
+        if variant.with_image and item.image is not None:
+            data = base64.b64encode(item.image).decode()
+            url = f"data:{item.media_type};base64,{data}"
+            content.insert(0, {"type": "image_url", "image_url": {"url": url}})
+        return {
+            "model": self.model,
+            "messages": [{"role": "user", "content": content}],
+            "temperature": 0,
+            "max_tokens": self.max_tokens,
+            "extra_body": variant.fields(self.num_tokens),
+        }
+
+
+def served_model(url: str, api_key: str = "none") -> str:
+    """Name of the first model that a server offers.
+
+    Args:
+        url: without a path.
+        api_key: of the server.
+
+    Raises:
+        openai.APIError: the server cannot be asked.
+    """
+    models = list(OpenAI(base_url=f"{url}/v1", api_key=api_key).models.list())
+    return models[0].id
+
+
+def replay(endpoint: Endpoint, jobs: Sequence[Job], store: Store, concurrency: int, label: str) -> None:
+    """Ask what has not been answered yet; each answer is on disk as soon as it is there.
+
+    Args:
+        endpoint: the server.
+        jobs: what to ask.
+        store: takes the answers; what it holds already is not asked again.
+        concurrency: questions under way at once.
+        label: of the progress bar.
+
+    Raises:
+        openai.APIError: the server refuses a question or does not answer.
+    """
+    asyncio.run(_replay(endpoint, jobs, store, concurrency, label))
+
+
+async def _replay(
+    endpoint: Endpoint, jobs: Sequence[Job], store: Store, concurrency: int, label: str
+) -> None:
+    from tqdm import tqdm
+
+    missing = [(variant, item) for variant, item in jobs if (variant.key, item.name) not in store]
+    waiting = iter(missing)
+    client = AsyncOpenAI(base_url=f"{endpoint.url}/v1", api_key=endpoint.api_key, max_retries=3, timeout=600)
+    async with client:
+        with tqdm(total=len(jobs), initial=len(jobs) - len(missing), desc=label, mininterval=1.0) as bar:
+
+            async def work() -> None:
+                for variant, item in waiting:
+                    store.add(variant.key, item.name, await _ask(client, endpoint, variant, item))
+                    bar.update()
+
+            async with asyncio.TaskGroup() as group:
+                for _ in range(concurrency):
+                    group.create_task(work())
+
+
+async def _ask(client: AsyncOpenAI, endpoint: Endpoint, variant: Variant, item: Item) -> Reply:
+    body = endpoint.body(variant, item)
+    answer = await client.chat.completions.create(**body, logprobs=True, top_logprobs=endpoint.num_logprobs)
+    choice = answer.choices[0]
+    first = choice.logprobs.content[0] if choice.logprobs and choice.logprobs.content else None
+    likely = {} if first is None else {entry.token: entry.logprob for entry in first.top_logprobs}
+    prompt_tokens = answer.usage.prompt_tokens if answer.usage else 0
+    return Reply((choice.message.content or "").strip(), prompt_tokens, likely)
+
+
+def pairs(variants: Iterable[Variant], items: Sequence[Item]) -> list[Job]:
+    """Every variant with every question."""
+    return [(variant, item) for variant in variants for item in items]

@@ -1,0 +1,109 @@
+"""One run: servers started or found, questions asked, figures written."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ficoco_vllm.benchmarks.accuracy.client import Job, replay
+from ficoco_vllm.benchmarks.accuracy.host import CONCURRENCY, Host, endpoint
+from ficoco_vllm.benchmarks.accuracy.store import Store
+from ficoco_vllm.benchmarks.accuracy.suites import Row, rows, served_methods
+from ficoco_vllm.benchmarks.accuracy.summary import summarise
+from ficoco_vllm.benchmarks.accuracy.variants import SITES
+from ficoco_vllm.benchmarks.accuracy.workload import Item, embedded
+from ficoco_vllm.benchmarks.bars import environment
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run asks, and where.
+
+    Attributes:
+        tables: among `suites.TABLES`.
+        kinds: types of question.
+        keeps: budgets of the method comparison.
+        count: questions of each type.
+        few_count: questions of each type in the ablations and sensitivity tables.
+        answers: JSONL file; a run that was cut off goes on from it.
+        host: the server.
+        methods: None means every one that the server's site can run.
+        seed: of the questions.
+        concurrency: questions under way at once.
+    """
+
+    tables: tuple[str, ...]
+    kinds: tuple[str, ...]
+    keeps: tuple[int, ...]
+    count: int
+    few_count: int
+    answers: Path
+    host: Host = field(default_factory=Host)
+    methods: tuple[str, ...] | None = None
+    seed: int = 0
+    concurrency: int = CONCURRENCY
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for answers of two runs to be mixed."""
+        return {**self.host.identity, "seed": self.seed, "workload": "embedded"}
+
+
+def measure(options: Options) -> dict[str, Any]:
+    """Ask everything and sum it up.
+
+    Args:
+        options: of the run.
+
+    Returns:
+        The result as it is written to JSON.
+
+    Raises:
+        ValueError: an option is wrong, or the answers are those of another run.
+        RuntimeError: a server does not start.
+        openai.APIError: a server refuses a question.
+    """
+    methods = options.methods or tuple(method for site in SITES for method in served_methods(site))
+    wanted = rows(methods, options.keeps, options.tables, options.kinds)
+    items = embedded(options.kinds, max(options.count, options.few_count), options.seed)
+    with Store(options.answers, options.identity) as store:
+        for site in SITES:
+            jobs = [job for job in _jobs(wanted, items, options) if job[0].site == site]
+            missing = [(variant, item) for variant, item in jobs if (variant.key, item.name) not in store]
+            if not missing:
+                continue
+            with endpoint(options.host, site, [variant for variant, _ in missing]) as found:
+                replay(found, jobs, store, options.concurrency, site)
+        result = summarise(wanted, items, store, options.host.num_tokens, lambda row: _count(row, options))
+    head = {"schema": 1, **options.identity, "environment": environment()}
+    return {**head, "count": options.count, "few_count": options.few_count, **result}
+
+
+def _count(row: Row, options: Options) -> int:
+    return options.count if row.table == "methods" else options.few_count
+
+
+def _jobs(wanted: Sequence[Row], items: Sequence[Item], options: Options) -> list[Job]:
+    """Each variant with each of its questions, once, in an order that spreads the variants over the run."""
+    asked: dict[tuple[str, str], Job] = {}
+    for row in wanted:
+        for item in questions_of(row, items, _count(row, options)):
+            asked.setdefault((item.name, row.variant.key), (row.variant, item))
+    return [asked[key] for key in sorted(asked, key=lambda key: (int(key[0].rsplit("-", 1)[1]), key))]
+
+
+def questions_of(row: Row, items: Sequence[Item], count: int) -> list[Item]:
+    """The first questions of each type that a row is asked."""
+    found = []
+    for kind in row.kinds:
+        found += [item for item in items if item.kind == kind][:count]
+    return found
+
+
+def write(result: dict[str, Any], path: Path) -> None:
+    """Write a result as JSON, a line for each row of a table."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = {key: value for key, value in result.items() if key != "rows"}
+    lines = ",\n".join(f"    {json.dumps(row)}" for row in result["rows"])
+    path.write_text(json.dumps(head, indent=2)[:-2] + f',\n  "rows": [\n{lines}\n  ]\n}}\n', encoding="utf-8")

@@ -1,0 +1,122 @@
+"""How sure a share or a difference is."""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+CONFIDENCE = 0.95
+RESAMPLES = 4000
+
+
+def wilson(successes: int, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """Confidence interval of a share.
+
+    Args:
+        successes: how many of `count`.
+        count: at least 1.
+        z: quantile of the normal distribution; the default is for 95%.
+
+    Returns:
+        Bounds between 0 and 1.
+
+    Source: Wilson, J. Am. Stat. Assoc. 22 (1927).
+    """
+    share = successes / count
+    centre = share + z * z / (2 * count)
+    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    scale = 1 + z * z / count
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def lower_bound(successes: int, count: int, confidence: float = CONFIDENCE) -> float:
+    """The one-sided exact lower bound of a share.
+
+    The share below which so many successes would be rarer than 1 - confidence.
+
+    Args:
+        successes: how many of `count`.
+        count: at least 1.
+        confidence: of the bound.
+
+    Source: Clopper and Pearson, Biometrika 26 (1934).
+    """
+    if successes == 0:
+        return 0.0
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        if at_least(successes, count, middle) < 1 - confidence:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def upper_bound(successes: int, count: int, confidence: float = CONFIDENCE) -> float:
+    """The one-sided exact upper bound of a share; see `lower_bound`."""
+    return 1.0 - lower_bound(count - successes, count, confidence)
+
+
+def at_least(successes: int, count: int, share: float) -> float:
+    """Probability of so many successes or more, each with the probability `share`."""
+    if successes <= 0:
+        return 1.0
+    if not 0.0 < share < 1.0:
+        return float(share >= 1.0)
+    k = np.arange(successes, count + 1)
+    logs = _log_choices(count)[successes:] + k * math.log(share) + (count - k) * math.log1p(-share)
+    return min(1.0, float(np.exp(logs).sum()))
+
+
+@lru_cache(maxsize=1024)
+def _log_choices(count: int) -> NDArray[np.float64]:
+    """Logarithms of the binomial coefficients of `count` over 0 to `count`."""
+    logs = np.array([math.lgamma(k + 1) for k in range(count + 1)])
+    return np.asarray(logs[-1] - logs - logs[::-1])
+
+
+def sign_test(better: int, worse: int) -> float:
+    """Two-sided exact probability of so unequal a split of questions that only one of two answers got right.
+
+    Args:
+        better: questions that only the first got right.
+        worse: questions that only the second got right.
+
+    Source: McNemar, Psychometrika 12 (1947), exact form.
+    """
+    if better + worse == 0:
+        return 1.0
+    return min(1.0, 2 * at_least(max(better, worse), better + worse, 0.5))
+
+
+def paired_bootstrap(
+    full: Mapping[str, Sequence[bool]], reduced: Mapping[str, Sequence[bool]], seed: int = 0
+) -> tuple[float, float, float]:
+    """Difference of two accuracies on the same questions, each type weighing the same.
+
+    Questions are drawn anew within their type, both answers to a question together. A resample of differences that
+    are -1, 0 or 1 is a draw from the multinomial distribution of their counts, so none is written out.
+
+    Args:
+        full: type of question to whether each was answered right, by what is compared with.
+        reduced: the same for what is judged, in the same order.
+        seed: of the draws.
+
+    Returns:
+        The difference and the bounds of its 95% percentile interval, in shares of 1.
+    """
+    rng = np.random.default_rng(seed)
+    total, draws = 0.0, np.zeros(RESAMPLES)
+    for kind, before in full.items():
+        after = reduced[kind]
+        gained = sum(b > a for a, b in zip(before, after, strict=True))
+        lost = sum(b < a for a, b in zip(before, after, strict=True))
+        n = len(before)
+        counts = rng.multinomial(n, [gained / n, lost / n, 1 - (gained + lost) / n], size=RESAMPLES)
+        total += (gained - lost) / n
+        draws += (counts[:, 0] - counts[:, 1]) / n
+    low, high = np.quantile(draws / len(full), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return total / len(full), float(low), float(high)

@@ -1,0 +1,188 @@
+"""Which variants are measured, and in which table and row each stands."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ficoco_vllm.benchmarks.accuracy.variants import (
+    FULL,
+    NO_IMAGE,
+    Site,
+    Variant,
+    full,
+    method_variants,
+    site_of,
+)
+from ficoco_vllm.benchmarks.accuracy.workload import KINDS
+from ficoco_vllm.reduction import available, get
+from ficoco_vllm.reduction.method import SITES as SIGNALS
+from ficoco_vllm.reduction.pipeline import PIPELINES
+
+KEEPS = (288, 192, 128, 64)
+# The budget of the paper's ablations and sensitivity analyses: 1.5 TFLOPs, 64 tokens.
+SMALL = 64
+# Types of question of the ablations: what is read from few patches and what from many, as TextVQA and ScienceQA are.
+FEW_KINDS = ("number", "number_by_colour_2", "colour", "shape")
+
+Settings = Mapping[str, Any]
+# Row label to settings. Groups follow the rows of the paper's Tables 2 and 4.
+ABLATION_V: Mapping[str, Settings] = {
+    "FiCoCo-V": {},
+    "w/o local redundancy": {"local_redundancy": False},
+    "w/o task redundancy": {"task_redundancy": False},
+    "w/o local penalty": {"local_penalty": False},
+    "fixed K=0": {"fixed_k": 0},
+    "fixed K=1": {"fixed_k": 1},
+    "fixed K=2": {"fixed_k": 2},
+    "average compression": {"average": True},
+}
+ABLATION_L: Mapping[str, Settings] = {
+    "FiCoCo-L": {},
+    "w/o local redundancy": {"local_redundancy": False},
+    "w/o task redundancy": {"task_redundancy": False},
+    "w/o indirect correlation": {"indirect_correlation": False},
+    "w/o direct correlation": {"direct_correlation": False},
+    "fixed K=0": {"fixed_k": 0},
+    "fixed K=1": {"fixed_k": 1},
+    "fixed K=2": {"fixed_k": 2},
+    "average compression": {"average": True},
+}
+# One stage exchanged for another one, the rest as it is.
+EXCHANGE_V: Mapping[str, Settings] = {
+    "filter cls_attention": {"filter": "cls_attention"},
+    "filter random_order": {"filter": "random_order"},
+    "correlate key_cosine": {"correlate": "key_cosine"},
+    "correlate neighbour_attention": {"correlate": "neighbour_attention"},
+    "compress nearest_merge": {"compress": "nearest_merge"},
+    "compress add": {"compress": "add"},
+    "compress prune": {"compress": "prune"},
+}
+EXCHANGE_L: Mapping[str, Settings] = {
+    "filter received_attention": {"filter": "received_attention"},
+    "correlate attention": {"correlate": "attention"},
+    "compress nearest_merge": {"compress": "nearest_merge"},
+    "compress prune": {"compress": "prune"},
+}
+# Setting to its values; the paper's Figure 4 (lam, beta, gamma), Tables 6 and 7, and what it fixes without a table.
+_EPSILONS = (0.998, 0.996, 0.994, 0.992)
+SENSITIVITY_V: Mapping[str, Sequence[Any]] = {
+    "lam": (0.05, 0.2, 0.35, 0.5, 0.65, 0.95),
+    "epsilon": _EPSILONS,
+    "coefficient": (1, 2, 3, 4),
+    "window": ((2, 2), (3, 3), (4, 4)),
+    "start_layer": (2, 3, 4, 5),
+    "schedule": ("even", "geometric", "one-shot"),
+    "attention": ("probs", "logits"),
+    "proportional_attention": (False, True),
+}
+SENSITIVITY_L: Mapping[str, Sequence[Any]] = {
+    "beta": (0.2, 0.4, 0.6, 0.8),
+    "gamma": (0.2, 0.4, 0.6, 0.8),
+    "epsilon": _EPSILONS,
+    "schedule": ("even", "geometric", "one-shot"),
+    "start_layer": (1, 3, 5),
+    "attention": ("probs", "logits"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A variant in a table.
+
+    Attributes:
+        table: its name.
+        label: of the row.
+        variant: what is measured.
+        kinds: types of question that it is asked.
+    """
+
+    table: str
+    label: str
+    variant: Variant
+    kinds: tuple[str, ...]
+
+
+def served_methods(site: Site) -> list[str]:
+    """Methods that a LLaVA's server of a site runs, as third parties have not changed them.
+
+    Args:
+        site: "tower", "decoder" or "both".
+    """
+    if site == "both":
+        return sorted(PIPELINES)
+    sites = ("decoder",) if site == "decoder" else ("encoder", "features")
+    return [
+        name
+        for place in sites
+        for name in available(place)
+        if get(name).required_signals() <= SIGNALS[place] and not name.startswith("bench-")
+    ]
+
+
+def rows(
+    methods: Sequence[str], keeps: Sequence[int], tables: Sequence[str], kinds: Sequence[str]
+) -> list[Row]:
+    """All rows of some tables.
+
+    Args:
+        methods: of the method comparison, and of the other tables those that concern one of them.
+        keeps: budgets of the method comparison.
+        tables: among `TABLES`.
+        kinds: types of question of the method comparison.
+
+    Raises:
+        ValueError: there is no such table or method.
+    """
+    unknown = sorted(set(tables) - set(TABLES))
+    if unknown:
+        raise ValueError(f"table = {unknown[0]!r} is not known; allowed: {', '.join(TABLES)}")
+    sites = {site_of(method) for method in methods}
+    found: list[Row] = []
+    if "methods" in tables:
+        found.append(Row("methods", NO_IMAGE, Variant(NO_IMAGE, "tower"), tuple(kinds)))
+        found += [
+            Row("methods", FULL, full(site), tuple(kinds)) for site in ("tower", "decoder") if site in sites
+        ]
+        found += [
+            Row("methods", v.label, v, tuple(kinds)) for v in method_variants(list(methods), list(keeps))
+        ]
+    few = tuple(kind for kind in FEW_KINDS if kind in kinds)
+    for table, (method, choices) in _TABLES_OF_ONE.items():
+        if table in tables and method in methods:
+            site = site_of(method)
+            found.append(Row(table, FULL, full(site), few))
+            found += [
+                Row(table, label, Variant(method, site, method, SMALL, _changed(method, settings)), few)
+                for label, settings in choices.items()
+            ]
+    return found
+
+
+def _changed(method: str, settings: Settings) -> Settings:
+    """Settings without those that are the default, so that equal variants are measured once."""
+    fields = get(method).settings.model_fields
+    return {
+        key: value for key, value in settings.items() if key not in fields or fields[key].default != value
+    }
+
+
+def _grid(values: Mapping[str, Sequence[Any]]) -> dict[str, Settings]:
+    return {
+        f"{name} = {_plain(value)}": {name: value} for name, options in values.items() for value in options
+    }
+
+
+def _plain(value: Any) -> str:
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+_TABLES_OF_ONE: Mapping[str, tuple[str, Mapping[str, Settings]]] = {
+    "ablation-v": ("ficoco-v", ABLATION_V),
+    "ablation-l": ("ficoco-l", ABLATION_L),
+    "exchange-v": ("ficoco-v", {"none": {}, **EXCHANGE_V}),
+    "exchange-l": ("ficoco-l", {"none": {}, **EXCHANGE_L}),
+    "sensitivity-v": ("ficoco-v", _grid(SENSITIVITY_V)),
+    "sensitivity-l": ("ficoco-l", _grid(SENSITIVITY_L)),
+}
+TABLES = ("methods", *_TABLES_OF_ONE)
+DEFAULT_KINDS = KINDS

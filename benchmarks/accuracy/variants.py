@@ -1,0 +1,100 @@
+"""What is compared: a method with its settings and a budget, and how a request asks for it."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ficoco_vllm.reduction import get
+from ficoco_vllm.reduction.pipeline import PIPELINES
+
+Site = Literal["tower", "decoder", "both"]
+SITES: tuple[Site, ...] = ("tower", "decoder", "both")
+# The method a server of each site is started with: settings of the server are those of this method, so none are given.
+HOST_METHOD: Mapping[Site, str] = {"tower": "ficoco-v", "decoder": "ficoco-l", "both": "ficoco-vl"}
+FULL = "full"
+NO_IMAGE = "no image"
+
+
+def site_of(method: str) -> Site:
+    """Where a method reduces, and so which server can run it.
+
+    Raises:
+        ValueError: there is no such method.
+    """
+    if method in PIPELINES:
+        return "both"
+    return "decoder" if get(method).site == "decoder" else "tower"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to answer.
+
+    Attributes:
+        label: as tables print it, without the budget.
+        site: of the server that runs it.
+        method: a method of the registry, or None: all visual tokens (`FULL`) or no image at all (`NO_IMAGE`).
+        keep: visual tokens left of an image, behind the tower or in the decoder's last layer; None for all.
+        settings: hyperparameters and exchanged stages that differ from the method's defaults.
+    """
+
+    label: str
+    site: Site
+    method: str | None = None
+    keep: int | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """A name that no other variant has: equal ways to answer share it, whatever their labels."""
+        parts = [self.served_name or self.label, self.site]
+        if self.keep is not None:
+            parts.append(str(self.keep))
+        return "/".join(parts)
+
+    @property
+    def served_name(self) -> str | None:
+        """The name under which a server knows the method: its own, or that of a method with these settings fixed."""
+        if self.method is None or not self.settings:
+            return self.method
+        text = json.dumps([self.method, self.settings], sort_keys=True)
+        return f"bench-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+    @property
+    def with_image(self) -> bool:
+        """Whether the image is sent."""
+        return self.label != NO_IMAGE
+
+    def fields(self, num_tokens: int) -> dict[str, Any]:
+        """What a request says beyond OpenAI's fields.
+
+        Args:
+            num_tokens: visual tokens of an image without reduction.
+        """
+        if not self.with_image:
+            return {}
+        keep = num_tokens if self.keep is None else self.keep
+        if self.site == "tower":
+            asked: dict[str, Any] = {"ficoco_keep": keep}
+            if self.served_name is not None:
+                asked["ficoco_method"] = self.served_name
+            return {"mm_processor_kwargs": asked}
+        body: dict[str, Any] = {"vllm_xargs": {"ficoco_keep": keep}}
+        if self.site == "both":
+            pipeline = PIPELINES[self.method or HOST_METHOD["both"]]
+            body["mm_processor_kwargs"] = {"ficoco_keep": pipeline.encoder_keep(num_tokens, keep)}
+        elif self.served_name is not None:
+            body["vllm_xargs"]["ficoco_method"] = self.served_name
+        return body
+
+
+def full(site: Site) -> Variant:
+    """All visual tokens, through the server of a site."""
+    return Variant(FULL, site)
+
+
+def method_variants(methods: list[str], keeps: list[int]) -> list[Variant]:
+    """Each method at each budget."""
+    return [Variant(name, site_of(name), name, keep) for name in methods for keep in keeps]

@@ -1,0 +1,95 @@
+"""The user's own images and prompts."""
+
+import json
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ficoco_vllm.benchmarks.accuracy.workload import Item
+
+MEDIA_TYPES = {
+    ".png": "image/png",
+    ".jpg": "image/jpeg",
+    ".jpeg": "image/jpeg",
+    ".webp": "image/webp",
+    ".gif": "image/gif",
+    ".bmp": "image/bmp",
+}
+FORM = '{"image": "path.png", "prompt": "..."}'
+
+
+def read_items(data: Path, prompt: str | None = None) -> list[Item]:
+    """Questions of a JSONL file or of a folder of images.
+
+    Args:
+        data: a JSONL file with an object `{"image": PATH, "prompt": TEXT}` in each line, paths relative to the file;
+            or a folder of images, each with its prompts in a text file of the same name (one a line).
+        prompt: for what has no prompt of its own.
+
+    Returns:
+        The questions in the order of lines or file names.
+
+    Raises:
+        ValueError: naming the line or file, and what is allowed.
+    """
+    if data.is_dir():
+        items = list(_of_folder(data, prompt))
+    elif data.is_file():
+        items = list(_of_lines(data, prompt))
+    else:
+        raise ValueError(
+            f"--data = {str(data)!r} does not exist; allowed: a JSONL file or a folder of images"
+        )
+    if not items:
+        raise ValueError(
+            f"--data = {str(data)!r} holds no question; allowed: lines {FORM}, or images with prompts"
+        )
+    return items
+
+
+def shuffled(items: Iterable[Item], seed: int) -> list[Item]:
+    """Questions in an order that does not depend on how they were collected."""
+    found = sorted(items, key=lambda item: item.name)
+    random.Random(f"calibration {seed}").shuffle(found)
+    return found
+
+
+def _of_lines(path: Path, prompt: str | None) -> Iterable[Item]:
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row: Any = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: not JSON ({error}); allowed: {FORM}") from error
+        if not isinstance(row, dict) or not isinstance(row.get("image"), str):
+            raise ValueError(f"{where}: image is missing or no text; allowed: {FORM}")
+        asked = row.get("prompt", prompt)
+        if not isinstance(asked, str) or not asked:
+            raise ValueError(
+                f"{where}: prompt = {asked!r} is not allowed; allowed: a text, here or in --prompt"
+            )
+        yield _item(f"{number:07d}", path.parent / row["image"], asked, where)
+
+
+def _of_folder(folder: Path, prompt: str | None) -> Iterable[Item]:
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() not in MEDIA_TYPES:
+            continue
+        beside = path.with_suffix(".txt")
+        prompts = beside.read_text(encoding="utf-8").splitlines() if beside.is_file() else [prompt or ""]
+        for number, asked in enumerate(filter(None, map(str.strip, prompts))):
+            yield _item(f"{path.name}#{number}", path, asked, str(path))
+
+
+def _item(name: str, path: Path, prompt: str, where: str) -> Item:
+    media_type = MEDIA_TYPES.get(path.suffix.lower())
+    if media_type is None:
+        raise ValueError(f"{where}: image = {path.name!r} is not allowed; allowed: {', '.join(MEDIA_TYPES)}")
+    try:
+        image = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{where}: image = {str(path)!r} cannot be read ({error.strerror})") from error
+    return Item(name, "own", prompt, image, media_type=media_type)

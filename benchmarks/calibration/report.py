@@ -1,0 +1,119 @@
+"""The calibration report: a page that needs nothing else, and lines for the terminal."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from ficoco_vllm.benchmarks.accuracy.workload import Item
+
+_STYLE = """
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; width: 100%; }
+th, td { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; }
+pre { padding: .7rem; overflow-x: auto; background: color-mix(in srgb, currentColor 8%, transparent); }
+figure { display: grid; grid-template-columns: 9rem 1fr; gap: 1rem; margin: 1rem 0; }
+img { width: 9rem; image-rendering: auto; }
+dl { margin: 0; display: grid; grid-template-columns: max-content 1fr; gap: .2rem .8rem; }
+dt { opacity: .7; } dd { margin: 0; }
+"""
+
+Report = Mapping[str, Any]
+
+
+def lines(report: Report) -> list[str]:
+    """The outcome in words, for the terminal."""
+    asked = report["questions"]
+    found = [
+        f"{asked['search']} questions searched, {asked['certificate']} fresh ones for the certificate; target "
+        f"{report['target_agreement']:.3f} with {report['confidence']:.0%} confidence, for each method alone"
+    ]
+    for entry in report["methods"]:
+        found += ["", *_of_method(entry, report["target_agreement"])]
+    return found
+
+
+def _of_method(entry: Mapping[str, Any], target: float) -> list[str]:
+    name, safe = entry["method"], entry["safe"]
+    found = []
+    if entry["full_agrees_with_itself"] < target:
+        found.append(
+            f"{name}: with all tokens the server agrees with itself in {entry['full_agrees_with_itself']:.1%} only, "
+            "so no budget can be expected to reach the target"
+        )
+    if safe is None:
+        tried = ", ".join(
+            f"{test['keep']}: {test['agreeing']} of {test['count']}"
+            for test in entry["tested"] or entry["searched"]
+        )
+        return [*found, f"{name}: no budget is safe ({tried})"]
+    cache, first = safe["kv_cache"], safe["first_token"][name]
+    return [
+        *found,
+        f"{name}: {safe['keep']} tokens agree in {safe['agreement']:.1%} (at least {safe['at_least']:.1%}); "
+        f"KV cache of a prompt {cache['saving']:.0%} smaller; first token {first['speedup']:.2f}x as fast, "
+        f"{1000 * first['seconds']:.0f} ms",
+        f"    {safe['serve']}",
+    ]
+
+
+def page(report: Report, items: Sequence[Item]) -> str:
+    """A self-contained HTML page.
+
+    Args:
+        report: from `calibrate`.
+        items: the questions, for their images.
+    """
+    by_name = {item.name: item for item in items}
+    parts = [
+        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",
+        f"<title>Calibration</title><style>{_STYLE}</style><h1>Calibration</h1>",
+        f"<p>{escape(lines(report)[0])}. Model {escape(str(report['model']))}.</p>",
+        _table(report),
+    ]
+    for entry in report["methods"]:
+        parts.append(f"<h2>{escape(entry['method'])}</h2>")
+        if entry["safe"] is None:
+            parts.append(f"<p>{escape(' '.join(_of_method(entry, report['target_agreement'])))}</p>")
+            continue
+        parts.append(f"<pre>{escape(entry['safe']['serve'])}</pre>")
+        worst = entry["worst"]
+        parts.append(f"<p>Worst disagreements on fresh questions: {len(worst) or 'none'}.</p>")
+        parts += [_figure(row, by_name[row["item"]]) for row in worst]
+    return "\n".join(parts) + "\n"
+
+
+def _table(report: Report) -> str:
+    head = ("method", "tokens", "agreement", "at least", "divergence", "KV cache saved", "first token")
+    rows = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>"]
+    for entry in report["methods"]:
+        safe = entry["safe"]
+        cells = ["none", *[""] * 5]
+        if safe is not None:
+            cells = [
+                str(safe["keep"]),
+                f"{safe['agreement']:.1%}",
+                f"{safe['at_least']:.1%}",
+                f"{safe['first_token_divergence']['mean']:.4f}",
+                f"{safe['kv_cache']['saving']:.0%}",
+                f"{safe['first_token'][entry['method']]['speedup']:.2f}x",
+            ]
+        rows.append(
+            f"<tr><td>{escape(entry['method'])}</td>"
+            + "".join(f"<td class=number>{cell}</td>" for cell in cells)
+            + "</tr>"
+        )
+    return f"<table>{''.join(rows)}</table>"
+
+
+def _figure(row: Mapping[str, Any], item: Item) -> str:
+    image = base64.b64encode(item.image or b"").decode()
+    return (
+        f"<figure><img alt='' src='data:{item.media_type};base64,{image}'><dl>"
+        f"<dt>asked</dt><dd>{escape(item.question)}</dd>"
+        f"<dt>all tokens</dt><dd>{escape(row['full'])}</dd>"
+        f"<dt>reduced</dt><dd>{escape(row['reduced'])}</dd>"
+        f"<dt>divergence</dt><dd>{row['divergence']:.3f} nats or more</dd></dl></figure>"
+    )

@@ -1,0 +1,133 @@
+"""The smallest budget that agrees often enough: found on one part of the questions, certified on another.
+
+The search halves: all budgets are asked a few questions; those that certainly agree too seldom are out, and of the
+others the smaller half is asked twice as many, and so on. The larger half is put aside and taken back only if
+everything smaller fails. The candidate was chosen by its luck as much as by its merit, so its own figures do not
+count: budgets around it are tested on questions that the search never saw, the largest first, each at the full level,
+until one fails. A fixed order that ends at the first failure needs no correction for several tests.
+
+Sources: Jamieson and Talwalkar, AISTATS 2016 (successive halving); Maurer, Hothorn and Lehmacher, 1995 (fixed order).
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ficoco_vllm.benchmarks.accuracy.statistics import CONFIDENCE, lower_bound, upper_bound
+
+FIRST = 16
+# Sure enough to stop asking a budget; a wrong stop only costs a larger budget, not safety.
+DROP_CONFIDENCE = 0.9
+
+Seen = dict[int, tuple[int, int]]
+# (budgets, n) -> how many of the first n questions each budget answers as the full model does.
+Ask = Callable[[Sequence[int], int], Mapping[int, int]]
+
+
+@dataclass(frozen=True)
+class Tested:
+    """One budget on the questions of the certificate.
+
+    Attributes:
+        keep: the budget.
+        agreeing: answers equal to the full model's.
+        count: questions.
+        confidence: of the bound.
+    """
+
+    keep: int
+    agreeing: int
+    count: int
+    confidence: float = CONFIDENCE
+
+    @property
+    def bound(self) -> float:
+        """The one-sided lower confidence bound of the agreement."""
+        return lower_bound(self.agreeing, self.count, self.confidence)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Outcome for one method.
+
+    Attributes:
+        safe: the smallest budget whose bound reaches the target, or None.
+        candidate: what the search proposed, or None.
+        searched: budget to (agreeing, count) in the search.
+        tested: in the order of the tests.
+    """
+
+    safe: Tested | None
+    candidate: int | None
+    searched: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    tested: tuple[Tested, ...] = ()
+
+
+def needed(target: float, confidence: float = CONFIDENCE) -> int:
+    """Questions without a single disagreement that are needed to show a target."""
+    return math.ceil(math.log(1 - confidence) / math.log(target))
+
+
+def search(budgets: Sequence[int], target: float, total: int, ask: Ask) -> tuple[int | None, Seen]:
+    """The smallest budget that seems to reach the target.
+
+    Args:
+        budgets: in any order.
+        target: agreement, below 1.
+        total: questions that may be asked.
+        ask: see `Ask`.
+
+    Returns:
+        The candidate or None, and what was seen of each budget.
+    """
+    seen: Seen = {}
+    contenders, aside = sorted(budgets), list[int]()
+    n = min(FIRST, total)
+    while contenders:
+        seen |= {keep: (agreeing, n) for keep, agreeing in ask(contenders, n).items()}
+        contenders = [keep for keep in contenders if upper_bound(*seen[keep], DROP_CONFIDENCE) >= target]
+        if not contenders and aside:
+            contenders, aside = aside[:2], aside[2:]
+            continue  # with as many questions as the ones that failed
+        reached = [keep for keep in contenders if seen[keep][0] >= target * seen[keep][1]]
+        if n == total:
+            if reached:
+                return min(reached), seen
+            contenders, aside = aside[:2], aside[2:]
+            continue
+        half = max(2, math.ceil(len(contenders) / 2))
+        contenders, aside = contenders[:half], sorted([*contenders[half:], *aside])
+        n = min(2 * n, total)
+    return None, seen
+
+
+def certify(
+    budgets: Sequence[int],
+    candidate: int,
+    target: float,
+    total: int,
+    ask: Ask,
+    confidence: float = CONFIDENCE,
+) -> tuple[Tested | None, tuple[Tested, ...]]:
+    """Test budgets around the candidate on fresh questions, the largest first, until one fails.
+
+    Args:
+        budgets: in any order.
+        candidate: one of them.
+        target: agreement, below 1.
+        total: fresh questions.
+        ask: see `Ask`; of the fresh questions.
+        confidence: of each test, and of the outcome.
+
+    Returns:
+        The smallest that passed, or None, and all tests.
+    """
+    order = sorted(budgets)
+    place = order.index(candidate)
+    safe, tested = None, list[Tested]()
+    for keep in reversed(order[max(0, place - 1) : place + 3]):
+        tested.append(Tested(keep, ask([keep], total)[keep], total, confidence))
+        if tested[-1].bound < target:
+            break
+        safe = tested[-1]
+    return safe, tuple(tested)

@@ -1,0 +1,49 @@
+"""Tasks of lmms-eval with our changes, written as files of its own format; nothing of lmms-eval is changed."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+PREFIX = "ficoco_"
+
+_MODULE = '''"""Images of one task, padded."""
+
+from lmms_eval.utils import load_yaml_config
+
+from ficoco_vllm.benchmarks.lmms.padding import padded
+
+doc_to_visual = padded(load_yaml_config(yaml_path={path!r})["doc_to_visual"])
+'''
+
+
+def write_task(folder: Path, original: Path, task: str, pad: bool, specific: Mapping[str, Any]) -> str:
+    """Write a task that includes another one.
+
+    Args:
+        folder: to write into; what `--include_path` is given.
+        original: the task's YAML file.
+        task: its name there.
+        pad: whether images are padded to squares.
+        specific: takes the place of its `lmms_eval_specific_kwargs.default`; empty leaves it.
+
+    Returns:
+        The new task's name.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    if not original.is_file():
+        raise ValueError(
+            f"task = {str(original)!r} is not a file; allowed: a task of the installed lmms-eval"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    name = PREFIX + task
+    lines = [f"include: {json.dumps(str(original))}", f"task: {name}"]
+    if pad:
+        (folder / f"{name}_images.py").write_text(_MODULE.format(path=str(original)), encoding="utf-8")
+        lines.append(f"doc_to_visual: !function {name}_images.doc_to_visual")
+    if specific:
+        lines += ["lmms_eval_specific_kwargs:", f"  default: {json.dumps(dict(specific))}"]
+    (folder / f"{name}.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return name

@@ -1,0 +1,153 @@
+"""The settings behind each of the paper's FLOPs points: fills the generated block of docs/paper-settings.md.
+
+python -m benchmarks.paper_settings            # rewrite the block
+python -m benchmarks.paper_settings --check    # exit code 1 if it is not current
+"""
+
+import argparse
+import json
+import re
+import sys
+from bisect import bisect_left
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from ficoco_vllm.config import FicocoConfig
+from ficoco_vllm.kv.plan import DecoderPlanner
+from ficoco_vllm.reduction.cost import KNOWN_MODELS, TokenPlan, estimate, model_shape
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "paper-settings.md"
+SHAPE = model_shape(KNOWN_MODELS["llava-hf/llava-1.5-7b-hf"])
+NUM_TEXT_TOKENS = 60  # the paper's, Sec. 11.3
+# TFLOPs of Table 3.
+POINTS = (4.2, 3.3, 2.4, 1.5)
+METHODS: tuple[dict[str, Any], ...] = (
+    {"method": "ficoco-v"},
+    {"method": "ficoco-l", "schedule": "one-shot"},
+    {"method": "ficoco-l", "schedule": "geometric"},
+    {"method": "ficoco-l", "schedule": "even"},
+    {"method": "ficoco-vl", "schedule": "one-shot"},
+    {"method": "ficoco-vl", "schedule": "even"},
+)
+_BLOCK = re.compile(r"(<!-- begin settings -->\n).*?(<!-- end settings -->)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to serve, and what it costs.
+
+    Attributes:
+        config: as it is served.
+        encoder: tokens that leave the tower.
+        decoder: visual tokens that enter each decoder layer, and what leaves the last.
+    """
+
+    config: dict[str, Any]
+    encoder: int
+    decoder: tuple[int, ...]
+
+    @property
+    def tera_flops(self) -> float:
+        """Of the language model's prefill, as the paper counts."""
+        return self._cost.decoder_flops / 1e12
+
+    @property
+    def kv_megabytes(self) -> float:
+        """KV cache in fp16, decimal megabytes."""
+        return self._cost.kv_bytes / 1e6
+
+    @property
+    def _cost(self) -> Any:
+        tower = (SHAPE.tower.num_patches,) * SHAPE.tower.num_executed
+        return estimate(
+            SHAPE, TokenPlan((*tower, self.encoder), self.decoder), num_text_tokens=NUM_TEXT_TOKENS
+        )
+
+
+def served(config: dict[str, Any]) -> Setting:
+    """What a server with these settings does, from the planner that it uses itself.
+
+    Args:
+        config: settings, with `keep`.
+
+    Raises:
+        ValueError: they cannot be served.
+    """
+    settings = FicocoConfig.parse(config)
+    num_patches, num_layers = SHAPE.tower.num_patches, SHAPE.decoder.num_layers
+    tower = settings.tower_part(num_patches)
+    entering = num_patches if tower.method is None else tower.keep or num_patches
+    if settings.decoder_method is None:
+        return Setting(config, entering, (entering,) * (num_layers + 1))
+    planner = DecoderPlanner.shared(settings, num_layers, entering)
+    counts = planner.counts(planner.method, entering, planner.keep)
+    layers = [counts[planner.segments.of_layer(layer)] for layer in range(num_layers)]
+    return Setting(config, entering, (*layers, layers[-1]))
+
+
+def nearest(method: dict[str, Any], point: float) -> Setting | None:
+    """The budget whose FLOPs come nearest to a point, or None where no budget comes within 5% of it.
+
+    Args:
+        method: settings without a budget.
+        point: TFLOPs of the language model's prefill.
+    """
+    keeps = range(1, SHAPE.tower.num_patches + 1)
+    above = bisect_left(keeps, point, key=lambda keep: served({**method, "keep": keep}).tera_flops)
+    around = {keeps[max(0, above - 1)], keeps[min(above, len(keeps) - 1)]}
+    settings = [served({**method, "keep": keep}) for keep in sorted(around)]
+    found = min(settings, key=lambda setting: abs(setting.tera_flops - point))
+    return found if abs(found.tera_flops - point) <= 0.05 * point else None
+
+
+def table() -> list[str]:
+    """Every point, every method."""
+    lines = [
+        "| TFLOPs | method | schedule | settings | layers of the decoder x visual tokens | TFLOPs, ours | KV MB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for point in POINTS:
+        for method in METHODS:
+            setting = nearest(method, point)
+            schedule = method.get("schedule", "even, tower's layers 12 to 23")
+            if setting is None:
+                least = served({**method, "keep": 1}).tera_flops
+                lines.append(
+                    f"| {point} | `{method['method']}` | {schedule} | none: at least {least:.2f} TFLOPs | | | |"
+                )
+                continue
+            lines.append(
+                f"| {point} | `{method['method']}` | {schedule} | `{json.dumps(setting.config)}` "
+                f"| {_runs(setting.decoder[:-1])} | {setting.tera_flops:.2f} | {setting.kv_megabytes:.0f} |"
+            )
+    return lines
+
+
+def _runs(counts: Iterable[int]) -> str:
+    runs = [(count, len(list(same))) for count, same in groupby(counts)]
+    return ", ".join(str(count) if len(runs) == 1 else f"{length} x {count}" for count, length in runs)
+
+
+def main() -> int:
+    """Write the page's block, or with `--check` only say whether that would change it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit code 1 if the block would change"
+    )
+    args = parser.parse_args()
+    page = PAGE.read_text(encoding="utf-8")
+    body = "".join(f"{line}\n" for line in table())
+    new = _BLOCK.sub(lambda match: match[1] + body + match[2], page)
+    if args.check:
+        return int(new != page)
+    PAGE.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,180 @@
+"""`bench accuracy` through a real server: what it writes, that it resumes, and that planted regressions are noticed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ficoco_vllm.benchmarks.accuracy.regression import regressions
+from ficoco_vllm.benchmarks.accuracy.run import Options, measure, write
+from ficoco_vllm.benchmarks.accuracy.store import Reply, Store
+from ficoco_vllm.benchmarks.accuracy.suites import Row
+from ficoco_vllm.benchmarks.accuracy.summary import summarise
+from ficoco_vllm.benchmarks.accuracy.variants import Variant, full
+from ficoco_vllm.benchmarks.accuracy.workload import Item, embedded
+from ficoco_vllm.server.cli import main
+from tests.support.server import API_KEY, Server
+
+COUNT = 8
+KINDS = ("number", "number_by_colour_3", "last_digit", "shape", "yes_no_signs")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("accuracy")
+
+
+@pytest.fixture(scope="module")
+def command(server: Server, folder: Path) -> list[str]:
+    return [
+        *("bench", "accuracy", "--url", server.url, "--api-key", API_KEY, "--methods", "ficoco-v,topk-cls"),
+        *("--keeps", "192,64", "--tables", "methods", "--count", str(COUNT), "--kinds", ",".join(KINDS)),
+        *("--answers", str(folder / "answers.jsonl"), "--out", str(folder / "accuracy.json")),
+    ]
+
+
+@pytest.fixture(scope="module")
+def honest(command: list[str], folder: Path) -> dict[str, Any]:
+    """The result of a run against a server that does what it is asked."""
+    assert main(command) == 0
+    return dict(json.loads((folder / "accuracy.json").read_text()))
+
+
+@pytest.fixture
+def tampered(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """A server that does something else than it is asked: fields that take the place of those of a method."""
+    fields: list[dict[str, Any]] = []
+    original = Variant.fields
+
+    def changed(self: Variant, num_tokens: int) -> dict[str, Any]:
+        if self.method is None:
+            return original(self, num_tokens)
+        asked = original(self, num_tokens)["mm_processor_kwargs"]
+        return {"mm_processor_kwargs": {**asked, **fields[0]}}
+
+    monkeypatch.setattr(Variant, "fields", changed)
+    return fields
+
+
+@pytest.mark.server
+def test_result_has_every_row_with_what_it_rests_on(honest: dict[str, Any]) -> None:
+    assert honest["schema"] == 1
+    assert honest["warnings"] == []
+    assert honest["environment"]["cores"] >= 1
+    labels = [(row["label"], row["keep"]) for row in honest["rows"]]
+    methods = [(name, keep) for name in ("ficoco-v", "topk-cls") for keep in (192, 64)]
+    assert labels == [("no image", None), ("full", None), *methods]
+    for row in honest["rows"]:
+        assert set(row["kinds"]) == set(KINDS)
+        for figures in row["kinds"].values():
+            assert figures["count"] == len(figures["right"]) == COUNT
+            assert figures["accuracy"] == round(100 * figures["right"].count("1") / COUNT, 1)
+            assert figures["interval"][0] <= figures["accuracy"] <= figures["interval"][1]
+    by_label = {(row["label"], row["keep"]): row for row in honest["rows"]}
+    full_row, small = by_label["full", None], by_label["ficoco-v", 64]
+    assert full_row["accuracy"] >= 95
+    assert by_label["no image", None]["accuracy"] < 30
+    # Both are means, rounded to two places.
+    assert full_row["prompt_tokens"] - small["prompt_tokens"] == pytest.approx(512, abs=0.011)
+    low, high = small["against_full"]["interval"]
+    assert low <= small["against_full"]["change"] <= high < 0
+
+
+@pytest.mark.server
+def test_what_was_answered_is_not_asked_again(
+    server: Server, honest: dict[str, Any], command: list[str], folder: Path
+) -> None:
+    before = server.metric("vllm:request_success_total")
+    assert main(command) == 0
+    assert server.metric("vllm:request_success_total") == before
+    assert json.loads((folder / "accuracy.json").read_text())["rows"] == honest["rows"]
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("table", ["methods"])
+def test_a_server_that_secretly_does_not_reduce_is_noticed(
+    server: Server, tampered: list[dict[str, Any]], tmp_path: Path, table: str
+) -> None:
+    tampered.append({"ficoco_keep": 576})
+    result = measure(_options(server, tmp_path, ("ficoco-v",), count=2))
+    assert any(
+        "ficoco-v/tower/64" in line and "does not reduce as asked" in line for line in result["warnings"]
+    )
+    assert any("every answer and log-probability equals" in line for line in result["warnings"])
+
+
+@pytest.mark.server
+def test_a_method_that_drops_at_random_is_noticed(
+    server: Server, honest: dict[str, Any], tampered: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    tampered.append({"ficoco_method": "random"})
+    result = measure(_options(server, tmp_path, ("topk-cls",), count=COUNT))
+    found = regressions(result, honest)
+    assert len(found) == 1
+    assert found[0].startswith("methods, topk-cls, 64 tokens")
+
+
+@pytest.mark.server
+def test_the_reference_on_the_command_line(
+    honest: dict[str, Any], command: list[str], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    better = json.loads(json.dumps(honest))
+    for row in better["rows"]:
+        for figures in row["kinds"].values():
+            figures["right"] = "1" * COUNT
+    write(better, folder / "better.json")
+    assert main([*command, "--reference", str(folder / "better.json")]) == 1
+    assert "WARNING methods, no image, all tokens" in capsys.readouterr().err
+    write(honest, folder / "same.json")
+    assert main([*command, "--reference", str(folder / "same.json")]) == 0
+
+
+def test_equal_log_probabilities_are_noticed_where_prompts_have_the_same_length(tmp_path: Path) -> None:
+    """In the decoder the prompt is not shorter, so only the answers can tell."""
+    items = [Item(f"a-0-{index}", "a", "?", b"", "yes") for index in range(3)]
+    row = Row("methods", "fastv", Variant("fastv", "decoder", "fastv", 64), ("a",))
+    for shift, expected in ((0.0, 1), (1e-6, 0)):
+        with Store(tmp_path / f"{shift}.jsonl", {}) as store:
+            for item in items:
+                store.add(full("decoder").key, item.name, Reply("yes", 590, {"yes": -0.1}))
+                moved = shift if item is items[-1] else 0.0
+                store.add(row.variant.key, item.name, Reply("yes", 590, {"yes": -0.1 - moved}))
+            assert len(summarise([row], items, store, 576, lambda _: 3)["warnings"]) == expected
+
+
+def test_regressions_need_comparable_runs() -> None:
+    run = {"model": "demo", "seed": 0, "workload": "embedded", "num_tokens": 576, "rows": []}
+    with pytest.raises(ValueError, match="seed = 1 is not that of the reference, 0"):
+        regressions({**run, "seed": 1}, run)
+
+
+def test_a_smaller_workload_is_the_beginning_of_a_larger_one() -> None:
+    small, large = embedded(("shape",), 2), embedded(("shape",), 4)
+    assert small == large[:2]
+    assert len({item.image for item in large}) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--kinds", "colours"], "kind"),
+        (["--tables", "tabel"], "table = 'tabel' is not known"),
+        (["--methods", "nothing"], "nothing"),
+    ],
+)
+def test_bad_options_are_named(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        main(["bench", "accuracy", "--answers", str(tmp_path / "a.jsonl"), "--count", "1", *arguments]) == 2
+    )
+    assert message in capsys.readouterr().err
+
+
+def _options(server: Server, folder: Path, methods: tuple[str, ...], count: int) -> Options:
+    from ficoco_vllm.benchmarks.accuracy.host import Host
+
+    host = Host(url=server.url, api_key=API_KEY)
+    answers = folder / "answers.jsonl"
+    return Options(("methods",), KINDS, (64,), count, count, answers, host=host, methods=methods)

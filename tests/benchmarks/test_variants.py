@@ -1,0 +1,107 @@
+"""Variants, the package that offers them, and the tables that they stand in."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ficoco_vllm.benchmarks.accuracy.suites import TABLES, rows, served_methods
+from ficoco_vllm.benchmarks.accuracy.variant_package import load, with_defaults, write_package
+from ficoco_vllm.benchmarks.accuracy.variants import SITES, Variant, full
+from ficoco_vllm.benchmarks.accuracy.workload import KINDS
+from ficoco_vllm.config import FicocoConfig
+from ficoco_vllm.kv.plan import DecoderPlanner
+from ficoco_vllm.reduction import get
+from ficoco_vllm.vision.plan import Budget, VisionPlanner
+from ficoco_vllm.vision.shape import TowerShape
+
+# Of the demo model.
+TOWER = TowerShape(grid=(24, 24), num_layers=8, num_executed_layers=7, with_cls=False)
+NUM_LAYERS = 8
+METHODS = [method for site in SITES for method in served_methods(site)]
+ROWS = rows(METHODS, (288, 192, 128, 64), TABLES, KINDS)
+
+
+def test_every_served_method_is_compared() -> None:
+    assert {"ficoco-v", "random", "fastv", "sparsevlm", "ficoco-vl"} <= set(METHODS)
+    assert not {"cdpruner", "trim", "recoverable"} & set(METHODS)
+
+
+def test_rows_of_one_table_differ() -> None:
+    for table in TABLES:
+        found = [(row.label, row.variant.key) for row in ROWS if row.table == table]
+        assert len(set(found)) == len(found), table
+
+
+def test_a_setting_at_its_default_is_the_method_itself() -> None:
+    by_label = {(row.table, row.label): row.variant for row in ROWS}
+    plain = by_label["ablation-v", "FiCoCo-V"]
+    assert by_label["sensitivity-v", "lam = 0.35"] == plain
+    assert by_label["sensitivity-v", "epsilon = 0.998"].key == "ficoco-v/tower/64"
+    assert by_label["sensitivity-v", "lam = 0.5"].key != plain.key
+
+
+def test_variants_have_the_settings_as_defaults() -> None:
+    settings = {"lam": 0.5, "window": (3, 3), "schedule": "geometric", "compress": "prune"}
+    method = with_defaults("bench-x", "ficoco-v", settings)
+    plain, given = method.configure(), get("ficoco-v").configure(**settings)
+    assert plain.settings.model_dump() == given.settings.model_dump()
+    assert plain.method.compress is given.method.compress
+    assert plain.signals == given.signals
+    assert method.default_schedule == "geometric"
+    with pytest.raises(ValueError, match="lam = 7"):
+        with_defaults("bench-x", "ficoco-v", {"lam": 7})
+
+
+def test_every_variant_can_be_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = write_package(tmp_path, [row.variant for row in ROWS])
+    monkeypatch.syspath_prepend(environment["PYTHONPATH"].split(os.pathsep)[0])
+    tower = VisionPlanner.shared(FicocoConfig(method="ficoco-v"), TOWER)
+    decoder = DecoderPlanner.shared(FicocoConfig(method="ficoco-l"), NUM_LAYERS, 576)
+    for variant in {row.variant.key: row.variant for row in ROWS}.values():
+        if variant.served_name is None or variant.site == "both":
+            continue
+        assert variant.keep is not None
+        if variant.site == "tower":
+            tower.plan(Budget(variant.served_name, variant.keep))
+        else:
+            assert decoder.counts(variant.served_name, 576, variant.keep)[-1] == variant.keep
+
+
+def test_another_process_finds_the_variants(tmp_path: Path) -> None:
+    variant = Variant("x", "tower", "ficoco-v", 64, {"lam": 0.5})
+    environment = write_package(tmp_path, [variant, Variant("ficoco-v", "tower", "ficoco-v", 64)])
+    assert len(load(tmp_path)) == 1
+    code = (
+        f"from ficoco_vllm.reduction import get; print(get({variant.served_name!r}).configure().settings.lam)"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.strip() == "0.5"
+
+
+def test_fields_of_a_request() -> None:
+    assert Variant("a", "tower", "tome", 64).fields(576) == {
+        "mm_processor_kwargs": {"ficoco_keep": 64, "ficoco_method": "tome"}
+    }
+    assert full("tower").fields(576) == {"mm_processor_kwargs": {"ficoco_keep": 576}}
+    assert Variant("a", "decoder", "fastv", 64).fields(576) == {
+        "vllm_xargs": {"ficoco_keep": 64, "ficoco_method": "fastv"}
+    }
+    # The tower's part of FiCoCo-VL: the geometric mean of 576 and 64.
+    assert Variant("a", "both", "ficoco-vl", 64).fields(576) == {
+        "vllm_xargs": {"ficoco_keep": 64},
+        "mm_processor_kwargs": {"ficoco_keep": 192},
+    }
+
+
+def test_an_unknown_table_is_named() -> None:
+    with pytest.raises(ValueError, match="table = 'tabel' is not known; allowed: methods, ablation-v"):
+        rows(METHODS, (64,), ("tabel",), KINDS)
