@@ -10,10 +10,11 @@ import asyncio
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack
 from math import sqrt
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 
 import httpx
 import psutil
@@ -31,6 +32,8 @@ SERVE = ("--ficoco-method", "ficoco-v", "--ficoco-keep", "64")
 NUM_TOKENS = 16
 # Two-sided 95% of the normal distribution; there are many slices.
 CONFIDENCE = 1.96
+# Kind of server to what it did: requests answered, CPU seconds.
+Slice = dict[str, dict[str, float]]
 
 
 def main() -> int:
@@ -51,8 +54,8 @@ def main() -> int:
         }
         slices = asyncio.run(_run(servers, args.slices, args.seconds, args.concurrency))
     figures = {
-        "throughput": _overhead([entry["off"]["answered"] / entry["on"]["answered"] for entry in slices]),
-        "cpu_seconds_per_request": _overhead([_cost(entry["on"]) / _cost(entry["off"]) for entry in slices]),
+        "throughput": _overhead(slices, lambda total: total["off"]["answered"] / total["on"]["answered"]),
+        "cpu_seconds_per_request": _overhead(slices, lambda total: _cost(total["on"]) / _cost(total["off"])),
     }
     load = {"concurrency": args.concurrency, "tokens": NUM_TOKENS, "slice_seconds": args.seconds}
     result = {"environment": environment(), "load": load, "overhead": figures, "slices": slices}
@@ -72,19 +75,29 @@ def main() -> int:
     return report(bars)
 
 
-def _overhead(ratios: list[float]) -> dict[str, float]:
-    """Mean of with against without in percent, and half of its 95% interval."""
-    percents = [100 * (ratio - 1) for ratio in ratios]
-    return {"percent": fmean(percents), "noise_percent": CONFIDENCE * stdev(percents) / sqrt(len(percents))}
+def _overhead(slices: list[Slice], ratio: Callable[[Slice], float]) -> dict[str, float]:
+    """With against without in percent over the whole run, and half of its 95% interval by the jackknife."""
+    left_out = [ratio(_total(slices[:index] + slices[index + 1 :])) for index in range(len(slices))]
+    center = fmean(left_out)
+    variance = (len(slices) - 1) / len(slices) * sum((value - center) ** 2 for value in left_out)
+    return {
+        "percent": 100 * (ratio(_total(slices)) - 1),
+        "noise_percent": 100 * CONFIDENCE * sqrt(variance),
+    }
+
+
+def _total(slices: list[Slice]) -> Slice:
+    return {
+        kind: {field: sum(entry[kind][field] for entry in slices) for field in slices[0][kind]}
+        for kind in slices[0]
+    }
 
 
 def _cost(entry: dict[str, float]) -> float:
     return entry["cpu_seconds"] / entry["answered"]
 
 
-async def _run(
-    servers: dict[str, Server], num_slices: int, seconds: float, concurrency: int
-) -> list[dict[str, dict[str, float]]]:
+async def _run(servers: dict[str, Server], num_slices: int, seconds: float, concurrency: int) -> list[Slice]:
     """Load all servers at once; after a warm-up, note what each did in each slice."""
     answered = dict.fromkeys(servers, 0)
     processes = {kind: _processes(server) for kind, server in servers.items()}
@@ -93,7 +106,7 @@ async def _run(
         for index in range(concurrency)
         for kind, server in servers.items()
     ]
-    slices: list[dict[str, dict[str, float]]] = []
+    slices: list[Slice] = []
     await asyncio.sleep(seconds)  # warm-up: every image was seen
     for kind, server in servers.items():
         counts = "ficoco:" in httpx.get(f"{server.url}/metrics").text

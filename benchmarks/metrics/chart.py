@@ -91,4 +91,4 @@ def _format(value: float, unit: str) -> str:
     for size, prefix in PREFIXES:
         if value >= size:
             return f"{value / size:.3g} {prefix}{ending}"
-    return f"{value:.2g} {ending}".strip()
+    return f"{value:.3g} {ending}".strip()
