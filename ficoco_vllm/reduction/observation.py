@@ -19,8 +19,8 @@ class Observation:
         correlation: (B, R, K) fp32.
         new_size: (B, K + E) fp32, how many patches each token stands for now.
         position: (B, K + E) int64 index in the grid of each token now, -1 for a fused one.
-        compress: the compression that ran, with its settings: tokens, size, partition and correlation to tokens and
-            size.
+        compress: the compression that ran, with its settings, in torch: tokens, size, partition and correlation to
+            tokens and size.
     """
 
     partition: Partition
@@ -34,7 +34,7 @@ class Observation:
         """How every token that came out was mixed from those that went in.
 
         A compression is linear in the tokens, so what it makes of the unit vectors are its weights: they are read
-        off the function that served the request, whatever it is.
+        off the method's own function and the scores that served the request, whatever the method is.
 
         Args:
             index: of the image in the batch.

@@ -138,6 +138,7 @@ class Reducer:
                     correlation=correlation,
                     new_size=new_size,
                     position=position,
+                    # In torch, whatever `ops` served: unit vectors are not a shape that kernels are tuned for.
                     compress=lambda *what: method.compress.function(*what, settings),
                 )
             )

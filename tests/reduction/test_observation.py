@@ -20,7 +20,7 @@ def observe(
     seen: list[Observation] = []
     size = torch.rand(B, N) + 0.5
     reducer = method.configure(**settings)
-    reduced = reducer(make_tokens(B, N), make_signals(B, N), R, size, seen.append)
+    reduced = reducer(make_tokens(B, N), make_signals(B, N), R, size, observer=seen.append)
     plain = reducer(make_tokens(B, N), make_signals(B, N), R, size)
     assert all(torch.equal(one, other) for one, other in zip(reduced, plain, strict=True))
     (observation,) = seen
@@ -79,5 +79,5 @@ def test_a_pruned_token_goes_nowhere() -> None:
 
 def test_nobody_is_shown_a_reduction_that_removes_nothing() -> None:
     seen: list[Observation] = []
-    get("ficoco-v").configure()(make_tokens(1, 9), make_signals(1, 9), 0, None, seen.append)
+    get("ficoco-v").configure()(make_tokens(1, 9), make_signals(1, 9), 0, observer=seen.append)
     assert not seen

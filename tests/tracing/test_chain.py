@@ -25,7 +25,7 @@ def layers_of(
         drawn = make_signals(2, tokens.shape[1], seed=layer)
         signals = Signals(**{**vars(drawn), "position": position, "grid": (6, 6), "features": None})
         observer = traces.observer(site, layer, {1: TRACE_ID})
-        tokens, size, position = reducer(tokens, signals, num_removed, size, observer)
+        tokens, size, position = reducer(tokens, signals, num_removed, size, observer=observer)
     return traces.take(TRACE_ID)
 
 
@@ -123,7 +123,7 @@ def test_the_oldest_traces_make_room() -> None:
     reducer = get("ficoco-v").configure()
     for trace_id in (1, 2, 3, 1, 4):
         observer = traces.observer("encoder", 0, {0: trace_id})
-        reducer(make_tokens(1, 16), make_signals(1, 16), 4, None, observer)
+        reducer(make_tokens(1, 16), make_signals(1, 16), 4, observer=observer)
     assert [len(traces.take(trace_id)) for trace_id in (1, 2, 3, 4)] == [1, 0, 1, 1]
     assert traces.take(1) == []
 
@@ -132,7 +132,7 @@ def test_a_request_that_comes_by_twice_is_recorded_once() -> None:
     traces = Traces()
     reducer = get("ficoco-v").configure()
     for _ in range(2):
-        reducer(make_tokens(1, 16), make_signals(1, 16), 4, None, traces.observer("decoder", 3, {0: 5}))
+        reducer(make_tokens(1, 16), make_signals(1, 16), 4, observer=traces.observer("decoder", 3, {0: 5}))
     assert len(traces.take(5)) == 1
 
 
