@@ -78,8 +78,8 @@ bench-ttft: $(DEV)  ## time to first token at LLaVA-1.5-7B's width, stock and re
 bench-concurrency: $(DEV)  ## requests that run at once under the same KV memory: stock, V, L, VL
 	@$(BIN)/python -m benchmarks.concurrency $(ARGS)
 
-bench-accuracy: $(DEV)  ## accuracy of every method and budget, ablations, sensitivity; then docs/accuracy.md
-	@$(BIN)/ficoco-vllm bench accuracy --out benchmarks/results/accuracy.json $(ARGS)
+bench-accuracy: $(DEV)  ## accuracy of the tower's methods by budget, ablations, sensitivity; then docs/accuracy.md
+	@$(BIN)/ficoco-vllm bench accuracy --sites tower --count 19 --few-count 19 --out benchmarks/results/accuracy.json $(ARGS)
 	@$(BIN)/python -m ficoco_vllm.benchmarks.accuracy.tables
 
 bench-smoke: $(DEV)  ## every benchmark in miniature, and that planted regressions are noticed

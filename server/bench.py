@@ -45,6 +45,7 @@ def _add_accuracy(benchmarks: Any) -> None:
     add("--url", help="a running server, without a path (default: servers are started, one for each site)")
     add("--api-key", default="none", help="of the server")
     add("--model", help="folder of the model to serve (default: the demo model)")
+    add("--sites", metavar="A,B", help="only methods that reduce there: tower, decoder, both (default: all)")
     add("--methods", metavar="A,B", help="default: every method that a LLaVA can serve")
     add(
         "--keeps",
@@ -70,8 +71,9 @@ def _accuracy(args: argparse.Namespace) -> int:
         from ficoco_vllm.benchmarks.accuracy.host import Host
         from ficoco_vllm.benchmarks.accuracy.regression import regressions
         from ficoco_vllm.benchmarks.accuracy.run import Options, measure, write
-        from ficoco_vllm.benchmarks.accuracy.suites import TABLES
+        from ficoco_vllm.benchmarks.accuracy.suites import TABLES, methods_of
         from ficoco_vllm.benchmarks.accuracy.tables import methods_table
+        from ficoco_vllm.benchmarks.accuracy.variants import SITES
         from ficoco_vllm.benchmarks.accuracy.workload import KINDS
 
         options = Options(
@@ -81,7 +83,7 @@ def _accuracy(args: argparse.Namespace) -> int:
             count=args.count,
             few_count=args.few_count,
             answers=args.answers,
-            methods=_names(args.methods) or None,
+            methods=_names(args.methods) or methods_of(_names(args.sites) or SITES),
             host=Host(
                 url=args.url and args.url.rstrip("/").removesuffix("/v1"),
                 model=args.model,

@@ -161,6 +161,7 @@ def test_a_smaller_workload_is_the_beginning_of_a_larger_one() -> None:
         (["--kinds", "colours"], "kind"),
         (["--tables", "tabel"], "table = 'tabel' is not known"),
         (["--methods", "nothing"], "nothing"),
+        (["--sites", "roof"], "site = 'roof' is not allowed; allowed: tower, decoder, both"),
     ],
 )
 def test_bad_options_are_named(
