@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     """Run a benchmark.
 
     Returns:
-        0; 1 if it found a server that does not do what it was asked; 2 for input that is not allowed.
+        0; 1 if a server fails or does not do what it was asked; 2 for input that is not allowed.
     """
     command: Callable[[argparse.Namespace], int] = args.command_function
     return command(args)
@@ -68,6 +68,8 @@ def _add_accuracy(benchmarks: Any) -> None:
 
 def _accuracy(args: argparse.Namespace) -> int:
     try:
+        from openai import APIError
+
         from ficoco_vllm.benchmarks.accuracy.host import Host
         from ficoco_vllm.benchmarks.accuracy.regression import regressions
         from ficoco_vllm.benchmarks.accuracy.run import Options, measure, write
@@ -100,6 +102,9 @@ def _accuracy(args: argparse.Namespace) -> int:
         return _fail(f"{error}; {NEEDS}")
     except (ValueError, OSError) as error:
         return _fail(str(error))
+    except (RuntimeError, APIError) as error:
+        _fail(str(error))
+        return 1
     write(result, args.out)
     if any(row["table"] == "methods" for row in result["rows"]):
         print("\n".join(methods_table(result)))
