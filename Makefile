@@ -19,7 +19,7 @@ RUNTIME := $(VENV)/.installed
 DEV     := $(VENV)/.installed-dev
 
 .PHONY: help install serve test test-kernels check format lint types imports kernels-aot bench-kernels bench-ttft \
-    bench-concurrency bench-accuracy bench-smoke lmms clean
+    bench-concurrency bench-metrics bench-elastic bench-load bench-accuracy bench-smoke lmms clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -78,6 +78,12 @@ bench-ttft: $(DEV)  ## time to first token at LLaVA-1.5-7B's width, stock and re
 bench-concurrency: $(DEV)  ## requests that run at once under the same KV memory: stock, V, L, VL
 	@$(BIN)/python -m benchmarks.concurrency $(ARGS)
 
+bench-metrics: $(DEV)  ## throughput with our metrics against without, interleaved
+	@$(BIN)/python -m benchmarks.metrics $(ARGS)
+
+bench-elastic: $(DEV)  ## overload a small KV cache: time to first token at a fixed budget and with --ficoco-elastic
+	@$(BIN)/python -m benchmarks.elastic $(ARGS)
+
 bench-accuracy: $(DEV)  ## accuracy of the tower's methods by budget, ablations, sensitivity; then docs/accuracy.md
 	@$(BIN)/ficoco-vllm bench accuracy --sites tower --count 19 --few-count 19 --out benchmarks/results/accuracy.json $(ARGS)
 	@$(BIN)/python -m ficoco_vllm.benchmarks.accuracy.tables
@@ -93,6 +99,9 @@ $(LMMS)/.installed: requirements/lmms.lock $(RUNTIME)
 	@touch $@
 
 lmms: $(LMMS)/.installed  ## an environment with lmms-eval on top of the serving one, for `ficoco-vllm bench lmms`
+
+bench-load: $(DEV)  ## stock and reducing servers under the same load, in turns (ARGS="--help")
+	@$(BIN)/python -m benchmarks.load.command --bar 1.0 $(ARGS)
 
 clean:  ## remove the environment and everything built
 	@rm -rf $(VENV) $(LMMS) build dist *.egg-info

@@ -13,18 +13,27 @@ from contextlib import contextmanager
 from pathlib import Path
 
 HOST = "127.0.0.1"
+OURS = ("-m", "ficoco_vllm.server.cli", "serve")
+# vLLM's own server; its command `vllm` does not start in the CPU build.
+STOCK = ("-m", "vllm.entrypoints.openai.api_server")
 START_SECONDS = 600.0
 STOP_SECONDS = 60.0
 
 
 @contextmanager
-def serve(arguments: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> Iterator[str]:
-    """Run `ficoco-vllm serve` on a free port until the block ends.
+def serve(
+    arguments: Sequence[str],
+    log: Path,
+    environment: Mapping[str, str] | None = None,
+    program: Sequence[str] = OURS,
+) -> Iterator[str]:
+    """Run a server on a free port until the block ends.
 
     Args:
-        arguments: of `ficoco-vllm serve`, without host and port.
+        arguments: of the program, without host and port.
         log: file that takes what the server prints.
         environment: variables beside those of this process.
+        program: words behind `python` that serve; `ficoco-vllm serve`, or vLLM's own server.
 
     Yields:
         The server's address, without a path.
@@ -35,7 +44,7 @@ def serve(arguments: Sequence[str], log: Path, environment: Mapping[str, str] | 
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "ficoco_vllm.server.cli", "serve", *arguments]
+    command = [sys.executable, *program, *arguments]
     command += ["--host", HOST, "--port", str(port)]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:

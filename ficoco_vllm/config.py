@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ficoco_vllm.kernels import Backend
 from ficoco_vllm.reduction import Method, available, get
 from ficoco_vllm.reduction.pipeline import PIPELINES
 
@@ -30,6 +31,10 @@ class FicocoConfig(BaseModel):
         num_segments: for methods of the decoder: runs of layers with a KV length of their own; None leaves the
             choice to us.
         encoder: for a method that reduces twice: `keep` and settings of its part in the tower.
+        backend: which implementation of the fused ops runs: "triton", "torch", or "auto", Triton where there is a GPU
+            and torch elsewhere. One that is named never gives way to another.
+        metrics: whether `/metrics` tells what the reduction saves and costs.
+        explain: whether a request may ask for a trace of its own reduction, which the viewer shows.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -40,6 +45,9 @@ class FicocoConfig(BaseModel):
     kv_budget: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     num_segments: int | None = Field(default=None, ge=2, strict=True)
     encoder: dict[str, Any] = Field(default_factory=dict)
+    backend: Backend = "auto"
+    metrics: bool = Field(default=True, strict=True)
+    explain: bool = Field(default=False, strict=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -51,13 +59,20 @@ class FicocoConfig(BaseModel):
         loose = {key: value for key, value in values.items() if key not in cls.model_fields}
         if loose:
             fields["settings"] = {**fields.get("settings", {}), **loose}
-        if any(value not in (None, {}) for value in fields.values()) and fields.get("method") is None:
+        about_method = [
+            value for key, value in fields.items() if key not in ("backend", "metrics", "explain")
+        ]
+        if any(value not in (None, {}) for value in about_method) and fields.get("method") is None:
             fields["method"] = DEFAULT_METHOD
         return fields
 
     @model_validator(mode="after")
     def _check_method(self) -> "FicocoConfig":
         if self.method is None:
+            if self.explain:
+                raise ValueError(
+                    "explain = True is not allowed without a method: there is nothing to explain"
+                )
             return self
         pipeline = PIPELINES.get(self.method)
         if pipeline is None and self.method not in available():
@@ -100,7 +115,8 @@ class FicocoConfig(BaseModel):
         if pipeline is not None:
             final = self.keep if self.keep is not None else max(1, round(num_patches * DEFAULT_SHARE))
             keep = {"keep": pipeline.encoder_keep(num_patches, min(final, num_patches))}
-            return FicocoConfig.model_validate({**keep, **self.encoder, "method": pipeline.encoder.name})
+            part = {"method": pipeline.encoder.name, "backend": self.backend}
+            return FicocoConfig.model_validate({**keep, **self.encoder, **part})
         return FicocoConfig() if self.decoder_method is not None else self
 
     @classmethod

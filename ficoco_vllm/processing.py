@@ -1,8 +1,8 @@
 """Prompt length and per-request budget: how many placeholders an image takes, decided before any pixel is seen."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import BatchFeature
@@ -16,6 +16,8 @@ from vllm.multimodal.processing.context import TimingContext
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from ficoco_vllm.config import FicocoConfig
+from ficoco_vllm.metrics import count_refusal
+from ficoco_vllm.tracing.store import TRACE, check_trace_id
 from ficoco_vllm.vision.plan import Budget, VisionPlanner
 from ficoco_vllm.vision.shape import TowerShape
 
@@ -25,10 +27,19 @@ METHOD = "ficoco_method"
 # What stands in the multimodal hash beside them, so that no cache shared by servers mixes settings.
 SETTINGS = "ficoco_settings"
 PREFIX = "ficoco_"
+# Where a processed prompt carries its `Budget` through the front end.
+BUDGET = "ficoco_budget"
 
 
 class FicocoProcessingInfo(LlavaProcessingInfo):
-    """LLaVA's processing facts, with the number of tokens that an image keeps by default."""
+    """LLaVA's processing facts, with the number of tokens that an image keeps by default.
+
+    Attributes:
+        default_keep: the budget of a request that names none, given the method that it names or None; set in the
+            API server where the budget follows the load, otherwise it is the server's.
+    """
+
+    default_keep: Callable[[str | None], int] | None = None
 
     @property
     def planner(self) -> VisionPlanner:
@@ -40,6 +51,20 @@ class FicocoProcessingInfo(LlavaProcessingInfo):
         """Placeholders of an image whose request names no budget."""
         return self.planner.num_output_tokens(self.planner.default)
 
+    def filled(self, mm_kwargs: Mapping[str, object]) -> Mapping[str, object]:
+        """The keyword arguments of a request that has just come in, with a budget where it names none.
+
+        Args:
+            mm_kwargs: the request's `mm_processor_kwargs`; the server's own are merged below them.
+        """
+        if self.default_keep is None or not self.planner.active:
+            return mm_kwargs
+        merged = self.ctx.get_merged_mm_kwargs(mm_kwargs)
+        if merged.get(KEEP) is not None:
+            return mm_kwargs
+        method = merged.get(METHOD)
+        return {**mm_kwargs, KEEP: self.default_keep(None if method is None else str(method))}
+
     def budget(self, mm_kwargs: Mapping[str, object]) -> Budget:
         """Method and budget of a request.
 
@@ -50,9 +75,9 @@ class FicocoProcessingInfo(LlavaProcessingInfo):
             VLLMValidationError: naming the field, its value and what is allowed (HTTP 400).
         """
         merged = self.ctx.get_merged_mm_kwargs(mm_kwargs)
-        unknown = sorted(
-            key for key in merged if key.startswith(PREFIX) and key not in (KEEP, METHOD, SETTINGS)
-        )
+        config = FicocoConfig.of(self.get_hf_config())
+        known = (KEEP, METHOD, SETTINGS, TRACE) if config.explain else (KEEP, METHOD, SETTINGS)
+        unknown = sorted(key for key in merged if key.startswith(PREFIX) and key not in known)
         if unknown:
             raise VLLMValidationError(
                 f"{unknown[0]} is not a field of this server; allowed: {KEEP}, {METHOD}",
@@ -60,7 +85,6 @@ class FicocoProcessingInfo(LlavaProcessingInfo):
                 value=merged[unknown[0]],
             )
         asked = next((name for name in (KEEP, METHOD) if merged.get(name) is not None), None)
-        config = FicocoConfig.of(self.get_hf_config())
         if asked is not None and config.method is not None and not self.planner.active:
             raise VLLMValidationError(
                 f"{asked} in mm_processor_kwargs is for methods of the vision tower; "
@@ -68,17 +92,28 @@ class FicocoProcessingInfo(LlavaProcessingInfo):
                 parameter=asked,
             )
         try:
+            if TRACE in merged:
+                check_trace_id(merged[TRACE])
             return self.planner.budget(merged.get(METHOD), merged.get(KEEP))
         except ValueError as error:
-            field = METHOD if str(error).startswith(METHOD) else KEEP
+            field = next((name for name in (METHOD, TRACE) if str(error).startswith(name)), KEEP)
             raise VLLMValidationError(str(error), parameter=field) from error
+
+    def admit(self, mm_kwargs: Mapping[str, object]) -> Budget:
+        """Method and budget of a request that has just come in; see `budget`. A refusal is counted."""
+        try:
+            return self.budget(mm_kwargs)
+        except VLLMValidationError:
+            count_refusal(self.ctx.model_config)
+            raise
 
 
 class FicocoMultiModalProcessor(LlavaMultiModalProcessor):
     """LLaVA's processor, with a budget per request.
 
     The budget travels in the processor's keyword arguments, which are part of the multimodal hash: neither the
-    processor cache nor the encoder cache nor the prefix cache can mix two budgets.
+    processor cache nor the encoder cache nor the prefix cache can mix two budgets. So does the mark of a request that
+    is traced, which therefore finds nothing in any of them: what is traced has run for that very request.
     """
 
     info: FicocoProcessingInfo
@@ -93,13 +128,19 @@ class FicocoMultiModalProcessor(LlavaMultiModalProcessor):
         Raises:
             VLLMValidationError: the budget is not allowed.
         """
-        budget = self.info.budget(inputs.hf_processor_mm_kwargs)
+        inputs = replace(inputs, hf_processor_mm_kwargs=self.info.filled(inputs.hf_processor_mm_kwargs))
+        budget = self.info.admit(inputs.hf_processor_mm_kwargs)
         kwargs = _without_ours(inputs.hf_processor_mm_kwargs)
         if self.info.planner.active:  # else nothing is written down, and the hashes are those of stock vLLM
             kwargs[KEEP] = budget.keep
             kwargs[METHOD] = budget.method
             kwargs[SETTINGS] = self.info.planner.fingerprint
-        return super().apply(replace(inputs, hf_processor_mm_kwargs=kwargs), timing_ctx)
+            if TRACE in inputs.hf_processor_mm_kwargs:
+                kwargs[TRACE] = check_trace_id(inputs.hf_processor_mm_kwargs[TRACE])
+        result: Any = super().apply(replace(inputs, hf_processor_mm_kwargs=kwargs), timing_ctx)
+        if isinstance(inputs.mm_data_items.get("image"), ImageProcessorItems):
+            result[BUDGET] = budget  # for what is told of the request; embeddings are not reduced
+        return cast(MultiModalInput, result)
 
     def _call_hf_processor(
         self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]
@@ -118,6 +159,10 @@ class FicocoMultiModalProcessor(LlavaMultiModalProcessor):
             budget = self.info.budget(hf_processor_mm_kwargs)
             processed_data[KEEP] = torch.full((len(pixels),), budget.keep)
             processed_data[METHOD] = torch.full((len(pixels),), self.info.planner.method_index(budget.method))
+            if TRACE in hf_processor_mm_kwargs:
+                processed_data[TRACE] = torch.full(
+                    (len(pixels),), check_trace_id(hf_processor_mm_kwargs[TRACE])
+                )
         return processed_data
 
     def _get_mm_fields_config(
@@ -127,6 +172,7 @@ class FicocoMultiModalProcessor(LlavaMultiModalProcessor):
         # Read on the host to group the images of a step, so they stay there.
         fields[KEEP] = MultiModalFieldConfig.batched("image", keep_on_cpu=True)
         fields[METHOD] = MultiModalFieldConfig.batched("image", keep_on_cpu=True)
+        fields[TRACE] = MultiModalFieldConfig.batched("image", keep_on_cpu=True)
         return fields
 
     def _get_prompt_updates(

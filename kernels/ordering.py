@@ -5,19 +5,35 @@ import triton.language as tl
 
 
 @triton.jit
+def least_bits(WIDE: tl.constexpr):
+    """The least integer: what no float maps to, and what does not take part in an order."""
+    if WIDE:
+        least = tl.full((), -9223372036854775808, tl.int64)
+    else:
+        least = tl.full((), -2147483648, tl.int32)
+    return least
+
+
+@triton.jit
 def ordered_bits(values):
     """Integers in the order of floats: -0 equals 0, and NaN stands above +inf, as `torch.sort` has it.
 
     Args:
-        values: any shape, fp32.
+        values: any shape, fp32 or fp64.
 
     Returns:
-        The same shape, int32. No float maps to the least integer.
+        The same shape, int32 or int64. No float maps to the least integer.
     """
     values = tl.where(values == 0.0, 0.0, values)
-    bits = values.to(tl.int32, bitcast=True)
-    bits = tl.where(values != values, 0x7FFFFFFF, bits)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    if values.dtype == tl.float64:
+        bits = values.to(tl.int64, bitcast=True)
+        bits = tl.where(values != values, 0x7FFFFFFFFFFFFFFF, bits)
+        bits = bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)
+    else:
+        bits = values.to(tl.int32, bitcast=True)
+        bits = tl.where(values != values, 0x7FFFFFFF, bits)
+        bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return bits
 
 
 @triton.jit
@@ -34,21 +50,23 @@ def floats_of(bits):
 
 
 @triton.jit
-def kth_largest(bits, count):
-    """The `count`-th largest integer of each row, in 32 counts of the row whatever `count` is.
+def kth_largest(bits, count, WIDE: tl.constexpr = False):
+    """The `count`-th largest integer of each row, in as many counts of the row as it has bits.
 
     Args:
-        bits: (rows, columns) int32; the least integer marks what does not take part.
+        bits: (rows, columns) int32, or int64 if `WIDE`; the least integer marks what does not take part.
         count: (rows,) int32, 1 for the largest, at most the number of columns that take part.
+        WIDE: whether the integers have 64 bits.
 
     Returns:
-        (rows,) int32, an entry of the row.
+        (rows,), an entry of the row.
     """
-    found = tl.full(count.shape, -2147483648, tl.int32)
+    found = tl.zeros(count.shape, bits.dtype) + least_bits(WIDE)
     enough = tl.sum((bits >= 0).to(tl.int32), 1) >= count
-    found = tl.where(enough, 0, found)
-    for step in range(31):
-        candidate = found | (1 << (30 - step))
+    found = tl.where(enough, tl.zeros(count.shape, bits.dtype), found)
+    HIGHEST: tl.constexpr = 62 if WIDE else 30
+    for step in range(HIGHEST + 1):
+        candidate = found | (tl.full((), 1, bits.dtype) << (HIGHEST - step))
         enough = tl.sum((bits >= candidate[:, None]).to(tl.int32), 1) >= count
         found = tl.where(enough, candidate, found)
     return found

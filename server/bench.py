@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ficoco_vllm.benchmarks.load import command as load
 from ficoco_vllm.server import bench_lmms
 from ficoco_vllm.server.numbers import numbers
 
@@ -17,10 +18,11 @@ DEFAULT_OUT = Path("build/accuracy.json")
 
 def add_parser(subparsers: Any) -> None:
     """Add the command and its benchmarks."""
-    parser = subparsers.add_parser("bench", help="measure accuracy through the endpoint")
+    parser = subparsers.add_parser("bench", help="measure accuracy and load through the endpoint")
     benchmarks = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
     _add_accuracy(benchmarks)
     bench_lmms.add_parser(benchmarks)
+    _add_load(benchmarks)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -64,6 +66,24 @@ def _add_accuracy(benchmarks: Any) -> None:
     add("--reference", type=Path, help="JSON of an earlier run; warn where this one is worse")
     add("--answers", type=Path, default=DEFAULT_ANSWERS, help="JSONL of all answers (default: %(default)s)")
     add("--out", type=Path, default=DEFAULT_OUT, help="JSON of the figures (default: %(default)s)")
+
+
+def _add_load(benchmarks: Any) -> None:
+    parser = benchmarks.add_parser(
+        "load",
+        help="stock vLLM and reducing servers under the same load, in turns",
+        description="Starts the servers one after the other, sends each the same traffic with vLLM's own benchmark "
+        "client, and writes JSON, CSV and an HTML report.",
+    )
+    parser.set_defaults(command_function=_load)
+    load.add_arguments(parser)
+
+
+def _load(args: argparse.Namespace) -> int:
+    try:
+        return load.run(args)
+    except ModuleNotFoundError as error:
+        return _fail(f"{error}; {NEEDS}")
 
 
 def _accuracy(args: argparse.Namespace) -> int:

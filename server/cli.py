@@ -1,4 +1,4 @@
-"""`ficoco-vllm`: serve, list the methods, plan, measure."""
+"""`ficoco-vllm`: serve, list the methods, plan, explain, measure."""
 
 import argparse
 import sys
@@ -6,8 +6,16 @@ from collections.abc import Sequence
 
 from ficoco_vllm import __version__
 from ficoco_vllm.server import bench, calibrate, methods, plan, serve
+from ficoco_vllm.server.explain import command as explain
 
-COMMANDS = {"serve": serve, "methods": methods, "plan": plan, "bench": bench, "calibrate": calibrate}
+COMMANDS = {
+    "serve": serve,
+    "methods": methods,
+    "plan": plan,
+    "explain": explain,
+    "bench": bench,
+    "calibrate": calibrate,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,18 +1,27 @@
 """`ficoco-vllm serve`: vLLM's own OpenAI server with our settings put where the plugin reads them."""
 
 import argparse
+import json
 import os
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from ficoco_vllm.compat import is_cpu_build, set_cpu_defaults, use_interpreter
 from ficoco_vllm.config import NAME, FicocoConfig
-from ficoco_vllm.kv.plan import DecoderPlanner
 from ficoco_vllm.plugin import ARCHITECTURES, MEDIA_CONNECTOR
-from ficoco_vllm.vision.plan import VisionPlanner
-from ficoco_vllm.vision.shape import TowerShape
+from ficoco_vllm.server.elastic.settings import OPTION, ElasticSettings
+from ficoco_vllm.server.elastic.sites import Sites, check_elastic
+from ficoco_vllm.server.plugins import allow_endpoint
 
+# Entry point of `server.elastic.plugin`.
+ELASTIC_PLUGIN = "ficoco_elastic"
+# prometheus_client's name for the folder that processes share.
+MULTIPROC = "PROMETHEUS_MULTIPROC_DIR"
+# Each explanation costs two chats that no cache helps.
+DEFAULT_EXPLAIN_RATE = 20
 HELP = "serve a model with vLLM's OpenAI-compatible server"
 
 
@@ -29,7 +38,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ficoco-keep", metavar="N", help="visual tokens kept of an image (a request may differ)"
     )
     group.add_argument(
+        "--ficoco-explain", action="store_true", help="serve POST /ficoco/explain and its page at /ficoco/"
+    )
+    group.add_argument(
+        "--ficoco-explain-rate",
+        type=int,
+        default=DEFAULT_EXPLAIN_RATE,
+        metavar="N",
+        help="explanations a minute of one client and API server process, 0 for no limit (default: %(default)s)",
+    )
+    group.add_argument(
         "--ficoco-config", metavar="JSON|FILE", help="all settings, as a JSON object or a file that holds one"
+    )
+    group.add_argument(
+        "--ficoco-elastic",
+        metavar="JSON",
+        help="let the budget of requests that name none follow the load, for example "
+        """'{"floor": 64, "ceiling": 288, "target_kv_usage": 0.8}'""",
+    )
+    group.add_argument(
+        "--ficoco-no-metrics", action="store_true", help="leave what the reduction saves out of /metrics"
     )
 
 
@@ -46,7 +74,14 @@ def main(arguments: Sequence[str]) -> int:
     if reduces_in_decoder(arguments):
         use_interpreter()  # before vLLM is imported, which looks for Triton at once
     os.environ.setdefault("VLLM_MEDIA_CONNECTOR", MEDIA_CONNECTOR)
+    with (
+        shared_metrics(counts_savings(arguments)) as folder,
+        tempfile.TemporaryDirectory(prefix="ficoco-elastic-", ignore_cleanup_errors=True) as elastic_folder,
+    ):
+        return _serve(arguments, folder, elastic_folder)
 
+
+def _serve(arguments: Sequence[str], metrics_folder: str | None, elastic_folder: str) -> int:
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
@@ -62,15 +97,57 @@ def main(arguments: Sequence[str]) -> int:
     serve_parser.description = HELP
     add_arguments(serve_parser)
     args = parser.parse_args(list(arguments))
+    args.ficoco_elastic_folder = elastic_folder  # every API server process is given `args`
     try:
         configure(args)
     except ValueError as error:
         print(f"ficoco-vllm: error: {error}", file=sys.stderr)
         return 2
+    if metrics_folder is not None and several_servers(args):
+        del os.environ[MULTIPROC]  # vLLM makes such a folder itself then, and would warn of ours
     configure_logging_from_args(args)
     command.validate(args)
     command.cmd(args)
     return 0
+
+
+@contextmanager
+def shared_metrics(wanted: bool) -> Iterator[str | None]:
+    """Let engine core and workers count into the `/metrics` of the API server.
+
+    prometheus_client adds up what several processes count if a folder is named before it is imported. vLLM names
+    one only for several API servers; a folder that the user has named stays.
+
+    Args:
+        wanted: whether there is anything to share.
+
+    Yields:
+        The folder, None where it is not ours.
+    """
+    if not wanted or MULTIPROC in os.environ:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="ficoco-metrics-", ignore_cleanup_errors=True) as folder:
+        os.environ[MULTIPROC] = folder
+        yield folder
+
+
+def several_servers(args: argparse.Namespace) -> bool:
+    """Whether vLLM will start several API servers.
+
+    Args:
+        args: of vLLM's parser.
+    """
+    if args.api_server_count is not None:
+        return bool(args.api_server_count > 1)
+    balanced_outside = (
+        args.data_parallel_external_lb
+        or args.data_parallel_hybrid_lb
+        or args.data_parallel_multi_port_external_lb
+        or args.data_parallel_rank is not None
+        or args.data_parallel_start_rank is not None
+    )
+    return bool(args.data_parallel_size > 1 and not balanced_outside)
 
 
 def configure(args: argparse.Namespace) -> None:
@@ -83,10 +160,22 @@ def configure(args: argparse.Namespace) -> None:
     if model is None:
         _use_demo_model(args)
     settings = read_settings(args.ficoco_method, args.ficoco_keep, args.ficoco_config)
+    settings = settings or (args.additional_config or {}).get(NAME) or {}
+    elastic = None if args.ficoco_elastic is None else ElasticSettings.load(args.ficoco_elastic)
+    if elastic is not None:
+        settings = _prepare_elastic(args, elastic, settings)
+    if args.ficoco_explain:
+        if args.ficoco_explain_rate < 0:
+            raise ValueError(
+                f"--ficoco-explain-rate = {args.ficoco_explain_rate} is not allowed; allowed: 0 (no limit) and more"
+            )
+        settings = {**settings, "explain": True}
+        allow_endpoint()
     if settings:
+        settings = _without_metrics(settings) if args.ficoco_no_metrics else settings
         args.additional_config = {**(args.additional_config or {}), NAME: settings}
     if (args.additional_config or {}).get(NAME):
-        _check_model(args)
+        _check_model(args, elastic)
 
 
 def reduces_in_decoder(arguments: Sequence[str]) -> bool:
@@ -95,14 +184,35 @@ def reduces_in_decoder(arguments: Sequence[str]) -> bool:
     Args:
         arguments: of the command line.
     """
+    return _settings_of(arguments).decoder_method is not None
+
+
+def counts_savings(arguments: Sequence[str]) -> bool:
+    """Whether the server reduces and tells at `/metrics` what that saves.
+
+    Args:
+        arguments: of the command line.
+    """
+    settings = _settings_of(arguments)
+    return settings.method is not None and settings.metrics
+
+
+def _settings_of(arguments: Sequence[str]) -> FicocoConfig:
+    """Our settings before vLLM is imported; none where they are wrong."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add_arguments(parser)
+    parser.add_argument("--additional-config", "--additional_config", default="{}")
     ours, _ = parser.parse_known_args(list(arguments))
     try:
-        settings = FicocoConfig.parse(read_settings(ours.ficoco_method, None, ours.ficoco_config))
-    except ValueError:
-        return False
-    return settings.decoder_method is not None
+        settings = read_settings(ours.ficoco_method, ours.ficoco_keep, ours.ficoco_config)
+        settings = settings or json.loads(ours.additional_config).get(NAME) or {}
+        return FicocoConfig.parse(_without_metrics(settings) if ours.ficoco_no_metrics else settings)
+    except (ValueError, AttributeError):
+        return FicocoConfig()
+
+
+def _without_metrics(settings: Any) -> Any:
+    return {**settings, "metrics": False} if isinstance(settings, dict) else settings
 
 
 def read_settings(method: str | None, keep: str | None, config: str | None) -> dict[str, Any]:
@@ -139,7 +249,28 @@ def _use_demo_model(args: argparse.Namespace) -> None:
             args.kv_cache_memory_bytes = 2**30
 
 
-def _check_model(args: argparse.Namespace) -> None:
+def _prepare_elastic(
+    args: argparse.Namespace, elastic: ElasticSettings, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """What a budget that follows the load needs of the rest.
+
+    Returns:
+        Our settings, with the smallest budget as the one that vLLM's own budgets are made for.
+
+    Raises:
+        ValueError: naming the option and what is allowed.
+    """
+    if FicocoConfig.parse(settings).method is None:
+        raise ValueError(f"{OPTION} needs a method; allowed: one of `ficoco-vllm methods` as --ficoco-method")
+    if args.disable_log_stats:
+        raise ValueError(f"--disable-log-stats is not allowed with {OPTION}, which follows these statistics")
+    allow_endpoint(ELASTIC_PLUGIN)
+    if settings.get("keep") is None and settings.get("kv_budget") is None:
+        return {**settings, "keep": elastic.floor}
+    return settings
+
+
+def _check_model(args: argparse.Namespace, elastic: ElasticSettings | None = None) -> None:
     """Refuse a model that would be served without the reduction that was asked for, and settings that do not fit it."""
     from vllm.transformers_utils.config import get_config
 
@@ -152,7 +283,6 @@ def _check_model(args: argparse.Namespace) -> None:
             f"whose visual tokens cannot be reduced; allowed: {', '.join(ARCHITECTURES)}"
         )
     settings = FicocoConfig.parse(args.additional_config[NAME])
-    tower = VisionPlanner.shared(settings, TowerShape.from_hf_config(config))
-    if settings.decoder_method is not None:
-        num_layers = config.get_text_config().num_hidden_layers
-        DecoderPlanner.shared(settings, num_layers, tower.num_output_tokens(tower.default))
+    if elastic is not None:
+        check_elastic(elastic, settings, config, getattr(args, "ficoco_min_keep", None) or 1)
+    Sites.of(settings, config)

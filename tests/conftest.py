@@ -53,7 +53,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The demo model as `make serve` serves it, with budgets of their own allowed to requests."""
     log = tmp_path_factory.mktemp("server") / "log"
     arguments = ["--ficoco-method", "ficoco-v", "--ficoco-keep", str(DEMO_KEEP), "--trust-request-mm-kwargs"]
-    arguments += ["--api-key", API_KEY]
+    arguments += ["--api-key", API_KEY, "--ficoco-explain", "--ficoco-explain-rate", "0"]
     with serve(log, *arguments) as server:
         yield server
 

@@ -16,6 +16,7 @@ from ficoco_vllm.config import DEFAULT_METHOD, FicocoConfig
         ({}, None, None, {}),
         ({"keep": 64}, DEFAULT_METHOD, 64, {}),
         ({"method": "tome"}, "tome", None, {}),
+        ({"backend": "torch"}, None, None, {}),
         ({"keep": 9, "lam": 0.5}, DEFAULT_METHOD, 9, {"lam": 0.5}),
         (
             {"method": "ficoco-v", "settings": {"lam": 0.5}, "epsilon": 0.9},
@@ -24,6 +25,8 @@ from ficoco_vllm.config import DEFAULT_METHOD, FicocoConfig
             {"lam": 0.5, "epsilon": 0.9},
         ),
         ({"filter": "cls_attention"}, DEFAULT_METHOD, None, {"filter": "cls_attention"}),
+        ({"method": "tome", "explain": True}, "tome", None, {}),
+        ({"explain": False}, None, None, {}),
     ],
 )
 def test_accepted(
@@ -48,6 +51,8 @@ def test_accepted(
         ({"filter": "magic"}, ["filter = 'magic'", "cls_attention"]),
         ({"schedule": "sometimes"}, ["schedule = 'sometimes'", "even"]),
         ([64], ["[64]", "mapping"]),
+        ({"explain": True}, ["explain = True", "without a method"]),
+        ({"keep": 9, "explain": 1}, ["ficoco.explain = 1"]),
     ],
 )
 def test_refused(values: Any, parts: list[str]) -> None:

@@ -71,6 +71,12 @@ def test_wheel_has_weights_card_examples_and_licence(wheel: zipfile.ZipFile) -> 
     assert "ficoco_vllm/py.typed" in shipped
 
 
+def test_wheel_has_the_page(wheel: zipfile.ZipFile) -> None:
+    shipped = set(wheel.namelist())
+    for file in (ROOT / "server" / "static").iterdir():
+        assert f"ficoco_vllm/server/static/{file.name}" in shipped
+
+
 def test_version_is_the_same_everywhere() -> None:
     assert version("ficoco-vllm") == __version__
     assert re.search(rf"^## {re.escape(__version__)}\b", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)

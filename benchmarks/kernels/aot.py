@@ -1,10 +1,11 @@
 """Compiles every kernel ahead of time, without a GPU, and holds what can be known so to bars.
 
-    python -m benchmarks.kernels.aot [--json OUT.json]
+    python -m benchmarks.kernels.aot [--json OUT.json] [--defaults]
 
 The launchers run on meta tensors at the shapes of LLaVA-1.5-7B; what they would compile is compiled for
-three NVIDIA generations and for AMD's gfx942. Each bar is a line `BAR name measured limit PASS|FAIL`; the
-exit status is 1 if one fails.
+three NVIDIA generations and for AMD's gfx942, and so are other types and awkward shapes; with
+`--defaults` only what LLaVA-1.5-7B launches in fp16, for NVIDIA. Each bar is a line
+`BAR name measured limit PASS|FAIL`; the exit status is 1 if one fails.
 """
 
 import argparse
@@ -13,6 +14,9 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,10 +24,10 @@ from typing import Any
 import torch
 
 from benchmarks.kernels.chips import CHIPS, Chip
-from benchmarks.kernels.compiling import Compiled, compile_for, compile_for_amd, launches_of
+from benchmarks.kernels.compiling import Compiled, Compiler, compiled, launches_of
 from benchmarks.kernels.recording import Launch
 from benchmarks.kernels.variants import variants
-from benchmarks.kernels.workloads import workloads
+from benchmarks.kernels.workloads import Workload, workloads
 
 BATCHES = (1, 8, 32)
 BYTES_LIMIT = 1.25
@@ -45,18 +49,28 @@ LIVE_STEPS = 4
 PRODUCT_KERNELS = ("softmax_stats_kernel", "attention_sums_kernel", "attention_block_kernel", "merge_kernel")
 
 
-def traffic() -> dict[str, dict[str, Any]]:
-    """Counts at B = 1, out of a process whose kernels are interpreted."""
+@contextmanager
+def traffic() -> Iterator[Callable[[], dict[str, dict[str, Any]]]]:
+    """Counts at B = 1, out of a process whose kernels are interpreted while this one compiles."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "traffic.json"
         command = [sys.executable, "-m", "benchmarks.kernels.traffic", str(path)]
-        subprocess.run(command, check=True, env=os.environ | {"TRITON_INTERPRET": "1"})
-        counts: dict[str, dict[str, Any]] = json.loads(path.read_text())
-    return counts
+        with subprocess.Popen(command, env=os.environ | {"TRITON_INTERPRET": "1"}) as process:
+
+            def counts() -> dict[str, dict[str, Any]]:
+                if process.wait():
+                    raise subprocess.CalledProcessError(process.returncode, command)
+                found: dict[str, dict[str, Any]] = json.loads(path.read_text())
+                return found
+
+            try:
+                yield counts
+            finally:
+                process.terminate()
 
 
 def moved_bytes(
-    B: int, counts: dict[str, Any], launches: list[Launch], chip: Chip, compiled: list[Compiled]
+    B: int, counts: dict[str, Any], launches: list[Launch], chip: Chip, codes: list[Compiled]
 ) -> tuple[int, int]:
     """Bytes from and to device memory, and the most data that must stay in the second-level cache for that.
 
@@ -64,7 +78,7 @@ def moved_bytes(
     what they share fits into the cache, it is read once; if not, every request goes to memory.
     """
     total, most = B * counts["torch_bytes"], 0
-    for launch, made, count in zip(launches, compiled, counts["launches"], strict=True):
+    for launch, made, count in zip(launches, codes, counts["launches"], strict=True):
         axes, steps = SHARING[launch.name]
         together = int(torch.Size(launch.grid[:axes]).numel())
         groups = launch.num_programs // together
@@ -87,17 +101,16 @@ def bar(name: str, measured: float, limit: float, passed: bool) -> bool:
     return passed
 
 
-def distinct(compiled: list[Compiled]) -> list[Compiled]:
+def distinct(made: list[Compiled]) -> list[Compiled]:
     """One of those that differ in nothing but the number of programs."""
     return list(
         {
-            (c.workload, c.kernel, c.chip, c.registers, c.shared_bytes, c.loads): c
-            for c in reversed(compiled)
+            (c.workload, c.kernel, c.chip, c.registers, c.shared_bytes, c.loads): c for c in reversed(made)
         }.values()
     )[::-1]
 
 
-def report(compiled: list[Compiled], moved: list[dict[str, Any]], amd_spills: dict[str, int]) -> bool:
+def report(made: list[Compiled], moved: list[dict[str, Any]], amd_spills: dict[str, int]) -> bool:
     """Print tables and bars.
 
     Returns:
@@ -108,7 +121,7 @@ def report(compiled: list[Compiled], moved: list[dict[str, Any]], amd_spills: di
         f"{'op':38s} {'kernel':24s} {'chip':7s} "
         "regs shared spill tensor wide/loads programs resident  occ waves"
     )
-    for c in compiled:
+    for c in made:
         print(
             f"{c.workload:38s} {c.kernel:24s} {c.chip:7s} {c.registers:4d} {c.shared_bytes:6d} {c.spills:5d} "
             f"{c.tensor_core:6d} {c.wide_loads:4d}/{c.loads:<5d} {c.num_programs:8d} {c.num_resident:8d} "
@@ -125,16 +138,15 @@ def report(compiled: list[Compiled], moved: list[dict[str, Any]], amd_spills: di
             f"{m['live_bytes'] / 1e6:7.2f} {m['floor_flops'] / 1e9:12.3f} {m['flops'] / 1e9:11.3f}"
         )
     print()
-    held = [bar(f"spills[{c.workload},{c.kernel},{c.chip}]", c.spills, 0, c.spills == 0) for c in compiled]
+    held = [bar(f"spills[{c.workload},{c.kernel},{c.chip}]", c.spills, 0, c.spills == 0) for c in made]
     held += [bar(f"spills[{name},gfx942]", count, 0, count == 0) for name, count in amd_spills.items()]
     held += [
-        bar(f"fits[{c.workload},{c.kernel},{c.chip}]", c.num_resident, 1, c.num_resident >= 1)
-        for c in compiled
+        bar(f"fits[{c.workload},{c.kernel},{c.chip}]", c.num_resident, 1, c.num_resident >= 1) for c in made
     ]
     for m in moved:
         name = f"bytes[{m['workload']},{m['chip']},B={m['B']}]"
         held.append(bar(name, round(m["ratio"], 4), BYTES_LIMIT, m["ratio"] <= BYTES_LIMIT))
-    for c in compiled:
+    for c in made:
         if "/" not in c.workload:  # a variant, whose rows need not be aligned
             continue
         if c.kernel in PRODUCT_KERNELS:
@@ -159,51 +171,85 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=Path, help="where the figures are written")
+    parser.add_argument("--defaults", action="store_true", help="only LLaVA-1.5-7B in fp16 on NVIDIA")
     arguments = parser.parse_args()
-    counts = traffic()
-    compiled: list[Compiled] = []
-    moved: list[dict[str, Any]] = []
-    amd_spills: dict[str, int] = {}
-    for B in BATCHES:
-        for workload in workloads(B):
-            launches = launches_of(workload.run)
-            count = counts[workload.name]
-            for chip in CHIPS:
-                made = [compile_for(workload.name, launch, chip) for launch in launches]
-                compiled += made
-                total, live = moved_bytes(B, count, launches, chip, made)
-                moved.append(
-                    {
-                        "workload": workload.name,
-                        "chip": chip.name,
-                        "B": B,
-                        "floor_bytes": workload.floor_bytes,
-                        "moved_bytes": total,
-                        "ratio": total / workload.floor_bytes,
-                        "requested_bytes": B * summed(count, "requested_bytes"),
-                        "live_bytes": live,
-                        "floor_flops": workload.floor_flops,
-                        "flops": B * summed(count, "flops"),
-                    }
-                )
-            for launch in launches:
-                name = f"{workload.name},{launch.name}"
-                amd_spills[name] = max(amd_spills.get(name, 0), compile_for_amd(launch))
+    start = time.perf_counter()
+    with traffic() as counts, Compiler(os.cpu_count() or 1) as compiler:
+        launched = [(B, workload, launches_of(workload.run)) for B in BATCHES for workload in workloads(B)]
+        wanted = [
+            (workload.name, launch, chip, compiler.code(launch, chip))
+            for _, workload, launches in launched
+            for chip in CHIPS
+            for launch in launches
+        ]
+        amd = []
+        if not arguments.defaults:
+            amd = [
+                (f"{workload.name},{launch.name}", compiler.spills_on_amd(launch))
+                for _, workload, launches in launched
+                for launch in launches
+            ]
+            wanted += [(*one, compiler.code(*one[1:])) for one in others()]
+        made = [compiled(name, launch, chip, code.result()) for name, launch, chip, code in wanted]
+        amd_spills: dict[str, int] = {}
+        for name, spills in amd:
+            amd_spills[name] = max(amd_spills.get(name, 0), spills.result())
+        moved = movement(launched, counts(), made)
+    made = distinct(made)
+    passed = report(made, moved, amd_spills)
+    print(f"{time.perf_counter() - start:.0f} s")
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        figures = {"compiled": [asdict(one) for one in made], "moved": moved, "amd_spills": amd_spills}
+        arguments.json.write_text(json.dumps(figures, indent=1))
+    return 0 if passed else 1
+
+
+def others() -> Iterator[tuple[str, Launch, Chip]]:
+    """Other types at the same shapes, and every optional argument at awkward ones."""
     for dtype in (torch.bfloat16, torch.float32):
         for workload in workloads(1, dtype):
             label = f"{workload.name} {str(dtype).removeprefix('torch.')}"
             for launch in launches_of(workload.run):
                 # The chip with the least shared memory, and the one whose instructions differ most from it.
-                compiled += [compile_for(label, launch, chip) for chip in CHIPS[:2]]
+                yield from ((label, launch, chip) for chip in CHIPS[:2])
     for name, run in variants().items():
-        compiled += [compile_for(name, launch, CHIPS[0]) for launch in launches_of(run)]
-    compiled = distinct(compiled)
-    passed = report(compiled, moved, amd_spills)
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        figures = {"compiled": [asdict(one) for one in compiled], "moved": moved, "amd_spills": amd_spills}
-        arguments.json.write_text(json.dumps(figures, indent=1))
-    return 0 if passed else 1
+        yield from ((name, launch, CHIPS[0]) for launch in launches_of(run))
+
+
+def movement(
+    launched: list[tuple[int, Workload, list[Launch]]],
+    counts: dict[str, dict[str, Any]],
+    made: list[Compiled],
+) -> list[dict[str, Any]]:
+    """Bytes and operations of each workload at each batch on each chip, against the floor.
+
+    Args:
+        launched: batch, workload and its launches.
+        counts: of the interpreter at B = 1.
+        made: of these launches first, in order, chip by chip.
+    """
+    moved = []
+    found = iter(made)
+    for B, workload, launches in launched:
+        count = counts[workload.name]
+        for chip in CHIPS:
+            total, live = moved_bytes(B, count, launches, chip, [next(found) for _ in launches])
+            moved.append(
+                {
+                    "workload": workload.name,
+                    "chip": chip.name,
+                    "B": B,
+                    "floor_bytes": workload.floor_bytes,
+                    "moved_bytes": total,
+                    "ratio": total / workload.floor_bytes,
+                    "requested_bytes": B * summed(count, "requested_bytes"),
+                    "live_bytes": live,
+                    "floor_flops": workload.floor_flops,
+                    "flops": B * summed(count, "flops"),
+                }
+            )
+    return moved
 
 
 if __name__ == "__main__":

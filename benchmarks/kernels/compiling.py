@@ -4,7 +4,9 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -55,29 +57,76 @@ class Compiled:
     waves: float
 
 
-def compile_for(workload: str, launch: Launch, chip: Chip) -> Compiled:
-    """Compile one launch and read what came out."""
-    made = triton.compile(launch.source(hip=False), target=chip.target, options=launch.options)
-    usage = _resources(made.asm["cubin"])
-    ptx = made.asm["ptx"]
-    shared = max(int(made.metadata.shared), usage["SHARED"])
+@dataclass(frozen=True)
+class Code:
+    """What the compiler made of one specialisation of a kernel for one NVIDIA device; see `Compiled`."""
+
+    registers: int
+    shared_bytes: int
+    spills: int
+    tensor_core: int
+    wide_loads: int
+    loads: int
+
+
+def compiled(workload: str, launch: Launch, chip: Chip, code: Code) -> Compiled:
+    """One launch of one specialisation, with what is predicted of it."""
     num_warps = launch.options["num_warps"]
-    fits = resident(chip, num_warps, usage["REG"], shared)
-    asynchronous = len(ASYNC_WIDE.findall(ptx))
+    fits = resident(chip, num_warps, code.registers, code.shared_bytes)
     return Compiled(
         workload=workload,
         kernel=launch.name,
         chip=chip.name,
-        registers=usage["REG"],
-        shared_bytes=shared,
-        spills=usage["SPILLS"],
-        tensor_core=len(TENSOR_CORE.findall(ptx)),
-        wide_loads=len(WIDE.findall(ptx)) + asynchronous,
-        loads=len(SINGLE_LOAD.findall(ptx)) + ptx.count("cp.async.c"),
+        **asdict(code),
         num_programs=launch.num_programs,
         num_resident=fits,
         occupancy=occupancy(fits, num_warps),
         waves=launch.num_programs / (fits * chip.num_processors),
+    )
+
+
+class Compiler:
+    """Compiles each specialisation once, on all cores."""
+
+    def __init__(self, num_workers: int) -> None:
+        # Not forked: Triton and torch have threads.
+        self._pool = ProcessPoolExecutor(num_workers, get_context("spawn"))
+        self._code: dict[tuple[Any, ...], Future[Any]] = {}
+
+    def __enter__(self) -> "Compiler":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def code(self, launch: Launch, chip: Chip) -> "Future[Code]":
+        """Compile for an NVIDIA device."""
+        return self._once(compile_for, launch, chip)
+
+    def spills_on_amd(self, launch: Launch) -> "Future[int]":
+        """Compile for gfx942; the vector registers that spill to memory."""
+        return self._once(compile_for_amd, launch)
+
+    def _once(self, function: Callable[..., Any], launch: Launch, *where: Chip) -> "Future[Any]":
+        key = (launch.specialisation, *where)
+        if key not in self._code:
+            self._code[key] = self._pool.submit(function, launch, *where)
+        return self._code[key]
+
+
+def compile_for(launch: Launch, chip: Chip) -> Code:
+    """Compile one launch and read what came out."""
+    made = triton.compile(launch.source(hip=False), target=chip.target, options=launch.options)
+    usage = _resources(made.asm["cubin"])
+    ptx = made.asm["ptx"]
+    asynchronous = len(ASYNC_WIDE.findall(ptx))
+    return Code(
+        registers=usage["REG"],
+        shared_bytes=max(int(made.metadata.shared), usage["SHARED"]),
+        spills=usage["SPILLS"],
+        tensor_core=len(TENSOR_CORE.findall(ptx)),
+        wide_loads=len(WIDE.findall(ptx)) + asynchronous,
+        loads=len(SINGLE_LOAD.findall(ptx)) + ptx.count("cp.async.c"),
     )
 
 

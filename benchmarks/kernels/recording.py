@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from importlib import import_module
 from typing import Any
 from unittest.mock import patch
 
@@ -17,6 +18,7 @@ _NAMES = {
     torch.float32: "fp32",
     torch.int8: "i8",
     torch.int32: "i32",
+    torch.float64: "fp64",
     torch.int64: "i64",
 }
 _OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
@@ -46,6 +48,30 @@ class Launch:
     def name(self) -> str:
         """The kernel's name."""
         return str(self.function.__name__)
+
+    @property
+    def specialisation(self) -> tuple[Any, ...]:
+        """What the compiler sees: launches that agree in it are one kernel."""
+        constants = sorted((name, repr(value)) for name, value in self.constants.items())
+        options = sorted(self.options.items())
+        return (
+            self.name,
+            tuple(sorted(self.signature.items())),
+            tuple(constants),
+            self.divisible,
+            tuple(options),
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process: the kernel by the place where it is defined."""
+        place = (self.function.fn.__module__, self.name)
+        return {field.name: getattr(self, field.name) for field in fields(self)} | {"function": place}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """The other side of `__getstate__`."""
+        module, name = state["function"]
+        for field, value in (state | {"function": getattr(import_module(module), name)}).items():
+            object.__setattr__(self, field, value)
 
     @property
     def num_programs(self) -> int:

@@ -61,6 +61,7 @@ def others() -> dict[str, Callable[[], Any]]:
             None, scores, 0.4, position, (24, 24), None, 2.0, None, None
         ),
         "partition": lambda: triton_partition.partition(scores, 50, 270, length, length),
+        "partition, fp64": lambda: triton_partition.partition(scores.double(), 50, 270, length, None),
     }
     for R, K, D in ((1, 1, 24), (512, 64, 1024), (2000, 880, 4096)):
         for dtype in (torch.float16, torch.bfloat16, torch.float32):

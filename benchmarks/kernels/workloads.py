@@ -87,7 +87,7 @@ def tower(B: int, dtype: torch.dtype = torch.float16, device: str = "meta") -> l
     query, key, lse = heads(shape, B, dtype, device)
     scale = d**-0.5
     source, target = indices(B, P, R, 1, device)
-    scores = torch.randn((B, P), device=device)
+    drawn = torch.randn((B, P), dtype=torch.float64, device=device)
     position = torch.arange(P).expand(B, P).contiguous().to(device)
     tokens = torch.randn((B, N, D), dtype=dtype, device=device)[:, 1:]
     size, correlation = torch.ones((B, P), device=device), torch.rand((B, R, K), device=device)
@@ -125,18 +125,18 @@ def tower(B: int, dtype: torch.dtype = torch.float16, device: str = "meta") -> l
         ),
         Workload(
             "filter_scores/tower",
-            B * P * (4 + 4 + 8 + 4),
+            B * P * (8 + 4 + 8 + 8),
             0,
             lambda: triton_filter.filter_scores(
-                scores, size, 0.35, position, (24, 24), (2, 2), 2.0, None, None
+                drawn, size, 0.35, position, (24, 24), (2, 2), 2.0, None, None
             ),
             False,
         ),
         Workload(
             "partition/tower",
-            B * P * (4 + 8),
+            B * P * (8 + 8),
             0,
-            lambda: triton_partition.partition(scores, R, K, None, None),
+            lambda: triton_partition.partition(drawn, R, K, None, None),
             False,
         ),
         Workload(

@@ -2,29 +2,43 @@
 
 Both engines run in eager mode on the same machine; images are random and never repeated, one request at a time.
 A speed-up is stock's time over ours, round by round; it is held against the ratio of FLOPs that the planner
-predicts for the same prompt. The bar is that of the whole model: the decoder is cut to a few layers to fit memory,
-and the medians of the depths that were run are extrapolated linearly to 32 layers. In a cut model the vision tower,
-most of which cannot be reduced, weighs more than in the whole one.
+predicts for the same prompt. The decoder is cut to a few layers to fit memory. Methods of the tower are run at each
+depth, and their medians are extrapolated linearly to 32 layers; methods of the decoder at `--decoder-layers` only,
+since the layers in which they reduce do not scale with the depth.
 """
 
 import argparse
 import json
 import multiprocessing
+import os
 import random
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from benchmarks.bars import Bar, environment, report
 from benchmarks.ttft import model, worker
+from benchmarks.ttft.kinds import (
+    DECODER_KINDS,
+    ENCODER_KINDS,
+    KINDS,
+    SMALLEST,
+    STOCK,
+    Kind,
+    predicted_speedup,
+    token_plan,
+)
 from benchmarks.ttft.table import RESULTS, WHOLE_MODEL
-from ficoco_vllm.reduction.cost import Budget, estimate, model_shape, plan_tokens, unreduced
+from ficoco_vllm.compat import is_cpu_build
 
-KEEPS = (576, 192, 128, 64)
 SPEEDUP_SHARE = 0.9
+# Model runner V2, which methods of the decoder need, without a GPU.
+INTERPRETER = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
 # OpenMP's threads spin for 0.2 s after their work; one engine must not take the other's core with that.
 SETTLE_SECONDS = 0.4
 REDUCTION_SHARE = 0.05
@@ -36,6 +50,13 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--layers", type=int, nargs="+", default=[8, 16], help="decoder layers to run with")
+    parser.add_argument(
+        "--decoder-layers",
+        type=int,
+        nargs="*",
+        default=[8],
+        help="those of --layers to run ficoco-l and -vl with",
+    )
     parser.add_argument("--rounds", type=int, default=5, help="measured requests of each kind")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--seed", type=int, default=0)
@@ -43,59 +64,106 @@ def main() -> int:
     args = parser.parse_args()
     if len(set(args.layers)) < 2:
         parser.error("--layers needs two depths at least, to extrapolate to the whole model")
+    unknown = sorted(set(args.decoder_layers) - set(args.layers))
+    if unknown:
+        parser.error(f"--decoder-layers: {unknown[0]} is not one of --layers")
     runs = [_run(num_layers, args) for num_layers in args.layers]
     result = {"environment": environment(), "dtype": args.dtype, "seed": args.seed, "runs": runs}
     result["whole_model"] = _extrapolate(runs)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=2) + "\n")
     _print(result)
-    smallest = f"keep-{min(KEEPS)}"
-    whole = result["whole_model"][smallest]
-    bars = [Bar("ttft-speedup-64-of-predicted", whole["speedup"] / whole["predicted_speedup"], SPEEDUP_SHARE)]
-    for run in runs:
+    return report(list(_bars(result)))
+
+
+def _bars(result: dict[str, Any]) -> Iterator[Bar]:
+    smallest = f"keep-{SMALLEST}"
+    for run in result["runs"]:
+        for name in (smallest, *(kind.name for kind in DECODER_KINDS)):
+            if name in run["kinds"]:
+                row = run["kinds"][name]
+                share = row["speedup"] / row["predicted_speedup"]
+                yield Bar(f"ttft-{name}-of-predicted-{run['layers']}-layers", share, SPEEDUP_SHARE)
         share = run["kinds"][smallest]["reduction_share_of_tower"]
-        bars.append(
-            Bar(f"reduction-share-of-tower-{run['layers']}-layers", share, REDUCTION_SHARE, at_least=False)
-        )
-    return report(bars)
+        yield Bar(f"reduction-share-of-tower-{run['layers']}-layers", share, REDUCTION_SHARE, at_least=False)
+    whole = result["whole_model"][smallest]
+    share = whole["speedup"] / whole["predicted_speedup"]
+    yield Bar(f"ttft-{smallest}-of-predicted-{WHOLE_MODEL}-layers-extrapolated", share, SPEEDUP_SHARE)
 
 
 def _run(num_layers: int, args: argparse.Namespace) -> dict[str, Any]:
-    kinds: list[tuple[str, int]] = [("stock", max(KEEPS)), *((f"keep-{keep}", keep) for keep in KEEPS)]
-    samples: dict[str, list[dict[str, float]]] = {name: [] for name, _ in kinds}
+    """All kinds of one depth: those of one engine at a time, each group beside stock vLLM."""
+    groups: list[Sequence[Kind]] = [ENCODER_KINDS]
+    if num_layers in args.decoder_layers:
+        groups += [(kind,) for kind in DECODER_KINDS]
     order = random.Random(args.seed)
+    summary: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         model.write(Path(folder), num_layers)
-        engines = {stock: _start(folder, stock, args.dtype) for stock in (True, False)}
-        for round_index in range(-1, args.rounds):  # the first round warms up and is not counted
-            for name, keep in order.sample(kinds, len(kinds)):
-                pipe = engines[name == "stock"]
-                time.sleep(SETTLE_SECONDS)
-                pipe.send((keep, order.getrandbits(32)))
-                sample = pipe.recv()
-                if round_index >= 0:
-                    samples[name].append(sample)
-                    print(
-                        f"{num_layers} layers, round {round_index}, {name}: {sample['ttft_seconds']:.3f} s",
-                        flush=True,
-                    )
-        for pipe in engines.values():
-            pipe.send(None)
-    return {"layers": num_layers, "rounds": args.rounds, "kinds": _summary(num_layers, samples)}
+        with _engine(folder, STOCK, args.dtype) as stock:
+            for kinds in groups:
+                with _engine(folder, kinds[0], args.dtype) as ours:
+                    samples = _take_turns(num_layers, stock, ours, kinds, args.rounds, order)
+                # Stock vLLM is run again beside each engine; its own row is that of the first group.
+                summary = _summary(num_layers, samples) | summary
+    kinds = {name: summary[name] for name in KINDS if name in summary}
+    return {"layers": num_layers, "rounds": args.rounds, "kinds": kinds}
 
 
-def _start(folder: str, stock: bool, dtype: str) -> Any:
+def _take_turns(
+    num_layers: int, stock: Any, ours: Any, kinds: Sequence[Kind], rounds: int, order: random.Random
+) -> dict[str, list[dict[str, float]]]:
+    """One request of each kind a round, in random order; the first round warms up and is not counted."""
+    samples: dict[str, list[dict[str, float]]] = {kind.name: [] for kind in (STOCK, *kinds)}
+    for round_index in range(-1, rounds):
+        for kind in order.sample([STOCK, *kinds], 1 + len(kinds)):
+            pipe = stock if kind is STOCK else ours
+            time.sleep(SETTLE_SECONDS)
+            pipe.send((kind.keep, order.getrandbits(32)))
+            sample = pipe.recv()
+            if round_index >= 0:
+                samples[kind.name].append(sample)
+                print(
+                    f"{num_layers} layers, round {round_index}, {kind.name}: {sample['ttft_seconds']:.3f} s",
+                    flush=True,
+                )
+    return samples
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Variables for a process that starts within the block: Triton is imported before `worker.run` is reached."""
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextmanager
+def _engine(folder: str, kind: Kind, dtype: str) -> Iterator[Any]:
+    """The pipe to an engine in a process of its own, which ends with the block."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    context.Process(target=worker.run, args=(there, folder, stock, dtype), daemon=True).start()
+    arguments = (there, folder, kind.settings, kind.in_decoder, dtype)
+    process = context.Process(target=worker.run, args=arguments, daemon=True)
+    with _environment(INTERPRETER if kind.in_decoder and is_cpu_build() else {}):
+        process.start()
     there.close()
     assert here.recv() == "ready"
-    return here
+    try:
+        yield here
+        here.send(None)
+        process.join()
+    finally:
+        process.terminate()
 
 
-def _summary(num_layers: int, samples: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
+def _summary(num_layers: int, samples: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, Any]]:
     stock = [sample["ttft_seconds"] for sample in samples["stock"]]
-    summary = {}
+    summary: dict[str, dict[str, Any]] = {}
     for name, rows in samples.items():
         seconds = [row["ttft_seconds"] for row in rows]
         ratios = [before / after for before, after in zip(stock, seconds, strict=True)]
@@ -112,26 +180,23 @@ def _summary(num_layers: int, samples: dict[str, list[dict[str, float]]]) -> dic
             "speedup": statistics.median(ratios),
             "speedup_min": min(ratios),
             "speedup_max": max(ratios),
-            "predicted_speedup": _predicted(num_layers, _keep(name)),
+            "predicted_speedup": predicted_speedup(KINDS[name], num_layers),
         }
+        if KINDS[name].in_decoder:
+            plan = token_plan(KINDS[name], num_layers)
+            summary[name]["visual_tokens"] = {"tower": plan.encoder[-1], "decoder": plan.decoder[:-1]}
+            summary[name]["stock_ttft_seconds_median"] = statistics.median(stock)
+            summary[name]["decoder_reduction_seconds_median"] = statistics.median(
+                row["decoder_reduction_seconds"] for row in rows
+            )
     return summary
-
-
-def _predicted(num_layers: int, keep: int) -> float:
-    """Ratio of the FLOPs of one prompt, without reduction over with it."""
-    shape = model_shape(model.config(num_layers))
-    plans = (unreduced(shape), plan_tokens(shape, "ficoco-v", Budget(keep=keep)))
-    full, reduced = (
-        estimate(shape, plan, num_text_tokens=worker.NUM_TEXT_TOKENS).total_flops for plan in plans
-    )
-    return full / reduced
 
 
 def _extrapolate(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Least-squares line of each kind's median over the number of layers, read off at the whole model's."""
     layers = [run["layers"] for run in runs]
     seconds = {}
-    for name in runs[0]["kinds"]:
+    for name in (kind.name for kind in (STOCK, *ENCODER_KINDS)):
         medians = [run["kinds"][name]["ttft_seconds_median"] for run in runs]
         slope, intercept = statistics.linear_regression(layers, medians)
         seconds[name] = intercept + slope * WHOLE_MODEL
@@ -139,14 +204,10 @@ def _extrapolate(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
         name: {
             "ttft_seconds": found,
             "speedup": seconds["stock"] / found,
-            "predicted_speedup": _predicted(WHOLE_MODEL, _keep(name)),
+            "predicted_speedup": predicted_speedup(KINDS[name], WHOLE_MODEL),
         }
         for name, found in seconds.items()
     }
-
-
-def _keep(name: str) -> int:
-    return max(KEEPS) if name == "stock" else int(name.removeprefix("keep-"))
 
 
 def _print(result: dict[str, Any]) -> None:
@@ -160,18 +221,18 @@ def _print(result: dict[str, Any]) -> None:
             "tower, s",
             "of it reducing",
         )
-        print(f"{'':10}{columns[0]:>28}{columns[1]:>24}{columns[2]:>11}{columns[3]:>10}{columns[4]:>16}")
+        print(f"{'':18}{columns[0]:>28}{columns[1]:>24}{columns[2]:>11}{columns[3]:>10}{columns[4]:>16}")
         for name, row in run["kinds"].items():
             spread = f"{row['ttft_seconds_median']:.3f} ({row['ttft_seconds_min']:.3f}-{row['ttft_seconds_max']:.3f})"
             ratio = f"{row['speedup']:.2f} ({row['speedup_min']:.2f}-{row['speedup_max']:.2f})"
             print(
-                f"{name:10}{spread:>28}{ratio:>24}{row['predicted_speedup']:>11.2f}"
+                f"{name:18}{spread:>28}{ratio:>24}{row['predicted_speedup']:>11.2f}"
                 f"{row['tower_seconds_median']:>10.3f}{row['reduction_share_of_tower']:>16.1%}"
             )
     print(f"{WHOLE_MODEL} decoder layers, extrapolated")
     for name, row in result["whole_model"].items():
         print(
-            f"{name:10}{row['ttft_seconds']:>28.3f}{row['speedup']:>24.2f}{row['predicted_speedup']:>11.2f}"
+            f"{name:18}{row['ttft_seconds']:>28.3f}{row['speedup']:>24.2f}{row['predicted_speedup']:>11.2f}"
         )
 
 

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Mapping
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
@@ -9,16 +10,20 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-NUM_TEXT_TOKENS = 60
+from benchmarks.ttft.kinds import NUM_TEXT_TOKENS
+from ficoco_vllm.compat import use_interpreter
 
 
-def run(pipe: Connection, folder: str, stock: bool, dtype: str) -> None:
+def run(
+    pipe: Connection, folder: str, ficoco: Mapping[str, Any] | None, in_decoder: bool, dtype: str
+) -> None:
     """Serve until told to stop.
 
     Args:
         pipe: receives (keep, seed) or None, sends what `_measure` returns.
         folder: of the model.
-        stock: run vLLM without any plugin.
+        ficoco: our settings; None for stock vLLM without any plugin.
+        in_decoder: whether the method works in the decoder, which needs model runner V2.
         dtype: of weights and activations.
     """
     os.environ |= {
@@ -27,8 +32,11 @@ def run(pipe: Connection, folder: str, stock: bool, dtype: str) -> None:
         "VLLM_LOGGING_LEVEL": "ERROR",
         "HF_HUB_OFFLINE": "1",
     }
+    stock = ficoco is None
     if stock:
         os.environ["VLLM_PLUGINS"] = ""
+    if in_decoder:
+        use_interpreter()
     from vllm import LLM, SamplingParams
 
     engine = LLM(
@@ -43,13 +51,15 @@ def run(pipe: Connection, folder: str, stock: bool, dtype: str) -> None:
         seed=0,
         disable_log_stats=True,
         kv_cache_memory_bytes=2**30,
-        additional_config={} if stock else {"ficoco": {"method": "ficoco-v", "keep": 64}},
+        additional_config={} if ficoco is None else {"ficoco": dict(ficoco)},
     )
     params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, detokenize=False)
     prompt = _prompt(engine.get_tokenizer())
     pipe.send("ready")
     while (job := pipe.recv()) is not None:
-        pipe.send(_measure(engine, params, prompt, *job, stock=stock))
+        keep, seed = job
+        asked = {"ficoco_keep": keep} if ficoco is not None and not in_decoder else {}
+        pipe.send(_measure(engine, params, prompt, asked, seed, stock=stock))
 
 
 def _prompt(tokenizer: Any) -> list[int]:
@@ -60,20 +70,21 @@ def _prompt(tokenizer: Any) -> list[int]:
 
 
 def _measure(
-    engine: Any, params: Any, prompt: list[int], keep: int, seed: int, *, stock: bool
+    engine: Any, params: Any, prompt: list[int], asked: dict[str, int], seed: int, *, stock: bool
 ) -> dict[str, float]:
     """Time one request with an image never seen before, from pixels to the first token.
 
     Returns:
-        `ttft_seconds`, `tower_seconds`, of these `reduction_seconds`, and `num_prompt_tokens`.
+        `ttft_seconds`, `tower_seconds`, of these `reduction_seconds`, `decoder_reduction_seconds`, and
+        `num_prompt_tokens`.
     """
     pixels = np.random.default_rng(seed).integers(0, 255, (336, 336, 3), dtype=np.uint8)
     body: dict[str, Any] = {
         "prompt_token_ids": prompt,
         "multi_modal_data": {"image": Image.fromarray(pixels)},
     }
-    if not stock:
-        body["mm_processor_kwargs"] = {"ficoco_keep": keep}
+    if asked:
+        body["mm_processor_kwargs"] = asked
     with _stopwatch(engine, stock) as seconds:
         start = time.perf_counter()
         (output,) = engine.generate([body], params, use_tqdm=False)
@@ -82,20 +93,21 @@ def _measure(
         "ttft_seconds": ttft,
         "tower_seconds": seconds["tower"],
         "reduction_seconds": seconds["reduction"],
+        "decoder_reduction_seconds": seconds["decoder_reduction"],
         "num_prompt_tokens": len(output.prompt_token_ids),
     }
 
 
 @contextmanager
 def _stopwatch(engine: Any, stock: bool) -> Any:
-    """Seconds spent in the vision tower (without the projector), and in reducing within it.
+    """Seconds spent in the vision tower (without the projector), in reducing within it, and in the decoder's reducing.
 
     The reduction is everything that a stock tower would not do: the scores out of queries and keys, the choice,
     the merge. It runs on the CPU, so a call is over when it returns.
     """
     worker = engine.llm_engine.engine_core.engine_core.model_executor.driver_worker
     model = getattr(worker, "worker", worker).model_runner.get_model()
-    seconds = {"tower": 0.0, "reduction": 0.0}
+    seconds = {"tower": 0.0, "reduction": 0.0, "decoder_reduction": 0.0}
 
     def timed(function: Any, key: str) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -109,10 +121,12 @@ def _stopwatch(engine: Any, stock: bool) -> Any:
 
     patches = [(model.vision_tower, "forward", "tower")]
     if not stock:
+        from ficoco_vllm.decoder import decoder
         from ficoco_vllm.models import llava
         from ficoco_vllm.vision import tower
 
         patches += [(llava, "encode", "tower"), (tower, "_reduce", "reduction")]
+        patches += [(decoder, "reduce_rows", "decoder_reduction")]
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in patches]
     for (owner, name, key), (_, _, original) in zip(patches, originals, strict=True):
         setattr(owner, name, timed(original, key))

@@ -1,14 +1,23 @@
 """The attention of a reducing decoder layer, as far as the methods look at it.
 
-The two blocks that the methods read, text to visual and visual to visual, are computed head by head from the queries
-and keys of the layer, each head added to the sum of those before it: no (H, N, N) tensor is written.
+All images of a group, those of several requests too, are looked at together by the fused ops: one pass finds the
+normalisers of every query that is asked about and what the visual ones draw from each other, and from these follow the
+few rows and columns that a method wants. No (H, N, N) tensor is written.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from ficoco_vllm import kernels
+from ficoco_vllm.decoder.layout import ImageGroup, Index
+from ficoco_vllm.kernels import Backend, Mask
+from ficoco_vllm.reduction.signals import AttentionMap, via_text
+from ficoco_vllm.scoring import LogitMap, mean_logits
 
 
 @dataclass(frozen=True)
@@ -20,45 +29,20 @@ class DecoderHeads:
         key: (tokens, H', d), H a multiple of H'.
         scale: factor of the logits.
         num_heads: of the whole model.
-        all_reduce: sums over the workers.
+        all_reduce: sums over the workers; None where there is one.
+        backend: of the fused ops.
     """
 
     query: Tensor
     key: Tensor
     scale: float
     num_heads: int
-    all_reduce: Callable[[Tensor], Tensor]
+    all_reduce: Callable[[Tensor], Tensor] | None = None
+    backend: Backend = "auto"
 
-    def mean_attention(
-        self, rows: Tensor, places: Tensor, context: Tensor, columns: Tensor, logits: bool = False
-    ) -> Tensor:
-        """Head-mean attention of some tokens to some others, out of the causal softmax over the whole prompt.
-
-        Args:
-            rows: (B, Q) int64, the tokens that attend.
-            places: (B, Q) int64, their places in the prompt.
-            context: (B, T) int64, the tokens of the prompt in order, filled up behind with any.
-            columns: (B, N) int64, places of the tokens that are attended to.
-            logits: give the scaled products before mask and softmax instead.
-
-        Returns:
-            (B, Q, N) fp32.
-
-        Source: arXiv:2411.17686, Sec. 2.3.
-        """
-        B, Q = rows.shape
-        N, T = columns.shape[1], context.shape[1]
-        columns = columns[:, None].expand(B, Q, N)
-        future = torch.arange(T, device=rows.device) > places[..., None]
-        total = torch.zeros((B, Q, N), dtype=torch.float32, device=rows.device)
-        group = self.query.shape[1] // self.key.shape[1]
-        for head in range(self.query.shape[1]):
-            query, key = self.query[rows, head].float(), self.key[context, head // group].float()
-            products = torch.bmm(query, key.transpose(1, 2)).mul_(self.scale)
-            if not logits:
-                products = products.masked_fill_(future, -torch.inf).softmax(dim=-1)
-            total += products.gather(2, columns)
-        return self.all_reduce(total).div_(self.num_heads)
+    def reduced(self, part: Tensor) -> Tensor:
+        """The sum over the workers."""
+        return part if self.all_reduce is None else self.all_reduce(part.contiguous())
 
     def mean_key(self, rows: Tensor) -> Tensor:
         """Head-mean keys, every key head counted once for each of its query heads.
@@ -70,4 +54,214 @@ class DecoderHeads:
             (B, N, d) fp32.
         """
         group = self.query.shape[1] // self.key.shape[1]
-        return self.all_reduce(self.key[rows].float().sum(dim=2) * group).div_(self.num_heads)
+        return self.reduced(self.key[rows].float().sum(dim=2) * group).div_(self.num_heads)
+
+
+class ImageAttention:
+    """The attention of B images of one shape, among their tokens and from the text behind them.
+
+    The queries that a method may ask about are all of the prompt, or, where none of the visual ones is asked about,
+    those behind the image.
+    """
+
+    def __init__(self, heads: DecoderHeads, group: ImageGroup, visual: bool, logits: bool = False) -> None:
+        """Find the queries and keys of the images.
+
+        Args:
+            heads: of all tokens.
+            group: where the images lie, on the host.
+            visual: whether attention among the visual tokens will be asked for, too.
+            logits: give scaled products before mask and softmax instead.
+        """
+        self.heads, self.logits = heads, logits
+        self.num_visual = group.visual.shape[1]
+        device = heads.query.device
+        self.with_visual = visual
+        # From the start of the prompt no offset is needed, so that tiles which nobody sees are skipped on any device.
+        first = np.zeros_like(group.visual_place[:, :1]) if visual else group.visual_place[:, -1:] + 1
+        length = group.text_place[:, -1:] + 1 - first  # the text is filled up in front, and ends the prompt
+        place = np.minimum(np.arange(int(length.max())), length - 1) + first
+        row = group.visual[:, :1] - group.visual_place[:, :1]
+        self.query = _take(heads.query, row + place, device)
+        self.context_key = _take(heads.key, group.context, device)
+        self.key = _take(heads.key, group.visual, device)
+        self.visual_query = _take(heads.query, group.visual, device) if visual else None
+        self.first = None if visual else torch.from_numpy(first[:, 0]).to(device)
+        self.length = torch.from_numpy(length[:, 0]).to(device)
+        self.text_index = torch.from_numpy(np.where(group.has_text, group.text_place - first, -1)).to(device)
+        self.visual_place = torch.from_numpy(group.visual_place).to(device)
+
+    def text_attention(self) -> Tensor:
+        """Head-mean attention of the text behind each image to its tokens.
+
+        Returns:
+            (B, M, N) fp32, zeros where the text is filled up.
+
+        Source: arXiv:2411.17686, Sec. 2.3.
+        """
+        heads = self.heads
+        if self.logits:
+            index = self.text_index.clamp_min(0)[:, None, :, None]
+            query = self.query.gather(2, index.expand(-1, *_heads_and_size(self.query)))
+            logits = mean_logits(query, self.key, heads.scale, heads.num_heads, heads.all_reduce)
+            return logits.masked_fill_((self.text_index < 0)[..., None], 0.0)
+        # Text behind an image sees all of it: nothing is masked.
+        return heads.reduced(self._block(self.query, self.lse, self.text_index, None, Mask()))
+
+    def visual_attention(self) -> AttentionMap:
+        """Head-mean causal attention among the tokens of each image, computed where it is looked at."""
+        if not self.logits:
+            return VisualAttention(self)
+        heads = self.heads
+        assert self.visual_query is not None
+        return LogitMap(self.visual_query, self.key, heads.scale, heads.num_heads, heads.all_reduce)
+
+    @property
+    def lse(self) -> Tensor:
+        """Log-sum-exp of the logits of each query, (B, H, S) fp32."""
+        return self._stats[0]
+
+    @property
+    def drawn(self) -> Tensor:
+        """What each visual token draws from those of its image, of this worker's heads, (B, N) fp32."""
+        return self._stats[1].gather(1, self.visual_place)
+
+    @cached_property
+    def visual_lse(self) -> Tensor:
+        """Log-sum-exp of the logits of each visual token, (B, H, N) fp32."""
+        return self.lse.gather(2, self.visual_place[:, None].expand(-1, self.lse.shape[1], -1))
+
+    @cached_property
+    def _stats(self) -> tuple[Tensor, Tensor]:
+        heads = self.heads
+        weight = None
+        if self.with_visual:
+            weight = torch.zeros(
+                (self.query.shape[0], self.context_key.shape[2]),
+                dtype=torch.float32,
+                device=self.query.device,
+            ).scatter_(1, self.visual_place, 1.0)
+        return kernels.softmax_stats(
+            self.query,
+            self.context_key,
+            heads.scale,
+            mask=Mask(causal=True, offset=self.first, query_length=self.length),
+            column_weight=weight,
+            num_heads=heads.num_heads,
+            backend=heads.backend,
+        )
+
+    def visual_block(
+        self, source: Tensor | None, target: Tensor | None, text: Tensor | None = None, gamma: float = 1.0
+    ) -> Tensor:
+        """Chosen rows and columns among the visual tokens, of this worker's heads, (B, R, K) fp32."""
+        assert self.visual_query is not None
+        mask = Mask(causal=True)
+        return self._block(self.visual_query, self.visual_lse, source, target, mask, text, gamma)
+
+    def _block(
+        self,
+        query: Tensor,
+        lse: Tensor,
+        rows: Tensor | None,
+        columns: Tensor | None,
+        mask: Mask,
+        text: Tensor | None = None,
+        gamma: float = 1.0,
+    ) -> Tensor:
+        heads = self.heads
+        return kernels.attention_block(
+            query,
+            self.key,
+            lse,
+            heads.scale,
+            row_index=rows,
+            column_index=columns,
+            mask=mask,
+            text=text,
+            gamma=gamma,
+            num_heads=heads.num_heads,
+            backend=heads.backend,
+        )
+
+
+@dataclass(frozen=True)
+class VisualAttention:
+    """Head-mean causal attention among the tokens of each of B images (`AttentionMap`).
+
+    Attributes:
+        images: whose attention it is.
+    """
+
+    images: ImageAttention
+
+    @property
+    def shape(self) -> torch.Size:
+        """(B, N, N), as the map would have if it were written."""
+        N = self.images.num_visual
+        return torch.Size((self.images.query.shape[0], N, N))
+
+    def row_sum(self) -> Tensor:
+        """What each token draws from its image, (B, N) fp64.
+
+        Source: arXiv:2411.17686, Eq. 14, first term, times N.
+        """
+        return self.images.heads.reduced(self.images.drawn).double()
+
+    def column_sum(self) -> Tensor:
+        """What each token receives from its image, (B, N) fp32.
+
+        Source: arXiv:2411.17686, Eq. 5.
+        """
+        images, heads = self.images, self.images.heads
+        assert images.visual_query is not None
+        received = kernels.attention_sums(
+            images.visual_query,
+            images.key,
+            images.visual_lse,
+            heads.scale,
+            axis=1,
+            mask=Mask(causal=True),
+            num_heads=heads.num_heads,
+            backend=heads.backend,
+        )
+        return heads.reduced(received)
+
+    def block(self, source: Tensor, target: Tensor, text: Tensor | None = None, gamma: float = 1.0) -> Tensor:
+        """Attention of chosen tokens to chosen tokens, and Eq. 15 where `text` is given.
+
+        Args:
+            source: (B, R) int64 into the N tokens.
+            target: (B, K) int64.
+            text: (B, M, N), see `via_text`, or None.
+            gamma: weight of the direct term where `text` is given.
+
+        Returns:
+            (B, R, K) fp32.
+
+        Source: arXiv:2411.17686, Eq. 15.
+        """
+        images = self.images
+        if text is None or images.heads.all_reduce is None:
+            return images.heads.reduced(images.visual_block(source, target, text, gamma))
+        # The text's term is whole on every worker, so it comes behind the sum over them.
+        direct = images.heads.reduced(images.visual_block(source, target))
+        return via_text(direct, text, source, target, gamma)
+
+    def dense(self) -> Tensor:
+        """The whole map, (B, N, N) fp32."""
+        return self.images.heads.reduced(self.images.visual_block(None, None))
+
+
+def _heads_and_size(values: Tensor) -> tuple[int, int, int]:
+    """What an index (B, 1, R, 1) into (B, H, S, d) is expanded to, behind B: any number of rows."""
+    return values.shape[1], -1, values.shape[3]
+
+
+def _take(values: Tensor, rows: Index, device: torch.device) -> Tensor:
+    """Rows (B, H, S, d) of (tokens, H, d); a view, where there is one image and its rows are neighbours."""
+    if len(rows) == 1:
+        start, length = int(rows[0, 0]), rows.shape[1]
+        if np.array_equal(rows[0], np.arange(start, start + length)):
+            return values[start : start + length].transpose(0, 1)[None]
+    return values[torch.from_numpy(rows).to(device)].transpose(1, 2)

@@ -1,6 +1,8 @@
 """vLLM's Llama, run segment by segment in the steps that reduce a prompt."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,10 +11,13 @@ from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_
 from vllm.forward_context import get_forward_context
 
 from ficoco_vllm.decoder.attention import DecoderHeads
-from ficoco_vllm.decoder.layout import Boundary
+from ficoco_vllm.decoder.layout import Boundary, ImageGroup
 from ficoco_vllm.decoder.reduction import Rows, reduce_rows
 from ficoco_vllm.decoder.segment import Segment, SegmentAttention, Unit, compile_unit
 from ficoco_vllm.kv.plan import DecoderPlanner
+from ficoco_vllm.reduction import Observer
+from ficoco_vllm.stopwatch import Stopwatch
+from ficoco_vllm.tracing.store import Traces
 
 
 @dataclass(frozen=True)
@@ -23,17 +28,31 @@ class ReducingStep:
         boundaries: behind each segment but the last.
         slot_mapping: attention layer to the KV slot of each of its rows, for the layers with fewer rows than
             tokens.
+        traced: first row of an image in the first segment to the trace that it goes into.
     """
 
     boundaries: tuple[Boundary, ...]
     slot_mapping: dict[str, Tensor]
+    traced: dict[int, int]
+
+    @property
+    def method(self) -> str:
+        """Name of the method that reduces in this step, "mixed" for several."""
+        names = {group.method for boundary in self.boundaries for group in boundary.groups}
+        return names.pop() if len(names) == 1 else "mixed"
 
 
 class SegmentedDecoder:
     """A view of vLLM's decoder: it owns no weights."""
 
     def __init__(
-        self, decoder: Any, planner: DecoderPlanner, grid: tuple[int, int], compiled: bool = False
+        self,
+        decoder: Any,
+        planner: DecoderPlanner,
+        grid: tuple[int, int],
+        compiled: bool = False,
+        watch: Stopwatch | None = None,
+        traces: Traces | None = None,
     ) -> None:
         """Cut a decoder into segments and give each its own KV cache.
 
@@ -42,9 +61,13 @@ class SegmentedDecoder:
             planner: of the served model.
             grid: rows and columns of an unreduced image.
             compiled: whether each segment is compiled, as one unit.
+            watch: takes the time of the reductions.
+            traces: where requests that ask for it are traced.
         """
         self.planner = planner
+        self.watch = watch
         self.grid = grid
+        self.traces = Traces() if traces is None else traces
         layers, size = list(decoder.layers), planner.segments.size
         for index, layer in enumerate(layers):
             attention = layer.self_attn.attn
@@ -83,12 +106,19 @@ class SegmentedDecoder:
         num_tokens = hidden.shape[0]
         origin = torch.arange(num_tokens, device=hidden.device)
         rows = Rows(hidden, origin, torch.ones(num_tokens, dtype=torch.float32, device=hidden.device))
+        lap = None if self.watch is None else self.watch.lap(step.method, hidden.device)
         for index, (segment, unit) in enumerate(zip(self.segments, self.units, strict=True)):
             output, query, key = unit(positions[rows.origin], rows.hidden)
             rows = Rows(output, rows.origin, rows.size)
             if index < len(step.boundaries) and step.boundaries[index].groups:
                 heads = self._heads(segment, query, key)
-                rows = reduce_rows(rows, heads, step.boundaries[index], self.planner, self.grid)
+                layer = (index + 1) * self.planner.segments.size - 1
+                observers = partial(self._observer, layer, step.traced) if step.traced else None
+                boundary = step.boundaries[index]
+                with nullcontext() if lap is None else lap.running():
+                    rows = reduce_rows(rows, heads, boundary, self.planner, self.grid, observers)
+        if self.watch is not None and lap is not None:
+            self.watch.hand_in(lap)
         result = torch.zeros_like(hidden)
         result[rows.origin] = rows.hidden
         return result
@@ -104,6 +134,10 @@ class SegmentedDecoder:
         for unit in self.units:
             hidden, _, _ = unit(positions, hidden)
 
+    def _observer(self, layer: int, traced: dict[int, int], group: ImageGroup) -> Observer | None:
+        found = {index: traced[row] for index, row in enumerate(group.first_row) if row in traced}
+        return self.traces.observer("decoder", layer, found)
+
     def _heads(self, segment: Segment, query: Tensor, key: Tensor) -> DecoderHeads:
         attention = segment.last.self_attn
         parallel = get_tensor_model_parallel_world_size() > 1
@@ -112,5 +146,6 @@ class SegmentedDecoder:
             key=key.view(key.shape[0], -1, attention.head_dim),
             scale=attention.scaling,
             num_heads=self.num_heads,
-            all_reduce=tensor_model_parallel_all_reduce if parallel else lambda total: total,
+            all_reduce=tensor_model_parallel_all_reduce if parallel else None,
+            backend=self.planner.config.backend,
         )

@@ -34,6 +34,7 @@ class ImageGroup:
         text_place: (B, M) places of `text`.
         visual_place: (B, N) places of `visual`.
         context: (B, T) rows of the whole prompt, filled up behind.
+        first_row: of each image, the row of its first token in the first segment.
     """
 
     method: str
@@ -44,6 +45,7 @@ class ImageGroup:
     text_place: Index
     visual_place: Index
     context: Index
+    first_row: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class _Image:
     request_row: int
     prompt_places: int
     text_places: tuple[int, ...]
+    first_row: int
 
 
 def num_rows(query_start: Sequence[int], plans: Sequence[RequestPlan | None], segment: int) -> list[int]:
@@ -107,7 +110,7 @@ def boundary(
     groups: dict[tuple[str, int, int, int], list[_Image]] = defaultdict(list)
     for index, plan in enumerate(plans):
         row, row_behind = starts[index], starts_behind[index]
-        for image in _images(plan, segment, row, row_behind) if plan else ():
+        for image in _images(plan, segment, row, row_behind, query_start[index]) if plan else ():
             length = image.row - row  # rows that were not looked at yet, in front of this image
             source[row_behind : row_behind + length] = np.arange(row, row + length)
             row, row_behind = image.row + image.num_tokens, image.row_behind + image.num_kept
@@ -120,8 +123,8 @@ def boundary(
     return Boundary(source, tuple(_group(method, images) for (method, *_), images in groups.items()))
 
 
-def _images(plan: RequestPlan, segment: int, row: int, row_behind: int) -> list[_Image]:
-    """The images of one request, in order."""
+def _images(plan: RequestPlan, segment: int, row: int, row_behind: int, first_row: int) -> list[_Image]:
+    """The images of one request, in order; `first_row` is its row in the first segment."""
     counts, counts_behind = plan.counts[segment], plan.counts[segment + 1]
     prompt_places = plan.num_prompt_tokens - plan.dropped[segment]
     text_places: list[int] = []
@@ -145,6 +148,7 @@ def _images(plan: RequestPlan, segment: int, row: int, row_behind: int) -> list[
                 request_row=row,
                 prompt_places=prompt_places,
                 text_places=tuple(text_places),
+                first_row=first_row + offset,
             )
         )
     return found[::-1]
@@ -174,4 +178,5 @@ def _group(method: str, images: list[_Image]) -> ImageGroup:
         visual_place=visual - request_rows,
         # Filled up with the first row: such places come behind every query and are masked.
         context=request_rows + np.where(places < lengths, places, 0),
+        first_row=tuple(image.first_row for image in images),
     )

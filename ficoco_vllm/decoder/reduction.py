@@ -1,14 +1,16 @@
 """One reduction between attention and MLP of a segment's last layer, for all requests of a step at once."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ficoco_vllm.decoder.attention import DecoderHeads
+from ficoco_vllm.decoder.attention import DecoderHeads, ImageAttention
 from ficoco_vllm.decoder.layout import Boundary, ImageGroup
 from ficoco_vllm.kv.plan import DecoderPlanner
-from ficoco_vllm.reduction import Reducer, Signals
+from ficoco_vllm.reduction import Observer, Reducer, Signals
+from ficoco_vllm.scoring import FusedOps
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,12 @@ class Rows:
 
 
 def reduce_rows(
-    rows: Rows, heads: DecoderHeads, boundary: Boundary, planner: DecoderPlanner, grid: tuple[int, int]
+    rows: Rows,
+    heads: DecoderHeads,
+    boundary: Boundary,
+    planner: DecoderPlanner,
+    grid: tuple[int, int],
+    watch: Callable[[ImageGroup], Observer | None] | None = None,
 ) -> Rows:
     """Let the visual tokens leave that the boundary says, merged into those that stay.
 
@@ -38,6 +45,7 @@ def reduce_rows(
         boundary: from this segment to the next.
         planner: knows the methods.
         grid: rows and columns of an unreduced image.
+        watch: who is shown the reduction of a group, for requests that are traced.
 
     Returns:
         The rows of the next segment.
@@ -48,7 +56,8 @@ def reduce_rows(
     source = torch.from_numpy(boundary.source).to(device)
     merged = []
     for group in boundary.groups:
-        index, tokens, size = _reduce_group(rows, heads, group, planner.reducer(group.method), grid)
+        observer = watch and watch(group)
+        index, tokens, size = _reduce_group(rows, heads, group, planner.reducer(group.method), grid, observer)
         kept = torch.from_numpy(group.kept).to(device)
         source[kept] = index
         merged.append((kept, tokens, size))
@@ -59,7 +68,12 @@ def reduce_rows(
 
 
 def _reduce_group(
-    rows: Rows, heads: DecoderHeads, group: ImageGroup, reducer: Reducer, grid: tuple[int, int]
+    rows: Rows,
+    heads: DecoderHeads,
+    group: ImageGroup,
+    reducer: Reducer,
+    grid: tuple[int, int],
+    observer: Observer | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Reduce images of one shape by one method.
 
@@ -70,7 +84,9 @@ def _reduce_group(
     visual = torch.from_numpy(group.visual).to(device)
     N = visual.shape[1]
     signals = _measure(rows, heads, group, visual, reducer, grid)
-    reduced = reducer(rows.hidden[visual], signals, N - group.kept.shape[1], rows.size[visual])
+    num_removed = N - group.kept.shape[1]
+    ops = FusedOps(heads.backend)
+    reduced = reducer(rows.hidden[visual], signals, num_removed, rows.size[visual], ops, observer)
     # `position` counted the image's tokens in this segment, so it says which of them stayed.
     return visual.gather(1, reduced.position), reduced.tokens, reduced.size
 
@@ -84,25 +100,18 @@ def _measure(
     grid: tuple[int, int],
 ) -> Signals:
     """The signals that a method asks for."""
-    device = visual.device
     needed = reducer.signals
     logits = getattr(reducer.settings, "attention", "probs") == "logits"
-    text, has_text, text_place, place, context = (
-        torch.from_numpy(array).to(device)
-        for array in (group.text, group.has_text, group.text_place, group.visual_place, group.context)
-    )
-    text_attention = visual_attention = None
-    if "text_attention" in needed:
-        text_attention = heads.mean_attention(text, text_place, context, place, logits)
-        text_attention = text_attention.masked_fill(~has_text[..., None], 0.0)
-    if "visual_attention" in needed:
-        visual_attention = heads.mean_attention(visual, place, context, place, logits)
+    images = ImageAttention(heads, group, "visual_attention" in needed, logits)
+    text_features = None
+    if "text_features" in needed:
+        text_features = rows.hidden[torch.from_numpy(group.text).to(visual.device)]
     B, N = visual.shape
     return Signals(
-        text_attention=text_attention,
-        visual_attention=visual_attention,
+        text_attention=images.text_attention() if "text_attention" in needed else None,
+        visual_attention=images.visual_attention() if "visual_attention" in needed else None,
         keys=heads.mean_key(visual) if "keys" in needed else None,
-        text_features=rows.hidden[text] if "text_features" in needed else None,
-        position=torch.arange(N, device=device).expand(B, N),
+        text_features=text_features,
+        position=torch.arange(N, device=visual.device).expand(B, N),
         grid=grid if grid[0] * grid[1] == N else (1, N),
     )

@@ -15,6 +15,7 @@ from ficoco_vllm.decoder.decoder import ReducingStep
 from ficoco_vllm.decoder.layout import boundary, num_rows
 from ficoco_vllm.kv.admission import planner_of
 from ficoco_vllm.kv.plan import RequestPlan
+from ficoco_vllm.tracing.store import TRACE
 
 Counts = npt.NDArray[np.int32]
 
@@ -31,6 +32,7 @@ class DecoderModelState(DefaultModelState):
         super().__init__(*args, **kwargs)
         self.planner = planner_of(self.vllm_config)
         self.plans: dict[str, RequestPlan] = {}
+        self.traced: dict[str, int] = {}  # of the requests that asked for a trace
         self.step: ReducingStep | None = None
         shape = (self.planner.segments.num_segments, self.max_num_reqs)
         self.seq_lens = torch.zeros(shape, dtype=torch.int32, device=self.device)
@@ -47,11 +49,14 @@ class DecoderModelState(DefaultModelState):
         plan = self.planner.plan(num_tokens, images, params.extra_args if params else None)
         if plan.reduces:
             self.plans[new_req_data.req_id] = plan
+            if params and TRACE in (params.extra_args or {}):
+                self.traced[new_req_data.req_id] = int(params.extra_args[TRACE])
 
     def remove_request(self, req_id: str) -> None:
         """Forget the plan of a request that has ended or was preempted."""
         super().remove_request(req_id)
         self.plans.pop(req_id, None)
+        self.traced.pop(req_id, None)
 
     def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
         """Hand the step that `prepare_attn` has found to the model."""
@@ -140,7 +145,7 @@ class DecoderModelState(DefaultModelState):
                 model_specific_attn_metadata=model_specific_attn_metadata,
             )
         if reducing:
-            self.step = self._reducing_step(query_start, now, moved)
+            self.step = self._reducing_step(input_batch.req_ids, query_start, now, moved)
         return metadata
 
     def _slots(
@@ -191,14 +196,23 @@ class DecoderModelState(DefaultModelState):
         self.block_sizes = block_tables.block_sizes
 
     def _reducing_step(
-        self, query_start: Sequence[int], plans: Sequence[RequestPlan | None], slots: dict[str, Tensor]
+        self,
+        req_ids: Sequence[str],
+        query_start: Sequence[int],
+        plans: Sequence[RequestPlan | None],
+        slots: dict[str, Tensor],
     ) -> ReducingStep:
         """Indices for the model, from the plans of the prompts that are prefilled now."""
         boundaries = tuple(
             boundary(query_start, plans, segment, self._needs_equal_text)
             for segment in range(self.planner.segments.num_segments - 1)
         )
-        return ReducingStep(boundaries, slots)
+        traced = {
+            start + plan.images[0][0]: self.traced[req_id]
+            for req_id, start, plan in zip(req_ids, query_start, plans, strict=False)
+            if plan is not None and req_id in self.traced
+        }
+        return ReducingStep(boundaries, slots, traced)
 
     def _needs_equal_text(self, method: str) -> bool:
         return "text_features" in self.planner.reducer(method).signals

@@ -1,5 +1,6 @@
 """What a request may ask of the decoder, checked before it reaches the engine."""
 
+from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
@@ -8,8 +9,12 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.kv.plan import KEEP, METHOD, DecoderPlanner
+from ficoco_vllm.metrics import count_refusal
 from ficoco_vllm.vision.plan import VisionPlanner
 from ficoco_vllm.vision.shape import TowerShape
+
+# Attribute of vLLM's input processor, set in the API server where the budget follows the load; see `fill_budget`.
+DEFAULT_KEEP = "ficoco_default_keep"
 
 
 def planner_of(vllm_config: Any) -> DecoderPlanner:
@@ -77,6 +82,23 @@ def check_request(vllm_config: Any, request: Any) -> None:
         )
 
 
+def fill_budget(default_keep: Callable[[str | None, int], int], request: Any) -> None:
+    """Give a request with images a budget in the decoder if it names none.
+
+    Args:
+        default_keep: from the method that the request names, or None, and the visual tokens of its largest image as
+            they enter the decoder, to the tokens that are left of each image in the last segment.
+        request: vLLM's `EngineCoreRequest`; its sampling parameters are its own copy.
+    """
+    params = request.sampling_params
+    if params is None or not request.mm_features:
+        return
+    extra_args = params.extra_args or {}
+    if KEEP not in extra_args:
+        most = max(feature.mm_position.length for feature in request.mm_features)
+        params.extra_args = {**extra_args, KEEP: default_keep(extra_args.get(METHOD), most)}
+
+
 def hook_admission() -> None:
     """Let vLLM's front end call `check_request`; may run many times.
 
@@ -90,7 +112,14 @@ def hook_admission() -> None:
     @wraps(original)
     def process_inputs(self: InputProcessor, *args: Any, **kwargs: Any) -> Any:
         request = original(self, *args, **kwargs)
-        check_request(self.vllm_config, request)
+        default_keep = vars(self).get(DEFAULT_KEEP)
+        if default_keep is not None:
+            fill_budget(default_keep, request)
+        try:
+            check_request(self.vllm_config, request)
+        except VLLMValidationError:
+            count_refusal(self.vllm_config.model_config)
+            raise
         return request
 
     InputProcessor.process_inputs = process_inputs

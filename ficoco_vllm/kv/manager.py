@@ -16,9 +16,11 @@ class SegmentManager(FullAttentionManager):
     Attributes:
         count_tokens: (request id, segment, computed tokens) -> tokens of the segment; set by the scheduler, which
             alone knows the requests.
+        num_held: blocks that requests hold in this segment.
     """
 
     count_tokens: CountTokens | None = None
+    num_held: int = 0
 
     def get_num_blocks_to_allocate(
         self,
@@ -49,6 +51,13 @@ class SegmentManager(FullAttentionManager):
         blocks: list[KVCacheBlock] = super().allocate_new_blocks(
             request_id, self._held(request_id, num_tokens), self._held(request_id, num_tokens_main_model)
         )
+        self.num_held += len(blocks)
+        return blocks
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """The blocks of a request that gives them back."""
+        blocks: list[KVCacheBlock] = super().pop_blocks_for_free(request_id)
+        self.num_held -= len(blocks)
         return blocks
 
     def cache_blocks(self, *args: Any, **kwargs: Any) -> None:

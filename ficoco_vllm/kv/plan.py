@@ -16,6 +16,7 @@ from ficoco_vllm.kv.segments import Segments, scaled
 from ficoco_vllm.reduction import Reducer, available, get
 from ficoco_vllm.reduction.method import SITES
 from ficoco_vllm.reduction.schedule import make_schedule
+from ficoco_vllm.tracing.store import TRACE, check_trace_id
 
 # What a request may say in `vllm_xargs`.
 KEEP = "ficoco_keep"
@@ -169,7 +170,8 @@ class DecoderPlanner:
         Raises:
             ValueError: starting with the field, then its value and what is allowed.
         """
-        method, keep = self._asked(extra_args or {})
+        entering = max([self.num_visual_tokens, *(length for _, length in images)])
+        method, keep = self._asked(extra_args or {}, entering)
         try:
             counts = tuple(zip(*(self.counts(method, length, keep) for _, length in images), strict=True))
         except ValueError as error:
@@ -177,10 +179,13 @@ class DecoderPlanner:
         empty: tuple[tuple[int, ...], ...] = ((),) * self.segments.num_segments
         return RequestPlan(method, num_prompt_tokens, tuple(sorted(images)), counts or empty)
 
-    def _asked(self, extra_args: Mapping[str, Any]) -> tuple[str, int]:
-        unknown = sorted(key for key in extra_args if key.startswith("ficoco_") and key not in (KEEP, METHOD))
+    def _asked(self, extra_args: Mapping[str, Any], most: int) -> tuple[str, int]:
+        allowed = (KEEP, METHOD, TRACE) if self.config.explain else (KEEP, METHOD)
+        unknown = sorted(key for key in extra_args if key.startswith("ficoco_") and key not in allowed)
         if unknown:
             raise ValueError(f"{unknown[0]} is not a field of this server; allowed: {KEEP}, {METHOD}")
+        if TRACE in extra_args:
+            check_trace_id(extra_args[TRACE])
         method = extra_args.get(METHOD, self.method)
         if method not in self.methods:
             raise ValueError(
@@ -188,7 +193,6 @@ class DecoderPlanner:
                 f"allowed: {', '.join(self.methods)}"
             )
         keep = extra_args.get(KEEP, self.keep)
-        most = self.num_visual_tokens
         if isinstance(keep, float) and keep.is_integer():
             keep = int(keep)  # vLLM's request schema may hand an integer on as a float
         if isinstance(keep, bool) or not isinstance(keep, int) or not 1 <= keep <= most:

@@ -1,13 +1,17 @@
 """vLLM's scheduler, which tells the managers of the segments about requests and never splits a prompt."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.request import Request
 
+from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.kv.admission import planner_of
 from ficoco_vllm.kv.manager import SegmentManager
 from ficoco_vllm.kv.plan import RequestPlan
+from ficoco_vllm.metrics import metrics
 
 
 class SegmentScheduler(AsyncScheduler):
@@ -19,9 +23,11 @@ class SegmentScheduler(AsyncScheduler):
         self.plans: dict[str, RequestPlan] = {}
         assert not self.scheduler_config.enable_chunked_prefill
         assert not self.cache_config.enable_prefix_caching
-        for manager in self.kv_cache_manager.coordinator.single_type_managers:
+        self.managers: Sequence[SegmentManager] = self.kv_cache_manager.coordinator.single_type_managers
+        for manager in self.managers:
             assert isinstance(manager, SegmentManager)
             manager.count_tokens = self._count_tokens
+        self.blocks_held = _gauges(self.vllm_config, self.managers) if self.log_stats else []
 
     def add_request(self, request: Request) -> None:
         """Plan the request, then queue it."""
@@ -32,9 +38,21 @@ class SegmentScheduler(AsyncScheduler):
         self.plans[request.request_id] = self.planner.plan(request.num_prompt_tokens, images, extra_args)
         super().add_request(request)
 
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM; then tell how many blocks are held."""
+        scheduled = super().schedule(*args, **kwargs)
+        self._tell_blocks_held()
+        return scheduled
+
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self.plans.pop(request.request_id, None)
-        return super()._free_request(request, *args, **kwargs)
+        freed = super()._free_request(request, *args, **kwargs)
+        self._tell_blocks_held()
+        return freed
+
+    def _tell_blocks_held(self) -> None:
+        for told in self.blocks_held:
+            told.tell()
 
     def _count_tokens(self, request_id: str, segment: int, num_tokens: int) -> int:
         plan = self.plans.get(request_id)
@@ -56,3 +74,30 @@ class SegmentScheduler(AsyncScheduler):
         if scheduled[1] < num_new_tokens and num_computed_tokens < request.num_prompt_tokens:
             return [], 0, encoder_compute_budget, [], []
         return scheduled
+
+
+@dataclass
+class _BlocksHeld:
+    """The gauge of one segment, written only when its value changes."""
+
+    manager: SegmentManager
+    gauge: Any
+    told: int = -1
+
+    def tell(self) -> None:
+        if self.manager.num_held != self.told:
+            self.told = self.manager.num_held
+            self.gauge.set(self.told)
+
+
+def _gauges(vllm_config: Any, managers: Sequence[SegmentManager]) -> list[_BlocksHeld]:
+    model = vllm_config.model_config
+    config = FicocoConfig.of(model.hf_config)
+    if not config.metrics:
+        return []
+    engine = str(vllm_config.parallel_config.data_parallel_index)
+    labels = (model.served_model_name, engine, config.method)
+    held = metrics().kv_blocks_held
+    return [
+        _BlocksHeld(manager, held.labels(*labels, str(manager.kv_cache_spec.segment))) for manager in managers
+    ]

@@ -1,10 +1,14 @@
 """Start-up: settings are checked before anything is loaded, and left where processor and workers find them."""
 
+import os
+
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
 
 from ficoco_vllm.config import NAME, FicocoConfig
+from ficoco_vllm.tracing.worker import QUALIFIED_NAME as TRACING_WORKER
 from ficoco_vllm.vision.plan import VisionPlanner
 from ficoco_vllm.vision.shape import TowerShape
 
@@ -24,6 +28,7 @@ class FicocoModelConfig(VerifyAndUpdateConfig):
         """
         # These import vLLM's engine, which a process that only loads plugins does without.
         from ficoco_vllm.decoder.verify import prepare_decoder
+        from ficoco_vllm.frontend import hook_front_end
         from ficoco_vllm.kv.admission import hook_admission
 
         additional = vllm_config.additional_config
@@ -31,6 +36,7 @@ class FicocoModelConfig(VerifyAndUpdateConfig):
         if not values:
             return
         config = FicocoConfig.parse(values)
+        _check_backend(config)
         hf_config = vllm_config.model_config.hf_config
         shape = TowerShape.from_hf_config(hf_config)
         lora = vllm_config.lora_config
@@ -40,9 +46,13 @@ class FicocoModelConfig(VerifyAndUpdateConfig):
                 "tokens from layer to layer; allowed: adapters of the language model"
             )
         planner = VisionPlanner.shared(config, shape)
+        if config.explain:
+            _allow_traces(vllm_config)
         # The processor is given the model's configuration only, so the settings travel with that, to every process.
         setattr(hf_config, NAME, config.model_dump(mode="json"))
         hook_admission()
+        if config.method is not None and config.metrics:
+            hook_front_end()
         if planner.active:
             _bound_encoder_batch(vllm_config, planner)
         if config.decoder_method is not None:
@@ -55,6 +65,32 @@ class FicocoModelConfig(VerifyAndUpdateConfig):
             planner.default.keep,
             shape.num_patches,
         )
+
+
+def _check_backend(config: FicocoConfig) -> None:
+    """Refuse kernels that cannot run here at start-up, not at the first image."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if config.backend == "triton" and not (current_platform.is_cuda_alike() or interpreted):
+        raise ValueError(
+            "ficoco.backend = 'triton' is not allowed without a GPU; allowed: 'auto', 'torch' (TRITON_INTERPRET=1 in "
+            "the environment runs the kernels in Triton's interpreter, very slowly)"
+        )
+
+
+def _allow_traces(vllm_config: VllmConfig) -> None:
+    """Give the workers the method that hands traces out."""
+    parallel = vllm_config.parallel_config
+    if parallel.worker_extension_cls not in ("", TRACING_WORKER):
+        raise ValueError(
+            f"worker_extension_cls = {parallel.worker_extension_cls!r} is not allowed with ficoco.explain, "
+            f"which hands traces out through {TRACING_WORKER}"
+        )
+    if parallel.data_parallel_size > 1:
+        raise ValueError(
+            f"data_parallel_size = {parallel.data_parallel_size} is not allowed with ficoco.explain, "
+            "whose traces stay with one engine; allowed: 1"
+        )
+    parallel.worker_extension_cls = TRACING_WORKER
 
 
 def _bound_encoder_batch(vllm_config: VllmConfig, planner: VisionPlanner) -> None:

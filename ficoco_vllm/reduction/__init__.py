@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ficoco_vllm.reduction.method import Method
+from ficoco_vllm.reduction.observation import Observation, Observer
 from ficoco_vllm.reduction.reducer import Reduced, Reducer
 from ficoco_vllm.reduction.registry import available, get
 from ficoco_vllm.reduction.signals import Partition, Signals, partition
@@ -48,4 +49,16 @@ def reduce(
     return chosen.configure(**settings)(tokens, signals, num_removed, size)
 
 
-__all__ = ["Method", "Partition", "Reduced", "Reducer", "Signals", "available", "get", "partition", "reduce"]
+__all__ = [
+    "Method",
+    "Observation",
+    "Observer",
+    "Partition",
+    "Reduced",
+    "Reducer",
+    "Signals",
+    "available",
+    "get",
+    "partition",
+    "reduce",
+]

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ficoco_vllm.reduction.observation import Observation, Observer
+from ficoco_vllm.reduction.ops import TORCH, Ops
 from ficoco_vllm.reduction.settings import Settings
 from ficoco_vllm.reduction.signals import TOKEN_AXIS, WHY_ABSENT, Signals, partition, take
 from ficoco_vllm.reduction.stages import CORRELATIONS, Stage
@@ -88,7 +90,13 @@ class Reducer:
         return f"the signal `{name}`" + (f" ({why})" if why else "")
 
     def __call__(
-        self, tokens: Tensor, signals: Signals, num_removed: int, size: Tensor | None = None
+        self,
+        tokens: Tensor,
+        signals: Signals,
+        num_removed: int,
+        size: Tensor | None = None,
+        ops: Ops = TORCH,
+        observer: Observer | None = None,
     ) -> Reduced:
         """Reduce once. No host synchronisation, so it may be compiled and captured.
 
@@ -97,6 +105,8 @@ class Reducer:
             signals: of this layer, N tokens.
             num_removed: R. Zero is the identity.
             size: (B, N) fp32, how many original patches each token stands for; None means one each.
+            ops: the implementation of the heavy steps.
+            observer: is shown what was done, where tokens are removed.
 
         Returns:
             K + E tokens, K = N - R, in their order.
@@ -114,14 +124,23 @@ class Reducer:
         if num_removed == 0:
             return Reduced(tokens, size, signals.position)
         method, settings = self.method, self.settings
-        if method.filter.sized:
-            redundancy = method.filter.function(signals, settings, num_removed)
-        else:
-            redundancy = method.filter.function(signals, settings)
-        parts = partition(redundancy, num_removed)
-        correlation = self.correlate.function(signals, parts, settings)
-        reduced, new_size = method.compress.function(tokens, size, parts, correlation, settings)
+        count = (num_removed,) if method.filter.sized else ()
+        redundancy = method.filter(ops, signals, settings, *count)
+        parts = partition(redundancy, num_removed, ops)
+        correlation = self.correlate(ops, signals, parts, settings)
+        reduced, new_size = method.compress(ops, tokens, size, parts, correlation, settings)
         position = pad(take(signals.position, parts.target), (0, self.num_extra), value=-1)
+        if observer is not None:
+            observer(
+                Observation(
+                    partition=parts,
+                    size=size,
+                    correlation=correlation,
+                    new_size=new_size,
+                    position=position,
+                    compress=lambda *what: method.compress.function(*what, settings),
+                )
+            )
         return Reduced(reduced, new_size, position)
 
     def _check(self, tokens: Tensor, signals: Signals, num_removed: int, size: Tensor) -> None:

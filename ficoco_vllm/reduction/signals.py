@@ -6,6 +6,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ficoco_vllm.reduction.ops import TORCH, Ops
+
 # Where a signal counts the visual tokens, if not along its second axis; 0 where it does not count them.
 TOKEN_AXIS = {"text_attention": 2, "text_features": 0}
 
@@ -31,8 +33,11 @@ class AttentionMap(Protocol):
     def row_sum(self) -> Tensor:
         """Sum over the keys, (B, N) fp64."""
 
-    def rows(self, index: Tensor) -> Tensor:
-        """Rows of chosen queries, index (B, R) int64 -> (B, R, N) fp32."""
+    def column_sum(self) -> Tensor:
+        """Sum over the queries, (B, N) fp32."""
+
+    def block(self, source: Tensor, target: Tensor, text: Tensor | None = None, gamma: float = 1.0) -> Tensor:
+        """Chosen rows and columns, (B, R, K) fp32, and Eq. 15 where `text` (B, M, N) is given; see `via_text`."""
 
     def dense(self) -> Tensor:
         """All of it, (B, N, N) fp32."""
@@ -87,23 +92,54 @@ class Partition(NamedTuple):
     target: Tensor
 
 
-def partition(redundancy: Tensor, num_removed: int) -> Partition:
+@dataclass(frozen=True)
+class WrittenMap:
+    """A map that is there already, as an `AttentionMap`.
+
+    Attributes:
+        values: (B, N, N), any floating dtype.
+    """
+
+    values: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """(B, N, N)."""
+        return self.values.shape
+
+    def row_sum(self) -> Tensor:
+        """See `AttentionMap`."""
+        return self.values.sum(dim=-1, dtype=torch.float64)
+
+    def column_sum(self) -> Tensor:
+        """See `AttentionMap`."""
+        return self.values.sum(dim=1, dtype=torch.float32)
+
+    def block(self, source: Tensor, target: Tensor, text: Tensor | None = None, gamma: float = 1.0) -> Tensor:
+        """See `AttentionMap`."""
+        rows = take(self.values, source)
+        direct = rows.gather(2, target[:, None].expand(-1, source.shape[1], -1)).float()
+        return direct if text is None else via_text(direct, text, source, target, gamma)
+
+    def dense(self) -> Tensor:
+        """See `AttentionMap`."""
+        return self.values
+
+
+def partition(redundancy: Tensor, num_removed: int, ops: Ops = TORCH) -> Partition:
     """Let the `num_removed` most redundant tokens leave.
 
     Args:
         redundancy: (B, N) fp32 or fp64, higher leaves first, -inf protects; equal scores leave in index order.
         num_removed: R, 0 <= R <= N.
+        ops: the implementation.
 
     Returns:
         Source and target indices, both ascending, so that the order of the tokens is kept.
 
     Source: arXiv:2411.17686, Alg. 1, lines 4-5.
     """
-    # A stable sort, not topk: topk breaks ties differently from device to device.
-    order = torch.sort(redundancy, dim=-1, descending=True, stable=True).indices
-    source = order[:, :num_removed].sort(dim=-1).values
-    target = order[:, num_removed:].sort(dim=-1).values
-    return Partition(source, target)
+    return Partition(*ops.partition(redundancy, num_removed))
 
 
 def take(values: Tensor, index: Tensor) -> Tensor:
@@ -146,35 +182,33 @@ def require(signals: Signals, name: str) -> Tensor:
     return value if isinstance(value, Tensor) else value.dense()
 
 
-def attention_row_sum(signals: Signals) -> Tensor:
-    """Sum of each row of `visual_attention`, without writing the map where it is given lazily.
-
-    Returns:
-        (B, N) fp64.
+def attention_map(signals: Signals) -> AttentionMap:
+    """`visual_attention`, which is asked for parts of it and so never written where it is given lazily.
 
     Raises:
         ValueError: the signal is None.
     """
     attention = signals.visual_attention
     if attention is None or isinstance(attention, Tensor):
-        return require(signals, "visual_attention").sum(dim=-1, dtype=torch.float64)
-    return attention.row_sum()
+        return WrittenMap(require(signals, "visual_attention"))
+    return attention
 
 
-def attention_rows(signals: Signals, index: Tensor) -> Tensor:
-    """Rows of `visual_attention`, without writing the map where it is given lazily.
+def via_text(direct: Tensor, text: Tensor, source: Tensor, target: Tensor, gamma: float) -> Tensor:
+    """C_ij = gamma * A_ij + (1 - gamma) * sum_k A_ki * A_kj, with k over the text tokens.
 
     Args:
-        signals: with `visual_attention`.
-        index: (B, R) int64 into N.
+        direct: (B, R, K) fp32, A_ij; overwritten.
+        text: (B, M, N) attention that the text gives, any floating dtype.
+        source: (B, R) int64.
+        target: (B, K) int64.
+        gamma: weight of the direct term.
 
     Returns:
-        (B, R, N), the dtype of the map, or fp32 where it is lazy.
+        (B, R, K) fp32.
 
-    Raises:
-        ValueError: the signal is None.
+    Source: arXiv:2411.17686, Eq. 15.
     """
-    attention = signals.visual_attention
-    if attention is None or isinstance(attention, Tensor):
-        return take(require(signals, "visual_attention"), index)
-    return attention.rows(index)
+    received = text.transpose(1, 2)
+    to_source, to_target = take(received, source).float(), take(received, target).float()
+    return direct.baddbmm_(to_source, to_target.transpose(1, 2), beta=gamma, alpha=1.0 - gamma)

@@ -8,14 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Bounds the scratch space of the portable log-sum-exp: (B, H, N, N) fp32 is computed for so many bytes at a time.
-_SCRATCH_BYTES = 256 * 2**20
+from ficoco_vllm import kernels
+from ficoco_vllm.kernels import Backend, Mask
+from ficoco_vllm.reduction.signals import AttentionMap, via_text
+from ficoco_vllm.scoring import LogitMap, mean_logits
 
 
 def attention_with_lse(
     query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Softmax attention and the logarithm of its normalisers.
+) -> tuple[Tensor, Tensor | None]:
+    """Softmax attention, and the logarithm of its normalisers where it hands them out.
 
     Args:
         query: (B, H, N, d), any floating dtype; `key` and `value` alike.
@@ -25,144 +27,60 @@ def attention_with_lse(
         bias: (B, N) added to the logits of each key, in the dtype of `query`, or None.
 
     Returns:
-        Output (B, H, N, d) in the dtype of `query` and log-sum-exp (B, H, N) fp32.
+        Output (B, H, N, d) in the dtype of `query` and log-sum-exp (B, H, N) fp32; None on devices other than a CPU,
+        whose `scaled_dot_product_attention` keeps it.
 
     Source: arXiv:2411.17686, Eq. 2.
     """
+    mask = None if bias is None else bias[:, None, None, :]
     if query.device.type == "cpu":
-        mask = None if bias is None else bias[:, None, None, :]
         # The kernel that scaled_dot_product_attention runs on a CPU; it hands out the normalisers for free.
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, False, attn_mask=mask, scale=scale
         )
         return output, lse
-    return portable_attention_with_lse(query, key, value, scale, bias)
-
-
-def portable_attention_with_lse(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Like `attention_with_lse`, on any device, at the price of a second pass over the logits.
-
-    Args:
-        query: (B, H, N, d).
-        key: see `query`.
-        value: see `query`.
-        scale: factor of the logits.
-        bias: (B, N) or None.
-
-    Returns:
-        Output (B, H, N, d) and log-sum-exp (B, H, N) fp32.
-    """
-    mask = None if bias is None else bias[:, None, None, :]
-    output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-    B, H, N, _ = query.shape
-    step = max(1, _SCRATCH_BYTES // (4 * H * N * N))
-    lse = torch.cat(
-        [
-            _logits(
-                query[i : i + step], key[i : i + step], scale, None if bias is None else bias[i : i + step]
-            ).logsumexp(dim=-1)
-            for i in range(0, B, step)
-        ]
-    )
-    return output, lse
-
-
-def _logits(query: Tensor, key: Tensor, scale: float, bias: Tensor | None) -> Tensor:
-    """Attention logits in fp32.
-
-    Args:
-        query: (B, H, M, d).
-        key: (B, H, N, d).
-        scale: factor.
-        bias: (B, N) or None.
-
-    Returns:
-        (B, H, M, N) fp32.
-    """
-    logits = torch.matmul(query.float(), key.float().transpose(-1, -2)).mul_(scale)
-    return logits if bias is None else logits.add_(bias[:, None, None, :].float())
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale), None
 
 
 @dataclass(frozen=True)
-class ClipAttention:
-    """Head-mean attention of one CLIP layer among its patch tokens, computed where it is looked at.
+class ClipHeads:
+    """Queries and keys of one CLIP layer, and what the methods measure of them.
 
     Token 0 is [CLS] and takes part in every softmax, but in no row and no column that is handed out.
 
     Attributes:
         query: (B, H, 1 + N, d) the heads of this rank.
         key: (B, H, 1 + N, d).
-        lse: (B, H, 1 + N) fp32 log-sum-exp of each query's logits.
+        given_lse: (B, H, 1 + N) fp32 log-sum-exp of each query's logits, where the attention has handed it out; else
+            None, and it is found for the queries that are looked at.
         scale: factor of the logits.
         bias: (B, 1 + N) added to the logits of each key, or None.
-        head_mean: turns the sum over this rank's heads into the mean over all heads (a reduction over the
-            ranks, under tensor parallelism).
+        num_heads: of the whole model.
+        all_reduce: sums over the ranks, under tensor parallelism; else None.
+        needed: the signals that will be asked for, so that one pass serves several.
         logits: hand out logits before the softmax, as the authors' release of FiCoCo does, instead of
             probabilities.
+        backend: of the fused ops.
     """
 
     query: Tensor
     key: Tensor
-    lse: Tensor
+    given_lse: Tensor | None
     scale: float
     bias: Tensor | None
-    head_mean: Callable[[Tensor], Tensor]
+    num_heads: int
+    all_reduce: Callable[[Tensor], Tensor] | None = None
+    needed: frozenset[str] = frozenset({"visual_attention", "cls_attention", "keys"})
     logits: bool = False
+    backend: Backend = "auto"
 
-    @property
-    def shape(self) -> torch.Size:
-        """(B, N, N), as the map would have if it were written."""
-        B, _, N, _ = self.query.shape
-        return torch.Size((B, N - 1, N - 1))
-
-    @cached_property
-    def _float_key(self) -> Tensor:
-        # Scores decide what stays, so they are computed in fp32; every score reads the keys.
-        return self.key.float()
-
-    def _block(self, query: Tensor, lse: Tensor, keys: slice) -> Tensor:
-        bias = None if self.bias is None else self.bias[:, keys]
-        values = _logits(query, self._float_key[:, :, keys], self.scale, bias)
+    def visual_attention(self) -> AttentionMap:
+        """Head-mean attention among the patch tokens, (B, N, N), computed where it is looked at."""
         if not self.logits:
-            values = values.sub_(lse[..., None]).exp_()
-        return self.head_mean(values.sum(dim=1))
-
-    def row_sum(self) -> Tensor:
-        """What each token draws from the patches: one minus its attention to [CLS] (for logits, their sum).
-
-        Returns:
-            (B, N) fp64: next to 1 fp32 would round away what tells the tokens apart.
-
-        Source: arXiv:2411.17686, Eq. 11, first term, times N.
-        """
-        if self.logits:
-            return self.dense().sum(dim=-1, dtype=torch.float64)
-        to_cls = self._block(self.query[:, :, 1:], self.lse[:, :, 1:], slice(0, 1))
-        return 1.0 - to_cls[..., 0].double()
-
-    def rows(self, index: Tensor) -> Tensor:
-        """Attention of chosen tokens to every patch token.
-
-        Args:
-            index: (B, R) int64 into the N patch tokens.
-
-        Returns:
-            (B, R, N) fp32.
-        """
-        B, H, _, d = self.query.shape
-        chosen = (index + 1)[:, None, :].expand(B, H, -1)
-        query = self.query.gather(2, chosen[..., None].expand(-1, -1, -1, d))
-        return self._block(query, self.lse.gather(2, chosen), slice(1, None))
-
-    def dense(self) -> Tensor:
-        """The whole map.
-
-        Returns:
-            (B, N, N) fp32.
-        """
-        return self._block(self.query[:, :, 1:], self.lse[:, :, 1:], slice(1, None))
+            return ClipAttention(self)
+        query, key = self.query[:, :, 1:], self.key[:, :, 1:]
+        bias = None if self.bias is None else self.bias[:, 1:]
+        return LogitMap(query, key, self.scale, self.num_heads, self.all_reduce, bias)
 
     def cls_attention(self) -> Tensor:
         """Attention of [CLS] to each patch token.
@@ -172,12 +90,152 @@ class ClipAttention:
 
         Source: arXiv:2411.17686, Eq. 4.
         """
-        return self._block(self.query[:, :, :1], self.lse[:, :, :1], slice(1, None))[:, 0]
+        if self.logits:
+            query, key = self.query[:, :, :1], self.key[:, :, 1:]
+            bias = None if self.bias is None else self.bias[:, 1:]
+            return mean_logits(query, key, self.scale, self.num_heads, self.all_reduce, bias)[:, 0]
+        if self.needed & {"visual_attention", "keys"}:
+            return self.sums[1][:, 1:]
+        # One row of the map reads the keys and no other query.
+        cls = self.query[:, :, :1]
+        lse = self._normalisers(cls) if self.given_lse is None else self.given_lse[:, :, :1]
+        return self.reduced(self.map_block(cls, lse, None, None))[:, 0, 1:]
 
     def keys(self) -> Tensor:
         """Head-mean keys of the patch tokens.
 
         Returns:
             (B, N, d) fp32.
+
+        Source: arXiv:2411.17686, Eq. 6.
         """
-        return self.head_mean(self._float_key[:, :, 1:].sum(dim=1))
+        if not self.logits and "keys" in self.needed and len(self.needed) > 1:
+            return self.reduced(self._pass[2][:, 1:])
+        total = self.key[:, :, 1:].float().sum(dim=1)
+        return self.reduced(total).div_(self.num_heads)
+
+    def map_block(
+        self, query: Tensor, lse: Tensor, row_index: Tensor | None, column_index: Tensor | None
+    ) -> Tensor:
+        """Chosen rows and columns of the map, [CLS] counted, of the heads of this rank, (B, R, K) fp32."""
+        return kernels.attention_block(
+            query,
+            self.key,
+            lse,
+            self.scale,
+            row_index=row_index,
+            column_index=column_index,
+            mask=Mask(self.bias),
+            num_heads=self.num_heads,
+            backend=self.backend,
+        )
+
+    def reduced(self, head_sum: Tensor) -> Tensor:
+        """Under tensor parallelism a rank sees its own heads only; all must come to the same choice."""
+        return head_sum if self.all_reduce is None else self.all_reduce(head_sum.contiguous())
+
+    @cached_property
+    def lse(self) -> Tensor:
+        """Log-sum-exp of each query's logits, (B, H, 1 + N) fp32."""
+        return self._normalisers(self.query) if self.given_lse is None else self.given_lse
+
+    def _normalisers(self, query: Tensor) -> Tensor:
+        lse, _ = kernels.softmax_stats(
+            query, self.key, self.scale, mask=Mask(self.bias), backend=self.backend
+        )
+        return lse
+
+    @cached_property
+    def sums(self) -> Tensor:
+        """Attention of each token to [CLS] and of [CLS] to each token, (2, B, 1 + N) fp32."""
+        return self.reduced(torch.stack(self._pass[:2]))
+
+    @cached_property
+    def _pass(self) -> tuple[Tensor, Tensor, Tensor]:
+        return kernels.cls_scores(
+            self.query,
+            self.key,
+            self.lse,
+            self.scale,
+            bias=self.bias,
+            with_keys="keys" in self.needed,
+            num_heads=self.num_heads,
+            backend=self.backend,
+        )
+
+
+@dataclass(frozen=True)
+class ClipAttention:
+    """Head-mean attention of one CLIP layer among its patch tokens (`AttentionMap`).
+
+    Attributes:
+        heads: of the layer.
+    """
+
+    heads: ClipHeads
+
+    @property
+    def shape(self) -> torch.Size:
+        """(B, N, N), as the map would have if it were written."""
+        B, _, N, _ = self.heads.query.shape
+        return torch.Size((B, N - 1, N - 1))
+
+    def row_sum(self) -> Tensor:
+        """What each token draws from the patches: one minus its attention to [CLS].
+
+        Returns:
+            (B, N) fp64: next to 1 fp32 would round away what tells the tokens apart.
+
+        Source: arXiv:2411.17686, Eq. 11, first term, times N.
+        """
+        return 1.0 - self.heads.sums[0, :, 1:].double()
+
+    def column_sum(self) -> Tensor:
+        """What each token receives from the patches.
+
+        Returns:
+            (B, N) fp32.
+
+        Source: arXiv:2411.17686, Eq. 5.
+        """
+        heads = self.heads
+        received = kernels.attention_sums(
+            heads.query[:, :, 1:],
+            heads.key,
+            heads.lse[:, :, 1:],
+            heads.scale,
+            axis=1,
+            mask=Mask(heads.bias),
+            num_heads=heads.num_heads,
+            backend=heads.backend,
+        )
+        return heads.reduced(received)[:, 1:]
+
+    def block(self, source: Tensor, target: Tensor, text: Tensor | None = None, gamma: float = 1.0) -> Tensor:
+        """Attention of chosen tokens to chosen tokens.
+
+        Args:
+            source: (B, R) int64 into the N patch tokens.
+            target: (B, K) int64.
+            text: (B, M, N), see `via_text`, or None.
+            gamma: weight of the direct term where `text` is given.
+
+        Returns:
+            (B, R, K) fp32.
+
+        Source: arXiv:2411.17686, Eq. 12.
+        """
+        heads = self.heads
+        direct = heads.reduced(heads.map_block(heads.query, heads.lse, source + 1, target + 1))
+        return direct if text is None else via_text(direct, text, source, target, gamma)
+
+    def dense(self) -> Tensor:
+        """The whole map.
+
+        Returns:
+            (B, N, N) fp32.
+        """
+        heads = self.heads
+        return heads.reduced(heads.map_block(heads.query[:, :, 1:], heads.lse[:, :, 1:], None, None))[
+            :, :, 1:
+        ]

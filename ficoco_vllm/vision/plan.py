@@ -7,6 +7,7 @@ from functools import cache, cached_property, lru_cache, partial
 from typing import Any, NamedTuple
 
 from ficoco_vllm.config import DEFAULT_SHARE, FicocoConfig
+from ficoco_vllm.kernels import Backend
 from ficoco_vllm.reduction import Reducer, available, get
 from ficoco_vllm.reduction.method import SITES
 from ficoco_vllm.reduction.schedule import default_start_layer, make_schedule
@@ -33,6 +34,7 @@ class VisionPlan:
             works on the features.
         proportional: whether later layers weigh each key by the patches that it stands for.
         logits: whether the method is shown attention logits instead of probabilities.
+        backend: which implementation of the fused ops runs.
     """
 
     reducer: Reducer
@@ -40,6 +42,7 @@ class VisionPlan:
     removals: dict[int, int] = field(default_factory=dict)
     proportional: bool = False
     logits: bool = False
+    backend: Backend = "auto"
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +93,7 @@ class VisionPlanner:
     @cached_property
     def fingerprint(self) -> str:
         """A short name of the settings, for the hashes of the caches."""
-        text = json.dumps(self.config.model_dump(mode="json"), sort_keys=True)
+        text = json.dumps(self.config.model_dump(mode="json", exclude={"metrics", "explain"}), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def method_index(self, method: str | None) -> int:
@@ -166,7 +169,7 @@ class VisionPlanner:
         )
         if method.site == "features":
             spread("one-shot", layers=[0])
-            return VisionPlan(reducer, budget.keep)
+            return VisionPlan(reducer, budget.keep, backend=self.config.backend)
         start = getattr(reducer.settings, "start_layer", None)
         if start is None:
             start = default_start_layer(self.shape.num_layers)
@@ -181,6 +184,7 @@ class VisionPlanner:
             removals,
             proportional=getattr(reducer.settings, "proportional_attention", False),
             logits=getattr(reducer.settings, "attention", "probs") == "logits",
+            backend=self.config.backend,
         )
 
 

@@ -1,5 +1,7 @@
 """The CLIP tower of vLLM, run with fewer tokens from layer to layer. Its modules and weights stay vLLM's own."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -7,9 +9,15 @@ from torch import Tensor
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.models.clip import CLIPAttention, CLIPEncoderLayer, CLIPVisionTransformer
 
-from ficoco_vllm.reduction import Signals
-from ficoco_vllm.vision.attention import ClipAttention, attention_with_lse
+from ficoco_vllm.reduction import Observer, Signals
+from ficoco_vllm.scoring import FusedOps
+from ficoco_vllm.stopwatch import Lap
+from ficoco_vllm.vision.attention import ClipHeads, attention_with_lse
 from ficoco_vllm.vision.plan import VisionPlan
+from ficoco_vllm.vision.rows import plain_layer
+
+# Site and index of a layer to who wants to see what is reduced there.
+Watch = Callable[[str, int], Observer | None]
 
 
 @dataclass(frozen=True)
@@ -27,7 +35,14 @@ class _Tokens:
     position: Tensor
 
 
-def encode(tower: CLIPVisionTransformer, pixels: Tensor, plan: VisionPlan, grid: tuple[int, int]) -> Tensor:
+def encode(
+    tower: CLIPVisionTransformer,
+    pixels: Tensor,
+    plan: VisionPlan,
+    grid: tuple[int, int],
+    lap: Lap | None = None,
+    watch: Watch | None = None,
+) -> Tensor:
     """Features of images that all follow one plan.
 
     Args:
@@ -35,6 +50,8 @@ def encode(tower: CLIPVisionTransformer, pixels: Tensor, plan: VisionPlan, grid:
         pixels: (B, 3, height, width).
         plan: which layer removes how many tokens, and how.
         grid: rows and columns of patches.
+        lap: takes the time of the reductions.
+        watch: who is shown each reduction, for requests that are traced.
 
     Returns:
         (B, 1 + keep, D) in the tower's dtype, [CLS] first, patch tokens in raster order.
@@ -51,20 +68,28 @@ def encode(tower: CLIPVisionTransformer, pixels: Tensor, plan: VisionPlan, grid:
         on_features = index == last and not plan.removals
         weighted = plan.proportional and tokens.size.shape[1] < N
         if not (num_removed or on_features or weighted):
-            tokens = replace(tokens, hidden=layer(tokens.hidden))
+            tokens = replace(tokens, hidden=plain_layer(layer, tokens.hidden))
             continue
-        tokens, attention = _attend(layer, tokens, weighted, plan.logits)
+        tokens, attention = _attend(layer, tokens, weighted, plan)
         if num_removed:
-            tokens = _reduce(tokens, attention, plan, num_removed, grid)
+            observer = watch and watch("encoder", index)
+            with _timed(lap):
+                tokens = _reduce(tokens, attention, plan, num_removed, grid, observer)
         tokens = replace(tokens, hidden=tokens.hidden + layer.mlp(layer.layer_norm2(tokens.hidden)))
         if on_features and plan.keep < N:
-            tokens = _reduce(tokens, attention, plan, N - plan.keep + plan.reducer.num_extra, grid)
+            num_removed, observer = N - plan.keep + plan.reducer.num_extra, watch and watch("features", index)
+            with _timed(lap):
+                tokens = _reduce(tokens, attention, plan, num_removed, grid, observer)
     return tokens.hidden
 
 
+def _timed(lap: Lap | None) -> AbstractContextManager[None]:
+    return nullcontext() if lap is None else lap.running()
+
+
 def _attend(
-    layer: CLIPEncoderLayer, tokens: _Tokens, weighted: bool, logits: bool
-) -> tuple[_Tokens, ClipAttention]:
+    layer: CLIPEncoderLayer, tokens: _Tokens, weighted: bool, plan: VisionPlan
+) -> tuple[_Tokens, ClipHeads]:
     """The first half of an encoder layer, with a hold on its attention."""
     module: CLIPAttention = layer.self_attn
     qkv, _ = module.qkv_proj(layer.layer_norm1(tokens.hidden))
@@ -76,29 +101,39 @@ def _attend(
         bias = torch.cat([tokens.size.new_zeros((B, 1)), tokens.size.log()], dim=1).to(query.dtype)
     output, lse = attention_with_lse(query, key, value, module.scale, bias)
     projected, _ = module.out_proj(output.transpose(1, 2).reshape(B, N, -1))
-
-    def head_mean(head_sum: Tensor) -> Tensor:
-        # Under tensor parallelism a rank sees its own heads only; all must come to the same choice.
-        if module.tp_size > 1:
-            head_sum = tensor_model_parallel_all_reduce(head_sum)
-        return head_sum.div_(module.num_heads)
-
-    attention = ClipAttention(query, key, lse, module.scale, bias, head_mean, logits)
+    attention = ClipHeads(
+        query,
+        key,
+        lse,
+        module.scale,
+        bias,
+        module.num_heads,
+        tensor_model_parallel_all_reduce if module.tp_size > 1 else None,
+        plan.reducer.signals,
+        plan.logits,
+        plan.backend,
+    )
     return replace(tokens, hidden=tokens.hidden + projected), attention
 
 
 def _reduce(
-    tokens: _Tokens, attention: ClipAttention, plan: VisionPlan, num_removed: int, grid: tuple[int, int]
+    tokens: _Tokens,
+    attention: ClipHeads,
+    plan: VisionPlan,
+    num_removed: int,
+    grid: tuple[int, int],
+    observer: Observer | None,
 ) -> _Tokens:
     """One reduction of the patch tokens; [CLS] stays in front."""
     needed = plan.reducer.signals
     signals = Signals(
-        visual_attention=attention if "visual_attention" in needed else None,
+        visual_attention=attention.visual_attention() if "visual_attention" in needed else None,
         cls_attention=attention.cls_attention() if "cls_attention" in needed else None,
         keys=attention.keys() if "keys" in needed else None,
         position=tokens.position,
         grid=grid,
     )
     cls, patches = tokens.hidden[:, :1], tokens.hidden[:, 1:]
-    reduced = plan.reducer(patches, signals, num_removed, tokens.size)
+    ops = FusedOps(plan.backend)
+    reduced = plan.reducer(patches, signals, num_removed, tokens.size, ops, observer)
     return _Tokens(torch.cat([cls, reduced.tokens], dim=1), reduced.size, reduced.position)

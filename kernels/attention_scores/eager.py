@@ -1,8 +1,8 @@
-"""Attention scores in torch, a few heads at a time, so that no (B, H, M, N) map exists.
+"""Attention scores in torch, so that no (B, H, M, N) map exists.
 
-A loop over groups of heads, not over the images. A group is as large as fits into a processor's cache: small
-problems are one group and pay for no loop, large ones hold a fraction of the map. Half-precision inputs are
-widened one group at a time.
+A single item takes as many heads at a time as fit into a processor's cache. Several items are batched and take one
+head at a time: queries and keys are views of one projection, and only within a head do their strides suit a batched
+product without a copy. Half-precision inputs are widened as they are used.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,10 @@ from torch import Tensor
 
 from ficoco_vllm.kernels.attention_scores.mask import Mask
 
-_GROUP_BYTES = 4 * 2**20
+# Scratch space of the heads of one item that are worked on together, and of a tile of a softmax, which is passed over
+# several times.
+_HEADS_BYTES = 4 * 2**20
+_TILE_BYTES = 2**20
 
 
 def softmax_stats(
@@ -21,22 +24,28 @@ def softmax_stats(
     """See `ops.softmax_stats`."""
     B, H, M, _ = query.shape
     N = key.shape[2]
-    hidden = _hidden(B, M, N, mask, query.device)
+    extra = _extra(B, M, N, mask, query.device)
     lse = query.new_empty((B, H, M), dtype=torch.float32)
     row_sum = query.new_zeros((B, M), dtype=torch.float32)
-    for part, queries, keys in _groups(query, key, B * M * N):
-        logits = _logits(queries, keys, scale, mask.bias)
-        if hidden is not None:
-            logits.masked_fill_(hidden[:, None], -torch.inf)
-        highest = logits.amax(dim=-1, keepdim=True)
-        highest = torch.where(highest == -torch.inf, 0.0, highest)
-        weights = logits.sub_(highest).exp_()
-        total = weights.sum(dim=-1)
-        drawn = total
-        if column_weight is not None:
-            drawn = torch.matmul(weights, column_weight[:, None, :, None].float())[..., 0]
-        row_sum += torch.where(total > 0, drawn / total, 0.0).sum(dim=1)
-        lse[:, part] = total.log().add_(highest[..., 0])
+    weight = None if column_weight is None else column_weight.float()[:, :, None]
+    tile = max(1, _TILE_BYTES // (4 * max(1, B * N)))
+    for part, queries, keys in _parts(query, key, min(tile, M) * N, _TILE_BYTES):
+        for start in range(0, M, tile):
+            rows = slice(start, min(start + tile, M))
+            # Of a causal map these rows see no key behind their last one.
+            seen = N if not mask.causal or mask.offset is not None else min(N, rows.stop)
+            logits = _products(queries[:, :, rows] * scale, keys[:, :, :seen])
+            if extra is not None:
+                logits.add_((extra[:, rows] if extra.shape[1] > 1 else extra)[:, None, :, :seen])
+            highest = logits.amax(dim=-1, keepdim=True)
+            highest = torch.where(highest == -torch.inf, 0.0, highest)
+            weights = logits.sub_(highest).exp_()
+            total = weights.sum(dim=-1)
+            drawn = total
+            if weight is not None:
+                drawn = torch.bmm(weights.flatten(1, 2), weight[:, :seen])[..., 0].view_as(total)
+            row_sum[:, rows] += torch.where(total > 0, drawn / total, 0.0).sum(dim=1)
+            lse[:, part, rows] = total.log().add_(highest[..., 0])
     return lse, row_sum.div_(num_heads)
 
 
@@ -99,41 +108,49 @@ def cls_scores(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `ops.cls_scores`."""
     B, _, N, d = query.shape
-    to_cls, from_cls = query.new_zeros((2, B, N), dtype=torch.float32)
+    to_cls = from_cls = query.new_zeros((B, N), dtype=torch.float32)
     mean = query.new_zeros((B, N, d) if with_keys else (0,), dtype=torch.float32)
-    own_bias = query.new_zeros((B, N), dtype=torch.float32) if bias is None else bias.float()
-    for part, queries, keys in _groups(query, key, B * N * d):
-        normaliser = lse[:, part]
-        absent = normaliser == -torch.inf  # a token without a normaliser is padding
-        logits = torch.matmul(queries, keys[:, :, cls_index, :, None])[..., 0].mul_(scale)
-        logits.add_(own_bias[:, None, cls_index, None]).sub_(normaliser)
-        to_cls += logits.exp_().masked_fill_(absent, 0.0).sum(dim=1)
-        logits = torch.matmul(keys, queries[:, :, cls_index, :, None])[..., 0].mul_(scale)
-        logits.add_(own_bias[:, None]).sub_(normaliser[:, :, cls_index, None])
-        from_cls += logits.exp_().masked_fill_(absent, 0.0).sum(dim=1)
+    own_bias = None if bias is None else bias.float()
+    absent = lse == -torch.inf  # a token without a normaliser is padding
+    outward, inward = _opposite(lse, absent), -lse[:, :, cls_index, None]
+    cls = slice(cls_index, cls_index + 1)
+    for part, queries, keys in _parts(query, key, N * d):
+        logits = _products(queries, keys[:, :, cls] * scale, outward[:, part, :, None])[..., 0]
+        if own_bias is not None:
+            logits.add_(own_bias[:, None, cls])
+        to_cls = to_cls + logits.exp_().sum(dim=1)
+        logits = _products(keys, queries[:, :, cls] * scale, inward[:, part, :, None])[..., 0]
+        if own_bias is not None:
+            logits.add_(own_bias[:, None])
+        from_cls = from_cls + logits.exp_().masked_fill_(absent[:, part], 0.0).sum(dim=1)
         if with_keys:
             mean += keys.sum(dim=1)
     return to_cls.div_(num_heads), from_cls.div_(num_heads), mean.div_(num_heads)
 
 
-def _groups(query: Tensor, key: Tensor, head_size: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Groups of heads whose scratch space fits into a cache.
+def _parts(
+    query: Tensor, key: Tensor, head_size: int, num_bytes: int = _HEADS_BYTES
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Heads that are worked on together.
 
     Args:
         query: (B, H, M, d).
         key: (B, Hk, N, d).
-        head_size: fp32 numbers of scratch space that one head takes.
+        head_size: fp32 numbers of scratch space that one head of one item takes.
+        num_bytes: scratch space of heads that are worked on together.
 
     Yields:
         The heads, their queries (B, g, M, d) fp32 and keys (B, g, N, d) fp32.
     """
-    H = query.shape[1]
+    B, H = query.shape[:2]
     repeats = H // key.shape[1]
-    step = max(1, _GROUP_BYTES // (4 * max(1, head_size)))
+    step = max(1, num_bytes // (4 * max(1, B * head_size))) if B == 1 else 1
     for start in range(0, H, step):
         part = slice(start, min(start + step, H))
         if repeats == 1:
             keys = key[:, part]
+        elif step == 1:
+            keys = key[:, start // repeats, None]
         else:
             keys = key[:, torch.arange(part.start, part.stop, device=key.device) // repeats]
         yield part, query[:, part].float(), keys.float()
@@ -149,25 +166,53 @@ def _head_sum(
     bias: Tensor | None,
 ) -> Tensor:
     """Sum over the heads of exp(logit - lse), before the mask, (B, R, K) fp32."""
-    if row_index is not None:
+    if row_index is None:
+        absent = lse == -torch.inf
+    else:
         rows = row_index.clamp_min(0).long()
         query, lse = _take(query, rows), lse.gather(2, rows[:, None].expand(-1, lse.shape[1], -1))
-    if column_index is not None:
-        columns = column_index.clamp_min(0).long()
+        absent = (lse == -torch.inf) | (row_index < 0)[:, None]
+    columns = None if column_index is None else column_index.clamp_min(0).long()
+    # Most columns: cheaper to compute all than to move the keys. Few: their keys are moved.
+    cut = columns is not None and 2 * columns.shape[1] > key.shape[2]
+    if columns is not None and not cut:
         key, bias = _take(key, columns), None if bias is None else bias.gather(1, columns)
     B, R, K = query.shape[0], query.shape[2], key.shape[2]
     result = query.new_zeros((B, R, K), dtype=torch.float32)
-    for part, queries, keys in _groups(query, key, B * R * K):
-        # A query that sees nothing has -inf here and no attention.
-        normaliser = torch.where(lse[:, part] == -torch.inf, torch.inf, lse[:, part])
-        result += _logits(queries, keys, scale, bias).sub_(normaliser[..., None]).exp_().sum(dim=1)
+    negative = _opposite(lse, absent)[..., None]
+    for part, queries, keys in _parts(query, key, R * K):
+        logits = _products(queries * scale, keys, negative[:, part])
+        if bias is not None:
+            logits.add_(bias[:, None, None].float())
+        result += logits.exp_().sum(dim=1)
+    if cut:
+        assert columns is not None
+        result = result.gather(2, columns[:, None].expand(-1, R, -1))
     return result
 
 
-def _logits(query: Tensor, key: Tensor, scale: float, bias: Tensor | None) -> Tensor:
-    """Logits scale * q . k + bias of some heads, (B, g, R, K) fp32."""
-    logits = torch.matmul(query, key.transpose(-1, -2)).mul_(scale)
-    return logits if bias is None else logits.add_(bias[:, None, None].float())
+def _opposite(lse: Tensor, absent: Tensor) -> Tensor:
+    """The normalisers to add to the logits; a query that sees nothing has no attention."""
+    return torch.where(absent, -torch.inf, -lse)
+
+
+def _products(query: Tensor, key: Tensor, start: Tensor | None = None) -> Tensor:
+    """Products q . k of the heads of one item or of one head of several items, and what is added to them.
+
+    Args:
+        query: (B, g, R, d) fp32, B or g 1, so that one batched product takes any strides of the other.
+        key: (B, g, K, d) fp32.
+        start: (B, g, R, 1) fp32.
+
+    Returns:
+        (B, g, R, K) fp32.
+    """
+    B, g = query.shape[:2]
+    left, right = query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2)
+    shape = (left.shape[1], right.shape[2])
+    if start is None:
+        return torch.bmm(left, right).view(B, g, *shape)
+    return torch.baddbmm(start.flatten(0, 1), left, right).view(B, g, *shape)
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:
@@ -184,6 +229,17 @@ def _columns(values: Tensor, index: Tensor | None) -> Tensor:
     return values.gather(2, spread.clamp_min(0)).masked_fill_(spread < 0, 0.0)
 
 
+def _extra(B: int, M: int, N: int, mask: Mask, device: torch.device) -> Tensor | None:
+    """What is added to the logits, broadcastable to (B, M, N) fp32, -inf where hidden; None for nothing."""
+    hidden = _hidden(B, M, N, mask, device)
+    bias = None if mask.bias is None else mask.bias.float()[:, None]
+    if hidden is None:
+        return bias
+    if bias is None:
+        bias = torch.zeros((), device=device)
+    return torch.where(hidden, -torch.inf, bias)
+
+
 def _hidden(
     B: int,
     M: int,
@@ -193,13 +249,11 @@ def _hidden(
     row_index: Tensor | None = None,
     column_index: Tensor | None = None,
 ) -> Tensor | None:
-    """Pairs without attention, broadcastable to (B, R, K) bool, or None where there are none."""
+    """Pairs without attention, broadcastable to (B, R, K) bool, or None; rows that are no rows are not told."""
     row = torch.arange(M, device=device)[None] if row_index is None else row_index
     column = torch.arange(N, device=device)[None] if column_index is None else column_index
     row, column = row[:, :, None], column[:, None, :]
     parts = []
-    if row_index is not None:
-        parts.append(row < 0)
     if column_index is not None:
         parts.append(column < 0)
     if mask.query_length is not None:

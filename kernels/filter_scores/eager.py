@@ -17,12 +17,12 @@ def filter_scores(
 ) -> Tensor:
     """See `ops.filter_scores`."""
     B, N = position.shape
-    scores = position.new_zeros((B, N), dtype=torch.float32)
+    scores = position.new_zeros((B, N), dtype=torch.float64)
     if drawn is not None:
-        share = weight / N if length is None else weight / length[:, None].clamp_min(1)
-        scores = scores + share * drawn
+        share = weight / N if length is None else weight / length[:, None].clamp_min(1).double()
+        scores = scores + share * drawn.double()
     if task is not None:
-        scores = scores - (1.0 - weight) * task
+        scores = scores - (1.0 - weight) * task.double()
     index = torch.arange(N, device=position.device).expand(B, N)
     if protect is not None:
         scores = scores.masked_fill(protect, -torch.inf)
@@ -30,15 +30,27 @@ def filter_scores(
     if length is not None:
         placed = placed & (index < length[:, None])
     if window is not None:
-        across = -(-grid[1] // window[1])
-        num_windows = -(-grid[0] // window[0]) * across
-        cell = position // grid[1] // window[0] * across + position % grid[1] // window[1]
-        cell = torch.where(placed, cell, num_windows)
-        highest = scores.new_full((B, num_windows + 1), -torch.inf).scatter_reduce(1, cell, scores, "amax")
-        candidate = torch.where(scores == highest.gather(1, cell), index, N)
-        first = index.new_full((B, num_windows + 1), N).scatter_reduce(1, cell, candidate, "amin")
-        peak = placed & (index == first.gather(1, cell))
-        scores = torch.where(
-            peak, torch.where(scores > 0, scores * coefficient, scores / coefficient), scores
-        )
+        scores = _penalised(scores, position, placed, index, grid, window, coefficient)
     return scores if length is None else scores.masked_fill(index >= length[:, None], -torch.inf)
+
+
+def _penalised(
+    scores: Tensor,
+    position: Tensor,
+    placed: Tensor,
+    index: Tensor,
+    grid: tuple[int, int],
+    window: tuple[int, int],
+    coefficient: float,
+) -> Tensor:
+    """The first highest score of each window, times the coefficient if positive, else divided by it."""
+    B, N = scores.shape
+    across = -(-grid[1] // window[1])
+    num_windows = -(-grid[0] // window[0]) * across
+    cell = position // grid[1] // window[0] * across + position % grid[1] // window[1]
+    cell = torch.where(placed, cell, num_windows)  # one bucket behind the last window for what has no place
+    highest = scores.new_full((B, num_windows + 1), -torch.inf).scatter_reduce(1, cell, scores, "amax")
+    candidate = torch.where(scores == highest.gather(1, cell), index, N)
+    first = index.new_full((B, num_windows + 1), N).scatter_reduce(1, cell, candidate, "amin")
+    peak = placed & (index == first.gather(1, cell))
+    return torch.where(peak, torch.where(scores > 0, scores * coefficient, scores / coefficient), scores)

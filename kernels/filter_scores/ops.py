@@ -26,8 +26,9 @@ def filter_scores(
     gives, `weight` beta, `window` None.
 
     Args:
-        drawn: (B, N) sums of the attention rows over the visual tokens, or None.
-        task: (B, N) attention of [CLS] or of the text to each token, or None.
+        drawn: (B, N) sums of the attention rows over the visual tokens, any floating dtype, or None. Where they
+            are next to 1, fp32 would round away what tells the tokens apart: give fp64.
+        task: (B, N) attention of [CLS] or of the text to each token, any floating dtype, or None.
         weight: of the first term against the second, 0 to 1.
         position: (B, N) int64 index in the original grid, -1 for a token that has no place in it.
         grid: rows and columns of the original grid.
@@ -40,7 +41,7 @@ def filter_scores(
         backend: see `ficoco_vllm.kernels.backend`.
 
     Returns:
-        (B, N) fp32 redundancy.
+        (B, N) fp64 redundancy: scores of hundreds of tokens may differ behind what fp32 holds.
 
     Raises:
         ValueError: `coefficient` is below 1.
@@ -87,4 +88,4 @@ def _filter_scores(
 
 @_filter_scores.register_fake
 def _(drawn, task, weight, position, *_rest):  # type: ignore[no-untyped-def]
-    return position.new_empty(position.shape, dtype=torch.float32)
+    return position.new_empty(position.shape, dtype=torch.float64)

@@ -11,12 +11,12 @@ from ficoco_vllm.kernels.tuning import config
 
 @triton.jit
 def _scores(drawn, task, protect, item, i, seen, N, share, task_weight):
-    """The scores share * drawn_i - task_weight * task_i; -inf where protected."""
-    scores = tl.zeros(i.shape, tl.float32)
+    """The scores share * drawn_i - task_weight * task_i in fp64; -inf where protected."""
+    scores = tl.zeros(i.shape, tl.float64)
     if drawn is not None:
-        scores += share * tl.load(drawn + item * N + i, mask=seen, other=0.0)
+        scores += share * tl.load(drawn + item * N + i, mask=seen, other=0.0).to(tl.float64)
     if task is not None:
-        scores -= task_weight * tl.load(task + item * N + i, mask=seen, other=0.0)
+        scores -= task_weight * tl.load(task + item * N + i, mask=seen, other=0.0).to(tl.float64)
     if protect is not None:
         scores = tl.where(tl.load(protect + item * N + i, mask=seen, other=0) != 0, float("-inf"), scores)
     return scores
@@ -30,7 +30,7 @@ def _cells(position, item, i, seen, N, columns, window_rows, window_columns, acr
     return tl.where(place >= 0, row // window_rows * across + column // window_columns, -1)
 
 
-@triton.jit(do_not_specialize=["weight_bits"])
+@triton.jit(do_not_specialize=["weight_bits", "coefficient_bits"])
 def filter_scores_kernel(
     drawn,
     task,
@@ -44,7 +44,7 @@ def filter_scores_kernel(
     window_rows,
     window_columns,
     across,
-    coefficient,
+    coefficient_bits,
     PENALTY: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_J: tl.constexpr,
@@ -61,11 +61,12 @@ def filter_scores_kernel(
     if length is not None:
         num_tokens = tl.load(length + item).to(tl.int32)
     weight = weight_bits.to(tl.int64).to(tl.float64, bitcast=True)
-    share = (weight / tl.maximum(num_tokens, 1)).to(tl.float32)
-    task_weight = (1.0 - weight).to(tl.float32)
+    share = weight / tl.maximum(num_tokens, 1).to(tl.float64)
+    task_weight = 1.0 - weight
     seen = i < num_tokens
     scores = _scores(drawn, task, protect, item, i, seen, N, share, task_weight)
     if PENALTY:
+        coefficient = coefficient_bits.to(tl.int64).to(tl.float64, bitcast=True)
         cells = _cells(position, item, i, seen, N, columns, window_rows, window_columns, across)
         beaten = tl.zeros((BLOCK_N,), tl.int32)
         for start in range(0, num_tokens, BLOCK_J):
@@ -96,14 +97,14 @@ def filter_scores(
 ) -> Tensor:
     """See `ops.filter_scores`."""
     B, N = position.shape
-    out = torch.empty((B, N), dtype=torch.float32, device=position.device)
+    out = torch.empty((B, N), dtype=torch.float64, device=position.device)
     if not out.numel():
         return out
     sides = window or (1, 1)
     chosen = config("filter_scores", position.device)
     filter_scores_kernel[(triton.cdiv(N, chosen.tiles["BLOCK_N"]), B)](
-        None if drawn is None else drawn.float().contiguous(),
-        None if task is None else task.float().contiguous(),
+        None if drawn is None else drawn.contiguous(),
+        None if task is None else task.contiguous(),
         None if protect is None else protect.contiguous().view(torch.int8),
         position.contiguous(),
         length,
@@ -114,8 +115,11 @@ def filter_scores(
         sides[0],
         sides[1],
         triton.cdiv(grid[1], sides[1]),
-        coefficient,
+        bits_of(coefficient),
         PENALTY=window is not None,
-        **chosen.arguments,
+        **chosen.tiles,
+        num_warps=chosen.num_warps,
+        num_stages=chosen.num_stages,
+        enable_fp_fusion=False,  # scores round as torch's do, so that what is equal there is equal here
     )
     return out

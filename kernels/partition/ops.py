@@ -19,7 +19,7 @@ def partition(
     """Let the most redundant tokens leave.
 
     Args:
-        redundancy: (B, N) fp32, higher leaves first, -inf protects; equal scores leave in index order.
+        redundancy: (B, N) fp32 or fp64, higher leaves first, -inf protects; equal scores leave in index order.
         num_removed: R, the most that any item removes, 0 <= R <= N.
         num_kept: K, the most that any item keeps; None means N - R.
         length: (B,) int32 or int64, how many tokens each item has; None means all.

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ficoco_vllm.kernels.ordering import kth_largest, ordered_bits
+from ficoco_vllm.kernels.ordering import kth_largest, least_bits, ordered_bits
 from ficoco_vllm.kernels.tuning import config
 
 
@@ -19,6 +19,7 @@ def partition_kernel(
     N,
     R,
     K,
+    WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Split the tokens of one image, both parts in ascending order.
@@ -35,10 +36,9 @@ def partition_kernel(
         num_leaving = tl.load(removed + item).to(tl.int32)
     there = i < num_tokens
     bits = ordered_bits(tl.load(redundancy + item * N + i, mask=there, other=0.0))
-    bits = tl.where(there, bits, -2147483648)
+    bits = tl.where(there, bits, least_bits(WIDE))
     count = tl.zeros((1,), tl.int32) + num_leaving
-    border = kth_largest(tl.expand_dims(bits, 0), count)
-    border = tl.sum(border, 0)
+    border = tl.sum(kth_largest(tl.expand_dims(bits, 0), count, WIDE), 0)
     above = bits > border
     tie = there & (bits == border)
     open_places = num_leaving - tl.sum(above.to(tl.int32), 0)
@@ -63,9 +63,11 @@ def partition(
     target = torch.empty((B, num_kept), dtype=torch.int64, device=redundancy.device)
     if not redundancy.numel():
         return source, target
+    wide = redundancy.dtype == torch.float64
+    redundancy = redundancy if wide else redundancy.float()
     chosen = config("partition", redundancy.device)
     partition_kernel[(B,)](
-        redundancy.float().contiguous(),
+        redundancy.contiguous(),
         length,
         removed,
         source,
@@ -73,6 +75,7 @@ def partition(
         N,
         num_removed,
         num_kept,
+        WIDE=wide,
         BLOCK=triton.next_power_of_2(N),
         **chosen.arguments,
     )

@@ -10,7 +10,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.models.utils import extract_layer_index
 
-from tests.support.engine import Answer, request, scheduler_of
+from tests.support.engine import Answer, request, scheduler_of, worker_of
 
 
 @dataclass
@@ -50,6 +50,12 @@ def ask(engine: LLM, asks: list[Ask]) -> list[Answer]:
             Answer(list(completion.token_ids), len(output.prompt_token_ids or []), torch.tensor(rows))
         )
     return answers
+
+
+def take_trace(engine: LLM, trace_id: int) -> list[dict[str, Any]]:
+    """The trace of a request, from the only worker."""
+    (trace,) = engine.collective_rpc("ficoco_take_trace", args=(trace_id,))
+    return trace  # type: ignore[no-any-return]
 
 
 def refusal(engine: LLM, one: Ask, **more: Any) -> str:
@@ -93,12 +99,6 @@ def held(engine: LLM) -> list[dict[str, int]]:
     ]
     runner = worker_of(engine).model_runner
     return [*found, dict.fromkeys(scheduler.plans, 1), dict.fromkeys(runner.model_state.plans, 1)]
-
-
-def worker_of(engine: LLM) -> Any:
-    """The worker in the engine's process."""
-    worker = engine.llm_engine.engine_core.engine_core.model_executor.driver_worker
-    return getattr(worker, "worker", worker)
 
 
 def abort_at(engine: LLM, asks: list[Ask], num_steps: int) -> None:

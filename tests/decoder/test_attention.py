@@ -1,59 +1,134 @@
 """The blocks of attention that the methods see, against the whole map of every head."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from ficoco_vllm.decoder.attention import DecoderHeads
+from ficoco_vllm.decoder.attention import DecoderHeads, ImageAttention
+from ficoco_vllm.decoder.layout import ImageGroup
 
-H, KV, d, T = 6, 2, 16, 23
+H, KV, d, T, N = 6, 2, 32, 23, 5
+# Of two requests behind one another: rows of each, place of its image, and places of the text behind it (in the
+# second request with another image between).
+LENGTHS = (T, T - 4)
+IMAGES = (3, 6)
+TEXTS = (range(8, T), (11, 12, 16, 17, 18))
+# float32 against float64
+CLOSE = {"atol": 1e-6, "rtol": 1e-5}
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    """The same but for rounding."""
+    torch.testing.assert_close(found.double(), expected.double(), **CLOSE)
 
 
 @pytest.fixture
 def heads() -> DecoderHeads:
     generator = torch.Generator().manual_seed(0)
-    query = torch.randn(2 * T, H, d, generator=generator)
-    key = torch.randn(2 * T, KV, d, generator=generator)
-    return DecoderHeads(query, key, d**-0.5, H, lambda total: total)
+    query = torch.randn(sum(LENGTHS), H, d, generator=generator)
+    key = torch.randn(sum(LENGTHS), KV, d, generator=generator)
+    return DecoderHeads(query, key, d**-0.5, H)
 
 
-def dense(heads: DecoderHeads, rows: slice, logits: bool) -> torch.Tensor:
+def group(requests: tuple[int, ...]) -> ImageGroup:
+    """The images of some of the requests, as the layout has them."""
+    most = max(len(TEXTS[r]) for r in requests)
+    start = np.array([[r * T] for r in requests])
+    text_place, has_text = np.zeros((len(requests), most), int), np.zeros((len(requests), most), bool)
+    for row, r in enumerate(requests):
+        text_place[row, most - len(TEXTS[r]) :] = TEXTS[r]
+        has_text[row, most - len(TEXTS[r]) :] = True
+    places, lengths = np.arange(max(LENGTHS[r] for r in requests)), np.array([[LENGTHS[r]] for r in requests])
+    visual_place = np.array([[IMAGES[r]] for r in requests]) + np.arange(N)
+    return ImageGroup(
+        method="",
+        visual=start + visual_place,
+        kept=start + visual_place[:, :2],
+        text=start + text_place,
+        has_text=has_text,
+        text_place=text_place,
+        visual_place=visual_place,
+        context=start + np.where(places < lengths, places, 0),
+    )
+
+
+def dense(heads: DecoderHeads, request: int, logits: bool) -> Tensor:
     """Head mean of the whole causal map of one request."""
+    rows = slice(request * T, request * T + LENGTHS[request])
     query, key = heads.query[rows].double(), heads.key[rows].double().repeat_interleave(H // KV, dim=1)
     products = torch.einsum("qhd,khd->hqk", query, key) * heads.scale
     if logits:
         return products.mean(0)
-    future = torch.ones(T, T).triu(1).bool()
+    future = torch.ones(len(query), len(query)).triu(1).bool()
     return products.masked_fill(future, -torch.inf).softmax(-1).mean(0)
 
 
 @pytest.mark.parametrize("logits", [False, True])
-@pytest.mark.parametrize("length", [T, T - 4])
-def test_equals_the_whole_map(heads: DecoderHeads, logits: bool, length: int) -> None:
-    """Two requests, the second one shorter and filled up."""
-    context = torch.arange(2 * T).view(2, T).clone()
-    context[1, length:] = T
-    columns = torch.tensor([[3, 4, 5], [7, 8, 9]])
-    places = torch.tensor([[5, 11, 18], [8, 9, length - 1]])
-    found = heads.mean_attention(context.gather(1, places), places, context, columns, logits)
-    for b in range(2):
-        expected = dense(heads, slice(b * T, b * T + T), logits)[places[b]][:, columns[b]]
-        # float32 against float64
-        torch.testing.assert_close(found[b].double(), expected, atol=1e-6, rtol=1e-5)
+@pytest.mark.parametrize("requests", [(0,), (1,), (0, 1)])
+def test_equals_the_whole_map(heads: DecoderHeads, logits: bool, requests: tuple[int, ...]) -> None:
+    """One image, whose tokens are viewed where they are, and two of different prompts, which are gathered."""
+    images = ImageAttention(heads, group(requests), visual=True, logits=logits)
+    text, visual = images.text_attention(), images.visual_attention()
+    source, target = torch.tensor([[1, 3]] * len(requests)), torch.tensor([[0, 2, 4]] * len(requests))
+    blocks = visual.block(source, target), visual.block(source, target, text, 0.6)
+    assert visual.shape == (len(requests), N, N)
+    for b, r in enumerate(requests):
+        whole = dense(heads, r, logits)
+        columns = slice(IMAGES[r], IMAGES[r] + N)
+        expected, pad = whole[list(TEXTS[r])][:, columns], text.shape[1] - len(TEXTS[r])
+        close(text[b, pad:], expected)
+        assert not text[b, :pad].any()
+        among = whole[columns, columns]
+        close(visual.dense()[b], among)
+        close(visual.row_sum()[b], among.sum(1))
+        close(visual.column_sum()[b], among.sum(0))
+        direct = among[source[b]][:, target[b]]
+        close(blocks[0][b], direct)
+        indirect = expected[:, source[b]].T @ expected[:, target[b]]
+        close(blocks[1][b], 0.6 * direct + 0.4 * indirect)
+    assert visual.row_sum().dtype == torch.float64
+
+
+def test_text_alone_looks_at_no_visual_query(heads: DecoderHeads) -> None:
+    """Methods that read the text's attention only do not pay for the image's."""
+    both = ImageAttention(heads, group((0, 1)), visual=True)
+    text = ImageAttention(heads, group((0, 1)), visual=False)
+    assert text.query.shape[2] < both.query.shape[2]
+    torch.testing.assert_close(text.text_attention(), both.text_attention(), **CLOSE)
 
 
 def test_two_workers_sum_to_the_whole(heads: DecoderHeads) -> None:
-    """Each sees half of the heads; the sum over workers divided by all heads is the mean."""
-    context = torch.arange(T)[None]
-    places, columns = torch.tensor([[20, 22]]), torch.tensor([[1, 2, 3, 4]])
-    whole = heads.mean_attention(places, places, context, columns)
+    """Each sees half of the heads; the sum over workers divided by all heads is the mean, the text counted once."""
     halves = [
-        DecoderHeads(
-            heads.query[:, h : h + 3], heads.key[:, h // 3 : h // 3 + 1], heads.scale, H, lambda t: t
-        )
-        for h in (0, 3)
+        replace(heads, query=heads.query[:, 3 * part : 3 * part + 3], key=heads.key[:, part, None])
+        for part in (0, 1)
     ]
-    parts = sum(half.mean_attention(places, places, context, columns) for half in halves)
-    torch.testing.assert_close(parts, whole)
+    where = group((0, 1))
+    whole = ImageAttention(heads, where, visual=True)
+    parts = [ImageAttention(half, where, visual=True) for half in halves]
+    close(sum(part.text_attention() for part in parts), whole.text_attention())
+    maps = [part.visual_attention() for part in parts]
+    close(sum(one.row_sum() for one in maps), whole.visual_attention().row_sum())
+    close(sum(one.column_sum() for one in maps), whole.visual_attention().column_sum())
+
+    def other_rank(total: Tensor) -> Tensor:
+        """A collective takes contiguous tensors only; here the other rank holds zeros."""
+        assert total.is_contiguous()
+        return total
+
+    alone = ImageAttention(replace(heads, all_reduce=other_rank), where, visual=True)
+    assert torch.equal(alone.text_attention(), whole.text_attention())
+    for name in ("row_sum", "column_sum", "dense"):
+        found, expected = (getattr(one.visual_attention(), name)() for one in (alone, whole))
+        assert torch.equal(found, expected)
+    source, target, text = torch.tensor([[1], [2]]), torch.tensor([[0], [1]]), whole.text_attention()
+    other = maps[1].block(source, target)
+    summed = replace(halves[0], all_reduce=lambda part: part + other)
+    found = ImageAttention(summed, where, visual=True).visual_attention().block(source, target, text, 0.6)
+    close(found, whole.visual_attention().block(source, target, text, 0.6))
     rows = torch.tensor([[0, 5]])
     torch.testing.assert_close(
         halves[0].mean_key(rows) + halves[1].mean_key(rows), heads.key[rows].mean(dim=2)

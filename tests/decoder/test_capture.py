@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from vllm import LLM
 
-from tests.decoder.calls import worker_of
+from tests.support.engine import worker_of
 from tests.support.remote import remote_engine
 
 pytestmark = pytest.mark.engine

@@ -9,9 +9,11 @@ import torch
 from PIL import Image
 
 from ficoco_vllm.demo_model import examples
-from tests.decoder.calls import Ask, ask
-from tests.reference.algorithm2 import ReferenceDecoder, Shown
+from ficoco_vllm.tracing.chain import read_steps
+from tests.decoder.calls import Ask, ask, take_trace
+from tests.reference.algorithm2 import RULES, ReferenceDecoder, Shown
 from tests.support.engine import PROMPT, TEXT_ONLY, TWO_IMAGES
+from tests.support.oracle import Spy, assert_same_story
 from tests.support.remote import Remote, remote_engine
 
 # float32 on both sides; the difference is the order of sums in matrix products and softmax, amplified by the layers.
@@ -58,7 +60,7 @@ def pictures(model: Path, images: list[Image.Image]) -> list[Image.Image]:
 @pytest.fixture(scope="module")
 def pair(model: Path) -> Iterator[tuple[Remote, ReferenceDecoder]]:
     """The engine and the oracle on the same weights."""
-    with remote_engine(model, {"method": "ficoco-l", "keep": 16}, block_size=32) as engine:
+    with remote_engine(model, {"method": "ficoco-l", "keep": 16, "explain": True}, block_size=32) as engine:
         yield engine, ReferenceDecoder(model)
 
 
@@ -98,6 +100,29 @@ def test_two_images_and_text_in_one_step(
         tokens, logprobs = reference.answer("ficoco-l", one.prompt, shown, one.num_tokens)
         assert answer.tokens == tokens
         torch.testing.assert_close(answer.logprobs, logprobs, atol=TOLERANCE, rtol=RELATIVE)
+
+
+def test_a_trace_tells_what_the_reference_does(
+    pair: tuple[Remote, ReferenceDecoder], images: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the very request, not of its neighbours in the step."""
+    engine, reference = pair
+    spy = Spy(RULES["ficoco-l"])
+    monkeypatch.setitem(RULES, "ficoco-l", spy)
+    num_patches = reference.num_patches
+    reference.answer(
+        "ficoco-l", PROMPT, [Shown(images[4], num_patches, left("ficoco-l", num_patches, 16))], num_tokens=1
+    )
+    asks = [
+        Ask(PROMPT, [images[5]], NUM_TOKENS),
+        Ask(TEXT_ONLY, [], NUM_TOKENS),
+        Ask(PROMPT, [images[4]], NUM_TOKENS, extra={"ficoco_trace": 12}),
+    ]
+    engine.call(ask, asks)
+    steps = read_steps(engine.call(take_trace, 12), num_patches)
+    assert [step.layer for step in steps] == list(LAYERS["ficoco-l"])
+    # Shares are ratios of attention weights, which differ as the log-probabilities do.
+    assert_same_story(steps, spy.mixes, num_patches, TOLERANCE)
 
 
 def test_the_check_can_fail(pair: tuple[Remote, ReferenceDecoder], pictures: list[Image.Image]) -> None:

@@ -1,13 +1,21 @@
 """The decoder behind the OpenAI server: budgets of requests, and refusals as HTTP 400."""
 
+import json
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 
+from ficoco_vllm.config import FicocoConfig
+from ficoco_vllm.kv.plan import DecoderPlanner
+from ficoco_vllm.server.explain.schema import Explanation
 from tests.support.server import Server, data_url, message, serve
 
 pytestmark = pytest.mark.server
@@ -15,10 +23,20 @@ pytestmark = pytest.mark.server
 
 @pytest.fixture(scope="module")
 def server(small_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """As `make serve METHOD=ficoco-vl` starts it: the command line alone chooses the model runner."""
+    """As `make serve METHOD=ficoco-vl` starts it: the command line alone chooses the model runner.
+
+    Two API servers share the engine and the port, so counters must add up over processes. The budget of requests that
+    name none is 16 by `--ficoco-elastic`, which never sees the load that would make it 15.
+    """
     log = tmp_path_factory.mktemp("server") / "log"
-    arguments = ["--ficoco-method", "ficoco-vl", "--ficoco-keep", "16", "--served-model-name", "small"]
+    arguments = ["--ficoco-method", "ficoco-vl", "--ficoco-keep", "15", "--served-model-name", "small"]
+    arguments += ["--ficoco-explain"]
     more = ["--enforce-eager", "--max-model-len", "1024", "--kv-cache-memory-bytes", str(2**26)]
+    more += ["--api-server-count", "2"]
+    more += [
+        "--ficoco-elastic",
+        json.dumps({"floor": 15, "ceiling": 16, "target_kv_usage": 1, "target_queue": 99}),
+    ]
     with serve(log, str(small_llava), *arguments, *more) as server:
         yield server
 
@@ -71,8 +89,111 @@ def test_refusals(
     assert complete(server, images[:1]).usage.completion_tokens == 3
 
 
+def test_an_explanation_goes_through_tower_and_decoder(server: Server, images: list[Image.Image]) -> None:
+    body = {"image": data_url(images[1]), "question": "what is this?", "max_tokens": 2}
+    answer = httpx.post(f"{server.url}/ficoco/explain", json=body, timeout=300)
+    assert answer.status_code == 200, answer.text
+    found = Explanation.model_validate_json(answer.content)
+    assert (found.method, found.keep, found.grid) == ("ficoco-vl", 15, (12, 12))
+    sites = [layer.site for layer in found.layers]
+    assert sites == sorted(sites, reverse=True), "first the tower, then the decoder"
+    assert set(sites) == {"encoder", "decoder"}
+    assert (found.reduced.visual_tokens, found.reduced.last_visual_tokens) == (46, 15)
+    assert found.full is not None
+    assert (found.full.visual_tokens, found.full.last_visual_tokens) == (144, 144)
+    assert found.full.prompt_tokens - found.reduced.prompt_tokens == 144 - 46
+    kept = found.layers[-1].kept
+    held = dict.fromkeys(kept, 1.0)
+    for item in found.destinations:
+        for token, share in item.targets:
+            held[token] += share
+    # Nothing is lost on the whole way, though the decoder counts anew.
+    assert len(kept) == 15
+    assert sum(held.values()) == pytest.approx(144, abs=0.1)
+
+
 def test_start_up_says_what_it_means(server: Server) -> None:
     log = server.log.read_text()
-    assert "ficoco-l leaves 16 of 48 visual tokens of an image in the decoder" in log
-    assert "ficoco-v keeps 48 of 144 visual tokens" in log
+    assert "ficoco-l leaves 15 of 46 visual tokens of an image in the decoder" in log
+    assert "ficoco-v keeps 46 of 144 visual tokens" in log
     assert "no prompt can take over the cached prefix of another" in log
+
+
+def samples(server: Server, name: str, **labels: str) -> dict[str, float]:
+    """One of our metrics by segment ("" where it has none), of the series with these labels."""
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=30) as answer:
+        families = list(text_string_to_metric_families(answer.read().decode()))
+    return {
+        sample.labels.get("segment", ""): sample.value
+        for family in families
+        for sample in family.samples
+        if sample.name == f"ficoco:{name}" and labels.items() <= sample.labels.items()
+    }
+
+
+def test_metrics_by_segment_over_two_servers(server: Server, images: list[Image.Image]) -> None:
+    """Front ends count requests, the engine core blocks, the worker seconds; each request counts once."""
+    names = (
+        "kv_tokens_avoided_total",
+        "kv_bytes_avoided_total",
+        "visual_tokens_in_total",
+        "visual_tokens_kept_total",
+    )
+    names += ("reduction_seconds_count", "prefill_flops_avoided_total")
+    method = {"method": "ficoco-vl"}
+    before = [samples(server, name, **method) for name in names]
+    steps = samples(server, "reduction_seconds_count", site="decoder", method="ficoco-l")
+    num_requests = 6
+    for index in range(num_requests):  # each on a connection of its own, so that both servers get some
+        complete(server, [images[index]])
+    grown = []
+    for name, old in zip(names, before, strict=True):
+        new = samples(server, name, **method)
+        grown.append({key: value - old.get(key, 0.0) for key, value in new.items()})
+    # 144 patches, 48 behind the tower; the decoder's 8 segments of one layer go from there to 16.
+    config = FicocoConfig.parse({"method": "ficoco-l", "keep": 16})
+    counts = DecoderPlanner.shared(config, 8, 48).counts("ficoco-l", 48, 16)
+    assert len(set(counts)) > 3
+    expected = {str(segment): num_requests * (144 - count) for segment, count in enumerate(counts)}
+    assert grown[0] == expected
+    assert grown[1] == {
+        segment: tokens * 2 * 2 * 32 * 2 for segment, tokens in expected.items()
+    }  # 2 heads, bf16
+    assert (grown[2][""], grown[3][""]) == (num_requests * 144, num_requests * 16)
+    assert grown[5][""] > 0
+    now = samples(server, "reduction_seconds_count", site="decoder", method="ficoco-l")
+    assert now[""] - steps[""] == num_requests
+    assert samples(server, "kv_blocks_held", **method) == dict.fromkeys(expected, 0.0)
+    assert samples(server, "kv_blocks_saved", **method) == dict.fromkeys(expected, 0.0)
+    assert samples(server, "default_budget_tokens", **method) == {"": 16}
+
+
+def test_both_servers_took_part(server: Server) -> None:
+    log = server.log.read_text()
+    assert "ApiServer_0" in log
+    assert "ApiServer_1" in log
+    assert "Found PROMETHEUS_MULTIPROC_DIR was set by user" not in log
+
+
+def test_blocks_of_segments_while_a_request_runs(server: Server, images: list[Image.Image]) -> None:
+    """The scheduler's own count: what each segment's plan says, in blocks of 32."""
+    with server.client() as client:
+        stream = client.chat.completions.create(
+            model="small",
+            messages=[message("what is this?", [data_url(images[0])])],
+            max_tokens=600,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        next(iter(stream))
+        next(iter(stream))
+        held = samples(server, "kv_blocks_held", method="ficoco-vl")
+        saved = samples(server, "kv_blocks_saved", method="ficoco-vl")
+        stream.close()
+    assert list(held.values()) == sorted(held.values(), reverse=True)
+    assert min(held.values()) >= 1
+    assert list(saved.values()) == sorted(saved.values())
+    deadline = time.monotonic() + 60
+    while any(samples(server, "kv_blocks_held", method="ficoco-vl").values()):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)

@@ -9,7 +9,7 @@ from torch import Tensor
 from ficoco_vllm import kernels
 from ficoco_vllm.kernels import Backend, Mask
 from ficoco_vllm.kernels.attention_scores import reference
-from ficoco_vllm.vision.attention import ClipAttention, attention_with_lse
+from ficoco_vllm.vision.attention import attention_with_lse
 from tests.kernels.conftest import DEVICE
 from tests.kernels.inputs import CASES, Case, on_device, tolerance, with_bias
 
@@ -169,21 +169,21 @@ def test_as_the_vision_tower_has_it(biased: bool, backend: Backend) -> None:
     query, key, value = torch.randn((3, B, H, N, d), generator=torch.Generator().manual_seed(5)).unbind(0)
     bias = torch.rand((B, N), generator=torch.Generator().manual_seed(6)) if biased else None
     _, lse = attention_with_lse(query, key, value, 0.2, bias)
-    tower = ClipAttention(query, key, lse, 0.2, bias, lambda heads: heads / H)
+    whole = reference.attention(query, key, 0.2, Mask(bias))
     there = None if bias is None else bias.to(DEVICE)
     q, k, normalisers = query.to(DEVICE), key.to(DEVICE), lse.to(DEVICE)
     to_cls, from_cls, keys = kernels.cls_scores(
         q, k, normalisers, 0.2, bias=there, with_keys=True, backend=backend
     )
     atol = tolerance(query, key, 0.2, Mask(bias))
-    close(1.0 - to_cls[:, 1:], tower.row_sum().float(), atol)
-    close(from_cls[:, 1:], tower.cls_attention(), atol)
-    close(keys[:, 1:], tower.keys(), 1e-6)
+    close(1.0 - to_cls[:, 1:], whole[:, 1:, 1:].sum(-1), atol)
+    close(from_cls[:, 1:], whole[:, 0, 1:], atol)
+    close(keys[:, 1:], key[:, :, 1:].mean(dim=1), 1e-6)
     index = torch.tensor([[0, 3, 48], [7, 8, 30]])
     rows = kernels.attention_block(
         q, k, normalisers, 0.2, row_index=(index + 1).to(DEVICE), mask=Mask(there), backend=backend
     )
-    close(rows[:, :, 1:], tower.rows(index), atol)
+    close(rows[:, :, 1:], reference.pick(whole[:, 1:, 1:], index, 1), atol)
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -199,3 +199,21 @@ def test_what_does_not_fit_is_refused() -> None:
         kernels.attention_sums(query, key, lse, 1.0, axis=0)
     with pytest.raises(ValueError, match="cls_index = 37"):
         kernels.cls_scores(query, key, lse, 1.0, cls_index=37)
+
+
+@pytest.mark.parametrize(("M", "N"), [(37, 37), (65, 33), (16, 130)])
+@pytest.mark.parametrize("B", [1, 2])
+def test_tiles_of_a_causal_map(M: int, N: int, B: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In torch a tile of rows stops at the last key that it sees; here tiles are a few rows high."""
+    case = Case(B=B, M=M, N=N, H=3, Hk=1)
+    query, key = case.heads()
+    weight = torch.rand((B, N), generator=torch.Generator().manual_seed(7))
+    monkeypatch.setattr("ficoco_vllm.kernels.attention_scores.eager._TILE_BYTES", 4 * 5 * B * N)
+    for mask in (Mask(causal=True), with_bias(Mask(causal=True, query_length=torch.full((B,), M - 3)), B, N)):
+        lse, drawn = kernels.softmax_stats(
+            query, key, case.scale, mask=mask, column_weight=weight, backend="torch"
+        )
+        atol = tolerance(query, key, case.scale, mask)
+        close(lse, reference.log_sum_exp(query, key, case.scale, mask), atol)
+        attention = reference.attention(query, key, case.scale, mask)
+        close(drawn, (attention * weight[:, None]).sum(2), atol)

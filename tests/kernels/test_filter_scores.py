@@ -11,8 +11,8 @@ from ficoco_vllm.reduction.stages.filter import LocalTask, local_task
 from ficoco_vllm.reduction.stages.text_filter import LocalText, local_text
 from tests.kernels.conftest import DEVICE
 
-# Two products, a sum and the penalty, each rounded once, on values of about 1.
-ATOL = 8 * 2**-23
+# Two products, a sum and the penalty, each rounded once in fp64, on values of about 1.
+ATOL = 8 * 2**-52
 
 
 def places(B: int, N: int, grid: tuple[int, int], seed: int = 0) -> Tensor:
@@ -65,7 +65,7 @@ def test_against_loops(
     position, (drawn, task) = places(B, N, grid), signals(B, N)
     found = run(backend, drawn, task, weight, position=position, grid=grid, window=window, coefficient=3.0)
     expected = reference.filter_scores(drawn, task, weight, position, grid, window, 3.0, None, None)
-    torch.testing.assert_close(found.double(), expected, rtol=ATOL, atol=ATOL)
+    torch.testing.assert_close(found, expected, rtol=ATOL, atol=ATOL)
 
 
 @pytest.mark.parametrize("which", ["drawn", "task", "neither"])
@@ -74,7 +74,7 @@ def test_terms_left_out(which: str, backend: Backend) -> None:
     first, second = drawn if which == "drawn" else None, task if which == "task" else None
     found = run(backend, first, second, 0.35, position=position, grid=(6, 6))
     expected = reference.filter_scores(first, second, 0.35, position, (6, 6), (2, 2), 2.0, None, None)
-    torch.testing.assert_close(found.double(), expected, rtol=ATOL, atol=ATOL)
+    torch.testing.assert_close(found, expected, rtol=ATOL, atol=ATOL)
 
 
 def test_what_is_protected_stays_and_is_no_peak(backend: Backend) -> None:
@@ -85,7 +85,7 @@ def test_what_is_protected_stays_and_is_no_peak(backend: Backend) -> None:
     found = run(backend, drawn, task, 0.35, position=position, grid=grid, protect=protect)
     expected = reference.filter_scores(drawn, task, 0.35, position, grid, (2, 2), 2.0, protect, None)
     assert torch.equal(found == -torch.inf, protect)
-    torch.testing.assert_close(found.double(), expected, rtol=ATOL, atol=ATOL)
+    torch.testing.assert_close(found, expected, rtol=ATOL, atol=ATOL)
 
 
 def test_items_of_different_length(backend: Backend) -> None:
@@ -94,7 +94,7 @@ def test_items_of_different_length(backend: Backend) -> None:
     length = torch.tensor([40, 17, 0])
     found = run(backend, drawn, task, 0.35, position=position, grid=grid, length=length)
     expected = reference.filter_scores(drawn, task, 0.35, position, grid, (2, 2), 2.0, None, length)
-    torch.testing.assert_close(found.double(), expected, rtol=ATOL, atol=ATOL)
+    torch.testing.assert_close(found, expected, rtol=ATOL, atol=ATOL)
     short = run(backend, drawn[1:2, :17], task[1:2, :17], 0.35, position=position[1:2, :17], grid=grid)
     torch.testing.assert_close(found[1:2, :17], short, rtol=ATOL, atol=ATOL)
 
@@ -111,12 +111,12 @@ def test_as_the_stages_have_it(backend: Backend) -> None:
         position=places(B, N, grid),
         grid=grid,
     )
-    drawn = attention[:, 1:, 1:].sum(-1)
+    drawn = attention[:, 1:, 1:].sum(-1, dtype=torch.float64)
     common = {"position": given.position, "grid": grid}
     vision = run(backend, drawn, attention[:, 0, 1:], 0.35, **common)
-    torch.testing.assert_close(vision, local_task(given, LocalTask()).float(), rtol=ATOL, atol=ATOL)
+    torch.testing.assert_close(vision, local_task(given, LocalTask()), rtol=ATOL, atol=ATOL)
     decoder = run(backend, drawn, text.sum(1), 0.6, window=None, **common)
-    torch.testing.assert_close(decoder, local_text(given, LocalText()).float(), rtol=ATOL, atol=ATOL * M)
+    torch.testing.assert_close(decoder, local_text(given, LocalText()), rtol=ATOL, atol=ATOL * M)
 
 
 def test_a_coefficient_below_one_is_refused() -> None:

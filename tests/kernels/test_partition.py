@@ -11,7 +11,14 @@ from tests.kernels.conftest import DEVICE
 
 
 def scores(kind: str, B: int, N: int) -> Tensor:
-    """Redundancies (B, N) fp32."""
+    """Redundancies (B, N), fp32 unless the kind says fp64."""
+    if kind.startswith("fp64 "):
+        if kind == "fp64 nearly equal":  # equal in fp32
+            order = torch.stack(
+                [torch.randperm(N, generator=torch.Generator().manual_seed(b)) for b in range(B)]
+            )
+            return -1.0 - order.double() * 1e-13
+        return scores(kind.removeprefix("fp64 "), B, N).double() * 1e30
     generator = torch.Generator().manual_seed(N)
     values = torch.randn((B, N), generator=generator)
     if kind == "ties":
@@ -27,7 +34,10 @@ def scores(kind: str, B: int, N: int) -> Tensor:
     return values
 
 
-@pytest.mark.parametrize("kind", ["random", "ties", "equal", "signed zeros", "protected", "extreme"])
+KINDS = ["random", "ties", "equal", "signed zeros", "protected", "extreme"]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "fp64 nearly equal", *(f"fp64 {kind}" for kind in KINDS)])
 @pytest.mark.parametrize("N", [1, 2, 63, 576])
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.9, 1.0])
 def test_against_plain_python(kind: str, N: int, share: float, backend: Backend) -> None:
@@ -48,7 +58,7 @@ def test_nan_is_the_most_redundant(backend: Backend) -> None:
     assert torch.equal(partition_of_the_reduction(values, 2).source, source.cpu())
 
 
-@pytest.mark.parametrize("kind", ["random", "equal", "protected"])
+@pytest.mark.parametrize("kind", ["random", "equal", "protected", "fp64 nearly equal"])
 def test_items_of_different_length(kind: str, backend: Backend) -> None:
     values = scores(kind, 4, 50)
     length, removed = torch.tensor([50, 30, 7, 0]), torch.tensor([20, 5, 7, 0])

@@ -152,3 +152,23 @@ def test_the_tower_of_a_pipeline() -> None:
     chosen = FicocoConfig.parse({"method": "ficoco-vl", "encoder": {"keep": 300, "lam": 0.5}})
     assert chosen.tower_part(PATCHES) == FicocoConfig.parse({"method": "ficoco-v", "keep": 300, "lam": 0.5})
     assert FicocoConfig.parse({"method": "fastv"}).tower_part(PATCHES).method is None
+
+
+def test_a_trace_is_for_servers_that_explain() -> None:
+    image = [(1, PATCHES)]
+    plain = planner().plan(PATCHES + 9, image, {"ficoco_keep": 64})
+    assert planner(explain=True).plan(PATCHES + 9, image, {"ficoco_keep": 64, "ficoco_trace": 5}) == plain
+    with pytest.raises(ValueError, match="ficoco_trace is not a field of this server"):
+        planner().plan(PATCHES + 9, image, {"ficoco_trace": 5})
+    with pytest.raises(ValueError, match="ficoco_trace = -1 is not allowed"):
+        planner(explain=True).plan(PATCHES + 9, image, {"ficoco_trace": -1})
+
+
+def test_all_that_enters_may_be_kept() -> None:
+    """A request whose tower keeps more than the server's may keep all of it in the decoder too."""
+    found = DecoderPlanner.shared(FicocoConfig.parse({"method": "ficoco-vl", "keep": 64}), 32, 192)
+    assert not found.plan(PATCHES + 9, [(1, PATCHES)], {"ficoco_keep": PATCHES}).reduces
+    with pytest.raises(
+        ValueError, match="ficoco_keep = 193 is not allowed; allowed: an integer from 1 to 192"
+    ):
+        found.plan(200, [(1, 192)], {"ficoco_keep": 193})

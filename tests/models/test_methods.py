@@ -74,6 +74,13 @@ def test_what_cannot_be_served_is_refused(engine: LLM, images: list[Image.Image]
     assert answer.tokens
 
 
+def test_a_trace_is_for_servers_that_explain(engine: LLM, images: list[Image.Image]) -> None:
+    with pytest.raises(VLLMValidationError, match="ficoco_trace is not a field of this server"):
+        ask(engine, [request(PROMPT, [images[0]], ficoco_trace=1)])
+    with pytest.raises(NotImplementedError):
+        engine.collective_rpc("ficoco_take_trace", args=(1,))
+
+
 @pytest.mark.parametrize("settings", COMPOSED, ids=["composed", "logits", "proportional"])
 def test_settings_and_composition(
     random_llava: Path, reference: DenseLlava, images: list[Image.Image], settings: dict[str, Any]

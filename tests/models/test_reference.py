@@ -1,59 +1,67 @@
-"""The served FiCoCo-V against Algorithm 1 written plainly on Hugging Face's model."""
-
-from collections.abc import Iterator
+"""The served FiCoCo-V against Algorithm 1 written plainly on Hugging Face's model, in float64."""
 
 import pytest
 import torch
 from PIL import Image
-from vllm import LLM
 
-from tests.reference.algorithm1 import ReferenceLlava
-from tests.support.engine import PROMPT, TEXT_ONLY, TWO_IMAGES, ask, make_engine, request
+from ficoco_vllm.tracing.chain import read_steps
+from tests.models.conftest import Pair
+from tests.reference import algorithm1
+from tests.support.compare import NUM_TOKENS, TOLERANCE, assert_equal, demo_questions
+from tests.support.engine import PROMPT, TEXT_ONLY, TWO_IMAGES, ask, request
+from tests.support.oracle import Spy, assert_same_story
 
-# float32 on both sides; the difference is the order of sums in matrix products and softmax, amplified by the layers.
-TOLERANCE = 1e-4
-# Of a log-probability's own size: trained weights give improbable tokens -20 and less, where float32 is that coarse.
-RELATIVE = 1e-5
-# The demo model's answers end after four tokens; what it says behind its end token amplifies rounding.
-NUM_TOKENS = 4
 BUDGETS = (576, 575, 192, 64, 9, 1)
 
 pytestmark = pytest.mark.engine
 
 
-@pytest.fixture(scope="module", params=["random_llava", "demo_model"])
-def pair(request: pytest.FixtureRequest) -> Iterator[tuple[LLM, ReferenceLlava]]:
+@pytest.fixture(params=["random", "demo"])
+def weights(request: pytest.FixtureRequest) -> str:
+    """Of the served model."""
+    return str(request.param)
+
+
+@pytest.fixture
+def pair(request: pytest.FixtureRequest, weights: str) -> Pair:
     """The engine and the oracle on the same weights."""
-    folder = request.getfixturevalue(request.param)
-    engine = make_engine(folder, {"method": "ficoco-v", "keep": 64})
-    yield engine, ReferenceLlava(folder)
-    engine.llm_engine.engine_core.shutdown()
+    found: Pair = request.getfixturevalue(f"{weights}_pair")
+    return found
+
+
+@pytest.fixture
+def questions(weights: str, images: list[Image.Image]) -> list[tuple[str, Image.Image]]:
+    """Noise for random weights; for trained ones what they know (what noise does: test_precision.py)."""
+    return demo_questions() if weights == "demo" else [(PROMPT, image) for image in images[:6]]
 
 
 @pytest.mark.parametrize("keep", BUDGETS)
-def test_equals_reference(pair: tuple[LLM, ReferenceLlava], images: list[Image.Image], keep: int) -> None:
+def test_equals_reference(
+    pair: Pair, weights: str, questions: list[tuple[str, Image.Image]], keep: int
+) -> None:
     engine, reference = pair
-    image = images[keep % len(images)]
-    (answer,) = ask(engine, [request(PROMPT, [image], ficoco_keep=keep)], NUM_TOKENS)
-    tokens, logprobs = reference.generate(PROMPT, [(image, keep)], NUM_TOKENS)
-    assert answer.tokens == tokens
-    torch.testing.assert_close(answer.logprobs, logprobs, atol=TOLERANCE, rtol=RELATIVE)
+    answers = ask(engine, [request(text, [image], ficoco_keep=keep) for text, image in questions], NUM_TOKENS)
+    for (text, image), answer in zip(questions, answers, strict=True):
+        tokens, logprobs = reference.generate(text, [(image, keep)], NUM_TOKENS)
+        assert_equal(answer.tokens, answer.logprobs, tokens, logprobs, ends=weights == "demo")
 
 
-def test_two_images_equal_reference(pair: tuple[LLM, ReferenceLlava], images: list[Image.Image]) -> None:
+def test_two_images_equal_reference(
+    pair: Pair, weights: str, questions: list[tuple[str, Image.Image]]
+) -> None:
     engine, reference = pair
-    (answer,) = ask(engine, [request(TWO_IMAGES, images[:2], ficoco_keep=100)], NUM_TOKENS)
-    tokens, logprobs = reference.generate(TWO_IMAGES, [(image, 100) for image in images[:2]], NUM_TOKENS)
-    assert answer.tokens == tokens
-    torch.testing.assert_close(answer.logprobs, logprobs, atol=TOLERANCE, rtol=RELATIVE)
+    pictures = [image for _, image in questions[2:4]]
+    (answer,) = ask(engine, [request(TWO_IMAGES, pictures, ficoco_keep=100)], NUM_TOKENS)
+    tokens, logprobs = reference.generate(TWO_IMAGES, [(image, 100) for image in pictures], NUM_TOKENS)
+    assert_equal(answer.tokens, answer.logprobs, tokens, logprobs, ends=weights == "demo")
 
 
-def test_batched_equals_alone(pair: tuple[LLM, ReferenceLlava], images: list[Image.Image]) -> None:
+def test_batched_equals_alone(pair: Pair, weights: str, questions: list[tuple[str, Image.Image]]) -> None:
     """Eight images with three budgets, text between them, in one step, each against itself alone."""
     engine, _ = pair
     requests = []
-    for index, image in enumerate(images):
-        requests.append(request(PROMPT, [image], ficoco_keep=(64, 192, 9)[index % 3]))
+    for index, (text, image) in enumerate(questions + questions[:2]):
+        requests.append(request(text, [image], ficoco_keep=(64, 192, 9)[index % 3]))
         if index % 3 == 0:
             requests.append(request(TEXT_ONLY))
     engine.reset_prefix_cache()
@@ -62,13 +70,35 @@ def test_batched_equals_alone(pair: tuple[LLM, ReferenceLlava], images: list[Ima
         engine.reset_prefix_cache()
         engine.llm_engine.reset_mm_cache()
         (alone,) = ask(engine, [one], NUM_TOKENS)
-        assert answer.tokens == alone.tokens
-        torch.testing.assert_close(answer.logprobs, alone.logprobs, atol=TOLERANCE, rtol=RELATIVE)
+        assert_equal(answer.tokens, answer.logprobs, alone.tokens, alone.logprobs, ends=weights == "demo")
 
 
-def test_the_check_can_fail(pair: tuple[LLM, ReferenceLlava], images: list[Image.Image]) -> None:
+def test_a_trace_tells_what_the_reference_does(
+    pair: Pair, questions: list[tuple[str, Image.Image]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the very request: beside it another one of the same budget is served without a trace."""
+    engine, reference = pair
+    (text, image), (other_text, other) = questions[2], questions[3]
+    spy = Spy(algorithm1.reduce_layer)
+    monkeypatch.setattr(algorithm1, "reduce_layer", spy)
+    reference.features(image, 64)
+    requests = [
+        request(other_text, [other], ficoco_keep=64),
+        request(text, [image], ficoco_keep=64, ficoco_trace=11),
+        request(text, [image], ficoco_keep=64),
+    ]
+    _, traced, plain = ask(engine, requests, NUM_TOKENS)
+    torch.testing.assert_close(traced.logprobs, plain.logprobs, atol=TOLERANCE, rtol=0)
+    (trace,) = engine.collective_rpc("ficoco_take_trace", args=(11,))
+    # Shares are ratios of attention weights, which differ as the log-probabilities do.
+    assert_same_story(read_steps(trace, 576), spy.mixes, 576, TOLERANCE)
+    assert engine.collective_rpc("ficoco_take_trace", args=(11,)) == [[]]
+
+
+def test_the_check_can_fail(pair: Pair, questions: list[tuple[str, Image.Image]]) -> None:
     """Negative control: one token more is told apart by far more than the tolerance."""
     engine, reference = pair
-    (answer,) = ask(engine, [request(PROMPT, [images[0]], ficoco_keep=64)], num_tokens=1)
-    _, logprobs = reference.generate(PROMPT, [(images[0], 65)], 1)
+    text, image = questions[0]
+    (answer,) = ask(engine, [request(text, [image], ficoco_keep=64)], num_tokens=1)
+    _, logprobs = reference.generate(text, [(image, 65)], 1)
     assert (answer.logprobs - logprobs).abs().max() > 10 * TOLERANCE

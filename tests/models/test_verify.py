@@ -9,6 +9,7 @@ import pytest
 from vllm.engine.arg_utils import EngineArgs
 
 from ficoco_vllm.config import NAME, FicocoConfig
+from ficoco_vllm.tracing.worker import QUALIFIED_NAME as TRACING_WORKER
 
 pytestmark = pytest.mark.engine
 
@@ -32,6 +33,13 @@ def test_settings_are_part_of_the_compile_hash(random_llava: Path) -> None:
     assert len(hashes) == 2
 
 
+def test_workers_hand_traces_out_only_where_that_is_asked_for(random_llava: Path) -> None:
+    with_traces = configure(random_llava, {"keep": 64, "explain": True})
+    without = configure(random_llava, {"keep": 64})
+    assert with_traces.parallel_config.worker_extension_cls == TRACING_WORKER
+    assert without.parallel_config.worker_extension_cls == ""
+
+
 def test_nothing_happens_without_settings(random_llava: Path) -> None:
     config = configure(random_llava, None, max_num_batched_tokens=4096)
     assert not hasattr(config.model_config.hf_config, NAME)
@@ -45,6 +53,13 @@ def test_nothing_happens_without_settings(random_llava: Path) -> None:
         ({"keep": 577}, {}, ["ficoco.keep = 577", "1 to 576"]),
         ({"keep": 64, "epsilon": 2}, {}, ["epsilon = 2"]),
         ({"method": "cdpruner"}, {}, ["cdpruner", "text_relevance"]),
+        ({"keep": 64, "backend": "triton"}, {}, ["ficoco.backend = 'triton'", "'auto', 'torch'"]),
+        ({"keep": 64, "backend": "cuda"}, {}, ["ficoco.backend = 'cuda'", "'auto', 'torch' or 'triton'"]),
+        (
+            {"keep": 64, "explain": True},
+            {"worker_extension_cls": "other.Extension"},
+            ["worker_extension_cls = 'other.Extension'", "ficoco.explain"],
+        ),
         (
             {"keep": 64},
             {"enable_lora": True, "enable_tower_connector_lora": True},

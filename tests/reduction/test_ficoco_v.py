@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from ficoco_vllm.kernels.quantile_merge.eager import row_quantile
 from ficoco_vllm.reduction import Signals, get, reduce
-from ficoco_vllm.reduction.stages.compress import row_quantile
-from ficoco_vllm.reduction.stages.penalty import local_penalty
+from ficoco_vllm.reduction.ops import TORCH
 from tests.reduction import reference
 from tests.reduction.inputs import make_signals, make_tokens
 
@@ -62,11 +62,11 @@ def test_row_quantile(epsilon: float, K: int) -> None:
 
 def test_penalty_first_of_equals_and_fused_tokens() -> None:
     position = torch.tensor([[0, 1, 4, 5, 2, -1, -1]])
-    signals = Signals(position=position, grid=(4, 4))
     scores = torch.tensor([[1.0, 3.0, 3.0, 2.0, -4.0, 9.0, -9.0]])
     # Window 0 holds 0, 1, 4, 5: of the two maxima only the first is enhanced. 2 is alone in window 1.
     want = torch.tensor([[1.0, 6.0, 3.0, 2.0, -2.0, 9.0, -9.0]])
-    assert torch.equal(local_penalty(scores, signals, (2, 2), 2.0), want)
+    found = TORCH.filter_scores(None, -scores, 0.0, position, (4, 4), (2, 2), 2.0)
+    assert torch.equal(found, want.double())
 
 
 def test_zero_sum_rows_drop_information_and_size() -> None:

@@ -1,13 +1,19 @@
-"""FiCoCo-V written plainly on Hugging Face's LLaVA: the oracle of the served one. Nothing of ours is used here."""
+"""FiCoCo-V written plainly on Hugging Face's LLaVA: the oracle of the served one. Nothing of ours is used here.
+
+All of it is float64. What the served float32 is held against must not have rounding errors of its own, and where
+scores nearly tie only float64 tells who leaves.
+"""
 
 import math
 from pathlib import Path
+from types import MethodType
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 LAM, EPSILON, COEFFICIENT, WINDOW = 0.35, 0.998, 2.0, 2
 
@@ -59,18 +65,29 @@ def reduce_layer(
     return kept, [position[j] for j in target]
 
 
+def plain_norm(module: LlamaRMSNorm, hidden: Tensor) -> Tensor:
+    """Hugging Face's norm of Llama, which goes through float32 whatever it is given."""
+    squares = hidden.square().mean(dim=-1, keepdim=True)
+    return module.weight * hidden / torch.sqrt(squares + module.variance_epsilon)
+
+
 class ReferenceLlava:
     """Hugging Face's LLaVA whose vision tower is unrolled by hand, with Algorithm 1 between attention and MLP."""
 
     def __init__(self, folder: Path) -> None:
-        self.model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+        self.model = (
+            LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval().double()
+        )
+        for module in self.model.modules():
+            if isinstance(module, LlamaRMSNorm):
+                module.forward = MethodType(plain_norm, module)
         self.processor = AutoProcessor.from_pretrained(folder)
         self.config = self.model.config
 
     @torch.no_grad()
     def features(self, image: Image.Image, keep: int) -> Tensor:
         """Projected visual tokens of one image, (keep, hidden size)."""
-        pixels = self.processor.image_processor(image, return_tensors="pt")["pixel_values"]
+        pixels = self.processor.image_processor(image, return_tensors="pt")["pixel_values"].double()
         tower = self.model.model.vision_tower
         tower = getattr(tower, "vision_model", tower)
         vision = self.config.vision_config
@@ -93,18 +110,17 @@ class ReferenceLlava:
                 linear(x).view(x.shape[1], heads, -1).transpose(0, 1)
                 for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
             )
-            # In float64: a row of float32 weights does not sum to 1 as exactly as near ties of its score ask for.
-            logits = query.double() @ key.double().transpose(1, 2) / math.sqrt(query.shape[-1])
+            logits = query @ key.transpose(1, 2) / math.sqrt(query.shape[-1])
             weights = torch.softmax(logits, dim=-1)
-            mixed = (weights.float() @ value).transpose(0, 1).reshape(1, x.shape[1], -1)
+            mixed = (weights @ value).transpose(0, 1).reshape(1, x.shape[1], -1)
             hidden = hidden + attention.out_proj(mixed)
             removed = removals[index - start] if index >= start else 0
             if removed:
                 mean = weights.mean(0).numpy()
                 kept, position = reduce_layer(
-                    hidden[0, 1:].double().numpy(), mean[1:, 1:], mean[0, 1:], position, side, removed
+                    hidden[0, 1:].numpy(), mean[1:, 1:], mean[0, 1:], position, side, removed
                 )
-                hidden = torch.cat([hidden[:, :1], torch.from_numpy(kept).float()[None]], dim=1)
+                hidden = torch.cat([hidden[:, :1], torch.from_numpy(kept)[None]], dim=1)
             hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
         skip = 0 if self.config.vision_feature_select_strategy == "full" else 1
         projected: Tensor = self.model.model.multi_modal_projector(hidden[0, skip:])
@@ -122,7 +138,7 @@ class ReferenceLlava:
             num_tokens: how many to generate.
 
         Returns:
-            Tokens and log-probabilities (num_tokens, vocabulary).
+            Tokens and log-probabilities (num_tokens, vocabulary), float64.
         """
         language_model = self.model.model.language_model
         table = language_model.embed_tokens

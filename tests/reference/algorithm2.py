@@ -14,67 +14,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
 from tests.reference.algorithm1 import ReferenceLlava
-
-BETA, GAMMA, EPSILON = 0.6, 0.6, 0.998
-
-
-def ficoco_l(
-    tokens: np.ndarray, attention: np.ndarray, text: np.ndarray, removed: int
-) -> tuple[list[int], np.ndarray]:
-    """Algorithm 2 for one image.
-
-    Args:
-        tokens: (N, D) hidden states of the visual tokens.
-        attention: (N, N) among them, head mean.
-        text: (M, N) from text tokens, head mean.
-        removed: how many leave.
-
-    Returns:
-        Which stay, and their hidden states.
-    """
-    N = len(tokens)
-    scores = [BETA * attention[i].sum() / N - (1 - BETA) * text[:, i].sum() for i in range(N)]
-    order = sorted(range(N), key=lambda i: (-scores[i], i))
-    source, target = sorted(order[:removed]), sorted(order[removed:])
-    total = {j: tokens[j].copy() for j in target}
-    weight = dict.fromkeys(target, 1.0)
-    for i in source:
-        row = [GAMMA * attention[i, j] + (1 - GAMMA) * (text[:, i] @ text[:, j]) for j in target]
-        threshold = np.quantile(row, EPSILON)
-        chosen = [(j, value) for j, value in zip(target, row, strict=True) if value >= threshold]
-        mass = sum(value for _, value in chosen)
-        for j, value in chosen if mass > 0 else ():
-            total[j] += value / mass * tokens[i]
-            weight[j] += value / mass
-    return target, np.stack([total[j] / weight[j] for j in target])
-
-
-def prune_by_last(
-    tokens: np.ndarray, attention: np.ndarray, text: np.ndarray, removed: int
-) -> tuple[list[int], np.ndarray]:
-    """FastV and PyramidDrop: what the last token of the prompt attends to least is gone."""
-    order = sorted(range(len(tokens)), key=lambda i: (text[-1, i], i))
-    stay = sorted(order[removed:])
-    return stay, tokens[stay]
-
-
-def prune_by_both(
-    tokens: np.ndarray, attention: np.ndarray, text: np.ndarray, removed: int
-) -> tuple[list[int], np.ndarray]:
-    """FitPrune: what image and text together attend to least is gone."""
-    received = attention.mean(axis=0) * text.sum(axis=0)
-    order = sorted(range(len(tokens)), key=lambda i: (received[i], i))
-    stay = sorted(order[removed:])
-    return stay, tokens[stay]
-
-
-RULES = {
-    "ficoco-l": ficoco_l,
-    "ficoco-vl": ficoco_l,
-    "fastv": prune_by_last,
-    "pyramiddrop": prune_by_last,
-    "fitprune": prune_by_both,
-}
+from tests.reference.decoder_rules import RULES, Seen
 
 
 @dataclass
@@ -105,7 +45,7 @@ class ReferenceDecoder(ReferenceLlava):
     def answer(
         self, method: str, prompt: str, images: list[Shown], num_tokens: int
     ) -> tuple[list[int], Tensor]:
-        """Greedy tokens and log-probabilities (num_tokens, vocabulary)."""
+        """Greedy tokens and log-probabilities (num_tokens, vocabulary), float64."""
         table = self.model.model.language_model.embed_tokens
         pieces, spans, waiting, length = [], [], list(images), 0
         for token in self.processor.tokenizer(prompt, add_special_tokens=False).input_ids:
@@ -133,7 +73,7 @@ class ReferenceDecoder(ReferenceLlava):
         decoder = self.model.model.language_model
         T = len(x)
         cos, sin = decoder.rotary_emb(x[None], torch.arange(T)[None])
-        alive = torch.ones(T, dtype=torch.bool)
+        alive, size = torch.ones(T, dtype=torch.bool), np.ones(T)
         visual = {i for span in spans for i in span}
         for index, layer in enumerate(decoder.layers):
             attention, normed = layer.self_attn, layer.input_layernorm(x)
@@ -147,20 +87,27 @@ class ReferenceDecoder(ReferenceLlava):
             logits = (query @ key.transpose(2, 3) * attention.scaling).masked_fill(~seen, -torch.inf)
             weights = logits.softmax(dim=-1)
             x = x + attention.o_proj((weights @ value).transpose(1, 2).reshape(T, -1))
-            mean = weights[0].mean(0).double().numpy()
+            mean = weights[0].mean(0).numpy()
             for span, shown in zip(spans, images, strict=True):
                 now = [i for i in span if alive[i]]
                 removed = len(now) - shown.left.get(index, len(now))
                 if not removed:
                     continue
                 text = [k for k in range(span.stop, num_prompt) if k not in visual]
-                stay, merged = RULES[method](
-                    x[now].double().numpy(), mean[np.ix_(now, now)], mean[np.ix_(text, now)], removed
+                seen = Seen(
+                    tokens=x[now].numpy(),
+                    size=size[now],
+                    attention=mean[np.ix_(now, now)],
+                    text=mean[np.ix_(text, now)],
+                    text_tokens=x[text].numpy(),
                 )
+                stay, merged, sizes = RULES[method](seen, removed)
+                kept = [now[i] for i in stay]
                 x = x.clone()
-                x[[now[i] for i in stay]] = torch.from_numpy(merged).float()
+                x[kept] = torch.from_numpy(merged)
+                size[kept] = sizes
                 alive[now] = False
-                alive[[now[i] for i in stay]] = True
+                alive[kept] = True
             x = x + layer.mlp(layer.post_attention_layernorm(x))
         last: Tensor = decoder.norm(x)[-1]
         return last

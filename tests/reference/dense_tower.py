@@ -25,7 +25,7 @@ class DenseLlava(ReferenceLlava):
     @torch.no_grad()
     def features(self, image: Image.Image, keep: int) -> Tensor:
         """Projected visual tokens of one image, (keep, hidden size)."""
-        pixels = self.processor.image_processor(image, return_tensors="pt")["pixel_values"]
+        pixels = self.processor.image_processor(image, return_tensors="pt")["pixel_values"].double()
         tower = self.model.model.vision_tower
         tower = getattr(tower, "vision_model", tower)
         vision = self.config.vision_config

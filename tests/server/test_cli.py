@@ -12,6 +12,8 @@ from ficoco_vllm.reduction import available
 from ficoco_vllm.server.cli import main
 from ficoco_vllm.server.serve import read_settings
 
+ELASTIC = '{"floor": 64, "ceiling": 288}'
+
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -63,6 +65,25 @@ def test_method_and_keep_win_over_the_file() -> None:
         (["--ficoco-keep", "577"], ["ficoco.keep = 577", "an integer from 1 to 576"]),
         (["--ficoco-config", "{"], ["--ficoco-config", "not valid JSON"]),
         (["--ficoco-config", '{"lam": 7}'], ["lam = 7", "<= 1"]),
+        (["--ficoco-elastic", "{"], ["--ficoco-elastic = '{'", "not valid JSON", "floor"]),
+        (["--ficoco-elastic", '{"floor": 64, "ceiling": 64}'], ["ceiling = 64", "above floor"]),
+        (["--ficoco-elastic", ELASTIC], ["--ficoco-elastic needs a method"]),
+        (
+            ["--ficoco-method", "ficoco-v", "--ficoco-elastic", '{"floor": 64, "ceiling": 577}'],
+            ["ceiling = 577", "at most 576"],
+        ),
+        (
+            ["--ficoco-method", "tome", "--ficoco-elastic", '{"floor": 2, "ceiling": 288}'],
+            ["--ficoco-elastic: the budget 2 of 2, 7, 24, 83, 288 cannot be served"],
+        ),
+        (
+            ["--ficoco-method", "ficoco-v", "--ficoco-elastic", ELASTIC, "--disable-log-stats"],
+            ["--disable-log-stats is not allowed with --ficoco-elastic"],
+        ),
+        (
+            ["--ficoco-elastic", ELASTIC, "--ficoco-config", '{"method": "ficoco-l", "kv_budget": 450}'],
+            ["kv_budget = 450", "--ficoco-elastic"],
+        ),
         (["--ficoco-method", "trim"], ["trim", "text_relevance"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and value[0].startswith("--") else "",
@@ -76,6 +97,7 @@ def test_serve_refuses_in_one_line(
     for name in (
         "VLLM_MEDIA_CONNECTOR",
         "VLLM_WORKER_MULTIPROC_METHOD",
+        "VLLM_PLUGINS",
     ):  # set by the command, put back afterwards
         monkeypatch.delenv(name, raising=False)
     assert main(["serve", *arguments]) == 2

@@ -67,6 +67,12 @@ def scheduler_of(engine: LLM) -> Any:
     return engine.llm_engine.engine_core.engine_core.scheduler
 
 
+def worker_of(engine: LLM) -> Any:
+    """The worker in the engine's process."""
+    worker = engine.llm_engine.engine_core.engine_core.model_executor.driver_worker
+    return getattr(worker, "worker", worker)
+
+
 def model_class(model: torch.nn.Module) -> str:
     """Full name of a model's class; a function of a module, so that it can be sent to a worker."""
     return f"{type(model).__module__}.{type(model).__name__}"

@@ -1,16 +1,18 @@
 """Lazy attention against the map that it stands for."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from ficoco_vllm.vision.attention import ClipAttention, attention_with_lse
+from ficoco_vllm.vision.attention import ClipHeads, attention_with_lse
 
 # float32: exp(x - logsumexp) against softmax differ by rounding only
 TOLERANCE = 1e-6
 
 
-def make(N: int, logits: bool = False, biased: bool = False) -> tuple[ClipAttention, Tensor]:
+def make(N: int, logits: bool = False, biased: bool = False) -> tuple[ClipHeads, Tensor]:
     """A lazy map over N patches and [CLS], and the dense head mean with [CLS]."""
     B, H, d = 2, 3, 32
     generator = torch.Generator().manual_seed(N)
@@ -24,39 +26,93 @@ def make(N: int, logits: bool = False, biased: bool = False) -> tuple[ClipAttent
     probabilities = scores.softmax(dim=-1)
     torch.testing.assert_close(output, probabilities @ value, atol=TOLERANCE * 10, rtol=0)
     torch.testing.assert_close(lse, scores.logsumexp(dim=-1), atol=TOLERANCE * 10, rtol=0)
-    lazy = ClipAttention(query, key, lse, scale, bias, lambda total: total / H, logits)
+    lazy = ClipHeads(query, key, lse, scale, bias, H, logits=logits)
     return lazy, (scores if logits else probabilities).mean(dim=1)
 
 
 @pytest.mark.parametrize("N", [1, 2, 63, 144])
 @pytest.mark.parametrize("logits", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
-def test_equals_dense(N: int, logits: bool, biased: bool) -> None:
-    lazy, dense = make(N, logits, biased)
+@pytest.mark.parametrize("handed_out", [True, False])
+def test_equals_dense(N: int, logits: bool, biased: bool, handed_out: bool) -> None:
+    heads, dense = make(N, logits, biased)
+    if not handed_out:  # as on a GPU
+        heads = replace(heads, given_lse=None)
+    lazy = heads.visual_attention()
     tolerance = {"atol": 1e-5 if logits else TOLERANCE, "rtol": 1e-5}  # sums of N logits are larger
     patches = dense[:, 1:, 1:]
     assert lazy.shape == patches.shape
     torch.testing.assert_close(lazy.dense(), patches, **tolerance)
     torch.testing.assert_close(lazy.row_sum(), patches.sum(dim=-1, dtype=torch.float64), **tolerance)
-    torch.testing.assert_close(lazy.cls_attention(), dense[:, 0, 1:], **tolerance)
-    index = torch.tensor([[0, N - 1], [N - 1, N // 2]])
-    expected = patches[torch.arange(2)[:, None], index]
-    torch.testing.assert_close(lazy.rows(index), expected, **tolerance)
+    torch.testing.assert_close(lazy.column_sum(), patches.sum(dim=1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(heads.cls_attention(), dense[:, 0, 1:], **tolerance)
+    source, target = torch.tensor([[0, N - 1], [N - 1, N // 2]]), torch.arange(N).expand(2, N)
+    expected = patches[torch.arange(2)[:, None], source]
+    torch.testing.assert_close(lazy.block(source, target), expected, **tolerance)
+    torch.testing.assert_close(
+        lazy.block(source, source), expected.gather(2, source[:, None].expand(2, 2, 2)), **tolerance
+    )
+    text = torch.rand(2, 4, N, generator=torch.Generator().manual_seed(0))
+    indirect = text.gather(2, source[:, None].expand(2, 4, 2)).transpose(1, 2) @ text
+    torch.testing.assert_close(
+        lazy.block(source, target, text, 0.6), 0.6 * expected + 0.4 * indirect, **tolerance
+    )
 
 
-def test_keys_are_the_head_mean() -> None:
-    lazy, _ = make(10)
-    torch.testing.assert_close(lazy.keys(), lazy.key[:, :, 1:].mean(dim=1))
+def test_row_sums_tell_apart_what_fp32_rounds_away() -> None:
+    """Where almost nothing is given to [CLS], the sums are 1 but for digits that fp32 does not hold."""
+    heads, _ = make(20)
+    key = heads.key.clone()
+    key[:, :, 0] = -60 * heads.query.mean(dim=2)
+    key[:, :, 1:] *= 0.1
+    _, lse = attention_with_lse(heads.query, key, key, heads.scale, None)
+    heads = replace(heads, key=key, given_lse=lse)
+    logits = heads.query.double() @ key.double().transpose(-1, -2) * heads.scale
+    given = logits.softmax(-1).mean(1)[:, 1:, 0]
+    small = given < 1e-8
+    assert small.any(), "otherwise this tests nothing"
+    found = 1.0 - heads.visual_attention().row_sum()
+    torch.testing.assert_close(found[small], given[small], rtol=1e-4, atol=2**-52)
 
 
-def test_portable_way_equals_the_cpu_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What other devices run, in chunks of one image."""
-    from ficoco_vllm.vision import attention
+@pytest.mark.parametrize("needed", [{"cls_attention"}, {"keys"}, {"keys", "cls_attention"}])
+@pytest.mark.parametrize("handed_out", [True, False])
+def test_whatever_is_asked_for_together(needed: set[str], handed_out: bool) -> None:
+    """The [CLS] row and the keys are the same whether one pass serves several signals or not."""
+    heads, dense = make(10)
+    heads = replace(heads, needed=frozenset(needed), given_lse=heads.given_lse if handed_out else None)
+    if "cls_attention" in needed:
+        torch.testing.assert_close(heads.cls_attention(), dense[:, 0, 1:], atol=TOLERANCE, rtol=1e-5)
+    if "keys" in needed:
+        torch.testing.assert_close(heads.keys(), heads.key[:, :, 1:].mean(dim=1))
 
-    query, key, value = torch.randn(3, 3, 2, 9, 32).unbind(0)
-    bias = torch.randn(3, 9)
-    output, lse = attention_with_lse(query, key, value, 0.2, bias)
-    monkeypatch.setattr(attention, "_SCRATCH_BYTES", 1)
-    other_output, other_lse = attention.portable_attention_with_lse(query, key, value, 0.2, bias)
-    torch.testing.assert_close(other_output, output, atol=TOLERANCE, rtol=0)
-    torch.testing.assert_close(other_lse, lse, atol=TOLERANCE, rtol=0)
+
+def test_two_ranks_sum_to_the_whole() -> None:
+    """Each sees some of the heads; the sums over the ranks, divided by all heads, are the means."""
+    heads, dense = make(12)
+    parts = [
+        replace(heads, query=heads.query[:, part], key=heads.key[:, part], given_lse=heads.given_lse[:, part])
+        for part in (slice(0, 1), slice(1, 3))
+    ]
+    maps = [part.visual_attention() for part in parts]
+
+    def other_rank(total: Tensor) -> Tensor:
+        """A collective takes contiguous tensors only; here the other rank holds zeros."""
+        assert total.is_contiguous()
+        return total
+
+    alone = replace(heads, all_reduce=other_rank)
+    for name in ("cls_attention", "keys"):
+        torch.testing.assert_close(getattr(alone, name)(), getattr(heads, name)())
+    assert torch.equal(alone.visual_attention().column_sum(), heads.visual_attention().column_sum())
+    assert torch.equal(alone.visual_attention().dense(), heads.visual_attention().dense())
+    # Of the mean of one minus something, each rank holds its share of something.
+    drawn = 1.0 - sum(1.0 - one.row_sum() for one in maps)
+    torch.testing.assert_close(drawn, heads.visual_attention().row_sum(), atol=1e-7, rtol=0)
+    torch.testing.assert_close(
+        sum(part.cls_attention() for part in parts), dense[:, 0, 1:], atol=TOLERANCE, rtol=0
+    )
+    torch.testing.assert_close(sum(part.keys() for part in parts), heads.keys())
+    source, target = torch.tensor([[1], [3]]), torch.tensor([[0, 2], [4, 5]])
+    total = sum(one.block(source, target) for one in maps)
+    torch.testing.assert_close(total, heads.visual_attention().block(source, target), atol=TOLERANCE, rtol=0)

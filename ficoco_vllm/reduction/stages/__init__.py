@@ -20,8 +20,10 @@ from ficoco_vllm.reduction.stages.stage import Stage
 _RATERS = frozenset({"text_attention", "features", "text_features"})
 
 FILTERS: Mapping[str, Stage] = {
-    "local_task": Stage(filter.local_task, filter.local_task_signals, filter.LocalTask),
-    "local_text": Stage(text_filter.local_text, text_filter.local_text_signals, text_filter.LocalText),
+    "local_task": Stage(filter.local_task, filter.local_task_signals, filter.LocalTask, fused=True),
+    "local_text": Stage(
+        text_filter.local_text, text_filter.local_text_signals, text_filter.LocalText, fused=True
+    ),
     "cls_attention": Stage(filter.cls_attention, frozenset({"cls_attention"})),
     "received_attention": Stage(
         text_filter.received_attention, text_filter.received_signals, text_filter.Received
@@ -89,6 +91,7 @@ COMPRESSIONS: Mapping[str, Stage] = {
         settings=compress.QuantileMerge,
         merges=compress.spreads,
         correlated=compress.spreads,
+        fused=True,
     ),
     "nearest_merge": Stage(fuse.nearest_merge, settings=fuse.NearestMerge, merges=True),
     "add": Stage(fuse.add),

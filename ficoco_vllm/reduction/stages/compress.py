@@ -4,12 +4,12 @@ Each takes tokens (B, N, D), size (B, N) fp32, the partition and the correlation
 tokens (B, K + E, D) in the dtype that came in and size (B, K + E) fp32.
 """
 
-import math
-
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from ficoco_vllm.kernels.quantile_merge.eager import weighted_mean
+from ficoco_vllm.reduction.ops import TORCH, Ops
 from ficoco_vllm.reduction.settings import Settings
 from ficoco_vllm.reduction.signals import Partition, take
 
@@ -34,47 +34,13 @@ def spreads(settings: QuantileMerge) -> bool:
     return settings.fixed_k != 0
 
 
-def row_quantile(values: Tensor, epsilon: float) -> Tensor:
-    """Quantile of each row by linear interpolation, exact, from the few largest entries alone.
-
-    Args:
-        values: (..., K) fp32.
-        epsilon: 0 to 1.
-
-    Returns:
-        (..., 1) fp32.
-
-    Source: arXiv:2411.17686, Alg. 1, line 9.
-    """
-    K = values.shape[-1]
-    rank = epsilon * (K - 1)
-    below = math.floor(rank)
-    largest = values.topk(K - below, dim=-1).values
-    low = largest[..., -1:]
-    high = largest[..., -2:-1] if below < K - 1 else low
-    return torch.lerp(low, high, rank - below)
-
-
-def select(correlation: Tensor, settings: QuantileMerge) -> Tensor:
-    """Which targets each source is merged into.
-
-    Args:
-        correlation: (B, R, K) fp32.
-        settings: see `QuantileMerge`.
-
-    Returns:
-        (B, R, K) bool: C_ij >= tau_i, or the `fixed_k` largest of a row (the first of equals).
-
-    Source: arXiv:2411.17686, Alg. 1, line 10.
-    """
-    if settings.fixed_k is None:
-        return correlation >= row_quantile(correlation, settings.epsilon)
-    order = correlation.sort(dim=-1, descending=True, stable=True).indices[..., : settings.fixed_k]
-    return torch.zeros_like(correlation, dtype=torch.bool).scatter(-1, order, True)
-
-
 def quantile_merge(
-    tokens: Tensor, size: Tensor, partition: Partition, correlation: Tensor, settings: QuantileMerge
+    tokens: Tensor,
+    size: Tensor,
+    partition: Partition,
+    correlation: Tensor,
+    settings: QuantileMerge,
+    ops: Ops = TORCH,
 ) -> tuple[Tensor, Tensor]:
     """X_j = (X_j + sum_i alpha_ij X_i) / (1 + sum_i alpha_ij), alpha_ij = C_ij / sum_j C_ij.
 
@@ -88,6 +54,7 @@ def quantile_merge(
         partition: R sources and K targets.
         correlation: (B, R, K) fp32.
         settings: see `QuantileMerge`.
+        ops: the implementation.
 
     Returns:
         Tokens (B, K, D) and size (B, K).
@@ -97,15 +64,10 @@ def quantile_merge(
 
     Source: arXiv:2411.17686, Eq. 13.
     """
-    if not spreads(settings):
-        return prune(tokens, size, partition, correlation, settings)
-    weight = torch.where(select(correlation, settings), correlation.clamp_min(0.0), 0.0)
-    if settings.average:
-        weight = (weight > 0).float()
-    total = weight.sum(dim=-1, keepdim=True)
-    share = weight / torch.where(total > 0, total, 1.0)
-    alpha = weight if settings.average else share
-    return merge(tokens, size, partition, alpha, share)
+    source, target = partition
+    return ops.quantile_merge(
+        tokens, size, correlation, source, target, settings.epsilon, settings.fixed_k, settings.average
+    )
 
 
 def merge(
@@ -125,12 +87,9 @@ def merge(
 
     Source: arXiv:2411.17686, Eq. 13, first line.
     """
-    flow = alpha.transpose(1, 2)
-    source, target = take(tokens, partition.source).float(), take(tokens, partition.target).float()
-    # In place: `take` has made a copy, and a second one costs a third of the time on a CPU.
-    merged = target.baddbmm_(flow, source).div_(1.0 + flow.sum(dim=-1, keepdim=True))
     moved = torch.bmm(take(size, partition.source)[:, None], share)[:, 0]
-    return merged.to(tokens.dtype), take(size, partition.target) + moved
+    merged = weighted_mean(tokens, alpha, partition.source, partition.target)
+    return merged, take(size, partition.target) + moved
 
 
 def prune(

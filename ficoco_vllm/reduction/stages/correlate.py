@@ -5,21 +5,10 @@ from pydantic import Field
 from torch import Tensor
 
 from ficoco_vllm.reduction.settings import Settings
-from ficoco_vllm.reduction.signals import Partition, Signals, attention_rows, require, take
+from ficoco_vllm.reduction.signals import Partition, Signals, attention_map, require, take
 
 # Marks a pair that must not merge: below every cosine, yet finite, so that quantiles stay numbers.
 NOWHERE = -2.0
-
-
-def columns(rows: Tensor, partition: Partition) -> Tensor:
-    """Cut the columns of the targets out of the rows (B, R, N) of the sources.
-
-    Returns:
-        (B, R, K) fp32.
-    """
-    B, R = partition.source.shape
-    K = partition.target.shape[1]
-    return rows.gather(2, partition.target[:, None].expand(B, R, K)).float()
 
 
 def none(signals: Signals, partition: Partition, settings: Settings) -> Tensor:
@@ -53,7 +42,7 @@ def attention(signals: Signals, partition: Partition, settings: Settings) -> Ten
 
     Source: arXiv:2411.17686, Eq. 12.
     """
-    return columns(attention_rows(signals, partition.source), partition)
+    return attention_map(signals).block(partition.source, partition.target)
 
 
 def cls_weight(signals: Signals, partition: Partition, settings: Settings) -> Tensor:
@@ -110,15 +99,17 @@ def attention_via_text(signals: Signals, partition: Partition, settings: ViaText
 
     Source: arXiv:2411.17686, Eq. 15.
     """
-    correlation = none(signals, partition, settings)
-    if settings.indirect_correlation:
-        received = require(signals, "text_attention").transpose(1, 2)
-        source = take(received, partition.source).float()
-        target = take(received, partition.target).float()
-        correlation = (1.0 - settings.gamma) * (source @ target.transpose(1, 2))
+    if not settings.indirect_correlation:
+        if not settings.direct_correlation:
+            return none(signals, partition, settings)
+        return attention(signals, partition, settings) * settings.gamma
+    text = require(signals, "text_attention")
     if settings.direct_correlation:
-        correlation = correlation + settings.gamma * attention(signals, partition, settings)
-    return correlation
+        return attention_map(signals).block(partition.source, partition.target, text, settings.gamma)
+    received = text.transpose(1, 2)
+    source = take(received, partition.source).float()
+    target = take(received, partition.target).float()
+    return torch.bmm(source, target.transpose(1, 2)).mul_(1.0 - settings.gamma)
 
 
 def key_cosine(signals: Signals, partition: Partition, settings: Settings) -> Tensor:

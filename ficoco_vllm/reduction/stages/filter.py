@@ -2,13 +2,12 @@
 
 from typing import Annotated, Any
 
-import torch
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
+from ficoco_vllm.reduction.ops import TORCH, Ops
 from ficoco_vllm.reduction.settings import Settings
-from ficoco_vllm.reduction.signals import Signals, attention_row_sum, require
-from ficoco_vllm.reduction.stages.penalty import local_penalty
+from ficoco_vllm.reduction.signals import Signals, attention_map, require
 
 
 def _square(value: Any) -> Any:
@@ -53,8 +52,11 @@ def local_task_signals(settings: LocalTask) -> frozenset[str]:
     return frozenset(name for name, on in used.items() if on)
 
 
-def local_task(signals: Signals, settings: LocalTask) -> Tensor:
+def local_task(signals: Signals, settings: LocalTask, ops: Ops = TORCH) -> Tensor:
     """s_i = lam / N * sum_j A_ij - (1 - lam) * a_i^CLS, then the local penalty.
+
+    Windows of the penalty lie on the original grid; tokens that left earlier are blanks, fused tokens (position -1)
+    are in no window.
 
     In fp64: where [CLS] looks at a few tokens only, the row sums of the others are 1 but for the seventh digit, and
     the scores of hundreds of tokens, the one at the cut among them, differ behind what fp32 holds.
@@ -62,21 +64,22 @@ def local_task(signals: Signals, settings: LocalTask) -> Tensor:
     Args:
         signals: `visual_attention` (B, N, N) and `cls_attention` (B, N).
         settings: see `LocalTask`.
+        ops: the implementation.
 
     Returns:
         (B, N) fp64 redundancy.
 
     Source: arXiv:2411.17686, Eq. 11.
     """
-    B, N = signals.position.shape
-    scores = signals.position.new_zeros((B, N), dtype=torch.float64)
-    if settings.local_redundancy:
-        scores = scores + settings.lam / N * attention_row_sum(signals)
-    if settings.task_redundancy:
-        scores = scores - (1.0 - settings.lam) * require(signals, "cls_attention").double()
-    if settings.local_penalty:
-        scores = local_penalty(scores, signals, settings.window, settings.coefficient)
-    return scores
+    return ops.filter_scores(
+        attention_map(signals).row_sum() if settings.local_redundancy else None,
+        require(signals, "cls_attention") if settings.task_redundancy else None,
+        settings.lam,
+        signals.position,
+        signals.grid,
+        settings.window if settings.local_penalty else None,
+        settings.coefficient,
+    )
 
 
 def cls_attention(signals: Signals, settings: Settings) -> Tensor:

@@ -6,9 +6,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ficoco_vllm.kernels.quantile_merge.eager import row_quantile
 from ficoco_vllm.reduction.settings import Settings
 from ficoco_vllm.reduction.signals import Partition, Signals, ranks, require, take
-from ficoco_vllm.reduction.stages.compress import row_quantile
 from ficoco_vllm.reduction.stages.correlate import NOWHERE
 
 _MASK = 0xFFFFFFFF  # 32 bits

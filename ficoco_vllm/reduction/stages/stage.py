@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ficoco_vllm.reduction.ops import Ops
 from ficoco_vllm.reduction.settings import Settings
 
 SignalNames = frozenset[str]
@@ -33,6 +34,7 @@ class Stage:
             target. A bool or a function of the settings.
         correlated: a compression only: it reads the correlation. Where it does not, none is computed and the
             signals of the correlation are not needed. A bool or a function of the settings.
+        fused: it is also handed `ops`, the implementation of its heavy step, by that keyword.
     """
 
     function: Callable[..., Any]
@@ -44,6 +46,16 @@ class Stage:
     num_extra: int = 0
     merges: bool | Callable[[Any], bool] = False
     correlated: bool | Callable[[Any], bool] = True
+    fused: bool = False
+
+    def __call__(self, ops: Ops, *arguments: Any) -> Any:
+        """Run the function.
+
+        Args:
+            ops: handed on where the function takes them.
+            *arguments: of the function.
+        """
+        return self.function(*arguments, ops=ops) if self.fused else self.function(*arguments)
 
     def required_signals(self, settings: Settings) -> SignalNames:
         """Names of the signals that the function reads under these settings."""

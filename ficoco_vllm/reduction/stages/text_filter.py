@@ -6,10 +6,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ficoco_vllm.reduction.ops import TORCH, Ops
 from ficoco_vllm.reduction.settings import Settings
-from ficoco_vllm.reduction.signals import Signals, attention_row_sum, require
+from ficoco_vllm.reduction.signals import Signals, attention_map, require
 from ficoco_vllm.reduction.stages.filter import LocalPenalty
-from ficoco_vllm.reduction.stages.penalty import local_penalty
 
 
 class LocalText(LocalPenalty):
@@ -34,7 +34,7 @@ def local_text_signals(settings: LocalText) -> frozenset[str]:
     return frozenset(name for name, on in used.items() if on)
 
 
-def local_text(signals: Signals, settings: LocalText) -> Tensor:
+def local_text(signals: Signals, settings: LocalText, ops: Ops = TORCH) -> Tensor:
     """s_i = beta / N * sum_j A_ij - (1 - beta) * sum_k A_ki, with k over the text tokens.
 
     The second term is what token i receives from the text: the paper writes A_ik, but in a causal decoder the
@@ -43,22 +43,25 @@ def local_text(signals: Signals, settings: LocalText) -> Tensor:
     Args:
         signals: `visual_attention` (B, N, N) and `text_attention` (B, M, N).
         settings: see `LocalText`.
+        ops: the implementation.
 
     Returns:
         (B, N) fp64 redundancy.
 
     Source: arXiv:2411.17686, Eq. 14.
     """
-    B, N = signals.position.shape
-    scores = signals.position.new_zeros((B, N), dtype=torch.float32)
-    if settings.local_redundancy:
-        scores = scores + settings.beta / N * attention_row_sum(signals)
+    received = None
     if settings.task_redundancy:
         received = require(signals, "text_attention").sum(dim=1, dtype=torch.float32)
-        scores = scores - (1.0 - settings.beta) * received
-    if settings.local_penalty:
-        scores = local_penalty(scores, signals, settings.window, settings.coefficient)
-    return scores
+    return ops.filter_scores(
+        attention_map(signals).row_sum() if settings.local_redundancy else None,
+        received,
+        settings.beta,
+        signals.position,
+        signals.grid,
+        settings.window if settings.local_penalty else None,
+        settings.coefficient,
+    )
 
 
 class Received(Settings):
@@ -91,7 +94,7 @@ def received_attention(signals: Signals, settings: Received) -> Tensor:
     text = require(signals, "text_attention")
     if settings.queries == "last":
         return -text[:, -1].float()
-    visual = require(signals, "visual_attention").sum(dim=1, dtype=torch.float32)
+    visual = attention_map(signals).column_sum()
     return -(visual + text.sum(dim=1, dtype=torch.float32))
 
 
@@ -107,7 +110,7 @@ def self_cross(signals: Signals, settings: Settings) -> Tensor:
 
     Source: arXiv:2409.10197, Sec. 3.
     """
-    visual = require(signals, "visual_attention").mean(dim=1, dtype=torch.float32)
+    visual = attention_map(signals).column_sum() / signals.position.shape[1]
     return -visual * require(signals, "text_attention").sum(dim=1, dtype=torch.float32)
 
 

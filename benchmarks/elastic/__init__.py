@@ -1,0 +1,1 @@
+"""Overload: a fixed budget queues without end, one that follows the load does not."""

@@ -1,0 +1,1 @@
+"""Load test: stock vLLM and reducing servers under the same traffic, in turns."""

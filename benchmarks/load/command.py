@@ -1,0 +1,220 @@
+"""`ficoco-vllm bench load` and `make bench-load`: the command."""
+
+import argparse
+import json
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from ficoco_vllm.benchmarks.bars import Bar, environment, report
+from ficoco_vllm.benchmarks.load.run import Target, run_turn, run_turns
+from ficoco_vllm.benchmarks.load.settings import STOCK, Server, Traffic, Turn, make_points, make_turns
+from ficoco_vllm.benchmarks.load.summary import as_csv, as_table, ratio, summarise
+from ficoco_vllm.reduction.cost import model_shape
+
+DEMO = "demo"
+WIDE = "llava-1.5-7b-width"
+# Of the models that we know: a dozen of stock vLLM's requests fit, so that the cache is what they compete for.
+_STOCK_REQUESTS = 12
+_STOCK_VISUAL_TOKENS = 576
+_BLOCK = 32
+_DEFAULT_SERVERS = (STOCK, "ficoco-v:64", "ficoco-v:192")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    add = parser.add_argument
+    add(
+        "--model",
+        default=DEMO,
+        help=f"a folder or name that vLLM serves; {DEMO!r}: the demo model; {WIDE!r}: LLaVA-1.5-7B's shapes with "
+        "--layers decoder layers and random weights (default: %(default)s)",
+    )
+    add("--layers", type=int, default=2, help=f"decoder layers of {WIDE!r} (default: %(default)s)")
+    add(
+        "--url",
+        help="measure a server that is up, instead of starting any; --servers then has one name for it",
+    )
+    add("--api-key", default=os.environ.get("OPENAI_API_KEY"), help="of the server at --url")
+    add("--served-model-name", default="load", help="name of the model in requests (default: %(default)s)")
+    add("--tokenizer", help="folder or name, for prompts of a known length (default: the model)")
+    add("--servers", nargs="+", default=list(_DEFAULT_SERVERS), help="stock, METHOD or METHOD:KEEP, each")
+    add("--rates", nargs="*", default=[], help="requests a second, one point each")
+    add("--concurrency", nargs="*", type=int, default=[4, 16], help="open requests, one point each")
+    add("--requests", type=int, default=64, help="of a point (default: %(default)s)")
+    add("--text-tokens", type=int, default=60, help="of a prompt, beside its image (default: %(default)s)")
+    add("--answer-tokens", type=int, default=32, help="of an answer (default: %(default)s)")
+    add("--image-side", type=int, default=336, help="pixels (default: %(default)s)")
+    add("--rounds", type=int, default=2, help="turns of each server (default: %(default)s)")
+    add("--seed", type=int, default=0)
+    add("--sample-seconds", type=float, default=0.5, help="between two looks at /metrics")
+    add("--server-options", default="", help="more options of vLLM's server, in one word, alike for all")
+    add("--bar", type=float, help="least throughput of each method over stock's, at the last point")
+    add("--out", type=Path, default=Path("build/load"), help="folder of the results (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, write JSON, CSV and HTML, print the table and the bars.
+
+    Returns:
+        0; 1 if a bar fails or a server does not do what it must; 2 for options that are not allowed.
+    """
+    try:
+        servers, points = _asked(args)
+    except ValueError as error:
+        print(f"ficoco-vllm: error: {error}", file=sys.stderr)
+        return 2
+    from ficoco_vllm.benchmarks.load.report import as_html  # needs what only the extra `bench` brings
+
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # of the client's own import of vLLM
+    turns = make_turns(servers, points, args.rounds, args.seed)
+    try:
+        rows = _measure(args, turns)
+    except RuntimeError as error:
+        print(f"ficoco-vllm: error: {error}", file=sys.stderr)
+        return 1
+    result = {
+        "model": f"{args.model}, {args.layers} layers" if args.model == WIDE else args.model,
+        "environment": environment(),
+        "command": _command(args),
+        "seed": args.seed,
+        "num_rounds": args.rounds,
+        "summary": summarise(rows),
+        "rows": rows,
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "load.json").write_text(json.dumps(result, indent=1) + "\n")
+    (args.out / "load.csv").write_text(as_csv(rows))
+    (args.out / "load.html").write_text(as_html(result))
+    print(as_table(result["summary"]))
+    print(f"\nwritten: {args.out}/load.json, load.csv, load.html")
+    return report(_bars(args, servers, points, rows))
+
+
+def _asked(args: argparse.Namespace) -> tuple[list[Server], list[Traffic]]:
+    servers = [Server.parse(text) for text in args.servers]
+    if len({server.name for server in servers}) < len(servers):
+        raise ValueError(f"--servers = {args.servers} names one twice")
+    if args.url is not None and len(servers) != 1:
+        servers = [Server(name="remote")]
+    if args.rounds < 1:
+        raise ValueError(f"--rounds = {args.rounds} is not allowed; allowed: an integer of at least 1")
+    if args.url is not None and args.model == DEMO and args.tokenizer is None:
+        raise ValueError(
+            "--tokenizer is needed with --url: a folder or name that holds the model's tokenizer"
+        )
+    points = make_points(
+        args.rates,
+        args.concurrency,
+        num_requests=args.requests,
+        num_text_tokens=args.text_tokens,
+        num_answer_tokens=args.answer_tokens,
+        image_side=args.image_side,
+    )
+    if not points:
+        raise ValueError("--rates and --concurrency are both empty; needed: one of either at least")
+    return servers, points
+
+
+def _measure(args: argparse.Namespace, turns: Sequence[Turn]) -> list[dict[str, Any]]:
+    """The rows of all turns, against `--url` or servers of our own."""
+    if args.url is not None:
+        target = Target("", args.served_model_name, args.tokenizer or args.model, (), args.out)
+        headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
+        return [
+            row
+            for turn in turns
+            for row in run_turn(turn, args.url.rstrip("/"), target, headers, args.sample_seconds, _say)
+        ]
+    with tempfile.TemporaryDirectory() if args.model == WIDE else nullcontext("") as scratch:
+        model, options = _model(args, Path(scratch))
+        target = Target(
+            model,
+            args.served_model_name,
+            args.tokenizer or model,
+            (*options, *args.server_options.split()),
+            args.out,
+        )
+        return run_turns(turns, target, args.sample_seconds, _say)
+
+
+def _model(args: argparse.Namespace, scratch: Path) -> tuple[str, tuple[str, ...]]:
+    """Folder of the model and the options that it needs."""
+    options: tuple[str, ...] = ()
+    if args.model == DEMO:
+        folder = Path(import_module("ficoco_vllm.demo_model").path())
+    elif args.model == WIDE:
+        from ficoco_vllm.benchmarks.ttft import model
+
+        model.write(scratch, args.layers)
+        folder = scratch
+        options = ("--load-format", "dummy")
+    else:
+        return args.model, ()
+    decoder = model_shape(json.loads((folder / "config.json").read_text())).decoder
+    block_bytes = _BLOCK * decoder.num_layers * 2 * decoder.num_kv_heads * decoder.head_dim * 2  # bfloat16
+    num_blocks = _STOCK_REQUESTS * math.ceil(
+        (_STOCK_VISUAL_TOKENS + args.text_tokens + args.answer_tokens) / _BLOCK
+    )
+    return str(folder), (
+        *("--enforce-eager", "--dtype", "bfloat16", "--max-model-len", "2048", "--block-size", str(_BLOCK)),
+        *("--kv-cache-memory-bytes", str(num_blocks * block_bytes), *options),
+    )
+
+
+def _bars(
+    args: argparse.Namespace,
+    servers: Sequence[Server],
+    points: Sequence[Traffic],
+    rows: Sequence[Mapping[str, Any]],
+) -> list[Bar]:
+    if args.bar is None or args.url is not None:
+        return []
+    last = points[-1].name
+    return [
+        Bar(
+            f"load-throughput-{server.name}-over-stock",
+            ratio(rows, "request_throughput", server.name, STOCK, last),
+            args.bar,
+        )
+        for server in servers
+        if server.method is not None
+    ]
+
+
+def _command(args: argparse.Namespace) -> str:
+    shown = {
+        "model": args.model,
+        "servers": " ".join(args.servers),
+        "rates": " ".join(args.rates),
+        "concurrency": " ".join(map(str, args.concurrency)),
+        "requests": args.requests,
+        "text-tokens": args.text_tokens,
+        "answer-tokens": args.answer_tokens,
+        "rounds": args.rounds,
+        "seed": args.seed,
+        "server-options": args.server_options and repr(args.server_options),
+    }
+    words = " ".join(f"--{name} {value}" for name, value in shown.items() if value not in ("", None))
+    return f"ficoco-vllm bench load {words}" + (f" --layers {args.layers}" if args.model == WIDE else "")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    """The command by itself."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_arguments(parser)
+    return run(parser.parse_args())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""What counting takes in the API server, in microseconds: of one output token, and of one request from end to end.
+
+vLLM's own objects take a batch of outputs through vLLM's own methods, with requests that are counted and with
+requests that are not. No model runs. usage: python -m benchmarks.metrics.hooks
+"""
+
+import json
+import os
+import sys
+import tempfile
+import time
+from statistics import median
+from types import SimpleNamespace
+from typing import Any
+
+NUM_RUNNING, NUM_STEPS, NUM_ROUNDS, NUM_REQUESTS = 64, 200, 7, 2000
+CONFIG = SimpleNamespace(cache_config=SimpleNamespace(block_size=16))
+
+
+def main() -> int:
+    """Measure and print as JSON."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder  # before prometheus_client is imported
+        print(json.dumps(measure()))
+    return 0
+
+
+def measure() -> dict[str, float]:
+    """Medians over the rounds, in microseconds."""
+    from ficoco_vllm import frontend
+    from ficoco_vllm.account import Account, Accountant
+    from ficoco_vllm.config import FicocoConfig
+    from ficoco_vllm.metrics import metrics
+    from ficoco_vllm.reduction.cost import KNOWN_MODELS
+    from ficoco_vllm.vision.plan import VisionPlanner
+    from ficoco_vllm.vision.shape import TowerShape
+
+    frontend.hook_front_end()
+    meter = frontend.Meter.__new__(frontend.Meter)
+    meter.metrics, meter.vllm_config = metrics(), CONFIG
+    meter.model_name, meter.token_bytes, meter.only_engine = "m", 4096, "0"
+    config = FicocoConfig.parse({"method": "ficoco-v", "keep": 64})
+    tower = VisionPlanner.shared(config, TowerShape((24, 24), 24, 23, False))
+    llava = SimpleNamespace(to_dict=lambda: dict(KNOWN_MODELS["llava-hf/llava-1.5-7b-hf"]))
+    accountant = Accountant(config, llava, tower, None)
+
+    def account(num_text: int) -> Account:
+        return accountant.account(num_text + 64, [(5, 64)], tower.default, None)
+
+    account(60)
+    tokens: dict[bool, list[float]] = {True: [], False: []}
+    requests: list[float] = []
+    for _ in range(NUM_ROUNDS):
+        for counted in (True, False):
+            tracked = frontend._Tracked(account(60), meter, "0") if counted else None
+            tokens[counted].append(_steps(meter, tracked))
+        start = time.perf_counter()
+        for index in range(NUM_REQUESTS):
+            request = frontend._Tracked(account(20 + index % 500), meter, "0")
+            meter.record(frontend._Step(first=[(request, 0.1)]), "0")
+            meter.record(frontend._Step(ended=[(request, "stop")]), "0")
+        requests.append((time.perf_counter() - start) / NUM_REQUESTS * 1e6)
+    with_ours, without = (median(tokens[counted]) for counted in (True, False))
+    return {
+        "token_microseconds": with_ours - without,
+        "token_of_vllm_microseconds": without,
+        "request_microseconds": median(requests),
+    }
+
+
+def _steps(meter: Any, tracked: Any) -> float:
+    """Microseconds of one output in the batches of some steps, logged as vLLM's front end does."""
+    from vllm.v1.engine.output_processor import OutputProcessor
+    from vllm.v1.metrics.stats import IterationStats, RequestStateStats
+
+    from ficoco_vllm import frontend
+
+    processor = OutputProcessor(None, log_stats=True)
+    states = []
+    for _ in range(NUM_RUNNING):
+        state = SimpleNamespace(is_prefilling=False, stats=RequestStateStats(), lora_name=None)
+        if tracked is not None:
+            setattr(state, frontend._REQUEST, tracked)
+        states.append(state)
+    output = SimpleNamespace(new_token_ids=[1], events=None, prefill_stats=None, num_nans_in_logits=0)
+    start = time.perf_counter()
+    for step in range(NUM_STEPS):
+        stats = IterationStats()
+        for state in states:
+            processor._update_stats_from_output(state, output, step * 0.02, stats)
+        found = getattr(stats, frontend._STEP, None)
+        if found is not None:
+            meter.record(found, "0")
+    return (time.perf_counter() - start) / (NUM_STEPS * NUM_RUNNING) * 1e6
+
+
+if __name__ == "__main__":
+    sys.exit(main())

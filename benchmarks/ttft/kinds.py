@@ -1,0 +1,82 @@
+"""What is timed: stock vLLM, and ours by method and budget; and what FLOPs alone say of each."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import chain, repeat
+from typing import Any
+
+from benchmarks.ttft import model
+from ficoco_vllm.config import FicocoConfig
+from ficoco_vllm.kv.plan import DecoderPlanner
+from ficoco_vllm.reduction.cost import Budget, TokenPlan, estimate, model_shape, plan_tokens, unreduced
+
+NUM_TEXT_TOKENS = 60
+PATCHES = 576
+SMALLEST = 64
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One row of the benchmark.
+
+    Attributes:
+        name: as printed.
+        settings: of our engine; None is stock vLLM without any plugin.
+        keep: visual tokens that are left in the end.
+        in_decoder: whether the method works in the decoder, which needs model runner V2.
+    """
+
+    name: str
+    settings: Mapping[str, Any] | None
+    keep: int
+    in_decoder: bool = field(default=False)
+
+
+STOCK = Kind("stock", None, PATCHES)
+_V = {"method": "ficoco-v", "keep": SMALLEST}
+ENCODER_KINDS = tuple(Kind(f"keep-{keep}", _V, keep) for keep in (PATCHES, 192, 128, SMALLEST))
+DECODER_KINDS = (
+    Kind("ficoco-l", {"method": "ficoco-l", "keep": SMALLEST}, SMALLEST, True),
+    Kind(
+        "ficoco-l-one-shot",
+        {"method": "ficoco-l", "keep": SMALLEST, "schedule": "one-shot"},
+        SMALLEST,
+        True,
+    ),
+    Kind("ficoco-vl", {"method": "ficoco-vl", "keep": SMALLEST}, SMALLEST, True),
+)
+KINDS = {kind.name: kind for kind in (STOCK, *ENCODER_KINDS, *DECODER_KINDS)}
+
+
+def token_plan(kind: Kind, num_layers: int) -> TokenPlan:
+    """Visual tokens layer by layer, as the engine serves them.
+
+    Args:
+        kind: what is timed.
+        num_layers: of the decoder.
+    """
+    shape = model_shape(model.config(num_layers))
+    if kind.settings is None:
+        return unreduced(shape)
+    if not kind.in_decoder:
+        return plan_tokens(shape, "ficoco-v", Budget(keep=kind.keep))
+    # The tower's part is the planner's; the decoder's is cut into segments, as only serving knows.
+    config = FicocoConfig.model_validate(dict(kind.settings))
+    two_sited = plan_tokens(shape, config.method or "", Budget(keep=kind.keep))
+    planner = DecoderPlanner.shared(config, num_layers, two_sited.decoder[0])
+    counts = planner.counts(planner.method, two_sited.decoder[0], kind.keep)
+    layers = chain.from_iterable(repeat(count, planner.segments.size) for count in counts)
+    return TokenPlan(two_sited.encoder, (*layers, counts[-1]))
+
+
+def predicted_speedup(kind: Kind, num_layers: int) -> float:
+    """Ratio of the FLOPs of one prompt, without reduction over with it.
+
+    Args:
+        kind: what is timed.
+        num_layers: of the decoder.
+    """
+    shape = model_shape(model.config(num_layers))
+    plans = (unreduced(shape), token_plan(kind, num_layers))
+    full, reduced = (estimate(shape, plan, num_text_tokens=NUM_TEXT_TOKENS).total_flops for plan in plans)
+    return full / reduced

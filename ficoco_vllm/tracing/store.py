@@ -1,0 +1,133 @@
+"""Traces in the worker: recorded while a request that asked for one is reduced, kept until they are fetched."""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ficoco_vllm.reduction import Observation, Observer
+
+# Name of the mark that a request carries, in the processor's keyword arguments and in `vllm_xargs`.
+TRACE = "ficoco_trace"
+# vLLM's request schema may hand an integer on as a float, which is exact up to here.
+MAX_TRACE_ID = 2**53 - 1
+# Traces that are held at once; a trace of LLaVA-1.5 takes about 1 MB. One that nobody fetches makes room in time.
+MAX_TRACES = 16
+
+
+def check_trace_id(value: Any) -> int:
+    """The mark of a request that is to be traced.
+
+    Args:
+        value: as it came in.
+
+    Raises:
+        ValueError: starting with the field, then its value and what is allowed.
+    """
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_TRACE_ID:
+        raise ValueError(f"{TRACE} = {value!r} is not allowed; allowed: an integer from 0 to {MAX_TRACE_ID}")
+    return value
+
+
+@dataclass(frozen=True)
+class LayerTrace:
+    """One reduction of one image, on the device where it took place.
+
+    Attributes:
+        source: (R,) int64 indices into the N tokens that came in, of those that left.
+        target: (K,) int64 indices of those that stayed.
+        share: (R, K + E) fp32 part of each source that each outgoing token took.
+        size: (K + E,) fp32 patches that each outgoing token stands for.
+        position: (K + E,) int64 index of each outgoing token in the grid, -1 for a fused one.
+    """
+
+    source: Tensor
+    target: Tensor
+    share: Tensor
+    size: Tensor
+    position: Tensor
+
+    @classmethod
+    def of(cls, seen: Observation, index: int) -> "LayerTrace":
+        """One image of an observed batch."""
+        return cls(
+            source=seen.partition.source[index],
+            target=seen.partition.target[index],
+            share=seen.shares(index),
+            size=seen.new_size[index],
+            position=seen.position[index],
+        )
+
+    def wire(self) -> dict[str, Any]:
+        """As plain lists; of the shares, those that are not zero, as rows, columns and values."""
+        share = self.share.cpu()
+        rows, columns = share.nonzero(as_tuple=True)
+        return {
+            "source": self.source.tolist(),
+            "target": self.target.tolist(),
+            "rows": rows.tolist(),
+            "columns": columns.tolist(),
+            "values": share[rows, columns].tolist(),
+            "size": self.size.tolist(),
+            "position": self.position.tolist(),
+        }
+
+
+class Traces:
+    """The traces of one worker, the oldest of which make room for new ones.
+
+    Nothing is read back from the device until a trace is fetched.
+    """
+
+    def __init__(self, max_traces: int = MAX_TRACES) -> None:
+        """Start empty.
+
+        Args:
+            max_traces: held at once.
+        """
+        self.max_traces = max_traces
+        self._layers: OrderedDict[int, dict[tuple[str, int], LayerTrace]] = OrderedDict()
+
+    def observer(self, site: str, layer: int, traced: dict[int, int]) -> Observer | None:
+        """Who records a reduction.
+
+        Args:
+            site: "encoder", "features" or "decoder".
+            layer: index.
+            traced: index in the batch to trace, of the images that are traced.
+
+        Returns:
+            What to hand to the reducer; None where nothing is traced.
+        """
+        if not traced:
+            return None
+
+        def record(seen: Observation) -> None:
+            for index, trace_id in traced.items():
+                # A request that was preempted comes by again, with the same result.
+                self._open(trace_id)[site, layer] = LayerTrace.of(seen, index)
+
+        return record
+
+    def take(self, trace_id: int) -> list[dict[str, Any]]:
+        """Hand a trace over and forget it.
+
+        Args:
+            trace_id: of the request.
+
+        Returns:
+            Its reductions in the order in which tokens met them, each with `site` and `layer`; empty where nothing
+            was recorded.
+        """
+        layers = self._layers.pop(trace_id, {})
+        return [{"site": site, "layer": layer, **trace.wire()} for (site, layer), trace in layers.items()]
+
+    def _open(self, trace_id: int) -> dict[tuple[str, int], LayerTrace]:
+        layers = self._layers.setdefault(trace_id, {})
+        self._layers.move_to_end(trace_id)
+        while len(self._layers) > self.max_traces:
+            self._layers.popitem(last=False)
+        return layers

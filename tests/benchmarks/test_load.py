@@ -1,0 +1,190 @@
+"""The load test: order, arithmetic, report, and a miniature run against real servers."""
+
+import csv
+import json
+from io import StringIO
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from ficoco_vllm.benchmarks.load import command
+from ficoco_vllm.benchmarks.load.report import as_html
+from ficoco_vllm.benchmarks.load.sampling import read_metrics
+from ficoco_vllm.benchmarks.load.settings import Server, Traffic, make_points, make_turns
+from ficoco_vllm.benchmarks.load.summary import FIGURES, as_csv, as_table, ratio, summarise
+
+METRICS = """\
+# TYPE vllm:num_requests_running gauge
+vllm:num_requests_running{engine="0",model_name="m"} 3.0
+vllm:num_requests_running{engine="1",model_name="m"} 2.0
+# TYPE vllm:num_requests_waiting gauge
+vllm:num_requests_waiting{engine="0",model_name="m"} 1.0
+# TYPE vllm:kv_cache_usage_perc gauge
+vllm:kv_cache_usage_perc{engine="0",model_name="m"} 0.25
+vllm:kv_cache_usage_perc{engine="1",model_name="m"} 0.75
+# TYPE vllm:num_preemptions counter
+vllm:num_preemptions_total{engine="0",model_name="m"} 4.0
+vllm:num_preemptions_created{engine="0",model_name="m"} 1.7e9
+"""
+
+
+def row(server: str, round_index: int, throughput: float, point: str = "concurrency 4") -> dict[str, Any]:
+    """A row of a run, its other figures made up."""
+    figures: dict[str, Any] = dict.fromkeys(FIGURES, 10.0)
+    figures |= {f"{name}_ms_p{p}": float(p) for name in ("ttft", "itl", "tpot", "e2el") for p in (50, 90, 99)}
+    samples = [{"seconds": t, "kv_cache_usage": t / 10, "num_running": t} for t in range(3)]
+    return {
+        "server": server,
+        "round": round_index,
+        "point": point,
+        "seed": 1,
+        "traffic": Traffic(concurrency=4).model_dump(),
+        "completed": 4,
+        "failed": 0,
+        "duration": 1.0,
+        **figures,
+        "request_throughput": throughput,
+        "samples": samples,
+    }
+
+
+ROWS = [row("stock", 0, 2.0), row("tome-64", 0, 5.0), row("tome-64", 1, 3.0), row("stock", 1, 1.0)]
+
+
+def test_every_server_gets_every_point_with_the_same_seed_in_every_round() -> None:
+    servers = [Server(name="a"), Server(name="b", method="tome"), Server(name="c", method="evit")]
+    points = make_points(["1", "2.5"], [8])
+    turns = make_turns(servers, points, 4, seed=3)
+    assert turns == make_turns(servers, points, 4, seed=3)
+    seeds = []
+    for number in range(4):
+        mine = [turn for turn in turns if turn.round_index == number]
+        assert {turn.server.name for turn in mine} == {"a", "b", "c"}
+        assert len({frozenset(turn.points) for turn in mine}) == 1
+        seeds += [seed for _, seed in mine[0].points]
+    assert len(set(seeds)) == 12  # no image is seen twice
+    assert len({tuple(turn.server.name for turn in turns if turn.round_index == n) for n in range(4)}) > 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("magic", "'magic' is not known"), ("tome:0", "an integer from 1"), ("tome:x", "an integer from 1")],
+)
+def test_servers_that_are_not_allowed(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Server.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rates", "fast"], "--rates: 'fast'"),
+        (["--rates", "inf"], "rate = inf"),
+        (["--rates", "-1"], "rate = -1.0"),
+        (["--concurrency", "0"], "concurrency = 0"),
+        (["--concurrency"], "--rates and --concurrency are both empty"),
+        (["--requests", "1"], "num_requests = 1"),
+        (["--rounds", "0"], "--rounds = 0"),
+        (["--servers", "stock", "stock"], "names one twice"),
+        (["--url", "http://127.0.0.1:1"], "--tokenizer is needed"),
+    ],
+)
+def test_options_that_are_not_allowed(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert load(tmp_path, *options) == 2
+    assert message in capsys.readouterr().err
+
+
+def load(out: Path, *options: str) -> int:
+    """Run the command."""
+    parser = command.argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command.run(parser.parse_args(["--out", str(out), *options]))
+
+
+def test_metrics_of_several_engines() -> None:
+    assert read_metrics(METRICS) == {
+        "num_running": 5.0,
+        "num_waiting": 1.0,
+        "num_preemptions": 4.0,
+        "kv_cache_usage": 0.75,
+    }
+    assert read_metrics("# nothing of vLLM's\n") == {}
+
+
+def test_summary_and_ratio_are_taken_round_by_round() -> None:
+    summary = summarise(ROWS)
+    assert [(row["server"], row["request_throughput"]) for row in summary] == [
+        ("stock", 1.5),
+        ("tome-64", 4.0),
+    ]
+    assert (summary[0]["request_throughput_min"], summary[0]["request_throughput_max"]) == (1.0, 2.0)
+    # 5/2 and 3/1: pairs within a round, not the ratio of the medians.
+    assert ratio(ROWS, "request_throughput", "tome-64", "stock", "concurrency 4") == 2.75
+    silent = [{**row, "num_running_max": None} for row in ROWS]
+    assert summarise(silent)[0]["num_running_max"] is None
+    assert "| - |" in as_table(summarise(silent))
+
+
+def test_csv_holds_every_row() -> None:
+    read = list(csv.DictReader(StringIO(as_csv(ROWS))))
+    assert [line["request_throughput"] for line in read] == ["2.0", "5.0", "3.0", "1.0"]
+    assert "samples" not in read[0]
+
+
+def test_report_draws_every_picture_the_same_each_time() -> None:
+    result = {
+        "model": "<demo>",
+        "environment": {"cpu": "c", "cores": 2, "versions": {"torch": "2"}},
+        "command": "ficoco-vllm bench load",
+        "seed": 0,
+        "num_rounds": 2,
+        "summary": summarise(ROWS),
+        "rows": ROWS,
+    }
+    page = as_html(result)
+    assert page == as_html(result)
+    assert "&lt;demo&gt;" in page
+    assert "2.75" not in page
+    pictures = page.split("<svg")[1:]
+    assert len(pictures) == 6
+    for picture in pictures:
+        svg = ElementTree.fromstring("<svg" + picture[: picture.index("</svg>")] + "</svg>")
+        words = "".join(svg.itertext())
+        assert "stock" in words
+        assert "tome-64" in words
+
+
+@pytest.mark.server
+def test_miniature_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Stock vLLM, without our plugin, and ours: all requests answered, the shorter prompt seen in the KV cache."""
+    status = load(
+        tmp_path,
+        *("--servers", "stock", "ficoco-v:9", "--concurrency", "4", "--requests", "12"),
+        *("--answer-tokens", "4", "--rounds", "1", "--bar", "0.01", "--sample-seconds", "0.02"),
+    )
+    printed = capsys.readouterr().out
+    assert status == 0
+    assert "BAR load-throughput-ficoco-v-9-over-stock" in printed
+    result = json.loads((tmp_path / "load.json").read_text())
+    stock, ours = sorted(result["rows"], key=lambda row: row["server"], reverse=True)
+    assert (stock["server"], ours["server"]) == ("stock", "ficoco-v-9")
+    for measured in (stock, ours):
+        assert measured["completed"] == 12
+        assert measured["total_output_tokens"] == 48
+        assert 0 < measured["ttft_ms_p50"] <= measured["ttft_ms_p99"] <= measured["e2el_ms_p99"]
+        assert measured["num_running_max"] >= 1
+    assert 0 < ours["kv_cache_usage_max"] < 0.5 * stock["kv_cache_usage_max"]
+    assert (tmp_path / "load.html").read_text().startswith("<!doctype html>")
+    with pytest.raises(RuntimeError, match="did not start"):
+        load_broken(tmp_path)
+
+
+def load_broken(out: Path) -> None:
+    """A server that cannot start is an error with the end of its log."""
+    turns = make_turns([Server(name="stock")], make_points([], [1]), 1, 0)
+    target = command.Target(str(out / "nothing"), "m", str(out), (), out)
+    command.run_turns(turns, target, 0.5, lambda line: None)

@@ -1,0 +1,97 @@
+"""What is shipped for Prometheus and Grafana: valid, tested by promtool, about metrics that exist."""
+
+import json
+import re
+from pathlib import Path
+
+import yaml
+from prometheus_client import CollectorRegistry
+
+from ficoco_vllm.metrics import Metrics
+from tests.support.prometheus import DASHBOARD, ROOT, needs_prometheus, panels, promtool
+
+PROMETHEUS = ROOT / "docker" / "prometheus"
+GRAFANA = ROOT / "docker" / "grafana"
+
+
+def families() -> set[str]:
+    """Names of all our metrics, with the endings that they have at /metrics."""
+    names: set[str] = set()
+    for family in Metrics(CollectorRegistry()).__dict__.values():
+        names |= {family._name + ending for ending in ENDINGS[family._type]}
+    return names
+
+
+ENDINGS = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
+
+
+def used(text: str) -> set[str]:
+    return set(re.findall(r"ficoco:[a-z_]+", text))
+
+
+@needs_prometheus
+def test_promtool_accepts_the_configuration() -> None:
+    result = promtool("check", "config", str(PROMETHEUS / "prometheus.yml"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "6 rules found" in result.stdout
+
+
+@needs_prometheus
+def test_promtool_passes_the_tests_of_the_rules() -> None:
+    result = promtool("test", "rules", *map(str, sorted((PROMETHEUS / "tests").glob("*.yml"))))
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@needs_prometheus
+def test_a_wrong_threshold_fails_the_tests_of_the_rules(tmp_path: Path) -> None:
+    """The tests of the rules can fail."""
+    for name in ("rules", "tests"):
+        (tmp_path / name).mkdir()
+        text = (PROMETHEUS / name / "ficoco.yml").read_text()
+        (tmp_path / name / "ficoco.yml").write_text(text.replace("> 0.95", "> 0.98"))
+    assert promtool("test", "rules", str(tmp_path / "tests" / "ficoco.yml")).returncode != 0
+
+
+def test_every_alert_is_tested_both_ways() -> None:
+    rules = yaml.safe_load((PROMETHEUS / "rules" / "ficoco.yml").read_text())["groups"][0]["rules"]
+    tests = yaml.safe_load((PROMETHEUS / "tests" / "ficoco.yml").read_text())["tests"]
+    cases = [case for test in tests for case in test["alert_rule_test"]]
+    for rule in rules:
+        outcomes = {bool(case["exp_alerts"]) for case in cases if case["alertname"] == rule["alert"]}
+        assert outcomes == {True, False}, rule["alert"]
+
+
+def test_dashboard_and_rules_name_metrics_that_exist() -> None:
+    known = families()
+    assert used(DASHBOARD.read_text()) <= known
+    assert used((PROMETHEUS / "rules" / "ficoco.yml").read_text()) <= known
+
+
+def test_every_metric_is_on_the_dashboard_and_in_the_table() -> None:
+    shown = used(DASHBOARD.read_text())
+    table = (ROOT / "docs" / "metrics.md").read_text()
+    for family in Metrics(CollectorRegistry()).__dict__.values():
+        names = {family._name + ending for ending in ENDINGS[family._type]}
+        assert names & shown, family._name
+        name = family._name + ("_total" if family._type == "counter" else "")
+        assert f"`{name}`" in table, name
+        assert {"model_name", "engine", "method"} <= set(family._labelnames)
+    assert used(table) <= known_names()
+
+
+def known_names() -> set[str]:
+    """Names as they may stand in prose: of the series, and of histograms without ending."""
+    return families() | {family._name for family in Metrics(CollectorRegistry()).__dict__.values()}
+
+
+def test_provisioning_matches_the_dashboard() -> None:
+    dashboard = json.loads(DASHBOARD.read_text())
+    ids = [panel["id"] for panel in dashboard["panels"]]
+    assert len(ids) == len(set(ids))
+    assert len(panels()) == sum(panel["type"] != "row" for panel in dashboard["panels"])  # titles are unique
+    assert all(panel.get("description") for panel in dashboard["panels"] if panel["type"] != "row")
+    source = yaml.safe_load((GRAFANA / "provisioning/datasources/prometheus.yml").read_text())
+    scrape = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())["global"]["scrape_interval"]
+    assert source["datasources"][0]["jsonData"]["timeInterval"] == scrape
+    provider = yaml.safe_load((GRAFANA / "provisioning/dashboards/ficoco.yml").read_text())["providers"][0]
+    assert provider["type"] == "file"

@@ -1,0 +1,77 @@
+"""A real server whose KV cache is too small for its arrivals: two API server processes, the official client."""
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from benchmarks.elastic.__main__ import run
+from benchmarks.elastic.overload import CEILING, FLOOR, SHORT, Result, arguments
+from tests.support.server import API_KEY, Server, budget, data_url, message, serve
+
+pytestmark = pytest.mark.server
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The demo model in 45 blocks, served by two processes."""
+    log = tmp_path_factory.mktemp("elastic") / "log"
+    with serve(log, *arguments(SHORT, 2), "--api-key", API_KEY) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def result(small: Server) -> Result:
+    """The short form of `make bench-elastic`."""
+    return asyncio.run(run(small, 0, short=True))
+
+
+def test_the_fixed_ceiling_queues_without_end(result: Result) -> None:
+    fixed = result.fixed
+    assert fixed.budgets == (CEILING,), "a budget that a request names always wins"
+    assert fixed.late_ttft_seconds > 1.5 * fixed.early_ttft_seconds, asdict(result)
+    assert fixed.longest_queue >= 3, asdict(result)
+
+
+def test_elastic_keeps_the_time_to_first_token_bounded(result: Result) -> None:
+    fixed, elastic = result.fixed, result.elastic
+    assert FLOOR in elastic.budgets, asdict(result)
+    assert set(elastic.budgets) <= {FLOOR, 192, CEILING}
+    assert elastic.lowest_default == FLOOR
+    assert elastic.late_ttft_seconds < 0.5 * fixed.late_ttft_seconds, asdict(result)
+
+
+def test_it_returns_to_the_ceiling_and_says_so(small: Server, result: Result) -> None:
+    assert result.return_seconds < 30 + 4 * SHORT.max_release_seconds
+    assert small.metric("ficoco:default_budget_tokens") == CEILING
+    log = small.log.read_text()
+    for keep in (FLOOR, 192, CEILING):
+        assert f"requests that name no budget now keep {keep} visual tokens" in log
+
+
+def test_both_processes_give_the_same_budget(small: Server, result: Result) -> None:
+    """Each connection may reach another process; in calm both know the ceiling."""
+    lengths = set()
+    image = data_url(Image.new("RGB", (64, 64), "red"))
+    for _ in range(6):
+        with small.client() as client:
+            answer = client.chat.completions.create(
+                model="ficoco-demo", messages=[message("what?", [image])], max_tokens=1
+            )
+            assert answer.usage is not None
+            lengths.add(answer.usage.prompt_tokens)
+    log = small.log.read_text()
+    assert "ApiServer_0" in log
+    assert "ApiServer_1" in log
+    assert len(lengths) == 1
+    with small.client() as client:
+        explicit: Any = client.chat.completions.create(
+            model="ficoco-demo",
+            messages=[message("what?", [image])],
+            max_tokens=1,
+            extra_body=budget(9),
+        )
+    assert lengths == {explicit.usage.prompt_tokens - 9 + CEILING}

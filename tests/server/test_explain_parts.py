@@ -1,0 +1,272 @@
+"""The parts of an explanation that need no server: bytes, limits, plugins, the picture, the command's own errors."""
+
+from argparse import Namespace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fastapi import FastAPI, HTTPException
+from PIL import Image
+from starlette.datastructures import Headers
+
+from ficoco_vllm.server import plugins
+from ficoco_vllm.server.cli import main
+from ficoco_vllm.server.endpoint import FicocoEndpoint
+from ficoco_vllm.server.explain.facts import Facts, central_square
+from ficoco_vllm.server.explain.guard import RateLimiter, api_keys, check_key
+from ficoco_vllm.server.explain.picture import draw, examples, visible_part
+from ficoco_vllm.server.explain.schema import MAX_TARGETS, Explanation, Layer, Left, Measured
+from ficoco_vllm.tracing.chain import Departure, Step
+from ficoco_vllm.vision.shape import TowerShape
+
+RED, GREEN, WHITE = (211, 34, 42), (15, 140, 80), (255, 255, 255)
+
+
+def facts(num_layers: int = 8, with_cls: bool = False) -> Facts:
+    shape = TowerShape(grid=(4, 4), num_layers=8, num_executed_layers=7, with_cls=with_cls)
+    return Facts(
+        shape=shape,
+        num_layers=num_layers,
+        token_bytes=10,
+        central_square=1.0,
+        method="ficoco-vl",
+        keep=4,
+        methods=(),
+        in_tower=True,
+        in_decoder=True,
+    )
+
+
+def step(site: Any, layer: int, kept: int) -> Step:
+    return Step(site, layer, tuple(range(kept)), 0, (), (1.0,) * kept)
+
+
+def test_kv_bytes_of_a_tower_method_are_those_of_its_prompt() -> None:
+    steps = [step("encoder", 3, 10), step("encoder", 4, 6)]
+    assert facts().visual_tokens(steps) == (6, 6)
+    assert facts().kv_bytes(20, steps) == 20 * 8 * 10
+    assert facts(with_cls=True).visual_tokens(steps) == (7, 7)
+
+
+def test_kv_bytes_of_a_decoder_method_shrink_from_layer_to_layer() -> None:
+    """16 tokens enter; the layer that reduces has written all of them, those behind it what stays."""
+    steps = [step("decoder", 1, 10), step("decoder", 5, 4)]
+    assert facts().visual_tokens(steps) == (16, 4)
+    tokens = [20, 20, 14, 14, 14, 14, 8, 8]
+    assert facts().kv_bytes(20, steps) == sum(tokens) * 10
+    both = [step("encoder", 3, 9), step("decoder", 3, 5)]
+    assert facts().visual_tokens(both) == (9, 5)
+    assert facts().kv_bytes(13, both) == (4 * 13 + 4 * 9) * 10
+
+
+def test_nothing_left() -> None:
+    assert facts().visual_tokens([]) == (16, 16)
+    assert facts().kv_bytes(20, []) == 20 * 8 * 10
+
+
+def test_a_trace_that_others_have_pushed_out_is_noticed() -> None:
+    whole = [step("encoder", 3, 9), step("decoder", 3, 5)]
+    facts().check_complete(whole, 5)
+    facts().check_complete([], None)
+    facts(with_cls=True).check_complete([], None)
+    for part in (whole[:1], []):
+        with pytest.raises(ValueError, match="the trace is incomplete: it ends with"):
+            facts().check_complete(part, 5)
+
+
+@pytest.mark.parametrize(
+    ("size", "crop", "expected"),
+    [
+        ({"shortest_edge": 192}, True, 1.0),
+        ({"shortest_edge": 256}, True, 0.75),
+        ({"height": 192}, True, None),
+    ],
+)
+def test_central_square(size: dict[str, int], crop: bool, expected: float | None) -> None:
+    processor = SimpleNamespace(size=size, crop_size={"height": 192, "width": 192}, do_center_crop=crop)
+    assert central_square(processor) == expected
+
+
+def test_many_targets_are_summed_up() -> None:
+    targets = tuple((token, 0.9 / 30) for token in range(30))
+    left = Left.of(Departure(40, targets, 0.1))
+    assert len(left.targets) == MAX_TARGETS
+    assert left.rest == pytest.approx(0.9 * 14 / 30, abs=1e-4)
+    assert left.lost == pytest.approx(0.1)
+
+
+def test_so_many_a_minute() -> None:
+    limiter = RateLimiter(3)
+    assert [limiter.wait_seconds("a", 0.0) for _ in range(3)] == [0.0] * 3
+    assert limiter.wait_seconds("a", 0.0) == pytest.approx(20.0)
+    assert limiter.wait_seconds("b", 0.0) == 0.0
+    assert limiter.wait_seconds("a", 19.0) == pytest.approx(1.0)
+    assert limiter.wait_seconds("a", 21.0) == 0.0
+    assert limiter.wait_seconds("a", 22.0) > 0.0
+    assert [limiter.wait_seconds("a", 1e6) for _ in range(4)][:3] == [0.0] * 3
+
+
+def test_clients_are_forgotten() -> None:
+    limiter = RateLimiter(1, max_clients=10)
+    for index in range(1000):
+        assert limiter.wait_seconds(str(index), 0.0) == 0.0
+    assert len(limiter._buckets) == 10
+    assert limiter.wait_seconds("999", 0.0) > 0.0
+
+
+def test_no_limit() -> None:
+    limiter = RateLimiter(0)
+    assert {limiter.wait_seconds("a", 0.0) for _ in range(100)} == {0.0}
+
+
+def test_a_refusal_says_when_to_come_back() -> None:
+    limiter = RateLimiter(1)
+    request: Any = SimpleNamespace(client=SimpleNamespace(host="10.0.0.1"))
+    limiter.check(request)
+    with pytest.raises(HTTPException) as caught:
+        limiter.check(request)
+    assert caught.value.status_code == 429
+    assert caught.value.headers is not None
+    assert 50 <= int(caught.value.headers["Retry-After"]) <= 61
+
+
+def test_keys() -> None:
+    assert api_keys(Namespace(api_key=["one", "two"]), "other") == ["one", "two"]
+    assert api_keys(Namespace(api_key=None), "other") == ["other"]
+    assert api_keys(Namespace(), None) == []
+    check_key(Headers({}), [])
+    check_key(Headers({"Authorization": "Bearer two"}), ["one", "two"])
+    for headers in ({}, {"Authorization": "Bearer three"}, {"Authorization": "two"}):
+        with pytest.raises(HTTPException) as caught:
+            check_key(Headers(headers), ["one", "two"])
+        assert caught.value.status_code == 401
+
+
+def test_off_unless_asked_for() -> None:
+    app = FastAPI()
+    before = len(app.routes)
+    app.state.args = Namespace(ficoco_explain=False)
+    FicocoEndpoint().attach_router(app)
+    assert len(app.routes) == before
+    app.state.args = Namespace()  # vLLM's own command line
+    FicocoEndpoint().attach_router(app)
+    assert len(app.routes) == before
+    app.state.args = Namespace(ficoco_explain=True, ficoco_explain_rate=1, api_key=None)
+    FicocoEndpoint().attach_router(app)
+    assert "/ficoco/explain" in app.openapi()["paths"]
+
+
+@pytest.mark.parametrize("listed", [None, "", "ficoco", "ficoco,ficoco_endpoint"])
+def test_our_routes_are_let_in_and_no_other_plugin_is_shut_out(
+    monkeypatch: pytest.MonkeyPatch, listed: str | None
+) -> None:
+    if listed is None:
+        monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    else:
+        monkeypatch.setenv("VLLM_PLUGINS", listed)
+    plugins.allow_endpoint()
+    names = plugins.os.environ["VLLM_PLUGINS"].split(",")
+    assert names.count(plugins.ENDPOINT) == 1
+    assert ("ficoco" in names) == (listed != "")
+    if listed is None:
+        assert "lora_filesystem_resolver" in names  # vLLM's own
+
+
+def explanation(lost: bool = False) -> Explanation:
+    """4 x 4 patches, of which the first left into the last."""
+    side = Measured(
+        answer="two\nlines",
+        method="ficoco-v",
+        visual_tokens=15,
+        last_visual_tokens=15,
+        prompt_tokens=30,
+        completion_tokens=2,
+        ttft_seconds=0.5,
+        total_seconds=1.0,
+        kv_bytes=1000,
+    )
+    left = Left(token=0, targets=[] if lost else [(15, 1.0)], rest=0.0, lost=float(lost))
+    layer = Layer(
+        site="encoder", layer=3, kept=list(range(1, 16)), num_fused=0, left=[left], sizes=[1.0] * 14 + [2.0]
+    )
+    return Explanation(
+        model="m",
+        question="what " * 200,
+        method="ficoco-v",
+        keep=15,
+        grid=(4, 4),
+        central_square=1.0,
+        reduced=side,
+        full=side,
+        layers=[layer],
+        destinations=[left],
+    )
+
+
+def colours(picture: Image.Image) -> set[tuple[int, int, int]]:
+    return {colour for _, colour in picture.getcolors(2**24)}  # type: ignore[misc]
+
+
+def test_the_picture_boxes_what_left_and_where_it_went() -> None:
+    picture = draw(Image.new("RGB", (64, 64), (250, 240, 10)), explanation())
+    assert picture.width == 1120
+    assert RED in colours(picture)
+    assert GREEN in colours(picture)
+    dropped = draw(Image.new("RGB", (64, 64), (250, 240, 10)), explanation(lost=True), patches=[0])
+    assert RED in colours(dropped)
+    assert GREEN not in colours(dropped)
+    with pytest.raises(ValueError, match="patch = 16 is not allowed; allowed: 0 to 15"):
+        draw(Image.new("RGB", (64, 64)), explanation(), patches=[16])
+
+
+def test_only_what_left_is_followed() -> None:
+    assert examples(explanation()) == [0]
+    assert examples(explanation(lost=True)) == []
+
+
+def test_the_part_that_the_model_sees() -> None:
+    image = Image.new("RGB", (300, 100), WHITE)
+    image.paste((0, 0, 255), (100, 0, 200, 100))
+    assert colours(visible_part(image, 1.0)) == {(0, 0, 255)}
+    assert visible_part(image, 0.5).size == (50, 50)
+    assert visible_part(image, None) is image
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["none.png", "?", "--out", "out.png"], "none.png cannot be read as an image"),
+        (["text.png", "?", "--out", "out.png"], "text.png cannot be read as an image"),
+        (["image.png", "?", "--out", "out.exe"], "--out = 'out.exe' is not allowed; allowed: a name in .png"),
+        (["image.png", "?", "--out", "none/out.png"], "there is no folder"),
+        (
+            ["image.png", "?", "--out", "out.png", "--url", "ftp://host"],
+            "--url = 'ftp://host' is not allowed",
+        ),
+        (["image.png", "?", "--out", "out.png", "--url", "http://x", "--model", "m"], "--model is allowed"),
+    ],
+)
+def test_the_command_s_own_errors(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    part: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save("image.png")
+    Path("text.png").write_text("no image")
+    assert main(["explain", *arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("ficoco-vllm: error: ")
+    assert part in printed.err
+    assert printed.err.count("\n") == 1
+    assert not Path("out.png").exists()
+
+
+def test_the_command_says_that_nobody_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
+    arguments = [str(tmp_path / "image.png"), "?", "--out", str(tmp_path / "out.png")]
+    assert main(["explain", *arguments, "--url", "http://127.0.0.1:9"]) == 1
+    assert "no answer from http://127.0.0.1:9" in capsys.readouterr().err
