@@ -84,8 +84,8 @@ bench-metrics: $(DEV)  ## throughput with our metrics against without, interleav
 bench-elastic: $(DEV)  ## overload a small KV cache: time to first token at a fixed budget and with --ficoco-elastic
 	@$(BIN)/python -m benchmarks.elastic $(ARGS)
 
-bench-accuracy: $(DEV)  ## accuracy of every method and budget, ablations, sensitivity; then docs/accuracy.md
-	@$(BIN)/ficoco-vllm bench accuracy --out benchmarks/results/accuracy.json $(ARGS)
+bench-accuracy: $(DEV)  ## accuracy of the tower's methods by budget, ablations, sensitivity; then docs/accuracy.md
+	@$(BIN)/ficoco-vllm bench accuracy --sites tower --count 19 --few-count 19 --out benchmarks/results/accuracy.json $(ARGS)
 	@$(BIN)/python -m ficoco_vllm.benchmarks.accuracy.tables
 
 bench-smoke: $(DEV)  ## every benchmark in miniature, and that planted regressions are noticed

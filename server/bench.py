@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     """Run a benchmark.
 
     Returns:
-        0; 1 if it found a server that does not do what it was asked; 2 for input that is not allowed.
+        0; 1 if a server fails or does not do what it was asked; 2 for input that is not allowed.
     """
     command: Callable[[argparse.Namespace], int] = args.command_function
     return command(args)
@@ -47,6 +47,7 @@ def _add_accuracy(benchmarks: Any) -> None:
     add("--url", help="a running server, without a path (default: servers are started, one for each site)")
     add("--api-key", default="none", help="of the server")
     add("--model", help="folder of the model to serve (default: the demo model)")
+    add("--sites", metavar="A,B", help="only methods that reduce there: tower, decoder, both (default: all)")
     add("--methods", metavar="A,B", help="default: every method that a LLaVA can serve")
     add(
         "--keeps",
@@ -87,11 +88,14 @@ def _load(args: argparse.Namespace) -> int:
 
 def _accuracy(args: argparse.Namespace) -> int:
     try:
+        from openai import APIError
+
         from ficoco_vllm.benchmarks.accuracy.host import Host
         from ficoco_vllm.benchmarks.accuracy.regression import regressions
         from ficoco_vllm.benchmarks.accuracy.run import Options, measure, write
-        from ficoco_vllm.benchmarks.accuracy.suites import TABLES
+        from ficoco_vllm.benchmarks.accuracy.suites import TABLES, methods_of
         from ficoco_vllm.benchmarks.accuracy.tables import methods_table
+        from ficoco_vllm.benchmarks.accuracy.variants import SITES
         from ficoco_vllm.benchmarks.accuracy.workload import KINDS
 
         options = Options(
@@ -101,7 +105,7 @@ def _accuracy(args: argparse.Namespace) -> int:
             count=args.count,
             few_count=args.few_count,
             answers=args.answers,
-            methods=_names(args.methods) or None,
+            methods=_names(args.methods) or methods_of(_names(args.sites) or SITES),
             host=Host(
                 url=args.url and args.url.rstrip("/").removesuffix("/v1"),
                 model=args.model,
@@ -118,6 +122,9 @@ def _accuracy(args: argparse.Namespace) -> int:
         return _fail(f"{error}; {NEEDS}")
     except (ValueError, OSError) as error:
         return _fail(str(error))
+    except (RuntimeError, APIError) as error:
+        _fail(str(error))
+        return 1
     write(result, args.out)
     if any(row["table"] == "methods" for row in result["rows"]):
         print("\n".join(methods_table(result)))

@@ -48,9 +48,11 @@ def run(args: argparse.Namespace) -> int:
     """Calibrate.
 
     Returns:
-        0; 1 if no method has a safe budget; 2 for input that is not allowed.
+        0; 1 if no method has a safe budget or the server fails; 2 for input that is not allowed.
     """
     try:
+        from openai import APIError
+
         from ficoco_vllm.benchmarks.accuracy.host import Host
         from ficoco_vllm.benchmarks.calibration.data import read_items, shuffled
         from ficoco_vllm.benchmarks.calibration.report import lines, page
@@ -81,6 +83,9 @@ def run(args: argparse.Namespace) -> int:
         return _fail(f"{error}; {NEEDS}")
     except (ValueError, OSError) as error:
         return _fail(str(error))
+    except (RuntimeError, APIError) as error:
+        _fail(str(error))
+        return 1
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(page(report, items), encoding="utf-8")
     args.out.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -78,7 +78,10 @@ def replay(endpoint: Endpoint, jobs: Sequence[Job], store: Store, concurrency: i
     Raises:
         openai.APIError: the server refuses a question or does not answer.
     """
-    asyncio.run(_replay(endpoint, jobs, store, concurrency, label))
+    try:
+        asyncio.run(_replay(endpoint, jobs, store, concurrency, label))
+    except ExceptionGroup as group:  # what the first worker met ended the others
+        raise group.exceptions[0] from group
 
 
 async def _replay(

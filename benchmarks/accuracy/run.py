@@ -9,7 +9,7 @@ from typing import Any
 from ficoco_vllm.benchmarks.accuracy.client import Job, replay
 from ficoco_vllm.benchmarks.accuracy.host import CONCURRENCY, Host, endpoint
 from ficoco_vllm.benchmarks.accuracy.store import Store
-from ficoco_vllm.benchmarks.accuracy.suites import Row, rows, served_methods
+from ficoco_vllm.benchmarks.accuracy.suites import Row, methods_of, rows
 from ficoco_vllm.benchmarks.accuracy.summary import summarise
 from ficoco_vllm.benchmarks.accuracy.variants import SITES
 from ficoco_vllm.benchmarks.accuracy.workload import Item, embedded
@@ -64,7 +64,7 @@ def measure(options: Options) -> dict[str, Any]:
         RuntimeError: a server does not start.
         openai.APIError: a server refuses a question.
     """
-    methods = options.methods or tuple(method for site in SITES for method in served_methods(site))
+    methods = options.methods or methods_of(SITES)
     wanted = rows(methods, options.keeps, options.tables, options.kinds)
     items = embedded(options.kinds, max(options.count, options.few_count), options.seed)
     with Store(options.answers, options.identity) as store:

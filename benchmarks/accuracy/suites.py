@@ -7,6 +7,7 @@ from typing import Any
 from ficoco_vllm.benchmarks.accuracy.variants import (
     FULL,
     NO_IMAGE,
+    SITES,
     Site,
     Variant,
     full,
@@ -117,6 +118,18 @@ def served_methods(site: Site) -> list[str]:
         for name in available(place)
         if get(name).required_signals() <= SIGNALS[place] and not name.startswith("bench-")
     ]
+
+
+def methods_of(sites: Sequence[str]) -> tuple[str, ...]:
+    """Methods of some sites, in the order of `SITES`.
+
+    Raises:
+        ValueError: there is no such site.
+    """
+    unknown = sorted(set(sites) - set(SITES))
+    if unknown:
+        raise ValueError(f"site = {unknown[0]!r} is not allowed; allowed: {', '.join(SITES)}")
+    return tuple(method for site in SITES if site in sites for method in served_methods(site))
 
 
 def rows(

@@ -130,6 +130,18 @@ def test_the_reference_on_the_command_line(
     assert main([*command, "--reference", str(folder / "same.json")]) == 0
 
 
+@pytest.mark.server
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--api-key", "wrong"], "401"), (["--visual-tokens", "600"], "ficoco_keep = 600 is not allowed")],
+)
+def test_what_the_server_refuses_is_said_in_one_line(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main([*command, *arguments, "--answers", str(tmp_path / "answers.jsonl")]) == 1
+    assert message in capsys.readouterr().err
+
+
 def test_equal_log_probabilities_are_noticed_where_prompts_have_the_same_length(tmp_path: Path) -> None:
     """In the decoder the prompt is not shorter, so only the answers can tell."""
     items = [Item(f"a-0-{index}", "a", "?", b"", "yes") for index in range(3)]
@@ -161,6 +173,7 @@ def test_a_smaller_workload_is_the_beginning_of_a_larger_one() -> None:
         (["--kinds", "colours"], "kind"),
         (["--tables", "tabel"], "table = 'tabel' is not known"),
         (["--methods", "nothing"], "nothing"),
+        (["--sites", "roof"], "site = 'roof' is not allowed; allowed: tower, decoder, both"),
     ],
 )
 def test_bad_options_are_named(
