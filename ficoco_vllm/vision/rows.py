@@ -34,5 +34,5 @@ def plain_layer(layer: CLIPEncoderLayer, hidden: Tensor) -> Tensor:
     query, key, value = qkv[:rows].view(B, N, -1).chunk(3, dim=-1)
     mixed, _ = attention.out_proj(attention.attn(query, key, value))
     filled[:rows] += mixed.reshape(rows, D)
-    mlp: Tensor = layer.mlp(layer.layer_norm2(filled))
-    return (filled + mlp)[:rows].view(B, N, D)
+    output = filled + layer.mlp(layer.layer_norm2(filled))
+    return output[:rows].view(B, N, D)
