@@ -1,16 +1,24 @@
-"""The endpoint plugin: our routes on vLLM's server."""
+"""The endpoint plugin: our routes on vLLM's server, and the field `ficoco` of its own."""
 
 from argparse import Namespace
 from typing import Any
 
 from fastapi import FastAPI
 
+from ficoco_vllm.account import Accountant
+from ficoco_vllm.config import FicocoConfig
+from ficoco_vllm.frontend import token_layer_bytes
+from ficoco_vllm.server.control import answers
+from ficoco_vllm.server.control.answers import UsageHeaders
+from ficoco_vllm.server.control.ledger import Control
+from ficoco_vllm.server.control.resolve import Bounds, Resolver
+from ficoco_vllm.server.elastic.sites import Sites
 from ficoco_vllm.server.explain import routes
 from ficoco_vllm.server.explain.explainer import Explainer
 
 
 class FicocoEndpoint:
-    """What vLLM loads where `VLLM_PLUGINS` names it; without our options it adds nothing.
+    """What vLLM loads where `VLLM_PLUGINS` names it; without settings of ours it adds nothing.
 
     Attributes:
         name: in `VLLM_PLUGINS`.
@@ -21,11 +29,42 @@ class FicocoEndpoint:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the routes that the operator asked for."""
+        """Add the headers of answers, and the routes that the operator asked for."""
+        app.add_middleware(UsageHeaders)
         if getattr(app.state.args, "ficoco_explain", False):
             routes.attach(app)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
-        """Give the routes what they work with."""
-        if engine_client is not None and getattr(args, "ficoco_explain", False):
+        """Give the routes what they work with, and let requests choose method and budget."""
+        if engine_client is None:
+            return
+        # First: it keeps vLLM's own handler and renderer, as they are before requests are controlled.
+        if getattr(args, "ficoco_explain", False):
             setattr(state, routes.STATE, Explainer(engine_client, state.openai_serving_chat))
+        config = FicocoConfig.of(engine_client.model_config.hf_config)
+        if config.method is not None:
+            control = make_control(engine_client, config, args)
+            control.attach(state.online_renderer)
+            answers.attach(control, state)
+
+
+def make_control(engine_client: Any, config: FicocoConfig, args: Namespace) -> Control:
+    """What requests of a server may ask, and what they cost.
+
+    Args:
+        engine_client: vLLM's `AsyncLLM`.
+        config: its settings, with a method.
+        args: of the command line.
+    """
+    vllm_config = engine_client.vllm_config
+    hf_config = engine_client.model_config.hf_config
+    sites = Sites.of(config, hf_config)
+    bounds = Bounds(getattr(args, "ficoco_min_keep", None) or 1, getattr(args, "ficoco_allow_methods", None))
+    num_segments = 1 if sites.decoder is None else sites.decoder.segments.num_segments
+    num_layers = hf_config.get_text_config().num_hidden_layers
+    return Control(
+        Resolver(sites, bounds),
+        Accountant(config, hf_config, sites.tower, sites.decoder),
+        token_layer_bytes(vllm_config) * num_layers // num_segments,
+        engine_client.input_processor,
+    )

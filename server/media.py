@@ -24,6 +24,7 @@ class FicocoMediaConnector(MediaConnector):
         Raises:
             VLLMValidationError: the image is too large, or its URL is not allowed.
         """
+        self._check_address(image_url)
         try:
             image: Image.Image = super().fetch_image(image_url, image_mode=image_mode)
         except _CLIENT_ERRORS as error:
@@ -32,11 +33,25 @@ class FicocoMediaConnector(MediaConnector):
 
     async def fetch_image_async(self, image_url: str, *, image_mode: str | None = "RGB") -> Image.Image:
         """Load one image; see `fetch_image`."""
+        self._check_address(image_url)
         try:
             image: Image.Image = await super().fetch_image_async(image_url, image_mode=image_mode)
         except _CLIENT_ERRORS as error:
             raise _refusal(error) from error
         return image
+
+    def _check_address(self, image_url: str) -> None:
+        """Fetch from nowhere that the operator has not named: a server's network is not its clients'.
+
+        Raises:
+            VLLMValidationError: the image is on the network, and no domain is allowed.
+        """
+        if image_url.lstrip()[:4].lower() == "http" and not self.allowed_media_domains:
+            raise VLLMValidationError(
+                "image_url: images are not fetched from the network; allowed: data URLs, or domains that the server "
+                "was started with (--allowed-media-domains)",
+                parameter="image_url",
+            )
 
 
 def _refusal(error: Exception) -> VLLMValidationError:

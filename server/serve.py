@@ -12,6 +12,8 @@ from typing import Any
 from ficoco_vllm.compat import is_cpu_build, set_cpu_defaults, use_interpreter
 from ficoco_vllm.config import NAME, FicocoConfig
 from ficoco_vllm.plugin import ARCHITECTURES, MEDIA_CONNECTOR
+from ficoco_vllm.reduction import available
+from ficoco_vllm.reduction.pipeline import PIPELINES
 from ficoco_vllm.server.elastic.settings import OPTION, ElasticSettings
 from ficoco_vllm.server.elastic.sites import Sites, check_elastic
 from ficoco_vllm.server.plugins import allow_endpoint
@@ -48,6 +50,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="explanations a minute of one client and API server process, 0 for no limit (default: %(default)s)",
     )
     group.add_argument(
+        "--ficoco-min-keep", metavar="N", help="fewest visual tokens of an image that a request may ask for"
+    )
+    group.add_argument(
+        "--ficoco-allow-methods",
+        metavar="A,B",
+        help="methods that a request may name, `off` for none at all (default: all that the server can run)",
+    )
+    group.add_argument(
         "--ficoco-config", metavar="JSON|FILE", help="all settings, as a JSON object or a file that holds one"
     )
     group.add_argument(
@@ -74,6 +84,9 @@ def main(arguments: Sequence[str]) -> int:
     if reduces_in_decoder(arguments):
         use_interpreter()  # before vLLM is imported, which looks for Triton at once
     os.environ.setdefault("VLLM_MEDIA_CONNECTOR", MEDIA_CONNECTOR)
+    os.environ.setdefault(
+        "VLLM_MEDIA_URL_ALLOW_REDIRECTS", "0"
+    )  # a redirect leads out of the allowed domains
     with (
         shared_metrics(counts_savings(arguments)) as folder,
         tempfile.TemporaryDirectory(prefix="ficoco-elastic-", ignore_cleanup_errors=True) as elastic_folder,
@@ -161,6 +174,7 @@ def configure(args: argparse.Namespace) -> None:
         _use_demo_model(args)
     settings = read_settings(args.ficoco_method, args.ficoco_keep, args.ficoco_config)
     settings = settings or (args.additional_config or {}).get(NAME) or {}
+    _read_bounds(args)
     elastic = None if args.ficoco_elastic is None else ElasticSettings.load(args.ficoco_elastic)
     if elastic is not None:
         settings = _prepare_elastic(args, elastic, settings)
@@ -170,12 +184,37 @@ def configure(args: argparse.Namespace) -> None:
                 f"--ficoco-explain-rate = {args.ficoco_explain_rate} is not allowed; allowed: 0 (no limit) and more"
             )
         settings = {**settings, "explain": True}
-        allow_endpoint()
     if settings:
+        allow_endpoint()
         settings = _without_metrics(settings) if args.ficoco_no_metrics else settings
         args.additional_config = {**(args.additional_config or {}), NAME: settings}
     if (args.additional_config or {}).get(NAME):
         _check_model(args, elastic)
+
+
+def _read_bounds(args: argparse.Namespace) -> None:
+    """Read what the operator lets requests ask for.
+
+    Raises:
+        ValueError: naming the option, its value and what is allowed.
+    """
+    text = args.ficoco_min_keep
+    if text is not None:
+        if not text.isdecimal() or int(text) < 1:
+            raise ValueError(
+                f"--ficoco-min-keep = {text!r} is not allowed; allowed: an integer of at least 1"
+            )
+        args.ficoco_min_keep = int(text)
+    if args.ficoco_allow_methods is not None:
+        names = tuple(name.strip() for name in args.ficoco_allow_methods.split(",") if name.strip())
+        known = (*sorted({*available(), *PIPELINES}), "off")
+        unknown = [name for name in names if name not in known]
+        if unknown or not names:
+            raise ValueError(
+                f"--ficoco-allow-methods = {args.ficoco_allow_methods!r} is not allowed; "
+                f"allowed: of {', '.join(known)}, one at least"
+            )
+        args.ficoco_allow_methods = names
 
 
 def reduces_in_decoder(arguments: Sequence[str]) -> bool:

@@ -1,0 +1,172 @@
+"""The field `ficoco` of requests to a server of the tower, and what answers tell."""
+
+import asyncio
+import json
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai import AsyncOpenAI, OpenAI
+from PIL import Image
+
+from ficoco_vllm.demo_model import examples
+from tests.support.server import API_KEY, DEMO_KEEP, Server, data_url, message
+
+MODEL = "ficoco-demo"
+NUM_PATCHES = 576
+TOKEN_BYTES = 8 * 2 * 4 * 32 * 2  # layers, keys and values, heads, head size, bf16
+
+pytestmark = pytest.mark.server
+
+
+def body(ficoco: Any, num_images: int = 1, **more: Any) -> dict[str, Any]:
+    """A chat about the example images."""
+    urls = [data_url(Image.open(example.image)) for example in examples()[:num_images]]
+    chat = {
+        "model": MODEL,
+        "messages": [message(examples()[0].question, urls)],
+        "max_tokens": 8,
+        "temperature": 0,
+    }
+    return chat | ({} if ficoco is None else {"ficoco": ficoco}) | more
+
+
+def post(server: Server, path: str, content: dict[str, Any]) -> httpx.Response:
+    """Ask without a client's help."""
+    headers = {"Authorization": f"Bearer {API_KEY}"}
+    return httpx.post(f"{server.url}{path}", json=content, headers=headers, timeout=300)
+
+
+def told(method: str, kept: int, num_images: int = 1) -> dict[str, Any]:
+    """What the answer is to tell."""
+    missing = num_images * (NUM_PATCHES - kept)
+    return {
+        "method": method,
+        "visual_tokens": num_images * NUM_PATCHES,
+        "visual_tokens_kept": num_images * kept,
+        "kv_bytes_saved": missing * TOKEN_BYTES,
+    }
+
+
+@pytest.mark.parametrize(
+    ("ficoco", "method", "kept"),
+    [
+        (None, "ficoco-v", DEMO_KEEP),
+        ({}, "ficoco-v", DEMO_KEEP),
+        ({"keep": 96}, "ficoco-v", 96),
+        ({"method": "tome", "keep": 192}, "tome", 192),
+        ({"method": "topk-cls"}, "topk-cls", DEMO_KEEP),
+        ({"kv_budget": 100.9}, "ficoco-v", 100),
+        ("off", "off", NUM_PATCHES),
+        ({"method": "off"}, "off", NUM_PATCHES),
+    ],
+)
+def test_asked_and_told(server: Server, ficoco: Any, method: str, kept: int) -> None:
+    answer = post(server, "/v1/chat/completions", body(ficoco))
+    assert answer.status_code == 200, answer.text
+    usage = answer.json()["usage"]
+    assert usage["ficoco"] == told(method, kept)
+    full = post(server, "/v1/chat/completions", body("off")).json()["usage"]["prompt_tokens"]
+    assert usage["prompt_tokens"] == full - NUM_PATCHES + kept
+    headers = {name: value for name, value in answer.headers.items() if name.startswith("x-ficoco-")}
+    assert headers == {
+        f"x-ficoco-{key.replace('_', '-')}": str(value) for key, value in told(method, kept).items()
+    }
+
+
+def test_official_client_sync_async_and_streaming(server: Server, client: OpenAI) -> None:
+    chat = body(None, num_images=2)
+    extra = {"extra_body": {"ficoco": {"keep": 96}}}
+    expected = told("ficoco-v", 96, num_images=2)
+    completion = client.chat.completions.create(**chat, **extra)
+    assert completion.usage is not None
+    assert completion.usage.model_extra == {"ficoco": expected}
+
+    async def ask() -> Any:
+        async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key=API_KEY) as asynchronous:
+            return await asynchronous.chat.completions.create(**chat, **extra)
+
+    assert asyncio.run(ask()).usage.model_extra == {"ficoco": expected}
+    stream = client.chat.completions.with_streaming_response.create(
+        **chat, **extra, stream=True, stream_options={"include_usage": True}
+    )
+    with stream as response:
+        assert response.headers["x-ficoco-visual-tokens-kept"] == "192"
+        lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+    assert lines[-1] == "[DONE]"
+    chunks = [json.loads(line) for line in lines[:-1]]
+    assert [chunk["usage"]["ficoco"] for chunk in chunks if chunk.get("usage")] == [expected]
+    assert chunks[-1]["usage"]["ficoco"] == expected
+    text = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks if chunk["choices"])
+    assert text == completion.choices[0].message.content
+    quiet = client.chat.completions.create(**chat, **extra, stream=True)
+    assert all(chunk.usage is None for chunk in quiet)
+
+
+def test_batch_route_and_completions(server: Server, client: OpenAI) -> None:
+    chat = body({"keep": 9})
+    chat["messages"] = [chat["messages"], chat["messages"]]
+    answer = post(server, "/v1/chat/completions/batch", chat)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["ficoco"] == told("ficoco-v", 9, num_images=2)
+    text = client.completions.create(
+        model=MODEL, prompt="what is", max_tokens=2, extra_body={"ficoco": {"keep": 9}}
+    )
+    assert text.usage is not None
+    assert not text.usage.model_extra  # no image: nothing to tell
+    with pytest.raises(openai.BadRequestError, match=r"ficoco\.keep = 0"):
+        client.completions.create(
+            model=MODEL, prompt="what is", max_tokens=2, extra_body={"ficoco": {"keep": 0}}
+        )
+
+
+@pytest.mark.parametrize(
+    ("ficoco", "param", "words"),
+    [
+        ("on", "ficoco", "'off', or an object of method, keep, kv_budget"),
+        ([], "ficoco", "'off', or an object"),
+        ({"kep": 3}, "ficoco.kep", "allowed: method, keep, kv_budget"),
+        ({"keep": 0}, "ficoco.keep", "ficoco.keep = 0"),
+        ({"keep": 577}, "ficoco.keep", "an integer from 1 to 576"),
+        ({"keep": 3.5}, "ficoco.keep", "ficoco.keep = 3.5"),
+        ({"keep": "64"}, "ficoco.keep", "ficoco.keep = '64'"),
+        ({"keep": True}, "ficoco.keep", "ficoco.keep = True"),
+        ({"method": "magic"}, "ficoco.method", "'magic'"),
+        ({"method": "fastv"}, "ficoco.method", "ficoco-v"),
+        ({"kv_budget": -1}, "ficoco.kv_budget", "greater than 0"),
+        ({"kv_budget": 1000}, "ficoco.kv_budget", "1.00 to 576.00"),
+        ({"kv_budget": 64, "keep": 64}, "ficoco.kv_budget", "one of them"),
+        ({"method": "off", "keep": 64}, "ficoco.method", "no keep"),
+    ],
+)
+def test_refused(server: Server, ficoco: Any, param: str, words: str) -> None:
+    answer = post(server, "/v1/chat/completions", body(ficoco))
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["param"] == param
+    assert words in error["message"]
+    assert server.is_healthy()
+
+
+def test_not_twice(server: Server) -> None:
+    raw = {"mm_processor_kwargs": {"ficoco_keep": 64}}
+    answer = post(server, "/v1/chat/completions", body({"keep": 64}, **raw))
+    assert answer.status_code == 400
+    assert "mm_processor_kwargs.ficoco_keep beside ficoco" in answer.json()["error"]["message"]
+
+
+def test_off_is_stock(server: Server) -> None:
+    """The same bits as with all tokens kept, which tests/models/test_stock.py holds against stock vLLM."""
+    more = {"logprobs": True, "top_logprobs": 5}
+    off = post(server, "/v1/chat/completions", body("off", **more)).json()
+    raw = {"mm_processor_kwargs": {"ficoco_keep": NUM_PATCHES}}
+    kept = post(server, "/v1/chat/completions", body(None, **raw, **more)).json()
+    assert off["choices"] == kept["choices"]
+
+
+def test_images_are_not_fetched_from_the_network(client: OpenAI, server: Server) -> None:
+    for url in ("http://127.0.0.1:1/a.png", "https://example.invalid/a.png", "HTTP://[::1]/a.png"):
+        with pytest.raises(openai.BadRequestError, match="not fetched from the network"):
+            client.chat.completions.create(model=MODEL, messages=[message("what?", [url])], max_tokens=1)
+    assert server.is_healthy()
