@@ -30,7 +30,7 @@ def server(small_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     """
     log = tmp_path_factory.mktemp("server") / "log"
     arguments = ["--ficoco-method", "ficoco-vl", "--ficoco-keep", "15", "--served-model-name", "small"]
-    arguments += ["--ficoco-explain"]
+    arguments += ["--ficoco-explain", "--ficoco-min-keep", "4"]
     more = ["--enforce-eager", "--max-model-len", "1024", "--kv-cache-memory-bytes", str(2**26)]
     more += ["--api-server-count", "2"]
     more += [
@@ -87,6 +87,56 @@ def test_refusals(
     assert all(part in body["message"] for part in parts)
     assert server.is_healthy()
     assert complete(server, images[:1]).usage.completion_tokens == 3
+
+
+@pytest.mark.parametrize(
+    ("ficoco", "kept", "entering"),
+    [(None, 16, 48), ({"keep": 36}, 36, 72), ({"method": "ficoco-vl", "keep": 9}, 9, 36), ("off", 144, 144)],
+)
+def test_the_field_reaches_tower_and_decoder(
+    server: Server, images: list[Image.Image], ficoco: Any, kept: int, entering: int
+) -> None:
+    answer = complete(server, images[:1], **({} if ficoco is None else {"ficoco": ficoco}))
+    told = answer.usage.model_extra["ficoco"]
+    assert (told["visual_tokens"], told["visual_tokens_kept"]) == (144, kept)
+    assert told["method"] == ("off" if ficoco == "off" else "ficoco-vl")
+    config = FicocoConfig.parse({"method": "ficoco-l", "keep": kept})
+    counts = DecoderPlanner.shared(config, 8, entering).counts("ficoco-l", entering, kept)
+    assert told["kv_bytes_saved"] == sum(144 - count for count in counts) * 2 * 2 * 32 * 2  # 2 heads, bf16
+    full = complete(server, images[:1], ficoco="off").usage.prompt_tokens
+    assert answer.usage.prompt_tokens == full - 144 + entering
+
+
+@pytest.mark.parametrize(
+    ("extra_body", "param", "words"),
+    [
+        ({"ficoco": {"keep": 3}}, "ficoco.keep", "an integer from 4 to 144"),
+        ({"ficoco": {"kv_budget": 1}}, "ficoco.kv_budget", "ficoco.kv_budget = 1"),
+        ({"ficoco": {"method": "fastv"}}, "ficoco.method", "ficoco-vl, off"),
+        ({"vllm_xargs": {"ficoco_keep": 3}}, "vllm_xargs.ficoco_keep", "an integer from 4 to 144"),
+        ({"mm_processor_kwargs": {"ficoco_keep": 64}}, "mm_processor_kwargs", "--trust-request-mm-kwargs"),
+        (
+            {"ficoco": {"keep": 9}, "mm_processor_kwargs": {"size": 9}},
+            "mm_processor_kwargs",
+            "--trust-request-mm-kwargs",
+        ),
+        (
+            {"ficoco": {"keep": 9}, "media_io_kwargs": {"image": {}}},
+            "mm_processor_kwargs",
+            "--trust-request-mm-kwargs",
+        ),
+    ],
+)
+def test_what_the_operator_does_not_allow(
+    server: Server, images: list[Image.Image], extra_body: dict[str, Any], param: str, words: str
+) -> None:
+    """Our field opens no door for other keyword arguments of the processor."""
+    with pytest.raises(openai.BadRequestError) as caught:
+        complete(server, images[:1], **extra_body)
+    body = caught.value.body
+    assert isinstance(body, dict)
+    assert (body["code"], body["param"]) == (400, param)
+    assert words in body["message"]
 
 
 def test_an_explanation_goes_through_tower_and_decoder(server: Server, images: list[Image.Image]) -> None:
