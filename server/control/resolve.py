@@ -25,13 +25,13 @@ class Bounds:
     min_keep: int = 1
     methods: tuple[str, ...] | None = None
 
-    def check_keep(self, name: str, keep: Any, most: int) -> None:
+    def check_keep(self, name: str, keep: float, most: int) -> None:
         """Refuse a budget that is out of bounds.
 
         Raises:
             ValueError: naming the field, its value and what is allowed.
         """
-        if isinstance(keep, int | float) and not isinstance(keep, bool) and not self.min_keep <= keep <= most:
+        if not self.min_keep <= keep <= most:
             raise ValueError(
                 f"{name} = {keep} is not allowed; allowed: an integer from {self.min_keep} to {most}"
             )
@@ -132,8 +132,10 @@ class Resolver:
             ValueError: starting with the field, then its value and what is allowed.
         """
         values = values or {}
-        if values.get(KEEP) is not None:
-            self.bounds.check_keep(f"{name}.{KEEP}", values[KEEP], self.most)
+        keep = values.get(KEEP)
+        # What no server allows is refused where the field is read, in the words of processor and decoder.
+        if isinstance(keep, int | float) and 1 <= keep < self.bounds.min_keep:
+            self.bounds.check_keep(f"{name}.{KEEP}", keep, self.most)
         if values.get(METHOD) is not None:
             self.bounds.check_method(f"{name}.{METHOD}", values[METHOD])
 
