@@ -14,6 +14,7 @@ FLOOR, CEILING = 64, 576
 # seven requests at once in 44 blocks, one of which vLLM keeps for itself.
 NUM_OUTPUT = 96
 BLOCK_SIZE, NUM_BLOCKS = 32, 45
+_FEWEST_ARRIVALS = 24
 
 
 @dataclass(frozen=True)
@@ -120,11 +121,13 @@ async def overload(
     num_text = (await driver.ask(**explicit)).num_prompt_tokens - CEILING
     capacity = await driver.capacity(length.capacity_seconds, 6, **explicit)
     rate = overload_factor * capacity
+    # On a slow machine few requests arrive in a phase; a queue shows in two dozen.
+    seconds = max(length.overload_seconds, min(_FEWEST_ARRIVALS / rate, 3 * length.overload_seconds))
     phases = []
     returned = 0.0
     for extra in (explicit, {}):
         await _returned(driver, metric, length)
-        phases.append(await _phase(driver, metric, rate, length.overload_seconds, num_text, extra))
+        phases.append(await _phase(driver, metric, rate, seconds, num_text, extra))
     begin = time.monotonic()
     await _returned(driver, metric, length)
     returned = time.monotonic() - begin
