@@ -5,6 +5,8 @@ import os
 ARCHITECTURES = {"LlavaForConditionalGeneration": "ficoco_vllm.models.llava:FicocoLlava"}
 # What vLLM's VLLM_MEDIA_CONNECTOR must say for our loader of images to be used; `ficoco-vllm serve` sets it.
 MEDIA_CONNECTOR = "ficoco"
+# Environment of `ficoco-vllm serve --ficoco-max-image-pixels`: the largest image that the connector unpacks.
+MAX_PIXELS = "FICOCO_MAX_IMAGE_PIXELS"
 
 
 def register() -> None:

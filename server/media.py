@@ -1,12 +1,14 @@
 """Images of requests: what cannot be loaded is the client's error, never the server's."""
 
+import os
+import warnings
 from typing import Any
 
 from PIL import Image
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
 
-from ficoco_vllm.plugin import MEDIA_CONNECTOR
+from ficoco_vllm.plugin import MAX_PIXELS, MEDIA_CONNECTOR
 
 # Pillow's own limit of pixels, and a file URL where no folder is allowed: vLLM answers both with HTTP 500.
 _CLIENT_ERRORS = (Image.DecompressionBombError, RuntimeError)
@@ -19,6 +21,14 @@ class FicocoMediaConnector(MediaConnector):
     What all kinds of media are loaded through is guarded, not images alone: without settings of ours `ficoco-vllm
     serve` serves models that take videos and sounds too.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Take over the operator's limit of pixels; see vLLM's connector for the arguments."""
+        super().__init__(*args, **kwargs)
+        if limit := os.environ.get(MAX_PIXELS):
+            # Pillow refuses twice of what it warns of; both are looked at before any pixel is unpacked.
+            Image.MAX_IMAGE_PIXELS = int(limit) // 2
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
     def fetch_image(self, image_url: str, *, image_mode: str | None = "RGB") -> Image.Image:
         """Load one image.

@@ -58,6 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="methods that a request may name, `off` for none at all (default: all that the server can run)",
     )
     group.add_argument(
+        "--ficoco-max-image-pixels",
+        metavar="N",
+        help="largest image that is unpacked (default: Pillow's limit, 178956970)",
+    )
+    group.add_argument(
         "--ficoco-config", metavar="JSON|FILE", help="all settings, as a JSON object or a file that holds one"
     )
     group.add_argument(
@@ -190,6 +195,12 @@ def configure(args: argparse.Namespace) -> None:
         args.additional_config = {**(args.additional_config or {}), NAME: settings}
     if (args.additional_config or {}).get(NAME):
         _check_model(args, elastic)
+
+
+def _count(option: str, text: str, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise ValueError(f"{option} = {text!r} is not allowed; allowed: an integer of at least {least}")
+    return int(text)
 
 
 def _read_bounds(args: argparse.Namespace) -> None:

@@ -85,6 +85,9 @@ def test_method_and_keep_win_over_the_file() -> None:
             ["kv_budget = 450", "--ficoco-elastic"],
         ),
         (["--ficoco-method", "trim"], ["trim", "text_relevance"]),
+        (["--ficoco-min-keep", "0"], ["--ficoco-min-keep = '0'", "an integer of at least 1"]),
+        (["--ficoco-max-image-pixels", "few"], ["--ficoco-max-image-pixels = 'few'", "at least 2"]),
+        (["--ficoco-allow-methods", "tome,magic"], ["--ficoco-allow-methods = 'tome,magic'", "evit", "off"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and value[0].startswith("--") else "",
 )

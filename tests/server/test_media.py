@@ -1,8 +1,10 @@
 """What the loader of media fetches, counted by a server on this machine; no engine."""
 
 import asyncio
+import base64
 import io
 import threading
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -12,6 +14,7 @@ import pytest
 from PIL import Image
 from vllm.exceptions import VLLMValidationError
 
+from ficoco_vllm.plugin import MAX_PIXELS
 from ficoco_vllm.server.media import FicocoMediaConnector
 
 
@@ -94,3 +97,18 @@ def test_redirects(site: Site, monkeypatch: pytest.MonkeyPatch, allowed: str, pa
         with pytest.raises(ValueError, match="cannot identify image"):
             connector.fetch_image(f"{site.address}/redirect")
     assert site.paths == paths
+
+
+def test_the_operator_s_limit_of_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    def url(side: int) -> str:
+        png = io.BytesIO()
+        Image.new("L", (side, side)).save(png, "PNG")
+        return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+    monkeypatch.setenv(MAX_PIXELS, "10000")
+    with warnings.catch_warnings():
+        connector = FicocoMediaConnector()
+        assert connector.fetch_image(url(100)).size == (100, 100)
+        with pytest.raises(VLLMValidationError, match="10201 pixels"):
+            connector.fetch_image(url(101))
