@@ -147,7 +147,11 @@ def shared_metrics(wanted: bool) -> Iterator[str | None]:
         return
     with tempfile.TemporaryDirectory(prefix="ficoco-metrics-", ignore_cleanup_errors=True) as folder:
         os.environ[MULTIPROC] = folder
-        yield folder
+        try:
+            yield folder
+        finally:
+            if os.environ.get(MULTIPROC) == folder:  # else whatever this process starts next looks for it
+                del os.environ[MULTIPROC]
 
 
 def several_servers(args: argparse.Namespace) -> bool:
