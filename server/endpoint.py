@@ -40,7 +40,8 @@ class FicocoEndpoint:
             return
         # First: it keeps vLLM's own handler and renderer, as they are before requests are controlled.
         if getattr(args, "ficoco_explain", False):
-            setattr(state, routes.STATE, Explainer(engine_client, state.openai_serving_chat))
+            explainer = Explainer(engine_client, state.openai_serving_chat, bounds_of(args))
+            setattr(state, routes.STATE, explainer)
         config = FicocoConfig.of(engine_client.model_config.hf_config)
         if config.method is not None:
             control = make_control(engine_client, config, args)
@@ -59,12 +60,20 @@ def make_control(engine_client: Any, config: FicocoConfig, args: Namespace) -> C
     vllm_config = engine_client.vllm_config
     hf_config = engine_client.model_config.hf_config
     sites = Sites.of(config, hf_config)
-    bounds = Bounds(getattr(args, "ficoco_min_keep", None) or 1, getattr(args, "ficoco_allow_methods", None))
     num_segments = 1 if sites.decoder is None else sites.decoder.segments.num_segments
     num_layers = hf_config.get_text_config().num_hidden_layers
     return Control(
-        Resolver(sites, bounds),
+        Resolver(sites, bounds_of(args)),
         Accountant(config, hf_config, sites.tower, sites.decoder),
         token_layer_bytes(vllm_config) * num_layers // num_segments,
         engine_client.input_processor,
     )
+
+
+def bounds_of(args: Namespace) -> Bounds:
+    """What the operator lets requests ask for.
+
+    Args:
+        args: of the command line; plain vLLM's has none of our options.
+    """
+    return Bounds(getattr(args, "ficoco_min_keep", None) or 1, getattr(args, "ficoco_allow_methods", None))

@@ -6,8 +6,10 @@ from copy import copy
 from typing import Any
 
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.exceptions import VLLMValidationError
 
 from ficoco_vllm.kv.plan import KEEP, METHOD
+from ficoco_vllm.server.control.resolve import Bounds
 from ficoco_vllm.server.explain.asking import Reply, ask
 from ficoco_vllm.server.explain.facts import Facts
 from ficoco_vllm.server.explain.schema import ExplainRequest, Explanation, Measured, Options
@@ -45,13 +47,15 @@ class Explainer:
     errors.
     """
 
-    def __init__(self, engine_client: Any, chat: Any) -> None:
+    def __init__(self, engine_client: Any, chat: Any, bounds: Bounds = Bounds()) -> None:  # noqa: B008
         """Look at the served model.
 
         Args:
             engine_client: vLLM's.
             chat: vLLM's `OpenAIServingChat`.
+            bounds: of the operator, for the side with reduction; the other one always keeps all tokens.
         """
+        self.bounds = bounds
         self.engine_client = engine_client
         self.chat = trusting(chat)
         self.facts = Facts.of(engine_client.vllm_config)
@@ -68,13 +72,16 @@ class Explainer:
         facts = self.facts
         return Options(
             model=self.model,
-            methods=list(facts.methods),
+            methods=[choice for choice in facts.methods if self._allows(choice.name)],
             method=facts.method,
             keep=facts.keep,
-            min_keep=1,
+            min_keep=self.bounds.min_keep,
             max_keep=facts.shape.num_patches,
             grid=facts.shape.grid,
         )
+
+    def _allows(self, method: str) -> bool:
+        return self.bounds.methods is None or method in self.bounds.methods
 
     async def explain(self, asked: ExplainRequest, raw_request: Any) -> Explanation:
         """Ask, with reduction and without, and tell what the reduction did.
@@ -94,6 +101,14 @@ class Explainer:
     async def _explain(self, asked: ExplainRequest, raw_request: Any) -> Explanation:
         method = asked.method or self.facts.method
         keep = self.facts.keep if asked.keep is None else asked.keep
+        try:
+            if asked.method is not None:
+                self.bounds.check_method("method", asked.method)
+            # What no server allows is refused by the planners, in words of theirs.
+            if asked.keep is not None and 1 <= asked.keep < self.bounds.min_keep:
+                self.bounds.check_keep("keep", asked.keep, self.facts.shape.num_patches)
+        except ValueError as error:
+            raise VLLMValidationError(str(error), parameter=str(error).split(" ", 1)[0]) from error
         if not self._is_warm:
             # Whatever a server does for the first time takes longer; neither side is to pay for it.
             short = asked.model_copy(update={"max_tokens": 1})

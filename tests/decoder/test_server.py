@@ -141,6 +141,8 @@ def test_what_the_operator_does_not_allow(
 
 def test_an_explanation_goes_through_tower_and_decoder(server: Server, images: list[Image.Image]) -> None:
     body = {"image": data_url(images[1]), "question": "what is this?", "max_tokens": 2}
+    low = httpx.post(f"{server.url}/ficoco/explain", json={**body, "keep": 3}, timeout=300)
+    assert (low.status_code, low.json()["error"]["param"]) == (400, "keep")
     answer = httpx.post(f"{server.url}/ficoco/explain", json=body, timeout=300)
     assert answer.status_code == 200, answer.text
     found = Explanation.model_validate_json(answer.content)
