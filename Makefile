@@ -100,8 +100,8 @@ $(LMMS)/.installed: requirements/lmms.lock $(RUNTIME)
 
 lmms: $(LMMS)/.installed  ## an environment with lmms-eval on top of the serving one, for `ficoco-vllm bench lmms`
 
-bench-load: $(DEV)  ## stock and reducing servers under the same load, in turns (ARGS="--help")
-	@$(BIN)/python -m benchmarks.load.command --bar 1.0 $(ARGS)
+bench-load: $(DEV)  ## stock and reducing servers under the same load, in turns, at LLaVA-1.5-7B's width
+	@$(BIN)/ficoco-vllm bench load --model llava-1.5-7b-width --layers 2 --requests 24 --answer-tokens 16 --bar 1.0 $(ARGS)
 
 clean:  ## remove the environment and everything built
 	@rm -rf $(VENV) $(LMMS) build dist *.egg-info
