@@ -11,7 +11,7 @@ from typing import Any
 
 from ficoco_vllm.compat import is_cpu_build, set_cpu_defaults, use_interpreter
 from ficoco_vllm.config import NAME, FicocoConfig
-from ficoco_vllm.plugin import ARCHITECTURES, MEDIA_CONNECTOR
+from ficoco_vllm.plugin import ARCHITECTURES, MAX_PIXELS, MEDIA_CONNECTOR
 from ficoco_vllm.reduction import available
 from ficoco_vllm.reduction.pipeline import PIPELINES
 from ficoco_vllm.server.elastic.settings import OPTION, ElasticSettings
@@ -213,13 +213,10 @@ def _read_bounds(args: argparse.Namespace) -> None:
     Raises:
         ValueError: naming the option, its value and what is allowed.
     """
-    text = args.ficoco_min_keep
-    if text is not None:
-        if not text.isdecimal() or int(text) < 1:
-            raise ValueError(
-                f"--ficoco-min-keep = {text!r} is not allowed; allowed: an integer of at least 1"
-            )
-        args.ficoco_min_keep = int(text)
+    if args.ficoco_min_keep is not None:
+        args.ficoco_min_keep = _count("--ficoco-min-keep", args.ficoco_min_keep, 1)
+    if args.ficoco_max_image_pixels is not None:
+        os.environ[MAX_PIXELS] = str(_count("--ficoco-max-image-pixels", args.ficoco_max_image_pixels, 2))
     if args.ficoco_allow_methods is not None:
         names = tuple(name.strip() for name in args.ficoco_allow_methods.split(",") if name.strip())
         known = (*sorted({*available(), *PIPELINES}), "off")

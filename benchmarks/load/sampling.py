@@ -6,8 +6,6 @@ import urllib.error
 import urllib.request
 from types import TracebackType
 
-from prometheus_client.parser import text_string_to_metric_families
-
 # vLLM's name to ours; several engines are added up, but for the share of the cache, of which the fullest counts.
 _SUMS = {
     "vllm:num_requests_running": "num_running",
@@ -80,6 +78,10 @@ def read_metrics(text: str) -> dict[str, float]:
     Returns:
         `num_running`, `num_waiting`, `num_preemptions`, `kv_cache_usage` (0 to 1), or nothing where one is missing.
     """
+    # Not at the top: the command line loads this module, and whoever serves names the folder that processes share
+    # before prometheus_client is imported.
+    from prometheus_client.parser import text_string_to_metric_families
+
     found: dict[str, float] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:

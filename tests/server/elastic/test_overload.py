@@ -1,6 +1,7 @@
 """A real server whose KV cache is too small for its arrivals: two API server processes, the official client."""
 
 import asyncio
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -54,19 +55,25 @@ def test_it_returns_to_the_ceiling_and_says_so(small: Server, result: Result) ->
 
 def test_both_processes_give_the_same_budget(small: Server, result: Result) -> None:
     """Each connection may reach another process; in calm both know the ceiling."""
-    lengths = set()
     image = data_url(Image.new("RGB", (64, 64), "red"))
-    for _ in range(6):
-        with small.client() as client:
-            answer = client.chat.completions.create(
-                model="ficoco-demo", messages=[message("what?", [image])], max_tokens=1
-            )
-            assert answer.usage is not None
-            lengths.add(answer.usage.prompt_tokens)
+
+    def six_lengths() -> set[int]:
+        lengths = set()
+        for _ in range(6):
+            with small.client() as client:
+                answer = client.chat.completions.create(
+                    model="ficoco-demo", messages=[message("what?", [image])], max_tokens=1
+                )
+                assert answer.usage is not None
+                lengths.add(answer.usage.prompt_tokens)
+        return lengths
+
+    deadline = time.monotonic() + 60
+    while len(lengths := six_lengths()) > 1:  # a process that got no time has not looked at the board yet
+        assert time.monotonic() < deadline, lengths
     log = small.log.read_text()
     assert "ApiServer_0" in log
     assert "ApiServer_1" in log
-    assert len(lengths) == 1
     with small.client() as client:
         explicit: Any = client.chat.completions.create(
             model="ficoco-demo",
