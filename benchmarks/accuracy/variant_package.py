@@ -55,12 +55,13 @@ def write_package(folder: Path, variants: Iterable[Variant]) -> dict[str, str]:
         ValueError: a setting is not allowed.
     """
     wanted = {variant.served_name: variant for variant in variants if variant.settings}
+    for name, variant in wanted.items():
+        assert variant.method is not None, "settings are those of a method"
+        with_defaults(name, variant.method, variant.settings)
     rows = [
         {"name": name, "base": variant.method, "settings": dict(variant.settings)}
         for name, variant in wanted.items()
     ]
-    for row in rows:
-        with_defaults(str(row["name"]), str(row["base"]), row["settings"])  # type: ignore[arg-type]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "variants.json").write_text(json.dumps(rows))
     (folder / f"{PACKAGE}.py").write_text(

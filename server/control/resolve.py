@@ -46,6 +46,10 @@ class Bounds:
             raise ValueError(f"{name} = {method!r} is not allowed; allowed: {', '.join(self.methods)}")
 
 
+# An operator who sets no bounds.
+UNBOUNDED = Bounds()
+
+
 @dataclass(frozen=True)
 class Told:
     """What goes on with a request.

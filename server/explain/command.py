@@ -22,7 +22,7 @@ from ficoco_vllm.server.explain.schema import Explanation
 ANSWER_SECONDS = 600
 
 
-class _Failure(Exception):  # noqa: N818 (said to the user, not raised further)
+class _CommandError(Exception):
     """One line for the user."""
 
 
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         drawn.save(args.out)
         if args.json is not None:
             args.json.write_text(explanation.model_dump_json(indent=1), encoding="utf-8")
-    except (_Failure, ValueError, OSError) as error:
+    except (_CommandError, ValueError, OSError) as error:
         return _fail(str(error), 2)
     except RuntimeError as error:
         return _fail(str(error), 1)
@@ -89,17 +89,19 @@ def run(args: argparse.Namespace) -> int:
 def _prepare(args: argparse.Namespace) -> tuple[Image.Image, dict[str, Any]]:
     """The image as it is shown and sent, and the body of the request."""
     if args.url is not None and args.model is not None:
-        raise _Failure("--model is allowed without --url only: a running server has its model")
+        raise _CommandError("--model is allowed without --url only: a running server has its model")
     if args.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise _Failure(f"--out = {str(args.out)!r} is not allowed; allowed: a name in .png, .jpg or .webp")
+        raise _CommandError(
+            f"--out = {str(args.out)!r} is not allowed; allowed: a name in .png, .jpg or .webp"
+        )
     for path in filter(None, (args.out, args.json)):
         if not path.absolute().parent.is_dir():
-            raise _Failure(f"there is no folder {path.absolute().parent}")
+            raise _CommandError(f"there is no folder {path.absolute().parent}")
     try:
         with Image.open(args.image) as opened:
             picture = ImageOps.exif_transpose(opened).convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise _Failure(f"{args.image} cannot be read as an image ({error})") from error
+        raise _CommandError(f"{args.image} cannot be read as an image ({error})") from error
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     body = {
@@ -114,7 +116,7 @@ def _prepare(args: argparse.Namespace) -> tuple[Image.Image, dict[str, Any]]:
 def _ask(url: str, key: str | None, body: dict[str, Any]) -> Explanation:
     """`POST /ficoco/explain`."""
     if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
-        raise _Failure(f"--url = {url!r} is not allowed; allowed: http://HOST:PORT or https://...")
+        raise _CommandError(f"--url = {url!r} is not allowed; allowed: http://HOST:PORT or https://...")
     headers = {"Content-Type": "application/json"}
     if key:
         headers["Authorization"] = f"Bearer {key}"
@@ -124,7 +126,7 @@ def _ask(url: str, key: str | None, body: dict[str, Any]) -> Explanation:
         with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as answer:
             return Explanation.model_validate_json(answer.read())
     except urllib.error.HTTPError as error:
-        raise _Failure(_reason(error, url)) from error
+        raise _CommandError(_reason(error, url)) from error
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
         raise RuntimeError(f"no answer from {url} ({getattr(error, 'reason', error)})") from error
     except ValidationError as error:
@@ -156,7 +158,7 @@ def _patches(texts: list[str] | None, grid: tuple[int, int]) -> list[int] | None
             row.isdigit() and column.isdigit() and 1 <= int(row) <= grid[0] and 1 <= int(column) <= grid[1]
         ):
             allowed = f"ROW,COLUMN from 1,1 to {grid[0]},{grid[1]}"
-            raise _Failure(f"--patch = {text!r} is not allowed; allowed: {allowed}")
+            raise _CommandError(f"--patch = {text!r} is not allowed; allowed: {allowed}")
         found.append((int(row) - 1) * grid[1] + int(column) - 1)
     return found
 

@@ -9,7 +9,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.exceptions import VLLMValidationError
 
 from ficoco_vllm.kv.plan import KEEP, METHOD
-from ficoco_vllm.server.control.resolve import Bounds
+from ficoco_vllm.server.control.resolve import UNBOUNDED, Bounds
 from ficoco_vllm.server.explain.asking import Reply, ask
 from ficoco_vllm.server.explain.facts import Facts
 from ficoco_vllm.server.explain.schema import ExplainRequest, Explanation, Measured, Options
@@ -47,7 +47,7 @@ class Explainer:
     errors.
     """
 
-    def __init__(self, engine_client: Any, chat: Any, bounds: Bounds = Bounds()) -> None:  # noqa: B008
+    def __init__(self, engine_client: Any, chat: Any, bounds: Bounds = UNBOUNDED) -> None:
         """Look at the served model.
 
         Args:

@@ -54,8 +54,9 @@ def ask(engine: LLM, asks: list[Ask]) -> list[Answer]:
 
 def take_trace(engine: LLM, trace_id: int) -> list[dict[str, Any]]:
     """The trace of a request, from the only worker."""
-    (trace,) = engine.collective_rpc("ficoco_take_trace", args=(trace_id,))
-    return trace  # type: ignore[no-any-return]
+    traces: list[list[dict[str, Any]]] = engine.collective_rpc("ficoco_take_trace", args=(trace_id,))
+    (trace,) = traces
+    return trace
 
 
 def refusal(engine: LLM, one: Ask, **more: Any) -> str:

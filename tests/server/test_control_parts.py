@@ -6,12 +6,12 @@ import pytest
 
 from ficoco_vllm import demo_model
 from ficoco_vllm.config import FicocoConfig
-from ficoco_vllm.server.control.resolve import Bounds, Resolver
+from ficoco_vllm.server.control.resolve import UNBOUNDED, Bounds, Resolver
 from ficoco_vllm.server.control.schema import parse
 from ficoco_vllm.server.elastic.sites import Sites
 
 
-def resolver(settings: dict[str, Any], bounds: Bounds = Bounds()) -> Resolver:  # noqa: B008
+def resolver(settings: dict[str, Any], bounds: Bounds = UNBOUNDED) -> Resolver:
     """Of a server of the demo model."""
     from transformers import AutoConfig
 

@@ -42,8 +42,7 @@ def test_elastic_keeps_the_time_to_first_token_bounded(result: Result) -> None:
     assert FLOOR in elastic.budgets, asdict(result)
     assert set(elastic.budgets) <= {FLOOR, 192, CEILING}
     assert elastic.lowest_default == FLOOR
-    # The phases follow each other on a machine whose speed may change; `make bench-elastic`, alone, asks for more.
-    assert elastic.late_ttft_seconds < 0.8 * fixed.late_ttft_seconds, asdict(result)
+    assert elastic.late_ttft_seconds < 0.5 * fixed.late_ttft_seconds, asdict(result)
 
 
 def test_it_returns_to_the_ceiling_and_says_so(small: Server, result: Result) -> None:
