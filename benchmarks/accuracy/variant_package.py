@@ -54,9 +54,13 @@ def write_package(folder: Path, variants: Iterable[Variant]) -> dict[str, str]:
     Raises:
         ValueError: a setting is not allowed.
     """
-    wanted = {variant.served_name: variant for variant in variants if variant.settings}
+    wanted = {
+        name: variant
+        for variant in variants
+        if variant.settings and (name := variant.served_name) is not None
+    }
     for name, variant in wanted.items():
-        assert variant.method is not None, "settings are those of a method"
+        assert variant.method is not None, "what is served under a name is a method"
         with_defaults(name, variant.method, variant.settings)
     rows = [
         {"name": name, "base": variant.method, "settings": dict(variant.settings)}
