@@ -9,6 +9,7 @@ from typing import Any
 
 from ficoco_vllm.benchmarks.load import command as load
 from ficoco_vllm.server import bench_lmms
+from ficoco_vllm.server.errors import fail
 from ficoco_vllm.server.numbers import numbers
 
 NEEDS = "pip install 'ficoco-vllm[bench]'"
@@ -83,7 +84,7 @@ def _load(args: argparse.Namespace) -> int:
     try:
         return load.run(args)
     except ModuleNotFoundError as error:
-        return _fail(f"{error}; {NEEDS}")
+        return fail(f"{error}; {NEEDS}")
 
 
 def _accuracy(args: argparse.Namespace) -> int:
@@ -119,12 +120,11 @@ def _accuracy(args: argparse.Namespace) -> int:
         if args.reference is not None:
             result["warnings"] += regressions(result, json.loads(args.reference.read_text(encoding="utf-8")))
     except ModuleNotFoundError as error:
-        return _fail(f"{error}; {NEEDS}")
+        return fail(f"{error}; {NEEDS}")
     except (ValueError, OSError) as error:
-        return _fail(str(error))
+        return fail(str(error))
     except (RuntimeError, APIError) as error:
-        _fail(str(error))
-        return 1
+        return fail(str(error), 1)
     write(result, args.out)
     if any(row["table"] == "methods" for row in result["rows"]):
         print("\n".join(methods_table(result)))
@@ -135,8 +135,3 @@ def _accuracy(args: argparse.Namespace) -> int:
 
 def _names(text: str | None) -> tuple[str, ...]:
     return tuple(name.strip() for name in (text or "").split(",") if name.strip())
-
-
-def _fail(message: str) -> int:
-    print(f"ficoco-vllm: error: {message}", file=sys.stderr)
-    return 2

@@ -2,9 +2,10 @@
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
+
+from ficoco_vllm.server.errors import fail
 
 OUT = Path("build/lmms")
 
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         print("\n".join(table(read_results(args.out))))
         return 0
     if args.name not in BENCHMARKS:
-        return _fail(f"BENCHMARK = {args.name!r} is not allowed; allowed: {', '.join(BENCHMARKS)}", 2)
+        return fail(f"BENCHMARK = {args.name!r} is not allowed; allowed: {', '.join(BENCHMARKS)}", 2)
     request = Run(
         args.name,
         BENCHMARKS[args.name],
@@ -69,16 +70,11 @@ def run(args: argparse.Namespace) -> int:
     try:
         result = evaluate(request)
     except ValueError as error:
-        return _fail(str(error), 2)
+        return fail(str(error), 2)
     except RuntimeError as error:
-        return _fail(str(error), 1)
+        return fail(str(error), 1)
     args.out.mkdir(parents=True, exist_ok=True)
     name = f"{args.name}-{args.method or 'full'}-{args.keep or 'all'}.json"
     (args.out / name).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print("\n".join(table([result])))
     return 0
-
-
-def _fail(message: str, status: int) -> int:
-    print(f"ficoco-vllm: error: {message}", file=sys.stderr)
-    return status

@@ -2,11 +2,11 @@
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from ficoco_vllm.server.bench import NEEDS
+from ficoco_vllm.server.errors import fail
 from ficoco_vllm.server.numbers import numbers
 from ficoco_vllm.server.plan import DEMO, read_config
 
@@ -80,19 +80,13 @@ def run(args: argparse.Namespace) -> int:
         items = shuffled(read_items(args.data, args.prompt), args.seed)
         report = calibrate(settings, items)
     except ModuleNotFoundError as error:
-        return _fail(f"{error}; {NEEDS}")
+        return fail(f"{error}; {NEEDS}")
     except (ValueError, OSError) as error:
-        return _fail(str(error))
+        return fail(str(error))
     except (RuntimeError, APIError) as error:
-        _fail(str(error))
-        return 1
+        return fail(str(error), 1)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(page(report, items), encoding="utf-8")
     args.out.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print("\n".join([*lines(report), "", f"report: {args.out}"]))
     return int(all(entry["safe"] is None for entry in report["methods"]))
-
-
-def _fail(message: str) -> int:
-    print(f"ficoco-vllm: error: {message}", file=sys.stderr)
-    return 2

@@ -1,13 +1,13 @@
 """`ficoco-vllm methods`: what can be served, where it works, and where it comes from."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 from ficoco_vllm.reduction import available, get
 from ficoco_vllm.reduction.pipeline import PIPELINES
 from ficoco_vllm.reduction.settings import describe
+from ficoco_vllm.server.errors import fail
 
 
 def add_parser(subparsers: Any) -> None:
@@ -25,8 +25,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         lines = _all_methods() if args.name is None else _one_method(args.name)
     except ValueError as error:
-        print(f"ficoco-vllm: error: {error}", file=sys.stderr)
-        return 2
+        return fail(str(error))
     print("\n".join(lines))
     return 0
 

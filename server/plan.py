@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import import_module
@@ -21,6 +20,7 @@ from ficoco_vllm.reduction.cost import (
     unreduced,
 )
 from ficoco_vllm.reduction.schedule import KINDS
+from ficoco_vllm.server.errors import fail
 from ficoco_vllm.server.plan_table import as_text
 
 DEMO = "demo"
@@ -93,9 +93,9 @@ def run(args: argparse.Namespace) -> int:
         report = make_report(args)
         text = json.dumps(report, indent=2) if args.json else as_text(report)
     except OverflowError:
-        return _fail("a number is too large to plan with")
+        return fail("a number is too large to plan with")
     except (ValueError, OSError) as error:
-        return _fail(str(error))
+        return fail(str(error))
     print(text)
     return 0
 
@@ -184,11 +184,6 @@ def parse_schedule(name: str, text: str | None) -> str | list[tuple[int, int]] |
     except ValueError:
         allowed = f"{', '.join(KINDS)}, or LAYER:KEEP,LAYER:KEEP,..."
         raise ValueError(f"{name}: got {text!r}, allowed: {allowed}") from None
-
-
-def _fail(reason: str) -> int:
-    print(f"ficoco-vllm: error: {reason}", file=sys.stderr)
-    return 2
 
 
 def _budgets(args: argparse.Namespace) -> tuple[Budget, Budget | None]:

@@ -14,7 +14,8 @@ from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.kv.plan import DecoderPlanner
 from ficoco_vllm.metrics import observe_all
 from ficoco_vllm.reduction import cost
-from ficoco_vllm.server.serve import MULTIPROC, counts_savings, shared_metrics
+from ficoco_vllm.server.options import counts_savings
+from ficoco_vllm.server.shared_metrics import MULTIPROC, shared_metrics
 from ficoco_vllm.stopwatch import Stopwatch
 from ficoco_vllm.vision.plan import Budget, VisionPlanner
 from ficoco_vllm.vision.shape import TowerShape

@@ -17,6 +17,7 @@ from ficoco_vllm.benchmarks.load.run import Target, run_turn, run_turns
 from ficoco_vllm.benchmarks.load.settings import STOCK, Server, Traffic, Turn, make_points, make_turns
 from ficoco_vllm.benchmarks.load.summary import as_csv, as_table, ratio, summarise
 from ficoco_vllm.reduction.cost import model_shape
+from ficoco_vllm.server.errors import fail
 
 DEMO = "demo"
 WIDE = "llava-1.5-7b-width"
@@ -68,8 +69,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         servers, points = _asked(args)
     except ValueError as error:
-        print(f"ficoco-vllm: error: {error}", file=sys.stderr)
-        return 2
+        return fail(str(error))
     from ficoco_vllm.benchmarks.load.report import as_html  # needs what only the extra `bench` brings
 
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # of the client's own import of vLLM
@@ -77,8 +77,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         rows = _measure(args, turns)
     except RuntimeError as error:
-        print(f"ficoco-vllm: error: {error}", file=sys.stderr)
-        return 1
+        return fail(str(error), 1)
     result = {
         "model": f"{args.model}, {args.layers} layers" if args.model == WIDE else args.model,
         "environment": environment(),

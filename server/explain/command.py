@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image, ImageOps
 from pydantic import ValidationError
 
+from ficoco_vllm.server.errors import fail
 from ficoco_vllm.server.explain.own_server import own_server
 from ficoco_vllm.server.explain.picture import draw
 from ficoco_vllm.server.explain.schema import Explanation
@@ -79,9 +80,9 @@ def run(args: argparse.Namespace) -> int:
         if args.json is not None:
             args.json.write_text(explanation.model_dump_json(indent=1), encoding="utf-8")
     except (_CommandError, ValueError, OSError) as error:
-        return _fail(str(error), 2)
+        return fail(str(error), 2)
     except RuntimeError as error:
-        return _fail(str(error), 1)
+        return fail(str(error), 1)
     print(_summary(explanation, args.out))
     return 0
 
@@ -173,8 +174,3 @@ def _summary(explanation: Explanation, out: Path) -> str:
         for title, side in sides
     ]
     return "\n".join([*lines, f"drawn: {out}"])
-
-
-def _fail(reason: str, status: int) -> int:
-    print(f"ficoco-vllm: error: {reason}", file=sys.stderr)
-    return status

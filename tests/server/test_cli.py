@@ -10,7 +10,7 @@ import pytest
 from ficoco_vllm import __version__
 from ficoco_vllm.reduction import available
 from ficoco_vllm.server.cli import main
-from ficoco_vllm.server.serve import read_settings
+from ficoco_vllm.server.options import read_settings
 
 ELASTIC = '{"floor": 64, "ceiling": 288}'
 

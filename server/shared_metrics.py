@@ -1,0 +1,53 @@
+"""The folder in which the processes of one server count together."""
+
+import argparse
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# prometheus_client's name for the folder that processes share.
+MULTIPROC = "PROMETHEUS_MULTIPROC_DIR"
+
+
+@contextmanager
+def shared_metrics(wanted: bool) -> Iterator[str | None]:
+    """Let engine core and workers count into the `/metrics` of the API server.
+
+    prometheus_client adds up what several processes count if a folder is named before it is imported. vLLM names
+    one only for several API servers; a folder that the user has named stays.
+
+    Args:
+        wanted: whether there is anything to share.
+
+    Yields:
+        The folder, None where it is not ours.
+    """
+    if not wanted or MULTIPROC in os.environ:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="ficoco-metrics-", ignore_cleanup_errors=True) as folder:
+        os.environ[MULTIPROC] = folder
+        try:
+            yield folder
+        finally:
+            if os.environ.get(MULTIPROC) == folder:  # else whatever this process starts next looks for it
+                del os.environ[MULTIPROC]
+
+
+def several_servers(args: argparse.Namespace) -> bool:
+    """Whether vLLM will start several API servers.
+
+    Args:
+        args: of vLLM's parser.
+    """
+    if args.api_server_count is not None:
+        return bool(args.api_server_count > 1)
+    balanced_outside = (
+        args.data_parallel_external_lb
+        or args.data_parallel_hybrid_lb
+        or args.data_parallel_multi_port_external_lb
+        or args.data_parallel_rank is not None
+        or args.data_parallel_start_rank is not None
+    )
+    return bool(args.data_parallel_size > 1 and not balanced_outside)
