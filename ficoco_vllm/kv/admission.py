@@ -1,6 +1,6 @@
 """What a request may ask of the decoder, checked before it reaches the engine."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any
 
@@ -15,6 +15,9 @@ from ficoco_vllm.vision.shape import TowerShape
 
 # Attribute of vLLM's input processor, set in the API server where the budget follows the load; see `fill_budget`.
 DEFAULT_KEEP = "ficoco_default_keep"
+# The same, where the operator bounds what requests may ask for in `vllm_xargs`: called with these and the visual tokens
+# of the request's largest image; raises ValueError. Every route of vLLM's goes through here.
+BOUNDS = "ficoco_bounds"
 
 
 def planner_of(vllm_config: Any) -> DecoderPlanner:
@@ -99,6 +102,24 @@ def fill_budget(default_keep: Callable[[str | None, int], int], request: Any) ->
         params.extra_args = {**extra_args, KEEP: default_keep(extra_args.get(METHOD), most)}
 
 
+def check_bounds(bounds: Callable[[Mapping[str, Any], int], None], request: Any) -> None:
+    """Hold what a request asks of the decoder against the operator's bounds.
+
+    Args:
+        bounds: see `BOUNDS`.
+        request: vLLM's `EngineCoreRequest`.
+
+    Raises:
+        VLLMValidationError: naming the field, its value and what is allowed (HTTP 400).
+    """
+    extra_args = request.sampling_params.extra_args if request.sampling_params else None
+    most = max((feature.mm_position.length for feature in request.mm_features or ()), default=0)
+    try:
+        bounds(extra_args or {}, most)
+    except ValueError as error:
+        raise VLLMValidationError(str(error), parameter=str(error).split(" ", 1)[0]) from error
+
+
 def hook_admission() -> None:
     """Let vLLM's front end call `check_request`; may run many times.
 
@@ -112,10 +133,12 @@ def hook_admission() -> None:
     @wraps(original)
     def process_inputs(self: InputProcessor, *args: Any, **kwargs: Any) -> Any:
         request = original(self, *args, **kwargs)
-        default_keep = vars(self).get(DEFAULT_KEEP)
+        default_keep, bounds = vars(self).get(DEFAULT_KEEP), vars(self).get(BOUNDS)
         if default_keep is not None:
             fill_budget(default_keep, request)
         try:
+            if bounds is not None:
+                check_bounds(bounds, request)
             check_request(self.vllm_config, request)
         except VLLMValidationError:
             count_refusal(self.vllm_config.model_config)

@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from contextvars import ContextVar
 from copy import copy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from vllm.exceptions import VLLMValidationError
 
 from ficoco_vllm.account import Account, Accountant
-from ficoco_vllm.kv.admission import DEFAULT_KEEP
+from ficoco_vllm.kv.admission import BOUNDS, DEFAULT_KEEP
 from ficoco_vllm.kv.plan import KEEP, METHOD
 from ficoco_vllm.processing import BUDGET
 from ficoco_vllm.server.control.resolve import Resolver
@@ -82,6 +83,8 @@ class Control:
         Args:
             renderer: vLLM's `OnlineRenderer`; all of its routes render chats and completions through two methods.
         """
+        # What goes to the decoder passes one place on all routes, those included that render no prompt.
+        setattr(self.processor, BOUNDS, partial(self.resolver.check_raw, "vllm_xargs"))
         trusting = copy(renderer)
         trusting.trust_request_mm_kwargs = True
         chat, completion = renderer.preprocess_chat, renderer.preprocess_cmpl
@@ -110,8 +113,10 @@ class Control:
         ledger = current.get()
         raw, xargs = getattr(request, "mm_processor_kwargs", None), getattr(request, "vllm_xargs", None)
         try:
-            self.resolver.check_raw("mm_processor_kwargs", raw)
-            self.resolver.check_raw("vllm_xargs", xargs)
+            self.resolver.check_raw("mm_processor_kwargs", raw or {})
+            for name, values in (("mm_processor_kwargs", raw), ("vllm_xargs", xargs)):
+                keep = (values or {}).get(KEEP)
+                self.resolver.bounds.check_reduced(f"{name}.{KEEP}", keep, self.resolver.most)
             if ledger is None or ledger.asked is None:
                 return False
             for name, values in (("mm_processor_kwargs", raw), ("vllm_xargs", xargs)):

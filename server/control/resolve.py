@@ -45,6 +45,18 @@ class Bounds:
         if self.methods is not None and method not in self.methods:
             raise ValueError(f"{name} = {method!r} is not allowed; allowed: {', '.join(self.methods)}")
 
+    def check_reduced(self, name: str, keep: Any, most: int) -> None:
+        """Refuse a budget of all tokens where the operator does not allow "off".
+
+        Raises:
+            ValueError: naming the field, its value and what is allowed.
+        """
+        if self.methods is not None and OFF not in self.methods and keep == most:
+            raise ValueError(
+                f"{name} = {keep} is not allowed; allowed: fewer than all, which would be {OFF!r}; the server "
+                f"reduces by {', '.join(self.methods)}"
+            )
+
 
 # An operator who sets no bounds.
 UNBOUNDED = Bounds()
@@ -120,28 +132,34 @@ class Resolver:
         if keep is None:
             return Told({}, named) if decoder is not None else Told(named)
         self.bounds.check_keep(f"{FIELD}.keep", keep, self.most)
+        self.bounds.check_reduced(f"{FIELD}.keep", keep, self.most)
         if decoder is None:
             return Told({**named, KEEP: keep})
         entering, in_tower = self._entering(keep)
         return Told(in_tower, {**named, KEEP: min(keep, entering)})
 
-    def check_raw(self, name: str, values: Mapping[str, Any] | None) -> None:
+    def check_raw(self, name: str, values: Mapping[str, Any], entering: int | None = None) -> None:
         """Hold the operator's bounds against our fields in vLLM's own extension points.
 
         Args:
             name: of the body's field that holds them.
             values: of `mm_processor_kwargs` or `vllm_xargs`.
+            entering: visual tokens of the largest image where the values apply; that many are never too few.
 
         Raises:
             ValueError: starting with the field, then its value and what is allowed.
         """
-        values = values or {}
-        keep = values.get(KEEP)
+        keep, least = values.get(KEEP), self.bounds.min_keep
+        if entering is not None:
+            least = min(least, entering)
         # What no server allows is refused where the field is read, in the words of processor and decoder.
-        if isinstance(keep, int | float) and 1 <= keep < self.bounds.min_keep:
+        if isinstance(keep, int | float) and 1 <= keep < least:
             self.bounds.check_keep(f"{name}.{KEEP}", keep, self.most)
-        if values.get(METHOD) is not None:
-            self.bounds.check_method(f"{name}.{METHOD}", values[METHOD])
+        method = values.get(METHOD)
+        config = self.sites.config
+        own = (config.method, config.decoder_method.name if config.decoder_method else None)
+        if method is not None and method not in own:
+            self.bounds.check_method(f"{name}.{METHOD}", method)
 
     def _entering(self, keep: int) -> tuple[int, dict[str, Any]]:
         """Visual tokens that enter the decoder, and what the tower is told for it."""

@@ -78,6 +78,10 @@ def test_bounds() -> None:
             tell(bounded, ficoco)
     bounded.check_raw("vllm_xargs", {"ficoco_keep": 32, "ficoco_method": "tome", "other": 1})
     with pytest.raises(ValueError, match=r"vllm_xargs.ficoco_keep = 3 is not allowed"):
-        bounded.check_raw("vllm_xargs", {"ficoco_keep": 3})
+        bounded.check_raw("vllm_xargs", {"ficoco_keep": 3}, entering=48)
+    bounded.check_raw("vllm_xargs", {"ficoco_keep": 9}, entering=9)  # all that there is
+    with pytest.raises(ValueError, match=r"ficoco.keep = 576 is not allowed; allowed: fewer than all"):
+        tell(bounded, {"keep": 576})
+    assert tell(resolver({"method": "ficoco-v"}, Bounds(1, ("off",))), {"keep": 576})
     with pytest.raises(ValueError, match=r"mm_processor_kwargs.ficoco_method = 'evit'"):
         bounded.check_raw("mm_processor_kwargs", {"ficoco_method": "evit"})
