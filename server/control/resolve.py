@@ -121,8 +121,10 @@ class Resolver:
                 decoder={} if decoder is None else {KEEP: self.most + tower.shape.with_cls},
             )
         if asked.method is not None and asked.method not in self.methods:
+            off = self.bounds.methods is None or OFF in self.bounds.methods
+            allowed = (*self.methods, OFF) if off else self.methods
             raise ValueError(
-                f"{FIELD}.method = {asked.method!r} is not allowed; allowed: {', '.join((*self.methods, OFF))}"
+                f"{FIELD}.method = {asked.method!r} is not allowed; allowed: {', '.join(allowed)}"
             )
         method = None if self.sites.config.method in PIPELINES else asked.method
         named = {} if method is None else {METHOD: method}
