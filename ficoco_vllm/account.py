@@ -1,6 +1,6 @@
 """What one request saves by its plan: visual tokens, KV cache, prefill FLOPs. Host arithmetic only."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -8,8 +8,17 @@ from typing import Any
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.kv.plan import DecoderPlanner
 from ficoco_vllm.metrics import OFF, TEXT
-from ficoco_vllm.reduction.cost import ModelShape, TokenPlan, estimate, model_shape, unreduced
+from ficoco_vllm.reduction.cost import (
+    ModelShape,
+    TiledPlan,
+    TokenPlan,
+    estimate,
+    estimate_tiles,
+    model_shape,
+    unreduced,
+)
 from ficoco_vllm.reduction.pipeline import PIPELINES
+from ficoco_vllm.vision.layout import served_tiles
 from ficoco_vllm.vision.plan import Budget, VisionPlanner
 
 
@@ -57,6 +66,7 @@ class Accountant:
         images: Sequence[tuple[int, int]],
         budget: Budget | None,
         extra_args: Mapping[str, Any] | None,
+        sizes: Sequence[tuple[int, int]] = (),
     ) -> Account:
         """What a request that was admitted saves.
 
@@ -65,22 +75,28 @@ class Accountant:
             images: offset and number of tokens of each image in it.
             budget: by which the tower reduces them, or None for images that it does not see (embeddings).
             extra_args: the request's `vllm_xargs`.
+            sizes: height and width in pixels of each image that the tower sees.
         """
         if not images:
             return Account(TEXT)
         entering = [length - self.tower.shape.with_cls for _, length in images]
-        num_patches = self.tower.shape.num_patches
-        before = [num_patches] * len(images) if budget is not None else entering
+        before = entering
+        if budget is not None and self.tower.shape.tiling is None:
+            before = [self.tower.shape.num_patches] * len(images)
+        elif budget is not None:
+            before = [self.tower.num_before(height=height, width=width) for height, width in sizes]
         counts: tuple[tuple[int, ...], ...] = (tuple(entering),)
-        by_tower = budget.method if budget is not None and self.tower.reduces(budget) else None
+        by_tower = budget.method if budget is not None and entering != before else None
         by_decoder = None
         if self.decoder is not None:
             plan = self.decoder.plan(num_prompt_tokens, images, extra_args)
             counts = plan.counts
             by_decoder = plan.method if plan.reduces else None
         flops_avoided = 0
-        if budget is not None and (by_tower or by_decoder):
-            num_text_tokens = num_prompt_tokens - sum(length for _, length in images)
+        num_text_tokens = num_prompt_tokens - sum(length for _, length in images)
+        if budget is not None and (by_tower or by_decoder) and self.tower.shape.tiling is not None:
+            flops_avoided = self._flops_of_tiles(budget, counts, sizes, num_text_tokens)
+        elif budget is not None and (by_tower or by_decoder):
             per_image = tuple(segment[0] for segment in counts)
             flops_avoided = self.flops_avoided(budget, per_image, len(images), num_text_tokens)
         return Account(
@@ -114,6 +130,33 @@ class Accountant:
             value, first, second = _differences(self.shape, self.token_plan(budget, counts), num_images)
         except ValueError:  # a request is answered whether it can be counted or not
             return 0
+        steps = num_text_tokens - 1
+        return value + steps * first + steps * (steps - 1) // 2 * second
+
+    def _flops_of_tiles(
+        self,
+        budget: Budget,
+        counts: tuple[tuple[int, ...], ...],
+        sizes: Sequence[tuple[int, int]],
+        num_text_tokens: int,
+    ) -> int:
+        """As `flops_avoided`, of images in tiles.
+
+        Args:
+            budget: of the tower.
+            counts: visual tokens of each image in each segment of the decoder.
+            sizes: height and width of each image.
+            num_text_tokens: M.
+        """
+        if self.shape is None or num_text_tokens < 1:
+            return 0
+        size = self.shape.decoder.num_layers // len(counts)
+        decoder = [sum(counts[layer // size]) for layer in range(self.shape.decoder.num_layers)]
+        plan = served_tiles(self.tower, budget, tuple(sizes), (*decoder, decoder[-1]))
+        before = sum(self.tower.num_before(height=height, width=width) for height, width in sizes)
+        whole = Budget(None, self.tower.most_keep)
+        stock = served_tiles(self.tower, whole, tuple(sizes), (before,) * (len(decoder) + 1))
+        value, first, second = _tiled_differences(self.shape, stock, plan)
         steps = num_text_tokens - 1
         return value + steps * first + steps * (steps - 1) // 2 * second
 
@@ -157,10 +200,23 @@ def _differences(shape: ModelShape, plan: TokenPlan, num_images: int) -> tuple[i
     FLOPs are a polynomial of degree 2 in M, the number of text tokens, so three values give it for all.
     """
     stock = unreduced(shape)
-    values = [
+    return _newton(
         estimate(shape, stock, num_text_tokens=M, num_images=num_images).total_flops
         - estimate(shape, plan, num_text_tokens=M, num_images=num_images).total_flops
         for M in (1, 2, 3)
-    ]
-    first = values[1] - values[0]
-    return values[0], first, values[2] - values[1] - first
+    )
+
+
+@lru_cache(maxsize=1024)
+def _tiled_differences(shape: ModelShape, stock: TiledPlan, plan: TiledPlan) -> tuple[int, int, int]:
+    """As `_differences`, of images in tiles."""
+    return _newton(
+        estimate_tiles(shape, stock, num_text_tokens=M).total_flops
+        - estimate_tiles(shape, plan, num_text_tokens=M).total_flops
+        for M in (1, 2, 3)
+    )
+
+
+def _newton(values: Iterable[int]) -> tuple[int, int, int]:
+    at_1, at_2, at_3 = values
+    return at_1, at_2 - at_1, at_3 - 2 * at_2 + at_1

@@ -4,6 +4,8 @@ import os
 import sys
 import sysconfig
 from collections.abc import Sequence
+from functools import wraps
+from importlib import import_module
 from importlib.machinery import ModuleSpec
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
@@ -13,6 +15,9 @@ from typing import Any
 INTERPRETER_FOLDER = "ficoco_interpreter_path"
 # Keeps the definitions alive: a torch.library.Library that is collected takes its schemas with it.
 _LIBRARIES: list[Any] = []
+# On vLLM's processor cache: names of the images that have been sent, of which old ones are forgotten beyond so many.
+_SENT = "ficoco_sent"
+_MOST_SENT = 100_000
 
 
 class TorchvisionSchemas:
@@ -92,10 +97,71 @@ def is_cpu_build() -> bool:
 def set_cpu_defaults() -> None:
     """Environment that vLLM's CPU build needs on a small machine; what the user has set stays.
 
-    Without the thread setting vLLM's CPU worker pins threads to NUMA nodes, which fails in most containers.
+    Without the thread setting vLLM's CPU worker pins threads to NUMA nodes, which fails in most containers. One core is
+    left to the front end and the scheduler, as vLLM does where it pins: threads that wait for each other spin.
     """
     if not is_cpu_build():
         return
     num_cores = len(os.sched_getaffinity(0))
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    os.environ.setdefault("OMP_NUM_THREADS", str(num_cores))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores - 1)))
+
+
+def hook_metric_files() -> None:
+    """Let a full disk cost metrics, not the process that counts; see `ReservedMmapedDict`.
+
+    prometheus_client up to 0.26 does not reserve the room of its files; `tests/test_metric_files.py` fails once it
+    does.
+    """
+    from ficoco_vllm.metric_files import ReservedMmapedDict
+
+    values: Any = import_module("prometheus_client.values")  # the name is not among what the module exports
+    values.MmapedDict = ReservedMmapedDict
+
+
+def hook_processor_cache() -> None:
+    """Let vLLM's front end take an image for sent once it has been sent; may run many times.
+
+    The front end's processor cache notes an image while the prompt is rendered. A request that is refused or given up
+    behind that never brings it to the engine, and the next one with the same image is sent without it: vLLM answers
+    that one with 500 and only then sends the image again. Here an image that has not been sent is processed again.
+    """
+    from vllm.multimodal.cache.lru import LruKeyReplicatedSenderCache as Cache
+
+    if hasattr(Cache, _SENT):
+        return
+    is_cached, get_and_update = Cache.is_cached_item, Cache.get_and_update_item
+
+    @wraps(is_cached)
+    def is_cached_item(self: Any, mm_hash: str) -> bool:
+        return mm_hash in getattr(self, _SENT) and is_cached(self, mm_hash)
+
+    @wraps(get_and_update)
+    def get_and_update_item(self: Any, mm_item: Any, mm_hash: str) -> Any:
+        if mm_item is not None:  # processed anew, so it goes with its request
+            self.invalidate(mm_hash)
+            getattr(self, _SENT).discard(mm_hash)
+        return get_and_update(self, mm_item, mm_hash)
+
+    def sent(self: Any) -> set[str]:
+        found: set[str] = vars(self).setdefault("_ficoco_sent", set())
+        return found
+
+    setattr(Cache, _SENT, property(sent))
+    Cache.is_cached_item, Cache.get_and_update_item = is_cached_item, get_and_update_item
+
+
+def note_sent(cache: Any, prompt: Any) -> None:
+    """Note that a request's images go to the engine.
+
+    Args:
+        cache: vLLM's processor cache, of any kind, or None.
+        prompt: as vLLM rendered it.
+    """
+    known: set[str] | None = getattr(cache, _SENT, None)
+    if known is None or not isinstance(prompt, dict):
+        return
+    for hashes in (prompt.get("mm_hashes") or {}).values():
+        known.update(hashes)
+    if len(known) > _MOST_SENT:
+        known.intersection_update([mm_hash for mm_hash in list(known) if mm_hash in cache._cache])

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -25,6 +25,8 @@ class FicocoConfig(BaseModel):
             vLLM.
         keep: visual tokens of an image that are left where the request names no budget, behind the vision tower
             or, for a method of the decoder, in its last layers; None means a ninth of the patches.
+        keep_per: what `keep` counts for a method of the tower where an image is cut into tiles (LLaVA-NeXT): the tokens
+            of each tile, or those of the image, which its tiles share.
         settings: hyperparameters of the method, by name; of one that reduces twice, those of its decoder part.
         kv_budget: for methods of the decoder, instead of `keep`: visual tokens of an image in the KV cache,
             averaged over the layers.
@@ -41,6 +43,7 @@ class FicocoConfig(BaseModel):
 
     method: str | None = None
     keep: int | None = Field(default=None, ge=1, strict=True)
+    keep_per: Literal["tile", "image"] = "tile"
     settings: dict[str, Any] = Field(default_factory=dict)
     kv_budget: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     num_segments: int | None = Field(default=None, ge=2, strict=True)
@@ -60,7 +63,7 @@ class FicocoConfig(BaseModel):
         if loose:
             fields["settings"] = {**fields.get("settings", {}), **loose}
         about_method = [
-            value for key, value in fields.items() if key not in ("backend", "metrics", "explain")
+            value for key, value in fields.items() if key not in ("backend", "metrics", "explain", "keep_per")
         ]
         if any(value not in (None, {}) for value in about_method) and fields.get("method") is None:
             fields["method"] = DEFAULT_METHOD
@@ -89,6 +92,11 @@ class FicocoConfig(BaseModel):
     def _check_fields_of_the_decoder(self) -> None:
         if self.encoder and self.method not in PIPELINES:
             raise ValueError(f"encoder = {self.encoder!r} is allowed for {', '.join(PIPELINES)} only")
+        if self.keep_per == "image" and self.decoder_method is not None:
+            raise ValueError(
+                f"keep_per = {self.keep_per!r} is for the tower; {self.method} counts the tokens of an image"
+                + (", allowed: within encoder" if self.method in PIPELINES else ", allowed: 'tile'")
+            )
         for name in ("kv_budget", "num_segments"):
             if getattr(self, name) is not None and self.decoder_method is None:
                 raise ValueError(f"{name} is allowed for methods of the decoder only, not for {self.method}")

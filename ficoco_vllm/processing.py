@@ -8,7 +8,12 @@ import torch
 from transformers import BatchFeature
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import MultiModalInput
-from vllm.model_executor.models.llava import LlavaMultiModalProcessor, LlavaProcessingInfo
+from vllm.model_executor.models.llava import (
+    BaseLlavaMultiModalProcessor,
+    BaseLlavaProcessingInfo,
+    LlavaMultiModalProcessor,
+    LlavaProcessingInfo,
+)
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
 from vllm.multimodal.parse import ImageEmbeddingItems, ImageProcessorItems, MultiModalDataItems
 from vllm.multimodal.processing import PromptReplacement, PromptUpdate
@@ -27,12 +32,13 @@ METHOD = "ficoco_method"
 # What stands in the multimodal hash beside them, so that no cache shared by servers mixes settings.
 SETTINGS = "ficoco_settings"
 PREFIX = "ficoco_"
-# Where a processed prompt carries its `Budget` through the front end.
+# Where a processed prompt carries its `Budget` through the front end, and height and width of its images in pixels.
 BUDGET = "ficoco_budget"
+SIZES = "ficoco_sizes"
 
 
-class FicocoProcessingInfo(LlavaProcessingInfo):
-    """LLaVA's processing facts, with the number of tokens that an image keeps by default.
+class ReducingInfo(BaseLlavaProcessingInfo):
+    """To be put in front of the processing facts of a LLaVA of vLLM's: how many tokens an image keeps by default.
 
     Attributes:
         default_keep: the budget of a request that names none, given the method that it names or None; set in the
@@ -49,7 +55,8 @@ class FicocoProcessingInfo(LlavaProcessingInfo):
 
     def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
         """Placeholders of an image whose request names no budget."""
-        return self.planner.num_output_tokens(self.planner.default)
+        planner = self.planner
+        return planner.num_image_tokens(planner.default, height=image_height, width=image_width)
 
     def filled(self, mm_kwargs: Mapping[str, object]) -> Mapping[str, object]:
         """The keyword arguments of a request that has just come in, with a budget where it names none.
@@ -99,24 +106,39 @@ class FicocoProcessingInfo(LlavaProcessingInfo):
             field = next((name for name in (METHOD, TRACE) if str(error).startswith(name)), KEEP)
             raise VLLMValidationError(str(error), parameter=field) from error
 
-    def admit(self, mm_kwargs: Mapping[str, object]) -> Budget:
-        """Method and budget of a request that has just come in; see `budget`. A refusal is counted."""
+    def admit(self, mm_kwargs: Mapping[str, object], sizes: Sequence[tuple[int, int]]) -> Budget:
+        """Method and budget of a request that has just come in; see `budget`. A refusal is counted.
+
+        Args:
+            mm_kwargs: see `budget`.
+            sizes: height and width in pixels of each image, which must be able to meet the budget.
+        """
         try:
-            return self.budget(mm_kwargs)
+            budget = self.budget(mm_kwargs)
+            try:
+                for height, width in sizes:
+                    self.planner.num_image_tokens(budget, height=height, width=width)
+            except ValueError as error:
+                raise VLLMValidationError(f"{KEEP} = {budget.keep}: {error}", parameter=KEEP) from error
+            return budget
         except VLLMValidationError:
             count_refusal(self.ctx.model_config)
             raise
 
 
-class FicocoMultiModalProcessor(LlavaMultiModalProcessor):
-    """LLaVA's processor, with a budget per request.
+class FicocoProcessingInfo(ReducingInfo, LlavaProcessingInfo):
+    """LLaVA's processing facts, with the number of tokens that an image keeps by default."""
+
+
+class ReducingProcessor(BaseLlavaMultiModalProcessor[Any]):
+    """To be put in front of a LLaVA processor of vLLM's: a budget per request.
 
     The budget travels in the processor's keyword arguments, which are part of the multimodal hash: neither the
     processor cache nor the encoder cache nor the prefix cache can mix two budgets. So does the mark of a request that
     is traced, which therefore finds nothing in any of them: what is traced has run for that very request.
     """
 
-    info: FicocoProcessingInfo
+    info: ReducingInfo
 
     def apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> MultiModalInput:
         """Check the budget, write it down in one form, and process as vLLM does.
@@ -129,7 +151,9 @@ class FicocoMultiModalProcessor(LlavaMultiModalProcessor):
             VLLMValidationError: the budget is not allowed.
         """
         inputs = replace(inputs, hf_processor_mm_kwargs=self.info.filled(inputs.hf_processor_mm_kwargs))
-        budget = self.info.admit(inputs.hf_processor_mm_kwargs)
+        images = inputs.mm_data_items.get("image")
+        sizes = _sizes(images) if isinstance(images, ImageProcessorItems) else []
+        budget = self.info.admit(inputs.hf_processor_mm_kwargs, sizes)
         kwargs = _without_ours(inputs.hf_processor_mm_kwargs)
         if self.info.planner.active:  # else nothing is written down, and the hashes are those of stock vLLM
             kwargs[KEEP] = budget.keep
@@ -138,8 +162,8 @@ class FicocoMultiModalProcessor(LlavaMultiModalProcessor):
             if TRACE in inputs.hf_processor_mm_kwargs:
                 kwargs[TRACE] = check_trace_id(inputs.hf_processor_mm_kwargs[TRACE])
         result: Any = super().apply(replace(inputs, hf_processor_mm_kwargs=kwargs), timing_ctx)
-        if isinstance(inputs.mm_data_items.get("image"), ImageProcessorItems):
-            result[BUDGET] = budget  # for what is told of the request; embeddings are not reduced
+        if sizes:  # for what is told of the request; embeddings are not reduced
+            result[BUDGET], result[SIZES] = budget, tuple(sizes)
         return cast(MultiModalInput, result)
 
     def _call_hf_processor(
@@ -183,7 +207,7 @@ class FicocoMultiModalProcessor(LlavaMultiModalProcessor):
     ) -> Sequence[PromptUpdate]:
         image_token_id = self.info.get_hf_config().image_token_index
         budget = self.info.budget(hf_processor_mm_kwargs)
-        num_tokens = self.info.planner.num_output_tokens(budget)
+        planner = self.info.planner
 
         def replacement(item_index: int) -> list[int]:
             images = mm_items.get_items("image", (ImageEmbeddingItems, ImageProcessorItems))
@@ -191,9 +215,35 @@ class FicocoMultiModalProcessor(LlavaMultiModalProcessor):
                 images, ImageEmbeddingItems
             ):  # embeddings come reduced or not, as their sender chose
                 return [image_token_id] * images.get_feature_size(item_index)
+            size = images.get_image_size(item_index)
+            num_tokens = planner.num_image_tokens(budget, height=size.height, width=size.width)
             return [image_token_id] * num_tokens
 
         return [PromptReplacement(modality="image", target=[image_token_id], replacement=replacement)]
+
+
+class FicocoMultiModalProcessor(ReducingProcessor, LlavaMultiModalProcessor):
+    """LLaVA's processor, with a budget per request."""
+
+    info: FicocoProcessingInfo
+
+
+def reducible(hf_config: Any) -> bool:
+    """Whether a model can be reduced; if not, vLLM's own processor serves it.
+
+    Args:
+        hf_config: transformers' configuration of the model.
+    """
+    try:
+        TowerShape.from_hf_config(hf_config)
+    except ValueError:
+        return False
+    return True
+
+
+def _sizes(images: ImageProcessorItems) -> list[tuple[int, int]]:
+    sizes = [images.get_image_size(index) for index in range(len(images))]
+    return [(size.height, size.width) for size in sizes]
 
 
 def _without_ours(kwargs: Mapping[str, object]) -> dict[str, Any]:

@@ -10,9 +10,12 @@ from torch import Tensor
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.sample.sampler import Sampler
 
 from ficoco_vllm.decoder.decoder import ReducingStep
 from ficoco_vllm.decoder.layout import boundary, num_rows
+from ficoco_vllm.decoder.sampler import GreedySampler
+from ficoco_vllm.decoder.verify import replays_prefills
 from ficoco_vllm.kv.admission import planner_of
 from ficoco_vllm.kv.plan import RequestPlan
 from ficoco_vllm.tracing.store import TRACE
@@ -30,12 +33,21 @@ class DecoderModelState(DefaultModelState):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # Other settings of the compiler can lead to it behind the first check.
+        if replays_prefills(self.vllm_config):
+            raise ValueError("cudagraph_mode = 'FULL' is not allowed where the decoder reduces")
         self.planner = planner_of(self.vllm_config)
         self.plans: dict[str, RequestPlan] = {}
         self.traced: dict[str, int] = {}  # of the requests that asked for a trace
         self.step: ReducingStep | None = None
         shape = (self.planner.segments.num_segments, self.max_num_reqs)
         self.seq_lens = torch.zeros(shape, dtype=torch.int32, device=self.device)
+
+    def custom_sampler(self, sampler: Any) -> tuple[Any, Any] | None:
+        """On a CPU greedy sampling does without Triton's interpreter; see vLLM's model state."""
+        if self.device.type != "cpu" or type(sampler) is not Sampler:
+            return None
+        return GreedySampler.take_over(sampler), None
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         """Plan a request; the scheduler has come to the same plan."""

@@ -1,11 +1,15 @@
 """Start-up of a method that works in the decoder: what it cannot be combined with, and what it sets itself."""
 
+from multiprocessing import current_process
 from typing import Any
 
+import vllm.envs as envs
+from vllm.config.compilation import CUDAGraphMode
 from vllm.logger import init_logger
 
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.kv.admission import planner_of
+from ficoco_vllm.kv.plan import DecoderPlanner
 
 SCHEDULER = "ficoco_vllm.kv.scheduler.SegmentScheduler"
 
@@ -36,6 +40,12 @@ def prepare_decoder(vllm_config: Any, config: FicocoConfig) -> None:
     scheduler.max_num_batched_tokens = max(longest, scheduler.max_num_batched_tokens)
     scheduler.max_num_encoder_input_tokens = max(longest, scheduler.max_num_encoder_input_tokens)
     scheduler.encoder_cache_size = max(longest, scheduler.encoder_cache_size)
+    # Of several API servers each reads the same configuration again.
+    if not current_process().name.startswith("ApiServer"):
+        _tell(planner)
+
+
+def _tell(planner: DecoderPlanner) -> None:
     counts = planner.counts(planner.method, planner.num_visual_tokens, planner.keep)
     logger.info(
         "ficoco: %s leaves %d of %d visual tokens of an image in the decoder; by segments of %d layers: %s "
@@ -62,8 +72,10 @@ def find_refusal(vllm_config: Any) -> str | None:
         A sentence that names the option and what is allowed, or None.
     """
     parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
+    cache = vllm_config.cache_config
     hf_config = vllm_config.model_config.hf_config
     decoder = hf_config.get_text_config().model_type
+    longest = vllm_config.model_config.max_model_len
     refused = {
         f"the decoder is {decoder!r}; allowed: 'llama'": decoder != "llama",
         "vision_feature_select_strategy = 'full' hands [CLS] to the decoder; allowed: 'default'": (
@@ -75,12 +87,30 @@ def find_refusal(vllm_config: Any) -> str | None:
         "--decode-context-parallel-size and --prefill-context-parallel-size must be 1": (
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
         ),
+        "--compilation-config cudagraph_mode = 'FULL' is not allowed: the graph of a mixed step knows no reduction; "
+        "allowed: 'FULL_AND_PIECEWISE', 'FULL_DECODE_ONLY', 'PIECEWISE', 'NONE'": replays_prefills(
+            vllm_config
+        ),
+        "VLLM_USE_BREAKABLE_CUDAGRAPH=1 is not allowed: its graphs know no reduction": bool(
+            envs.VLLM_USE_BREAKABLE_CUDAGRAPH
+        ),
         "--enable-dbo is not allowed: a reducing step cannot be split into microbatches": parallel.use_ubatching,
         "--speculative-config is not allowed: a draft model would need the same KV lengths": (
             vllm_config.speculative_config is not None
         ),
         "--kv-transfer-config is not allowed: other instances do not know the KV lengths": (
             vllm_config.kv_transfer_config is not None
+        ),
+        # vLLM makes a KV connector of it, but only after this check.
+        "--kv-offloading-size is not allowed: what a block holds depends on the whole prompt": (
+            cache.kv_offloading_size is not None
+        ),
+        # Packed formats of the KV cache set it themselves.
+        f"--kv-cache-dtype-skip-layers {' '.join(cache.kv_cache_dtype_skip_layers)} (with --kv-cache-dtype "
+        f"{cache.cache_dtype}) is not allowed: the segments share one pool of blocks, so all layers need one format; "
+        "allowed: a format for all layers, such as fp8": bool(cache.kv_cache_dtype_skip_layers),
+        "--runner pooling is not allowed: tokens that have left have no hidden state": (
+            vllm_config.model_config.runner_type == "pooling"
         ),
         "--enable-lora is not allowed: adapters index the rows of a step, which change within it": (
             vllm_config.lora_config is not None
@@ -97,6 +127,12 @@ def find_refusal(vllm_config: Any) -> str | None:
         "--no-async-scheduling is not allowed: our scheduler is the asynchronous one": (
             scheduler.async_scheduling is False
         ),
+        f"--long-prefill-token-threshold {scheduler.long_prefill_token_threshold} is not allowed: it would cut a "
+        "prompt, which must be computed in one step; allowed: 0": scheduler.long_prefill_token_threshold > 0,
+        f"--max-num-scheduled-tokens {scheduler.max_num_scheduled_tokens} is not allowed: a prompt must fit into "
+        f"one step; allowed: {longest} (--max-model-len) and more": (
+            scheduler.max_num_scheduled_tokens is not None and scheduler.max_num_scheduled_tokens < longest
+        ),
     }
     for sentence, holds in refused.items():
         if holds:
@@ -104,9 +140,18 @@ def find_refusal(vllm_config: Any) -> str | None:
     return None if vllm_config.use_v2_model_runner else _why_not_v2(vllm_config)
 
 
+def replays_prefills(vllm_config: Any) -> bool:
+    """Whether CUDA graphs run whole steps with prompts in them, where a step that reduces could not leave its path.
+
+    Args:
+        vllm_config: vLLM's configuration.
+    """
+    mode = vllm_config.compilation_config.cudagraph_mode
+    return mode is not None and mode.mixed_mode() == CUDAGraphMode.FULL
+
+
 def _why_not_v2(vllm_config: Any) -> str:
     """Why vLLM would take its model runner V1, which has one KV length for all layers."""
-    import vllm.envs as envs
     from vllm.triton_utils import HAS_TRITON
 
     if envs.VLLM_USE_V2_MODEL_RUNNER is False:

@@ -5,8 +5,10 @@ from functools import wraps
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import BeamSearchParams
 from vllm.v1.engine.input_processor import InputProcessor
 
+from ficoco_vllm.compat import hook_processor_cache, note_sent
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.kv.plan import KEEP, METHOD, DecoderPlanner
 from ficoco_vllm.metrics import count_refusal
@@ -18,6 +20,8 @@ DEFAULT_KEEP = "ficoco_default_keep"
 # The same, where the operator bounds what requests may ask for in `vllm_xargs`: called with these and the visual tokens
 # of the request's largest image; raises ValueError. Every route of vLLM's goes through here.
 BOUNDS = "ficoco_bounds"
+# On the method that `hook_admission` puts in the place of vLLM's.
+_HOOKED = "ficoco_admission"
 
 
 def planner_of(vllm_config: Any) -> DecoderPlanner:
@@ -33,7 +37,9 @@ def planner_of(vllm_config: Any) -> DecoderPlanner:
     config = FicocoConfig.of(hf_config)
     tower = VisionPlanner.shared(config, TowerShape.from_hf_config(hf_config))
     num_layers = hf_config.get_text_config().num_hidden_layers
-    return DecoderPlanner.shared(config, num_layers, tower.num_output_tokens(tower.default))
+    return DecoderPlanner.shared(
+        config, num_layers, tower.num_output_tokens(tower.default), tower.decoder_most
+    )
 
 
 def check_request(vllm_config: Any, request: Any) -> None:
@@ -71,6 +77,11 @@ def check_request(vllm_config: Any, request: Any) -> None:
         raise VLLMValidationError(str(error), parameter=field) from error
     if not plan.reduces:
         return
+    if request.resumable:
+        raise VLLMValidationError(
+            "a prompt that comes in pieces is not allowed where its visual tokens are reduced in the decoder, since "
+            f"all of it decides which stay; allowed: the whole prompt at once, or {KEEP} = {images[0][1]}"
+        )
     offset, length = plan.images[-1]
     if offset + length >= num_tokens:
         raise VLLMValidationError(
@@ -82,6 +93,30 @@ def check_request(vllm_config: Any, request: Any) -> None:
             f"prompt_logprobs = {params.prompt_logprobs!r} is not allowed for a prompt whose visual tokens are "
             f"reduced in the decoder (nor echo with logprobs); allowed: none, or {KEEP} = {images[0][1]}",
             parameter="prompt_logprobs",
+        )
+
+
+def check_search(vllm_config: Any, params: Any) -> None:
+    """Refuse a search by beams where the decoder reduces.
+
+    vLLM sends each beam as a prompt of its own, with the tokens that it has found at the end, and without the request's
+    `vllm_xargs`: the text behind the image, which decides what stays, would change from token to token.
+
+    Args:
+        vllm_config: vLLM's configuration.
+        params: of the request.
+
+    Raises:
+        VLLMValidationError: it is one (HTTP 400).
+    """
+    if not isinstance(params, BeamSearchParams):
+        return
+    config = FicocoConfig.of(vllm_config.model_config.hf_config)
+    if config.decoder_method is not None:
+        raise VLLMValidationError(
+            f"use_beam_search = True is not allowed where the decoder reduces ({config.method}); allowed: False, with "
+            "n and temperature for several answers",
+            parameter="use_beam_search",
         )
 
 
@@ -121,13 +156,15 @@ def check_bounds(bounds: Callable[[Mapping[str, Any], int], None], request: Any)
 
 
 def hook_admission() -> None:
-    """Let vLLM's front end call `check_request`; may run many times.
+    """Let vLLM's front end call `check_request` and `check_search`; may run many times.
 
     No hook of vLLM sees a request's prompt, its sampling parameters and the server's configuration together, so
-    the method that turns them into the engine's request is wrapped.
+    the method that turns them into the engine's request is wrapped. A search by beams asks about its watermarks first,
+    where alone its parameters are seen as what they are.
     """
+    hook_processor_cache()
     original = InputProcessor.process_inputs
-    if hasattr(original, "__wrapped__"):
+    if hasattr(original, _HOOKED):  # or a wrapper of it, which takes its attributes over
         return
 
     @wraps(original)
@@ -143,6 +180,20 @@ def hook_admission() -> None:
         except VLLMValidationError:
             count_refusal(self.vllm_config.model_config)
             raise
+        note_sent(self.renderer.mm_processor_cache, args[1] if len(args) > 1 else kwargs["prompt"])
         return request
 
+    setattr(process_inputs, _HOOKED, True)
     InputProcessor.process_inputs = process_inputs
+    resolve = InputProcessor.resolve_watermarking
+
+    @wraps(resolve)
+    def resolve_watermarking(self: InputProcessor, params: Any) -> Any:
+        try:
+            check_search(self.vllm_config, params)
+        except VLLMValidationError:
+            count_refusal(self.vllm_config.model_config)
+            raise
+        return resolve(self, params)
+
+    InputProcessor.resolve_watermarking = resolve_watermarking

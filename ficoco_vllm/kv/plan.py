@@ -16,6 +16,7 @@ from ficoco_vllm.kv.segments import Segments, scaled
 from ficoco_vllm.reduction import Reducer, available, get
 from ficoco_vllm.reduction.method import SITES
 from ficoco_vllm.reduction.schedule import make_schedule
+from ficoco_vllm.reduction.stages import spatial
 from ficoco_vllm.tracing.store import TRACE, check_trace_id
 
 # What a request may say in `vllm_xargs`.
@@ -70,35 +71,41 @@ class DecoderPlanner:
     Attributes:
         config: the server's settings.
         segments: of the decoder.
-        num_visual_tokens: of an image as it enters the decoder, unless the request says otherwise.
+        num_visual_tokens: of an image as it enters the decoder, unless the request says otherwise; of the largest image
+            where they differ.
+        most: a budget that is always allowed, also for prompts whose images are smaller.
     """
 
     config: FicocoConfig
     segments: Segments
     num_visual_tokens: int
+    most: int = 0
 
     @classmethod
-    def shared(cls, config: FicocoConfig, num_layers: int, num_visual_tokens: int) -> "DecoderPlanner":
+    def shared(
+        cls, config: FicocoConfig, num_layers: int, num_visual_tokens: int, most: int = 0
+    ) -> "DecoderPlanner":
         """The planner of these settings, checked once and then kept.
 
         Args:
             config: the server's settings, with a method that works in the decoder.
             num_layers: of the decoder.
-            num_visual_tokens: of an image as it leaves the tower.
+            num_visual_tokens: of an image as it leaves the tower, of the largest where they differ.
+            most: a budget that is always allowed.
 
         Raises:
             ValueError: the settings do not fit the decoder.
         """
-        return _shared(config.model_dump_json(), num_layers, num_visual_tokens)
+        return _shared(config.model_dump_json(), num_layers, num_visual_tokens, most)
 
     @cached_property
     def methods(self) -> tuple[str, ...]:
         """Methods that a request may ask for."""
-        names = available("decoder")
+        reducers = {name: get(name).configure() for name in available("decoder")}
         return tuple(
             name
-            for name in names
-            if get(name).required_signals() <= SITES["decoder"] and not get(name).num_extra
+            for name, reducer in reducers.items()
+            if reducer.signals <= SITES["decoder"] and _why_not(reducer) is None
         )
 
     @property
@@ -110,21 +117,27 @@ class DecoderPlanner:
 
     @cached_property
     def keep(self) -> int:
-        """Tokens of an image in the last segment where a request names no budget."""
-        num_tokens = self.num_visual_tokens
-        budget = self.config.kv_budget
-        if budget is None:
-            return self.config.keep or max(1, round(num_tokens * DEFAULT_SHARE))
+        """Tokens of an image in the last segment where a request names no budget; of the largest image.
 
-        def mean(keep: int) -> float:
-            return fmean(self.counts(self.method, num_tokens, keep))
-
-        if not mean(1) <= budget <= num_tokens:
+        Raises:
+            ValueError: no number of tokens meets the average over the layers that the settings ask for.
+        """
+        num_tokens, budget = self.num_visual_tokens, self.config.kv_budget
+        least = 0.0 if budget is None else fmean(self.counts(self.method, num_tokens, 1))
+        if budget is not None and not least <= budget <= num_tokens:
             raise ValueError(
                 f"ficoco.kv_budget = {budget} is not allowed; "
-                f"allowed: {mean(1):.2f} (one token left in the end) to {num_tokens}"
+                f"allowed: {least:.2f} (one token left in the end) to {num_tokens}"
             )
-        return bisect_right(range(1, num_tokens + 1), budget, key=mean)
+        return self.keep_of(num_tokens)
+
+    def keep_of(self, num_tokens: int) -> int:
+        """Tokens of an image in the last segment where a request names no budget.
+
+        Args:
+            num_tokens: of the image as it enters the decoder.
+        """
+        return _keep_of(self, num_tokens)
 
     def reducer(self, method: str) -> Reducer:
         """A method with its settings: the server's for the server's method, else its own defaults."""
@@ -170,16 +183,20 @@ class DecoderPlanner:
         Raises:
             ValueError: starting with the field, then its value and what is allowed.
         """
-        entering = max([self.num_visual_tokens, *(length for _, length in images)])
-        method, keep = self._asked(extra_args or {}, entering)
-        try:
-            counts = tuple(zip(*(self.counts(method, length, keep) for _, length in images), strict=True))
-        except ValueError as error:
-            raise ValueError(f"{KEEP} = {keep}: {error}") from error
+        entering = max([self.num_visual_tokens, self.most, *(length for _, length in images)])
+        method, asked = self._asked(extra_args or {}, entering)
+        per_image = []
+        for _, length in images:
+            keep = self.keep_of(length) if asked is None else asked
+            try:
+                per_image.append(self.counts(method, length, keep))
+            except ValueError as error:
+                raise ValueError(f"{KEEP} = {keep}: {error}") from error
+        counts = tuple(zip(*per_image, strict=True))
         empty: tuple[tuple[int, ...], ...] = ((),) * self.segments.num_segments
         return RequestPlan(method, num_prompt_tokens, tuple(sorted(images)), counts or empty)
 
-    def _asked(self, extra_args: Mapping[str, Any], most: int) -> tuple[str, int]:
+    def _asked(self, extra_args: Mapping[str, Any], most: int) -> tuple[str, int | None]:
         allowed = (KEEP, METHOD, TRACE) if self.config.explain else (KEEP, METHOD)
         unknown = sorted(key for key in extra_args if key.startswith("ficoco_") and key not in allowed)
         if unknown:
@@ -192,7 +209,9 @@ class DecoderPlanner:
                 f"{METHOD} = {method!r} is not a method that the decoder of this server can run; "
                 f"allowed: {', '.join(self.methods)}"
             )
-        keep = extra_args.get(KEEP, self.keep)
+        keep = extra_args.get(KEEP)
+        if KEEP not in extra_args:
+            return method, None
         if isinstance(keep, float) and keep.is_integer():
             keep = int(keep)  # vLLM's request schema may hand an integer on as a float
         if isinstance(keep, bool) or not isinstance(keep, int) or not 1 <= keep <= most:
@@ -216,12 +235,42 @@ def _layers(reducer: Reducer, num_layers: int) -> tuple[int, ...]:
     return layers
 
 
+def _why_not(reducer: Reducer) -> str | None:
+    """Why a method cannot run in the decoder, whatever it measures; None if it can."""
+    if reducer.num_extra:
+        return (
+            f"ficoco.method = {reducer.method.name!r}: its fused extra tokens have no place in the prompt, "
+            "which the decoder's KV cache needs; choose another `compress`"
+        )
+    stages = (reducer.method.filter, reducer.method.correlate)
+    by_place = any(stage.function.__module__ == spatial.__name__ for stage in stages)
+    if by_place or getattr(reducer.settings, "local_penalty", False):
+        return (
+            "ficoco.filter and ficoco.correlate by places in the image and ficoco.local_penalty are not allowed "
+            "in the decoder, where only the order of the tokens is known"
+        )
+    return None
+
+
 @lru_cache(maxsize=64)
 def _reducer(planner: DecoderPlanner, method: str) -> Reducer:
     settings = planner.config.settings if method == planner.method else {}
     reducer = get(method).configure(**settings)
     reducer.check_signals(SITES["decoder"])
     return reducer
+
+
+@lru_cache(maxsize=4096)
+def _keep_of(planner: DecoderPlanner, num_tokens: int) -> int:
+    budget = planner.config.kv_budget
+    if budget is None:
+        return planner.config.keep or max(1, round(num_tokens * DEFAULT_SHARE))
+
+    def mean(keep: int) -> float:
+        return fmean(planner.counts(planner.method, num_tokens, keep))
+
+    # An image that is too small for the average keeps as little of itself as can be.
+    return max(1, bisect_right(range(1, num_tokens + 1), budget, key=mean))
 
 
 @lru_cache(maxsize=4096)
@@ -239,22 +288,14 @@ def _counts(planner: DecoderPlanner, method: str, num_tokens: int, keep: int) ->
 
 
 @cache
-def _shared(config_json: str, num_layers: int, num_visual_tokens: int) -> DecoderPlanner:
+def _shared(config_json: str, num_layers: int, num_visual_tokens: int, most: int) -> DecoderPlanner:
     config = FicocoConfig.model_validate_json(config_json)
     method = config.decoder_method
     assert method is not None
     reducer = method.configure(**config.settings)
-    if reducer.num_extra:
-        raise ValueError(
-            f"ficoco.method = {method.name!r}: its fused extra tokens have no place in the prompt, "
-            "which the decoder's KV cache needs; choose another `compress`"
-        )
-    by_place = reducer.method.filter.function.__module__.endswith(".spatial")
-    if by_place or getattr(reducer.settings, "local_penalty", False):
-        raise ValueError(
-            "ficoco.filter by places in the image and ficoco.local_penalty are not allowed in the decoder, "
-            "where only the order of the tokens is known"
-        )
+    why_not = _why_not(reducer)
+    if why_not is not None:
+        raise ValueError(why_not)
     if config.num_segments is None:
         segments = Segments.choose(num_layers, _layers(reducer, num_layers))
     else:
@@ -263,7 +304,7 @@ def _shared(config_json: str, num_layers: int, num_visual_tokens: int) -> Decode
         raise ValueError(
             f"ficoco.num_segments: a decoder of {num_layers} layers in one segment cannot reduce"
         )
-    planner = DecoderPlanner(config, segments, num_visual_tokens)
+    planner = DecoderPlanner(config, segments, num_visual_tokens, most)
     planner.reducing_segments(method.name)
     planner.plan(num_visual_tokens + 1, [(0, num_visual_tokens)], {KEEP: planner.keep})
     return planner

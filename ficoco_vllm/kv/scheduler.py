@@ -72,6 +72,8 @@ class SegmentScheduler(AsyncScheduler):
             request, num_computed_tokens, num_new_tokens, encoder_compute_budget, *args, **kwargs
         )
         if scheduled[1] < num_new_tokens and num_computed_tokens < request.num_prompt_tokens:
+            # While it waits it must not keep cached images from being evicted: a request ahead of it may need the room.
+            self.encoder_cache_manager.free(request)
             return [], 0, encoder_compute_budget, [], []
         return scheduled
 

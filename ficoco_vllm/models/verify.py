@@ -28,6 +28,7 @@ class FicocoModelConfig(VerifyAndUpdateConfig):
         """
         # These import vLLM's engine, which a process that only loads plugins does without.
         from ficoco_vllm.decoder.verify import prepare_decoder
+        from ficoco_vllm.field import hook_renderer
         from ficoco_vllm.frontend import hook_front_end
         from ficoco_vllm.kv.admission import hook_admission
 
@@ -51,6 +52,7 @@ class FicocoModelConfig(VerifyAndUpdateConfig):
         # The processor is given the model's configuration only, so the settings travel with that, to every process.
         setattr(hf_config, NAME, config.model_dump(mode="json"))
         hook_admission()
+        hook_renderer()
         if config.method is not None and config.metrics:
             hook_front_end()
         if planner.active:
@@ -60,10 +62,11 @@ class FicocoModelConfig(VerifyAndUpdateConfig):
         if not planner.active:
             return
         logger.info(
-            "ficoco: %s keeps %d of %d visual tokens of an image (a request may ask for another budget)",
+            "ficoco: %s keeps %d of %d visual tokens of %s (a request may ask for another budget)",
             planner.default.method,
             planner.default.keep,
-            shape.num_patches,
+            planner.most_keep,
+            "an image" if shape.tiling is None or config.keep_per == "image" else "each tile of an image",
         )
 
 
@@ -100,7 +103,7 @@ def _bound_encoder_batch(vllm_config: VllmConfig, planner: VisionPlanner) -> Non
     nine times as many images into one step. The largest budget that a request may ask for must still fit.
     """
     scheduler = vllm_config.scheduler_config
-    most = planner.shape.num_patches + planner.shape.with_cls
+    most = planner.num_input_tokens
     kept = planner.num_output_tokens(planner.default)
     scheduler.max_num_encoder_input_tokens = max(most, scheduler.max_num_encoder_input_tokens * kept // most)
     scheduler.encoder_cache_size = max(most, scheduler.encoder_cache_size)

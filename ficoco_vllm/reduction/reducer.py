@@ -59,6 +59,7 @@ class Reducer:
         object.__setattr__(self, "signals", needed)
         partners = correlate.partners
         complete = not correlates or partners is None or method.filter.function in partners
+        complete = complete and not (correlate.signed and method.compress.positive)
         object.__setattr__(self, "merges", complete and method.compress.conserves_size(settings))
 
     @property

@@ -1,7 +1,9 @@
 """Name to method: the built-in ones, third-party ones by entry point, and compositions of stages."""
 
 import logging
+import sys
 from collections.abc import Mapping
+from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 
 from ficoco_vllm.reduction.method import SITES, Method
@@ -68,4 +70,10 @@ def get(name: str) -> Method:
 
 
 def _entry_points() -> Mapping[str, EntryPoint]:
+    return _installed(tuple(sys.path))
+
+
+@lru_cache(maxsize=4)
+def _installed(search_path: tuple[str, ...]) -> Mapping[str, EntryPoint]:
+    """What the packages on a search path offer. The scan opens the metadata of each of them: not for every request."""
     return {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -64,6 +64,7 @@ class VisionPlanner:
         Raises:
             ValueError: the settings do not fit the tower.
         """
+        _check_tiles(config, shape)
         return _shared(config.tower_part(shape.num_patches).model_dump_json(), shape)
 
     @property
@@ -85,9 +86,9 @@ class VisionPlanner:
         """What a request gets that asks for nothing."""
         keep = self.config.keep
         if not self.active:
-            keep = self.shape.num_patches
+            keep = self.most_keep
         elif keep is None:
-            keep = max(1, round(self.shape.num_patches * DEFAULT_SHARE))
+            keep = max(1, round(self.most_keep * DEFAULT_SHARE))
         return Budget(self.config.method, keep)
 
     @cached_property
@@ -95,6 +96,30 @@ class VisionPlanner:
         """A short name of the settings, for the hashes of the caches."""
         text = json.dumps(self.config.model_dump(mode="json", exclude={"metrics", "explain"}), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def most_keep(self) -> int:
+        """The largest budget that a request may ask for."""
+        tiling = self.shape.tiling
+        if tiling is None or self.config.keep_per == "tile":
+            return self.shape.num_patches
+        return self.shape.num_patches * tiling.most_tiles
+
+    @cached_property
+    def num_input_tokens(self) -> int:
+        """Placeholders of the largest image without reduction, as in stock vLLM."""
+        tiling = self.shape.tiling
+        if tiling is None:
+            return self.shape.num_patches + self.shape.with_cls
+        return max(tiling.num_tokens(height, width) for height, width in tiling.pinpoints)
+
+    @property
+    def decoder_most(self) -> int:
+        """What a budget in the decoder may name at least, whatever is left of images by default.
+
+        An image in tiles may have any number of tokens, and a request does not know how many its image has.
+        """
+        return 0 if self.shape.tiling is None else self.num_input_tokens
 
     def method_index(self, method: str | None) -> int:
         """A method as an integer, which is what travels with an image to the workers."""
@@ -127,23 +152,75 @@ class VisionPlanner:
             )
         if keep is None:
             keep = default.keep
-        most = self.shape.num_patches
+        most = self.most_keep
         if isinstance(keep, bool) or not isinstance(keep, int) or not 1 <= keep <= most:
             raise ValueError(f"ficoco_keep = {keep!r} is not allowed; allowed: an integer from 1 to {most}")
         budget = Budget(method, keep)
         try:
-            self.plan(budget)
+            self.check(budget)
         except ValueError as error:
             raise ValueError(f"ficoco_keep = {keep}: {error}") from error
         return budget
 
     def reduces(self, budget: Budget) -> bool:
-        """Whether fewer tokens come out than patches go in."""
-        return budget.keep < self.shape.num_patches
+        """Whether fewer tokens come out than patches go in; of an image in tiles, of the largest one."""
+        return budget.keep < self.most_keep
 
     def num_output_tokens(self, budget: Budget) -> int:
-        """Placeholders of an image: its patch tokens, and [CLS] where the model takes it."""
-        return budget.keep + self.shape.with_cls
+        """Placeholders of an image, of the largest one where it is cut into tiles.
+
+        They are its patch tokens, and [CLS] where the model takes it.
+        """
+        tiling = self.shape.tiling
+        if tiling is None:
+            return budget.keep + self.shape.with_cls
+        return max(
+            self.num_image_tokens(budget, height=height, width=width) for height, width in tiling.pinpoints
+        )
+
+    def num_image_tokens(self, budget: Budget, *, height: int, width: int) -> int:
+        """Placeholders of one image.
+
+        Args:
+            budget: of the image or of each tile.
+            height: in pixels.
+            width: in pixels.
+
+        Raises:
+            ValueError: the method's schedule cannot reach the budget in one of its tiles.
+        """
+        if self.shape.tiling is None:
+            return self.num_output_tokens(budget)
+        from ficoco_vllm.vision.layout import layout  # it needs this module
+
+        return layout(self, height, width, budget).num_tokens
+
+    def num_before(self, *, height: int, width: int) -> int:
+        """Visual tokens of one image without reduction, [CLS] not counted.
+
+        Args:
+            height: in pixels.
+            width: in pixels.
+        """
+        tiling = self.shape.tiling
+        return self.shape.num_patches if tiling is None else tiling.num_tokens(height, width)
+
+    def of_grid(self, grid: tuple[int, int]) -> "VisionPlanner":
+        """Plans of a tile of which only so many rows and columns of patches show the image; the others leave first."""
+        return self if grid == self.shape.grid else _of_grid(self, grid)
+
+    def check(self, budget: Budget) -> None:
+        """Make sure that a budget can be met.
+
+        Raises:
+            ValueError: the method's schedule cannot reach it.
+        """
+        tiling = self.shape.tiling
+        if tiling is None:
+            self.plan(budget)
+            return
+        for height, width in tiling.pinpoints:
+            self.num_image_tokens(budget, height=height, width=width)
 
     def plan(self, budget: Budget) -> VisionPlan:
         """How a budget is met.
@@ -188,6 +265,33 @@ class VisionPlanner:
         )
 
 
+def _check_tiles(config: FicocoConfig, shape: TowerShape) -> None:
+    """Refuse what has no meaning for an image in tiles.
+
+    Raises:
+        ValueError: naming the field, its value and what is allowed.
+    """
+    if shape.tiling is None:
+        return
+    if config.explain:
+        raise ValueError(
+            "ficoco.explain = True is not allowed with LLaVA-NeXT, whose tiles the viewer cannot draw; allowed: False"
+        )
+    if config.encoder.get("keep_per") == "image" and "keep" not in config.encoder:
+        raise ValueError("ficoco.encoder.keep_per = 'image' is allowed with ficoco.encoder.keep only")
+    schedule = config.tower_part(shape.num_patches).settings.get("schedule")
+    if schedule is not None and not isinstance(schedule, str):
+        raise ValueError(
+            f"ficoco.schedule = {schedule!r} is not allowed with LLaVA-NeXT, whose tiles begin with different numbers "
+            "of patches; allowed: a schedule by name"
+        )
+
+
+@lru_cache(maxsize=1024)
+def _of_grid(planner: VisionPlanner, grid: tuple[int, int]) -> VisionPlanner:
+    return VisionPlanner(planner.config, replace(planner.shape, grid=grid, tiling=None))
+
+
 @lru_cache(maxsize=4096)
 def _plan(planner: VisionPlanner, budget: Budget) -> VisionPlan:
     return planner._make_plan(budget)
@@ -206,10 +310,8 @@ def _shared(config: str, shape: TowerShape) -> VisionPlanner:
             f"allowed: {', '.join(planner.methods)}"
         )
     method.configure(**planner.config.settings).check_signals(SITES[method.site])
-    keep = planner.default.keep
-    if keep > shape.num_patches:
-        raise ValueError(
-            f"ficoco.keep = {keep} is not allowed; allowed: an integer from 1 to {shape.num_patches}"
-        )
-    planner.plan(planner.default)
+    keep, most = planner.default.keep, planner.most_keep
+    if keep > most:
+        raise ValueError(f"ficoco.keep = {keep} is not allowed; allowed: an integer from 1 to {most}")
+    planner.check(planner.default)
     return planner

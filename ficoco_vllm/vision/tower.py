@@ -15,13 +15,14 @@ from ficoco_vllm.stopwatch import Lap
 from ficoco_vllm.vision.attention import ClipHeads, attention_with_lse
 from ficoco_vllm.vision.plan import VisionPlan
 from ficoco_vllm.vision.rows import plain_layer
+from ficoco_vllm.vision.tiling import Crop
 
 # Site and index of a layer to who wants to see what is reduced there.
 Watch = Callable[[str, int], Observer | None]
 
 
 @dataclass(frozen=True)
-class _Tokens:
+class Tokens:
     """What flows through the tower.
 
     Attributes:
@@ -42,7 +43,8 @@ def encode(
     grid: tuple[int, int],
     lap: Lap | None = None,
     watch: Watch | None = None,
-) -> Tensor:
+    crop: Crop | None = None,
+) -> Tokens:
     """Features of images that all follow one plan.
 
     Args:
@@ -52,18 +54,25 @@ def encode(
         grid: rows and columns of patches.
         lap: takes the time of the reductions.
         watch: who is shown each reduction, for requests that are traced.
+        crop: of tiles with padding, the patches that show the image. The others leave, merged into nothing, before
+            the first layer whose attention the method looks at; from there on the crop is the whole grid.
 
     Returns:
-        (B, 1 + keep, D) in the tower's dtype, [CLS] first, patch tokens in raster order.
+        What is kept: `hidden` (B, 1 + keep, D) in the tower's dtype, patch tokens in raster order, with `position` in
+        the grid or the crop.
 
     Source: arXiv:2411.17686, Alg. 1.
     """
     hidden = tower.pre_layrnorm(tower.embeddings(pixels))
     B, N = hidden.shape[0], hidden.shape[1] - 1
     position = torch.arange(N, device=hidden.device).expand(B, N)
-    tokens = _Tokens(hidden, hidden.new_ones((B, N), dtype=torch.float32), position)
+    tokens = Tokens(hidden, hidden.new_ones((B, N), dtype=torch.float32), position)
     last = len(tower.encoder.layers) - 1
+    first = min((layer for layer, count in plan.removals.items() if count), default=last)
     for index, layer in enumerate(tower.encoder.layers):
+        if crop is not None and index == first:
+            tokens, grid = _without_padding(tokens, grid, crop), (crop.rows, crop.columns)
+            N = crop.num_patches
         num_removed = plan.removals.get(index, 0)
         on_features = index == last and not plan.removals
         weighted = plan.proportional and tokens.size.shape[1] < N
@@ -80,7 +89,33 @@ def encode(
             num_removed, observer = N - plan.keep + plan.reducer.num_extra, watch and watch("features", index)
             with _timed(lap):
                 tokens = _reduce(tokens, attention, plan, num_removed, grid, observer)
-    return tokens.hidden
+    return tokens
+
+
+def cropped(patches: Tensor, grid: tuple[int, int], crop: Crop) -> Tensor:
+    """The patches of tiles that show the image.
+
+    Args:
+        patches: (B, N, D) of the whole grid, in raster order.
+        grid: rows and columns.
+        crop: which of them.
+
+    Returns:
+        (B, rows * columns of the crop, D).
+    """
+    B, _, D = patches.shape
+    rows = slice(crop.top, crop.top + crop.rows)
+    columns = slice(crop.left, crop.left + crop.columns)
+    return patches.view(B, *grid, D)[:, rows, columns].reshape(B, -1, D)
+
+
+def _without_padding(tokens: Tokens, grid: tuple[int, int], crop: Crop) -> Tokens:
+    """Tokens of tiles before any reduction, without those that show padding."""
+    B = tokens.hidden.shape[0]
+    patches = cropped(tokens.hidden[:, 1:], grid, crop)
+    position = torch.arange(crop.num_patches, device=patches.device).expand(B, -1)
+    hidden = torch.cat([tokens.hidden[:, :1], patches], dim=1)
+    return Tokens(hidden, tokens.size.new_ones(position.shape), position)
 
 
 def _timed(lap: Lap | None) -> AbstractContextManager[None]:
@@ -88,8 +123,8 @@ def _timed(lap: Lap | None) -> AbstractContextManager[None]:
 
 
 def _attend(
-    layer: CLIPEncoderLayer, tokens: _Tokens, weighted: bool, plan: VisionPlan
-) -> tuple[_Tokens, ClipHeads]:
+    layer: CLIPEncoderLayer, tokens: Tokens, weighted: bool, plan: VisionPlan
+) -> tuple[Tokens, ClipHeads]:
     """The first half of an encoder layer, with a hold on its attention."""
     module: CLIPAttention = layer.self_attn
     qkv, _ = module.qkv_proj(layer.layer_norm1(tokens.hidden))
@@ -117,13 +152,13 @@ def _attend(
 
 
 def _reduce(
-    tokens: _Tokens,
+    tokens: Tokens,
     attention: ClipHeads,
     plan: VisionPlan,
     num_removed: int,
     grid: tuple[int, int],
     observer: Observer | None,
-) -> _Tokens:
+) -> Tokens:
     """One reduction of the patch tokens; [CLS] stays in front."""
     needed = plan.reducer.signals
     signals = Signals(
@@ -136,4 +171,4 @@ def _reduce(
     cls, patches = tokens.hidden[:, :1], tokens.hidden[:, 1:]
     ops = FusedOps(plan.backend)
     reduced = plan.reducer(patches, signals, num_removed, tokens.size, ops, observer)
-    return _Tokens(torch.cat([cls, reduced.tokens], dim=1), reduced.size, reduced.position)
+    return Tokens(torch.cat([cls, reduced.tokens], dim=1), reduced.size, reduced.position)

@@ -11,8 +11,9 @@ from ficoco_vllm.reduction.cost.budget import Budget
 from ficoco_vllm.reduction.cost.estimate import Estimate, Speedup, estimate, speedup
 from ficoco_vllm.reduction.cost.known_models import KNOWN_MODELS
 from ficoco_vllm.reduction.cost.memory import BITS
-from ficoco_vllm.reduction.cost.planning import decoder_tokens, encoder_tokens, plan_tokens
+from ficoco_vllm.reduction.cost.planning import decoder_tokens, encoder_tokens, plan_tiles, plan_tokens
 from ficoco_vllm.reduction.cost.shapes import ModelShape, model_shape
+from ficoco_vllm.reduction.cost.tiles import TiledPlan, TilePlan, estimate_tiles
 from ficoco_vllm.reduction.cost.tokens import TokenPlan, constant, unreduced
 
 __all__ = [
@@ -22,12 +23,16 @@ __all__ = [
     "Estimate",
     "ModelShape",
     "Speedup",
+    "TilePlan",
+    "TiledPlan",
     "TokenPlan",
     "constant",
     "decoder_tokens",
     "encoder_tokens",
     "estimate",
+    "estimate_tiles",
     "model_shape",
+    "plan_tiles",
     "plan_tokens",
     "speedup",
     "unreduced",

@@ -1,5 +1,6 @@
 """What one prefill costs under a token plan: FLOPs, KV cache and memory, and the gain over no reduction."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -75,13 +76,13 @@ def estimate(
 
     Source: arXiv:2411.17686, Section 9 and Tables 8 and 9.
     """
-    _check_counts(num_text_tokens, num_images)
+    check_counts(num_text_tokens, num_images)
     plan.check(shape)
     decoder_tokens = [num_images * visual + num_text_tokens for visual in plan.decoder]
     return Estimate(
         tower_flops=num_images * _tower_flops(shape, plan),
         projector_flops=flops.projector(shape, num_images * plan.decoder[0]),
-        decoder_flops=_decoder_flops(shape, decoder_tokens),
+        decoder_flops=decoder_flops(shape, decoder_tokens),
         reduction_flops=num_images * _reduction_flops(shape, plan),
         kv_bytes_per_layer=kv_bytes(shape.decoder, decoder_tokens[:-1], dtype),
         weight_bytes=to_bytes(num_parameters(shape), dtype),
@@ -108,7 +109,12 @@ def speedup(reduced: Estimate, unreduced: Estimate) -> Speedup:
     )
 
 
-def _check_counts(num_text_tokens: int, num_images: int) -> None:
+def check_counts(num_text_tokens: int, num_images: int) -> None:
+    """Refuse a prompt without text or images.
+
+    Raises:
+        ValueError: naming the count and what is allowed.
+    """
     if num_text_tokens < 1:
         raise ValueError(f"num_text_tokens: got {num_text_tokens}, allowed: at least 1")
     if num_images < 1:
@@ -120,7 +126,13 @@ def _tower_flops(shape: ModelShape, plan: TokenPlan) -> int:
     return flops.patch_embedding(shape.tower) + layers
 
 
-def _decoder_flops(shape: ModelShape, tokens: list[int]) -> int:
+def decoder_flops(shape: ModelShape, tokens: Sequence[int]) -> int:
+    """FLOPs of the decoder and the language head.
+
+    Args:
+        shape: the model.
+        tokens: visual and text tokens that enter each layer, and those that leave the last.
+    """
     layers = sum(flops.decoder_layer(shape.decoder, *counts).total for counts in pairwise(tokens))
     return layers + flops.language_head(shape.decoder)
 

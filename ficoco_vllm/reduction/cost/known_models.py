@@ -14,6 +14,20 @@ _CLIP_LARGE_336: Mapping[str, Any] = {
 }
 
 
+_VICUNA_7B: Mapping[str, int] = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "intermediate_size": 11008,
+}
+_VICUNA_13B: Mapping[str, int] = {
+    "hidden_size": 5120,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+    "intermediate_size": 13824,
+}
+
+
 def _llava_1_5(**text_config: int) -> Mapping[str, Any]:
     return {
         "model_type": "llava",
@@ -24,11 +38,14 @@ def _llava_1_5(**text_config: int) -> Mapping[str, Any]:
     }
 
 
+def _llava_next(**text_config: int) -> Mapping[str, Any]:
+    pinpoints = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+    return {**_llava_1_5(**text_config), "model_type": "llava_next", "image_grid_pinpoints": pinpoints}
+
+
 KNOWN_MODELS: Mapping[str, Mapping[str, Any]] = {
-    "llava-hf/llava-1.5-7b-hf": _llava_1_5(
-        hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=11008
-    ),
-    "llava-hf/llava-1.5-13b-hf": _llava_1_5(
-        hidden_size=5120, num_hidden_layers=40, num_attention_heads=40, intermediate_size=13824
-    ),
+    "llava-hf/llava-1.5-7b-hf": _llava_1_5(**_VICUNA_7B),
+    "llava-hf/llava-1.5-13b-hf": _llava_1_5(**_VICUNA_13B),
+    "llava-hf/llava-v1.6-vicuna-7b-hf": _llava_next(**_VICUNA_7B),
+    "llava-hf/llava-v1.6-vicuna-13b-hf": _llava_next(**_VICUNA_13B),
 }

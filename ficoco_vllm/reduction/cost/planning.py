@@ -1,13 +1,14 @@
 """From a method, a budget and a schedule to the tokens of every layer."""
 
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import floor
 from statistics import fmean
 
 from ficoco_vllm.reduction.cost.budget import PLAIN, Budget, Traits, spread, spread_pairs
 from ficoco_vllm.reduction.cost.shapes import ModelShape
+from ficoco_vllm.reduction.cost.tiles import TiledPlan, TilePlan
 from ficoco_vllm.reduction.cost.tokens import TokenPlan, constant
 from ficoco_vllm.reduction.method import Method
 from ficoco_vllm.reduction.pipeline import PIPELINES, Pipeline
@@ -60,7 +61,63 @@ def plan_tokens(
     return constant(shape, _feature_tokens(num_patches, budget, _own(chosen)))
 
 
-def encoder_tokens(shape: ModelShape, budget: Budget, traits: Traits = PLAIN) -> tuple[int, ...]:
+def plan_tiles(
+    shape: ModelShape,
+    method: str,
+    budget: Budget,
+    encoder_budget: Budget | None,
+    tiles: Sequence[int],
+    newlines: tuple[int, int],
+) -> TiledPlan:
+    """Count the tokens of an image in tiles under a method.
+
+    Args:
+        shape: the model.
+        method: name of a registered method, or "ficoco-vl".
+        budget: of each tile for a method of the tower, of the image for one of the decoder.
+        encoder_budget: see `plan_tokens`; of each tile.
+        tiles: patches of each tile that show the image, at least one.
+        newlines: without a reduction in the tower and with one.
+
+    Returns:
+        The plan. A tile that has no more patches than its budget keeps them.
+
+    Raises:
+        ValueError: as `plan_tokens`.
+    """
+    N = shape.tower.num_patches
+    pipeline = PIPELINES.get(method)
+    tower, decoder_method = (pipeline.encoder, pipeline.decoder) if pipeline else (get(method), get(method))
+    by_decoder = decoder_method.site == "decoder"
+    keep, tile_budget = N, budget
+    if pipeline is not None:
+        final = budget if budget.keep is None else replace(budget, keep=min(budget.keep, N))
+        tile_budget = _tower_part(pipeline, N, final, encoder_budget or Budget())
+        keep = encoder_tokens(shape, tile_budget, _own(tower))[-1]
+    elif not by_decoder:
+        keep = plan_tokens(shape, method, budget, encoder_budget).decoder[
+            0
+        ]  # refuses what a whole tile cannot meet
+    num_layers = shape.decoder.num_layers
+    planned = []
+    for size in tiles:
+        counts = (size,) * (shape.tower.num_executed + 1)
+        if keep < size and tower.site == "encoder":
+            counts = encoder_tokens(shape, replace(tile_budget, keep=keep, kv_budget=None), _own(tower), size)
+        planned.append(TilePlan.of(N, counts, min(keep, size)))
+    kept = sum(tile.kept for tile in planned)
+    reduces = keep < N
+    entering = kept + newlines[reduces]
+    decoder = (entering,) * (num_layers + 1)
+    if by_decoder:
+        decoder = decoder_tokens(shape, entering, budget, _own(decoder_method))
+    # Stock vLLM crops the padding behind the projector.
+    return TiledPlan(tuple(planned), kept if reduces else N * len(tiles), decoder)
+
+
+def encoder_tokens(
+    shape: ModelShape, budget: Budget, traits: Traits = PLAIN, entering: int | None = None
+) -> tuple[int, ...]:
     """Patch tokens that enter each executed layer of the tower, and those that leave it.
 
     Args:
@@ -68,6 +125,7 @@ def encoder_tokens(shape: ModelShape, budget: Budget, traits: Traits = PLAIN) ->
         budget: without a start layer, and if the method has none, the paper's 12th layer of 24 starts, scaled
             with the depth.
         traits: of the method.
+        entering: patches of a tile that show the image, if not all do.
 
     Returns:
         One count for each executed layer and one for the exit, [CLS] not counted.
@@ -77,7 +135,7 @@ def encoder_tokens(shape: ModelShape, budget: Budget, traits: Traits = PLAIN) ->
 
     Source: arXiv:2411.17686, Section 10.
     """
-    entering, num_layers = shape.tower.num_patches, shape.tower.num_executed
+    entering, num_layers = entering or shape.tower.num_patches, shape.tower.num_executed
     keep = _constant_keep(budget)
     if budget.pairs is not None:
         return spread_pairs(entering, num_layers, budget.pairs, keep, traits)

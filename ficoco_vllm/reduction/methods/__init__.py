@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from ficoco_vllm.reduction.method import Method
+from ficoco_vllm.reduction.methods.best import BEST
 from ficoco_vllm.reduction.methods.cdpruner import CDPRUNER
 from ficoco_vllm.reduction.methods.divprune import DIVPRUNE
 from ficoco_vllm.reduction.methods.evit import EVIT
@@ -22,7 +23,7 @@ from ficoco_vllm.reduction.methods.trim import TRIM
 from ficoco_vllm.reduction.methods.turbo import TURBO
 from ficoco_vllm.reduction.methods.visionzip import VISIONZIP
 
-_ENCODER = (FICOCO_V, TOME, TURBO, EVIT)
+_ENCODER = (FICOCO_V, TOME, TURBO, EVIT, BEST)
 _FEATURES = (
     RANDOM,
     TOPK_CLS,

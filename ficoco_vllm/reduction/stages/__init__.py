@@ -61,11 +61,12 @@ CORRELATIONS: Mapping[str, Stage] = {
     "attention": Stage(correlate.attention, frozenset({"visual_attention"})),
     "attention_via_text": Stage(correlate.attention_via_text, correlate.via_text_signals, correlate.ViaText),
     "cls_weight": Stage(correlate.cls_weight, frozenset({"cls_attention"})),
-    "key_cosine": Stage(correlate.key_cosine, frozenset({"keys"})),
+    "key_cosine": Stage(correlate.key_cosine, frozenset({"keys"}), signed=True),
     "bipartite_cosine": Stage(
         bipartite.bipartite_cosine,
         frozenset({"keys"}),
         partners=(bipartite.key_similarity, bipartite.informativity),
+        signed=True,
     ),
     "same_cell": Stage(spatial.same_cell, partners=(spatial.one_per_cell,)),
     "contextual_cosine": Stage(
@@ -73,6 +74,7 @@ CORRELATIONS: Mapping[str, Stage] = {
         frozenset({"keys", "cls_attention"}),
         context.Contextual,
         partners=(context.dominant_contextual,),
+        signed=True,
     ),
     "neighbour_attention": Stage(
         neighbours.neighbour_attention, frozenset({"keys", "cls_attention"}), neighbours.Neighbours
@@ -90,6 +92,7 @@ COMPRESSIONS: Mapping[str, Stage] = {
         compress.quantile_merge,
         settings=compress.QuantileMerge,
         merges=compress.spreads,
+        positive=True,
         correlated=compress.spreads,
         fused=True,
     ),

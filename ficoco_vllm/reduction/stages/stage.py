@@ -29,9 +29,12 @@ class Stage:
         max_removed: a filter only: the most tokens that it can let go at once, out of so many.
         partners: a correlation only: the filters with which every source has a target; None means all. With
             any other filter a source may have none, and is lost.
+        signed: a correlation only: it may be negative.
         num_extra: a compression only: E, how many fused tokens it appends.
         merges: a compression only: the sizes of the tokens keep their sum, given that every source has a
             target. A bool or a function of the settings.
+        positive: a compression only: a source flows into targets of positive correlation alone, and is lost where it
+            has none.
         correlated: a compression only: it reads the correlation. Where it does not, none is computed and the
             signals of the correlation are not needed. A bool or a function of the settings.
         fused: it is also handed `ops`, the implementation of its heavy step, by that keyword.
@@ -43,8 +46,10 @@ class Stage:
     sized: bool = False
     max_removed: Callable[[int], int] = all_but_one
     partners: tuple[Callable[..., Any], ...] | None = None
+    signed: bool = False
     num_extra: int = 0
     merges: bool | Callable[[Any], bool] = False
+    positive: bool = False
     correlated: bool | Callable[[Any], bool] = True
     fused: bool = False
 

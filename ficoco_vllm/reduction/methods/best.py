@@ -1,0 +1,28 @@
+"""The composition that lost least in our search, as a preset: DivPrune's choice, merged by keys, in FiCoCo-V's layers.
+
+Filter: in every reducing layer keep the tokens that are farthest from one another (DivPrune's rule, on the hidden
+states; 2503.02175, Alg. 1). Correlate: C_ij is the cosine of the keys, as in ToMe. Compress: FiCoCo's Eq. 13. Layers
+and schedule are FiCoCo-V's.
+
+`make bench-composition` found it on one split of the embedded benchmark and held it against FiCoCo-V and others on
+another one (docs/log.md). What it shows holds for the demo model; of another checkpoint only a measurement on it tells
+(`ficoco-vllm calibrate`, `bench lmms`). The filter picks one token after the other, so a reducing layer takes as many
+small steps as it keeps tokens.
+
+Source: arXiv:2411.17686, Eq. 13; arXiv:2503.02175, Alg. 1; arXiv:2210.09461, Sec. 3.
+"""
+
+from ficoco_vllm.reduction.method import Method
+from ficoco_vllm.reduction.settings import EncoderSettings
+from ficoco_vllm.reduction.stages import COMPRESSIONS, CORRELATIONS, FILTERS
+
+BEST = Method(
+    name="best",
+    title="Best composition on the embedded benchmark",
+    site="encoder",
+    source="2411.17686",
+    filter=FILTERS["max_min_distance"],
+    correlate=CORRELATIONS["key_cosine"],
+    compress=COMPRESSIONS["quantile_merge"],
+    knobs=EncoderSettings,
+)

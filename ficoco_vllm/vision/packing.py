@@ -1,0 +1,66 @@
+"""The kept tokens of LLaVA-NeXT's tiles, in the order in which the language model reads them."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ficoco_vllm.vision.layout import Layout
+
+
+class Kept(NamedTuple):
+    """What is left of a tile.
+
+    Attributes:
+        tokens: (K, D) projected.
+        position: (K,) int64 index in the tile's crop, ascending; -1 for a fused token, behind the others.
+    """
+
+    tokens: Tensor
+    position: Tensor
+
+
+def pack(layout: Layout, kept: Sequence[Kept], newline: Tensor, side: int) -> Tensor:
+    """Put the tiles of an image together.
+
+    The base view comes first, in raster order. Then come the rows of tiles from above. Within a row of tiles the tokens
+    stand as their patches do in the image, line by line across the tiles, as in stock vLLM; fused tokens, which have no
+    place, come behind them, then one newline.
+
+    Args:
+        layout: of the image.
+        kept: of each of its tiles.
+        newline: (D,) embedding of the end of a row.
+        side: rows and columns of patches of a tile.
+
+    Returns:
+        (num_tokens of the layout, D).
+
+    Deviation: stock LLaVA-NeXT has a newline behind each row of patches. Which of these keep a token is known from the
+    pixels only, and so is how many do, while the prompt is sized before any pixel is looked at.
+    """
+    rows = layout.newline_rows
+    # A place in the image as one number: line of patches, then column; two columns more for what has no place.
+    width = side * (1 + max((tile.place.column for tile in layout.tiles), default=0)) + 2
+    pieces, keys = (
+        [newline.expand(len(rows), -1)],
+        [_numbers([(row + 1) * side * width - 1 for row in rows], newline)],
+    )
+    base: list[Tensor] = []
+    for tile, (tokens, position) in zip(layout.tiles, kept, strict=True):
+        place, crop = tile.place, tile.place.crop
+        if place.row < 0:
+            base.append(tokens)
+            continue
+        line = place.row * side + crop.top + position // crop.columns
+        column = place.column * side + crop.left + position % crop.columns
+        last = (place.row + 1) * side * width - 2
+        keys.append(torch.where(position < 0, last, line * width + column))
+        pieces.append(tokens)
+    order = torch.cat(keys).argsort(stable=True)
+    return torch.cat([*base, torch.cat(pieces)[order]])
+
+
+def _numbers(values: list[int], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=like.device)
