@@ -93,11 +93,12 @@ def _accuracy(args: argparse.Namespace) -> int:
 
         from ficoco_vllm.benchmarks.accuracy.host import Host
         from ficoco_vllm.benchmarks.accuracy.regression import regressions
-        from ficoco_vllm.benchmarks.accuracy.run import Options, measure, write
+        from ficoco_vllm.benchmarks.accuracy.run import Options, measure
         from ficoco_vllm.benchmarks.accuracy.suites import TABLES, methods_of
         from ficoco_vllm.benchmarks.accuracy.tables import methods_table
         from ficoco_vllm.benchmarks.accuracy.variants import SITES
         from ficoco_vllm.benchmarks.accuracy.workload import KINDS
+        from ficoco_vllm.benchmarks.bars import write
 
         options = Options(
             tables=_names(args.tables) or TABLES,

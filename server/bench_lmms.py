@@ -46,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         0; 1 if the server or lmms-eval failed; 2 for input that is not allowed.
     """
+    from openai import APIError
+
     from ficoco_vllm.benchmarks.lmms.benchmarks import BENCHMARKS
     from ficoco_vllm.benchmarks.lmms.collect import read_results, table
     from ficoco_vllm.benchmarks.lmms.command import PYTHON, Run, evaluate
@@ -71,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         result = evaluate(request)
     except ValueError as error:
         return fail(str(error), 2)
-    except RuntimeError as error:
+    except (RuntimeError, APIError) as error:
         return fail(str(error), 1)
     args.out.mkdir(parents=True, exist_ok=True)
     name = f"{args.name}-{args.method or 'full'}-{args.keep or 'all'}.json"

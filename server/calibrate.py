@@ -48,7 +48,8 @@ def run(args: argparse.Namespace) -> int:
     """Calibrate.
 
     Returns:
-        0; 1 if no method has a safe budget or the server fails; 2 for input that is not allowed.
+        0; 1 if no method has a safe budget, the server fails or does not reduce as asked; 2 for input that is not
+        allowed.
     """
     try:
         from openai import APIError
@@ -89,4 +90,5 @@ def run(args: argparse.Namespace) -> int:
     args.out.write_text(page(report, items), encoding="utf-8")
     args.out.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print("\n".join([*lines(report), "", f"report: {args.out}"]))
-    return int(all(entry["safe"] is None for entry in report["methods"]))
+    entries = report["methods"]
+    return int(all(entry["safe"] is None for entry in entries) or any(entry["warnings"] for entry in entries))

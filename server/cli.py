@@ -1,8 +1,10 @@
 """`ficoco-vllm`: serve, list the methods, plan, explain, measure."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from ficoco_vllm import __version__
 from ficoco_vllm.server import bench, calibrate, methods, plan, serve
@@ -27,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, or 2 for bad input (said in one line on stderr).
     """
+    is_program = arguments is None
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(
         prog="ficoco-vllm", description="LLaVA with a fraction of its visual tokens."
@@ -42,7 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.command is None:
         parser.print_help()
         return 2
+    if is_program:
+        signal.signal(signal.SIGTERM, _leave)  # a benchmark's servers end with it
     return int(COMMANDS[args.command].run(args))
+
+
+def _leave(number: int, frame: Any) -> None:
+    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

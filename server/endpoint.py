@@ -7,11 +7,15 @@ from fastapi import FastAPI
 
 from ficoco_vllm.account import Accountant
 from ficoco_vllm.config import FicocoConfig
-from ficoco_vllm.frontend import token_layer_bytes
+from ficoco_vllm.meter import token_layer_bytes
 from ficoco_vllm.server.control import answers
 from ficoco_vllm.server.control.answers import UsageHeaders
 from ficoco_vllm.server.control.ledger import Control
+from ficoco_vllm.server.control.openapi import publish
 from ficoco_vllm.server.control.resolve import Bounds, Resolver
+from ficoco_vllm.server.control.routes import FieldGuard
+from ficoco_vllm.server.death import watch_engine
+from ficoco_vllm.server.drain import STATE, Drain, DrainGate
 from ficoco_vllm.server.elastic.sites import Sites
 from ficoco_vllm.server.explain import routes
 from ficoco_vllm.server.explain.explainer import Explainer
@@ -29,15 +33,22 @@ class FicocoEndpoint:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the headers of answers, and the routes that the operator asked for."""
+        """Add the headers of answers, the field of bodies, the gate, and the routes that the operator asked for."""
+        publish(app)
         app.add_middleware(UsageHeaders)
+        app.add_middleware(FieldGuard)
         if getattr(app.state.args, "ficoco_explain", False):
             routes.attach(app)
+        drain = Drain()
+        setattr(app.state, STATE, drain)
+        app.add_middleware(DrainGate, drain=drain)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Give the routes what they work with, and let requests choose method and budget."""
         if engine_client is None:
             return
+        getattr(state, STATE).before_shutdown(engine_client)
+        watch_engine(engine_client, args)
         # First: it keeps vLLM's own handler and renderer, as they are before requests are controlled.
         if getattr(args, "ficoco_explain", False):
             explainer = Explainer(engine_client, state.openai_serving_chat, bounds_of(args))

@@ -7,12 +7,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from ficoco_vllm.config import NAME, FicocoConfig
-from ficoco_vllm.plugin import MAX_PIXELS
+from ficoco_vllm.plugin import ALLOW_PRIVATE_MEDIA, MAX_BODY_BYTES, MAX_IMAGE_BYTES, MAX_PIXELS
 from ficoco_vllm.reduction import available
 from ficoco_vllm.reduction.pipeline import PIPELINES
 
 # Each explanation costs two chats that no cache helps.
 DEFAULT_EXPLAIN_RATE = 20
+# Class of `server/limits.py`, as vLLM's `--middleware` names it.
+BODY_LIMIT = "ficoco_vllm.server.limits.BodyLimit"
+# MiB. A photograph takes a few, and LLaVA shrinks it to 336 pixels; a body carries a third more as base64.
+DEFAULT_MAX_IMAGE_MB = 20
+DEFAULT_MAX_BODY_MB = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +51,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="largest image that is unpacked (default: Pillow's limit, 178956970)",
     )
     group.add_argument(
+        "--ficoco-max-image-mb",
+        default=str(DEFAULT_MAX_IMAGE_MB),
+        metavar="N",
+        help="largest image in MiB, as it comes; 0 for no limit (default: %(default)s)",
+    )
+    group.add_argument(
+        "--ficoco-max-body-mb",
+        default=str(DEFAULT_MAX_BODY_MB),
+        metavar="N",
+        help="largest body of a request in MiB; 0 for no limit (default: %(default)s)",
+    )
+    group.add_argument(
+        "--ficoco-allow-private-media",
+        action="store_true",
+        help="let the allowed domains resolve to private addresses",
+    )
+    group.add_argument(
         "--ficoco-config", metavar="JSON|FILE", help="all settings, as a JSON object or a file that holds one"
     )
     group.add_argument(
@@ -69,6 +91,11 @@ def read_bounds(args: argparse.Namespace) -> None:
         args.ficoco_min_keep = _count("--ficoco-min-keep", args.ficoco_min_keep, 1)
     if args.ficoco_max_image_pixels is not None:
         os.environ[MAX_PIXELS] = str(_count("--ficoco-max-image-pixels", args.ficoco_max_image_pixels, 2))
+    os.environ[MAX_IMAGE_BYTES] = str(_count("--ficoco-max-image-mb", args.ficoco_max_image_mb, 0) * 2**20)
+    os.environ[MAX_BODY_BYTES] = str(_count("--ficoco-max-body-mb", args.ficoco_max_body_mb, 0) * 2**20)
+    args.middleware = [*(args.middleware or ()), BODY_LIMIT]
+    if args.ficoco_allow_private_media:
+        os.environ[ALLOW_PRIVATE_MEDIA] = "1"
     if args.ficoco_allow_methods is not None:
         names = tuple(name.strip() for name in args.ficoco_allow_methods.split(",") if name.strip())
         known = (*sorted({*available(), *PIPELINES}), "off")

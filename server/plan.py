@@ -22,6 +22,7 @@ from ficoco_vllm.reduction.cost import (
 from ficoco_vllm.reduction.schedule import KINDS
 from ficoco_vllm.server.errors import fail
 from ficoco_vllm.server.plan_table import as_text
+from ficoco_vllm.server.plan_tiles import is_tiled, tiled_costs
 
 DEMO = "demo"
 # Raised whenever a field of the JSON output is renamed, removed or changes its meaning.
@@ -65,7 +66,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         type=int,
         default=1,
         metavar="I",
-        help="images, or LLaVA-NeXT tiles (default: %(default)s)",
+        help="images (default: %(default)s)",
+    )
+    add(
+        "--image-size",
+        metavar="WIDTHxHEIGHT",
+        help="of the images of a LLaVA-NeXT, which cuts them into tiles (default: one of those with most tokens); its "
+        "methods of the tower keep so many tokens of each tile, those of the decoder of each image",
     )
     add("--schedule", help=f"{names}, or LAYER:KEEP,LAYER:KEEP,... with layers counted from 0")
     add("--start-layer", type=int, metavar="L", help="first reducing layer, counted from 0")
@@ -113,20 +120,28 @@ def make_report(args: argparse.Namespace) -> dict[str, Any]:
         ValueError: an option or a field of the configuration is wrong.
         OSError: the configuration cannot be read.
     """
-    shape = model_shape(read_config(args.model))
-    tokens = plan_tokens(shape, args.method, *_budgets(args))
+    config = read_config(args.model)
+    shape = model_shape(config)
     prompt = {"num_text_tokens": args.text_tokens, "num_images": args.images, "dtype": args.dtype}
-    cost = estimate(shape, tokens, **prompt)
-    stock = estimate(shape, unreduced(shape), **prompt)
+    if is_tiled(config):
+        cost, stock, told = tiled_costs(args, config, shape, _budgets(args))
+    else:
+        if args.image_size is not None:
+            raise ValueError(f"image_size: got {args.image_size!r}, allowed with a LLaVA-NeXT only")
+        tokens = plan_tokens(shape, args.method, *_budgets(args))
+        cost, stock = estimate(shape, tokens, **prompt), estimate(shape, unreduced(shape), **prompt)
+        told = {
+            "encoder_tokens": list(tokens.encoder),
+            "decoder_visual_tokens": list(tokens.decoder),
+            "mean_visual_tokens": tokens.mean_visual_tokens,
+        }
     return {
         "schema": JSON_SCHEMA,
         "model": args.model,
         "method": args.method,
         **prompt,
         "num_patches": shape.tower.num_patches,
-        "encoder_tokens": list(tokens.encoder),
-        "decoder_visual_tokens": list(tokens.decoder),
-        "mean_visual_tokens": tokens.mean_visual_tokens,
+        **told,
         "reduced": _costs(cost),
         "unreduced": _costs(stock),
         "prefill_speedup": asdict(speedup(cost, stock)),

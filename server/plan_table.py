@@ -31,11 +31,15 @@ def as_text(report: Mapping[str, Any]) -> str:
         Lines, without a newline at the end.
     """
     encoder, decoder = report["encoder_tokens"], report["decoder_visual_tokens"]
+    tiled = "tiles" in report
+    num_tokens = report["image_tokens"] if tiled else report["num_patches"]
+    seen = "the base view" if tiled else "an image"
     lines = [
         f"{report['model']}: {report['method']}, {report['dtype']}, {report['num_text_tokens']} text tokens, "
-        f"{report['num_images']} x {report['num_patches']} visual tokens",
+        f"{report['num_images']} x {num_tokens} visual tokens",
+        *(_tiles(report) if tiled else ()),
         "",
-        "Patch tokens of an image that enter each layer of the vision tower ([CLS] not counted)",
+        f"Patch tokens of {seen} that enter each layer of the vision tower ([CLS] not counted)",
         *_runs(encoder),
         "Visual tokens of an image that enter each layer of the decoder",
         *_runs(decoder),
@@ -55,6 +59,12 @@ def as_text(report: Mapping[str, Any]) -> str:
         *_obstacles(report["method"]),
     ]
     return "\n".join(lines)
+
+
+def _tiles(report: Mapping[str, Any]) -> list[str]:
+    width, height = report["image_size"]
+    tiles = ", ".join(f"{tile['kept']} of {tile['patches']}" for tile in report["tiles"])
+    return [f"An image of {width} x {height} pixels: base view and tiles keep {tiles} patches"]
 
 
 def _obstacles(method: str) -> list[str]:

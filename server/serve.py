@@ -10,9 +10,11 @@ from typing import Any
 from ficoco_vllm.compat import is_cpu_build, set_cpu_defaults, use_interpreter
 from ficoco_vllm.config import NAME, FicocoConfig
 from ficoco_vllm.plugin import ARCHITECTURES, MEDIA_CONNECTOR
+from ficoco_vllm.server.death import has_died
 from ficoco_vllm.server.elastic.settings import OPTION, ElasticSettings
 from ficoco_vllm.server.elastic.sites import Sites, check_elastic
 from ficoco_vllm.server.errors import fail
+from ficoco_vllm.server.leftovers import tidied
 from ficoco_vllm.server.options import (
     add_arguments,
     counts_savings,
@@ -41,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
         arguments: of the command line, `serve` first.
 
     Returns:
-        2 for settings that are not allowed; otherwise what vLLM's server leaves.
+        2 for settings that are not allowed, 1 if the engine has died; otherwise what vLLM's server leaves.
     """
     set_cpu_defaults()
     if reduces_in_decoder(arguments):
@@ -50,6 +52,7 @@ def main(arguments: Sequence[str]) -> int:
     # A redirect leads out of the allowed domains.
     os.environ.setdefault("VLLM_MEDIA_URL_ALLOW_REDIRECTS", "0")
     with (
+        tidied(),
         shared_metrics(counts_savings(arguments)) as folder,
         tempfile.TemporaryDirectory(prefix="ficoco-elastic-", ignore_cleanup_errors=True) as elastic_folder,
     ):
@@ -82,7 +85,8 @@ def _serve(arguments: Sequence[str], metrics_folder: str | None, elastic_folder:
     configure_logging_from_args(args)
     command.validate(args)
     command.cmd(args)
-    return 0
+    # Several API servers raise an error; for one a supervisor would take vLLM's 0 for a wish.
+    return int(has_died(args))
 
 
 def configure(args: argparse.Namespace) -> None:

@@ -6,6 +6,8 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from ficoco_vllm.plugin import COUNTS_IN_FILES
+
 # prometheus_client's name for the folder that processes share.
 MULTIPROC = "PROMETHEUS_MULTIPROC_DIR"
 
@@ -23,7 +25,20 @@ def shared_metrics(wanted: bool) -> Iterator[str | None]:
     Yields:
         The folder, None where it is not ours.
     """
-    if not wanted or MULTIPROC in os.environ:
+    if not wanted:
+        yield None
+        return
+    os.environ[COUNTS_IN_FILES] = "1"
+    try:
+        with _folder() as folder:
+            yield folder
+    finally:
+        del os.environ[COUNTS_IN_FILES]
+
+
+@contextmanager
+def _folder() -> Iterator[str | None]:
+    if MULTIPROC in os.environ:
         yield None
         return
     with tempfile.TemporaryDirectory(prefix="ficoco-metrics-", ignore_cleanup_errors=True) as folder:

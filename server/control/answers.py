@@ -8,28 +8,25 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ficoco_vllm.server.control.ledger import Control, Ledger, current
+from ficoco_vllm.server.control.routes import CONTROLLED, HANDLERS
 from ficoco_vllm.server.control.schema import FIELD, FicocoUsage
 
 # On the state of a request of Starlette.
 STATE = "ficoco_usage"
-_HANDLERS = (
-    ("openai_serving_chat", "create_chat_completion"),
-    ("openai_serving_chat_batch", "create_batch_chat_completion"),
-    ("openai_serving_completion", "create_completion"),
-)
 
 
 def attach(control: Control, state: Any) -> None:
-    """Let the handlers of chats and completions read the field and tell what came of it.
+    """Let vLLM's handlers read the field and tell what came of it.
 
     Args:
         control: of this server.
         state: of the server, with vLLM's handlers.
     """
-    for name, method in _HANDLERS:
+    for name, method, _ in HANDLERS:
         handler = getattr(state, name, None)
         if handler is not None:
             setattr(handler, method, _controlled(control, getattr(handler, method)))
+    setattr(state, CONTROLLED, True)
 
 
 def _controlled(control: Control, original: Any) -> Any:
@@ -61,10 +58,19 @@ def _told(answer: Any, ledger: Ledger, raw_request: Any) -> Any:
     return answer
 
 
-async def _stream(events: AsyncIterator[str], usage: FicocoUsage) -> AsyncIterator[str]:
-    """Server-sent events; those that tell the usage, if the client asked for it, tell ours too."""
+async def _stream(events: AsyncIterator[Any], usage: FicocoUsage) -> AsyncIterator[Any]:
+    """Server-sent events; those that tell the usage, if the client asked for it, tell ours too.
+
+    Those of responses are objects yet; the last one holds the whole response.
+    """
     async for event in events:
-        yield _with_usage(event, usage) if '"usage"' in event else event
+        if isinstance(event, str):
+            yield _with_usage(event, usage) if '"usage"' in event else event
+            continue
+        told = getattr(getattr(event, "response", None), "usage", None)
+        if told is not None:
+            setattr(told, FIELD, usage.model_dump())
+        yield event
 
 
 def _with_usage(event: str, usage: FicocoUsage) -> str:

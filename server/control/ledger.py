@@ -10,9 +10,11 @@ from typing import Any, Literal
 from vllm.exceptions import VLLMValidationError
 
 from ficoco_vllm.account import Account, Accountant
+from ficoco_vllm.field import READ
 from ficoco_vllm.kv.admission import BOUNDS, DEFAULT_KEEP
 from ficoco_vllm.kv.plan import KEEP, METHOD
-from ficoco_vllm.processing import BUDGET
+from ficoco_vllm.metrics import count_refusal
+from ficoco_vllm.processing import BUDGET, SIZES
 from ficoco_vllm.server.control.resolve import Resolver
 from ficoco_vllm.server.control.schema import FIELD, FicocoRequest, FicocoUsage, parse
 
@@ -75,7 +77,12 @@ class Control:
         Raises:
             VLLMValidationError: it is not allowed.
         """
-        return Ledger(parse((request.model_extra or {}).get(FIELD)), self.segment_bytes)
+        try:
+            asked = parse((request.model_extra or {}).get(FIELD))
+        except VLLMValidationError:
+            self._count_refusal()
+            raise
+        return Ledger(asked, self.segment_bytes)
 
     def attach(self, renderer: Any) -> None:
         """Stand between the routes and a renderer.
@@ -85,6 +92,7 @@ class Control:
         """
         # What goes to the decoder passes one place on all routes, those included that render no prompt.
         setattr(self.processor, BOUNDS, partial(self.resolver.check_raw, "vllm_xargs"))
+        setattr(renderer, READ, True)
         trusting = copy(renderer)
         trusting.trust_request_mm_kwargs = True
         chat, completion = renderer.preprocess_chat, renderer.preprocess_cmpl
@@ -125,6 +133,7 @@ class Control:
                     raise ValueError(f"{name}.{twice[0]} beside {FIELD} is not allowed; allowed: one of them")
             told = self.resolver.tell(ledger.asked)
         except ValueError as error:
+            self._count_refusal()
             raise VLLMValidationError(str(error), parameter=str(error).split(" ", 1)[0]) from error
         if told.decoder:
             request.vllm_xargs = {**(xargs or {}), **told.decoder}
@@ -135,6 +144,9 @@ class Control:
             return False  # the client's own are vLLM's to judge
         request.mm_processor_kwargs = dict(told.tower)
         return True
+
+    def _count_refusal(self) -> None:
+        count_refusal(self.processor.vllm_config.model_config)
 
     def _note(self, request: Any, inputs: list[Mapping[str, Any]]) -> None:
         ledger = current.get()
@@ -156,7 +168,9 @@ class Control:
                 request.vllm_xargs = extra_args
             num_tokens = len(prompt.get("prompt_token_ids") or ())
             try:
-                account = self.accountant.account(num_tokens, images, prompt.get(BUDGET), extra_args)
+                account = self.accountant.account(
+                    num_tokens, images, prompt.get(BUDGET), extra_args, prompt.get(SIZES, ())
+                )
             except ValueError:
                 continue  # refused when the engine's request is made, with a message of its own
             ledger.accounts.append(account)

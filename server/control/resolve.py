@@ -89,8 +89,8 @@ class Resolver:
 
     @property
     def most(self) -> int:
-        """Visual tokens of an image without any reduction."""
-        return self.sites.tower.shape.num_patches
+        """Visual tokens of an image without any reduction, or of a tile of it where these are counted."""
+        return self.sites.most
 
     @cached_property
     def methods(self) -> tuple[str, ...]:
@@ -117,7 +117,7 @@ class Resolver:
         if isinstance(asked, str):
             self.bounds.check_method(FIELD, OFF)
             return Told(
-                tower={KEEP: self.most} if tower.active else {},
+                tower={KEEP: tower.most_keep} if tower.active else {},
                 decoder={} if decoder is None else {KEEP: self.most + tower.shape.with_cls},
             )
         if asked.method is not None and asked.method not in self.methods:

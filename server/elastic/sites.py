@@ -47,8 +47,17 @@ class Sites:
         return cls(
             config,
             tower,
-            DecoderPlanner.shared(config, num_layers, tower.num_output_tokens(tower.default)),
+            DecoderPlanner.shared(
+                config, num_layers, tower.num_output_tokens(tower.default), tower.decoder_most
+            ),
         )
+
+    @property
+    def most(self) -> int:
+        """The largest budget: all visual tokens of an image, or of a tile where the tower counts these alone."""
+        if self.decoder is None or self.tower.shape.tiling is None:
+            return self.tower.most_keep
+        return self.tower.num_input_tokens
 
     @property
     def tower_follows(self) -> bool:
@@ -94,7 +103,9 @@ def check_elastic(settings: ElasticSettings, config: FicocoConfig, hf_config: An
             f"kv_budget = {config.kv_budget} is not allowed with {OPTION}, which says what is left in the "
             "last layers; allowed: keep, or neither"
         )
-    settings.check_bounds(min_keep, TowerShape.from_hf_config(hf_config).num_patches)
+    shape = TowerShape.from_hf_config(hf_config)
+    most = shape.num_patches if shape.tiling is None else Sites.of(config, hf_config).most
+    settings.check_bounds(min_keep, most)
     # The ceiling is the easiest to reach, so that of the others each is named where it cannot be.
     fixed = config.encoder.get("keep")
     most = settings.ceiling if fixed is None else min(settings.ceiling, fixed)

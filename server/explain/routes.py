@@ -1,18 +1,40 @@
 """`POST /ficoco/explain`, and what the page asks before."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from ficoco_vllm.server.explain import pages
 from ficoco_vllm.server.explain.asking import RefusedError
 from ficoco_vllm.server.explain.explainer import Explainer, TraceLostError
 from ficoco_vllm.server.explain.guard import RateLimiter, api_keys, check_key
 from ficoco_vllm.server.explain.schema import ExplainRequest, Explanation, Options
+from ficoco_vllm.server.openai_errors import error_answer
 
 STATE = "ficoco_explainer"
+
+
+class OpenAIErrors(APIRoute):
+    """Errors in OpenAI's form, with their headers.
+
+    vLLM's own handler drops the headers, and is not asked over a body that is not even text.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Wrap what answers a request."""
+        answer = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            try:
+                return await answer(request)
+            except StarletteHTTPException as error:
+                return error_answer(str(error.detail), error.status_code, headers=error.headers)
+
+        return handle
 
 
 def make_router(keys: Sequence[str], limiter: RateLimiter) -> APIRouter:
@@ -28,12 +50,12 @@ def make_router(keys: Sequence[str], limiter: RateLimiter) -> APIRouter:
     def check_key_of(raw_request: Request) -> None:
         check_key(raw_request.headers, keys)
 
-    router = APIRouter(tags=["ficoco"], dependencies=[Depends(check_key_of)])
+    router = APIRouter(tags=["ficoco"], dependencies=[Depends(check_key_of)], route_class=OpenAIErrors)
     errors: dict[int | str, dict[str, Any]] = {
-        status: {"model": ErrorResponse} for status in (400, 401, 429, 503)
+        status: {"model": ErrorResponse} for status in (400, 401, 413, 422, 429, 503)
     }
 
-    @router.get("/ficoco/options", response_model=Options)
+    @router.get("/ficoco/options", response_model=Options, responses={401: errors[401]})
     async def options(raw_request: Request) -> Options:
         """What a question may ask for."""
         return explainer(raw_request).options()

@@ -1,0 +1,156 @@
+"""A process of our own for as long as it is needed: above all a server on a free port of this machine."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+HOST = "127.0.0.1"
+OURS = ("-m", "ficoco_vllm.server.cli", "serve")
+# vLLM's own server; its command `vllm` does not start in the CPU build.
+STOCK = ("-m", "vllm.entrypoints.openai.api_server")
+START_SECONDS = 600.0
+STOP_SECONDS = 60.0
+Process = subprocess.Popen[bytes]
+
+
+class StartError(RuntimeError):
+    """A process ended or was not ready in time; with the end of its log."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server that answers.
+
+    Attributes:
+        port: of 127.0.0.1.
+        process: the first of its processes.
+    """
+
+    port: int
+    process: Process
+
+    @property
+    def url(self) -> str:
+        """Its address, without a path."""
+        return f"http://{HOST}:{self.port}"
+
+
+@contextmanager
+def serving(
+    arguments: Sequence[str],
+    log: Path,
+    environment: Mapping[str, str | None] | None = None,
+    program: Sequence[str] = OURS,
+    python: Path = Path(sys.executable),
+    folder: Path | None = None,
+) -> Iterator[Served]:
+    """Run a server on a free port until the block ends.
+
+    Args:
+        arguments: of the program, without host and port.
+        log: file that takes what the server prints.
+        environment: variables beside those of this process; None takes one away.
+        program: words behind `python` that serve; `ficoco-vllm serve`, or vLLM's own server.
+        python: which one runs it; its packages are the ones that serve.
+        folder: working directory; None means that of this process.
+
+    Yields:
+        The server.
+
+    Raises:
+        StartError: the server ends or does not answer in time.
+    """
+    port = free_port()
+    command = [str(python), *program, *arguments, "--host", HOST, "--port", str(port)]
+    address = f"http://{HOST}:{port}"
+    with running(command, log, lambda: is_healthy(address), environment, folder) as process:
+        yield Served(port, process)
+
+
+@contextmanager
+def running(
+    command: Sequence[str],
+    log: Path,
+    is_ready: Callable[[], bool],
+    environment: Mapping[str, str | None] | None = None,
+    folder: Path | None = None,
+) -> Iterator[Process]:
+    """Run a command until the block ends.
+
+    Args:
+        command: program and arguments.
+        log: file that takes what it prints.
+        is_ready: whether it has started up.
+        environment: variables beside those of this process; None takes one away.
+        folder: working directory; None means that of this process.
+
+    Yields:
+        The process.
+
+    Raises:
+        StartError: it ends or is not ready in time.
+    """
+    variables = {**os.environ, **(environment or {})}
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            list(command),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={name: value for name, value in variables.items() if value is not None},
+            cwd=folder,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while not is_ready():
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise StartError(f"it did not start: {' '.join(command)}\n{_tail(log)}")
+            time.sleep(0.3)
+        yield process
+    finally:
+        _stop(process)
+
+
+def free_port() -> int:
+    """A port on which nothing listens now."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+def is_healthy(url: str) -> bool:
+    """Whether /health of a server answers 200.
+
+    Args:
+        url: without a path.
+    """
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return False
+
+
+def _stop(process: Process) -> None:
+    if process.poll() is not None:
+        return
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # the group of this process alone
+        process.wait()
+
+
+def _tail(log: Path, num_bytes: int = 5000) -> str:
+    return log.read_bytes()[-num_bytes:].decode(errors="replace")
