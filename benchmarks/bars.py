@@ -1,10 +1,12 @@
 """The last lines of every benchmark: what it promises, what was measured, and whether that holds."""
 
+import json
 import os
 import platform
 import subprocess
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 
@@ -70,3 +72,16 @@ def _cpu_name() -> str:
 
 def _num_cores() -> int:
     return len(os.sched_getaffinity(0))
+
+
+def write(result: dict[str, Any], path: Path) -> None:
+    """Write a result as JSON, a line for each of its `rows`.
+
+    Args:
+        result: with `rows`.
+        path: of the file; its folder is made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = {key: value for key, value in result.items() if key != "rows"}
+    lines = ",\n".join(f"    {json.dumps(row)}" for row in result["rows"])
+    path.write_text(json.dumps(head, indent=2)[:-2] + f',\n  "rows": [\n{lines}\n  ]\n}}\n', encoding="utf-8")

@@ -47,7 +47,7 @@ class Endpoint:
             "messages": [{"role": "user", "content": content}],
             "temperature": 0,
             "max_tokens": self.max_tokens,
-            "extra_body": variant.fields(self.num_tokens),
+            "extra_body": variant.fields(),
         }
 
 

@@ -60,6 +60,6 @@ def endpoint(host: Host, site: Site, variants: Sequence[Variant], **changes: Any
         folder = Path(name)
         variables = write_package(folder, variants)
         arguments = [*filter(None, [host.model]), "--ficoco-method", HOST_METHOD[site]]
-        arguments += ["--trust-request-mm-kwargs", "--api-key", host.api_key, *host.arguments]
+        arguments += ["--api-key", host.api_key, *host.arguments]
         with serve(arguments, folder / "server.log", variables) as url:
             yield Endpoint(url, served_model(url, host.api_key), **fields)

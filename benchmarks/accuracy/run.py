@@ -1,6 +1,5 @@
 """One run: servers started or found, questions asked, figures written."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,11 +98,3 @@ def questions_of(row: Row, items: Sequence[Item], count: int) -> list[Item]:
     for kind in row.kinds:
         found += [item for item in items if item.kind == kind][:count]
     return found
-
-
-def write(result: dict[str, Any], path: Path) -> None:
-    """Write a result as JSON, a line for each row of a table."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    head = {key: value for key, value in result.items() if key != "rows"}
-    lines = ",\n".join(f"    {json.dumps(row)}" for row in result["rows"])
-    path.write_text(json.dumps(head, indent=2)[:-2] + f',\n  "rows": [\n{lines}\n  ]\n}}\n', encoding="utf-8")

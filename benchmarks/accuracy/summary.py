@@ -34,7 +34,9 @@ def summarise(
         asked = {kind: by_kind[kind][: count(row)] for kind in row.kinds}
         reference = _full_of(row.variant, store, asked)
         found.append(_figures(row, asked, store, reference))
-        warnings += _doubts(row, asked, store, reference, num_tokens)
+        if reference is not None:
+            before, after = _replies(reference, asked, store), _replies(row.variant, asked, store)
+            warnings += doubts(row.variant, before, after, num_tokens)
     return {"majority": _majority(by_kind), "warnings": sorted(set(warnings)), "rows": found}
 
 
@@ -76,28 +78,34 @@ def _figures(
     return figures
 
 
-def _doubts(
-    row: Row, asked: Mapping[str, Sequence[Item]], store: Store, reference: Variant | None, num_tokens: int
-) -> list[str]:
-    """Signs that a server did not do what it was asked."""
-    variant = row.variant
-    if reference is None or variant.method is None or variant.keep is None or variant.keep >= num_tokens:
+def doubts(variant: Variant, before: Sequence[Reply], after: Sequence[Reply], num_tokens: int) -> list[str]:
+    """Signs that a server did not do what it was asked.
+
+    Args:
+        variant: what was asked for.
+        before: answers to some questions with all visual tokens.
+        after: answers of the variant to the same questions, in the same order.
+        num_tokens: visual tokens of an image without reduction.
+
+    Returns:
+        A line for each sign.
+    """
+    if not after or variant.method is None or variant.keep is None or variant.keep >= num_tokens:
         return []
-    before, after = _replies(reference, asked, store), _replies(variant, asked, store)
-    doubts = []
+    found = []
     if variant.site == "tower":
         saved = {a.prompt_tokens - b.prompt_tokens for a, b in zip(before, after, strict=True)}
         if saved != {num_tokens - variant.keep}:
-            doubts.append(
+            found.append(
                 f"{variant.key}: prompts are shorter by {sorted(saved)} tokens, not by {num_tokens - variant.keep}: "
                 "the server does not reduce as asked"
             )
     if all(a.likely == b.likely and a.text == b.text for a, b in zip(before, after, strict=True)):
-        doubts.append(
+        found.append(
             f"{variant.key}: every answer and log-probability equals that of all visual tokens: "
             "the server does not reduce"
         )
-    return doubts
+    return found
 
 
 def _full_of(variant: Variant, store: Store, asked: Mapping[str, Sequence[Item]]) -> Variant | None:

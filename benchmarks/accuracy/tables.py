@@ -90,6 +90,19 @@ def provenance(result: Result) -> list[str]:
     ]
 
 
+def composition_table(result: Result) -> list[str]:
+    """The winner of `make bench-composition` against others on the questions that its search never saw."""
+    rows = result["test"]
+    others = [name for name in dict.fromkeys(row["against"] for row in rows) if name != FULL]
+    lines = _head(["tokens", "`best`", *(f"against `{name}`" for name in others)])
+    for keep in dict.fromkeys(row["keep"] for row in rows):
+        found = {row["against"]: row["accuracy"] for row in rows if row["keep"] == keep}
+        cells = [_against(found[name]) if name in found else "" for name in others]
+        best = next(iter(found.values()))["after"]
+        lines.append(_line([str(keep or "mean of the first four"), f"{100 * best:.1f}", *cells]))
+    return lines
+
+
 def render(result: Result) -> dict[str, list[str]]:
     """Every block of the page by its name."""
     tables = dict.fromkeys(row["table"] for row in result["rows"] if row["table"] != "methods")
@@ -101,19 +114,21 @@ def render(result: Result) -> dict[str, list[str]]:
     return {**blocks, **{table: paired_table(result, table) for table in tables}}
 
 
-def filled(page: str, results: Mapping[str, Result]) -> str:
+def filled(page: str, results: Mapping[str, Result], composition: Result | None = None) -> str:
     """A page with its blocks written anew.
 
     Args:
         page: Markdown with `<!-- begin NAME -->` and `<!-- end NAME -->` lines.
         results: prefix of block names to the result that fills them; where one of `RESULTS` is missing, its blocks
             say so.
+        composition: result of `make bench-composition`.
 
     Raises:
         ValueError: a block of the page is in no result.
     """
     missing = RESULTS.keys() - results.keys()
     blocks = {prefix + name: ["Not measured yet."] for prefix in missing for name in _NAMES}
+    blocks["composition"] = composition_table(composition) if composition else ["Not measured yet."]
     blocks |= {
         prefix + name: lines for prefix, result in results.items() for name, lines in render(result).items()
     }
@@ -146,6 +161,11 @@ def _with_change(row: Mapping[str, Any]) -> str:
     return f"{row['accuracy']:.1f} ({against['change']:+.1f}: {low:+.1f} to {high:+.1f})"
 
 
+def _against(figures: Mapping[str, Any]) -> str:
+    low, high = (100 * end for end in figures["interval"])
+    return f"{100 * figures['before']:.1f} ({100 * figures['change']:+.1f}: {low:+.1f} to {high:+.1f})"
+
+
 def _interval(kind: Mapping[str, Any]) -> str:
     low, high = kind["interval"]
     return f"{kind['accuracy']:.0f} ({low:.0f}-{high:.0f})"
@@ -168,6 +188,12 @@ def committed() -> dict[str, Any]:
     }
 
 
+def searched() -> Result | None:
+    """The committed result of `make bench-composition`, if there is one."""
+    path = ROOT / "benchmarks" / "results" / "composition.json"
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+
 def main() -> int:
     """Write the page, or with `--check` only say whether that would change it."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -176,7 +202,7 @@ def main() -> int:
     )
     args = parser.parse_args()
     page = PAGE.read_text(encoding="utf-8")
-    new = filled(page, committed())
+    new = filled(page, committed(), searched())
     if args.check:
         return int(new != page)
     PAGE.write_text(new, encoding="utf-8")

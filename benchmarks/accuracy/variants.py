@@ -67,27 +67,16 @@ class Variant:
         """Whether the image is sent."""
         return self.label != NO_IMAGE
 
-    def fields(self, num_tokens: int) -> dict[str, Any]:
-        """What a request says beyond OpenAI's fields.
-
-        Args:
-            num_tokens: visual tokens of an image without reduction.
-        """
+    def fields(self) -> dict[str, Any]:
+        """What a request says beyond OpenAI's fields (docs/serving.md)."""
         if not self.with_image:
             return {}
-        keep = num_tokens if self.keep is None else self.keep
-        if self.site == "tower":
-            asked: dict[str, Any] = {"ficoco_keep": keep}
-            if self.served_name is not None:
-                asked["ficoco_method"] = self.served_name
-            return {"mm_processor_kwargs": asked}
-        body: dict[str, Any] = {"vllm_xargs": {"ficoco_keep": keep}}
-        if self.site == "both":
-            pipeline = PIPELINES[self.method or HOST_METHOD["both"]]
-            body["mm_processor_kwargs"] = {"ficoco_keep": pipeline.encoder_keep(num_tokens, keep)}
-        elif self.served_name is not None:
-            body["vllm_xargs"]["ficoco_method"] = self.served_name
-        return body
+        if self.method is None:
+            return {"ficoco": "off"}
+        asked: dict[str, Any] = {"method": self.served_name}
+        if self.keep is not None:
+            asked["keep"] = self.keep
+        return {"ficoco": asked}
 
 
 def full(site: Site) -> Variant:

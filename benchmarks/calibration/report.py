@@ -1,9 +1,12 @@
 """The calibration report: a page that needs nothing else, and lines for the terminal."""
 
 import base64
+import io
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
+
+from PIL import Image, ImageOps
 
 from ficoco_vllm.benchmarks.accuracy.workload import Item
 
@@ -14,8 +17,8 @@ table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
 pre { padding: .7rem; overflow-x: auto; background: color-mix(in srgb, currentColor 8%, transparent); }
-figure { display: grid; grid-template-columns: 9rem 1fr; gap: 1rem; margin: 1rem 0; }
-img { width: 9rem; image-rendering: auto; }
+figure { display: grid; grid-template-columns: 9rem 9rem 1fr; gap: 1rem; margin: 1rem 0; }
+img, svg { width: 9rem; }
 dl { margin: 0; display: grid; grid-template-columns: max-content 1fr; gap: .2rem .8rem; }
 dt { opacity: .7; } dd { margin: 0; }
 """
@@ -37,7 +40,7 @@ def lines(report: Report) -> list[str]:
 
 def _of_method(entry: Mapping[str, Any], target: float) -> list[str]:
     name, safe = entry["method"], entry["safe"]
-    found = []
+    found = [f"WARNING {line}" for line in entry["warnings"]]
     if entry["full_agrees_with_itself"] < target:
         found.append(
             f"{name}: with all tokens the server agrees with itself in {entry['full_agrees_with_itself']:.1%} only, "
@@ -75,6 +78,7 @@ def page(report: Report, items: Sequence[Item]) -> str:
     ]
     for entry in report["methods"]:
         parts.append(f"<h2>{escape(entry['method'])}</h2>")
+        parts += [f"<p><strong>{escape(line)}</strong></p>" for line in entry["warnings"]]
         if entry["safe"] is None:
             parts.append(f"<p>{escape(' '.join(_of_method(entry, report['target_agreement'])))}</p>")
             continue
@@ -110,10 +114,31 @@ def _table(report: Report) -> str:
 
 def _figure(row: Mapping[str, Any], item: Item) -> str:
     image = base64.b64encode(item.image or b"").decode()
+    source = f"data:{item.media_type};base64,{image}"
     return (
-        f"<figure><img alt='' src='data:{item.media_type};base64,{image}'><dl>"
+        f"<figure><img alt='' src='{source}'>{_patches(row['patches'], item, source)}<dl>"
         f"<dt>asked</dt><dd>{escape(item.question)}</dd>"
         f"<dt>all tokens</dt><dd>{escape(row['full'])}</dd>"
         f"<dt>reduced</dt><dd>{escape(row['reduced'])}</dd>"
         f"<dt>divergence</dt><dd>{row['divergence']:.3f} nats or more</dd></dl></figure>"
+    )
+
+
+def _patches(told: Mapping[str, Any] | None, item: Item, source: str) -> str:
+    """The image once more, with what left darkened."""
+    if told is None:
+        return "<small>which patches were kept: start the server with --ficoco-explain</small>"
+    with Image.open(io.BytesIO(item.image or b"")) as picture:
+        width, height = ImageOps.exif_transpose(picture).size
+    (rows, columns), square = told["grid"], told["central_square"]
+    wide, high = (width, height) if square is None else (square * min(width, height),) * 2
+    left, top, w, h = (width - wide) / 2, (height - high) / 2, wide / columns, high / rows
+    gone = sorted(set(range(rows * columns)) - set(told["kept"]))
+    cells = "".join(
+        f"M{left + token % columns * w:.2f} {top + token // columns * h:.2f}h{w:.2f}v{h:.2f}h{-w:.2f}z"
+        for token in gone
+    )
+    return (
+        f"<svg role=img aria-label='{len(told['kept'])} patches that were kept' viewBox='0 0 {width} {height}'>"
+        f"<image href='{source}' width='{width}' height='{height}'/><path d='{cells}' fill-opacity='.7'/></svg>"
     )

@@ -9,10 +9,12 @@ from typing import Any
 from ficoco_vllm.benchmarks.accuracy.client import Endpoint, pairs, replay
 from ficoco_vllm.benchmarks.accuracy.host import CONCURRENCY, Host, endpoint
 from ficoco_vllm.benchmarks.accuracy.store import Store
+from ficoco_vllm.benchmarks.accuracy.summary import doubts
 from ficoco_vllm.benchmarks.accuracy.variants import SITES, Variant, full, site_of
 from ficoco_vllm.benchmarks.accuracy.workload import Item
 from ficoco_vllm.benchmarks.bars import environment
 from ficoco_vllm.benchmarks.calibration.divergence import divergence
+from ficoco_vllm.benchmarks.calibration.kept import EXPLAINS, kept_patches
 from ficoco_vllm.benchmarks.calibration.savings import first_token_ratio, kv_saving
 from ficoco_vllm.benchmarks.calibration.search import FIRST, Ask, Found, certify, needed, search
 
@@ -151,7 +153,8 @@ def calibrate(settings: Settings, items: Sequence[Item]) -> dict[str, Any]:
             if not methods:
                 continue
             fields = {"max_tokens": settings.max_tokens, "num_logprobs": NUM_LOGPROBS}
-            with endpoint(settings.host, site, [], **fields) as found:
+            host = replace(settings.host, arguments=(*settings.host.arguments, *EXPLAINS))
+            with endpoint(host, site, [], **fields) as found:
                 run = Replayed(found, store, settings.concurrency, searched, fresh)
                 reports += _of_site(settings, run, methods)
     return {
@@ -208,6 +211,7 @@ def _report(
             for test in found.tested
         ],
         "safe": None,
+        "warnings": _doubts(run, method, found),
     }
     if found.safe is None:
         return report
@@ -242,6 +246,19 @@ def _report(
     return report
 
 
+def _doubts(run: Replayed, method: str, found: Found) -> list[str]:
+    """Signs that the server did not reduce as it was asked in the search: it would agree with itself, of course."""
+    site = site_of(method)
+    lines = []
+    for keep, (_, count) in sorted(found.searched.items()):
+        variant, items = Variant(method, site, method, keep), run.searched[:count]
+        before, after = (
+            [run.store[asked.key, item.name] for item in items] for asked in (full(site), variant)
+        )
+        lines += doubts(variant, before, after, run.endpoint.num_tokens)
+    return lines
+
+
 def _worst(run: Replayed, variant: Variant) -> list[dict[str, Any]]:
     """Fresh questions that are answered otherwise than by the full model, the surest of its answers first."""
     reference = full(variant.site)
@@ -253,4 +270,8 @@ def _worst(run: Replayed, variant: Variant) -> list[dict[str, Any]]:
             rows.append(
                 {"item": item.name, "full": before.text, "reduced": after.text, "divergence": round(moved, 4)}
             )
-    return sorted(rows, key=lambda row: -float(str(row["divergence"])))[:NUM_WORST]
+    worst = sorted(rows, key=lambda row: -float(str(row["divergence"])))[:NUM_WORST]
+    by_name = {item.name: item for item in run.fresh}
+    return [
+        {**row, "patches": kept_patches(run.endpoint, variant, by_name[str(row["item"])])} for row in worst
+    ]

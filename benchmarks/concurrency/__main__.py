@@ -10,12 +10,14 @@ import json
 import multiprocessing
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from benchmarks.bars import Bar, environment, report
 from benchmarks.concurrency import model, worker
+from benchmarks.concurrency.kinds import KINDS
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.kv.plan import DecoderPlanner
 
@@ -25,13 +27,6 @@ NUM_PATCHES, NUM_LAYERS = 576, 32
 # Room for so many of stock vLLM's prompts: bytes of a token in one layer are 2 * 128 * 2.
 STOCK_REQUESTS = 12
 TOKEN_LAYER_BYTES = 2 * model.WIDTH * 2
-KINDS: dict[str, dict[str, Any] | None] = {
-    "stock": None,
-    "V 64": {"method": "ficoco-v", "keep": 64},
-    "L 64": {"method": "ficoco-l", "keep": 64},
-    "L 64 one-shot": {"method": "ficoco-l", "keep": 64, "schedule": "one-shot"},
-    "VL 64": {"method": "ficoco-vl", "keep": 64},
-}
 
 
 def main() -> int:
@@ -41,32 +36,61 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    prompt = worker.NUM_TEXT_TOKENS + NUM_PATCHES
-    kv_bytes = STOCK_REQUESTS * (prompt + worker.NUM_DECODED) * NUM_LAYERS * TOKEN_LAYER_BYTES
-    rows: dict[str, dict[str, float]] = {}
+    kv_bytes = memory(STOCK_REQUESTS)
     with tempfile.TemporaryDirectory() as folder:
         model.write(Path(folder))
-        for name, ficoco in KINDS.items():
-            tokens = mean_tokens(ficoco)
-            counted = _measure(folder, ficoco, kv_bytes)
-            rows[name] = {"mean_kv_tokens": tokens, **counted}
-            rows[name]["ratio"] = counted["num_running"] / rows["stock"]["num_running"]
-            rows[name]["predicted_ratio"] = rows["stock"]["mean_kv_tokens"] / tokens
-            print(f"{name:14} {json.dumps(rows[name])}", flush=True)
+        rows = measure(folder, KINDS, kv_bytes)
     result = {"environment": environment(), "kv_bytes": kv_bytes, "kinds": rows}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=2) + "\n")
-    return report(
-        [
-            Bar(
-                f"concurrency-{name.replace(' ', '-')}-of-predicted",
-                row["ratio"] / row["predicted_ratio"],
-                SHARE,
-            )
-            for name, row in rows.items()
-            if name != "stock"
-        ]
-    )
+    return report(bars(rows))
+
+
+def memory(num_requests: int) -> int:
+    """Bytes of a KV cache with room for so many of stock vLLM's requests."""
+    prompt = worker.NUM_TEXT_TOKENS + NUM_PATCHES
+    return num_requests * (prompt + worker.NUM_DECODED) * NUM_LAYERS * TOKEN_LAYER_BYTES
+
+
+def measure(
+    folder: str, kinds: Mapping[str, dict[str, Any] | None], kv_bytes: int
+) -> dict[str, dict[str, float]]:
+    """Fill one engine after the other.
+
+    Args:
+        folder: of the model.
+        kinds: names to settings; stock vLLM first.
+        kv_bytes: memory of each KV cache.
+
+    Returns:
+        A row for each kind, as it stands in the JSON.
+    """
+    rows: dict[str, dict[str, float]] = {}
+    for name, ficoco in kinds.items():
+        tokens = mean_tokens(ficoco)
+        counted = _count(folder, ficoco, kv_bytes)
+        rows[name] = {"mean_kv_tokens": tokens, **counted}
+        rows[name]["ratio"] = counted["num_running"] / rows["stock"]["num_running"]
+        rows[name]["predicted_ratio"] = rows["stock"]["mean_kv_tokens"] / tokens
+        print(f"{name:14} {json.dumps(rows[name])}", flush=True)
+    return rows
+
+
+def bars(rows: Mapping[str, Mapping[str, float]]) -> list[Bar]:
+    """What the benchmark promises: nearly as many requests at once as the plan says.
+
+    Args:
+        rows: `kinds` of the JSON file.
+    """
+    return [
+        Bar(
+            f"concurrency-{name.replace(' ', '-')}-of-predicted",
+            row["ratio"] / row["predicted_ratio"],
+            SHARE,
+        )
+        for name, row in rows.items()
+        if name != "stock"
+    ]
 
 
 def mean_tokens(ficoco: dict[str, Any] | None) -> float:
@@ -81,7 +105,7 @@ def mean_tokens(ficoco: dict[str, Any] | None) -> float:
     return worker.NUM_TEXT_TOKENS + visual
 
 
-def _measure(folder: str, ficoco: dict[str, Any] | None, kv_bytes: int) -> dict[str, int]:
+def _count(folder: str, ficoco: dict[str, Any] | None, kv_bytes: int) -> dict[str, int]:
     in_decoder = ficoco is not None and FicocoConfig.parse(ficoco).decoder_method is not None
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()

@@ -1,4 +1,4 @@
-"""The experiment: the same arrivals with the ceiling as a fixed budget, and with a budget that follows the load."""
+"""The experiment: arrivals at the same rate with the ceiling as a fixed budget, and with one that follows the load."""
 
 import asyncio
 import json

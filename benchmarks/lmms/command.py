@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ficoco_vllm.benchmarks.accuracy.client import served_model
+from ficoco_vllm.benchmarks.accuracy.probe import probe
 from ficoco_vllm.benchmarks.bars import environment
 from ficoco_vllm.benchmarks.lmms.benchmarks import Benchmark, paper_figure
 from ficoco_vllm.benchmarks.lmms.tasks import write_task
@@ -58,7 +59,8 @@ def evaluate(run: Run) -> dict[str, Any]:
 
     Raises:
         ValueError: there is no lmms-eval where it should be.
-        RuntimeError: the server or lmms-eval fails, or a question went unanswered.
+        RuntimeError: the server or lmms-eval fails, the server does not reduce as said, or a question went unanswered.
+        openai.APIError: the server cannot be asked.
     """
     # Not resolved: a virtual environment's python is a link, and its environment is found by its own path.
     python = Path(os.path.abspath(run.python))
@@ -80,6 +82,9 @@ def evaluate(run: Run) -> dict[str, Any]:
 
 def _evaluate(run: Run, python: Path, url: str) -> dict[str, Any]:
     benchmark = run.benchmark
+    wrong = probe(url, run.api_key, run.method, run.keep)
+    if wrong:
+        raise RuntimeError(f"{url} does not serve what was asked for: {'; '.join(wrong)}")
     with tempfile.TemporaryDirectory(prefix="ficoco-lmms-") as name:
         folder = Path(name)
         original = Path(benchmark.file)

@@ -45,7 +45,8 @@ def run_point(
 
     Returns:
         The client's figures (milliseconds), `samples` of /metrics over time, and what follows from them:
-        `num_running_max`, `kv_cache_usage_max` and `num_preemptions`, None where /metrics does not say.
+        `num_running_max`, `kv_cache_usage_max`, `num_preemptions` and `num_prompt_tokens`, None where /metrics does not
+        say, and `reduced_by`, the methods of ours that were at work.
 
     Raises:
         RuntimeError: a request failed; with the client's words.
@@ -66,7 +67,7 @@ def run_point(
     for latency in _LATENCIES:
         for percentile in PERCENTILES:
             point[f"{latency}_ms_p{percentile}"] = result[f"p{percentile}_{latency}_ms"]
-    return {**point, **sampler.summary(), "samples": sampler.samples}
+    return {**point, **sampler.summary(), "reduced_by": sampler.reduced_by(), "samples": sampler.samples}
 
 
 def _arguments(

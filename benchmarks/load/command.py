@@ -12,7 +12,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ficoco_vllm.benchmarks.bars import Bar, environment, report
+from ficoco_vllm.benchmarks.bars import Bar, environment, report, write
+from ficoco_vllm.benchmarks.load.doubts import doubts
 from ficoco_vllm.benchmarks.load.run import Target, run_turn, run_turns
 from ficoco_vllm.benchmarks.load.settings import STOCK, Server, Traffic, Turn, make_points, make_turns
 from ficoco_vllm.benchmarks.load.summary import as_csv, as_table, ratio, summarise
@@ -57,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sample-seconds", type=float, default=0.5, help="between two looks at /metrics")
     add("--server-options", default="", help="more options of vLLM's server, in one word, alike for all")
     add("--bar", type=float, help="least throughput of each method over stock's, at the last point")
+    add("--remark", default="", help="stands with the figures, such as what else the machine did")
     add("--out", type=Path, default=Path("build/load"), help="folder of the results (default: %(default)s)")
 
 
@@ -64,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure, write JSON, CSV and HTML, print the table and the bars.
 
     Returns:
-        0; 1 if a bar fails or a server does not do what it must; 2 for options that are not allowed.
+        0; 1 if a bar fails or a server does not do what it was started for; 2 for options that are not allowed.
     """
     try:
         servers, points = _asked(args)
@@ -78,22 +80,27 @@ def run(args: argparse.Namespace) -> int:
         rows = _measure(args, turns)
     except RuntimeError as error:
         return fail(str(error), 1)
+    found = [] if args.url is not None else doubts(rows, servers, _visual_tokens(args))
     result = {
         "model": f"{args.model}, {args.layers} layers" if args.model == WIDE else args.model,
         "environment": environment(),
         "command": _command(args),
+        "remark": args.remark,
         "seed": args.seed,
         "num_rounds": args.rounds,
+        "servers": [server.model_dump() for server in servers],
+        "warnings": found,
         "summary": summarise(rows),
         "rows": rows,
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "load.json").write_text(json.dumps(result, indent=1) + "\n")
+    write(result, args.out / "load.json")
     (args.out / "load.csv").write_text(as_csv(rows))
     (args.out / "load.html").write_text(as_html(result))
     print(as_table(result["summary"]))
     print(f"\nwritten: {args.out}/load.json, load.csv, load.html")
-    return report(_bars(args, servers, points, rows))
+    for line in found:
+        _say(f"WARNING {line}")
+    return report(_bars(args, servers, points, rows)) or int(bool(found))
 
 
 def _asked(args: argparse.Namespace) -> tuple[list[Server], list[Traffic]]:
@@ -165,6 +172,11 @@ def _model(args: argparse.Namespace, scratch: Path) -> tuple[str, tuple[str, ...
         *("--enforce-eager", "--dtype", "bfloat16", "--max-model-len", "2048", "--block-size", str(_BLOCK)),
         *("--kv-cache-memory-bytes", str(num_blocks * block_bytes), *options),
     )
+
+
+def _visual_tokens(args: argparse.Namespace) -> int | None:
+    """Visual tokens of an image of the models that we know."""
+    return _STOCK_VISUAL_TOKENS if args.model in (DEMO, WIDE) else None
 
 
 def _bars(

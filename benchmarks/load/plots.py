@@ -1,16 +1,14 @@
 """Pictures of a load test, as SVG."""
 
 from collections.abc import Mapping, Sequence
-from io import StringIO
 from typing import Any
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ficoco_vllm.benchmarks.svg import COLOURS, as_svg
+
 _SIZE_INCHES = (7.0, 3.6)
-# Told apart without colour vision too (Okabe and Ito's palette).
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 
 
 def draw(rows: Sequence[Mapping[str, Any]], summary: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
@@ -25,7 +23,7 @@ def draw(rows: Sequence[Mapping[str, Any]], summary: Sequence[Mapping[str, Any]]
     """
     servers = list(dict.fromkeys(row["server"] for row in summary))
     points = list(dict.fromkeys(row["point"] for row in summary))
-    colours = {name: _COLOURS[index % len(_COLOURS)] for index, name in enumerate(servers)}
+    colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(servers)}
     pictures = [
         ("Throughput over time to first token", _svg(_throughput, summary, colours)),
         ("Time to first token, p50 to p99", _svg(_latency, summary, colours, points, "ttft", "s", 1e-3)),
@@ -41,17 +39,12 @@ def draw(rows: Sequence[Mapping[str, Any]], summary: Sequence[Mapping[str, Any]]
 
 
 def _svg(paint: Any, *arguments: Any) -> str:
-    # Text stays text, and the same figures give the same bytes.
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ficoco", "font.size": 9}):
-        figure = Figure(_SIZE_INCHES, layout="constrained")
+    def fill(figure: Figure) -> None:
         axes = figure.add_subplot()
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.3)
         paint(axes, *arguments)
         axes.legend(frameon=False, fontsize=8)
-        text = StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()[text.getvalue().index("<svg") :]
+
+    return as_svg(_SIZE_INCHES, fill)
 
 
 def _throughput(axes: Axes, summary: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> None:

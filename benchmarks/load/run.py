@@ -9,6 +9,7 @@ from typing import Any
 from ficoco_vllm.benchmarks.load.client import run_point
 from ficoco_vllm.benchmarks.load.settings import Traffic, Turn
 from ficoco_vllm.benchmarks.serving import STOCK, serve
+from ficoco_vllm.compat import set_cpu_defaults
 
 # Requests that a server answers before anything is measured: it compiles, grows its pools, fills its thread pools.
 _WARM_UP = 4
@@ -106,6 +107,7 @@ def _started(turn: Turn, target: Target) -> Iterator[str]:
     server = turn.server
     log = target.log_folder / f"{turn.round_index}-{server.name}.log"
     options = ["--served-model-name", target.name, *target.options]
+    set_cpu_defaults()  # ours does so itself: on a CPU both get the same threads
     if server.method is None:
         # No plugin of ours is loaded: this is the vLLM that a user has without us.
         with serve(["--model", target.model, *options], log, {"VLLM_PLUGINS": ""}, STOCK) as url:

@@ -4,15 +4,20 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from types import TracebackType
+from typing import Any
 
 # vLLM's name to ours; several engines are added up, but for the share of the cache, of which the fullest counts.
 _SUMS = {
     "vllm:num_requests_running": "num_running",
     "vllm:num_requests_waiting": "num_waiting",
     "vllm:num_preemptions_total": "num_preemptions",
+    "vllm:prompt_tokens_total": "num_prompt_tokens",
 }
 _MAXIMA = {"vllm:kv_cache_usage_perc": "kv_cache_usage"}
+# Of ours, by method; stock vLLM has it not.
+_AVOIDED = "ficoco:kv_tokens_avoided_total"
 
 
 class Sampler:
@@ -21,10 +26,12 @@ class Sampler:
     Attributes:
         samples: one mapping a look, `seconds` since the start and the figures of `_SUMS` and `_MAXIMA`; empty where
             the server has no /metrics.
+        avoided: method to the prompt tokens without a KV slot that it has counted, at the first look and at the last.
     """
 
     def __init__(self, url: str, interval_seconds: float) -> None:
         self.samples: list[dict[str, float]] = []
+        self.avoided: list[dict[str, float]] = []
         self._url = f"{url}/metrics"
         self._interval = interval_seconds
         self._stop = threading.Event()
@@ -44,15 +51,24 @@ class Sampler:
         self._look()
 
     def summary(self) -> dict[str, float | None]:
-        """The largest number of requests that ran at once, the fullest cache, and the preemptions in between."""
+        """The largest number of requests that ran at once, the fullest cache; preemptions and prompt tokens between."""
         if not self.samples:
-            return {"num_running_max": None, "kv_cache_usage_max": None, "num_preemptions": None}
+            names = ("num_running_max", "kv_cache_usage_max", "num_preemptions", "num_prompt_tokens")
+            return dict.fromkeys(names)
         first, last = self.samples[0], self.samples[-1]
         return {
             "num_running_max": max(sample["num_running"] for sample in self.samples),
             "kv_cache_usage_max": max(sample["kv_cache_usage"] for sample in self.samples),
             "num_preemptions": last["num_preemptions"] - first["num_preemptions"],
+            "num_prompt_tokens": last["num_prompt_tokens"] - first["num_prompt_tokens"],
         }
+
+    def reduced_by(self) -> list[str]:
+        """Methods of ours that spared a prompt any KV slot in between."""
+        if not self.avoided:
+            return []
+        first, last = self.avoided[0], self.avoided[-1]
+        return sorted(method for method, count in last.items() if count > first.get(method, 0.0))
 
     def _run(self) -> None:
         while not self._stop.wait(self._interval):
@@ -67,6 +83,7 @@ class Sampler:
         found = read_metrics(text)
         if found:
             self.samples.append({"seconds": round(time.monotonic() - self._start, 3), **found})
+            self.avoided = [*self.avoided[:1], read_avoided(text)]
 
 
 def read_metrics(text: str) -> dict[str, float]:
@@ -76,17 +93,36 @@ def read_metrics(text: str) -> dict[str, float]:
         text: what /metrics answers.
 
     Returns:
-        `num_running`, `num_waiting`, `num_preemptions`, `kv_cache_usage` (0 to 1), or nothing where one is missing.
+        `num_running`, `num_waiting`, `num_preemptions`, `num_prompt_tokens`, `kv_cache_usage` (0 to 1), or nothing
+        where one is missing.
     """
+    found: dict[str, float] = {}
+    for sample in _samples(text):
+        if name := _SUMS.get(sample.name):
+            found[name] = found.get(name, 0.0) + sample.value
+        elif name := _MAXIMA.get(sample.name):
+            found[name] = max(found.get(name, 0.0), sample.value)
+    return found if len(found) == len(_SUMS) + len(_MAXIMA) else {}
+
+
+def read_avoided(text: str) -> dict[str, float]:
+    """Prompt tokens without a KV slot that a server of ours has counted, by method, over all segments.
+
+    Args:
+        text: what /metrics answers.
+    """
+    found: dict[str, float] = {}
+    for sample in _samples(text):
+        if sample.name == _AVOIDED:
+            method = sample.labels["method"]
+            found[method] = found.get(method, 0.0) + sample.value
+    return found
+
+
+def _samples(text: str) -> Iterator[Any]:
     # Not at the top: the command line loads this module, and whoever serves names the folder that processes share
     # before prometheus_client is imported.
     from prometheus_client.parser import text_string_to_metric_families
 
-    found: dict[str, float] = {}
     for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            if name := _SUMS.get(sample.name):
-                found[name] = found.get(name, 0.0) + sample.value
-            elif name := _MAXIMA.get(sample.name):
-                found[name] = max(found.get(name, 0.0), sample.value)
-    return found if len(found) == len(_SUMS) + len(_MAXIMA) else {}
+        yield from family.samples

@@ -30,13 +30,14 @@ def measure() -> dict[str, float]:
     from ficoco_vllm import frontend
     from ficoco_vllm.account import Account, Accountant
     from ficoco_vllm.config import FicocoConfig
+    from ficoco_vllm.meter import Meter, Step, Tracked
     from ficoco_vllm.metrics import metrics
     from ficoco_vllm.reduction.cost import KNOWN_MODELS
     from ficoco_vllm.vision.plan import VisionPlanner
     from ficoco_vllm.vision.shape import TowerShape
 
     frontend.hook_front_end()
-    meter = frontend.Meter.__new__(frontend.Meter)
+    meter = Meter.__new__(Meter)
     meter.metrics, meter.vllm_config = metrics(), CONFIG
     meter.model_name, meter.token_bytes, meter.only_engine = "m", 4096, "0"
     config = FicocoConfig.parse({"method": "ficoco-v", "keep": 64})
@@ -52,13 +53,13 @@ def measure() -> dict[str, float]:
     requests: list[float] = []
     for _ in range(NUM_ROUNDS):
         for counted in (True, False):
-            tracked = frontend._Tracked(account(60), meter, "0") if counted else None
+            tracked = Tracked(account(60), meter, "0") if counted else None
             tokens[counted].append(_steps(meter, tracked))
         start = time.perf_counter()
         for index in range(NUM_REQUESTS):
-            request = frontend._Tracked(account(20 + index % 500), meter, "0")
-            meter.record(frontend._Step(first=[(request, 0.1)]), "0")
-            meter.record(frontend._Step(ended=[(request, "stop")]), "0")
+            request = Tracked(account(20 + index % 500), meter, "0")
+            meter.record(Step(first=[(request, 0.1)]), "0")
+            meter.record(Step(ended=[(request, "stop")]), "0")
         requests.append((time.perf_counter() - start) / NUM_REQUESTS * 1e6)
     with_ours, without = (median(tokens[counted]) for counted in (True, False))
     return {

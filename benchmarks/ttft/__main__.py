@@ -3,7 +3,7 @@
 Both engines run in eager mode on the same machine; images are random and never repeated, one request at a time.
 A speed-up is stock's time over ours, round by round; it is held against the ratio of FLOPs that the planner
 predicts for the same prompt. The decoder is cut to a few layers to fit memory. Methods of the tower are run at each
-depth, and their medians are extrapolated linearly to 32 layers; methods of the decoder at `--decoder-layers` only,
+depth, and their medians are extrapolated linearly to all layers; methods of the decoder at `--decoder-layers` only,
 since the layers in which they reduce do not scale with the depth.
 """
 
@@ -21,21 +21,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bars import Bar, environment, report
-from benchmarks.ttft import model, worker
-from benchmarks.ttft.kinds import (
+from ficoco_vllm.benchmarks.bars import Bar, environment, report
+from ficoco_vllm.benchmarks.ttft import model, worker
+from ficoco_vllm.benchmarks.ttft.kinds import (
     DECODER_KINDS,
     ENCODER_KINDS,
     KINDS,
+    NUM_TEXT_TOKENS,
     SMALLEST,
     STOCK,
+    WHOLE_MODELS,
     Kind,
     predicted_speedup,
     token_plan,
 )
-from benchmarks.ttft.table import RESULTS, WHOLE_MODEL
 from ficoco_vllm.compat import hook_interpreter, is_cpu_build
 
+RESULTS = Path(__file__).parent.parent / "results" / "ttft.json"
 SPEEDUP_SHARE = 0.9
 # Model runner V2, which methods of the decoder need, without a GPU.
 INTERPRETER = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
@@ -57,11 +59,14 @@ def main() -> int:
         default=[8],
         help="those of --layers to run ficoco-l and -vl with",
     )
+    parser.add_argument("--model-size", default="7b", choices=list(WHOLE_MODELS), help="widths of LLaVA-1.5")
     parser.add_argument("--rounds", type=int, default=5, help="measured requests of each kind")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, help=f"default: {RESULTS.name} of the results; 13b: under build/")
     args = parser.parse_args()
+    if args.out is None:
+        args.out = RESULTS if args.model_size == "7b" else Path(f"build/ttft-{args.model_size}.json")
     if len(set(args.layers)) < 2:
         parser.error("--layers needs two depths at least, to extrapolate to the whole model")
     unknown = sorted(set(args.decoder_layers) - set(args.layers))
@@ -69,16 +74,32 @@ def main() -> int:
         parser.error(f"--decoder-layers: {unknown[0]} is not one of --layers")
     runs = [_run(num_layers, args) for num_layers in args.layers]
     result = {"environment": environment(), "dtype": args.dtype, "seed": args.seed, "runs": runs}
-    result["whole_model"] = _extrapolate(runs)
+    if args.model_size != "7b":
+        result["model_size"] = args.model_size
+    result["whole_model"] = _extrapolate(runs, args.model_size)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=2) + "\n")
     _print(result)
-    return report(list(_bars(result)))
+    return report(list(bars(result)))
 
 
-def _bars(result: dict[str, Any]) -> Iterator[Bar]:
+def bars(result: Mapping[str, Any]) -> Iterator[Bar]:
+    """What the benchmark promises: prompts as planned, nearly the speed-up that FLOPs say, and a cheap reduction.
+
+    Args:
+        result: the content of the JSON file.
+    """
     smallest = f"keep-{SMALLEST}"
     for run in result["runs"]:
+        amiss = max(
+            abs(
+                row["num_prompt_tokens"]
+                - NUM_TEXT_TOKENS
+                - token_plan(KINDS[name], run["layers"]).encoder[-1]
+            )
+            for name, row in run["kinds"].items()
+        )
+        yield Bar(f"ttft-prompt-tokens-amiss-{run['layers']}-layers", amiss, 0, at_least=False)
         for name in (smallest, *(kind.name for kind in DECODER_KINDS)):
             if name in run["kinds"]:
                 row = run["kinds"][name]
@@ -88,7 +109,12 @@ def _bars(result: dict[str, Any]) -> Iterator[Bar]:
         yield Bar(f"reduction-share-of-tower-{run['layers']}-layers", share, REDUCTION_SHARE, at_least=False)
     whole = result["whole_model"][smallest]
     share = whole["speedup"] / whole["predicted_speedup"]
-    yield Bar(f"ttft-{smallest}-of-predicted-{WHOLE_MODEL}-layers-extrapolated", share, SPEEDUP_SHARE)
+    yield Bar(f"ttft-{smallest}-of-predicted-{_whole(result)}-layers-extrapolated", share, SPEEDUP_SHARE)
+
+
+def _whole(result: Mapping[str, Any]) -> int:
+    """Decoder layers of the whole model."""
+    return WHOLE_MODELS[result.get("model_size", "7b")]
 
 
 def _run(num_layers: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -99,21 +125,33 @@ def _run(num_layers: int, args: argparse.Namespace) -> dict[str, Any]:
     order = random.Random(args.seed)
     summary: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        model.write(Path(folder), num_layers)
-        with _engine(folder, STOCK, args.dtype) as stock:
+        model.write(Path(folder), num_layers, args.model_size)
+        with engine(folder, STOCK, args.dtype) as stock:
             for kinds in groups:
-                with _engine(folder, kinds[0], args.dtype) as ours:
-                    samples = _take_turns(num_layers, stock, ours, kinds, args.rounds, order)
+                with engine(folder, kinds[0], args.dtype) as ours:
+                    samples = take_turns(num_layers, stock, ours, kinds, args.rounds, order)
                 # Stock vLLM is run again beside each engine; its own row is that of the first group.
-                summary = _summary(num_layers, samples) | summary
+                summary = summarise(num_layers, samples, args.model_size) | summary
     kinds = {name: summary[name] for name in KINDS if name in summary}
     return {"layers": num_layers, "rounds": args.rounds, "kinds": kinds}
 
 
-def _take_turns(
+def take_turns(
     num_layers: int, stock: Any, ours: Any, kinds: Sequence[Kind], rounds: int, order: random.Random
 ) -> dict[str, list[dict[str, float]]]:
-    """One request of each kind a round, in random order; the first round warms up and is not counted."""
+    """One request of each kind a round, in random order; the first round warms up and is not counted.
+
+    Args:
+        num_layers: of the decoder, as printed.
+        stock: pipe to stock vLLM.
+        ours: pipe to ours.
+        kinds: that ours is asked for.
+        rounds: that count.
+        order: of the kinds, and the seed of the images.
+
+    Returns:
+        For each kind what `worker.run` sent in every round.
+    """
     samples: dict[str, list[dict[str, float]]] = {kind.name: [] for kind in (STOCK, *kinds)}
     for round_index in range(-1, rounds):
         for kind in order.sample([STOCK, *kinds], 1 + len(kinds)):
@@ -148,8 +186,14 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def _engine(folder: str, kind: Kind, dtype: str) -> Iterator[Any]:
-    """The pipe to an engine in a process of its own, which ends with the block."""
+def engine(folder: str, kind: Kind, dtype: str) -> Iterator[Any]:
+    """The pipe to an engine in a process of its own, which ends with the block.
+
+    Args:
+        folder: of the model.
+        kind: with the engine's settings.
+        dtype: of weights and activations.
+    """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     arguments = (there, folder, kind.settings, kind.in_decoder, dtype)
@@ -166,7 +210,16 @@ def _engine(folder: str, kind: Kind, dtype: str) -> Iterator[Any]:
         process.terminate()
 
 
-def _summary(num_layers: int, samples: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, Any]]:
+def summarise(
+    num_layers: int, samples: dict[str, list[dict[str, float]]], size: str = "7b"
+) -> dict[str, dict[str, Any]]:
+    """Medians and ratios of each kind, as they stand in the JSON.
+
+    Args:
+        num_layers: of the decoder whose FLOPs are predicted.
+        samples: of `take_turns`.
+        size: of the model.
+    """
     stock = [sample["ttft_seconds"] for sample in samples["stock"]]
     summary: dict[str, dict[str, Any]] = {}
     for name, rows in samples.items():
@@ -185,10 +238,10 @@ def _summary(num_layers: int, samples: dict[str, list[dict[str, float]]]) -> dic
             "speedup": statistics.median(ratios),
             "speedup_min": min(ratios),
             "speedup_max": max(ratios),
-            "predicted_speedup": predicted_speedup(KINDS[name], num_layers),
+            "predicted_speedup": predicted_speedup(KINDS[name], num_layers, size),
         }
         if KINDS[name].in_decoder:
-            plan = token_plan(KINDS[name], num_layers)
+            plan = token_plan(KINDS[name], num_layers, size)
             summary[name]["visual_tokens"] = {"tower": plan.encoder[-1], "decoder": plan.decoder[:-1]}
             summary[name]["stock_ttft_seconds_median"] = statistics.median(stock)
             summary[name]["decoder_reduction_seconds_median"] = statistics.median(
@@ -197,19 +250,19 @@ def _summary(num_layers: int, samples: dict[str, list[dict[str, float]]]) -> dic
     return summary
 
 
-def _extrapolate(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+def _extrapolate(runs: list[dict[str, Any]], size: str) -> dict[str, dict[str, float]]:
     """Least-squares line of each kind's median over the number of layers, read off at the whole model's."""
     layers = [run["layers"] for run in runs]
     seconds = {}
     for name in (kind.name for kind in (STOCK, *ENCODER_KINDS)):
         medians = [run["kinds"][name]["ttft_seconds_median"] for run in runs]
         slope, intercept = statistics.linear_regression(layers, medians)
-        seconds[name] = intercept + slope * WHOLE_MODEL
+        seconds[name] = intercept + slope * WHOLE_MODELS[size]
     return {
         name: {
             "ttft_seconds": found,
             "speedup": seconds["stock"] / found,
-            "predicted_speedup": predicted_speedup(KINDS[name], WHOLE_MODEL),
+            "predicted_speedup": predicted_speedup(KINDS[name], WHOLE_MODELS[size], size),
         }
         for name, found in seconds.items()
     }
@@ -234,7 +287,7 @@ def _print(result: dict[str, Any]) -> None:
                 f"{name:18}{spread:>28}{ratio:>24}{row['predicted_speedup']:>11.2f}"
                 f"{row['tower_seconds_median']:>10.3f}{row['reduction_share_of_tower']:>16.1%}"
             )
-    print(f"{WHOLE_MODEL} decoder layers, extrapolated")
+    print(f"{_whole(result)} decoder layers, extrapolated")
     for name, row in result["whole_model"].items():
         print(
             f"{name:18}{row['ttft_seconds']:>28.3f}{row['speedup']:>24.2f}{row['predicted_speedup']:>11.2f}"

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from itertools import chain, repeat
 from typing import Any
 
-from benchmarks.ttft import model
+from ficoco_vllm.benchmarks.ttft import model
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.kv.plan import DecoderPlanner
 from ficoco_vllm.reduction.cost import Budget, TokenPlan, estimate, model_shape, plan_tokens, unreduced
@@ -13,6 +13,9 @@ from ficoco_vllm.reduction.cost import Budget, TokenPlan, estimate, model_shape,
 NUM_TEXT_TOKENS = 60
 PATCHES = 576
 SMALLEST = 64
+# Decoder layers of LLaVA-1.5-7B, to which times are extrapolated.
+WHOLE_MODEL = 32
+WHOLE_MODELS = {"7b": WHOLE_MODEL, "13b": 40}
 
 
 @dataclass(frozen=True)
@@ -48,14 +51,15 @@ DECODER_KINDS = (
 KINDS = {kind.name: kind for kind in (STOCK, *ENCODER_KINDS, *DECODER_KINDS)}
 
 
-def token_plan(kind: Kind, num_layers: int) -> TokenPlan:
+def token_plan(kind: Kind, num_layers: int, size: str = "7b") -> TokenPlan:
     """Visual tokens layer by layer, as the engine serves them.
 
     Args:
         kind: what is timed.
         num_layers: of the decoder.
+        size: of the model, "7b" or "13b".
     """
-    shape = model_shape(model.config(num_layers))
+    shape = model_shape(model.config(num_layers, size))
     if kind.settings is None:
         return unreduced(shape)
     if not kind.in_decoder:
@@ -69,14 +73,15 @@ def token_plan(kind: Kind, num_layers: int) -> TokenPlan:
     return TokenPlan(two_sited.encoder, (*layers, counts[-1]))
 
 
-def predicted_speedup(kind: Kind, num_layers: int) -> float:
+def predicted_speedup(kind: Kind, num_layers: int, size: str = "7b") -> float:
     """Ratio of the FLOPs of one prompt, without reduction over with it.
 
     Args:
         kind: what is timed.
         num_layers: of the decoder.
+        size: of the model, "7b" or "13b".
     """
-    shape = model_shape(model.config(num_layers))
-    plans = (unreduced(shape), token_plan(kind, num_layers))
+    shape = model_shape(model.config(num_layers, size))
+    plans = (unreduced(shape), token_plan(kind, num_layers, size))
     full, reduced = (estimate(shape, plan, num_text_tokens=NUM_TEXT_TOKENS).total_flops for plan in plans)
     return full / reduced

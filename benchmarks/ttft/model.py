@@ -1,4 +1,4 @@
-"""A model folder without weights: the true shapes of LLaVA-1.5-7B, the decoder cut to a few layers."""
+"""A model folder without weights: the true shapes of LLaVA-1.5, the decoder cut to a few layers."""
 
 import copy
 import json
@@ -8,29 +8,37 @@ from typing import Any
 from transformers import AutoTokenizer, CLIPImageProcessor, LlavaProcessor
 
 from ficoco_vllm import demo_model
+from ficoco_vllm.benchmarks.ttft.quantization import Weights, quantization_config
 from ficoco_vllm.reduction.cost import KNOWN_MODELS
 
-CHECKPOINT = "llava-hf/llava-1.5-7b-hf"
+CHECKPOINTS = {"7b": "llava-hf/llava-1.5-7b-hf", "13b": "llava-hf/llava-1.5-13b-hf"}
 
 
-def config(num_layers: int) -> dict[str, Any]:
-    """LLaVA-1.5-7B's configuration with another number of decoder layers."""
-    values: dict[str, Any] = copy.deepcopy(dict(KNOWN_MODELS[CHECKPOINT]))
+def config(num_layers: int, size: str = "7b") -> dict[str, Any]:
+    """LLaVA-1.5's configuration with another number of decoder layers.
+
+    Args:
+        num_layers: of the decoder.
+        size: one of `CHECKPOINTS`.
+    """
+    values: dict[str, Any] = copy.deepcopy(dict(KNOWN_MODELS[CHECKPOINTS[size]]))
     values["text_config"]["num_hidden_layers"] = num_layers
     return values
 
 
-def write(folder: Path, num_layers: int) -> Path:
+def write(folder: Path, num_layers: int, size: str = "7b", weights: Weights = "bf16") -> Path:
     """Write configuration, tokenizer and processor; the weights are made up by vLLM (`load_format="dummy"`).
 
     Args:
         folder: where to.
         num_layers: of the decoder; the vision tower is whole.
+        size: one of `CHECKPOINTS`.
+        weights: of the decoder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(demo_model.path())
     image_token = tokenizer.convert_tokens_to_ids("<image>")
-    values = config(num_layers) | {
+    values = config(num_layers, size) | {
         "architectures": ["LlavaForConditionalGeneration"],
         "image_token_index": image_token,
         "projector_hidden_act": "gelu",
@@ -42,6 +50,8 @@ def write(folder: Path, num_layers: int) -> Path:
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-5,
     }
+    if weights != "bf16":
+        values["quantization_config"] = quantization_config(weights)
     (folder / "config.json").write_text(json.dumps(values, indent=2))
     side = values["vision_config"]["image_size"]
     processor = LlavaProcessor(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.ttft.kinds import NUM_TEXT_TOKENS
+from ficoco_vllm.benchmarks.ttft.kinds import NUM_TEXT_TOKENS
 from ficoco_vllm.compat import use_interpreter
 
 
@@ -122,10 +122,10 @@ def _stopwatch(engine: Any, stock: bool) -> Any:
     patches = [(model.vision_tower, "forward", "tower")]
     if not stock:
         from ficoco_vllm.decoder import decoder
-        from ficoco_vllm.models import llava
+        from ficoco_vllm.models import reducing
         from ficoco_vllm.vision import tower
 
-        patches += [(llava, "encode", "tower"), (tower, "_reduce", "reduction")]
+        patches += [(reducing, "encode", "tower"), (tower, "_reduce", "reduction")]
         patches += [(decoder, "reduce_rows", "decoder_reduction")]
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in patches]
     for (owner, name, key), (_, _, original) in zip(patches, originals, strict=True):

@@ -1,0 +1,1 @@
+"""Thousands of mixed requests against a real server: none lost, none answered twice, nothing left behind."""

@@ -1,0 +1,1 @@
+"""The README's results: one table and two pictures out of the committed JSON."""

@@ -1,0 +1,1 @@
+"""What quantized weights and fewer visual tokens save together."""

@@ -1,0 +1,57 @@
+"""Schemes of quantized decoder weights, as compressed-tensors names them in a checkpoint's configuration."""
+
+from typing import Any, Literal
+
+Kind = Literal["int8", "int4"]
+Weights = Literal["bf16", "int8", "int4"]
+GROUP = 32
+# As published checkpoints do: tower, projector and language head stay as they are.
+IGNORED = ["lm_head", "re:.*lm_head", "re:.*vision_tower.*", "re:.*multi_modal_projector.*"]
+SCHEMES: dict[Kind, dict[str, Any]] = {
+    # W8A8: a scale for each output channel; activations are quantized as they come, a scale for each token.
+    "int8": {
+        "format": "int-quantized",
+        "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False},
+        "input_activations": {
+            "num_bits": 8,
+            "type": "int",
+            "symmetric": True,
+            "strategy": "token",
+            "dynamic": True,
+        },
+    },
+    # W4A16: a scale for each 32 inputs of an output channel.
+    "int4": {
+        "format": "pack-quantized",
+        "weights": {
+            "num_bits": 4,
+            "type": "int",
+            "symmetric": True,
+            "strategy": "group",
+            "group_size": GROUP,
+            "dynamic": False,
+        },
+        "input_activations": None,
+    },
+}
+
+
+def quantization_config(kind: Kind) -> dict[str, Any]:
+    """What a checkpoint's `config.json` says under `quantization_config`.
+
+    Args:
+        kind: of the scheme.
+    """
+    scheme = SCHEMES[kind]
+    group = {
+        "targets": ["Linear"],
+        "weights": scheme["weights"],
+        "input_activations": scheme["input_activations"],
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "format": scheme["format"],
+        "ignore": IGNORED,
+        "config_groups": {"group_0": group},
+    }
