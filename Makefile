@@ -7,6 +7,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
 BIN    := $(VENV)/bin
 LMMS   := .venv-lmms
+DOCS   := .venv-docs
+TOOLS  := .venv-release
+RAY    := .venv-ray
 
 # Of `make serve`:
 PORT   ?= 8000
@@ -19,7 +22,10 @@ RUNTIME := $(VENV)/.installed
 DEV     := $(VENV)/.installed-dev
 
 .PHONY: help install serve test test-kernels check format lint types imports kernels-aot bench-kernels bench-ttft \
-    bench-concurrency bench-metrics bench-elastic bench-load bench-accuracy bench-smoke lmms clean
+    bench-quantized bench-concurrency soak soak-decoder bench-metrics bench-elastic bench-load bench-cpu-mode \
+    bench-accuracy \
+    bench-accuracy-decoder bench-composition bench-smoke figures lmms dist release-check container-check \
+    charts-check ray-check compat docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -52,6 +58,7 @@ check: lint types imports  ## ruff, mypy, import-linter
 lint: $(DEV)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cpu
 
 types: $(DEV)
 	@$(BIN)/mypy
@@ -75,21 +82,42 @@ bench-kernels: $(DEV)  ## time the fused ops (on a GPU the kernels, else the tor
 bench-ttft: $(DEV)  ## time to first token at LLaVA-1.5-7B's width, stock and reduced side by side
 	@$(BIN)/python -m benchmarks.ttft $(ARGS)
 
+bench-quantized: $(DEV)  ## time to first token with bfloat16, INT8 and INT4 weights, with all and 64 visual tokens
+	@$(BIN)/python -m benchmarks.quantized $(ARGS)
+
 bench-concurrency: $(DEV)  ## requests that run at once under the same KV memory: stock, V, L, VL
 	@$(BIN)/python -m benchmarks.concurrency $(ARGS)
 
-bench-metrics: $(DEV)  ## throughput with our metrics against without, interleaved
+soak: $(DEV)  ## 10,000 mixed requests to a server that reduces in the tower and to one that does in the decoder (hours)
+	@$(BIN)/python -m benchmarks.endurance $(ARGS)
+
+soak-decoder: $(DEV)  ## 2,000 mixed requests, some aborted: every KV block comes back, memory does not keep growing
+	@$(BIN)/python -m benchmarks.soak $(ARGS)
+
+bench-metrics: $(DEV)  ## what our metrics cost: a server with them against one without, slice by slice
 	@$(BIN)/python -m benchmarks.metrics $(ARGS)
 
 bench-elastic: $(DEV)  ## overload a small KV cache: time to first token at a fixed budget and with --ficoco-elastic
 	@$(BIN)/python -m benchmarks.elastic $(ARGS)
 
-bench-accuracy: $(DEV)  ## accuracy of the tower's methods by budget, ablations, sensitivity; then docs/accuracy.md
+bench-accuracy: $(DEV)  ## accuracy of the tower's methods by budget, ablations, sensitivity; then `make figures`
 	@$(BIN)/ficoco-vllm bench accuracy --sites tower --count 19 --few-count 19 --out benchmarks/results/accuracy.json $(ARGS)
+	@$(MAKE) --no-print-directory figures
+
+bench-accuracy-decoder: $(DEV)  ## the same of the decoder's methods
+	@$(BIN)/ficoco-vllm bench accuracy --sites decoder,both --count 19 --few-count 19 --concurrency 32 \
+	    --answers build/accuracy-decoder.jsonl --out benchmarks/results/accuracy-decoder.json $(ARGS)
+	@$(MAKE) --no-print-directory figures
+
+bench-composition: $(DEV)  ## search the composition of stages that loses least, and test it on questions it never saw
+	@$(BIN)/python -m benchmarks.composition $(ARGS)
+
+figures: $(DEV)  ## write README.md's table and pictures and docs/accuracy.md anew, out of benchmarks/results/
 	@$(BIN)/python -m ficoco_vllm.benchmarks.accuracy.tables
+	@$(BIN)/python -m benchmarks.overview
 
 bench-smoke: $(DEV)  ## every benchmark in miniature, and that planted regressions are noticed
-	@$(BIN)/python -m pytest tests/benchmarks $(ARGS)
+	@$(BIN)/python -m pytest tests/benchmarks tests/server/elastic/test_overload.py $(ARGS)
 
 $(LMMS)/.installed: requirements/lmms.lock $(RUNTIME)
 	@$(BIN)/python -m venv $(LMMS)
@@ -100,8 +128,58 @@ $(LMMS)/.installed: requirements/lmms.lock $(RUNTIME)
 
 lmms: $(LMMS)/.installed  ## an environment with lmms-eval on top of the serving one, for `ficoco-vllm bench lmms`
 
-bench-load: $(DEV)  ## stock and reducing servers under the same load, in turns, at LLaVA-1.5-7B's width
-	@$(BIN)/ficoco-vllm bench load --model llava-1.5-7b-width --layers 2 --requests 24 --answer-tokens 16 --bar 1.0 $(ARGS)
+bench-load: $(DEV)  ## stock and reducing servers under the same load, in turns, at LLaVA-1.5-7B's width; then `make figures`
+	@$(BIN)/ficoco-vllm bench load --model llava-1.5-7b-width --layers 2 --servers stock ficoco-v:64 best:64 \
+	    --concurrency 8 --requests 8 --answer-tokens 16 --bar 1.0 $(ARGS) --out build/load
+	@cp build/load/load.json benchmarks/results/load.json
+	@$(MAKE) --no-print-directory figures
+
+bench-cpu-mode: $(DEV)  ## what the decoder's methods cost without a GPU: one client, stock, tower and decoder in turns
+	@$(BIN)/ficoco-vllm bench load --servers stock ficoco-v:64 ficoco-l:576 --concurrency 1 --requests 16 \
+	    --rounds 2 --out build/cpu-mode $(ARGS)
+	@cp build/cpu-mode/load.json benchmarks/results/cpu-mode.json
+
+dist: $(DEV)  ## build sdist and wheel into dist/ (the wheel from the sdist), and the checksums beside them
+	@rm -rf dist
+	@$(BIN)/python -m build --no-isolation --outdir dist .
+	@cd dist && sha256sum ficoco_vllm-* > SHA256SUMS
+
+release-check: dist  ## install dist/ into a clean environment outside of the repository, serve, ask (minutes)
+	@$(BIN)/python -m pytest tests/release/check_install.py $(ARGS)
+
+$(DOCS)/.installed: requirements/docs.lock
+	@$(PYTHON) -m venv $(DOCS)
+	@$(DOCS)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --requirement requirements/docs.lock
+	@touch $@
+
+docs: $(DOCS)/.installed  ## build the documentation into build/site; a link that leads nowhere is an error
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build $(ARGS)
+
+container-check: $(DEV)  ## build docker/Dockerfile.cpu with buildah, run it, ask it (root, Debian packages buildah and debootstrap)
+	@$(BIN)/python -m pytest tests/release/check_container.py $(ARGS)
+
+$(TOOLS)/.installed: requirements/release.lock $(DEV)
+	@$(PYTHON) -m venv $(TOOLS)
+	@echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+	    > "$$($(TOOLS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/serving.pth"
+	@$(TOOLS)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --requirement requirements/release.lock
+	@touch $@
+
+charts-check: $(TOOLS)/.installed  ## render vLLM's Helm chart with our values, by Helm, against Kubernetes' schemas
+	@$(TOOLS)/bin/python -m pytest tests/release/check_charts.py $(ARGS)
+
+$(RAY)/.installed: requirements/ray.lock $(DEV)
+	@$(PYTHON) -m venv $(RAY)
+	@echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+	    > "$$($(RAY)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/serving.pth"
+	@$(RAY)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --requirement requirements/ray.lock
+	@touch $@
+
+ray-check: $(RAY)/.installed  ## the Ray Serve recipe on a Ray of this machine: two replicas, the README's questions (minutes)
+	@$(RAY)/bin/python -m pytest -W default tests/release/check_ray.py $(ARGS)
+
+compat: $(TOOLS)/.installed  ## contract tests against every vLLM that the pin allows at its ends, and what the next minor moved
+	@$(TOOLS)/bin/python -m tests.release.compat $(ARGS)
 
 clean:  ## remove the environment and everything built
-	@rm -rf $(VENV) $(LMMS) build dist *.egg-info
+	@rm -rf $(VENV) $(LMMS) $(DOCS) $(TOOLS) $(RAY) build dist *.egg-info

@@ -1,8 +1,20 @@
 #!/usr/bin/env bash
 # Install the CPU build of vLLM, its locked dependencies and this package into a virtual environment.
-# usage: requirements/install.sh PYTHON_OF_THE_VENV [extra lock files]
+# usage: requirements/install.sh [--dependencies] [--wheel FILE] PYTHON_OF_THE_VENV [extra lock files]
+#   --dependencies  everything but this package
+#   --wheel FILE    this package from a wheel; without it, editable from this folder
+# All paths are absolute or relative to the repository.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+package=(--editable .)
+while [ "${1:0:2}" = -- ]; do
+    case $1 in
+        --dependencies) package=() ;;
+        --wheel) package=(--force-reinstall "$2"); shift ;;
+        *) echo "install.sh: unknown option $1" >&2; exit 2 ;;
+    esac
+    shift
+done
 python=$1
 shift
 
@@ -21,15 +33,19 @@ for lock in "$@"; do
     locks+=(--requirement "$lock")
 done
 "$python" -m pip install --disable-pip-version-check --quiet --no-deps "${index[@]}" "$torch" "${locks[@]}"
-"$python" -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation --editable .
+if [ ${#package[@]} -gt 0 ]; then
+    "$python" -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation "${package[@]}"
+fi
 
-# In every process of this environment: a torchvision built for CUDA is made importable, if that is what came.
+# In every process of this environment: a torchvision built for CUDA is made importable, if that is what came. The
+# environment may have the dependencies only.
 site=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-echo 'import ficoco_vllm.compat; ficoco_vllm.compat.hook_torchvision()' > "$site/ficoco_vllm_torchvision.pth"
+needed='import importlib.util as u; u.find_spec("ficoco_vllm") and __import__("ficoco_vllm.compat").compat'
+echo "$needed.hook_torchvision()" > "$site/ficoco_vllm_torchvision.pth"
 
 # Reducing in the decoder needs a Triton backend for the CPU. It is kept in a folder of its own, which is put on the
 # path only where the environment asks for Triton's interpreter (TRITON_INTERPRET=1).
 rm -rf "$site/ficoco_interpreter_path"
 "$python" -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation \
     --target "$site/ficoco_interpreter_path" requirements/interpreter
-echo 'import ficoco_vllm.compat; ficoco_vllm.compat.hook_interpreter()' > "$site/ficoco_vllm_interpreter.pth"
+echo "$needed.hook_interpreter()" > "$site/ficoco_vllm_interpreter.pth"

@@ -1,0 +1,47 @@
+"""MkDocs hook: pages that live elsewhere in the repository, and links between them and docs/."""
+
+import posixpath
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[1]
+# Path in the repository -> page.
+PAGES = {
+    "README.md": "index.md",
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
+    "ficoco_vllm/demo_model/MODEL_CARD.md": "demo-model.md",
+    "kernels/README.md": "kernels.md",
+    "kernels/attention_scores/README.md": "kernels-attention-scores.md",
+    "kernels/filter_scores/README.md": "kernels-filter-scores.md",
+    "kernels/partition/README.md": "kernels-partition.md",
+    "kernels/quantile_merge/README.md": "kernels-quantile-merge.md",
+}
+SOURCES = {page: source for source, page in PAGES.items()}
+LINK = re.compile(r"(\]\()([^)#\s]+)")
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the pages from outside of docs/."""
+    for source, page in PAGES.items():
+        files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    """Let links lead to pages: in the repository they are relative to the file that has them."""
+    source = SOURCES.get(page.file.src_uri, f"docs/{page.file.src_uri}")
+
+    def to_page(match: re.Match[str]) -> str:
+        target = match[2]
+        if "://" in target:
+            return match[0]
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
+        # What is neither a page nor in docs/ stays as it is, and fails the strict build.
+        return match[1] + PAGES.get(path, path.removeprefix("docs/") if path.startswith("docs/") else target)
+
+    return LINK.sub(to_page, markdown)
