@@ -14,12 +14,40 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 from openai import OpenAI
 from PIL import Image
 
+from tests.support.pictures import noise
+from tests.support.release import Release, build, install
 from tests.support.server import API_KEY, DEMO_KEEP, Server, serve
+
+# The contract tests: what says that a seam of vLLM moved (docs/decoder-kv.md, docs/metrics.md). `make compat` runs
+# them against other versions.
+COMPAT = (
+    "test_compat.py",
+    "test_metrics.py",
+    "decoder/test_batches.py",
+    "decoder/test_capture.py",
+    "decoder/test_reference.py",
+    "decoder/test_refusals.py",
+    "decoder/test_replicas.py",
+    "decoder/test_server.py",
+    "decoder/test_workers.py",
+    "kv/test_admission.py",
+    "models/test_kv_blocks.py",
+    "models/test_stock.py",
+    "models/test_verify.py",
+    "server/test_metrics.py",
+    "server/test_serving.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the contract tests."""
+    for item in items:
+        if str(item.path.relative_to(Path(__file__).parent)) in COMPAT:
+            item.add_marker(pytest.mark.compat)
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +56,14 @@ def random_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.support.random_llava import build
 
     return build(tmp_path_factory.mktemp("random-llava"))
+
+
+@pytest.fixture(scope="session")
+def random_next(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaVA-NeXT with random weights, 144 visual tokens in each of up to five tiles."""
+    from tests.support.random_llava import build_next
+
+    return build_next(tmp_path_factory.mktemp("random-next"))
 
 
 @pytest.fixture(scope="session")
@@ -42,10 +78,7 @@ def demo_model() -> Path:
 def images() -> list[Image.Image]:
     """Eight different images, not all square."""
     sizes = [(192, 192), (300, 200), (64, 64), (192, 400), (192, 192), (500, 500), (193, 191), (224, 224)]
-    rng = np.random.default_rng(0)
-    return [
-        Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)) for width, height in sizes
-    ]
+    return noise(sizes, seed=0)
 
 
 @pytest.fixture(scope="session")
@@ -59,6 +92,19 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture
-def client(server: Server) -> OpenAI:
-    """The official client of that server."""
-    return server.client()
+def client(server: Server) -> Iterator[OpenAI]:
+    """The official client of that server; closed, so that no connection is left to whoever collects garbage."""
+    with server.client() as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Release:
+    """Wheel and sdist of these sources."""
+    return build(tmp_path_factory.mktemp("release"))
+
+
+@pytest.fixture(scope="session")
+def installed(release: Release, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Python that has the wheel and not the repository."""
+    return install(release.wheel, tmp_path_factory.mktemp("installed") / "venv")

@@ -10,15 +10,16 @@ from vllm.v1.metrics.loggers import StatLoggerManager
 
 from ficoco_vllm import frontend
 from ficoco_vllm.account import Account
+from ficoco_vllm.meter import Meter, Step, Tracked
 from ficoco_vllm.metrics import Metrics
 
 BLOCK_SIZE = 16
 
 
 @pytest.fixture
-def meter() -> frontend.Meter:
+def meter() -> Meter:
     """One that counts into a registry of its own."""
-    found = frontend.Meter.__new__(frontend.Meter)
+    found = Meter.__new__(Meter)
     found.metrics = Metrics(CollectorRegistry())
     found.model_name, found.method, found.only_engine = "m", "tome", "0"
     found.token_bytes = 10
@@ -27,15 +28,15 @@ def meter() -> frontend.Meter:
     return found
 
 
-def tracked(meter: frontend.Meter) -> frontend._Tracked:
-    return frontend._Tracked(Account("tome", 576, 64, (64,), (512, 512)), meter, "0")
+def tracked(meter: Meter) -> Tracked:
+    return Tracked(Account("tome", 576, 64, (64,), (512, 512)), meter, "0")
 
 
-def ended(meter: frontend.Meter, outcome: str) -> float:
+def ended(meter: Meter, outcome: str) -> float:
     return float(meter.metrics.requests.labels("m", "0", "tome", outcome)._value.get())
 
 
-def test_hooks_are_set_once(meter: frontend.Meter) -> None:
+def test_hooks_are_set_once(meter: Meter) -> None:
     before = [OutputProcessor.add_request, OutputProcessor.abort_requests, StatLoggerManager.record]
     frontend.hook_front_end()
     assert before == [
@@ -45,7 +46,7 @@ def test_hooks_are_set_once(meter: frontend.Meter) -> None:
     ]
 
 
-def test_abort_of_a_request_with_two_answers_counts_two(meter: frontend.Meter) -> None:
+def test_abort_of_a_request_with_two_answers_counts_two(meter: Meter) -> None:
     """VLLM aborts the children through the same method, which must not count them twice."""
     processor = OutputProcessor(None, log_stats=True)
     children = [f"{index}_parent" for index in range(2)]
@@ -61,11 +62,11 @@ def test_abort_of_a_request_with_two_answers_counts_two(meter: frontend.Meter) -
     assert ended(meter, "abort") == 2
 
 
-def test_a_prefill_counts_once_and_blocks_go_back(meter: frontend.Meter) -> None:
+def test_a_prefill_counts_once_and_blocks_go_back(meter: Meter) -> None:
     """A request whose prompt is told twice (preempted before its first token is out) is one prefill."""
     request = tracked(meter)
     for _ in range(2):
-        meter.record(frontend._Step(first=[(request, 0.5)]), "0")
+        meter.record(Step(first=[(request, 0.5)]), "0")
     families = meter.metrics
 
     def value(family: Any, *labels: str) -> float:
@@ -75,13 +76,13 @@ def test_a_prefill_counts_once_and_blocks_go_back(meter: frontend.Meter) -> None
     assert value(families.kv_tokens_avoided, "1") == 512
     assert value(families.kv_bytes_avoided, "1") == 5120
     assert value(families.kv_blocks_saved, "0") == 512 / BLOCK_SIZE
-    meter.record(frontend._Step(ended=[(request, "stop")]), "0")
+    meter.record(Step(ended=[(request, "stop")]), "0")
     meter.end(request, "abort")  # too late
     assert value(families.kv_blocks_saved, "0") == 0
     assert (ended(meter, "stop"), ended(meter, "abort")) == (1, 0)
 
 
-def test_a_request_that_never_ran_saves_nothing(meter: frontend.Meter) -> None:
+def test_a_request_that_never_ran_saves_nothing(meter: Meter) -> None:
     request = tracked(meter)
     meter.end(request, "abort")
     assert ended(meter, "abort") == 1

@@ -1,9 +1,9 @@
-"""What is shipped, and that the version is written once."""
+"""What is shipped, that it works without the repository, and that the version is written once."""
 
 import re
-import shutil
 import subprocess
-import sys
+import tarfile
+import tomllib
 import zipfile
 from importlib.metadata import version
 from pathlib import Path
@@ -11,54 +11,57 @@ from pathlib import Path
 import pytest
 
 from ficoco_vllm import __version__
+from tests.support.release import ROOT, Release, outside
 
-ROOT = Path(__file__).parents[1]
-# Folder of the repository to package; kernels, server and benchmarks stand beside the package and are mapped into it.
-PACKAGES = {
-    "ficoco_vllm": "ficoco_vllm",
-    "server": "ficoco_vllm/server",
-    # What the command line runs; other benchmarks are run from a checkout.
-    **{
-        f"benchmarks/{name}": f"ficoco_vllm/benchmarks/{name}"
-        for name in ("accuracy", "calibration", "demo_model", "lmms")
-    },
-}
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+# kernels, server and benchmarks stand beside the package and are mapped into it.
+FOLDERS: dict[str, str] = PROJECT["tool"]["setuptools"]["package-dir"]
+
+
+def folder_of(package: str) -> Path:
+    """Where the modules of a shipped package lie in the repository."""
+    start = max((name for name in FOLDERS if f"{package}.".startswith(f"{name}.")), key=len)
+    return ROOT.joinpath(FOLDERS[start], *package.removeprefix(start).split("."))
+
+
+def modules() -> set[str]:
+    """All modules that a wheel must have, as paths in it."""
+    packages = PROJECT["tool"]["setuptools"]["packages"]
+    return {
+        f"{package.replace('.', '/')}/{module.name}"
+        for package in packages
+        for module in folder_of(package).glob("*.py")
+    }
+
+
+def packages_on_disk() -> set[str]:
+    """Folders of the package, the server and the kernels that hold Python."""
+    found = set()
+    for package, folder in FOLDERS.items():
+        if package == "ficoco_vllm.benchmarks":  # of these only what the command line runs
+            continue
+        for file in (ROOT / folder).rglob("*.py"):
+            if not any(parent.is_symlink() for parent in file.parents):
+                found.add(".".join([package, *file.parent.relative_to(ROOT / folder).parts]))
+    return found
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """A wheel built from a copy of the sources, without a network."""
-    source = tmp_path_factory.mktemp("source") / "repository"
-    ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__", "tests")
-    shutil.copytree(ROOT, source, ignore=ignored, symlinks=True)
-    out = source.parent / "wheel"
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "-q",
-        "-w",
-        str(out),
-    ]
-    subprocess.run([*command, str(source)], check=True, timeout=300)
-    (file,) = out.iterdir()
-    return zipfile.ZipFile(file)
+def shipped(release: Release) -> set[str]:
+    """Names of the files in the wheel."""
+    with zipfile.ZipFile(release.wheel) as wheel:
+        return set(wheel.namelist())
 
 
-def test_wheel_has_every_module(wheel: zipfile.ZipFile) -> None:
-    shipped = set(wheel.namelist())
-    for folder, package in PACKAGES.items():
-        for module in (ROOT / folder).rglob("*.py"):
-            if any(part.is_symlink() for part in module.parents):
-                continue
-            assert f"{package}/{module.relative_to(ROOT / folder)}" in shipped
+def test_every_package_is_listed() -> None:
+    assert packages_on_disk() <= set(PROJECT["tool"]["setuptools"]["packages"])
 
 
-def test_wheel_has_weights_card_examples_and_licence(wheel: zipfile.ZipFile) -> None:
-    shipped = set(wheel.namelist())
+def test_wheel_has_the_modules_and_no_others(shipped: set[str]) -> None:
+    assert {name for name in shipped if name.endswith(".py")} == modules()
+
+
+def test_wheel_has_weights_card_examples_and_licence(shipped: set[str]) -> None:
     for name in (
         "model.safetensors",
         "config.json",
@@ -71,14 +74,71 @@ def test_wheel_has_weights_card_examples_and_licence(wheel: zipfile.ZipFile) -> 
     assert "ficoco_vllm/py.typed" in shipped
 
 
-def test_wheel_has_the_page(wheel: zipfile.ZipFile) -> None:
-    shipped = set(wheel.namelist())
+def test_wheel_has_the_page(shipped: set[str]) -> None:
     for file in (ROOT / "server" / "static").iterdir():
         assert f"ficoco_vllm/server/static/{file.name}" in shipped
 
 
+def test_sdist_has_what_an_install_without_a_gpu_needs(release: Release) -> None:
+    """Also licence, documentation, what containers are built from, and the tests."""
+    with tarfile.open(release.sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    tracked = subprocess.run(
+        ["git", "ls-files", "docker", "docs", "requirements", "tests", "benchmarks", "kernels", "server"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.split()
+    assert set(tracked) <= names
+    top = {"LICENSE", "README.md", "CHANGELOG.md", "SECURITY.md", "CITATION.cff", "Makefile", "mkdocs.yml"}
+    assert top | {"requirements/install.sh", "ficoco_vllm/demo_model/model.safetensors"} <= names
+
+
+# Of the optional dependencies, and not installed with the wheel.
+EXTRAS = ("easy_vqa", "matplotlib", "openai", "lmms_eval")
+IMPORT_ALL = f"""
+import importlib, pkgutil, ficoco_vllm
+print(ficoco_vllm.__file__)
+for module in pkgutil.walk_packages(ficoco_vllm.__path__, "ficoco_vllm."):
+    try:
+        importlib.import_module(module.name)
+    except ModuleNotFoundError as error:
+        if error.name not in {EXTRAS}:
+            print(module.name, error)
+"""
+
+
+def test_every_module_of_the_wheel_imports_without_the_repository(installed: Path, tmp_path: Path) -> None:
+    command = [str(installed), "-c", IMPORT_ALL]
+    result = subprocess.run(
+        command, cwd=tmp_path, env=outside(), capture_output=True, text=True, check=False, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    where, *failures = [line for line in result.stdout.splitlines() if "ficoco_vllm" in line]
+    assert Path(where).is_relative_to(installed.parents[1])
+    assert failures == []
+
+
+def test_command_of_the_wheel(installed: Path, tmp_path: Path) -> None:
+    def command(*arguments: str) -> str:
+        return subprocess.run(
+            [str(installed.parent / "ficoco-vllm"), *arguments],
+            cwd=tmp_path,
+            env=outside(),
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
+        ).stdout
+
+    assert command("--version") == f"ficoco-vllm {__version__}\n"
+    assert "ficoco-v" in command("methods")
+
+
 def test_version_is_the_same_everywhere() -> None:
     assert version("ficoco-vllm") == __version__
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
     assert re.search(rf"^## {re.escape(__version__)}\b", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
 
 

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 
 from ficoco_vllm.benchmarks.accuracy.regression import regressions
-from ficoco_vllm.benchmarks.accuracy.run import Options, measure, write
+from ficoco_vllm.benchmarks.accuracy.run import Options, measure
 from ficoco_vllm.benchmarks.accuracy.store import Reply, Store
 from ficoco_vllm.benchmarks.accuracy.suites import Row
 from ficoco_vllm.benchmarks.accuracy.summary import summarise
 from ficoco_vllm.benchmarks.accuracy.variants import Variant, full
 from ficoco_vllm.benchmarks.accuracy.workload import Item, embedded
+from ficoco_vllm.benchmarks.bars import write
 from ficoco_vllm.server.cli import main
 from tests.support.server import API_KEY, Server
 
@@ -47,11 +48,9 @@ def tampered(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     fields: list[dict[str, Any]] = []
     original = Variant.fields
 
-    def changed(self: Variant, num_tokens: int) -> dict[str, Any]:
-        if self.method is None:
-            return original(self, num_tokens)
-        asked = original(self, num_tokens)["mm_processor_kwargs"]
-        return {"mm_processor_kwargs": {**asked, **fields[0]}}
+    def changed(self: Variant) -> dict[str, Any]:
+        asked = original(self)
+        return asked if self.method is None else {"ficoco": {**asked["ficoco"], **fields[0]}}
 
     monkeypatch.setattr(Variant, "fields", changed)
     return fields
@@ -96,7 +95,7 @@ def test_what_was_answered_is_not_asked_again(
 def test_a_server_that_secretly_does_not_reduce_is_noticed(
     server: Server, tampered: list[dict[str, Any]], tmp_path: Path, table: str
 ) -> None:
-    tampered.append({"ficoco_keep": 576})
+    tampered.append({"keep": 576})
     result = measure(_options(server, tmp_path, ("ficoco-v",), count=2))
     assert any(
         "ficoco-v/tower/64" in line and "does not reduce as asked" in line for line in result["warnings"]
@@ -108,7 +107,7 @@ def test_a_server_that_secretly_does_not_reduce_is_noticed(
 def test_a_method_that_drops_at_random_is_noticed(
     server: Server, honest: dict[str, Any], tampered: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    tampered.append({"ficoco_method": "random"})
+    tampered.append({"method": "random"})
     result = measure(_options(server, tmp_path, ("topk-cls",), count=COUNT))
     found = regressions(result, honest)
     assert len(found) == 1
@@ -133,7 +132,11 @@ def test_the_reference_on_the_command_line(
 @pytest.mark.server
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--api-key", "wrong"], "401"), (["--visual-tokens", "600"], "ficoco_keep = 600 is not allowed")],
+    [
+        (["--api-key", "wrong"], "401"),
+        (["--keeps", "600"], "ficoco.keep = 600 is not allowed"),
+        (["--visual-tokens", "600", "--count", "1"], "shorter by [512] tokens, not by 536"),
+    ],
 )
 def test_what_the_server_refuses_is_said_in_one_line(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str

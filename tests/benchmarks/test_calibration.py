@@ -1,27 +1,39 @@
 """`calibrate` on the demo model: an easy and a hard workload get different budgets, and the promise holds."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from ficoco_vllm.benchmarks.accuracy.client import Endpoint, pairs, replay
 from ficoco_vllm.benchmarks.accuracy.store import Store
 from ficoco_vllm.benchmarks.accuracy.variants import Variant, full
-from ficoco_vllm.benchmarks.accuracy.workload import embedded
+from ficoco_vllm.benchmarks.accuracy.workload import Item, embedded
 from ficoco_vllm.benchmarks.calibration.data import read_items
 from ficoco_vllm.benchmarks.calibration.divergence import divergence
+from ficoco_vllm.benchmarks.calibration.report import page
 from ficoco_vllm.benchmarks.calibration.savings import kv_saving, visual_tokens_of_layers
 from ficoco_vllm.server.cli import main
 from ficoco_vllm.server.plan import read_config
 from tests.support.server import API_KEY, Server
 
-TARGET = 0.9
+TARGET, LOW_TARGET = 0.9, 0.6
 METHOD = "tome"
 # Large shapes survive in few tokens; one of three small numbers does not.
 EASY, HARD = ("colour", "shape"), ("number_by_colour_3",)
 COUNT = 56
+SAFE = {
+    "keep": 3,
+    "agreement": 1.0,
+    "at_least": 0.9,
+    "first_token_divergence": {"mean": 0.0},
+    "kv_cache": {"saving": 0.5},
+    "first_token": {METHOD: {"speedup": 2.0, "seconds": 0.1}},
+    "serve": "ficoco-vllm serve",
+}
 
 
 def _write(folder: Path, kinds: tuple[str, ...], seed: int) -> Path:
@@ -34,18 +46,26 @@ def _write(folder: Path, kinds: tuple[str, ...], seed: int) -> Path:
     return folder / "data.jsonl"
 
 
+def _calibrate(
+    server: Server, folder: Path, kinds: tuple[str, ...], target: float = TARGET, *options: str
+) -> tuple[int, dict[str, Any]]:
+    """Exit status and report of the command."""
+    data = _write(folder, kinds, seed=11)
+    command = ["calibrate", "--data", str(data), "--target-agreement", str(target), "--methods", METHOD]
+    command += ["--url", server.url, "--api-key", API_KEY, "--out", str(folder / "report.html"), *options]
+    status = main([*command, "--budgets", "288,192,128,96,64,48"])
+    return status, dict(json.loads((folder / "report.json").read_text()))
+
+
 @pytest.fixture(scope="module")
 def reports(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """The reports of both workloads, and the folders they lie in."""
     found = {}
     for name, kinds in (("easy", EASY), ("hard", HARD)):
         folder = tmp_path_factory.mktemp(name)
-        data = _write(folder, kinds, seed=11)
-        command = ["calibrate", "--data", str(data), "--target-agreement", str(TARGET), "--methods", METHOD]
-        command += ["--url", server.url, "--api-key", API_KEY, "--out", str(folder / "report.html")]
-        command += ["--budgets", "288,192,128,96,64,48"]
-        assert main(command) == 0
-        found[name] = {**json.loads((folder / "report.json").read_text()), "folder": folder}
+        status, report = _calibrate(server, folder, kinds)
+        assert status == 0
+        found[name] = {**report, "folder": folder}
     return found
 
 
@@ -78,17 +98,83 @@ def test_the_promise_holds_on_fresh_data(
 
 
 @pytest.mark.server
-def test_report_shows_the_worst_disagreements(reports: dict[str, dict[str, Any]]) -> None:
-    entry = reports["hard"]["methods"][0]
-    page = (reports["hard"]["folder"] / "report.html").read_text()
+def test_report_shows_the_worst_disagreements(
+    server: Server, reports: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    """Under a target so low that the budget which reaches it is one of disagreements."""
+    known = str(reports["hard"]["folder"] / "report.jsonl")
+    status, report = _calibrate(server, tmp_path, HARD, LOW_TARGET, "--answers", known)
+    assert status == 0
+    (entry,) = report["methods"]
+    shown = (tmp_path / "report.html").read_text()
+    assert entry["safe"]["keep"] < reports["hard"]["methods"][0]["safe"]["keep"]
     tested = {test["keep"]: test for test in entry["tested"]}[entry["safe"]["keep"]]
     assert len(entry["worst"]) == min(12, tested["count"] - tested["agreeing"])
-    assert page.count("<figure>") == len(entry["worst"])
+    assert shown.count("<figure>") == shown.count("<svg") == len(entry["worst"])
+    assert entry["worst"], "without a disagreement nothing is shown"
+    for row in entry["worst"]:
+        assert len(row["patches"]["kept"]) == entry["safe"]["keep"]
+        # Traced in a chat of its own, which no cache knew: the same answer.
+        assert row["patches"]["answer"] == row["reduced"]
     assert [row["divergence"] for row in entry["worst"]] == sorted(
         (row["divergence"] for row in entry["worst"]), reverse=True
     )
-    assert entry["safe"]["serve"] in page
-    assert "http" not in page.replace("http-equiv", "")
+    assert entry["safe"]["serve"] in shown
+    assert "http" not in shown.replace("http-equiv", "")
+
+
+def test_darkened_patches_lie_where_they_were() -> None:
+    """A grid of 2 x 2 over the central square of an image of 40 x 20: patch 3 is its lower right quarter."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 20)).save(buffer, "PNG")
+    worst = {"item": "a", "full": "1", "reduced": "2", "divergence": 0.5}
+    told = {"answer": "2", "grid": [2, 2], "central_square": 1.0, "kept": [0, 1, 2]}
+    entry = {"method": METHOD, "full_agrees_with_itself": 1.0, "warnings": [], "safe": SAFE}
+    report = {
+        "questions": {"search": 1, "certificate": 1},
+        "target_agreement": 0.9,
+        "confidence": 0.95,
+        "model": "m",
+        "methods": [{**entry, "worst": [{**worst, "patches": told}, {**worst, "patches": None}]}],
+    }
+    drawn = page(report, [Item("a", "own", "?", buffer.getvalue())])
+    assert "<path d='M20.00 10.00h10.00v10.00h-10.00z'" in drawn
+    assert drawn.count("<svg") == drawn.count("start the server with --ficoco-explain") == 1
+
+
+@pytest.mark.server
+@pytest.mark.parametrize(
+    ("change", "warned"),
+    [({"keep": 576}, True), ({"method": "random"}, False)],
+    ids=["a server that secretly does not reduce", "a method that drops at random"],
+)
+def test_planted_regressions_are_noticed(
+    server: Server,
+    reports: dict[str, dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    change: dict[str, Any],
+    warned: bool,
+) -> None:
+    """Not reducing shows in the prompts; dropping at random costs a larger budget, or leaves none."""
+    original = Variant.fields
+
+    def tampered(self: Variant) -> dict[str, Any]:
+        asked = original(self)
+        return asked if self.method is None else {"ficoco": {**asked["ficoco"], **change}}
+
+    monkeypatch.setattr(Variant, "fields", tampered)
+    status, report = _calibrate(server, tmp_path, HARD)
+    entry = report["methods"][0]
+    if warned:
+        assert status == 1
+        assert "the server does not reduce" in capsys.readouterr().out
+        assert entry["warnings"]
+    else:
+        assert entry["warnings"] == []
+        honest = reports["hard"]["methods"][0]["safe"]["keep"]
+        assert entry["safe"] is None or entry["safe"]["keep"] > honest
 
 
 def test_folder_and_lines_give_the_same_questions(tmp_path: Path) -> None:

@@ -4,10 +4,13 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
+from ficoco_vllm.benchmarks.accuracy import probe as module
+from ficoco_vllm.benchmarks.accuracy.probe import probe
 from ficoco_vllm.benchmarks.accuracy.workload import Item, embedded
 from ficoco_vllm.benchmarks.lmms.benchmarks import BENCHMARKS, PAPER, Benchmark, paper_figure
 from ficoco_vllm.benchmarks.lmms.collect import read_results, table
@@ -68,12 +71,73 @@ def test_a_local_task_scores_what_the_server_answers(
     assert f"| signs | demo | ficoco-v | 64 | {len(questions)} |" in table(read_results(tmp_path))[2]
 
 
+@pytest.mark.server
+@pytest.mark.parametrize(
+    ("method", "keep", "plain", "doubt"),
+    [
+        ("ficoco-v", 64, {}, None),
+        ("ficoco-v", None, {}, None),
+        ("ficoco-v", 128, {}, "keeps 64 visual tokens, not 128"),
+        ("tome", 64, {}, "reduces by ficoco-v, not by tome"),
+        (None, None, {}, "reduces by ficoco-v, not by off"),
+        (None, None, {"ficoco": "off"}, None),
+        ("ficoco-v", 64, {"ficoco": "off"}, "reduces by off, not by ficoco-v"),  # secretly off
+        ("ficoco-v", 64, {"ficoco": {"method": "random"}}, "reduces by random, not by ficoco-v"),
+    ],
+)
+def test_a_server_that_does_something_else_is_noticed_before_any_benchmark(
+    server: Server,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str | None,
+    keep: int | None,
+    plain: dict[str, Any],
+    doubt: str | None,
+) -> None:
+    monkeypatch.setattr("ficoco_vllm.benchmarks.accuracy.probe.PLAIN", plain)
+    found = probe(server.url, API_KEY, method, keep)
+    assert len(found) == (doubt is not None)
+    assert doubt is None or doubt in found[0]
+
+
+@pytest.mark.server
+def test_a_server_that_tells_what_it_does_not_do_is_noticed(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its word is held against the prompt's length and the log-probabilities."""
+    told = {"method": "ficoco-v", "visual_tokens": 576, "visual_tokens_kept": 64}
+    original = module._ask
+
+    def pretending(client: Any, name: str, fields: Any) -> Any:
+        answer = original(client, name, {"ficoco": "off"})
+        answer.usage.ficoco = told
+        return answer
+
+    monkeypatch.setattr(module, "_ask", pretending)
+    assert (
+        "shorter by 0 tokens than without reduction, not by 512"
+        in probe(server.url, API_KEY, "ficoco-v", 64)[0]
+    )
+    told["method"] = "fastv"  # in the decoder the prompt is no shorter
+    assert "log-probabilities are those without" in probe(server.url, API_KEY, "fastv", 64)[0]
+
+
 @needs_lmms
 @pytest.mark.server
 def test_a_question_without_an_answer_is_no_wrong_answer(server: Server, task: Path) -> None:
     benchmark = Benchmark("Signs", "signs", str(task), "exact", specific={"pre_prompt": "word " * 5000})
     with pytest.raises(RuntimeError, match="questions were not answered"):
-        evaluate(Run("signs", benchmark, PYTHON, url=server.url, api_key=API_KEY, limit=1))
+        evaluate(
+            Run(
+                "signs",
+                benchmark,
+                PYTHON,
+                url=server.url,
+                api_key=API_KEY,
+                method="ficoco-v",
+                keep=64,
+                limit=1,
+            )
+        )
 
 
 @needs_lmms

@@ -10,10 +10,15 @@ from xml.etree import ElementTree
 import pytest
 
 from ficoco_vllm.benchmarks.load import command
+from ficoco_vllm.benchmarks.load.doubts import doubts
 from ficoco_vllm.benchmarks.load.report import as_html
-from ficoco_vllm.benchmarks.load.sampling import read_metrics
-from ficoco_vllm.benchmarks.load.settings import Server, Traffic, make_points, make_turns
+from ficoco_vllm.benchmarks.load.run import Target, run_turn
+from ficoco_vllm.benchmarks.load.sampling import read_avoided, read_metrics
+from ficoco_vllm.benchmarks.load.settings import Server, Traffic, Turn, make_points, make_turns
 from ficoco_vllm.benchmarks.load.summary import FIGURES, as_csv, as_table, ratio, summarise
+from ficoco_vllm.demo_model import path
+from tests.support.server import API_KEY
+from tests.support.server import Server as RunningServer
 
 METRICS = """\
 # TYPE vllm:num_requests_running gauge
@@ -27,6 +32,12 @@ vllm:kv_cache_usage_perc{engine="1",model_name="m"} 0.75
 # TYPE vllm:num_preemptions counter
 vllm:num_preemptions_total{engine="0",model_name="m"} 4.0
 vllm:num_preemptions_created{engine="0",model_name="m"} 1.7e9
+# TYPE vllm:prompt_tokens counter
+vllm:prompt_tokens_total{engine="0",model_name="m"} 700.0
+# TYPE ficoco:kv_tokens_avoided counter
+ficoco:kv_tokens_avoided_total{engine="0",model_name="m",method="tome",segment="0"} 5.0
+ficoco:kv_tokens_avoided_total{engine="0",model_name="m",method="tome",segment="1"} 7.0
+ficoco:kv_tokens_avoided_total{engine="0",model_name="m",method="off",segment="0"} 0.0
 """
 
 
@@ -44,6 +55,8 @@ def row(server: str, round_index: int, throughput: float, point: str = "concurre
         "completed": 4,
         "failed": 0,
         "duration": 1.0,
+        "num_prompt_tokens": 4 * 640.0 if server == "stock" else 4 * 128.0,
+        "reduced_by": [] if server == "stock" else ["tome"],
         **figures,
         "request_throughput": throughput,
         "samples": samples,
@@ -110,8 +123,10 @@ def test_metrics_of_several_engines() -> None:
         "num_running": 5.0,
         "num_waiting": 1.0,
         "num_preemptions": 4.0,
+        "num_prompt_tokens": 700.0,
         "kv_cache_usage": 0.75,
     }
+    assert read_avoided(METRICS) == {"tome": 12.0, "off": 0.0}
     assert read_metrics("# nothing of vLLM's\n") == {}
 
 
@@ -158,13 +173,58 @@ def test_report_draws_every_picture_the_same_each_time() -> None:
         assert "tome-64" in words
 
 
+SERVERS = [Server.parse("stock"), Server.parse("tome:64")]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "doubt"),
+    [
+        ("tome-64", {}, None),
+        ("tome-64", {"reduced_by": []}, "reduces by nothing, not by tome"),
+        ("tome-64", {"reduced_by": ["random"]}, "reduces by random, not by tome"),
+        ("tome-64", {"num_prompt_tokens": 4 * 640.0}, "shorter than stock vLLM's by 0 tokens, not by 512"),
+        ("stock", {"reduced_by": ["tome"]}, "stock vLLM reduces by tome"),
+        ("tome-64", {"num_prompt_tokens": None, "reduced_by": []}, None),  # a server without /metrics
+    ],
+)
+def test_a_server_that_does_something_else_is_doubted(
+    name: str, change: dict[str, Any], doubt: str | None
+) -> None:
+    rows = [measured | (change if measured["server"] == name else {}) for measured in ROWS]
+    found = doubts(rows, SERVERS, 576)
+    assert len(found) == (doubt is not None)
+    assert doubt is None or doubt in found[0]
+
+
+def test_a_decoder_method_that_takes_all_blocks_is_doubted() -> None:
+    servers = [Server.parse("stock"), Server.parse("fastv:64")]
+    ours = row("fastv-64", 0, 1.0) | {"num_prompt_tokens": 4 * 640.0, "reduced_by": ["fastv"]}
+    assert not doubts([ROWS[0], ours], servers, 576)
+    assert "reduces by nothing" in doubts([ROWS[0], ours | {"reduced_by": []}], servers, 576)[0]
+
+
+@pytest.mark.server
+def test_a_server_of_another_method_or_budget_is_noticed(server: RunningServer, tmp_path: Path) -> None:
+    """The server that the tests share runs FiCoCo-V with 64 tokens, whatever the load test believes."""
+    target = Target("", "ficoco-demo", str(path()), (), tmp_path)
+    headers = {"Authorization": f"Bearer {API_KEY}"}
+    traffic = Traffic(concurrency=2, num_requests=2, num_answer_tokens=2)
+    for text, doubt in (("ficoco-v:64", None), ("random:64", "reduces by ficoco-v, not by random")):
+        asked = Server.parse(text)
+        rows = run_turn(Turn(0, asked, ((traffic, 1),)), server.url, target, headers, 0.5, lambda line: None)
+        found = doubts(rows, [asked], 576)
+        assert found == ([] if doubt is None else [f"{asked.name}, concurrency 2: the server {doubt}"])
+
+
 @pytest.mark.server
 def test_miniature_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Stock vLLM, without our plugin, and ours: all requests answered, the shorter prompt seen in the KV cache."""
+    # Answers long enough that several requests decode together: with short ones the looks at /metrics may all fall
+    # where the front end reads images and one request or none is in the engine.
     status = load(
         tmp_path,
         *("--servers", "stock", "ficoco-v:9", "--concurrency", "4", "--requests", "12"),
-        *("--answer-tokens", "4", "--rounds", "1", "--bar", "0.01", "--sample-seconds", "0.02"),
+        *("--answer-tokens", "96", "--rounds", "1", "--bar", "0.01", "--sample-seconds", "0.02"),
     )
     printed = capsys.readouterr().out
     assert status == 0
@@ -174,10 +234,17 @@ def test_miniature_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert (stock["server"], ours["server"]) == ("stock", "ficoco-v-9")
     for measured in (stock, ours):
         assert measured["completed"] == 12
-        assert measured["total_output_tokens"] == 48
+        assert measured["total_output_tokens"] == 12 * 96
         assert 0 < measured["ttft_ms_p50"] <= measured["ttft_ms_p99"] <= measured["e2el_ms_p99"]
         assert measured["num_running_max"] >= 1
     assert 0 < ours["kv_cache_usage_max"] < 0.5 * stock["kv_cache_usage_max"]
+    assert result["warnings"] == []
+    servers = [Server.parse("stock"), Server.parse("ficoco-v:9")]
+    # What a server that secretly does not reduce would have measured is what stock vLLM did.
+    secretly_off = {**stock, "server": "ficoco-v-9"}
+    assert "reduces by nothing" in doubts([stock, secretly_off], servers, 576)[0]
+    pretending = {**secretly_off, "reduced_by": ["ficoco-v"]}
+    assert "by 0 tokens, not by 567" in doubts([stock, pretending], servers, 576)[0]
     assert (tmp_path / "load.html").read_text().startswith("<!doctype html>")
     with pytest.raises(RuntimeError, match="did not start"):
         load_broken(tmp_path)

@@ -6,15 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from ficoco_vllm.benchmarks.accuracy.tables import PAGE, committed, filled
+from ficoco_vllm.benchmarks.accuracy.tables import PAGE, committed, filled, searched
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_accuracy_page_is_what_the_results_give() -> None:
     page = PAGE.read_text()
-    assert filled(page, committed()) == page
-    assert filled(page.replace("ficoco-v", "ficoco-w"), committed()) != page.replace("ficoco-v", "ficoco-w")
+    assert filled(page, committed(), searched()) == page
+    assert filled(page.replace("ficoco-v", "ficoco-w"), committed(), searched()) != page.replace(
+        "ficoco-v", "ficoco-w"
+    )
 
 
 def test_a_block_without_a_result_is_an_error() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from ficoco_vllm.benchmarks.accuracy.suites import TABLES, rows, served_methods
 from ficoco_vllm.benchmarks.accuracy.variant_package import load, with_defaults, write_package
-from ficoco_vllm.benchmarks.accuracy.variants import SITES, Variant, full
+from ficoco_vllm.benchmarks.accuracy.variants import NO_IMAGE, SITES, Variant, full
 from ficoco_vllm.benchmarks.accuracy.workload import KINDS
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.kv.plan import DecoderPlanner
@@ -88,18 +88,12 @@ def test_another_process_finds_the_variants(tmp_path: Path) -> None:
 
 
 def test_fields_of_a_request() -> None:
-    assert Variant("a", "tower", "tome", 64).fields(576) == {
-        "mm_processor_kwargs": {"ficoco_keep": 64, "ficoco_method": "tome"}
-    }
-    assert full("tower").fields(576) == {"mm_processor_kwargs": {"ficoco_keep": 576}}
-    assert Variant("a", "decoder", "fastv", 64).fields(576) == {
-        "vllm_xargs": {"ficoco_keep": 64, "ficoco_method": "fastv"}
-    }
-    # The tower's part of FiCoCo-VL: the geometric mean of 576 and 64.
-    assert Variant("a", "both", "ficoco-vl", 64).fields(576) == {
-        "vllm_xargs": {"ficoco_keep": 64},
-        "mm_processor_kwargs": {"ficoco_keep": 192},
-    }
+    assert Variant("a", "tower", "tome", 64).fields() == {"ficoco": {"method": "tome", "keep": 64}}
+    assert Variant("a", "both", "ficoco-vl", 64).fields() == {"ficoco": {"method": "ficoco-vl", "keep": 64}}
+    changed = Variant("a", "decoder", "fastv", 64, {"schedule": "even"})
+    assert changed.fields() == {"ficoco": {"method": changed.served_name, "keep": 64}}
+    assert full("tower").fields() == full("decoder").fields() == {"ficoco": "off"}
+    assert Variant(NO_IMAGE, "tower").fields() == {}
 
 
 def test_an_unknown_table_is_named() -> None:

@@ -9,7 +9,10 @@ from vllm import LLM, SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
 
+from benchmarks.soak import load as soak
+from benchmarks.soak.drive import Driver
 from tests.support.engine import Answer, request, scheduler_of, worker_of
 
 
@@ -68,19 +71,19 @@ def refusal(engine: LLM, one: Ask, **more: Any) -> str:
     return ""
 
 
-def ask_counting_preemptions(engine: LLM, asks: list[Ask]) -> tuple[list[Answer], int]:
-    """Send requests together; also how often one had to give its blocks back."""
+def ask_noting_preemptions(engine: LLM, asks: list[Ask]) -> tuple[list[Answer], list[bool]]:
+    """Send requests together; also, of each that had to give its blocks back, whether its prompt is reduced."""
     scheduler = scheduler_of(engine)
-    original, count = scheduler._preempt_request, 0
+    original, noted = scheduler._preempt_request, []
 
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        nonlocal count
-        count += 1
-        return original(*args, **kwargs)
+    def noting(request: Any, *args: Any, **kwargs: Any) -> Any:
+        plan = scheduler.plans.get(request.request_id)
+        noted.append(plan is not None and plan.reduces)
+        return original(request, *args, **kwargs)
 
-    scheduler._preempt_request = counted
+    scheduler._preempt_request = noting
     try:
-        return ask(engine, asks), count
+        return ask(engine, asks), noted
     finally:
         scheduler._preempt_request = original
 
@@ -102,15 +105,61 @@ def held(engine: LLM) -> list[dict[str, int]]:
     return [*found, dict.fromkeys(scheduler.plans, 1), dict.fromkeys(runner.model_state.plans, 1)]
 
 
-def abort_at(engine: LLM, asks: list[Ask], num_steps: int) -> None:
-    """Send requests, let the engine take some steps, and abort all of them."""
-    ids = engine.enqueue([one.body() for one in asks], [one.params() for one in asks], use_tqdm=False)
-    for _ in range(num_steps):
-        engine.llm_engine.step()
-    engine.llm_engine.abort_request(ids, internal=True)
+def abort_in(engine: LLM, asks: list[Ask], phase: str, every: int) -> tuple[list[int], dict[int, list[int]]]:
+    """Send requests and abort those that come into a phase.
+
+    Args:
+        engine: in this process.
+        asks: to be sent together.
+        phase: "waiting", "prefilled" (its prompt has been computed, and nobody has seen the first token),
+            "decoding" or "preempted".
+        every: which of the requests are to be aborted: each so-manieth.
+
+    Returns:
+        Indices of those that were aborted, and the tokens of the others.
+    """
+    planned = [
+        soak.Ask(one.prompt, tuple(one.images), one.num_tokens, one.extra, None if index % every else phase)
+        for index, one in enumerate(asks)
+    ]
+    place = {id(ask): index for index, ask in enumerate(planned)}
+    answers: dict[int, list[int]] = {}
+    with Driver(engine, len(asks), lambda ask, tokens: answers.update({place[id(ask)]: tokens})) as driver:
+        driver.answer(list(reversed(planned)))
+    assert set(driver.num_aborted) <= {phase}
+    return sorted(set(range(len(asks))) - answers.keys()), answers
+
+
+def most_running(engine: LLM, asks: list[Ask]) -> tuple[int, list[int]]:
+    """Send requests together.
+
+    Returns:
+        How many of them ran at once, and the blocks that the first one held.
+    """
+    scheduler = scheduler_of(engine)
+    engine.enqueue([one.body() for one in asks], [one.params() for one in asks], use_tqdm=False)
+    most, first = 0, [0]
     while engine.llm_engine.has_unfinished_requests():
         engine.llm_engine.step()
-    engine.llm_engine.step()
+        if len(scheduler.running) > most:
+            most = len(scheduler.running)
+            groups = scheduler.kv_cache_manager.coordinator.single_type_managers
+            first = [len(group.req_to_blocks[scheduler.running[0].request_id]) for group in groups]
+    return most, first
+
+
+def cache_error(engine: LLM, num_blocks: int) -> str:
+    """What a KV cache of so many blocks is refused with when an engine starts; empty if it is not."""
+    core, config = engine.llm_engine.engine_core.engine_core, engine.llm_engine.vllm_config
+    before = config.cache_config.num_gpu_blocks_override
+    config.cache_config.num_gpu_blocks_override = num_blocks
+    try:
+        get_kv_cache_configs(config, core.model_executor.get_kv_cache_specs(), [2**30])
+    except ValueError as error:
+        return str(error)
+    finally:
+        config.cache_config.num_gpu_blocks_override = before
+    return ""
 
 
 def written_slots(engine: LLM, one: Ask) -> tuple[list[float], list[int], int]:
@@ -166,17 +215,32 @@ def repeat_short(engine: LLM, asks: list[Ask], times: int) -> set[int]:
 
 def start_up_error(engine: LLM, model: str, ficoco: dict[str, Any], options: dict[str, Any]) -> str:
     """What the configuration of another engine is refused with, before anything is loaded."""
-    arguments = {"max_model_len": 512, "enforce_eager": True, "limit_mm_per_prompt": {"image": 2}, **options}
     try:
-        EngineArgs(model, additional_config={"ficoco": ficoco}, **arguments).create_engine_config()
+        configure(model, ficoco, options)
     except ValueError as error:
         return str(error)
     return ""
 
 
+def settings_of_another(
+    engine: LLM, model: str, ficoco: dict[str, Any], options: dict[str, Any]
+) -> dict[str, Any]:
+    """What the configuration of another engine is changed to."""
+    return _settings(configure(model, ficoco, options))
+
+
 def settings_of(engine: LLM) -> dict[str, Any]:
-    """What a configuration has been changed to."""
-    config = engine.llm_engine.vllm_config
+    """What the configuration of an engine has been changed to."""
+    return _settings(engine.llm_engine.vllm_config)
+
+
+def configure(model: str, ficoco: dict[str, Any], options: dict[str, Any]) -> Any:
+    """The configuration of another engine."""
+    arguments = {"max_model_len": 512, "enforce_eager": True, "limit_mm_per_prompt": {"image": 2}, **options}
+    return EngineArgs(model, additional_config={"ficoco": ficoco}, **arguments).create_engine_config()
+
+
+def _settings(config: Any) -> dict[str, Any]:
     scheduler = config.scheduler_config
     return {
         "scheduler": scheduler.scheduler_cls,

@@ -10,11 +10,15 @@ from PIL import Image
 
 from tests.decoder import calls
 from tests.decoder.calls import Ask
-from tests.support.engine import PROMPT, TEXT_ONLY, TWO_IMAGES
+from tests.support.engine import PROMPT, TEXT_ONLY, TWO_IMAGES, Answer
 from tests.support.remote import Remote, remote_engine
 
 # float32; the order of sums depends on the shapes of a batch, see test_reference.py
 TOLERANCE = 1e-4
+# What one longest request needs: eight groups of 16 blocks of 32 tokens, and the block that vLLM holds back.
+BLOCKS = 8 * 16 + 1
+# Among the 40: one image, and two. An answer of 80 tokens fills blocks of every group while it is written.
+LONG_ANSWERS = (1, 7)
 LONG_TEXT = "<s>USER: " + "is there a red sign in the corner of the room? " * 6 + "ASSISTANT:"
 XARGS: list[dict[str, Any]] = [
     {},
@@ -35,7 +39,7 @@ def mixed(images: list[Image.Image], count: int) -> list[Ask]:
     for index in range(count):
         kind = index % 5
         extra = XARGS[index % len(XARGS)]
-        num_tokens = (2, 5, 12, 3)[index % 4]
+        num_tokens = 80 if index in LONG_ANSWERS else (2, 5, 12, 3)[index % 4]
         if kind in (0, 1):
             text = PROMPT if index % 2 else PROMPT.replace("what number", "tell me quickly what number")
             asks.append(Ask(text, [images[index % len(images)]], num_tokens, extra))
@@ -48,33 +52,57 @@ def mixed(images: list[Image.Image], count: int) -> list[Ask]:
 
 @pytest.fixture(scope="module")
 def engine(small_llava: Path) -> Iterator[Remote]:
-    """So few blocks that requests must give theirs back: eight groups of 16 blocks hold one longest request."""
-    options = {"block_size": 32, "max_model_len": 512, "max_num_seqs": 16, "num_gpu_blocks_override": 140}
+    """So few blocks that requests must give theirs back; with the fewest that start, too few run at once for that."""
+    options = {
+        "block_size": 32,
+        "max_model_len": 512,
+        "max_num_seqs": 16,
+        "num_gpu_blocks_override": BLOCKS + 11,
+    }
     with remote_engine(small_llava, {"method": "ficoco-l", "keep": 16}, **options) as engine:
         yield engine
 
 
+@pytest.fixture(scope="module")
+def alone(engine: Remote, images: list[Image.Image]) -> list[Answer]:
+    """Each of the mixed requests, when it has the engine for itself."""
+    return [engine.call(calls.ask, [one])[0] for one in mixed(images, 40)]
+
+
+def test_a_cache_without_room_for_the_longest_request_does_not_start(engine: Remote) -> None:
+    """In every group, unreduced; then nothing that is accepted can wait for ever."""
+    assert engine.call(calls.cache_error, BLOCKS) == ""
+    found = engine.call(calls.cache_error, BLOCKS - 1)
+    assert "To serve at least one request with the model's max seq len (512)" in found
+
+
 def test_40_mixed_requests_with_preemption_equal_each_alone(
-    engine: Remote, images: list[Image.Image]
+    engine: Remote, images: list[Image.Image], alone: list[Answer]
 ) -> None:
-    asks = mixed(images, 40)
     free = engine.call(calls.free_blocks)
-    together, num_preempted = engine.call(calls.ask_counting_preemptions, asks)
-    assert num_preempted > 0
+    together, preempted = engine.call(calls.ask_noting_preemptions, mixed(images, 40))
+    assert any(preempted), "a request that is reduced must have lost its blocks and got others"
     assert engine.call(calls.free_blocks) == free
-    for one, answer in zip(asks, together, strict=True):
-        (alone,) = engine.call(calls.ask, [one])
-        assert answer.tokens == alone.tokens
-        torch.testing.assert_close(answer.logprobs, alone.logprobs, atol=TOLERANCE, rtol=0)
+    for answer, one in zip(together, alone, strict=True):
+        assert answer.tokens == one.tokens
+        torch.testing.assert_close(answer.logprobs, one.logprobs, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("num_steps", [0, 1, 2, 4])
-def test_aborts_give_everything_back(engine: Remote, images: list[Image.Image], num_steps: int) -> None:
-    """While waiting, in the prefill, in the first and in later decoding steps."""
+@pytest.mark.parametrize(
+    ("phase", "every"), [("waiting", 3), ("prefilled", 3), ("decoding", 3), ("preempted", 1)]
+)
+def test_aborts_in_every_phase_give_everything_back(
+    engine: Remote, images: list[Image.Image], alone: list[Answer], phase: str, every: int
+) -> None:
+    """And the requests beside them do not notice."""
     free = engine.call(calls.free_blocks)
-    engine.call(calls.abort_at, mixed(images, 12), num_steps)
+    aborted, answers = engine.call(calls.abort_in, mixed(images, 40), phase, every)
+    assert aborted
+    assert len(answers) >= 20
     assert engine.call(calls.free_blocks) == free
     assert not any(engine.call(calls.held))
+    for index, tokens in answers.items():
+        assert tokens == alone[index].tokens
 
 
 def test_2000_requests_leave_no_block_behind(engine: Remote, images: list[Image.Image]) -> None:
@@ -92,15 +120,33 @@ def test_2000_requests_leave_no_block_behind(engine: Remote, images: list[Image.
         ({"ficoco_keep": 9}, (144, 144, 144, 144, 110, 76, 42, 9)),
         ({"ficoco_method": "fastv", "ficoco_keep": 9}, (144, 144, 9, 9, 9, 9, 9, 9)),
         ({"ficoco_keep": 144}, (144,) * 8),
+        ({"ficoco_method": "fitprune"}, (144, 144, 144, 144, 112, 80, 48, 16)),
+        # by the same ratio behind the layers 2, 4 and 6, and behind 0, 1 and 3
+        ({"ficoco_method": "pyramiddrop"}, (144, 144, 144, 69, 69, 33, 33, 16)),
+        ({"ficoco_method": "sparsevlm"}, (144, 69, 33, 33, 16, 16, 16, 16)),
     ],
 )
 def test_slots_written_and_blocks_held_are_the_plans(
     engine: Remote, images: list[Image.Image], extra: dict[str, Any], counts: tuple[int, ...]
 ) -> None:
-    """Counted in the cache itself, layer by layer."""
-    written, blocks, num_tokens = engine.call(
-        calls.written_slots, Ask(PROMPT, [images[0]], num_tokens=5, extra=extra)
-    )
-    expected = [num_tokens - 144 + count for count in counts]
-    assert written == expected
-    assert blocks == [-(-tokens // 32) for tokens in expected]
+    """Counted in the cache itself, layer by layer; with one image and with two."""
+    for prompt, count in ((PROMPT, 1), (TWO_IMAGES, 2)):
+        one = Ask(prompt, images[:count], num_tokens=5, extra=extra)
+        written, blocks, num_tokens = engine.call(calls.written_slots, one)
+        expected = [num_tokens + count * (left - 144) for left in counts]
+        assert written == expected
+        assert blocks == [-(-tokens // 32) for tokens in expected]
+
+
+@pytest.mark.parametrize(("keep", "at_once"), [(144, 2), (9, 5)])
+def test_what_a_request_no_longer_holds_lets_others_run(
+    engine: Remote, images: list[Image.Image], keep: int, at_once: int
+) -> None:
+    """In the same cache; FastV, so that 9 of 144 tokens are left from the third of eight groups on."""
+    extra = {"ficoco_method": "fastv", "ficoco_keep": keep}
+    asks = [Ask(PROMPT, [image], num_tokens=3, extra=extra) for image in images]
+    (answer,) = engine.call(calls.ask, asks[:1])
+    counts = [144, 144, *[keep] * 6]
+    blocks = [-(-(answer.num_prompt_tokens + 1 - 144 + count) // 32) for count in counts]
+    assert engine.call(calls.most_running, asks) == (at_once, blocks)
+    assert at_once == (BLOCKS - 1) // sum(blocks)

@@ -9,6 +9,8 @@ from vllm import LLM
 from tests.support.engine import worker_of
 from tests.support.remote import remote_engine
 
+READ = ("slot_mapping", "seq_lens", "block_table", "query_start_loc")
+
 pytestmark = pytest.mark.engine
 
 
@@ -36,7 +38,12 @@ def captured(engine: LLM) -> dict[str, Any]:
             {
                 "lengths": state.seq_lens.data_ptr(),
                 "layers": len(metadata),
-                "slots": [group.slot_mapping.data_ptr() for group in metadata.values()],
+                # What the kernels of each layer read, by the metadata that they get.
+                "read": [
+                    {name: found.data_ptr() for name, found in vars(group).items() if name in READ}
+                    for group in metadata.values()
+                ],
+                "segments": len({group.seq_lens.data_ptr() for group in metadata.values()}),
                 "rows": {group.slot_mapping.shape[0] for group in metadata.values()},
                 "reduction": state.prepare_inputs(batch, runner.req_states).get("reduction"),
             }
@@ -48,6 +55,7 @@ def test_capture_and_replay_share_their_buffers(small_llava: Path) -> None:
     with remote_engine(small_llava, {"method": "ficoco-l", "keep": 16}, block_size=32) as engine:
         found = engine.call(captured)
     assert found["capture"] == found["replay"]
-    assert found["capture"]["layers"] == 8
+    assert found["capture"]["layers"] == found["capture"]["segments"] == 8
+    assert all(set(read) == set(READ) for read in found["capture"]["read"])
     assert found["capture"]["rows"] == {3}
     assert found["capture"]["reduction"] is None

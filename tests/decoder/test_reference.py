@@ -1,8 +1,9 @@
 """The served decoder against Algorithm 2 and its relatives written plainly on Hugging Face's model, in float64."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -26,14 +27,26 @@ LAYERS = {
     "pyramiddrop": (2, 4, 6),
     "sparsevlm": (0, 1, 3),
 }
+# In segments of two layers a method reduces in the last layer of a segment.
+LAYERS_OF_TWO = {
+    "ficoco-l": (3, 5),
+    "fitprune": (3, 5),
+    "fastv": (1,),
+    "pyramiddrop": (1, 3, 5),
+    "sparsevlm": (1, 3),
+}
 GEOMETRIC = ("pyramiddrop", "sparsevlm")
+# So many tokens that a block of 32 slots is filled while they are written.
+LONG_ANSWER = 40
 
 pytestmark = pytest.mark.engine
 
 
-def left(method: str, entering: int, keep: int) -> dict[int, int]:
+def left(
+    method: str, entering: int, keep: int, layers_of: Mapping[str, tuple[int, ...]] = LAYERS
+) -> dict[int, int]:
     """Tokens left behind each reducing layer, spread as the method's authors do."""
-    layers = LAYERS[method]
+    layers = layers_of[method]
     steps = len(layers)
     if method in GEOMETRIC:
         counts = [round(entering * (keep / entering) ** (step / steps)) for step in range(1, steps)] + [keep]
@@ -98,6 +111,28 @@ def test_equals_reference(
     for one, answer, keep in zip(asks, engine.call(ask, asks), keeps, strict=True):
         shown = Shown(one.images[0], num_patches, left(method, num_patches, keep))
         check(reference, method, one, answer, [shown], trained)
+
+
+def test_segments_of_two_layers(small_llava: Path, images: list[Image.Image]) -> None:
+    """A residual stream that goes on within a segment, two layers in each group of the cache, and a long answer."""
+    reference = ReferenceDecoder(small_llava)
+    num_patches = reference.num_patches
+    asks = [
+        Ask(
+            PROMPT,
+            [images[index % len(images)]],
+            LONG_ANSWER if method == "ficoco-l" else NUM_TOKENS,
+            {"ficoco_method": method, "ficoco_keep": keep},
+        )
+        for index, (method, keep) in enumerate(product(LAYERS_OF_TWO, (64, 9)))
+    ]
+    settings = {"method": "ficoco-l", "keep": 16, "num_segments": 4}
+    with remote_engine(small_llava, settings, block_size=32) as engine:
+        answers = engine.call(ask, asks)
+    for one, answer in zip(asks, answers, strict=True):
+        method, keep = one.extra["ficoco_method"], one.extra["ficoco_keep"]
+        shown = Shown(one.images[0], num_patches, left(method, num_patches, keep, LAYERS_OF_TWO))
+        check(reference, method, one, answer, [shown], trained=False)
 
 
 def test_two_images_and_text_in_one_step(

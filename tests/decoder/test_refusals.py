@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from vllm.config.compilation import CUDAGraphMode
 
 from ficoco_vllm.decoder.verify import SCHEDULER, find_refusal
 from tests.decoder import calls
@@ -27,9 +28,19 @@ def config(**changed: Any) -> Any:
             use_ubatching=False,
         ),
         scheduler_config=SimpleNamespace(
-            disable_hybrid_kv_cache_manager=None, scheduler_cls=None, async_scheduling=None
+            disable_hybrid_kv_cache_manager=None,
+            scheduler_cls=None,
+            async_scheduling=None,
+            long_prefill_token_threshold=0,
+            max_num_scheduled_tokens=None,
         ),
+        cache_config=SimpleNamespace(
+            kv_offloading_size=None, kv_cache_dtype_skip_layers=[], cache_dtype="auto"
+        ),
+        compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE),
         model_config=SimpleNamespace(
+            max_model_len=512,
+            runner_type="generate",
             enable_prompt_embeds=False,
             hf_config=SimpleNamespace(
                 vision_feature_select_strategy="default",
@@ -51,33 +62,23 @@ def config(**changed: Any) -> Any:
     return found
 
 
-@pytest.mark.parametrize(
-    ("changed", "part"),
-    [
-        ({"parallel_config__pipeline_parallel_size": 2}, "--pipeline-parallel-size must be 1"),
-        ({"parallel_config__decode_context_parallel_size": 2}, "--decode-context-parallel-size"),
-        ({"parallel_config__prefill_context_parallel_size": 2}, "--prefill-context-parallel-size"),
-        ({"parallel_config__use_ubatching": True}, "--enable-dbo"),
-        ({"speculative_config": object()}, "--speculative-config"),
-        ({"kv_transfer_config": object()}, "--kv-transfer-config"),
-        ({"lora_config": object()}, "--enable-lora"),
-        ({"model_config__enable_prompt_embeds": True}, "--enable-prompt-embeds"),
-        ({"scheduler_config__disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager"),
-        ({"scheduler_config__scheduler_cls": "other.Scheduler"}, "--scheduler-cls other.Scheduler"),
-        ({"scheduler_config__async_scheduling": False}, "--no-async-scheduling"),
-        ({"model_config__hf_config__vision_feature_select_strategy": "full"}, "'full'"),
-        (
-            {"model_config__hf_config__get_text_config": lambda: SimpleNamespace(model_type="mistral")},
-            "'mistral'; allowed: 'llama'",
-        ),
-    ],
-)
-def test_each_refusal(changed: dict[str, Any], part: str) -> None:
+def test_what_is_allowed() -> None:
     assert find_refusal(config()) is None
     assert find_refusal(config(scheduler_config__scheduler_cls=SCHEDULER)) is None
-    found = find_refusal(config(**changed))
-    assert found is not None
-    assert part in found
+    assert find_refusal(config(scheduler_config__max_num_scheduled_tokens=512)) is None
+
+
+@pytest.mark.parametrize("mode", list(CUDAGraphMode))
+def test_graphs_of_decoding_alone_are_allowed(mode: CUDAGraphMode) -> None:
+    """The CPU build drops the option, so it is held against vLLM's own modes here."""
+    found = find_refusal(config(compilation_config__cudagraph_mode=mode))
+    assert (found is not None) == (mode is CUDAGraphMode.FULL)
+    assert found is None or "cudagraph_mode = 'FULL'" in found
+
+
+def test_breakable_graphs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm.envs.VLLM_USE_BREAKABLE_CUDAGRAPH", True, raising=False)
+    assert "VLLM_USE_BREAKABLE_CUDAGRAPH" in str(find_refusal(config()))
 
 
 def test_model_runner_v1_is_named_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,40 +102,97 @@ def engine(small_llava: Path) -> Iterator[Remote]:
 
 @pytest.mark.engine
 @pytest.mark.parametrize(
-    ("ficoco", "options", "parts"),
+    ("options", "part"),
     [
-        (FICOCO, {"pipeline_parallel_size": 2}, ["ficoco-l", "--pipeline-parallel-size must be 1"]),
-        (FICOCO, {"enable_lora": True}, ["ficoco-l", "--enable-lora"]),
+        ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size must be 1"),
+        ({"tensor_parallel_size": 2, "decode_context_parallel_size": 2}, "--decode-context-parallel-size"),
+        ({"prefill_context_parallel_size": 2}, "--prefill-context-parallel-size"),
+        ({"enable_dbo": True}, "--enable-dbo"),
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "--speculative-config"),
         (
-            FICOCO,
-            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
-            ["ficoco-l", "--speculative-config"],
+            {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+            "--kv-transfer-config",
         ),
-        (FICOCO, {"async_scheduling": False}, ["--no-async-scheduling"]),
-        (FICOCO | {"keep": 145}, {}, ["ficoco_keep = 145", "1 to 144"]),
-        (FICOCO | {"num_segments": 3}, {}, ["num_segments = 3", "1, 2, 4, 8"]),
-        ({"method": "fastv", "kv_budget": 5.0}, {}, ["kv_budget = 5.0"]),
-        ({"method": "ficoco-vl", "encoder": {"keep": 145}}, {}, ["keep = 145"]),
+        ({"kv_offloading_size": 1.0}, "--kv-offloading-size"),
+        ({"runner": "pooling", "convert": "embed"}, "--runner pooling"),
+        ({"enable_lora": True}, "--enable-lora"),
+        ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
+        ({"disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager"),
+        ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "--scheduler-cls vllm.v1"),
+        ({"async_scheduling": False}, "--no-async-scheduling"),
+        ({"long_prefill_token_threshold": 100}, "--long-prefill-token-threshold 100"),
+        ({"max_num_scheduled_tokens": 511}, "--max-num-scheduled-tokens 511 is not allowed"),
+        ({"hf_overrides": {"vision_feature_select_strategy": "full"}}, "strategy = 'full'"),
+        ({"hf_overrides": {"text_config": {"model_type": "mistral"}}}, "'mistral'; allowed: 'llama'"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_options_that_are_refused_at_start_up(
+    engine: Remote, small_llava: Path, options: dict[str, Any], part: str
+) -> None:
+    """By vLLM's own configuration, as an engine or a server makes it; without our settings it passes."""
+    found = engine.call(calls.start_up_error, str(small_llava), FICOCO, options)
+    assert "ficoco.method = 'ficoco-l': " in found
+    assert part in found
+    assert "ficoco" not in engine.call(calls.start_up_error, str(small_llava), {}, options)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("ficoco", "parts"),
+    [
+        (FICOCO | {"keep": 145}, ["ficoco_keep = 145", "1 to 144"]),
+        (FICOCO | {"num_segments": 3}, ["num_segments = 3", "1, 2, 4, 8"]),
+        ({"method": "fastv", "kv_budget": 5.0}, ["kv_budget = 5.0"]),
+        ({"method": "ficoco-vl", "encoder": {"keep": 145}}, ["keep = 145"]),
+        (FICOCO | {"local_penalty": True}, ["local_penalty"]),
     ],
 )
-def test_refused_at_start_up(
-    engine: Remote, small_llava: Path, ficoco: dict[str, Any], options: dict[str, Any], parts: list[str]
+def test_settings_that_are_refused_at_start_up(
+    engine: Remote, small_llava: Path, ficoco: dict[str, Any], parts: list[str]
 ) -> None:
-    found = engine.call(calls.start_up_error, str(small_llava), ficoco, options)
+    found = engine.call(calls.start_up_error, str(small_llava), ficoco, {})
     assert all(part in found for part in parts), found
 
 
 @pytest.mark.engine
-def test_start_up_makes_room_for_whole_prompts(engine: Remote, images: list[Image.Image]) -> None:
-    """Nothing that is accepted may wait forever for a step that is large enough."""
-    assert engine.call(calls.settings_of) == {
-        "scheduler": SCHEDULER,
-        "chunked_prefill": False,
-        "prefix_caching": False,
-        "max_num_batched_tokens": 1024,
-        "max_num_encoder_input_tokens": 1024,
-        "encoder_cache_size": 1024,
-    }
+def test_model_runner_v1_is_refused_at_start_up(engine: Remote, small_llava: Path) -> None:
+    found = engine.call(start_up_error_with_runner_v1, str(small_llava))
+    assert "VLLM_USE_V2_MODEL_RUNNER=0 is not allowed" in found
+
+
+def start_up_error_with_runner_v1(engine: Any, model: str) -> str:
+    """`calls.start_up_error` where the environment asks for model runner V1."""
+    import vllm.envs as envs
+
+    envs.disable_envs_cache()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+        found = calls.start_up_error(engine, model, FICOCO, {})
+    envs.enable_envs_cache()
+    return found
+
+
+ROOM = {
+    "scheduler": SCHEDULER,
+    "chunked_prefill": False,
+    "prefix_caching": False,
+    "max_num_batched_tokens": 1024,
+    "max_num_encoder_input_tokens": 1024,
+    "encoder_cache_size": 1024,
+}
+
+
+@pytest.mark.engine
+def test_start_up_makes_room_for_whole_prompts(
+    engine: Remote, small_llava: Path, images: list[Image.Image]
+) -> None:
+    """Nothing that is accepted may wait forever for a step that is large enough, or for room for its images."""
+    assert engine.call(calls.settings_of) == ROOM
+    # The tower's part scales the encoder's budget of a step down; a prompt must still find room for all of its images.
+    options = {"max_model_len": 1024, "max_num_batched_tokens": 300, "enable_prefix_caching": True}
+    both = {"method": "ficoco-vl", "keep": 9}
+    assert engine.call(calls.settings_of_another, str(small_llava), both, options) == ROOM
     longest = Ask(TWO_IMAGES.replace("USER:", "USER:" + "a" * 650), images[:2], num_tokens=1)
     (answer,) = engine.call(calls.ask, [longest])
     assert 950 < answer.num_prompt_tokens < 1024
@@ -169,6 +227,24 @@ def test_refused_requests(
 def refusal_with(engine: Any, one: Ask, more: dict[str, Any]) -> str:
     """`calls.refusal` with further sampling parameters."""
     return calls.refusal(engine, one, **more)
+
+
+@pytest.mark.engine
+def test_a_search_by_beams_is_refused(engine: Remote, images: list[Image.Image]) -> None:
+    """Offline; `test_server.py` has it over HTTP."""
+    assert "use_beam_search = True" in engine.call(search, Ask(PROMPT, [images[0]]))
+
+
+def search(engine: Any, one: Ask) -> str:
+    """What a search by beams is refused with; empty if it is answered."""
+    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import BeamSearchParams
+
+    try:
+        engine.beam_search([one.body()], BeamSearchParams(beam_width=2, max_tokens=2))
+    except VLLMValidationError as error:
+        return str(error)
+    return ""
 
 
 @pytest.mark.engine

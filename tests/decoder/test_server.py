@@ -14,6 +14,7 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from ficoco_vllm.config import FicocoConfig
+from ficoco_vllm.demo_model import examples
 from ficoco_vllm.kv.plan import DecoderPlanner
 from ficoco_vllm.server.explain.schema import Explanation
 from tests.support.server import Server, data_url, message, serve
@@ -74,6 +75,12 @@ def test_answers_with_the_server_s_budget_and_their_own(server: Server, images: 
         ({"vllm_xargs": {"ficoco_keep": "5"}}, "ficoco_keep", ["ficoco_keep = '5'"]),
         ({"vllm_xargs": {"ficoco_method": "tome"}}, "ficoco_method", ["'tome'", "fastv"]),
         ({"prompt_logprobs": 1}, "prompt_logprobs", ["prompt_logprobs = 1"]),
+        (
+            {"echo": True, "logprobs": True, "top_logprobs": 1},
+            "prompt_logprobs",
+            ["nor echo with logprobs"],
+        ),
+        ({"use_beam_search": True, "n": 2}, "use_beam_search", ["use_beam_search = True", "ficoco-vl"]),
     ],
 )
 def test_refusals(
@@ -169,7 +176,8 @@ def test_start_up_says_what_it_means(server: Server) -> None:
     log = server.log.read_text()
     assert "ficoco-l leaves 15 of 46 visual tokens of an image in the decoder" in log
     assert "ficoco-v keeps 46 of 144 visual tokens" in log
-    assert "no prompt can take over the cached prefix of another" in log
+    assert log.count("no prompt can take over the cached prefix of another") == 1
+    assert log.count("every prompt is computed in one step (no chunks)") == 1
 
 
 def samples(server: Server, name: str, **labels: str) -> dict[str, float]:
@@ -250,3 +258,23 @@ def test_blocks_of_segments_while_a_request_runs(server: Server, images: list[Im
     while any(samples(server, "kv_blocks_held", method="ficoco-vl").values()):
         assert time.monotonic() < deadline
         time.sleep(0.5)
+
+
+@pytest.mark.parametrize("method", ["ficoco-l", "ficoco-vl"])
+def test_the_demo_model_as_make_serve_starts_it(
+    method: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Compiled, and right about images that it has not been trained on."""
+    log = tmp_path_factory.mktemp(method) / "log"
+    with serve(log, "--ficoco-method", method, "--ficoco-keep", "64") as server, server.client() as client:
+        right = 0
+        for example in examples():
+            answer = client.chat.completions.create(
+                model="ficoco-demo",
+                messages=[message(example.question, [data_url(example.image.read_bytes())])],
+                temperature=0,
+            )
+            told = answer.usage.model_extra["ficoco"] if answer.usage else {}
+            assert (told["method"], told["visual_tokens_kept"]) == (method, 64)
+            right += (answer.choices[0].message.content or "").strip() == example.answer
+    assert right >= len(examples()) - 2

@@ -26,6 +26,8 @@ def asks(images: list[Image.Image]) -> list[Ask]:
         Ask(TWO_IMAGES, images[1:3], extra={"ficoco_keep": 64}),
         Ask(PROMPT, [images[3]], extra={"ficoco_method": "sparsevlm", "ficoco_keep": 30}),
         Ask(PROMPT, [images[4]], extra={"ficoco_method": "fastv"}),
+        Ask(PROMPT, [images[5]], extra={"ficoco_method": "fitprune"}),
+        Ask(PROMPT, [images[0]], extra={"ficoco_method": "pyramiddrop", "ficoco_keep": 9}),
     ]
 
 
@@ -59,6 +61,23 @@ def test_equal(
         answers = engine.call(ask, asks(images))
         if "enforce_eager" in options:
             assert engine.call(compiled_units) == [True] * FICOCO["num_segments"]
+    for answer, one in zip(answers, expected, strict=True):
+        assert answer.tokens == one.tokens
+        torch.testing.assert_close(answer.logprobs, one.logprobs, atol=TOLERANCE, rtol=0)
+
+
+def test_tower_and_decoder_over_two_workers(small_llava: Path, images: list[Image.Image]) -> None:
+    """Compiled, so that both are split and both are compiled at once."""
+    both: dict[str, Any] = {"method": "ficoco-vl", "keep": 16, "num_segments": 4}
+    mixture = [*asks(images)[:2], Ask(TWO_IMAGES, images[1:3], extra={"ficoco_keep": 30})]
+    with remote_engine(small_llava, both, block_size=32) as engine:
+        expected = engine.call(ask, mixture)
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "OMP_NUM_THREADS": "1"}
+    options: dict[str, Any] = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    with remote_engine(
+        small_llava, both, environment, block_size=32, enforce_eager=False, **options
+    ) as engine:
+        answers = engine.call(ask, mixture)
     for answer, one in zip(answers, expected, strict=True):
         assert answer.tokens == one.tokens
         torch.testing.assert_close(answer.logprobs, one.logprobs, atol=TOLERANCE, rtol=0)

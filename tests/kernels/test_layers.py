@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.decoder.attention import DecoderHeads
@@ -58,10 +59,16 @@ class Projection(nn.Linear):
 
 
 class Layer(nn.Module):
-    """A layer in front of the reducing ones changes nothing here."""
+    """A layer in front of the reducing ones changes nothing here, where the tower calls it whole, as on a GPU."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         return hidden
+
+
+def mixed(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """What vLLM's attention module does: (B, N, H * d) each."""
+    heads = (x.unflatten(-1, (H, d)).transpose(1, 2) for x in (query, key, value))
+    return scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
 
 
 def layer() -> Any:
@@ -74,6 +81,7 @@ def layer() -> Any:
         head_dim=d,
         scale=d**-0.5,
         tp_size=1,
+        attn=mixed,
     )
     made: Any = Layer()
     made.layer_norm1, made.layer_norm2, made.mlp = (
@@ -132,7 +140,7 @@ def test_tower(
                 {"method": method, "keep": 9, "backend": backend, **start, **settings}
             )
             planner = VisionPlanner.shared(config, shape)
-            found[backend] = encode(tower, pixels, planner.plan(Budget(method, 9)), (5, 5))
+            found[backend] = encode(tower, pixels, planner.plan(Budget(method, 9)), (5, 5)).hidden
             assert bool(launched) == (backend == "triton")
     looks = method != "tome" and settings.get("attention") != "logits"
     expected = ops | ({"softmax_stats"} if looks and not handed_out else set())

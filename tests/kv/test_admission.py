@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 from vllm.exceptions import VLLMValidationError
+from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
 
 from ficoco_vllm.kv.admission import check_request, hook_admission
@@ -23,7 +24,9 @@ def config(**ficoco: Any) -> Any:
     return SimpleNamespace(model_config=SimpleNamespace(hf_config=hf_config))
 
 
-def request(extra: dict[str, Any] | None = None, num_tokens: int = 50, **params: Any) -> Any:
+def request(
+    extra: dict[str, Any] | None = None, num_tokens: int = 50, resumable: bool = False, **params: Any
+) -> Any:
     """One image of 36 tokens behind four of text."""
     position = SimpleNamespace(offset=4, length=36)
     found = {"extra_args": extra, "prompt_logprobs": None, **params}
@@ -31,6 +34,7 @@ def request(extra: dict[str, Any] | None = None, num_tokens: int = 50, **params:
         sampling_params=SimpleNamespace(**found),
         mm_features=[SimpleNamespace(mm_position=position)],
         prompt_token_ids=[0] * num_tokens,
+        resumable=resumable,
     )
 
 
@@ -54,6 +58,7 @@ def test_xargs_of_the_decoder_are_refused_by_a_server_that_reduces_in_the_tower(
         (request(num_tokens=40), "ends in an image"),
         (request(prompt_logprobs=0), "prompt_logprobs = 0"),
         (request(prompt_logprob_token_ids=[[1]]), "prompt_logprobs"),
+        (request(resumable=True), "comes in pieces"),
     ],
 )
 def test_refusals(asked: Any, part: str) -> None:
@@ -62,7 +67,12 @@ def test_refusals(asked: Any, part: str) -> None:
 
 
 def test_what_is_not_reduced_may_do_all_of_it() -> None:
-    check_request(config(method="ficoco-l"), request({"ficoco_keep": 36}, num_tokens=40, prompt_logprobs=1))
+    kept = request({"ficoco_keep": 36}, num_tokens=40, resumable=True, prompt_logprobs=1)
+    check_request(config(method="ficoco-l"), kept)
+
+
+def test_the_engines_request_says_whether_more_will_come() -> None:
+    assert "resumable" in EngineCoreRequest.__struct_fields__
 
 
 def test_the_seam_is_there_and_is_wrapped_once(monkeypatch: pytest.MonkeyPatch) -> None:

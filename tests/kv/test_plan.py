@@ -1,16 +1,21 @@
 """Plans: integers that scheduler and workers must agree on, and what is refused."""
 
 import re
+from dataclasses import replace
+from importlib.metadata import EntryPoint
 from statistics import fmean
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import create_model
 
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.kv.plan import DecoderPlanner
 from ficoco_vllm.kv.segments import Segments
+from ficoco_vllm.reduction import Method, get, registry
+from ficoco_vllm.reduction.stages import COMPRESSIONS, CORRELATIONS, FILTERS
 
 PATCHES = 576
 
@@ -46,12 +51,22 @@ def test_even_one_shot_geometric_and_explicit() -> None:
     assert explicit.counts("ficoco-l", PATCHES, 64) == (576, 476, 476, 464, 464, 464, 464, 64)
 
 
+def test_an_explicit_schedule_fits_one_budget() -> None:
+    explicit = planner(keep=64, schedule=(100, 0, 12, 0, 0, 0, 400))
+    assert explicit.plan(PATCHES + 9, [(4, PATCHES)], {"ficoco_keep": 64}).reduces
+    with pytest.raises(ValueError, match="ficoco_keep = 65: "):
+        explicit.plan(PATCHES + 9, [(4, PATCHES)], {"ficoco_keep": 65})
+
+
 def test_kv_budget_is_the_average_over_the_layers() -> None:
     """All 576 in the first of 16 segments, so that what is left to the other 15 is (16 * 64 - 576) / 15."""
     found = planner(method="fastv", kv_budget=64, start_layer=1)
     counts = found.counts("fastv", PATCHES, found.keep)
     assert fmean(counts) <= 64 < fmean(found.counts("fastv", PATCHES, found.keep + 1))
     assert found.keep == 29
+    # What docs/decoder-kv.md names for the paper's 64 with FiCoCo-L.
+    early = planner(kv_budget=64, schedule="one-shot", start_layer=0, num_segments=32)
+    assert early.counts("ficoco-l", 576, early.keep) == (576, *[47] * 31)
     with pytest.raises(ValueError, match=r"kv_budget = 10\.0 is not allowed; allowed: "):
         planner(kv_budget=10.0)
 
@@ -115,8 +130,9 @@ def test_requests_that_are_refused(extra: dict[str, Any], parts: list[str]) -> N
         ({"start_layer": 31}, ["start_layer = 31", "0 to 30"]),
         ({"method": "pyramiddrop", "layers": [8, 31]}, ["layers = (8, 31)", "0 to 30"]),
         ({"compress": "fuse"}, ["fused extra tokens"]),
-        ({"local_penalty": True}, ["ficoco.filter by places", "local_penalty"]),
-        ({"filter": "one_per_cell"}, ["ficoco.filter by places"]),
+        ({"local_penalty": True}, ["ficoco.filter and ficoco.correlate by places", "local_penalty"]),
+        ({"filter": "one_per_cell"}, ["ficoco.filter and ficoco.correlate by places"]),
+        ({"correlate": "same_cell"}, ["ficoco.filter and ficoco.correlate by places"]),
         ({"keep": 577}, ["ficoco_keep = 577", "1 to 576"]),
         ({"schedule": [1, 2]}, ["7 reducing layers need as many counts"]),
     ],
@@ -172,3 +188,37 @@ def test_all_that_enters_may_be_kept() -> None:
         ValueError, match="ficoco_keep = 193 is not allowed; allowed: an integer from 1 to 192"
     ):
         found.plan(200, [(1, 192)], {"ficoco_keep": 193})
+
+
+# The settings of FiCoCo-L's filter, with the penalty by windows of the image on.
+Penalty = create_model("Penalty", __base__=get("ficoco-l").filter.settings, local_penalty=(bool, True))
+
+
+def other_method(name: str, **changed: Any) -> Method:
+    """A method of another package: FastV with something exchanged."""
+    return replace(get("fastv"), name=name, **changed)
+
+
+THIRD_PARTY = {
+    "by-attention": other_method("by-attention"),
+    "by-place": other_method("by-place", filter=FILTERS["one_per_cell"]),
+    "same-place": other_method("same-place", correlate=CORRELATIONS["same_cell"]),
+    "with-penalty": other_method("with-penalty", filter=replace(get("ficoco-l").filter, settings=Penalty)),
+    "with-extra": other_method("with-extra", compress=COMPRESSIONS["fuse"]),
+    "by-cls": other_method("by-cls", filter=FILTERS["cls_attention"]),
+}
+
+
+def test_a_method_of_another_package_is_held_to_the_same_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a request names it, on a server that was started with another one."""
+    entries = {name: EntryPoint(name, name, "ficoco_vllm.reductions") for name in THIRD_PARTY}
+    monkeypatch.setattr(EntryPoint, "load", lambda entry: THIRD_PARTY[entry.name])
+    monkeypatch.setattr(registry, "_entry_points", lambda: entries)
+    found = planner(keep=63)  # a configuration of its own: planners are kept
+    image = [(4, PATCHES)]
+    assert found.plan(600, image, {"ficoco_method": "by-attention"}).counts[-1] == (63,)
+    for name in THIRD_PARTY.keys() - {"by-attention"}:
+        with pytest.raises(ValueError, match=f"ficoco_method = '{name}' is not a method .* by-attention"):
+            found.plan(600, image, {"ficoco_method": name})
+        with pytest.raises(ValueError, match=r"by places|fused extra|cls_attention"):
+            planner(method=name)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ficoco_vllm.reduction import available, get, reduce
+from ficoco_vllm.reduction import available, get, reduce, registry
 from ficoco_vllm.reduction.method import SITES
 from ficoco_vllm.reduction.signals import WHY_ABSENT
 from ficoco_vllm.reduction.stages import COMPRESSIONS, CORRELATIONS, FILTERS
@@ -21,7 +21,7 @@ TEXT_GUIDED = {"cdpruner", "trim", "recoverable"}
 
 
 def test_names_by_site() -> None:
-    assert {"ficoco-v", "tome", "evit", "turbo"} <= set(available("encoder"))
+    assert {"ficoco-v", "tome", "evit", "turbo", "best"} <= set(available("encoder"))
     assert {"random", "topk-cls", "spatial-pool", "prumerge", "prumerge-plus"} <= set(available("features"))
     assert {"visionzip", "divprune", "cdpruner", "trim", "recoverable"} <= set(available("features"))
     assert {"ficoco-l", "fastv", "sparsevlm", "pyramiddrop", "fitprune"} <= set(available("decoder"))
@@ -75,6 +75,8 @@ def test_required_signals_follow_the_settings() -> None:
 def test_mass_follows_the_settings() -> None:
     assert get("ficoco-v").configure().merges
     assert not get("ficoco-v").configure(fixed_k=0).merges
+    assert not get("ficoco-v").configure(correlate="key_cosine").merges
+    assert get("ficoco-v").configure(correlate="key_cosine", compress="nearest_merge").merges
     assert get("tome").configure().settings.model_dump()["proportional_attention"]
     assert not get("ficoco-v").configure().settings.model_dump()["proportional_attention"]
 
@@ -266,6 +268,13 @@ def test_a_package_that_offers_no_method_is_named(tmp_path: Path, monkeypatch: p
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match="odd_module:METHOD of odd-pkg is not a Method with the name 'odd'"):
         get("odd")
+
+
+def test_packages_are_scanned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings are checked several times for each request; a scan takes milliseconds."""
+    assert "ficoco-v" in available()
+    monkeypatch.setattr(registry, "entry_points", lambda **_: pytest.fail("scanned again"))
+    assert "ficoco-v" in available()
 
 
 def test_built_in_names_cannot_be_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -204,15 +204,35 @@ def test_visionzip_as_its_authors_set_it(keep: int, dominant: int) -> None:
     assert got.size[0, ~kept].sum() == 576 - dominant
 
 
-def test_divprune(signals: Signals, tokens: Tensor) -> None:
-    features = signals.features[0]
+def farthest(features: Tensor) -> list[int]:
+    """DivPrune's picks, ascending."""
     distance = [[1 - reference.cosine(features[i], features[j]) for j in range(N)] for i in range(N)]
     picks = [max(range(N), key=lambda i: min(distance[i][j] for j in range(N) if j != i))]
     while len(picks) < K:
         rest = [i for i in range(N) if i not in picks]
         picks.append(max(rest, key=lambda i: min(distance[i][j] for j in picks)))
-    target = sorted(picks)
+    return sorted(picks)
+
+
+def test_divprune(signals: Signals, tokens: Tensor) -> None:
+    target = farthest(signals.features[0])
     check(reduce("divprune", tokens, signals, R), signals, target, tokens[0, target].double())
+
+
+@pytest.mark.parametrize("epsilon", [0.998, 0.7])
+def test_best(signals: Signals, tokens: Tensor, epsilon: float) -> None:
+    """DivPrune's choice, the cosines of the keys, Eq. 13."""
+    target = farthest(signals.features[0])
+    source = [i for i in range(N) if i not in target]
+    want, _ = reference.quantile_merge(
+        tokens[0],
+        torch.ones(N),
+        source,
+        target,
+        cosines(signals.keys[0], source, target),
+        epsilon,
+    )
+    check(reduce("best", tokens, signals, R, epsilon=epsilon), signals, target, want)
 
 
 @pytest.mark.parametrize("negate", [True, False])

@@ -7,6 +7,7 @@ scores nearly tie only float64 tells who leaves.
 import math
 from pathlib import Path
 from types import MethodType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ def reduce_layer(
         attention: (N, N), out of the softmax over all keys.
         cls_attention: (N,).
         position: index of each token in the original grid.
-        side: rows and columns of that grid.
+        side: columns of that grid.
         removed: how many tokens leave.
     """
     N = len(tokens)
@@ -71,37 +72,72 @@ def plain_norm(module: LlamaRMSNorm, hidden: Tensor) -> Tensor:
     return module.weight * hidden / torch.sqrt(squares + module.variance_epsilon)
 
 
+class Shown(NamedTuple):
+    """The rows and the columns of a tile's patches that show the image; the others are padding."""
+
+    rows: range
+    columns: range
+
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """Row and column of each of these patches, in raster order."""
+        return [(row, column) for row in self.rows for column in self.columns]
+
+
 class ReferenceLlava:
     """Hugging Face's LLaVA whose vision tower is unrolled by hand, with Algorithm 1 between attention and MLP."""
 
+    model_class: Any = LlavaForConditionalGeneration
+
     def __init__(self, folder: Path) -> None:
-        self.model = (
-            LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval().double()
-        )
+        self.model = self.model_class.from_pretrained(folder, dtype=torch.float32).eval().double()
         for module in self.model.modules():
             if isinstance(module, LlamaRMSNorm):
                 module.forward = MethodType(plain_norm, module)
         self.processor = AutoProcessor.from_pretrained(folder)
         self.config = self.model.config
 
+    @property
+    def side(self) -> int:
+        """Rows and columns of patches that the tower sees."""
+        vision = self.config.vision_config
+        return int(vision.image_size // vision.patch_size)
+
     @torch.no_grad()
     def features(self, image: Image.Image, keep: int) -> Tensor:
         """Projected visual tokens of one image, (keep, hidden size)."""
         pixels = self.processor.image_processor(image, return_tensors="pt")["pixel_values"].double()
+        hidden, _ = self.encode(pixels, keep, Shown(range(self.side), range(self.side)))
+        skip = 0 if self.config.vision_feature_select_strategy == "full" else 1
+        projected: Tensor = self.model.model.multi_modal_projector(hidden[0, skip:])
+        return projected
+
+    def encode(self, pixels: Tensor, keep: int, shown: Shown) -> tuple[Tensor, list[int]]:
+        """Run the tower.
+
+        Args:
+            pixels: (1, 3, height, width).
+            keep: patch tokens that are left.
+            shown: the patches that are not padding, which leaves before the first layer that reduces.
+
+        Returns:
+            (1, 1 + keep, D), [CLS] first, and the place of each patch token among those that are shown.
+        """
         tower = self.model.model.vision_tower
         tower = getattr(tower, "vision_model", tower)
-        vision = self.config.vision_config
-        side = vision.image_size // vision.patch_size
+        vision, side = self.config.vision_config, self.side
         num_layers = vision.num_hidden_layers
         executed = num_layers + self.config.vision_feature_layer + 1
         start = num_layers * 11 // 24
         steps = executed - start
-        removals = [
-            (side * side - keep) // steps + (index < (side * side - keep) % steps) for index in range(steps)
-        ]
+        places = [0, *(1 + row * side + column for row, column in shown.places)]
+        lost = len(places) - 1 - keep
+        removals = [lost // steps + (index < lost % steps) for index in range(steps)]
         hidden = tower.pre_layrnorm(tower.embeddings(pixels))
-        position = list(range(side * side))
+        position = list(range(len(places) - 1))
         for index in range(executed):
+            if index == start and lost:
+                hidden = hidden[:, places]
             layer = tower.encoder.layers[index]
             attention = layer.self_attn
             x = layer.layer_norm1(hidden)
@@ -118,13 +154,11 @@ class ReferenceLlava:
             if removed:
                 mean = weights.mean(0).numpy()
                 kept, position = reduce_layer(
-                    hidden[0, 1:].numpy(), mean[1:, 1:], mean[0, 1:], position, side, removed
+                    hidden[0, 1:].numpy(), mean[1:, 1:], mean[0, 1:], position, len(shown.columns), removed
                 )
                 hidden = torch.cat([hidden[:, :1], torch.from_numpy(kept)[None]], dim=1)
             hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
-        skip = 0 if self.config.vision_feature_select_strategy == "full" else 1
-        projected: Tensor = self.model.model.multi_modal_projector(hidden[0, skip:])
-        return projected
+        return hidden if lost else hidden[:, places], position
 
     @torch.no_grad()
     def generate(

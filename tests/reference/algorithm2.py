@@ -4,7 +4,7 @@ Prompt and answer are one sequence, with a mask of its own in every layer instea
 other in the reduction. Nothing of ours is used here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,7 +33,14 @@ class Shown:
 
 
 class ReferenceDecoder(ReferenceLlava):
-    """Hugging Face's Llama unrolled by hand."""
+    """Hugging Face's Llama unrolled by hand.
+
+    Attributes:
+        stored: what a KV cache makes of keys and values, which attention reads; None keeps them. Reductions look at
+            keys as they were computed.
+    """
+
+    stored: Callable[[Tensor], Tensor] | None = None
 
     @property
     def num_patches(self) -> int:
@@ -89,10 +96,12 @@ class ReferenceDecoder(ReferenceLlava):
             query, key = apply_rotary_pos_emb(query, key, cos, sin)
             key, value = (repeat_kv(t, attention.num_key_value_groups) for t in (key, value))
             seen = torch.ones(T, T, dtype=torch.bool).tril() & alive | torch.eye(T, dtype=torch.bool)
-            logits = (query @ key.transpose(2, 3) * attention.scaling).masked_fill(~seen, -torch.inf)
-            weights = logits.softmax(dim=-1)
+            exact = weights = self._weigh(query, key, attention.scaling, seen)
+            if self.stored is not None:
+                key, value = self.stored(key), self.stored(value)
+                weights = self._weigh(query, key, attention.scaling, seen)
             x = x + attention.o_proj((weights @ value).transpose(1, 2).reshape(T, -1))
-            mean = weights[0].mean(0).numpy()
+            mean = exact[0].mean(0).numpy()
             for span, shown in zip(spans, images, strict=True):
                 now = [i for i in span if alive[i]]
                 removed = len(now) - shown.left.get(index, len(now))
@@ -116,3 +125,8 @@ class ReferenceDecoder(ReferenceLlava):
             x = x + layer.mlp(layer.post_attention_layernorm(x))
         normed: Tensor = decoder.norm(x)
         return normed
+
+    @staticmethod
+    def _weigh(query: Tensor, key: Tensor, scale: float, seen: Tensor) -> Tensor:
+        """Attention of each token to those that it sees."""
+        return (query @ key.transpose(2, 3) * scale).masked_fill(~seen, -torch.inf).softmax(dim=-1)

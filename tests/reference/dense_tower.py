@@ -8,12 +8,11 @@ import math
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ficoco_vllm.reduction import Signals, get
 from ficoco_vllm.reduction.schedule import make_schedule
-from tests.reference.algorithm1 import ReferenceLlava
+from tests.reference.algorithm1 import ReferenceLlava, Shown
 
 
 class DenseLlava(ReferenceLlava):
@@ -23,13 +22,12 @@ class DenseLlava(ReferenceLlava):
     settings: dict[str, Any]
 
     @torch.no_grad()
-    def features(self, image: Image.Image, keep: int) -> Tensor:
-        """Projected visual tokens of one image, (keep, hidden size)."""
-        pixels = self.processor.image_processor(image, return_tensors="pt")["pixel_values"].double()
+    def encode(self, pixels: Tensor, keep: int, shown: Shown) -> tuple[Tensor, list[int]]:
+        """See `ReferenceLlava`."""
         tower = self.model.model.vision_tower
         tower = getattr(tower, "vision_model", tower)
-        vision = self.config.vision_config
-        side = vision.image_size // vision.patch_size
+        vision, side = self.config.vision_config, self.side
+        grid, N = (len(shown.rows), len(shown.columns)), len(shown.places)
         executed = vision.num_hidden_layers + self.config.vision_feature_layer + 1
         method = get(self.method)
         reducer = method.configure(**self.settings)
@@ -38,13 +36,15 @@ class DenseLlava(ReferenceLlava):
             first = self.settings.get("start_layer", vision.num_hidden_layers * 11 // 24)
             layers = range(first, executed)
             schedule = self.settings.get("schedule", method.default_schedule)
-            removals = make_schedule(
-                schedule, side * side, keep, layers, reducer.num_extra, reducer.max_removed
-            )
+            removals = make_schedule(schedule, N, keep, layers, reducer.num_extra, reducer.max_removed)
+        starts = min((index for index, count in removals.items() if count), default=executed - 1)
+        places = [0, *(1 + row * side + column for row, column in shown.places)]
         weighted = getattr(reducer.settings, "proportional_attention", False)
         hidden = tower.pre_layrnorm(tower.embeddings(pixels))
         position, size = torch.arange(side * side)[None], torch.ones(1, side * side)
         for index in range(executed):
+            if index == starts and keep < N:
+                hidden, position, size = hidden[:, places], torch.arange(N)[None], torch.ones(1, N)
             layer = tower.encoder.layers[index]
             attention, x = layer.self_attn, layer.layer_norm1(hidden)
             query, key, value = (
@@ -57,13 +57,13 @@ class DenseLlava(ReferenceLlava):
             weights = torch.softmax(logits, dim=-1)
             mixed = (weights @ value).transpose(0, 1).reshape(1, x.shape[1], -1)
             hidden = hidden + attention.out_proj(mixed)
-            shown = logits if getattr(reducer.settings, "attention", "probs") == "logits" else weights
+            shown_map = logits if getattr(reducer.settings, "attention", "probs") == "logits" else weights
             signals = Signals(
-                visual_attention=shown.mean(0)[None, 1:, 1:],
-                cls_attention=shown.mean(0)[None, 0, 1:],
+                visual_attention=shown_map.mean(0)[None, 1:, 1:],
+                cls_attention=shown_map.mean(0)[None, 0, 1:],
                 keys=key.mean(0)[None, 1:],
                 position=position,
-                grid=(side, side),
+                grid=grid,
             )
             if removals.get(index):
                 reduced = reducer(hidden[:, 1:], signals, removals[index], size)
@@ -73,8 +73,7 @@ class DenseLlava(ReferenceLlava):
                     reduced.position,
                 )
             hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
-        if method.site == "features" and keep < side * side:
-            reduced = reducer(hidden[:, 1:], signals, side * side - keep + reducer.num_extra, size)
-            hidden = torch.cat([hidden[:, :1], reduced.tokens], dim=1)
-        projected: Tensor = self.model.model.multi_modal_projector(hidden[0, 1:])
-        return projected
+        if method.site == "features" and keep < N:
+            reduced = reducer(hidden[:, 1:], signals, N - keep + reducer.num_extra, size)
+            hidden, position = torch.cat([hidden[:, :1], reduced.tokens], dim=1), reduced.position
+        return (hidden, position[0].tolist()) if keep < N else (hidden[:, places], list(range(N)))

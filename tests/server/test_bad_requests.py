@@ -8,6 +8,7 @@ import pytest
 from openai import OpenAI
 from PIL import Image
 
+from tests.support.pictures import noise
 from tests.support.server import Server, budget, data_url, message
 
 MODEL = "ficoco-demo"
@@ -90,3 +91,24 @@ def test_huge_image(client: OpenAI) -> None:
 def test_cut_off_png(client: OpenAI, images: list[Image.Image]) -> None:
     whole = base64.b64decode(data_url(images[0]).partition(",")[2])
     assert "image" in refused(client, data_url(whole[: len(whole) // 2]))["message"]
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        {"logit_bias": {"99999": 1}},
+        {"min_tokens": 99},
+        {"vllm_xargs": {"ficoco_keep": 9}},
+        {"ficoco": {"keep": 9999}},
+    ],
+)
+def test_the_image_of_a_refused_request_is_answered_next(client: OpenAI, refusal: dict[str, Any]) -> None:
+    """VLLM would send the second request without the image, which the first one has not brought to the engine."""
+    (image,) = noise([(336, 336)], seed=len(str(refusal)) + 100)
+    url = data_url(image)
+    refused(client, url, **refusal)
+    for _ in range(2):
+        answer = client.chat.completions.create(
+            model=MODEL, messages=[message("what is this?", [url])], max_tokens=1
+        )
+        assert answer.usage is not None

@@ -1,6 +1,8 @@
 """The command line: what it lists, and what it refuses before anything is loaded."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +89,8 @@ def test_method_and_keep_win_over_the_file() -> None:
         (["--ficoco-method", "trim"], ["trim", "text_relevance"]),
         (["--ficoco-min-keep", "0"], ["--ficoco-min-keep = '0'", "an integer of at least 1"]),
         (["--ficoco-max-image-pixels", "few"], ["--ficoco-max-image-pixels = 'few'", "at least 2"]),
+        (["--ficoco-max-image-mb", "-1"], ["--ficoco-max-image-mb = '-1'", "an integer of at least 0"]),
+        (["--ficoco-max-body-mb", "1.5"], ["--ficoco-max-body-mb = '1.5'", "an integer of at least 0"]),
         (["--ficoco-allow-methods", "tome,magic"], ["--ficoco-allow-methods = 'tome,magic'", "evit", "off"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and value[0].startswith("--") else "",
@@ -97,12 +101,9 @@ def test_serve_refuses_in_one_line(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name in (
-        "VLLM_MEDIA_CONNECTOR",
-        "VLLM_WORKER_MULTIPROC_METHOD",
-        "VLLM_PLUGINS",
-    ):  # set by the command, put back afterwards
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(
+        os, "environ", dict(os.environ)
+    )  # the command writes there what later tests must not find
     assert main(["serve", *arguments]) == 2
     check_line(capsys.readouterr().err, parts)
 
@@ -135,3 +136,30 @@ def test_the_command_line_does_not_import_prometheus() -> None:
     """prometheus_client decides at import whether its counters are shared by processes; the server says so first."""
     code = "import sys, ficoco_vllm.server.cli; sys.exit('prometheus_client' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0
+
+
+def test_what_a_command_started_ends_with_it(tmp_path: Path) -> None:
+    """A benchmark that is told to stop leaves no server behind."""
+    code = f"""
+import sys, time
+from pathlib import Path
+from ficoco_vllm.server import bench, cli
+from ficoco_vllm.server.process import running
+
+def run(args):
+    sleeper = [sys.executable, "-c", "import time; time.sleep(600)"]
+    with running(sleeper, Path({str(tmp_path / "log")!r}), lambda: True) as child:
+        print(child.pid, flush=True)
+        time.sleep(600)
+
+bench.run = run
+sys.argv = ["ficoco-vllm", "bench", "load"]
+sys.exit(cli.main())
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as command:
+        assert command.stdout is not None
+        child = int(command.stdout.readline())
+        command.terminate()
+        assert command.wait(60) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)

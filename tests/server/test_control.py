@@ -103,6 +103,20 @@ def test_official_client_sync_async_and_streaming(server: Server, client: OpenAI
     quiet = client.chat.completions.create(**chat, **extra, stream=True)
     assert all(chunk.usage is None for chunk in quiet)
 
+    async def stream_all() -> list[Any]:
+        async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key=API_KEY) as asynchronous:
+            options = {"stream": True, "stream_options": {"include_usage": True}}
+            return [
+                chunk
+                async for chunk in await asynchronous.chat.completions.create(**chat, **extra, **options)
+            ]
+
+    told_at_last = asyncio.run(stream_all())
+    assert [chunk.usage.model_extra for chunk in told_at_last if chunk.usage] == [{"ficoco": expected}]
+    assert told_at_last[-1].usage is not None
+    words = [chunk.choices[0].delta.content or "" for chunk in told_at_last if chunk.choices]
+    assert "".join(words) == text
+
 
 def test_batch_route_and_completions(server: Server, client: OpenAI) -> None:
     chat = body({"keep": 9})
@@ -119,6 +133,58 @@ def test_batch_route_and_completions(server: Server, client: OpenAI) -> None:
         client.completions.create(
             model=MODEL, prompt="what is", max_tokens=2, extra_body={"ficoco": {"keep": 0}}
         )
+
+
+def response_input() -> list[Any]:
+    """An image and a question, as the Responses API takes them."""
+    image = {"type": "input_image", "image_url": data_url(Image.open(examples()[0].image)), "detail": "auto"}
+    return [{"role": "user", "content": [image, {"type": "input_text", "text": examples()[0].question}]}]
+
+
+def test_responses(client: OpenAI) -> None:
+    """The Responses API reads and tells it too, whole and as a stream."""
+    more: dict[str, Any] = {"max_output_tokens": 8, "temperature": 0}
+    body: dict[str, Any] = {"model": MODEL, "input": response_input(), **more}
+    extra = {"extra_body": {"ficoco": {"method": "tome", "keep": 96}}}
+    whole = client.responses.with_raw_response.create(**body, **extra)
+    assert whole.headers["x-ficoco-visual-tokens-kept"] == "96"
+    answer = whole.parse()
+    assert answer.usage is not None
+    assert (answer.usage.model_extra or {})["ficoco"] == told("tome", 96)
+    assert examples()[0].answer in answer.output_text
+    last = list(client.responses.create(**body, **extra, stream=True))[-1]
+    assert last.type == "response.completed"
+    assert last.response.usage is not None
+    assert (last.response.usage.model_extra or {})["ficoco"] == told("tome", 96)
+    full = client.responses.create(**body, extra_body={"ficoco": "off"})
+    assert full.usage is not None
+    assert full.usage.input_tokens - answer.usage.input_tokens == NUM_PATCHES - 96
+    with pytest.raises(openai.BadRequestError, match=r"ficoco\.keep = 0"):
+        client.responses.create(**body, extra_body={"ficoco": {"keep": 0}})
+
+
+def test_tokens_of_a_chat(server: Server) -> None:
+    """`/tokenize` counts what the same chat would be sized to."""
+    counts = [
+        post(server, "/tokenize", body(ficoco)).json()["count"] for ficoco in ("off", None, {"keep": 9})
+    ]
+    assert [counts[0] - count for count in counts] == [0, NUM_PATCHES - DEMO_KEEP, NUM_PATCHES - 9]
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens", "/inference/v1/generate"])
+def test_routes_that_do_not_read_it_say_so(server: Server, path: str) -> None:
+    """VLLM would drop what it does not know, and the client believe that its wish was granted."""
+    chat = {"model": MODEL, "messages": [{"role": "user", "content": 'the word "ficoco"'}], "max_tokens": 2}
+    without = post(server, path, chat)
+    assert without.status_code in (200, 403), without.text  # scale-out routes are off by default
+    answer = post(server, path, {**chat, "ficoco": {"keep": 9}})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["param"] == "ficoco"
+    assert (
+        f"ficoco is not read by {path}; allowed: without it, or one of /v1/chat/completions"
+        in error["message"]
+    )
 
 
 @pytest.mark.parametrize(

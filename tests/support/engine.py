@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from vllm import LLM, RequestOutput, SamplingParams
+from vllm.v1.request import RequestStatus
 
 PROMPT = "<s>USER: <image>\nwhat number is on the sign? ASSISTANT:"
 TWO_IMAGES = "<s>USER: <image>\n<image>\nhow many signs are there? ASSISTANT:"
@@ -65,6 +66,17 @@ def _answer(output: RequestOutput) -> Answer:
 def scheduler_of(engine: LLM) -> Any:
     """The scheduler of the engine's core."""
     return engine.llm_engine.engine_core.engine_core.scheduler
+
+
+def phase_of(found: Any) -> str:
+    """What a request of the scheduler is doing; "ended" for None."""
+    if found is None:
+        return "ended"
+    if found.status == RequestStatus.PREEMPTED:
+        return "preempted"
+    if found.status != RequestStatus.RUNNING:
+        return "waiting"
+    return "decoding" if found.num_output_tokens else "prefilled"
 
 
 def worker_of(engine: LLM) -> Any:

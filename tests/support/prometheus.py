@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import socket
 import subprocess
 import time
 import urllib.parse
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from ficoco_vllm.server.process import free_port, running
 
 ROOT = Path(__file__).parents[2]
 DASHBOARD = ROOT / "docker" / "grafana" / "dashboards" / "ficoco.json"
@@ -63,27 +64,15 @@ def scrape(folder: Path, target: str) -> Iterator[Prometheus]:
         folder: for its data.
         target: host and port.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     settings = folder / "prometheus.yml"
     job = {"job_name": "server", "static_configs": [{"targets": [target]}]}
     settings.write_text(json.dumps({"global": {"scrape_interval": "1s"}, "scrape_configs": [job]}))
     command = ["prometheus", f"--config.file={settings}", f"--storage.tsdb.path={folder / 'data'}"]
     command += [f"--web.listen-address=127.0.0.1:{port}", "--log.level=warn"]
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     found = Prometheus(port)
-    try:
-        deadline = time.monotonic() + 60
-        while not found.is_ready():
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"Prometheus did not start:\n{(folder / 'log').read_text()[-3000:]}")
-            time.sleep(0.3)
+    with running(command, folder / "log", found.is_ready):
         yield found
-    finally:
-        process.terminate()
-        process.wait(30)
 
 
 def panels() -> dict[str, list[str]]:

@@ -1,6 +1,7 @@
-"""A LLaVA with random weights: shapes like LLaVA-1.5's (24 x 24 patches and [CLS]), widths of a toy."""
+"""LLaVAs with random weights: shapes like LLaVA-1.5's (24 x 24 patches and [CLS]) or LLaVA-NeXT's, widths of a toy."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -11,11 +12,18 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
     LlavaProcessor,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
+# Rows and columns of tiles, as in LLaVA-NeXT.
+GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m['role'].upper() + ': ' }}{% if m['content'] is string %}{{ m['content'] }}"
     "{% else %}{% for c in m['content'] %}{% if c['type'] == 'image' %}{{ '<image>\\n' }}"
@@ -43,10 +51,68 @@ def build(
         seed: of the weights.
         decoder_layers: depth of the language model.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = {
-        token: index for index, token in enumerate(SPECIAL + sorted(pre_tokenizers.ByteLevel.alphabet()))
-    }
+    processor = LlavaProcessor(
+        image_processor=CLIPImageProcessor(
+            size={"shortest_edge": 192}, crop_size={"height": 192, "width": 192}
+        ),
+        tokenizer=_tokenizer(),
+        patch_size=patch_size,
+        vision_feature_select_strategy=select,
+        image_token="<image>",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+    processor.save_pretrained(folder)
+    parts = _parts(vision_layers, 192, patch_size, decoder_layers)
+    config = LlavaConfig(**parts, vision_feature_select_strategy=select)
+    torch.manual_seed(seed)
+    return _save(LlavaForConditionalGeneration(config), folder)
+
+
+def build_next(
+    folder: Path,
+    *,
+    vision_layers: int = 8,
+    tile_size: int = 96,
+    patch_size: int = 8,
+    seed: int = 0,
+    decoder_layers: int = 3,
+) -> Path:
+    """Write a random model in the layout of published LLaVA-NeXT checkpoints, with their five shapes of grids of tiles.
+
+    Args:
+        folder: where to.
+        vision_layers: depth of the CLIP tower; LLaVA reads the layer before the last.
+        tile_size: height and width of a tile in pixels.
+        patch_size: height and width of a patch in pixels.
+        seed: of the weights.
+        decoder_layers: depth of the language model.
+    """
+    pinpoints = [[rows * tile_size, columns * tile_size] for rows, columns in GRIDS]
+    processor = LlavaNextProcessor(
+        image_processor=LlavaNextImageProcessor(
+            size={"shortest_edge": tile_size},
+            crop_size={"height": tile_size, "width": tile_size},
+            image_grid_pinpoints=pinpoints,
+        ),
+        tokenizer=_tokenizer(),
+        patch_size=patch_size,
+        vision_feature_select_strategy="default",
+        image_token="<image>",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+    processor.save_pretrained(folder)
+    parts = _parts(vision_layers, tile_size, patch_size, decoder_layers)
+    config = LlavaNextConfig(
+        **parts, vision_feature_select_strategy="default", image_grid_pinpoints=pinpoints
+    )
+    torch.manual_seed(seed)
+    return _save(LlavaNextForConditionalGeneration(config), folder)
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = _vocabulary()
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -55,30 +121,27 @@ def build(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
     )
     fast.chat_template = CHAT_TEMPLATE
-    processor = LlavaProcessor(
-        image_processor=CLIPImageProcessor(
-            size={"shortest_edge": 192}, crop_size={"height": 192, "width": 192}
-        ),
-        tokenizer=fast,
-        patch_size=patch_size,
-        vision_feature_select_strategy=select,
-        image_token="<image>",
-        num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
-    )
-    processor.save_pretrained(folder)
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
+    return fast
+
+
+def _vocabulary() -> dict[str, int]:
+    return {token: index for index, token in enumerate(SPECIAL + sorted(pre_tokenizers.ByteLevel.alphabet()))}
+
+
+def _parts(vision_layers: int, image_size: int, patch_size: int, decoder_layers: int) -> dict[str, Any]:
+    """What both configurations have in common."""
+    return {
+        "vision_config": CLIPVisionConfig(
             hidden_size=128,
             intermediate_size=256,
             num_hidden_layers=vision_layers,
             num_attention_heads=4,
-            image_size=192,
+            image_size=image_size,
             patch_size=patch_size,
             projection_dim=128,
         ),
-        text_config=LlamaConfig(
-            vocab_size=len(vocabulary) + 3,
+        "text_config": LlamaConfig(
+            vocab_size=len(_vocabulary()) + 3,
             hidden_size=128,
             intermediate_size=256,
             num_hidden_layers=decoder_layers,
@@ -92,15 +155,16 @@ def build(
             tie_word_embeddings=False,
             architectures=["LlamaForCausalLM"],
         ),
-        image_token_index=4,
-        image_token_id=4,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy=select,
-        projector_hidden_act="gelu",
-        tie_word_embeddings=False,
-    )
-    torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration(config).float().eval()
+        "image_token_index": 4,
+        "image_token_id": 4,
+        "vision_feature_layer": -2,
+        "projector_hidden_act": "gelu",
+        "tie_word_embeddings": False,
+    }
+
+
+def _save(model: PreTrainedModel, folder: Path) -> Path:
+    model = model.float().eval()
     for name, parameter in model.named_parameters():
         if parameter.dim() >= 2:
             torch.nn.init.normal_(parameter, std=0.12 if "language_model" in name else 0.08)

@@ -2,13 +2,7 @@
 
 import base64
 import io
-import os
-import signal
-import socket
-import subprocess
 import sys
-import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,13 +13,26 @@ from typing import Any
 from openai import OpenAI
 from PIL import Image
 
-START_SECONDS = 600
+from ficoco_vllm.plugin import ALLOW_PRIVATE_MEDIA, MAX_BODY_BYTES, MAX_IMAGE_BYTES, MAX_PIXELS
+from ficoco_vllm.server.process import OURS, Process, is_healthy, serving
+
 # Budget of the server that the tests share; that of `make serve`.
 DEMO_KEEP = 64
 # Also what the README's client sends.
 API_KEY = "none"
-# What conftest.py sets for engines inside the test process.
-_ONLY_IN_PROCESS = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL", "VLLM_CPU_KVCACHE_SPACE")
+# What conftest.py sets for engines inside the test process, and what the command line leaves behind in the tests that
+# call it there.
+_ONLY_IN_PROCESS = (
+    "VLLM_ENABLE_V1_MULTIPROCESSING",
+    "VLLM_LOGGING_LEVEL",
+    "VLLM_CPU_KVCACHE_SPACE",
+    "VLLM_MEDIA_CONNECTOR",
+    "VLLM_MEDIA_URL_ALLOW_REDIRECTS",
+    MAX_PIXELS,
+    MAX_IMAGE_BYTES,
+    MAX_BODY_BYTES,
+    ALLOW_PRIVATE_MEDIA,
+)
 
 
 @dataclass
@@ -34,7 +41,7 @@ class Server:
 
     port: int
     log: Path
-    process: subprocess.Popen[bytes]
+    process: Process
 
     @property
     def url(self) -> str:
@@ -55,42 +62,31 @@ class Server:
 
     def is_healthy(self) -> bool:
         """Whether /health answers 200."""
-        try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:
-                return bool(answer.status == 200)
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            return False
+        return is_healthy(self.url)
 
 
 @contextmanager
-def serve(log: Path, *arguments: str) -> Iterator[Server]:
-    """Run `ficoco-vllm serve` until the block ends; only this process and its children are stopped."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {key: value for key, value in os.environ.items() if key not in _ONLY_IN_PROCESS}
-    command = [sys.executable, "-m", "ficoco_vllm.server.cli", "serve", *arguments]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
-    server = Server(port, log, process)
-    try:
-        deadline = time.monotonic() + START_SECONDS
-        while not server.is_healthy():
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"the server did not start:\n{log.read_text()[-5000:]}")
-            time.sleep(0.5)
-        yield server
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+def serve(
+    log: Path,
+    *arguments: str,
+    program: Sequence[str] = OURS,
+    python: Path = Path(sys.executable),
+    folder: Path | None = None,
+    **environment: str,
+) -> Iterator[Server]:
+    """Run a server until the block ends; only this process and its children are stopped.
+
+    Args:
+        log: takes what it prints.
+        arguments: of the program.
+        program: words behind `python` that serve.
+        python: which one runs it; its `ficoco_vllm` is the one that serves.
+        folder: working directory; None means that of the tests.
+        environment: variables beside those of this process.
+    """
+    variables = {**dict.fromkeys(_ONLY_IN_PROCESS), **environment}
+    with serving(arguments, log, variables, program, python, folder) as served:
+        yield Server(served.port, log, served.process)
 
 
 def data_url(image: Image.Image | bytes) -> str:
@@ -111,3 +107,15 @@ def message(text: str, urls: Sequence[str] = ()) -> dict[str, Any]:
 def budget(keep: int | None) -> dict[str, Any]:
     """`extra_body` of a request with a budget of its own."""
     return {} if keep is None else {"mm_processor_kwargs": {"ficoco_keep": keep}}
+
+
+def options_of_serve() -> set[str]:
+    """All options of `ficoco-vllm serve`: vLLM's and ours."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from ficoco_vllm.server.options import add_arguments
+
+    parser = make_arg_parser(FlexibleArgumentParser())
+    add_arguments(parser)
+    return set(parser._option_string_actions)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+import httpx
 import pytest
 from PIL import Image
 
@@ -51,6 +52,13 @@ def test_it_returns_to_the_ceiling_and_says_so(small: Server, result: Result) ->
     log = small.log.read_text()
     for keep in (FLOOR, 192, CEILING):
         assert f"requests that name no budget now keep {keep} visual tokens" in log
+
+
+def test_explanations_are_off_unless_asked_for(small: Server) -> None:
+    headers = {"Authorization": f"Bearer {API_KEY}"}
+    for path in ("/ficoco", "/ficoco/", "/ficoco/viewer.js", "/ficoco/options"):
+        assert httpx.get(f"{small.url}{path}", headers=headers).status_code == 404
+    assert httpx.post(f"{small.url}/ficoco/explain", headers=headers, json={}).status_code == 404
 
 
 def test_both_processes_give_the_same_budget(small: Server, result: Result) -> None:

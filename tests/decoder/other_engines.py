@@ -1,0 +1,82 @@
+"""What tests find out inside the process of an engine about others, of which nothing is loaded."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm import LLM
+from vllm.config import get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.model_executor.models.llava import LlavaForConditionalGeneration
+from vllm.utils.torch_utils import set_default_torch_dtype
+from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
+
+from ficoco_vllm.meter import token_layer_bytes
+from tests.decoder.calls import configure
+
+
+def layers_of(
+    engine: LLM, model: str, ficoco: dict[str, Any], options: dict[str, Any], stock: bool
+) -> dict[str, str]:
+    """What would compute each layer of another engine; nothing is allocated.
+
+    Args:
+        engine: whose process is prepared for models.
+        model: folder.
+        ficoco: our settings.
+        options: of the engine.
+        stock: whether vLLM's own class is built instead of ours.
+
+    Returns:
+        Name of each layer to the classes of its method and, where the method has several, its scheme.
+    """
+    _, built = _build(model, ficoco, options, LlavaForConditionalGeneration if stock else None)
+    found = {}
+    for name, module in built.named_modules():
+        method = getattr(module, "quant_method", None)
+        if method is not None:
+            found[name] = f"{type(method).__name__} {type(getattr(module, 'scheme', None)).__name__}"
+    return found
+
+
+@dataclass
+class Cache:
+    """The KV cache of an engine: bytes of a token in one layer, as metrics count them; and by group, its segment and
+    the bytes of a block in one layer.
+    """
+
+    token_bytes: int
+    num_blocks: int
+    segments: list[int | None]
+    page_bytes: list[int]
+
+
+def cache_of(engine: LLM, model: str, ficoco: dict[str, Any], options: dict[str, Any]) -> Cache:
+    """What KV cache another engine would have in 64 MiB."""
+    config, _ = _build(model, ficoco, options)
+    # As the worker's backend wants it; an engine's core would have asked for it.
+    config.cache_config.kv_cache_layout = engine.llm_engine.vllm_config.cache_config.kv_cache_layout
+    layers = get_layers_from_vllm_config(config, Attention)
+    specs = {
+        name: layer.get_kv_cache_spec(config)
+        for name, layer in layers.items()
+        if name.startswith("language_model.")
+    }
+    (found,) = get_kv_cache_configs(config, [specs], [2**26])
+    groups = [group.kv_cache_spec for group in found.kv_cache_groups]
+    return Cache(
+        token_layer_bytes(config),
+        found.num_blocks,
+        [getattr(spec, "segment", None) for spec in groups],
+        [spec.page_size_bytes for spec in groups],
+    )
+
+
+def _build(
+    model: str, ficoco: dict[str, Any], options: dict[str, Any], model_class: Any = None
+) -> tuple[Any, torch.nn.Module]:
+    """Configuration and model of another engine, without memory for its weights."""
+    config = configure(model, ficoco, options)
+    with set_default_torch_dtype(config.model_config.dtype), torch.device("meta"):
+        return config, initialize_model(config, model_class=model_class)

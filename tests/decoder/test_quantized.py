@@ -1,0 +1,97 @@
+"""Quantized decoders that reduce: against an oracle that rounds as the checkpoint's scheme does, and in their cache."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+from PIL import Image
+
+from tests.decoder.calls import Ask, ask, written_slots
+from tests.decoder.test_reference import left
+from tests.reference.algorithm2 import ReferenceDecoder, Shown
+from tests.support import quantized
+from tests.support.compare import TOLERANCE
+from tests.support.engine import PROMPT, Answer
+from tests.support.quantized import DTYPES, Kind
+from tests.support.remote import Remote, remote_engine
+
+pytestmark = pytest.mark.engine
+
+NUM_PATCHES, KEEP = 144, 9
+# What the distance to the right oracle may be, in parts of those to wrong ones. It is not 0: an activation that lies
+# between two steps of INT8 may be rounded the other way, which moves some prompts by 0.03, and with INT4 all the rest
+# is bfloat16. Seen are up to 0.4 (docs/log.md).
+SHARE = 0.5
+# What enters the decoder: FiCoCo-L alone gets all tokens, FiCoCo-VL the geometric mean.
+ENTERING = {"ficoco-l": NUM_PATCHES, "ficoco-vl": math.isqrt(NUM_PATCHES * KEEP)}
+
+
+@pytest.fixture(scope="module", params=list(DTYPES))
+def kind(request: pytest.FixtureRequest) -> Kind:
+    """W8A8 with a scale for each channel and token; W4A16 in groups of 32."""
+    found: Kind = request.param
+    return found
+
+
+@pytest.fixture(scope="module")
+def engine(small_llava: Path, kind: Kind, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Remote]:
+    """FiCoCo-VL, whose part in the tower a request may leave out."""
+    model = quantized.build(small_llava, tmp_path_factory.mktemp("quantized") / kind, kind)
+    settings = {"method": "ficoco-vl", "keep": KEEP}
+    with remote_engine(model, settings, block_size=32, dtype=DTYPES[kind]) as engine:
+        yield engine
+
+
+def asking(method: str, image: Image.Image, num_tokens: int = 1) -> Ask:
+    """A question that one of the two methods reduces."""
+    mm = {"ficoco_keep": NUM_PATCHES} if method == "ficoco-l" else {}
+    return Ask(PROMPT, [image], num_tokens, mm=mm)
+
+
+def distances(
+    answers: list[Answer], reference: ReferenceDecoder, rule: str, shown: list[Shown]
+) -> list[float]:
+    """Root mean square differences of the first token's log-probabilities."""
+    found = []
+    for answer, one in zip(answers, shown, strict=True):
+        expected = reference.judge(rule, PROMPT, [one], answer.tokens)
+        found.append(float((answer.logprobs[0] - expected[0]).square().mean().sqrt()))
+    return found
+
+
+@pytest.mark.parametrize("method", list(ENTERING))
+def test_equals_an_oracle_that_rounds(
+    engine: Remote, small_llava: Path, kind: Kind, images: list[Image.Image], method: str
+) -> None:
+    """And neither one that does not round, nor one that reduces otherwise, nor one that does not in the decoder."""
+    oracle, unrounded = ReferenceDecoder(small_llava), ReferenceDecoder(small_llava)
+    quantized.quantize_oracle(oracle.model.model.language_model, kind)
+    answers = engine.call(ask, [asking(method, image) for image in images])
+    entering = ENTERING[method]
+    reduced = [Shown(image, entering, left("ficoco-l", entering, KEEP)) for image in images]
+    whole = [Shown(image, entering, {}) for image in images]
+    near = distances(answers, oracle, "ficoco-l", reduced)
+    wrong = {
+        "weights": distances(answers, unrounded, "ficoco-l", reduced),
+        "method": distances(answers, oracle, "fitprune", reduced),
+        "budget": distances(answers, oracle, "ficoco-l", whole),
+    }
+    if kind == "int4" and method == "ficoco-vl":
+        # In bfloat16 the tower keeps other patches than in float64, which costs as much as the decoder's reduction.
+        del wrong["method"], wrong["budget"]
+    assert fmean(near) < SHARE * min(fmean(far) for far in wrong.values()), (near, wrong)
+    if kind == "int8":  # in float32; these prompts have no such activation
+        assert min(near) < TOLERANCE, near
+
+
+@pytest.mark.parametrize("method", list(ENTERING))
+def test_the_cache_holds_what_the_plan_says(engine: Remote, images: list[Image.Image], method: str) -> None:
+    """Slots are counted in the cache itself; in a few of them a value happens to be zero."""
+    written, blocks, num_tokens = engine.call(written_slots, asking(method, images[0], num_tokens=2))
+    entering, behind = ENTERING[method], left("ficoco-l", ENTERING[method], KEEP)
+    visual = [entering] * 4 + [behind[layer] for layer in (3, 4, 5, 6)]
+    expected = [num_tokens - entering + count for count in visual]
+    assert [math.ceil(slots) for slots in written] == expected
+    assert blocks == [-(-tokens // 32) for tokens in expected]

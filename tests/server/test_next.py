@@ -1,0 +1,141 @@
+"""A server of LLaVA-NeXT: what its requests may ask, what answers and metrics tell."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from ficoco_vllm.config import FicocoConfig
+from ficoco_vllm.server.cli import main
+from ficoco_vllm.server.control.resolve import UNBOUNDED, Resolver, Told
+from ficoco_vllm.server.control.schema import FicocoRequest
+from ficoco_vllm.server.elastic.sites import Sites
+from tests.support.pictures import noise
+from tests.support.server import Server, data_url, message, serve
+from tests.vision.test_layout import config
+
+# Width and height to the visual tokens without reduction: 96 pixels are 12 patches. Four tiles and 24 newlines; three
+# tiles of which 4 lines of patches show the image, with as many newlines.
+SIZES = {(192, 192): 5 * 144 + 24, (300, 40): 144 + 3 * 48 + 4}
+TOKEN_BYTES = 3 * 2 * 2 * 32 * 2  # layers, keys and values, heads, head size, bf16
+
+
+def images() -> list[str]:
+    """One image of each size."""
+    return [data_url(image) for image in noise(list(SIZES), seed=3)]
+
+
+@pytest.fixture(scope="module")
+def next_server(random_next: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """FiCoCo-V with 16 tokens a tile."""
+    arguments = [str(random_next), "--served-model-name", "next", "--ficoco-keep", "16", "--enforce-eager"]
+    arguments += ["--kv-cache-memory-bytes", str(2**28), "--max-model-len", "2048"]
+    with serve(tmp_path_factory.mktemp("next-server") / "log", *arguments) as server:
+        yield server
+
+
+def post(server: Server, urls: list[str], ficoco: Any = None) -> httpx.Response:
+    """Ask about images."""
+    chat = {"model": "next", "messages": [message("how many?", urls)], "max_tokens": 2, "temperature": 0}
+    body = chat | ({} if ficoco is None else {"ficoco": ficoco})
+    return httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=300)
+
+
+@pytest.mark.server
+@pytest.mark.parametrize(
+    ("ficoco", "method", "kept"),
+    [
+        (None, "ficoco-v", (5 * 16 + 2, 4 * 16 + 1)),
+        ({"keep": 100}, "ficoco-v", (5 * 100 + 2, 100 + 3 * 48 + 1)),
+        ({"method": "tome", "keep": 40}, "tome", (5 * 40 + 2, 4 * 40 + 1)),
+        ("off", "off", tuple(SIZES.values())),
+    ],
+)
+def test_asked_and_told(next_server: Server, ficoco: Any, method: str, kept: tuple[int, int]) -> None:
+    full = post(next_server, images(), "off").json()["usage"]["prompt_tokens"]
+    for urls, before, after in (
+        (images()[:1], [*SIZES.values()][:1], kept[:1]),
+        (images(), [*SIZES.values()], kept),
+    ):
+        answer = post(next_server, urls, ficoco)
+        assert answer.status_code == 200, answer.text
+        usage = answer.json()["usage"]
+        assert usage["ficoco"] == {
+            "method": method,
+            "visual_tokens": sum(before),
+            "visual_tokens_kept": sum(after),
+            "kv_bytes_saved": (sum(before) - sum(after)) * TOKEN_BYTES,
+        }
+    assert usage["prompt_tokens"] == full - sum(before) + sum(after)
+
+
+@pytest.mark.server
+@pytest.mark.parametrize(
+    ("ficoco", "message"),
+    [
+        ({"keep": 145}, "ficoco.keep = 145 is not allowed; allowed: an integer from 1 to 144"),
+        ({"method": "evit", "keep": 1}, "ficoco_keep = 1"),
+    ],
+)
+def test_refused(next_server: Server, ficoco: Any, message: str) -> None:
+    answer = post(next_server, images(), ficoco)
+    assert answer.status_code == 400
+    assert message in answer.json()["error"]["message"]
+
+
+@pytest.mark.server
+def test_metrics_count_tiles_crops_and_newlines(next_server: Server) -> None:
+    names = [
+        f"ficoco:{name}_total" for name in ("visual_tokens_in", "visual_tokens_kept", "kv_tokens_avoided")
+    ]
+    names.append("ficoco:prefill_flops_avoided_total")
+    before = [next_server.metric(name) for name in names]
+    assert post(next_server, images()).status_code == 200
+    seen, kept, avoided, flops = (
+        next_server.metric(name) - value for name, value in zip(names, before, strict=True)
+    )
+    assert (seen, kept) == (sum(SIZES.values()), 5 * 16 + 2 + 4 * 16 + 1)
+    assert avoided == seen - kept
+    # What the decoder alone saves: its layers' matrices, on each token that is missing.
+    matrices = 3 * (4 * 128 * (128 + 64) + 6 * 128 * 256)
+    assert flops > avoided * matrices
+
+
+@pytest.mark.server
+def test_explanations_are_refused(random_next: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", str(random_next), "--ficoco-keep", "16", "--ficoco-explain"]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert "explain = True is not allowed with LLaVA-NeXT" in line
+
+
+@pytest.mark.parametrize(
+    ("settings", "off", "keep", "most"),
+    [
+        ({"method": "ficoco-v"}, Told({"ficoco_keep": 576}), Told({"ficoco_keep": 300}), 576),
+        (
+            {"method": "ficoco-v", "keep_per": "image"},
+            Told({"ficoco_keep": 2880}),
+            Told({"ficoco_keep": 300}),
+            2880,
+        ),
+        ({"method": "ficoco-l"}, Told({}, {"ficoco_keep": 2928}), Told({}, {"ficoco_keep": 300}), 2928),
+        (
+            {"method": "ficoco-vl"},
+            Told({"ficoco_keep": 576}, {"ficoco_keep": 2928}),
+            Told({"ficoco_keep": 415}, {"ficoco_keep": 300}),
+            2928,
+        ),
+    ],
+)
+def test_what_processor_and_decoder_are_told(
+    settings: dict[str, Any], off: Told, keep: Told, most: int
+) -> None:
+    """LLaVA-NeXT-7B: all of a tile, of an image's patches, of an image's tokens. 415 is the mean of 576 and 300."""
+    served = FicocoConfig.parse(settings)
+    resolver = Resolver(Sites.of(served, config()), UNBOUNDED)
+    assert resolver.tell("off") == off
+    assert resolver.tell(FicocoRequest(keep=300)) == keep
+    with pytest.raises(ValueError, match=f"keep = {most + 1} .* 1 to {most}"):
+        resolver.tell(FicocoRequest(keep=most + 1))

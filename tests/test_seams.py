@@ -1,0 +1,203 @@
+"""What we wrap or lean on in vLLM is where it was, and takes what it took; a failure names the seam.
+
+`test_upgrade.py` reads off our sources what we import and override; wrapped methods and attributes are named here.
+Other tests would notice too, but late and by their effects: a wrapped method that vLLM no longer calls counts nothing.
+"""
+
+import ast
+import inspect
+from collections.abc import Callable
+from importlib import import_module
+from textwrap import dedent
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
+from vllm.v1.metrics.loggers import AggregateStatLoggerBase, StatLoggerManager
+from vllm.v1.metrics.stats import IterationStats, SchedulerStats
+
+from ficoco_vllm.server.control.routes import HANDLERS
+from ficoco_vllm.server.elastic.plugin import ElasticEndpoint
+from ficoco_vllm.server.elastic.source import LoadRecorder
+from ficoco_vllm.server.endpoint import FicocoEndpoint
+
+pytestmark = pytest.mark.compat
+
+# Module, class, method, and its first parameters behind `self`: those that we name or pass by position.
+METHODS = (
+    ("vllm.v1.engine.input_processor", "InputProcessor", "process_inputs", "request_id prompt params"),
+    ("vllm.v1.engine.output_processor", "OutputProcessor", "add_request", "request"),
+    (
+        "vllm.v1.engine.output_processor",
+        "OutputProcessor",
+        "_update_stats_from_output",
+        "req_state engine_core_output engine_core_timestamp iteration_stats",
+    ),
+    (
+        "vllm.v1.engine.output_processor",
+        "OutputProcessor",
+        "_update_stats_from_finished",
+        "req_state finish_reason iteration_stats",
+    ),
+    ("vllm.v1.engine.output_processor", "OutputProcessor", "abort_requests", "request_ids internal"),
+    ("vllm.v1.metrics.loggers", "StatLoggerManager", "__init__", "vllm_config engine_idxs"),
+    (
+        "vllm.v1.metrics.loggers",
+        "StatLoggerManager",
+        "record",
+        "scheduler_stats iteration_stats mm_cache_stats engine_idx",
+    ),
+    ("vllm.v1.engine.async_llm", "AsyncLLM", "get_num_unfinished_requests", ""),
+    ("vllm.v1.engine.async_llm", "AsyncLLM", "shutdown", "timeout"),
+    ("vllm.v1.engine.async_llm", "AsyncLLM", "collective_rpc", "method timeout args"),
+    ("vllm.renderers.online_renderer", "OnlineRenderer", "preprocess_chat", "request messages"),
+    ("vllm.renderers.online_renderer", "OnlineRenderer", "preprocess_cmpl", "request prompts"),
+    (
+        "vllm.entrypoints.openai.chat_completion.serving",
+        "OpenAIServingChat",
+        "create_chat_completion",
+        "request raw_request",
+    ),
+    (
+        "vllm.entrypoints.openai.chat_completion.batch_serving",
+        "OpenAIServingChatBatch",
+        "create_batch_chat_completion",
+        "request raw_request",
+    ),
+    (
+        "vllm.entrypoints.openai.completion.serving",
+        "OpenAIServingCompletion",
+        "create_completion",
+        "request raw_request",
+    ),
+    (
+        "vllm.entrypoints.openai.responses.serving",
+        "OpenAIServingResponses",
+        "create_responses",
+        "request raw_request",
+    ),
+    (
+        "vllm.entrypoints.serve.tokenize.serving",
+        "ServingTokenization",
+        "create_tokenize",
+        "request raw_request",
+    ),
+    ("vllm.multimodal.media", "MediaConnector", "load_from_url", "url media_io fetch_timeout"),
+    ("vllm.multimodal.media", "MediaConnector", "load_from_url_async", "url media_io fetch_timeout"),
+    ("vllm.multimodal.media", "MediaConnector", "fetch_image_async", "image_url image_mode"),
+    (
+        "vllm.connections",
+        "HTTPConnection",
+        "get_async_response",
+        "url timeout extra_headers allow_redirects",
+    ),
+    (
+        "vllm.connections",
+        "HTTPConnection",
+        "async_get_bytes",
+        "url timeout allow_redirects max_bytes",
+    ),
+    ("vllm.multimodal.media.base", "MediaIO", "get_max_bytes", ""),
+)
+# Module, function or method (through its class), attribute that it sets on or reads from the object named.
+ATTRIBUTES = (
+    ("vllm.v1.metrics.loggers", "StatLoggerManager.__init__", "self.stat_loggers"),
+    ("vllm.v1.metrics.loggers", "StatLoggerManager.__init__", "self.engine_indexes"),
+    ("vllm.v1.engine.async_llm", "AsyncLLM.__init__", "self.logger_manager"),
+    ("vllm.v1.engine.async_llm", "AsyncLLM.__init__", "self.input_processor"),
+    ("vllm.v1.engine.async_llm", "AsyncLLM.shutdown", "engine_core.shutdown"),
+    ("vllm.v1.engine.core_client", "MPClient.ensure_alive", "self.resources.engine_dead"),
+    ("vllm.v1.engine.output_processor", "OutputProcessor.__init__", "self.request_states"),
+    ("vllm.v1.engine.output_processor", "OutputProcessor.__init__", "self.log_stats"),
+    ("vllm.renderers.online_renderer", "OnlineRenderer.preprocess_chat", "self.trust_request_mm_kwargs"),
+    ("vllm.renderers.online_renderer", "OnlineRenderer.preprocess_cmpl", "self.trust_request_mm_kwargs"),
+    ("vllm.multimodal.media.connector", "MediaConnector.__init__", "self.connection"),
+    ("vllm.multimodal.media.connector", "MediaConnector.__init__", "self.allowed_media_domains"),
+    ("vllm.entrypoints.launchers.api_server.app_state", "init_app_state", "state.online_renderer"),
+    ("vllm.entrypoints.launchers.api_server.app_state", "init_app_state", "state.serving_tokenization"),
+    ("vllm.entrypoints.generate.api_router", "init_generate_state", "state.openai_serving_chat"),
+    ("vllm.entrypoints.generate.api_router", "init_generate_state", "state.openai_serving_chat_batch"),
+    ("vllm.entrypoints.generate.api_router", "init_generate_state", "state.openai_serving_completion"),
+    ("vllm.entrypoints.generate.api_router", "init_generate_state", "state.openai_serving_responses"),
+)
+# Route of `HANDLERS` to the module with its router.
+ROUTERS = {
+    "/v1/chat/completions": "vllm.entrypoints.openai.chat_completion.api_router",
+    "/v1/chat/completions/batch": "vllm.entrypoints.openai.chat_completion.api_router",
+    "/v1/completions": "vllm.entrypoints.openai.completion.api_router",
+    "/v1/responses": "vllm.entrypoints.openai.responses.api_router",
+    "/tokenize": "vllm.entrypoints.serve.tokenize.api_router",
+}
+
+
+def original(function: Any) -> Callable[..., Any]:
+    """VLLM's own, where a test of this process has wrapped it."""
+    found: Callable[..., Any] = inspect.unwrap(function)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("module", "owner", "name", "parameters"), METHODS, ids=[f"{method[1]}.{method[2]}" for method in METHODS]
+)
+def test_methods(module: str, owner: str, name: str, parameters: str) -> None:
+    seam = f"{module}.{owner}.{name}"
+    found = getattr(getattr(import_module(module), owner, None), name, None)
+    assert found is not None, f"{seam} is gone"
+    names = [name for name in inspect.signature(original(found)).parameters if name != "self"]
+    expected = parameters.split()
+    assert names[: len(expected)] == expected, f"{seam} takes other parameters"
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "attribute"), ATTRIBUTES, ids=[f"{item[1]}-{item[2]}" for item in ATTRIBUTES]
+)
+def test_attributes(module: str, function: str, attribute: str) -> None:
+    found: Any = import_module(module)
+    for name in function.split("."):
+        found = getattr(found, name, None)
+        assert found is not None, f"{module}.{function} is gone"
+    tree = ast.parse(dedent(inspect.getsource(original(found))))
+    used = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert attribute in used, f"{module}.{function} has no {attribute} any more"
+
+
+@pytest.mark.parametrize(("name", "method", "path"), HANDLERS, ids=[path for _, _, path in HANDLERS])
+def test_handlers_answer_their_routes(name: str, method: str, path: str) -> None:
+    router = import_module(ROUTERS[path])
+    paths = [route.path for route in router.router.routes]
+    assert path in paths, f"{ROUTERS[path]} has no {path} any more"
+    source = inspect.getsource(router)
+    assert f".{name}" in source, f"{ROUTERS[path]} does not ask state.{name} any more"
+    assert f".{method}(" in source, f"{ROUTERS[path]} does not call {method} any more"
+
+
+@pytest.mark.parametrize("plugin", [FicocoEndpoint, ElasticEndpoint])
+def test_our_endpoints_are_what_vllm_loads(plugin: Any) -> None:
+    assert isinstance(plugin(), EndpointPlugin), "vLLM's contract of endpoint plugins has changed"
+
+
+def test_a_recorder_among_vllm_s_stat_loggers() -> None:
+    """Whatever the manager does with its loggers, it can do with ours."""
+    seen: list[tuple[int, Any, int]] = []
+    budget = SimpleNamespace(record=lambda *seen_now: seen.append(seen_now))
+    recorder = LoadRecorder(budget)  # type: ignore[arg-type]
+    assert isinstance(recorder, AggregateStatLoggerBase)
+    manager = StatLoggerManager.__new__(StatLoggerManager)
+    manager.stat_loggers = [recorder]
+    scheduler, iteration = SchedulerStats(), IterationStats()
+    iteration.num_preempted_reqs = 2
+    manager.record(scheduler, iteration, engine_idx=3)
+    assert seen == [(3, scheduler, 2)], "StatLoggerManager.record does not reach stat_loggers any more"
+    manager.log()
+    manager.log_engine_initialized()
+    manager.record_sleep_state(1, 1)
+    manager.record_admission_rejection("queue_full")
+    used = {
+        node.attr
+        for node in ast.walk(ast.parse(inspect.getsource(StatLoggerManager)))
+        if isinstance(node, ast.Attribute)
+        and ast.unparse(node.value) in ("logger", "stat_logger", "agg_logger")
+    }
+    missing = sorted(name for name in used - {"isEnabledFor", "warning"} if not hasattr(recorder, name))
+    assert missing == [], f"vLLM calls {missing} of its stat loggers, which ours does not have"

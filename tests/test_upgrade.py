@@ -1,0 +1,93 @@
+"""Every place of vLLM that our code names or overrides is where the installed version has it."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.seams import Seam, Tree, moved, seams
+
+pytestmark = pytest.mark.compat
+
+
+@pytest.fixture(scope="module")
+def installed() -> Tree:
+    """Sources of the installed vLLM; it is not imported."""
+    from importlib.util import find_spec
+
+    spec = find_spec("vllm")
+    assert spec is not None
+    assert spec.origin is not None
+    return Tree(Path(spec.origin).parent)
+
+
+@pytest.fixture(scope="module")
+def needed(installed: Tree) -> dict[Seam, set[str]]:
+    """What our sources need."""
+    return seams(installed)
+
+
+def test_nothing_has_moved(installed: Tree, needed: dict[Seam, set[str]]) -> None:
+    assert {str(seam): what for seam, what in moved(installed, needed).items()} == {}
+
+
+def test_the_seams_that_the_pages_name_are_among_them(needed: dict[Seam, set[str]]) -> None:
+    names = {seam.name for seam in needed}
+    for page, seam in (
+        ("decoder-kv.md", "FullAttentionSpec.is_uniform_with_collection"),
+        ("decoder-kv.md", "FullAttentionManager.allocate_new_blocks"),
+        ("decoder-kv.md", "AsyncScheduler._try_schedule_encoder_inputs"),
+        ("decoder-kv.md", "DefaultModelState.prepare_attn"),
+        ("request-lifecycle.md", "LlavaForConditionalGeneration.embed_multimodal"),
+    ):
+        assert seam in names, page
+
+
+def changed(installed: Tree, module: str, old: str, new: str, folder: Path) -> Tree:
+    """A vLLM in which one module reads otherwise: the others are links."""
+    path = Path(*module.split(".")[1:]).with_suffix(".py")
+    root = folder / "vllm"
+    root.mkdir()
+    theirs, ours = installed.root, root
+    for part in path.parts[:-1]:
+        for entry in theirs.iterdir():
+            if entry.name != part:
+                (ours / entry.name).symlink_to(entry)
+        theirs, ours = theirs / part, ours / part
+        ours.mkdir()
+    for entry in theirs.iterdir():
+        if entry.name != path.name:
+            (ours / entry.name).symlink_to(entry)
+    text = (installed.root / path).read_text()
+    assert old in text
+    (root / path).write_text(text.replace(old, new))
+    return Tree(root)
+
+
+@pytest.mark.parametrize(
+    ("module", "old", "new", "told"),
+    [
+        (
+            "vllm.v1.core.single_type_kv_cache_manager",
+            "num_tokens_main_model",
+            "num_tokens_target",
+            {"FullAttentionManager.allocate_new_blocks", "FullAttentionManager.get_num_blocks_to_allocate"},
+        ),
+        (
+            "vllm.v1.kv_cache_interface",
+            "class FullAttentionSpec(",
+            "class PagedAttentionSpec(",
+            {"FullAttentionSpec", "FullAttentionSpec.is_uniform_with_collection", "FullAttentionSpec.merge"},
+        ),
+    ],
+)
+def test_what_moves_is_told(
+    module: str,
+    old: str,
+    new: str,
+    told: set[str],
+    installed: Tree,
+    needed: dict[Seam, set[str]],
+    tmp_path: Path,
+) -> None:
+    tree = changed(installed, module, old, new, tmp_path)
+    assert {seam.name for seam in moved(tree, needed)} == told

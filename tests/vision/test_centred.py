@@ -1,0 +1,54 @@
+"""The attention of a small CPU: how exact it is, and when it is used."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from ficoco_vllm.vision.centred import centred_attention, is_faster
+
+
+def heads(images: int, tokens: int, offset: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys that share an offset, as a trained model's do, and values, laid out as vLLM's tower has them."""
+    torch.manual_seed(0)
+    qkv = torch.randn(images, tokens, 3, 4, 64)
+    qkv[:, :, 1] += offset * torch.randn(4, 64)
+    query, key, value = qkv.bfloat16().permute(2, 0, 3, 1, 4).unbind(0)
+    return query, key, value
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("offset", [0.0, 3.0, 10.0])
+@pytest.mark.parametrize(("images", "tokens"), [(1, 577), (3, 50), (2, 1)])
+def test_about_as_exact_as_the_fused_kernel(images: int, tokens: int, offset: float) -> None:
+    query, key, value = heads(images, tokens, offset)
+    exact = scaled_dot_product_attention(query.double(), key.double(), value.double(), scale=0.125)
+    fused = error(scaled_dot_product_attention(query, key, value, scale=0.125), exact)
+    found = error(centred_attention(query, key, value, 0.125).transpose(1, 2), exact)
+    # Rounded logits and rounded keys add two errors of the size of bfloat16's step, 2^-8, to the rounded weights
+    # and outputs that both have.
+    assert found <= fused + 2**-8
+
+
+def test_the_offset_of_the_keys_costs_nothing() -> None:
+    """Were the keys not centred, their offset would make the logits, and what is rounded of them, larger."""
+    errors = []
+    for offset in (0.0, 10.0):
+        query, key, value = heads(1, 577, offset)
+        exact = scaled_dot_product_attention(query.double(), key.double(), value.double(), scale=0.125)
+        errors.append(error(centred_attention(query, key, value, 0.125).transpose(1, 2), exact))
+    plain = torch.softmax(query @ key.transpose(2, 3) * 0.125, dim=-1) @ value
+    assert error(plain, exact) > 3 * errors[1]
+    assert errors[1] < 2 * errors[0]
+
+
+def test_only_for_bfloat16_on_few_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert is_faster(torch.zeros(1, dtype=torch.bfloat16))
+    assert not is_faster(torch.zeros(1))
+    assert not is_faster(torch.zeros(1, dtype=torch.bfloat16, device="meta"))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    assert not is_faster(torch.zeros(1, dtype=torch.bfloat16))
