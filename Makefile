@@ -88,7 +88,7 @@ bench-quantized: $(DEV)  ## time to first token with bfloat16, INT8 and INT4 wei
 bench-concurrency: $(DEV)  ## requests that run at once under the same KV memory: stock, V, L, VL
 	@$(BIN)/python -m benchmarks.concurrency $(ARGS)
 
-soak: $(DEV)  ## 10,000 mixed requests to a server that reduces in the tower and to one that does in the decoder (hours)
+soak: $(DEV)  ## 10,000 mixed requests to a server that reduces in the tower and to one that does in the decoder (45 minutes)
 	@$(BIN)/python -m benchmarks.endurance $(ARGS)
 
 soak-decoder: $(DEV)  ## 2,000 mixed requests, some aborted: every KV block comes back, memory does not keep growing

@@ -1,10 +1,12 @@
-"""MkDocs hook: pages that live elsewhere in the repository, and links between them and docs/."""
+"""MkDocs hook: pages that live elsewhere in the repository, links between them and docs/, no page listed twice."""
 
 import posixpath
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +32,13 @@ def on_files(files: Files, config: Any) -> Files:
     for source, page in PAGES.items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
     return files
+
+
+def on_nav(nav: Any, config: Any, files: Files) -> None:
+    """Refuse a page that the navigation lists twice; strict builds do not."""
+    listed = Counter(page.file.src_uri for page in nav.pages)
+    if twice := sorted(page for page, count in listed.items() if count > 1):
+        raise PluginError(f"mkdocs.yml lists {', '.join(twice)} more than once")
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:

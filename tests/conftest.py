@@ -22,13 +22,19 @@ from tests.support.pictures import noise
 from tests.support.release import Release, build, install
 from tests.support.server import API_KEY, DEMO_KEEP, Server, serve
 
-# The contract tests: what says that a seam of vLLM moved (docs/decoder-kv.md, docs/metrics.md). `make compat` runs
-# them against other versions.
+# The contract tests: what says that a seam of vLLM moved (docs/decoder-kv.md, docs/metrics.md, docs/llava-next.md, the
+# endpoint's wrappers). `make compat` runs them against other versions.
 COMPAT = (
     "test_compat.py",
+    "test_frontend.py",
+    "test_metric_files.py",
     "test_metrics.py",
+    "test_seams.py",
+    "benchmarks/test_soak.py",
     "decoder/test_batches.py",
     "decoder/test_capture.py",
+    "decoder/test_next.py",
+    "decoder/test_quantization_configs.py",
     "decoder/test_reference.py",
     "decoder/test_refusals.py",
     "decoder/test_replicas.py",
@@ -36,10 +42,21 @@ COMPAT = (
     "decoder/test_workers.py",
     "kv/test_admission.py",
     "models/test_kv_blocks.py",
+    "models/test_lora.py",
+    "models/test_next.py",
     "models/test_stock.py",
     "models/test_verify.py",
+    "server/elastic/test_overload.py",
+    "server/test_bad_requests.py",
+    "server/test_control.py",
+    "server/test_data_parallel.py",
+    "server/test_drain.py",
+    "server/test_media.py",
     "server/test_metrics.py",
+    "server/test_next.py",
     "server/test_serving.py",
+    "server/test_survival.py",
+    "vision/test_layout.py",
 )
 
 

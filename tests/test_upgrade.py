@@ -1,9 +1,12 @@
 """Every place of vLLM that our code names or overrides is where the installed version has it."""
 
-from pathlib import Path
+import re
+from pathlib import Path, PurePosixPath
 
 import pytest
 
+from tests.conftest import COMPAT
+from tests.support.release import ROOT
 from tests.support.seams import Seam, Tree, moved, seams
 
 pytestmark = pytest.mark.compat
@@ -40,6 +43,22 @@ def test_the_seams_that_the_pages_name_are_among_them(needed: dict[Seam, set[str
         ("request-lifecycle.md", "LlavaForConditionalGeneration.embed_multimodal"),
     ):
         assert seam in names, page
+
+
+@pytest.mark.parametrize("page", ["decoder-kv.md", "metrics.md"])
+def test_the_tests_that_the_pages_name_are_contract_tests(page: str) -> None:
+    """A name without a folder is of the folder named before it, or of one that has it."""
+    text = (ROOT / "docs" / page).read_text()
+    section = text.partition("## What breaks on a vLLM upgrade")[2].partition("\n## ")[0]
+    tables = "\n".join(line for line in section.splitlines() if line.startswith("|"))
+    named = [PurePosixPath(name) for name in re.findall(r"`((?:tests/)?[\w/]*test_\w+\.py)`", tables)]
+    assert named
+    contract = [PurePosixPath("tests", name) for name in COMPAT]
+    assert [str(name) for name in named if not any(test.match(str(name)) for test in contract)] == []
+
+
+def test_contract_tests_exist() -> None:
+    assert [name for name in COMPAT if not (ROOT / "tests" / name).is_file()] == []
 
 
 def changed(installed: Tree, module: str, old: str, new: str, folder: Path) -> Tree:

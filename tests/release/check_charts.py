@@ -7,6 +7,7 @@ registry of packages: docs/untested.md has the command.
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """VLLM's chart, out of its sdist."""
     out = tmp_path_factory.mktemp("vllm")
     indices = subprocess.run(
-        ["python", "-m", "pip", "config", "get", "global.index-url"],
+        [sys.executable, "-m", "pip", "config", "get", "global.index-url"],
         capture_output=True,
         text=True,
         check=False,
