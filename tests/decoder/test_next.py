@@ -19,8 +19,9 @@ from tests.support.remote import Remote, remote_engine
 
 pytestmark = pytest.mark.engine
 
-# Width and height, tiles are 48 pixels wide: four tiles, three with padding, two with padding in both.
-SIZES = [(96, 96), (200, 30), (50, 97)]
+# Width and height, tiles are 48 pixels wide: four tiles, three with padding, two with padding in both, an image that is
+# smaller than a patch of them and a sliver.
+SIZES = [(96, 96), (200, 30), (50, 97), (10, 10), (700, 3)]
 PATCHES = 36  # of a tile
 
 

@@ -12,7 +12,6 @@ from statistics import fmean
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 
 from benchmarks.ttft.quantization import IGNORED, quantization_config
@@ -24,6 +23,7 @@ from tests.decoder.other_engines import cache_of, layers_of
 from tests.decoder.test_reference import left
 from tests.reference.algorithm2 import ReferenceDecoder, Shown
 from tests.support.engine import PROMPT
+from tests.support.quantized import to_e4m3
 from tests.support.remote import Remote, remote_engine
 
 pytestmark = pytest.mark.engine
@@ -166,13 +166,6 @@ def test_layers_left_out_of_an_fp8_cache(engine: Remote, small_llava: Path, fico
         ficoco is L
     ), found
     assert ficoco is L or found == ""
-
-
-def to_e4m3(values: torch.Tensor) -> torch.Tensor:
-    """FP8 with three bits behind the point, towards zero, as vLLM's CPU kernel writes it."""
-    _, exponent = torch.frexp(values)
-    step = torch.ldexp(torch.ones_like(values), (exponent - 1).clamp_min(-6) - 3)
-    return (values / step).trunc() * step
 
 
 def test_an_fp8_cache_in_use(engine: Remote, small_llava: Path, images: list[Image.Image]) -> None:

@@ -1,4 +1,7 @@
-"""Two replicas behind vLLM's router: this repository's server, and the released wheel with two API servers."""
+"""Two replicas behind vLLM's router: this repository's server, and the released wheel.
+
+The second has two API servers and two data-parallel engines.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +28,7 @@ def replicas(
     """The server that all tests share, and one from the wheel, started where no repository is."""
     folder = tmp_path_factory.mktemp("replica")
     arguments = ["--ficoco-method", "ficoco-v", "--ficoco-keep", str(DEMO_KEEP), "--api-key", API_KEY]
-    arguments += ["--api-server-count", "2"]
+    arguments += ["--api-server-count", "2", "--data-parallel-size", "2", "--kv-cache-memory-bytes", str(2**28)]
     with serve(folder / "log", *arguments, python=installed, folder=folder) as second:
         yield [server, second]
 

@@ -45,27 +45,33 @@ class Supervised:
     Attributes:
         server: its first process is the supervisor.
         folder: of its temporary files, and of nobody else's.
+        num_tokens: of answers that take it several seconds.
     """
 
     server: Server
     folder: Path
+    num_tokens: int
 
     def processes(self) -> list[psutil.Process]:
         """Of the server, without the supervisor."""
         return psutil.Process(self.server.process.pid).children(recursive=True)
 
 
-@pytest.fixture(scope="module")
-def supervised(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Supervised]:
+# Triton's interpreter makes a token take longer.
+@pytest.fixture(scope="module", params=[("ficoco-v", 150), ("ficoco-l", 30)], ids=lambda param: param[0])
+def supervised(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Supervised]:
     """The demo model, with time for requests that run when it is told to stop."""
+    method, num_tokens = request.param
     folder = tmp_path_factory.mktemp("supervised")
     temporary = folder / "t"
     temporary.mkdir()
-    arguments = ["--ficoco-method", "ficoco-v", "--ficoco-keep", "64", "--shutdown-timeout", "60"]
+    arguments = ["--ficoco-method", method, "--ficoco-keep", "64", "--shutdown-timeout", "60"]
     with serve(
         folder / "log", *arguments, program=SERVE, python=Path("/bin/bash"), TMPDIR=str(temporary)
     ) as server:
-        yield Supervised(server, temporary)
+        yield Supervised(server, temporary, num_tokens)
 
 
 def long_asks(num_tokens: int) -> list[Ask]:
@@ -158,7 +164,7 @@ def test_told_to_stop_it_answers_what_it_has_accepted(supervised: Supervised) ->
     processes = supervised.processes()
     segments = shared_memory_of(processes)
     supervisor = psutil.Process(server.process.pid)
-    outcomes, _ = asyncio.run(under_load(server, 150, supervisor, 15))
+    outcomes, _ = asyncio.run(under_load(server, supervised.num_tokens, supervisor, 15))
     assert [outcome.kind for outcome in outcomes] == [ANSWERED] * NUM_REQUESTS, outcomes
     assert server.process.wait(END_SECONDS) == 0, server.log.read_text()[-3000:]
     wait_until_ended(processes)
