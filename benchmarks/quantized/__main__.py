@@ -16,12 +16,13 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from benchmarks.bars import environment
 from benchmarks.ttft import model
 from benchmarks.ttft.__main__ import SETTLE_SECONDS, engine
 from benchmarks.ttft.kinds import KINDS, PATCHES, SMALLEST, WHOLE_MODELS, Kind, predicted_speedup
+from benchmarks.ttft.quantization import Weights, runs_here
 
 RESULTS = Path(__file__).parent.parent / "results"
 # The engine of the second serves the first too: it is asked for by request.
@@ -45,7 +46,13 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model-size", default="7b", choices=list(WHOLE_MODELS), help="widths of LLaVA-1.5")
-    parser.add_argument("--weights", nargs="+", default=["bf16", "int8", "int4"])
+    parser.add_argument(
+        "--weights",
+        nargs="+",
+        choices=get_args(Weights),
+        default=[kind for kind in get_args(Weights) if runs_here(kind)],
+        help="default: all that vLLM computes on this machine",
+    )
     parser.add_argument(
         "--methods", nargs="*", choices=IN_DECODER, default=list(IN_DECODER), help="besides FiCoCo-V"
     )
@@ -54,6 +61,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="default: quantized-SIZE.json of the results")
     args = parser.parse_args()
+    for weights in args.weights:
+        if not runs_here(weights):
+            parser.error(f"--weights: got {weights!r}, which needs a CPU with AVX-512")
     out = args.out or RESULTS / f"quantized-{args.model_size}.json"
     order = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:

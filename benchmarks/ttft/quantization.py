@@ -2,6 +2,9 @@
 
 from typing import Any, Literal
 
+import torch
+from vllm.platforms import current_platform
+
 Kind = Literal["int8", "int4"]
 Weights = Literal["bf16", "int8", "int4"]
 GROUP = 32
@@ -55,3 +58,13 @@ def quantization_config(kind: Kind) -> dict[str, Any]:
         "ignore": IGNORED,
         "config_groups": {"group_0": group},
     }
+
+
+def runs_here(weights: Weights) -> bool:
+    """Whether vLLM can multiply by such weights on this machine: on a CPU, 4-bit ones need AVX-512.
+
+    Args:
+        weights: of the decoder.
+    """
+    current_platform.import_kernels()
+    return weights != "int4" or not current_platform.is_cpu() or hasattr(torch.ops._C, "cpu_gemm_wna16")

@@ -1,7 +1,11 @@
 """Attention on the few cores of a small CPU, where it is a quarter of the vision tower's time."""
 
+from functools import cache
+
 import torch
 from torch import Tensor
+
+from ficoco_vllm.compat import multiplies_bfloat16
 
 # With more threads the heads of scaled_dot_product_attention share them better than one product after the other does.
 _MOST_THREADS = 4
@@ -14,7 +18,11 @@ def is_faster(query: Tensor) -> bool:
         query: any shape.
     """
     few = query.device.type == "cpu" and torch.get_num_threads() <= _MOST_THREADS
-    return few and query.dtype == torch.bfloat16
+    return few and query.dtype == torch.bfloat16 and _has_products()
+
+
+# As a function of its own, since the answer never changes and this is asked in every layer.
+_has_products = cache(multiplies_bfloat16)
 
 
 def centred_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

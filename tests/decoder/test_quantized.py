@@ -32,6 +32,7 @@ ENTERING = {"ficoco-l": NUM_PATCHES, "ficoco-vl": math.isqrt(NUM_PATCHES * KEEP)
 def kind(request: pytest.FixtureRequest) -> Kind:
     """W8A8 with a scale for each channel and token; W4A16 in groups of 32."""
     found: Kind = request.param
+    quantized.needs(found)
     return found
 
 

@@ -17,7 +17,7 @@ from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.demo_model import examples
 from ficoco_vllm.kv.plan import DecoderPlanner
 from ficoco_vllm.server.explain.schema import Explanation
-from tests.support.server import Server, data_url, message, serve
+from tests.support.server import DTYPE, VALUE_BYTES, Server, data_url, message, serve
 
 pytestmark = pytest.mark.server
 
@@ -33,7 +33,7 @@ def server(small_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     arguments = ["--ficoco-method", "ficoco-vl", "--ficoco-keep", "15", "--served-model-name", "small"]
     arguments += ["--ficoco-explain", "--ficoco-min-keep", "4"]
     more = ["--enforce-eager", "--max-model-len", "1024", "--kv-cache-memory-bytes", str(2**26)]
-    more += ["--api-server-count", "2"]
+    more += ["--api-server-count", "2", "--dtype", DTYPE]
     more += [
         "--ficoco-elastic",
         json.dumps({"floor": 15, "ceiling": 16, "target_kv_usage": 1, "target_queue": 99}),
@@ -109,7 +109,9 @@ def test_the_field_reaches_tower_and_decoder(
     assert told["method"] == ("off" if ficoco == "off" else "ficoco-vl")
     config = FicocoConfig.parse({"method": "ficoco-l", "keep": kept})
     counts = DecoderPlanner.shared(config, 8, entering).counts("ficoco-l", entering, kept)
-    assert told["kv_bytes_saved"] == sum(144 - count for count in counts) * 2 * 2 * 32 * 2  # 2 heads, bf16
+    assert (
+        told["kv_bytes_saved"] == sum(144 - count for count in counts) * 2 * 2 * 32 * VALUE_BYTES
+    )  # 2 heads
     full = complete(server, images[:1], ficoco="off").usage.prompt_tokens
     assert answer.usage.prompt_tokens == full - 144 + entering
 
@@ -218,8 +220,8 @@ def test_metrics_by_segment_over_two_servers(server: Server, images: list[Image.
     expected = {str(segment): num_requests * (144 - count) for segment, count in enumerate(counts)}
     assert grown[0] == expected
     assert grown[1] == {
-        segment: tokens * 2 * 2 * 32 * 2 for segment, tokens in expected.items()
-    }  # 2 heads, bf16
+        segment: tokens * 2 * 2 * 32 * VALUE_BYTES for segment, tokens in expected.items()
+    }  # 2 heads
     assert (grown[2][""], grown[3][""]) == (num_requests * 144, num_requests * 16)
     assert grown[5][""] > 0
     now = samples(server, "reduction_seconds_count", site="decoder", method="ficoco-l")

@@ -30,6 +30,7 @@ SHARES: dict[Kind, float] = {"int8": 0.5, "int4": 0.8}
 def kind(request: pytest.FixtureRequest) -> Kind:
     """W8A8 with a scale for each channel and token; W4A16 in groups of 32."""
     found: Kind = request.param
+    quantized.needs(found)
     return found
 
 
@@ -81,7 +82,10 @@ def test_an_fp8_cache(random_llava: Path, images: list[Image.Image]) -> None:
     def distance(reference: ReferenceDecoder, keep: int) -> float:
         return fmean(
             float(
-                (answer.logprobs - reference.judge("ficoco-l", PROMPT, [Shown(image, keep, {})], answer.tokens))
+                (
+                    answer.logprobs
+                    - reference.judge("ficoco-l", PROMPT, [Shown(image, keep, {})], answer.tokens)
+                )
                 .abs()
                 .max()
             )

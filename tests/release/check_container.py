@@ -52,7 +52,11 @@ def pip_configuration(folder: Path) -> list[str]:
     must not lie where the image installs its own.
     """
     listed = subprocess.run(
-        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-m", "pip", "config", "list"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
     ).stdout
     settings, mounts = {}, set()
     for line in listed.splitlines():

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from tests.support.random_llava import build
-from tests.support.server import API_KEY, Server, serve
+from tests.support.server import API_KEY, DTYPE, Server, serve
 from tests.support.site import Site, loopback_site
 
 # Of `bounded`: visual tokens of an image, and the server's budget.
@@ -55,6 +55,7 @@ def bounded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bounded]:
     arguments += ["--ficoco-max-image-mb", "1", "--ficoco-max-body-mb", "4"]
     arguments += ["--ficoco-max-image-pixels", str(PIXELS), "--limit-mm-per-prompt", '{"image": 2}']
     arguments += ["--enforce-eager", "--max-model-len", "1024", "--kv-cache-memory-bytes", str(2**26)]
+    arguments += ["--dtype", DTYPE]
     with (
         loopback_site(SITE) as site,
         serve(folder / "log", str(model), *arguments, "--enable-scale-out") as server,

@@ -1,5 +1,6 @@
 """The command line: what it lists, and what it refuses before anything is loaded."""
 
+import argparse
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from ficoco_vllm import __version__
 from ficoco_vllm.reduction import available
 from ficoco_vllm.server.cli import main
 from ficoco_vllm.server.options import read_settings
+from ficoco_vllm.server.serve import _use_demo_model
 
 ELASTIC = '{"floor": 64, "ceiling": 288}'
 
@@ -163,3 +165,21 @@ sys.exit(cli.main())
         assert command.wait(60) == 128 + signal.SIGTERM
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
+
+
+@pytest.mark.parametrize(
+    ("asked", "has_products", "expected"),
+    [("auto", True, "auto"), ("auto", False, "float32"), ("bfloat16", False, "bfloat16")],
+)
+def test_the_demo_model_is_computed_in_what_the_cpu_is_fast_at(
+    monkeypatch: pytest.MonkeyPatch, asked: str, has_products: bool, expected: str
+) -> None:
+    """Its weights are bfloat16, which many a laptop multiplies ten times as slowly as float32."""
+    monkeypatch.setattr("ficoco_vllm.server.serve.multiplies_bfloat16", lambda: has_products)
+    monkeypatch.setattr("ficoco_vllm.server.serve.is_cpu_build", lambda: True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    args = argparse.Namespace(
+        model_tag=None, served_model_name=None, kv_cache_memory_bytes=None, enforce_eager=False, dtype=asked
+    )
+    _use_demo_model(args)
+    assert args.dtype == expected

@@ -11,11 +11,11 @@ from openai import AsyncOpenAI, OpenAI
 from PIL import Image
 
 from ficoco_vllm.demo_model import examples
-from tests.support.server import API_KEY, DEMO_KEEP, Server, data_url, message
+from tests.support.server import API_KEY, DEMO_KEEP, VALUE_BYTES, Server, data_url, message
 
 MODEL = "ficoco-demo"
 NUM_PATCHES = 576
-TOKEN_BYTES = 8 * 2 * 4 * 32 * 2  # layers, keys and values, heads, head size, bf16
+TOKEN_BYTES = 8 * 2 * 4 * 32 * VALUE_BYTES  # layers, keys and values, heads, head size
 
 pytestmark = pytest.mark.server
 

@@ -12,10 +12,10 @@ from PIL import Image
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.kv.plan import DecoderPlanner
 from tests.server.conftest import KEEP, NUM_PATCHES, Bounded
-from tests.support.server import API_KEY, data_url, message
+from tests.support.server import API_KEY, VALUE_BYTES, data_url, message
 
 NUM_LAYERS = 8
-LAYER_BYTES = 2 * 2 * 32 * 2  # keys and values, heads, head size, bf16
+LAYER_BYTES = 2 * 2 * 32 * VALUE_BYTES  # keys and values, heads, head size
 
 pytestmark = pytest.mark.server
 

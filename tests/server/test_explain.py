@@ -11,11 +11,11 @@ from PIL import Image
 from ficoco_vllm.demo_model import Example, examples
 from ficoco_vllm.server.cli import main
 from ficoco_vllm.server.explain.schema import Explanation
-from tests.support.server import API_KEY, DEMO_KEEP, Server, data_url
+from tests.support.server import API_KEY, DEMO_KEEP, VALUE_BYTES, Server, data_url
 
 NUM_PATCHES = 576
-# Of the demo model: 8 layers, keys and values, 4 heads of 32, bf16.
-TOKEN_BYTES = 8 * 2 * 4 * 32 * 2
+# Of the demo model: 8 layers, keys and values, 4 heads of 32.
+TOKEN_BYTES = 8 * 2 * 4 * 32 * VALUE_BYTES
 
 pytestmark = pytest.mark.server
 

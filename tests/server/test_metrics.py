@@ -23,7 +23,7 @@ from tests.support.prometheus import (
     promtool,
     scrape,
 )
-from tests.support.server import DEMO_KEEP, Server, budget, data_url, message
+from tests.support.server import DEMO_KEEP, VALUE_BYTES, Server, budget, data_url, message
 
 MODEL = "ficoco-demo"
 NUM_PATCHES = 576
@@ -156,9 +156,9 @@ def test_tokens_and_kv(traffic: Traffic) -> None:
 
 
 def kv_token_bytes() -> int:
-    """Keys and values of one token in all layers of the demo model, in bf16."""
+    """Keys and values of one token in all layers of the demo model."""
     text = read_config("demo")["text_config"]
-    return int(2 * text["num_hidden_layers"] * text["num_key_value_heads"] * text["head_dim"] * 2)
+    return int(2 * text["num_hidden_layers"] * text["num_key_value_heads"] * text["head_dim"] * VALUE_BYTES)
 
 
 def test_flops_are_the_planner_s(traffic: Traffic) -> None:

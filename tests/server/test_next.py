@@ -13,13 +13,13 @@ from ficoco_vllm.server.control.resolve import UNBOUNDED, Resolver, Told
 from ficoco_vllm.server.control.schema import FicocoRequest
 from ficoco_vllm.server.elastic.sites import Sites
 from tests.support.pictures import noise
-from tests.support.server import Server, data_url, message, serve
+from tests.support.server import DTYPE, VALUE_BYTES, Server, data_url, message, serve
 from tests.vision.test_layout import config
 
 # Width and height to the visual tokens without reduction: 96 pixels are 12 patches. Four tiles and 24 newlines; three
 # tiles of which 4 lines of patches show the image, with as many newlines.
 SIZES = {(192, 192): 5 * 144 + 24, (300, 40): 144 + 3 * 48 + 4}
-TOKEN_BYTES = 3 * 2 * 2 * 32 * 2  # layers, keys and values, heads, head size, bf16
+TOKEN_BYTES = 3 * 2 * 2 * 32 * VALUE_BYTES  # layers, keys and values, heads, head size
 
 
 def images() -> list[str]:
@@ -31,7 +31,7 @@ def images() -> list[str]:
 def next_server(random_next: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """FiCoCo-V with 16 tokens a tile."""
     arguments = [str(random_next), "--served-model-name", "next", "--ficoco-keep", "16", "--enforce-eager"]
-    arguments += ["--kv-cache-memory-bytes", str(2**28), "--max-model-len", "2048"]
+    arguments += ["--kv-cache-memory-bytes", str(2**28), "--max-model-len", "2048", "--dtype", DTYPE]
     with serve(tmp_path_factory.mktemp("next-server") / "log", *arguments) as server:
         yield server
 

@@ -28,7 +28,14 @@ def replicas(
     """The server that all tests share, and one from the wheel, started where no repository is."""
     folder = tmp_path_factory.mktemp("replica")
     arguments = ["--ficoco-method", "ficoco-v", "--ficoco-keep", str(DEMO_KEEP), "--api-key", API_KEY]
-    arguments += ["--api-server-count", "2", "--data-parallel-size", "2", "--kv-cache-memory-bytes", str(2**28)]
+    arguments += [
+        "--api-server-count",
+        "2",
+        "--data-parallel-size",
+        "2",
+        "--kv-cache-memory-bytes",
+        str(2**28),
+    ]
     with serve(folder / "log", *arguments, python=installed, folder=folder) as second:
         yield [server, second]
 

@@ -4,14 +4,21 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from benchmarks.ttft.quantization import GROUP, Kind, quantization_config
+from benchmarks.ttft.quantization import GROUP, Kind, quantization_config, runs_here
 
 # What the engines of the tests compute in: vLLM's CPU kernel of 4-bit weights knows bfloat16 only.
 DTYPES: dict[Kind, str] = {"int8": "float32", "int4": "bfloat16"}
+
+
+def needs(kind: Kind) -> None:
+    """Skip a test where vLLM has no kernel for such weights."""
+    if not runs_here(kind):
+        pytest.skip("vLLM's product with 4-bit weights needs a CPU with AVX-512")
 
 
 def quantize(weight: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:

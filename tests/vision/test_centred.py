@@ -46,9 +46,17 @@ def test_the_offset_of_the_keys_costs_nothing() -> None:
 
 
 def test_only_for_bfloat16_on_few_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ficoco_vllm.vision.centred._has_products", lambda: True)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert is_faster(torch.zeros(1, dtype=torch.bfloat16))
     assert not is_faster(torch.zeros(1))
     assert not is_faster(torch.zeros(1, dtype=torch.bfloat16, device="meta"))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    assert not is_faster(torch.zeros(1, dtype=torch.bfloat16))
+
+
+def test_not_where_the_cpu_has_no_products_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There one head after the other takes twenty times as long as the fused kernel."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr("ficoco_vllm.vision.centred._has_products", lambda: False)
     assert not is_faster(torch.zeros(1, dtype=torch.bfloat16))
