@@ -18,6 +18,9 @@ KEEP   ?= 64
 MODEL  ?=
 ARGS   ?=
 
+# Of `make charts-check`: a folder with the chart of vLLM's production stack.
+PRODUCTION_STACK ?=
+
 RUNTIME := $(VENV)/.installed
 DEV     := $(VENV)/.installed-dev
 
@@ -165,8 +168,9 @@ $(TOOLS)/.installed: requirements/release.lock $(DEV)
 	@$(TOOLS)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --requirement requirements/release.lock
 	@touch $@
 
-charts-check: $(TOOLS)/.installed  ## render vLLM's Helm chart with our values, by Helm, against Kubernetes' schemas
-	@$(TOOLS)/bin/python -m pytest tests/release/check_charts.py $(ARGS)
+charts-check: $(TOOLS)/.installed  ## render vLLM's Helm charts with our values, by Helm, against Kubernetes' schemas; PRODUCTION_STACK
+	@PRODUCTION_STACK="$(PRODUCTION_STACK)" $(TOOLS)/bin/python -m pytest \
+	    tests/release/check_charts.py tests/release/check_production_stack.py $(ARGS)
 
 $(RAY)/.installed: requirements/ray.lock $(DEV)
 	@$(PYTHON) -m venv $(RAY)
