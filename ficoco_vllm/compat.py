@@ -98,8 +98,8 @@ def multiplies_bfloat16() -> bool:
     """Whether this CPU has instructions for products of bfloat16; without, they take ten times as long as float32's."""
     import torch
 
-    find: Any = torch.ops.mkldnn._is_mkldnn_bf16_supported
-    return torch.backends.mkldnn.is_available() and bool(find())
+    mkldnn: Any = torch.backends.mkldnn  # not annotated by torch
+    return bool(mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def set_cpu_defaults() -> None:
