@@ -1,4 +1,4 @@
-"""`make bench-quantized`: time to first token with weights in bfloat16, INT8 (W8A8) and INT4 (W4A16).
+"""`make bench-quantized`: time to first token with plain weights, INT8 (W8A8) and INT4 (W4A16).
 
 First one engine with FiCoCo-V for each, side by side: all take turns, request by request, with 576 and with 64 visual
 tokens. Then, for each and for FiCoCo-L and FiCoCo-VL, an engine of that method beside the one with 576 tokens. With 576
@@ -46,11 +46,11 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model-size", default="7b", choices=list(WHOLE_MODELS), help="widths of LLaVA-1.5")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of activations")
     parser.add_argument(
         "--weights",
         nargs="+",
         choices=get_args(Weights),
-        default=[kind for kind in get_args(Weights) if runs_here(kind)],
         help="default: all that vLLM computes on this machine",
     )
     parser.add_argument(
@@ -61,9 +61,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="default: quantized-SIZE.json of the results")
     args = parser.parse_args()
-    for weights in args.weights:
-        if not runs_here(weights):
-            parser.error(f"--weights: got {weights!r}, which needs a CPU with AVX-512")
+    possible = [weights for weights in get_args(Weights) if runs_here(weights, args.dtype)]
+    args.weights = args.weights or possible
+    if missing := [weights for weights in args.weights if weights not in possible]:
+        parser.error(
+            f"--weights: got {missing[0]!r}, which needs --dtype bfloat16 and a CPU with AVX-512 or a GPU; "
+            f"allowed here: {', '.join(possible)}"
+        )
     out = args.out or RESULTS / f"quantized-{args.model_size}.json"
     order = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -72,15 +76,16 @@ def main() -> int:
             for weights in args.weights
         }
         side_by_side = [(weights, kind) for weights in args.weights for kind in (ALL, FEW)]
-        rows = summary(_measure(written, side_by_side, args.rounds, order), args.weights)
+        rows = summary(_measure(written, side_by_side, args.rounds, order, args.dtype), args.weights)
         for weights in args.weights:
             for name in args.methods:
                 pair = [(weights, ALL), (weights, KINDS[name])]
                 # All tokens have their row already; here they are what the method is held against.
-                rows += summary(_measure(written, pair, args.rounds, order), [weights])[1:]
+                rows += summary(_measure(written, pair, args.rounds, order, args.dtype), [weights])[1:]
     result = {
         "environment": environment(),
         "model_size": args.model_size,
+        "dtype": args.dtype,
         "layers": args.layers,
         "rounds": args.rounds,
         "seed": args.seed,
@@ -104,7 +109,7 @@ def table(result: dict[str, Any]) -> str:
     """
     lines = [
         "| weights | visual tokens | first token, s (min-max) | over 576 tokens (min-max) | FLOPs say | "
-        "over bf16 (min-max) |",
+        "over plain (min-max) |",
         "|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
@@ -119,7 +124,9 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _measure(folders: dict[str, str], asked: Sequence[Asked], rounds: int, order: random.Random) -> Samples:
+def _measure(
+    folders: dict[str, str], asked: Sequence[Asked], rounds: int, order: random.Random, dtype: str
+) -> Samples:
     """Start the engines that are needed, and let them take turns.
 
     Args:
@@ -127,6 +134,7 @@ def _measure(folders: dict[str, str], asked: Sequence[Asked], rounds: int, order
         asked: one request of each a round, in random order; the first round warms up and is not counted.
         rounds: that count.
         order: of the kinds, and the seed of the images.
+        dtype: of activations.
 
     Returns:
         Seconds to the first token of each kind in every round.
@@ -136,7 +144,7 @@ def _measure(folders: dict[str, str], asked: Sequence[Asked], rounds: int, order
         pipes: dict[tuple[str, bool], Any] = {}
         for weights, kind in asked:
             if (weights, kind.in_decoder) not in pipes:
-                started = engine(folders[weights], kind, "bfloat16")
+                started = engine(folders[weights], kind, dtype)
                 pipes[weights, kind.in_decoder] = stack.enter_context(started)
         for round_index in range(-1, rounds):
             for weights, kind in order.sample(asked, len(asked)):

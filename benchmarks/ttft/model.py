@@ -26,7 +26,7 @@ def config(num_layers: int, size: str = "7b") -> dict[str, Any]:
     return values
 
 
-def write(folder: Path, num_layers: int, size: str = "7b", weights: Weights = "bf16") -> Path:
+def write(folder: Path, num_layers: int, size: str = "7b", weights: Weights = "plain") -> Path:
     """Write configuration, tokenizer and processor; the weights are made up by vLLM (`load_format="dummy"`).
 
     Args:
@@ -50,7 +50,7 @@ def write(folder: Path, num_layers: int, size: str = "7b", weights: Weights = "b
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-5,
     }
-    if weights != "bf16":
+    if weights != "plain":
         values["quantization_config"] = quantization_config(weights)
     (folder / "config.json").write_text(json.dumps(values, indent=2))
     side = values["vision_config"]["image_size"]

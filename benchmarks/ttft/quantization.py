@@ -6,7 +6,7 @@ import torch
 from vllm.platforms import current_platform
 
 Kind = Literal["int8", "int4"]
-Weights = Literal["bf16", "int8", "int4"]
+Weights = Literal["plain", "int8", "int4"]
 GROUP = 32
 # As published checkpoints do: tower, projector and language head stay as they are.
 IGNORED = ["lm_head", "re:.*lm_head", "re:.*vision_tower.*", "re:.*multi_modal_projector.*"]
@@ -60,11 +60,14 @@ def quantization_config(kind: Kind) -> dict[str, Any]:
     }
 
 
-def runs_here(weights: Weights) -> bool:
-    """Whether vLLM can multiply by such weights on this machine: on a CPU, 4-bit ones need AVX-512.
+def runs_here(weights: Weights, dtype: str = "bfloat16") -> bool:
+    """Whether vLLM can multiply by such weights on this machine: on a CPU, 4-bit ones need bfloat16 and AVX-512.
 
     Args:
         weights: of the decoder.
+        dtype: of activations.
     """
+    if weights != "int4" or not current_platform.is_cpu():
+        return True
     current_platform.import_kernels()
-    return weights != "int4" or not current_platform.is_cpu() or hasattr(torch.ops._C, "cpu_gemm_wna16")
+    return dtype == "bfloat16" and hasattr(torch.ops._C, "cpu_gemm_wna16")

@@ -12,12 +12,12 @@ from benchmarks.ttft.kinds import KINDS, WHOLE_MODELS, predicted_speedup
 
 def test_ratios_are_taken_round_by_round() -> None:
     samples = {
-        ("bf16", "keep-576"): [4.0, 8.0, 4.0],
-        ("bf16", "keep-64"): [2.0, 2.0, 2.0],
+        ("plain", "keep-576"): [4.0, 8.0, 4.0],
+        ("plain", "keep-64"): [2.0, 2.0, 2.0],
         ("int8", "keep-576"): [2.0, 4.0, 4.0],
         ("int8", "keep-64"): [1.0, 1.0, 0.5],
     }
-    rows = summary(samples, ["bf16", "int8"])
+    rows = summary(samples, ["plain", "int8"])
     assert [(row["weights"], row["kind"]) for row in rows] == list(samples)
     assert rows[1]["over_all_tokens"] == {"median": 2.0, "min": 2.0, "max": 4.0}
     assert rows[2]["over_first_weights"] == {"median": 2.0, "min": 1.0, "max": 2.0}
