@@ -17,6 +17,8 @@ METHOD ?= ficoco-v
 KEEP   ?= 64
 MODEL  ?=
 ARGS   ?=
+# Of `make test`: files of tests that run at once.
+JOBS   ?= 2
 
 # Of `make charts-check`: a folder with the chart of vLLM's production stack.
 PRODUCTION_STACK ?=
@@ -54,7 +56,7 @@ serve: $(RUNTIME)  ## serve on PORT; METHOD, KEEP, MODEL, ARGS (default: the dem
 	    --ficoco-method $(METHOD) --ficoco-keep $(KEEP) $(ARGS)
 
 test: $(DEV)  ## run the tests
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 check: lint types imports  ## ruff, mypy, import-linter
 

@@ -4,9 +4,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from ficoco_vllm.compat import multiplies_bfloat16
 from ficoco_vllm.server.process import OURS, STOCK, serving
 
-__all__ = ["OURS", "STOCK", "serve"]
+__all__ = ["OURS", "STOCK", "serve", "value_type"]
 
 
 @contextmanager
@@ -23,3 +24,8 @@ def serve(
     """
     with serving(arguments, log, environment, program) as served:
         yield served.url
+
+
+def value_type() -> tuple[str, int]:
+    """What `ficoco-vllm serve` computes the demo model in on this machine, and bytes of a value of it."""
+    return ("bfloat16", 2) if multiplies_bfloat16() else ("float32", 4)

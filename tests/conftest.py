@@ -1,13 +1,16 @@
 """Settings of vLLM for tests, and the models that they share."""
 
+import fcntl
 import os
+import tempfile
 
 # Read by vLLM at import. The engine lives in this process, so that its KV manager can be looked at.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Threads of several engines would wait for each other, and they spin.
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
@@ -58,6 +61,22 @@ COMPAT = (
     "server/test_survival.py",
     "vision/test_layout.py",
 )
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Let tests marked `alone` run while no other worker's test does. Who waits for that is not overtaken."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    if run is None:
+        return (yield)
+    alone = item.get_closest_marker("alone") is not None
+    folder = Path(tempfile.gettempdir())
+    with (folder / f"{run}.turn").open("w") as turn, (folder / f"{run}.tests").open("w") as tests:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        fcntl.flock(tests, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        if not alone:
+            fcntl.flock(turn, fcntl.LOCK_UN)
+        return (yield)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -20,8 +20,8 @@ from benchmarks.endurance.asks import Target, make_asks
 from benchmarks.endurance.client import Client
 from benchmarks.endurance.drive import Settings, drive
 from benchmarks.endurance.promises import promises
+from benchmarks.serving import value_type
 from benchmarks.soak.load import METHODS
-from ficoco_vllm.compat import multiplies_bfloat16
 from ficoco_vllm.server.process import serving
 
 RESULTS = Path(__file__).parent.parent / "results" / "endurance.json"
@@ -30,7 +30,7 @@ MAX_BODY_MIB, MAX_MODEL_LEN = 2, 2048
 METHODS_OF = {TOWER: ("ficoco-v", "tome", "evit", "topk-cls"), DECODER: METHODS}
 # Longest requests are two images that keep everything; the cache holds two of them. The demo model has 2,048 keys and
 # values a token, of the type that `ficoco-vllm serve` computes it in.
-KV_BYTES = 4096 * 2048 * (2 if multiplies_bfloat16() else 4)
+KV_BYTES = 4096 * 2048 * value_type()[1]
 OPTIONS = [
     *("--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", "16"),
     *("--kv-cache-memory-bytes", str(KV_BYTES)),

@@ -17,6 +17,7 @@ from ficoco_vllm.benchmarks.load.doubts import doubts
 from ficoco_vllm.benchmarks.load.run import Target, run_turn, run_turns
 from ficoco_vllm.benchmarks.load.settings import STOCK, Server, Traffic, Turn, make_points, make_turns
 from ficoco_vllm.benchmarks.load.summary import as_csv, as_table, ratio, summarise
+from ficoco_vllm.benchmarks.serving import value_type
 from ficoco_vllm.reduction.cost import model_shape
 from ficoco_vllm.server.errors import fail
 
@@ -164,12 +165,13 @@ def _model(args: argparse.Namespace, scratch: Path) -> tuple[str, tuple[str, ...
     else:
         return args.model, ()
     decoder = model_shape(json.loads((folder / "config.json").read_text())).decoder
-    block_bytes = _BLOCK * decoder.num_layers * 2 * decoder.num_kv_heads * decoder.head_dim * 2  # bfloat16
+    dtype, value_bytes = value_type()
+    block_bytes = _BLOCK * decoder.num_layers * 2 * decoder.num_kv_heads * decoder.head_dim * value_bytes
     num_blocks = _STOCK_REQUESTS * math.ceil(
         (_STOCK_VISUAL_TOKENS + args.text_tokens + args.answer_tokens) / _BLOCK
     )
     return str(folder), (
-        *("--enforce-eager", "--dtype", "bfloat16", "--max-model-len", "2048", "--block-size", str(_BLOCK)),
+        *("--enforce-eager", "--dtype", dtype, "--max-model-len", "2048", "--block-size", str(_BLOCK)),
         *("--kv-cache-memory-bytes", str(num_blocks * block_bytes), *options),
     )
 

@@ -106,7 +106,7 @@ def layer() -> Any:
         ("evit", {}, {"attention_block", "partition"}),
         ("visionzip", {}, {"cls_scores", "partition"}),
     ],
-    ids=str,
+    ids=lambda value: "-".join(sorted(value)) if isinstance(value, set) else str(value),  # in one order
 )
 @pytest.mark.parametrize("handed_out", [True, False])
 def test_tower(

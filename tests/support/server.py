@@ -13,12 +13,12 @@ from typing import Any
 from openai import OpenAI
 from PIL import Image
 
-from ficoco_vllm.compat import multiplies_bfloat16
+from benchmarks.serving import value_type
 from ficoco_vllm.plugin import ALLOW_PRIVATE_MEDIA, MAX_BODY_BYTES, MAX_IMAGE_BYTES, MAX_PIXELS
 from ficoco_vllm.server.process import OURS, Process, is_healthy, serving
 
 # What servers compute in, the demo model's default; bytes of a value.
-DTYPE, VALUE_BYTES = ("bfloat16", 2) if multiplies_bfloat16() else ("float32", 4)
+DTYPE, VALUE_BYTES = value_type()
 # Budget of the server that the tests share; that of `make serve`.
 DEMO_KEEP = 64
 # Also what the README's client sends.
