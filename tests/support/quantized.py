@@ -14,6 +14,10 @@ from benchmarks.ttft.quantization import GROUP, Kind, quantization_config, runs_
 # What the engines of the tests compute in: vLLM's CPU kernel of 4-bit weights knows bfloat16 only.
 DTYPES: dict[Kind, str] = {"int8": "float32", "int4": "bfloat16"}
 
+# vLLM refuses one elsewhere, on CPUs.
+HAS_FP8_CACHE = torch.cuda.is_available() or torch.cpu._is_avx512_supported()
+needs_fp8_cache = pytest.mark.skipif(not HAS_FP8_CACHE, reason="vLLM's fp8 KV cache needs a CPU with AVX-512")
+
 
 def needs(kind: Kind) -> None:
     """Skip a test where vLLM has no kernel for such weights."""
