@@ -96,19 +96,21 @@ def test_aborts_in_every_phase_give_everything_back(
 ) -> None:
     """And the requests beside them do not notice."""
     free = engine.call(calls.free_blocks)
-    aborted, answers = engine.call(calls.abort_in, mixed(images, 40), phase, every)
+    count = 40 if phase == "preempted" else 20
+    aborted, answers = engine.call(calls.abort_in, mixed(images, count), phase, every)
     assert aborted
-    assert len(answers) >= 20
+    assert len(answers) >= count // 2
     assert engine.call(calls.free_blocks) == free
     assert not any(engine.call(calls.held))
     for index, tokens in answers.items():
         assert tokens == alone[index].tokens
 
 
-def test_2000_requests_leave_no_block_behind(engine: Remote, images: list[Image.Image]) -> None:
+def test_400_requests_leave_no_block_behind(engine: Remote, images: list[Image.Image]) -> None:
+    """`make soak-decoder` sends 2,000."""
     free = engine.call(calls.free_blocks)
     batch = mixed(images, 10) + [Ask(TEXT_ONLY)] * 30
-    assert engine.call(calls.repeat_short, batch, 50) == {free}
+    assert engine.call(calls.repeat_short, batch, 10) == {free}
     assert not any(engine.call(calls.held))
 
 

@@ -12,7 +12,7 @@ import pytest
 from ficoco_vllm.server.control.routes import READ
 from ficoco_vllm.server.process import STOCK
 from tests.support.pictures import noise
-from tests.support.server import API_KEY, Server, data_url, message, serve
+from tests.support.server import API_KEY, DTYPE, Server, data_url, message, serve
 
 MODEL = "ficoco-demo"
 # Different in every answer, or of the moment.
@@ -33,6 +33,7 @@ def plain(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     log = tmp_path_factory.mktemp("plain") / "log"
     arguments = ["--model", str(demo_model), "--served-model-name", MODEL, "--enforce-eager"]
     arguments += ["--api-key", API_KEY, "--kv-cache-memory-bytes", str(2**28), "--trust-request-mm-kwargs"]
+    arguments += ["--dtype", DTYPE]
     with serve(log, *arguments, program=STOCK, VLLM_PLUGINS="none") as server:
         yield server
 
