@@ -4,6 +4,7 @@ import asyncio
 import json
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -65,13 +66,14 @@ def supervised(
     """The demo model, with time for requests that run when it is told to stop."""
     method, num_tokens = request.param
     folder = tmp_path_factory.mktemp("supervised")
-    temporary = folder / "t"
-    temporary.mkdir()
     arguments = ["--ficoco-method", method, "--ficoco-keep", "64", "--shutdown-timeout", "60"]
-    with serve(
-        folder / "log", *arguments, program=SERVE, python=Path("/bin/bash"), TMPDIR=str(temporary)
-    ) as server:
-        yield Supervised(server, temporary, num_tokens)
+    with (
+        tempfile.TemporaryDirectory() as temporary,  # a short path: sockets lie in it
+        serve(
+            folder / "log", *arguments, program=SERVE, python=Path("/bin/bash"), TMPDIR=temporary
+        ) as server,
+    ):
+        yield Supervised(server, Path(temporary), num_tokens)
 
 
 def long_asks(num_tokens: int) -> list[Ask]:
