@@ -12,7 +12,7 @@ from vllm.renderers.online_renderer import OnlineRenderer
 from ficoco_vllm.field import READ, hook_renderer
 
 
-class Reached(Exception):  # noqa: N818 (no error)
+class ReachedError(Exception):
     """VLLM's own method was called."""
 
 
@@ -21,7 +21,7 @@ def renderer(monkeypatch: pytest.MonkeyPatch) -> OnlineRenderer:
     """One whose own methods only say that they were reached."""
 
     async def reach(self: Any, *_: Any, **__: Any) -> None:
-        raise Reached
+        raise ReachedError
 
     for name in ("preprocess_chat", "preprocess_cmpl"):
         monkeypatch.setattr(OnlineRenderer, name, reach)
@@ -39,10 +39,10 @@ def test_refused_only_where_nobody_reads_it(renderer: OnlineRenderer, name: str)
         asyncio.run(preprocess(with_field, []))
     assert caught.value.parameter == "ficoco"
     for request in (without, SimpleNamespace()):
-        with pytest.raises(Reached):
+        with pytest.raises(ReachedError):
             asyncio.run(preprocess(request, []))
     setattr(renderer, READ, True)
-    with pytest.raises(Reached):
+    with pytest.raises(ReachedError):
         asyncio.run(preprocess(with_field, []))
 
 
