@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import sys
 import tempfile
 
 # Read by vLLM at import. The engine lives in this process, so that its KV manager can be looked at.
@@ -21,6 +22,7 @@ import pytest
 from openai import OpenAI
 from PIL import Image
 
+from ficoco_vllm.compat import INTERPRETER_FOLDER
 from tests.support.pictures import noise
 from tests.support.release import Release, build, install
 from tests.support.server import API_KEY, DEMO_KEEP, Server, serve
@@ -84,6 +86,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if str(item.path.relative_to(Path(__file__).parent)) in COMPAT:
             item.add_marker(pytest.mark.compat)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def interpreter_stays_hidden() -> Iterator[None]:
+    """Fail a module that leaves Triton's backend `cpu` where every later engine would find it, and run on V2."""
+    before = list(sys.path)
+    yield
+    left = [folder for folder in sys.path if folder not in before and folder.endswith(INTERPRETER_FOLDER)]
+    sys.path[:] = [folder for folder in sys.path if folder not in left]
+    assert not left
 
 
 @pytest.fixture(scope="session")

@@ -103,9 +103,9 @@ def test_serve_refuses_in_one_line(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(
-        os, "environ", dict(os.environ)
-    )  # the command writes there what later tests must not find
+    # The command writes to both what later tests must not find.
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(sys, "path", list(sys.path))
     assert main(["serve", *arguments]) == 2
     check_line(capsys.readouterr().err, parts)
 
