@@ -1,4 +1,7 @@
-"""Quantized decoders behind a tower that reduces: against an oracle that rounds as the checkpoint's scheme does."""
+"""Quantized decoders behind a tower that reduces: against an oracle that rounds as the checkpoint's scheme does.
+
+And a KV cache in fp8.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,10 +12,11 @@ from PIL import Image
 from vllm import LLM
 
 from tests.reference.algorithm1 import ReferenceLlava
+from tests.reference.algorithm2 import ReferenceDecoder, Shown
 from tests.support import quantized
 from tests.support.compare import TOLERANCE
 from tests.support.engine import PROMPT, Answer, ask, make_engine, request
-from tests.support.quantized import DTYPES, Kind
+from tests.support.quantized import DTYPES, Kind, needs_fp8_cache, to_e4m3
 
 pytestmark = pytest.mark.engine
 
@@ -63,3 +67,32 @@ def test_equals_an_oracle_that_rounds(
         assert sum(distance < TOLERANCE for distance in near) >= 2, near
         other = distances(answers, oracle, images, keep + 1)
         assert fmean(near) < SHARES[kind] * fmean(other), (near, other)
+
+
+@needs_fp8_cache
+def test_an_fp8_cache(random_llava: Path, images: list[Image.Image]) -> None:
+    """Against an oracle whose attention reads rounded keys and values; what the tower keeps, no cache touches."""
+    exact, rounded = ReferenceDecoder(random_llava), ReferenceDecoder(random_llava)
+    rounded.stored = to_e4m3
+    shown = images[:4]
+    engine = make_engine(random_llava, {"method": "ficoco-v", "keep": 64}, kv_cache_dtype="fp8")
+    try:
+        answers = ask(engine, [request(PROMPT, [image]) for image in shown], 2)
+    finally:
+        engine.llm_engine.engine_core.shutdown()
+
+    def distance(reference: ReferenceDecoder, keep: int) -> float:
+        return fmean(
+            float(
+                (
+                    answer.logprobs
+                    - reference.judge("ficoco-l", PROMPT, [Shown(image, keep, {})], answer.tokens)
+                )
+                .abs()
+                .max()
+            )
+            for answer, image in zip(answers, shown, strict=True)
+        )
+
+    near, far = distance(rounded, 64), min(distance(exact, 64), distance(rounded, 65))
+    assert near < 0.1 * far, (near, far)
