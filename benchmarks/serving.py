@@ -27,5 +27,5 @@ def serve(
 
 
 def value_type() -> tuple[str, int]:
-    """What `ficoco-vllm serve` computes the demo model in on this machine, and bytes of a value of it."""
+    """What this machine multiplies fast, and bytes of a value of it."""
     return ("bfloat16", 2) if multiplies_bfloat16() else ("float32", 4)

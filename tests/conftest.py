@@ -122,6 +122,15 @@ def demo_model() -> Path:
     return path()
 
 
+@pytest.fixture(scope="module", params=("int8", "int4"))
+def kind(request: pytest.FixtureRequest) -> str:
+    """Of quantized weights: W8A8 with a scale for each channel and token; W4A16 in groups of 32."""
+    from tests.support import quantized
+
+    quantized.needs(request.param)
+    return str(request.param)
+
+
 @pytest.fixture(scope="session")
 def images() -> list[Image.Image]:
     """Eight different images, not all square."""

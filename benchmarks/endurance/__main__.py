@@ -20,7 +20,6 @@ from benchmarks.endurance.asks import Target, make_asks
 from benchmarks.endurance.client import Client
 from benchmarks.endurance.drive import Settings, drive
 from benchmarks.endurance.promises import promises
-from benchmarks.serving import value_type
 from benchmarks.soak.load import METHODS
 from ficoco_vllm.server.process import serving
 
@@ -30,7 +29,7 @@ MAX_BODY_MIB, MAX_MODEL_LEN = 2, 2048
 METHODS_OF = {TOWER: ("ficoco-v", "tome", "evit", "topk-cls"), DECODER: METHODS}
 # Longest requests are two images that keep everything; the cache holds two of them. The demo model has 2,048 keys and
 # values a token, of the type that `ficoco-vllm serve` computes it in.
-KV_BYTES = 4096 * 2048 * value_type()[1]
+KV_BYTES = 4096 * 2048 * 4  # float32, as the demo model is served on a CPU
 OPTIONS = [
     *("--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", "16"),
     *("--kv-cache-memory-bytes", str(KV_BYTES)),

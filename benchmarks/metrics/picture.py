@@ -33,7 +33,7 @@ PHASES: tuple[dict[str, Any], ...] = (
 CONCURRENCY, NUM_TOKENS, STEP_SECONDS, WINDOW_SECONDS = 24, 96, 2, 12
 # Some 126 blocks of 128 tokens: 18 of the 24 requests that keep everything fit.
 SERVE = ("--ficoco-method", "ficoco-v", "--ficoco-keep", "64", "--trust-request-mm-kwargs")
-KV_BYTES = 126 * 128 * 4096
+KV_BYTES = 126 * 128 * 8192
 PANELS = (
     "Visual tokens removed",
     "Visual tokens",

@@ -28,14 +28,6 @@ SHARE = 0.5
 ENTERING = {"ficoco-l": NUM_PATCHES, "ficoco-vl": math.isqrt(NUM_PATCHES * KEEP)}
 
 
-@pytest.fixture(scope="module", params=list(DTYPES))
-def kind(request: pytest.FixtureRequest) -> Kind:
-    """W8A8 with a scale for each channel and token; W4A16 in groups of 32."""
-    found: Kind = request.param
-    quantized.needs(found)
-    return found
-
-
 @pytest.fixture(scope="module")
 def engine(small_llava: Path, kind: Kind, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Remote]:
     """FiCoCo-VL, whose part in the tower a request may leave out."""

@@ -26,14 +26,6 @@ pytestmark = pytest.mark.engine
 SHARES: dict[Kind, float] = {"int8": 0.5, "int4": 0.8}
 
 
-@pytest.fixture(scope="module", params=list(DTYPES))
-def kind(request: pytest.FixtureRequest) -> Kind:
-    """W8A8 with a scale for each channel and token; W4A16 in groups of 32."""
-    found: Kind = request.param
-    quantized.needs(found)
-    return found
-
-
 @pytest.fixture(scope="module")
 def engine(random_llava: Path, kind: Kind, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
     """FiCoCo-V with 64 of 576 tokens."""

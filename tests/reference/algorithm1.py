@@ -1,7 +1,7 @@
 """FiCoCo-V written plainly on Hugging Face's LLaVA: the oracle of the served one. Nothing of ours is used here.
 
-All of it is float64. What the served float32 is held against must not have rounding errors of its own, and where
-scores nearly tie only float64 tells who leaves.
+All of it is float64, unless a test wants to know what rounding alone does. What the served float32 is held against must
+not have rounding errors of its own, and where scores nearly tie only float64 tells who leaves.
 """
 
 import math
@@ -89,8 +89,9 @@ class ReferenceLlava:
 
     model_class: Any = LlavaForConditionalGeneration
 
-    def __init__(self, folder: Path) -> None:
-        self.model = self.model_class.from_pretrained(folder, dtype=torch.float32).eval().double()
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float64) -> None:
+        self.dtype = dtype
+        self.model = self.model_class.from_pretrained(folder, dtype=torch.float32).eval().to(dtype)
         for module in self.model.modules():
             if isinstance(module, LlamaRMSNorm):
                 module.forward = MethodType(plain_norm, module)
@@ -106,7 +107,7 @@ class ReferenceLlava:
     @torch.no_grad()
     def features(self, image: Image.Image, keep: int) -> Tensor:
         """Projected visual tokens of one image, (keep, hidden size)."""
-        pixels = self.processor.image_processor(image, return_tensors="pt")["pixel_values"].double()
+        pixels = self.processor.image_processor(image, return_tensors="pt")["pixel_values"].to(self.dtype)
         hidden, _ = self.encode(pixels, keep, Shown(range(self.side), range(self.side)))
         skip = 0 if self.config.vision_feature_select_strategy == "full" else 1
         projected: Tensor = self.model.model.multi_modal_projector(hidden[0, skip:])

@@ -55,12 +55,7 @@ def build(
         image_processor=CLIPImageProcessor(
             size={"shortest_edge": 192}, crop_size={"height": 192, "width": 192}
         ),
-        tokenizer=_tokenizer(),
-        patch_size=patch_size,
-        vision_feature_select_strategy=select,
-        image_token="<image>",
-        num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
+        **_reading(patch_size, select),
     )
     processor.save_pretrained(folder)
     parts = _parts(vision_layers, 192, patch_size, decoder_layers)
@@ -95,12 +90,7 @@ def build_next(
             crop_size={"height": tile_size, "width": tile_size},
             image_grid_pinpoints=pinpoints,
         ),
-        tokenizer=_tokenizer(),
-        patch_size=patch_size,
-        vision_feature_select_strategy="default",
-        image_token="<image>",
-        num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
+        **_reading(patch_size, "default"),
     )
     processor.save_pretrained(folder)
     parts = _parts(vision_layers, tile_size, patch_size, decoder_layers)
@@ -109,6 +99,18 @@ def build_next(
     )
     torch.manual_seed(seed)
     return _save(LlavaNextForConditionalGeneration(config), folder)
+
+
+def _reading(patch_size: int, select: str) -> dict[str, Any]:
+    """What both processors have in common."""
+    return {
+        "tokenizer": _tokenizer(),
+        "patch_size": patch_size,
+        "vision_feature_select_strategy": select,
+        "image_token": "<image>",
+        "num_additional_image_tokens": 1,
+        "chat_template": CHAT_TEMPLATE,
+    }
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

@@ -11,10 +11,13 @@ from ficoco_vllm.reduction.settings import Settings
 from ficoco_vllm.reduction.signals import Signals, require
 from ficoco_vllm.reduction.stages.text_filter import Relevance
 
+# A gain of the determinantal process below this part of where it began is a rounding error of fp64.
+_SPENT = 1e-10
 
-def _cosines(signals: Signals) -> Tensor:
-    """Cosine between the features of all pairs, (B, N, N) fp32."""
-    features = torch.nn.functional.normalize(require(signals, "features").float(), dim=-1)
+
+def _cosines(signals: Signals, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Cosine between the features of all pairs, (B, N, N)."""
+    features = torch.nn.functional.normalize(require(signals, "features").to(dtype), dim=-1)
     return features @ features.transpose(1, 2)
 
 
@@ -56,7 +59,8 @@ def conditional_dpp(signals: Signals, settings: Relevance, num_removed: int) -> 
     """Keep the tokens that maximise the determinant of L_ij = r_i * cos(f_i, f_j) * r_j, greedily.
 
     r is the relevance for the text, stretched to 0..1 within the image. Each step picks the token with the
-    largest gain, which an incremental Cholesky factor keeps up to date.
+    largest gain, which an incremental Cholesky factor keeps up to date, in fp64. Once the features span no more
+    dimensions there is nothing to gain, and the most relevant of the others are kept.
 
     Args:
         signals: `features` (B, N, Df) and `text_relevance` (B, N).
@@ -68,25 +72,28 @@ def conditional_dpp(signals: Signals, settings: Relevance, num_removed: int) -> 
 
     Source: arXiv:2506.10967, Sec. 3.
     """
-    relevance = require(signals, "text_relevance").float()
+    relevance = require(signals, "text_relevance").double()
     relevance = -relevance if settings.negate else relevance
     low, high = relevance.aminmax(dim=-1, keepdim=True)
     # The small number keeps every token eligible, and equal relevances at 1.
     relevance = (relevance - low + 1e-6) / (high - low + 1e-6)
-    kernel = relevance[..., None] * _cosines(signals) * relevance[:, None]
+    kernel = relevance[..., None] * _cosines(signals, torch.float64) * relevance[:, None]
     B, N = relevance.shape
     K = N - num_removed
-    gain = kernel.diagonal(dim1=1, dim2=2).clone()
+    whole = kernel.diagonal(dim1=1, dim2=2)
+    gain = whole.clone()
     factor = kernel.new_zeros(B, K, N)
-    redundancy = kernel.new_ones(B, N)
+    redundancy = kernel.new_ones(B, N, dtype=torch.float32)
     for step in range(K):
-        pick = gain.argmax(dim=-1, keepdim=True)
+        spent = gain < _SPENT * whole
+        # Below all gains, in order of relevance; what was picked before is below those.
+        pick = torch.where(redundancy > 0, torch.where(spent, whole - 2, gain), -torch.inf).argmax(
+            -1, keepdim=True
+        )
         before = factor[:, :step]
         weight = before.gather(2, pick[:, None].expand(B, step, 1))
         row = _rows(kernel, pick[:, 0]) - torch.bmm(weight.transpose(1, 2), before)[:, 0]
-        # Once the features span no more dimensions, gains are rounding errors around zero.
-        row = row / gain.gather(1, pick).clamp_min(1e-12).sqrt()
-        factor[:, step] = row
+        factor[:, step] = torch.where(spent.gather(1, pick), 0, row * gain.gather(1, pick).rsqrt())
         redundancy = redundancy.scatter(1, pick, 0.0)
-        gain = torch.where(redundancy > 0, gain - row.square(), -torch.inf)
+        gain = gain - factor[:, step].square()
     return redundancy
