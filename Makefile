@@ -27,7 +27,7 @@ RUNTIME := $(VENV)/.installed
 DEV     := $(VENV)/.installed-dev
 
 .PHONY: help install serve test test-kernels check format lint types imports kernels-aot bench-kernels bench-ttft \
-    bench-quantized bench-concurrency soak soak-decoder bench-metrics bench-elastic bench-load bench-cpu-mode \
+    bench-efficiency bench-concurrency soak soak-decoder bench-metrics bench-elastic bench-load bench-cpu-mode \
     bench-accuracy \
     bench-accuracy-decoder bench-composition bench-smoke figures lmms dist release-check container-check \
     charts-check ray-check compat docs clean
@@ -48,6 +48,15 @@ $(RUNTIME): requirements/cpu.lock requirements/install.sh pyproject.toml require
 $(DEV): requirements/dev.lock $(RUNTIME)
 	@requirements/install.sh $(BIN)/python requirements/dev.lock
 	@touch $@
+
+# The environment whose mark is the target: packages of the lock on top of those that serve.
+define on_top
+@$(BIN)/python -m venv $(@D)
+@echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+    > "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/serving.pth"
+@$(@D)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --requirement $<
+@touch $@
+endef
 
 install: $(RUNTIME)  ## make .venv with everything that serving on a CPU needs
 
@@ -87,8 +96,8 @@ bench-kernels: $(DEV)  ## time the fused ops (on a GPU the kernels, else the tor
 bench-ttft: $(DEV)  ## time to first token at LLaVA-1.5-7B's width, stock and reduced side by side
 	@$(BIN)/python -m benchmarks.ttft $(ARGS)
 
-bench-quantized: $(DEV)  ## time to first token with bfloat16, INT8 and INT4 weights, with all and 64 visual tokens
-	@$(BIN)/python -m benchmarks.quantized $(ARGS)
+bench-efficiency: $(DEV)  ## the rows of the paper's Tables 8 and 9 on whole models: bfloat16, INT8, INT4; none, V, L, VL
+	@$(BIN)/python -m benchmarks.efficiency $(ARGS)
 
 bench-concurrency: $(DEV)  ## requests that run at once under the same KV memory: stock, V, L, VL
 	@$(BIN)/python -m benchmarks.concurrency $(ARGS)
@@ -125,11 +134,7 @@ bench-smoke: $(DEV)  ## every benchmark in miniature, and that planted regressio
 	@$(BIN)/python -m pytest tests/benchmarks tests/server/elastic/test_overload.py $(ARGS)
 
 $(LMMS)/.installed: requirements/lmms.lock $(RUNTIME)
-	@$(BIN)/python -m venv $(LMMS)
-	@echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
-	    > "$$($(LMMS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/ficoco_vllm_serving.pth"
-	@$(LMMS)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --requirement requirements/lmms.lock
-	@touch $@
+	$(on_top)
 
 lmms: $(LMMS)/.installed  ## an environment with lmms-eval on top of the serving one, for `ficoco-vllm bench lmms`
 
@@ -164,22 +169,14 @@ container-check: $(DEV)  ## build docker/Dockerfile.cpu with buildah, run it, as
 	@$(BIN)/python -m pytest tests/release/check_container.py $(ARGS)
 
 $(TOOLS)/.installed: requirements/release.lock $(DEV)
-	@$(PYTHON) -m venv $(TOOLS)
-	@echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
-	    > "$$($(TOOLS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/serving.pth"
-	@$(TOOLS)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --requirement requirements/release.lock
-	@touch $@
+	$(on_top)
 
 charts-check: $(TOOLS)/.installed  ## render vLLM's Helm charts with our values, by Helm, against Kubernetes' schemas; PRODUCTION_STACK
 	@PRODUCTION_STACK="$(PRODUCTION_STACK)" $(TOOLS)/bin/python -m pytest \
 	    tests/release/check_charts.py tests/release/check_production_stack.py $(ARGS)
 
 $(RAY)/.installed: requirements/ray.lock $(DEV)
-	@$(PYTHON) -m venv $(RAY)
-	@echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
-	    > "$$($(RAY)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/serving.pth"
-	@$(RAY)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --requirement requirements/ray.lock
-	@touch $@
+	$(on_top)
 
 ray-check: $(RAY)/.installed  ## the Ray Serve recipe on a Ray of this machine: two replicas, the README's questions (minutes)
 	@$(RAY)/bin/python -m pytest -W default tests/release/check_ray.py $(ARGS)

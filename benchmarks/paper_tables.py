@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.efficiency import table as measured
+from benchmarks.efficiency.rows import TABLES as SERVED
 from ficoco_vllm.reduction.cost import (
     BITS,
     KNOWN_MODELS,
@@ -280,6 +282,8 @@ BLOCKS: dict[str, Callable[[], list[str]]] = {
     "decoder": decoder_table,
     "table-10": next_table,
     "equations": equation_table,
+    "measured-8": lambda: measured.markdown(SERVED[0], measured.read()),
+    "measured-9": lambda: measured.markdown(SERVED[1], measured.read()),
 }
 
 

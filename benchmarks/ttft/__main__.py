@@ -169,10 +169,13 @@ def take_turns(
 
 
 @contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
+def with_variables(values: Mapping[str, str]) -> Iterator[None]:
     """Variables for a process that starts within the block: Triton is imported before `worker.run` is reached.
 
     A spawned process takes its search path from its parent, so that is set here as well.
+
+    Args:
+        values: by name.
     """
     before, search_path = dict(os.environ), list(sys.path)
     os.environ.update(values)
@@ -198,7 +201,7 @@ def engine(folder: str, kind: Kind, dtype: str) -> Iterator[Any]:
     here, there = context.Pipe()
     arguments = (there, folder, kind.settings, kind.in_decoder, dtype)
     process = context.Process(target=worker.run, args=arguments, daemon=True)
-    with _environment(INTERPRETER if kind.in_decoder and is_cpu_build() else {}):
+    with with_variables(INTERPRETER if kind.in_decoder and is_cpu_build() else {}):
         process.start()
     there.close()
     assert here.recv() == "ready"

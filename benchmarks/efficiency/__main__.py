@@ -1,0 +1,198 @@
+"""`make bench-efficiency`: the rows of the paper's Tables 8 and 9, measured on whole models.
+
+One server of FiCoCo-VL for each model and precision that fits this machine's memory, its weights made up; its requests
+take turns, each row's with the budgets of that row. Products and KV blocks are counted in the engine, seconds run from
+pixels to the first token, speed-ups are taken round by round against the request that nothing is reduced in.
+"""
+
+import argparse
+import json
+import multiprocessing
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks import bars as results
+from benchmarks.bars import Bar
+from benchmarks.efficiency import worker
+from benchmarks.efficiency.rows import PRECISIONS, TABLES, Table, pairs, token_plan
+from benchmarks.efficiency.table import PATH, markdown
+from benchmarks.ttft import model
+from benchmarks.ttft.__main__ import INTERPRETER, SETTLE_SECONDS, with_variables
+from benchmarks.ttft.kinds import WHOLE_MODELS
+from benchmarks.ttft.quantization import runs_here
+from ficoco_vllm.compat import is_cpu_build
+from ficoco_vllm.reduction.cost import ModelShape, estimate, model_shape, unreduced
+
+# Beside the weights: tower, KV cache, what the process has before, and one layer twice while it is repacked.
+ROOM_BYTES = 4 * 2**30
+
+
+def main() -> int:
+    """Run the benchmark, write its JSON after each model, print its table and bars."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sizes", nargs="+", choices=list(WHOLE_MODELS), default=list(WHOLE_MODELS))
+    parser.add_argument("--precisions", nargs="+", choices=list(PRECISIONS), default=list(PRECISIONS))
+    parser.add_argument("--layers", type=int, help="of the decoder, a multiple of 8; default: all")
+    parser.add_argument("--rounds", type=int, default=3, help="measured requests of each row")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=PATH)
+    args = parser.parse_args()
+    head = {"environment": results.environment(), "seed": args.seed}
+    # Rows of earlier runs stay, if they are of the same machine and versions; the large models take long.
+    rows = _earlier(args.out, head)
+    for table, precision in pairs():
+        if table.size not in args.sizes or precision not in args.precisions:
+            continue
+        num_layers = args.layers or WHOLE_MODELS[table.size]
+        shape = model_shape(model.config(num_layers, table.size))
+        if reason := _obstacle(shape, precision):
+            print(f"{table.size} {precision}: {reason}; planned only", flush=True)
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            model.write(Path(folder), num_layers, table.size, PRECISIONS[precision][0])
+            new = measure(folder, table, precision, shape, args.rounds, random.Random(args.seed))
+        rows = [row for row in rows if (row["table"], row["precision"]) != (table.number, precision)] + new
+        results.write(head | {"rows": rows}, args.out)
+    if not rows:
+        parser.error("nothing of this fits here")
+    print(results.environment())
+    for table in TABLES:
+        print("\n".join(markdown(table, rows)))
+    return results.report(list(bars(rows)))
+
+
+def bars(rows: list[dict[str, Any]]) -> Iterator[Bar]:
+    """What the benchmark promises: the engine multiplies and holds what the planner says.
+
+    Args:
+        rows: of the JSON file.
+    """
+    flops = max(abs(row["flops"] / row["planned_flops"] - 1) for row in rows)
+    yield Bar("efficiency-flops-off-plan", flops, 0.0001, at_least=False)
+    blocks = max(abs(row["kv_bytes"] - row["planned_kv_bytes"]) for row in rows)
+    yield Bar("efficiency-kv-bytes-off-plan", blocks, 0, at_least=False)
+
+
+def _earlier(path: Path, head: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of a result that was measured under the same conditions."""
+    if not path.is_file():
+        return []
+    found = json.loads(path.read_text(encoding="utf-8"))
+    same = all(found.get(name) == value for name, value in head.items())
+    return list(found["rows"]) if same else []
+
+
+def _obstacle(shape: ModelShape, precision: str) -> str | None:
+    """Why a model cannot run here."""
+    weights, _ = PRECISIONS[precision]
+    if not runs_here(weights):
+        return "vLLM has no such product on this CPU"
+    needed = estimate(shape, unreduced(shape), num_text_tokens=1, dtype=precision).weight_bytes + ROOM_BYTES
+    available = psutil.virtual_memory().available
+    if needed > available:
+        return f"needs {needed / 1e9:.0f} GB of memory, {available / 1e9:.0f} are free"
+    return None
+
+
+def measure(
+    folder: str, table: Table, precision: str, shape: ModelShape, rounds: int, order: random.Random
+) -> list[dict[str, Any]]:
+    """All rows of one model and precision; the first round warms up and is not counted.
+
+    Args:
+        folder: of the model.
+        table: whose rows are asked for.
+        precision: one of `PRECISIONS`.
+        shape: of the model.
+        rounds: that count.
+        order: of the rows, and the seed of the images.
+
+    Returns:
+        Rows of the JSON file.
+    """
+    samples: dict[str, list[dict[str, float]]] = {row.method: [] for row in table.rows}
+    with _engine(folder, PRECISIONS[precision][1], table.num_text_tokens) as pipe:
+        for round_index in range(-1, rounds):
+            for row in order.sample(table.rows, len(table.rows)):
+                time.sleep(SETTLE_SECONDS)
+                pipe.send((row, order.getrandbits(32)))
+                sample = pipe.recv()
+                name = f"{table.size} {precision}, round {round_index}, {row.method}"
+                print(f"{name}: {sample['ttft_seconds']:.2f} s", flush=True)
+                if round_index >= 0:
+                    samples[row.method].append(sample)
+    return list(_summary(table, precision, shape, samples))
+
+
+def _summary(
+    table: Table, precision: str, shape: ModelShape, samples: dict[str, list[dict[str, float]]]
+) -> Iterator[dict[str, Any]]:
+    """What was counted and timed of each row, beside what the planner says."""
+    bits = PRECISIONS[precision][1]
+    all_tokens, *_ = samples.values()
+    costs = {
+        row.method: estimate(shape, token_plan(row, shape), num_text_tokens=table.num_text_tokens)
+        for row in table.rows
+    }
+    stock = costs[table.rows[0].method]
+    for row in table.rows:
+        seconds = [sample["ttft_seconds"] for sample in samples[row.method]]
+        ratios = [before["ttft_seconds"] / after for before, after in zip(all_tokens, seconds, strict=True)]
+        (counted,) = {
+            (sample["linear_flops"] + sample["attention_flops"], sample["kv_bytes"])
+            for sample in samples[row.method]
+        }
+        tokens = [table.num_text_tokens + visual for visual in token_plan(row, shape).decoder[:-1]]
+        slots = sum(-(-count // worker.BLOCK_SIZE) * worker.BLOCK_SIZE for count in tokens)
+        yield {
+            "table": table.number,
+            "precision": precision,
+            "method": row.method,
+            "layers": shape.decoder.num_layers,
+            "rounds": len(seconds),
+            "flops": counted[0],
+            "planned_flops": costs[row.method].decoder_flops,
+            "kv_bytes": counted[1],
+            "planned_kv_bytes": slots * 2 * shape.decoder.kv_width * bits // 8,
+            "resident_bytes": max(sample["resident_bytes"] for sample in samples[row.method]),
+            "ttft_seconds": _spread(seconds),
+            "speedup": _spread(ratios),
+            "predicted_speedup": stock.total_flops / costs[row.method].total_flops,
+        }
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+@contextmanager
+def _engine(folder: str, kv_bits: int, num_text_tokens: int) -> Iterator[Any]:
+    """The pipe to an engine in a process of its own, which ends with the block."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=worker.run, args=(there, folder, kv_bits, num_text_tokens), daemon=True)
+    with with_variables(INTERPRETER if is_cpu_build() else {}):
+        process.start()
+    there.close()
+    try:
+        yield here
+        here.send(None)
+        process.join()
+    finally:
+        process.terminate()
+        process.join()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""Tables 8 and 9 as they were measured, in Markdown; what was not is marked as planned."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.efficiency.rows import PRECISIONS, Row, Table, token_plan
+from benchmarks.ttft import model
+from benchmarks.ttft.kinds import WHOLE_MODELS
+from ficoco_vllm.reduction.cost import estimate, model_shape
+
+PATH = Path(__file__).parent.parent / "results" / "efficiency.json"
+WEIGHTS = {"plain": "bfloat16", "int8": "W8A8", "int4": "W4A16"}
+HEAD = (
+    "| Method | Schedule | Row | Weights, KV cache | Figures | TFLOPs | KV MB, in blocks | First token, s | "
+    "Faster by | FLOPs say |"
+)
+
+
+def read() -> list[dict[str, Any]]:
+    """The rows of the committed result."""
+    rows: list[dict[str, Any]] = json.loads(PATH.read_text(encoding="utf-8"))["rows"]
+    return rows
+
+
+def markdown(table: Table, measured: list[dict[str, Any]]) -> list[str]:
+    """One table.
+
+    Args:
+        table: of the paper.
+        measured: rows of the JSON file.
+    """
+    found = {(row["table"], row["precision"], row["method"]): row for row in measured}
+    lines = [HEAD, "|---" * (HEAD.count("|") - 1) + "|"]
+    for precision, (weights, bits) in PRECISIONS.items():
+        for row in table.rows:
+            cells = [row.method, row.schedule, precision.upper(), f"{WEIGHTS[weights]}, {bits} bits"]
+            one = found.get((table.number, precision, row.method))
+            cells += _planned(table, row, bits) if one is None else _measured(table, one)
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _measured(table: Table, row: dict[str, Any]) -> list[str]:
+    seconds, speedup = row["ttft_seconds"], row["speedup"]
+    whole = row["layers"] == WHOLE_MODELS[table.size]
+    return [
+        "measured" if whole else f"measured, {row['layers']} layers",
+        f"{row['flops'] / 1e12:.2f}",
+        f"{row['kv_bytes'] / 1e6:.1f}",
+        f"{seconds['median']:.2f} ({seconds['min']:.2f}-{seconds['max']:.2f})",
+        f"{speedup['median']:.2f}x ({speedup['min']:.2f}-{speedup['max']:.2f})",
+        f"{row['predicted_speedup']:.2f}x",
+    ]
+
+
+def _planned(table: Table, row: Row, bits: int) -> list[str]:
+    shape = model_shape(model.config(WHOLE_MODELS[table.size], table.size))
+    stock, cost = (
+        estimate(shape, token_plan(one, shape), num_text_tokens=table.num_text_tokens)
+        for one in (table.rows[0], row)
+    )
+    return [
+        "planned",
+        f"{cost.decoder_flops / 1e12:.2f}",
+        f"{cost.kv_bytes * bits / 16 / 1e6:.1f}",
+        "",
+        "",
+        f"{stock.total_flops / cost.total_flops:.2f}x",
+    ]

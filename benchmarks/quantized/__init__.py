@@ -1,1 +1,0 @@
-"""What quantized weights and fewer visual tokens save together."""
