@@ -1,6 +1,7 @@
 """A process of our own for as long as it is needed: above all a server on a free port of this machine."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HOST = "127.0.0.1"
+# Below those that Linux gives to outgoing connections: a server takes its port seconds after it was found free.
+_PORTS = range(20_000, 32_768)
 OURS = ("-m", "ficoco_vllm.server.cli", "serve")
 # vLLM's own server; its command `vllm` does not start in the CPU build.
 STOCK = ("-m", "vllm.entrypoints.openai.api_server")
@@ -122,10 +125,20 @@ def running(
 
 
 def free_port() -> int:
-    """A port on which nothing listens now."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
+    """A port on which nothing listens now, and which no outgoing connection is given meanwhile.
+
+    Raises:
+        OSError: there is none.
+    """
+    # Not the module's own generator: vLLM seeds that, in each of several processes alike.
+    for port in random.SystemRandom().sample(_PORTS, len(_PORTS)):
+        with socket.socket() as probe:
+            try:
+                probe.bind((HOST, port))
+            except OSError:
+                continue
+            return port
+    raise OSError(f"no port of {HOST} from {_PORTS.start} to {_PORTS.stop - 1} is free")
 
 
 def is_healthy(url: str) -> bool:

@@ -1,7 +1,6 @@
 """vLLM's router (PyPI: vllm-router) before several servers."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -9,17 +8,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from ficoco_vllm.server.process import free_port
 from tests.support.server import Server
 
 START_SECONDS = 60
-
-
-def free_port() -> int:
-    """One that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 @contextmanager
