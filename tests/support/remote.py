@@ -37,17 +37,31 @@ class Remote:
         return value
 
 
+def without_amx() -> None:
+    """Let vLLM multiply by 8-bit weights as on CPUs without AMX: its product for those with it takes no float32.
+
+    Here, as a process that is to find Triton's interpreter must not import vLLM before.
+    """
+    from vllm.model_executor.kernels.linear.scaled_mm import cpu
+
+    cpu.check_cpu_sgl_kernel = lambda *_: False
+
+
 @contextmanager
 def remote_engine(
-    model: Path, ficoco: dict[str, Any], environment: dict[str, str] | None = None, **options: Any
+    model: Path,
+    ficoco: dict[str, Any],
+    environment: dict[str, str] | None = None,
+    prepare: Callable[[], None] | None = None,
+    **options: Any,
 ) -> Iterator[Remote]:
-    """Start an engine; it ends with the block."""
+    """Start an engine; it ends with the block. `prepare` is called in its process before."""
     changed = {**ENVIRONMENT, **(environment or {})}
     before = {name: os.environ.get(name) for name in changed}
     os.environ.update(changed)
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    process = context.Process(target=_serve, args=(there, model, ficoco, options))
+    process = context.Process(target=_serve, args=(there, model, ficoco, prepare, options))
     process.start()
     for name, value in before.items():
         if value is None:
@@ -67,11 +81,19 @@ def remote_engine(
             process.join()
 
 
-def _serve(pipe: Connection, model: Path, ficoco: dict[str, Any], options: dict[str, Any]) -> None:
+def _serve(
+    pipe: Connection,
+    model: Path,
+    ficoco: dict[str, Any],
+    prepare: Callable[[], None] | None,
+    options: dict[str, Any],
+) -> None:
     hook_interpreter()
     try:
         from tests.support.engine import make_engine
 
+        if prepare is not None:
+            prepare()
         engine = make_engine(model, ficoco, **options)
     except Exception:
         pipe.send((False, traceback.format_exc()))
