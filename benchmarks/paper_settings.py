@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ficoco_vllm.config import FicocoConfig
-from ficoco_vllm.kv.plan import DecoderPlanner
+from ficoco_vllm.planning.decoder import DecoderPlanner
 from ficoco_vllm.reduction.cost import KNOWN_MODELS, TokenPlan, estimate, model_shape
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "paper-settings.md"

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ficoco_vllm.compat import multiplies_bfloat16
-from ficoco_vllm.server.process import OURS, STOCK, serving
+from ficoco_vllm.server.lifecycle.process import OURS, STOCK, serving
 
 __all__ = ["OURS", "STOCK", "serve", "value_type"]
 

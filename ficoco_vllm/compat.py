@@ -118,10 +118,10 @@ def set_cpu_defaults() -> None:
 def hook_metric_files() -> None:
     """Let a full disk cost metrics, not the process that counts; see `ReservedMmapedDict`.
 
-    prometheus_client up to 0.26 does not reserve the room of its files; `tests/test_metric_files.py` fails once it
+    prometheus_client up to 0.26 does not reserve the room of its files; `tests/metrics/test_files.py` fails once it
     does.
     """
-    from ficoco_vllm.metric_files import ReservedMmapedDict
+    from ficoco_vllm.metrics.files import ReservedMmapedDict
 
     values: Any = import_module("prometheus_client.values")  # the name is not among what the module exports
     values.MmapedDict = ReservedMmapedDict

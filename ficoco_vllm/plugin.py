@@ -40,4 +40,4 @@ def register() -> None:
         MODELS_CONFIG_MAP[architecture] = FicocoModelConfig
     register_spec()
     if os.environ.get("VLLM_MEDIA_CONNECTOR") == MEDIA_CONNECTOR:
-        import ficoco_vllm.server.media  # noqa: F401 (registers itself)
+        import ficoco_vllm.server.media.connector  # noqa: F401 (registers itself)

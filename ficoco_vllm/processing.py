@@ -21,10 +21,10 @@ from vllm.multimodal.processing.context import TimingContext
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from ficoco_vllm.config import FicocoConfig
-from ficoco_vllm.metrics import count_refusal
+from ficoco_vllm.metrics.families import count_refusal
+from ficoco_vllm.planning.tower import Budget, VisionPlanner
+from ficoco_vllm.planning.tower_shape import TowerShape
 from ficoco_vllm.tracing.store import TRACE, check_trace_id
-from ficoco_vllm.vision.plan import Budget, VisionPlanner
-from ficoco_vllm.vision.shape import TowerShape
 
 # What a request may say in `mm_processor_kwargs`.
 KEEP = "ficoco_keep"

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ficoco_vllm import __version__
-from ficoco_vllm.server import bench, calibrate, methods, plan, serve
-from ficoco_vllm.server.explain import command as explain
+from ficoco_vllm.server.commands import bench, calibrate, explain, methods, plan, serve
 
 COMMANDS = {
     "serve": serve,

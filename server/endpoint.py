@@ -5,20 +5,20 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from ficoco_vllm.account import Accountant
 from ficoco_vllm.config import FicocoConfig
-from ficoco_vllm.meter import token_layer_bytes
-from ficoco_vllm.server.control import answers
-from ficoco_vllm.server.control.answers import UsageHeaders
-from ficoco_vllm.server.control.ledger import Control
-from ficoco_vllm.server.control.openapi import publish
-from ficoco_vllm.server.control.resolve import Bounds, Resolver
-from ficoco_vllm.server.control.routes import FieldGuard
-from ficoco_vllm.server.death import watch_engine
-from ficoco_vllm.server.drain import STATE, Drain, DrainGate
-from ficoco_vllm.server.elastic.sites import Sites
+from ficoco_vllm.metrics.counting import token_layer_bytes
+from ficoco_vllm.metrics.savings import Accountant
+from ficoco_vllm.planning.server import Sites
 from ficoco_vllm.server.explain import routes
 from ficoco_vllm.server.explain.explainer import Explainer
+from ficoco_vllm.server.lifecycle.death import watch_engine
+from ficoco_vllm.server.lifecycle.drain import STATE, Drain, DrainGate
+from ficoco_vllm.server.request_field import answers
+from ficoco_vllm.server.request_field.answers import UsageHeaders
+from ficoco_vllm.server.request_field.ledger import Control
+from ficoco_vllm.server.request_field.openapi import publish
+from ficoco_vllm.server.request_field.resolve import Bounds, Resolver
+from ficoco_vllm.server.request_field.routes import FieldGuard
 
 
 class FicocoEndpoint:

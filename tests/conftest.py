@@ -33,9 +33,9 @@ from tests.support.server import API_KEY, DEMO_KEEP, Server, serve
 # endpoint's wrappers). `make compat` runs them against other versions.
 COMPAT = (
     "test_compat.py",
-    "test_frontend.py",
-    "test_metric_files.py",
-    "test_metrics.py",
+    "hooks/test_request_metrics.py",
+    "metrics/test_files.py",
+    "metrics/test_metrics.py",
     "test_seams.py",
     "benchmarks/test_soak.py",
     "decoder/test_batches.py",
@@ -55,15 +55,15 @@ COMPAT = (
     "models/test_verify.py",
     "server/elastic/test_overload.py",
     "server/test_bad_requests.py",
-    "server/test_control.py",
+    "server/request_field/test_request_field.py",
     "server/test_data_parallel.py",
-    "server/test_drain.py",
-    "server/test_media.py",
+    "server/lifecycle/test_drain.py",
+    "server/media/test_media.py",
     "server/test_metrics.py",
     "server/test_next.py",
     "server/test_serving.py",
-    "server/test_survival.py",
-    "vision/test_layout.py",
+    "server/lifecycle/test_survival.py",
+    "planning/test_tiles.py",
 )
 
 

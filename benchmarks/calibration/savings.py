@@ -14,7 +14,7 @@ from ficoco_vllm.benchmarks.accuracy.client import Endpoint
 from ficoco_vllm.benchmarks.accuracy.variants import Variant
 from ficoco_vllm.benchmarks.accuracy.workload import Item
 from ficoco_vllm.config import FicocoConfig
-from ficoco_vllm.kv.plan import DecoderPlanner
+from ficoco_vllm.planning.decoder import DecoderPlanner
 from ficoco_vllm.reduction.cost import model_shape
 from ficoco_vllm.reduction.cost.memory import kv_bytes
 

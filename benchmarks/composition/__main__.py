@@ -24,8 +24,8 @@ from ficoco_vllm.benchmarks.accuracy.workload import KINDS, Item, embedded
 from ficoco_vllm.benchmarks.bars import Bar, environment, report
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.demo_model import path
-from ficoco_vllm.vision.plan import VisionPlanner
-from ficoco_vllm.vision.shape import TowerShape
+from ficoco_vllm.planning.tower import VisionPlanner
+from ficoco_vllm.planning.tower_shape import TowerShape
 
 RESULTS = Path(__file__).parent.parent / "results" / "composition.json"
 SCORES = Path("build/composition.jsonl")

@@ -5,9 +5,9 @@ from itertools import product
 from typing import Any
 
 from ficoco_vllm.benchmarks.accuracy.variants import Variant
+from ficoco_vllm.planning.tower import Budget, VisionPlanner
 from ficoco_vllm.reduction import get
 from ficoco_vllm.reduction.schedule import default_start_layer
-from ficoco_vllm.vision.plan import Budget, VisionPlanner
 
 FILTERS = (
     "local_task",

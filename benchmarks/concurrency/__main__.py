@@ -19,7 +19,7 @@ from benchmarks.bars import Bar, environment, report
 from benchmarks.concurrency import model, worker
 from benchmarks.concurrency.kinds import KINDS
 from ficoco_vllm.config import FicocoConfig
-from ficoco_vllm.kv.plan import DecoderPlanner
+from ficoco_vllm.planning.decoder import DecoderPlanner
 
 RESULTS = Path(__file__).parent.parent / "results" / "concurrency.json"
 SHARE = 0.9

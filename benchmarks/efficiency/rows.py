@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.ttft.quantization import Weights
 from ficoco_vllm.config import FicocoConfig
-from ficoco_vllm.kv.plan import DecoderPlanner
+from ficoco_vllm.planning.decoder import DecoderPlanner
 from ficoco_vllm.reduction.cost import Budget, ModelShape, TokenPlan, encoder_tokens
 
 PATCHES = 576

@@ -21,7 +21,7 @@ from benchmarks.endurance.client import Client
 from benchmarks.endurance.drive import Settings, drive
 from benchmarks.endurance.promises import promises
 from benchmarks.soak.load import METHODS
-from ficoco_vllm.server.process import serving
+from ficoco_vllm.server.lifecycle.process import serving
 
 RESULTS = Path(__file__).parent.parent / "results" / "endurance.json"
 TOWER, DECODER = "ficoco-v", "ficoco-l"

@@ -27,16 +27,16 @@ def main() -> int:
 
 def measure() -> dict[str, float]:
     """Medians over the rounds, in microseconds."""
-    from ficoco_vllm import frontend
-    from ficoco_vllm.account import Account, Accountant
     from ficoco_vllm.config import FicocoConfig
-    from ficoco_vllm.meter import Meter, Step, Tracked
-    from ficoco_vllm.metrics import metrics
+    from ficoco_vllm.hooks import request_metrics
+    from ficoco_vllm.metrics.counting import Meter, Step, Tracked
+    from ficoco_vllm.metrics.families import metrics
+    from ficoco_vllm.metrics.savings import Account, Accountant
+    from ficoco_vllm.planning.tower import VisionPlanner
+    from ficoco_vllm.planning.tower_shape import TowerShape
     from ficoco_vllm.reduction.cost import KNOWN_MODELS
-    from ficoco_vllm.vision.plan import VisionPlanner
-    from ficoco_vllm.vision.shape import TowerShape
 
-    frontend.hook_front_end()
+    request_metrics.hook_front_end()
     meter = Meter.__new__(Meter)
     meter.metrics, meter.vllm_config = metrics(), CONFIG
     meter.model_name, meter.token_bytes, meter.only_engine = "m", 4096, "0"
@@ -74,14 +74,14 @@ def _steps(meter: Any, tracked: Any) -> float:
     from vllm.v1.engine.output_processor import OutputProcessor
     from vllm.v1.metrics.stats import IterationStats, RequestStateStats
 
-    from ficoco_vllm import frontend
+    from ficoco_vllm.hooks import request_metrics
 
     processor = OutputProcessor(None, log_stats=True)
     states = []
     for _ in range(NUM_RUNNING):
         state = SimpleNamespace(is_prefilling=False, stats=RequestStateStats(), lora_name=None)
         if tracked is not None:
-            setattr(state, frontend._REQUEST, tracked)
+            setattr(state, request_metrics._REQUEST, tracked)
         states.append(state)
     output = SimpleNamespace(new_token_ids=[1], events=None, prefill_stats=None, num_nans_in_logits=0)
     start = time.perf_counter()
@@ -89,7 +89,7 @@ def _steps(meter: Any, tracked: Any) -> float:
         stats = IterationStats()
         for state in states:
             processor._update_stats_from_output(state, output, step * 0.02, stats)
-        found = getattr(stats, frontend._STEP, None)
+        found = getattr(stats, request_metrics._STEP, None)
         if found is not None:
             meter.record(found, "0")
     return (time.perf_counter() - start) / (NUM_STEPS * NUM_RUNNING) * 1e6

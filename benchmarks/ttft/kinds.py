@@ -7,7 +7,7 @@ from typing import Any
 
 from ficoco_vllm.benchmarks.ttft import model
 from ficoco_vllm.config import FicocoConfig
-from ficoco_vllm.kv.plan import DecoderPlanner
+from ficoco_vllm.planning.decoder import DecoderPlanner
 from ficoco_vllm.reduction.cost import Budget, TokenPlan, estimate, model_shape, plan_tokens, unreduced
 
 NUM_TEXT_TOKENS = 60

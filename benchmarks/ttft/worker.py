@@ -122,10 +122,10 @@ def _stopwatch(engine: Any, stock: bool) -> Any:
     patches = [(model.vision_tower, "forward", "tower")]
     if not stock:
         from ficoco_vllm.decoder import decoder
-        from ficoco_vllm.models import reducing
+        from ficoco_vllm.models import reduced_llava
         from ficoco_vllm.vision import tower
 
-        patches += [(reducing, "encode", "tower"), (tower, "_reduce", "reduction")]
+        patches += [(reduced_llava, "encode", "tower"), (tower, "_reduce", "reduction")]
         patches += [(decoder, "reduce_rows", "decoder_reduction")]
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in patches]
     for (owner, name, key), (_, _, original) in zip(patches, originals, strict=True):

@@ -14,9 +14,9 @@ from ficoco_vllm.decoder.attention import DecoderHeads
 from ficoco_vllm.decoder.layout import Boundary, ImageGroup
 from ficoco_vllm.decoder.reduction import Rows, reduce_rows
 from ficoco_vllm.decoder.segment import Segment, SegmentAttention, Unit, compile_unit
-from ficoco_vllm.kv.plan import DecoderPlanner
+from ficoco_vllm.metrics.stopwatch import Stopwatch
+from ficoco_vllm.planning.decoder import DecoderPlanner
 from ficoco_vllm.reduction import Observer
-from ficoco_vllm.stopwatch import Stopwatch
 from ficoco_vllm.tracing.store import Traces
 
 

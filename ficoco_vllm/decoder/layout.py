@@ -13,7 +13,7 @@ from itertools import accumulate
 import numpy as np
 import numpy.typing as npt
 
-from ficoco_vllm.kv.plan import RequestPlan
+from ficoco_vllm.planning.decoder import RequestPlan
 
 Index = npt.NDArray[np.int64]
 

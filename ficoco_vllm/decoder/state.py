@@ -17,7 +17,7 @@ from ficoco_vllm.decoder.layout import boundary, num_rows
 from ficoco_vllm.decoder.sampler import GreedySampler
 from ficoco_vllm.decoder.verify import replays_prefills
 from ficoco_vllm.kv.admission import planner_of
-from ficoco_vllm.kv.plan import RequestPlan
+from ficoco_vllm.planning.decoder import RequestPlan
 from ficoco_vllm.tracing.store import TRACE
 
 Counts = npt.NDArray[np.int32]

@@ -9,7 +9,7 @@ from vllm.logger import init_logger
 
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.kv.admission import planner_of
-from ficoco_vllm.kv.plan import DecoderPlanner
+from ficoco_vllm.planning.decoder import DecoderPlanner
 
 SCHEDULER = "ficoco_vllm.kv.scheduler.SegmentScheduler"
 

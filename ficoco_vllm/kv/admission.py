@@ -10,10 +10,10 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from ficoco_vllm.compat import hook_processor_cache, note_sent
 from ficoco_vllm.config import FicocoConfig
-from ficoco_vllm.kv.plan import KEEP, METHOD, DecoderPlanner
-from ficoco_vllm.metrics import count_refusal
-from ficoco_vllm.vision.plan import VisionPlanner
-from ficoco_vllm.vision.shape import TowerShape
+from ficoco_vllm.metrics.families import count_refusal
+from ficoco_vllm.planning.decoder import KEEP, METHOD, DecoderPlanner
+from ficoco_vllm.planning.tower import VisionPlanner
+from ficoco_vllm.planning.tower_shape import TowerShape
 
 # Attribute of vLLM's input processor, set in the API server where the budget follows the load; see `fill_budget`.
 DEFAULT_KEEP = "ficoco_default_keep"

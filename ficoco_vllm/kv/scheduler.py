@@ -10,8 +10,8 @@ from vllm.v1.request import Request
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.kv.admission import planner_of
 from ficoco_vllm.kv.manager import SegmentManager
-from ficoco_vllm.kv.plan import RequestPlan
-from ficoco_vllm.metrics import metrics
+from ficoco_vllm.metrics.families import metrics
+from ficoco_vllm.planning.decoder import RequestPlan
 
 
 class SegmentScheduler(AsyncScheduler):

@@ -16,10 +16,10 @@ from vllm.model_executor.models.llava import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import BaseMultiModalProcessor, InputProcessingContext
 
-from ficoco_vllm.models.reducing import ReducingLlava
+from ficoco_vllm.models.reduced_llava import ReducingLlava
+from ficoco_vllm.planning.tower import Budget
 from ficoco_vllm.processing import KEEP, METHOD, FicocoMultiModalProcessor, FicocoProcessingInfo
 from ficoco_vllm.tracing.store import TRACE
-from ficoco_vllm.vision.plan import Budget
 
 
 def _build_info(ctx: InputProcessingContext) -> BaseLlavaProcessingInfo:

@@ -16,14 +16,14 @@ from vllm.model_executor.models.llava_next import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import BaseMultiModalProcessor, InputProcessingContext
 
-from ficoco_vllm.models.reducing import ReducingLlava
+from ficoco_vllm.models.reduced_llava import ReducingLlava
+from ficoco_vllm.planning.tiles import Layout, Tile, layout, tile_plan
+from ficoco_vllm.planning.tiling import Crop
+from ficoco_vllm.planning.tower import Budget
 from ficoco_vllm.processing import KEEP, METHOD, reducible
 from ficoco_vllm.processing_next import FicocoNextProcessingInfo, FicocoNextProcessor
 from ficoco_vllm.tracing.store import TRACE
-from ficoco_vllm.vision.layout import Layout, Tile, layout, tile_plan
 from ficoco_vllm.vision.packing import Kept, pack
-from ficoco_vllm.vision.plan import Budget
-from ficoco_vllm.vision.tiling import Crop
 from ficoco_vllm.vision.tower import cropped
 
 # Tiles of equal budget and crop run together: image of the step, number of the tile among those of its layout, tile.

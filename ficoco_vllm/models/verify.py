@@ -8,9 +8,9 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
 from ficoco_vllm.config import NAME, FicocoConfig
+from ficoco_vllm.planning.tower import VisionPlanner
+from ficoco_vllm.planning.tower_shape import TowerShape
 from ficoco_vllm.tracing.worker import QUALIFIED_NAME as TRACING_WORKER
-from ficoco_vllm.vision.plan import VisionPlanner
-from ficoco_vllm.vision.shape import TowerShape
 
 # A child of vLLM's logger, whose handlers and level it shares.
 logger = init_logger("vllm.ficoco")
@@ -28,8 +28,8 @@ class FicocoModelConfig(VerifyAndUpdateConfig):
         """
         # These import vLLM's engine, which a process that only loads plugins does without.
         from ficoco_vllm.decoder.verify import prepare_decoder
-        from ficoco_vllm.field import hook_renderer
-        from ficoco_vllm.frontend import hook_front_end
+        from ficoco_vllm.hooks.request_metrics import hook_front_end
+        from ficoco_vllm.hooks.unread_field import hook_renderer
         from ficoco_vllm.kv.admission import hook_admission
 
         additional = vllm_config.additional_config

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ficoco_vllm.vision.layout import Layout
+from ficoco_vllm.planning.tiles import Layout
 
 
 class Kept(NamedTuple):

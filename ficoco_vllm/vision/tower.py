@@ -9,13 +9,13 @@ from torch import Tensor
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.models.clip import CLIPAttention, CLIPEncoderLayer, CLIPVisionTransformer
 
+from ficoco_vllm.metrics.stopwatch import Lap
+from ficoco_vllm.planning.tiling import Crop
+from ficoco_vllm.planning.tower import VisionPlan
 from ficoco_vllm.reduction import Observer, Signals
 from ficoco_vllm.scoring import FusedOps
-from ficoco_vllm.stopwatch import Lap
 from ficoco_vllm.vision.attention import ClipHeads, attention_with_lse
-from ficoco_vllm.vision.plan import VisionPlan
 from ficoco_vllm.vision.rows import plain_layer
-from ficoco_vllm.vision.tiling import Crop
 
 # Site and index of a layer to who wants to see what is reduced there.
 Watch = Callable[[str, int], Observer | None]

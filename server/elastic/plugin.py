@@ -6,9 +6,9 @@ from typing import Any
 
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.kv.admission import DEFAULT_KEEP
-from ficoco_vllm.metrics import set_default_budget
+from ficoco_vllm.metrics.families import set_default_budget
+from ficoco_vllm.planning.server import DecoderBudget, Sites, TowerBudget
 from ficoco_vllm.server.elastic.settings import ElasticSettings
-from ficoco_vllm.server.elastic.sites import DecoderBudget, Sites, TowerBudget
 from ficoco_vllm.server.elastic.source import install
 
 # Of the entry point, hence in `VLLM_PLUGINS`.

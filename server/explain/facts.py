@@ -6,12 +6,12 @@ from typing import Any
 
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.kv.admission import planner_of
+from ficoco_vllm.planning.tower import VisionPlanner
+from ficoco_vllm.planning.tower_shape import TowerShape
 from ficoco_vllm.reduction import get
 from ficoco_vllm.reduction.pipeline import PIPELINES
 from ficoco_vllm.server.explain.schema import MethodChoice
 from ficoco_vllm.tracing.chain import Step
-from ficoco_vllm.vision.plan import VisionPlanner
-from ficoco_vllm.vision.shape import TowerShape
 
 
 @dataclass(frozen=True)

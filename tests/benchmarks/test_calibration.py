@@ -17,7 +17,7 @@ from ficoco_vllm.benchmarks.calibration.divergence import divergence
 from ficoco_vllm.benchmarks.calibration.report import page
 from ficoco_vllm.benchmarks.calibration.savings import kv_saving, visual_tokens_of_layers
 from ficoco_vllm.server.cli import main
-from ficoco_vllm.server.plan import read_config
+from ficoco_vllm.server.commands.plan import read_config
 from tests.support.server import API_KEY, Server
 
 TARGET, LOW_TARGET = 0.9, 0.6

@@ -20,10 +20,10 @@ from ficoco_vllm.benchmarks.accuracy.suites import KEEPS
 from ficoco_vllm.benchmarks.accuracy.variants import Variant, full
 from ficoco_vllm.benchmarks.accuracy.workload import Item, embedded
 from ficoco_vllm.config import FicocoConfig
+from ficoco_vllm.planning.tower import VisionPlanner
+from ficoco_vllm.planning.tower_shape import TowerShape
 from ficoco_vllm.reduction import get
 from ficoco_vllm.reduction.schedule import default_start_layer
-from ficoco_vllm.vision.plan import VisionPlanner
-from ficoco_vllm.vision.shape import TowerShape
 from tests.support.server import API_KEY, Server
 
 ROOT = Path(__file__).parents[2]

@@ -12,10 +12,10 @@ from ficoco_vllm.benchmarks.accuracy.variant_package import load, with_defaults,
 from ficoco_vllm.benchmarks.accuracy.variants import NO_IMAGE, SITES, Variant, full
 from ficoco_vllm.benchmarks.accuracy.workload import KINDS
 from ficoco_vllm.config import FicocoConfig
-from ficoco_vllm.kv.plan import DecoderPlanner
+from ficoco_vllm.planning.decoder import DecoderPlanner
+from ficoco_vllm.planning.tower import Budget, VisionPlanner
+from ficoco_vllm.planning.tower_shape import TowerShape
 from ficoco_vllm.reduction import get
-from ficoco_vllm.vision.plan import Budget, VisionPlanner
-from ficoco_vllm.vision.shape import TowerShape
 
 # Of the demo model.
 TOWER = TowerShape(grid=(24, 24), num_layers=8, num_executed_layers=7, with_cls=False)

@@ -12,7 +12,7 @@ from vllm.model_executor.models.llava import LlavaForConditionalGeneration
 from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
 
-from ficoco_vllm.meter import token_layer_bytes
+from ficoco_vllm.metrics.counting import token_layer_bytes
 from tests.decoder.calls import configure
 
 

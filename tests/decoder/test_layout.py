@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ficoco_vllm.decoder.layout import boundary, num_rows
-from ficoco_vllm.kv.plan import RequestPlan
+from ficoco_vllm.planning.decoder import RequestPlan
 
 
 def plan(num_prompt: int, images: list[tuple[int, int]], counts: list[list[int]]) -> RequestPlan:

@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.demo_model import examples
-from ficoco_vllm.kv.plan import DecoderPlanner
+from ficoco_vllm.planning.decoder import DecoderPlanner
 from ficoco_vllm.server.explain.schema import Explanation
 from tests.support.server import DTYPE, VALUE_BYTES, Server, data_url, message, serve
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 from prometheus_client import CollectorRegistry
 
-from ficoco_vllm.metrics import Metrics
+from ficoco_vllm.metrics.families import Metrics
 from tests.support.prometheus import DASHBOARD, ROOT, needs_prometheus, panels, promtool
 
 PROMETHEUS = ROOT / "docker" / "prometheus"

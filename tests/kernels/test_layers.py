@@ -13,10 +13,10 @@ from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.decoder.attention import DecoderHeads
 from ficoco_vllm.decoder.layout import boundary
 from ficoco_vllm.decoder.reduction import Rows, reduce_rows
-from ficoco_vllm.kv.plan import DecoderPlanner
+from ficoco_vllm.planning.decoder import DecoderPlanner
+from ficoco_vllm.planning.tower import Budget, VisionPlanner
+from ficoco_vllm.planning.tower_shape import TowerShape
 from ficoco_vllm.vision import attention
-from ficoco_vllm.vision.plan import Budget, VisionPlanner
-from ficoco_vllm.vision.shape import TowerShape
 from ficoco_vllm.vision.tower import encode
 from tests.kernels.conftest import DEVICE, needs_triton
 

@@ -22,7 +22,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from ficoco_vllm.demo_model import examples
-from ficoco_vllm.server.control.routes import READ
+from ficoco_vllm.server.request_field.routes import READ
 from tests.support.server import API_KEY, Server, data_url, message
 
 MODEL = "ficoco-demo"

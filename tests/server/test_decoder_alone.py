@@ -10,7 +10,7 @@ from openai import AsyncOpenAI
 from PIL import Image
 
 from ficoco_vllm.config import FicocoConfig
-from ficoco_vllm.kv.plan import DecoderPlanner
+from ficoco_vllm.planning.decoder import DecoderPlanner
 from tests.server.conftest import KEEP, NUM_PATCHES, Bounded
 from tests.support.server import API_KEY, VALUE_BYTES, data_url, message
 

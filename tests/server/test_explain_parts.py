@@ -10,15 +10,15 @@ from fastapi import FastAPI, HTTPException
 from PIL import Image
 from starlette.datastructures import Headers
 
-from ficoco_vllm.server import plugins
+from ficoco_vllm.planning.tower_shape import TowerShape
 from ficoco_vllm.server.cli import main
 from ficoco_vllm.server.endpoint import FicocoEndpoint
 from ficoco_vllm.server.explain.facts import Facts, central_square
 from ficoco_vllm.server.explain.guard import RateLimiter, api_keys, check_key
 from ficoco_vllm.server.explain.picture import draw, examples, visible_part
 from ficoco_vllm.server.explain.schema import MAX_TARGETS, Explanation, Layer, Left, Measured
+from ficoco_vllm.server.lifecycle import plugins
 from ficoco_vllm.tracing.chain import Departure, Step
-from ficoco_vllm.vision.shape import TowerShape
 
 RED, GREEN, WHITE = (211, 34, 42), (15, 140, 80), (255, 255, 255)
 

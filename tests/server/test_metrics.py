@@ -14,7 +14,7 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from ficoco_vllm.reduction.cost import Budget, estimate, model_shape, plan_tokens, unreduced
-from ficoco_vllm.server.plan import read_config
+from ficoco_vllm.server.commands.plan import read_config
 from tests.support.prometheus import (
     Prometheus,
     filled_in,

@@ -8,13 +8,13 @@ import httpx
 import pytest
 
 from ficoco_vllm.config import FicocoConfig
+from ficoco_vllm.planning.server import Sites
 from ficoco_vllm.server.cli import main
-from ficoco_vllm.server.control.resolve import UNBOUNDED, Resolver, Told
-from ficoco_vllm.server.control.schema import FicocoRequest
-from ficoco_vllm.server.elastic.sites import Sites
+from ficoco_vllm.server.request_field.resolve import UNBOUNDED, Resolver, Told
+from ficoco_vllm.server.request_field.schema import FicocoRequest
+from tests.planning.test_tiles import config
 from tests.support.pictures import noise
 from tests.support.server import DTYPE, VALUE_BYTES, Server, data_url, message, serve
-from tests.vision.test_layout import config
 
 # Width and height to the visual tokens without reduction: 96 pixels are 12 patches. Four tiles and 24 newlines; three
 # tiles of which 4 lines of patches show the image, with as many newlines.

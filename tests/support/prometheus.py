@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from ficoco_vllm.server.process import free_port, running
+from ficoco_vllm.server.lifecycle.process import free_port, running
 
 ROOT = Path(__file__).parents[2]
 DASHBOARD = ROOT / "docker" / "grafana" / "dashboards" / "ficoco.json"

@@ -14,7 +14,7 @@ from openai import OpenAI
 from PIL import Image
 
 from ficoco_vllm.plugin import ALLOW_PRIVATE_MEDIA, MAX_BODY_BYTES, MAX_IMAGE_BYTES, MAX_PIXELS
-from ficoco_vllm.server.process import OURS, Process, is_healthy, serving
+from ficoco_vllm.server.lifecycle.process import OURS, Process, is_healthy, serving
 
 # What servers compute in, the demo model's default on a CPU; bytes of a value.
 DTYPE, VALUE_BYTES = "float32", 4
@@ -116,7 +116,7 @@ def options_of_serve() -> set[str]:
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from ficoco_vllm.server.options import add_arguments
+    from ficoco_vllm.server.commands.serve_options import add_arguments
 
     parser = make_arg_parser(FlexibleArgumentParser())
     add_arguments(parser)

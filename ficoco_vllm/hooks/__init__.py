@@ -1,0 +1,1 @@
+"""Every place where something of vLLM's is wrapped or replaced."""

@@ -1,0 +1,1 @@
+"""What the reduction saves and costs, counted and published for Prometheus."""

@@ -1,0 +1,145 @@
+"""What the LLaVA classes that take the place of vLLM's have in common."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from vllm.config import CompilationMode, VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.forward_context import get_forward_context, is_forward_context_available
+
+from ficoco_vllm.config import FicocoConfig
+from ficoco_vllm.decoder.decoder import ReducingStep, SegmentedDecoder
+from ficoco_vllm.kv.admission import planner_of
+from ficoco_vllm.metrics.families import metrics
+from ficoco_vllm.metrics.stopwatch import Stopwatch
+from ficoco_vllm.planning.tiling import Crop
+from ficoco_vllm.planning.tower import VisionPlan, VisionPlanner
+from ficoco_vllm.planning.tower_shape import TowerShape
+from ficoco_vllm.tracing.store import Traces
+from ficoco_vllm.vision.tower import Tokens, encode
+
+
+class ReducingLlava(nn.Module):
+    """To be put in front of a LLaVA class of vLLM's: reduces in tower and decoder.
+
+    Attributes:
+        planner: of the tower; None where nothing is reduced there.
+        decoder: view of the language model; None where nothing is reduced there.
+        watch: takes the time of the reductions.
+        traces: of the requests that are traced.
+        max_images: images, or tiles, that the tower takes at once.
+    """
+
+    config: Any
+    language_model: Any
+    vision_tower: Any
+    multi_modal_projector: Any
+    _image_pixels_to_features: Callable[[Any, Tensor], Tensor]
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        config = FicocoConfig.of(self.config)
+        self.planner: VisionPlanner | None = None
+        self.decoder: SegmentedDecoder | None = None
+        self.watch: Stopwatch | None = None
+        self.traces = Traces()
+        shape = None if config.method is None else TowerShape.from_hf_config(self.config)
+        if shape is not None and config.decoder_method is not None:
+            from ficoco_vllm.decoder.state import DecoderModelState  # imports Triton, which V1 does without
+
+            self.decoder = SegmentedDecoder(
+                self.language_model.model,
+                planner_of(vllm_config),
+                shape.grid,
+                compiled=vllm_config.compilation_config.mode != CompilationMode.NONE,
+                watch=_watch(vllm_config, config.decoder_method.name, "decoder"),
+                traces=self.traces,
+            )
+            # vLLM looks for this name; without a method in the decoder it must not find it.
+            self.get_model_state_cls = lambda: DecoderModelState
+        if shape is not None and config.tower_part(shape.num_patches).method is not None:
+            self.planner = VisionPlanner.shared(config, shape)
+            self.watch = _watch(vllm_config, str(self.planner.default.method), "tower")
+            # As many at once as stock vLLM would take, so that a burst of small budgets needs no more memory.
+            at_once = vllm_config.scheduler_config.max_num_batched_tokens // shape.num_patches
+            self.max_images = max(1 if shape.tiling is None else shape.tiling.most_tiles, at_once)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: Tensor | None = None,
+        reduction: ReducingStep | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the language model; see vLLM's class.
+
+        Args:
+            input_ids: (tokens,) or None.
+            positions: (tokens,).
+            intermediate_tensors: None, since a decoder that reduces is whole on each worker.
+            inputs_embeds: (tokens, hidden size).
+            reduction: given in the steps that reduce a prompt in the decoder.
+            **kwargs: of vLLM's class.
+        """
+        if reduction is None:
+            profiling = is_forward_context_available() and get_forward_context().attn_metadata is None
+            if self.decoder is not None and profiling and inputs_embeds is not None:
+                self.decoder.warm_up(positions, inputs_embeds)
+            return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
+        assert self.decoder is not None
+        assert inputs_embeds is not None
+        return self.decoder(positions, inputs_embeds, reduction)
+
+    def _encode(
+        self, pixels: Tensor, plan: VisionPlan, traced: dict[int, int] | None = None, crop: Crop | None = None
+    ) -> Tokens:
+        """Run the tower over images, or tiles, that follow one plan.
+
+        Args:
+            pixels: (B, 3, height, width).
+            plan: of all of them.
+            traced: index in the batch to trace, of the images that are traced.
+            crop: of tiles with padding, the patches that show the image.
+        """
+        assert self.planner is not None
+        # Not the made-up images with which vLLM profiles before it allocates the KV cache.
+        stopwatch = self.watch if self._has_kv_cache() else None
+        lap = None if stopwatch is None else stopwatch.lap(plan.reducer.method.name, pixels.device)
+        watch = partial(self.traces.observer, traced=traced) if traced else None
+        tower, grid = self.vision_tower.vision_model, self.planner.shape.grid
+        tokens = encode(tower, pixels, plan, grid, lap, watch, crop)
+        if stopwatch is not None and lap is not None:
+            stopwatch.hand_in(lap)
+        return tokens
+
+    def _has_kv_cache(self) -> bool:
+        layers = self.language_model.model.layers
+        return any(_numel(layer.self_attn.attn.kv_cache) for layer in layers if hasattr(layer, "self_attn"))
+
+
+def _numel(kv_cache: Any) -> int:
+    return sum(cache.numel() for cache in (kv_cache if isinstance(kv_cache, list | tuple) else [kv_cache]))
+
+
+def _watch(vllm_config: VllmConfig, method: str, site: str) -> Stopwatch | None:
+    """What takes the time of the reductions at one site, on the first of several tensor-parallel workers.
+
+    Args:
+        vllm_config: vLLM's configuration.
+        method: the server's at this site; a request may bring another.
+        site: "tower" or "decoder".
+    """
+    if (
+        not FicocoConfig.of(vllm_config.model_config.hf_config).metrics
+        or get_tensor_model_parallel_rank() != 0
+    ):
+        return None
+    family = metrics().reduction_seconds
+    engine = str(vllm_config.parallel_config.data_parallel_index)
+    model_name = vllm_config.model_config.served_model_name
+    family.labels(model_name, engine, method, site)  # at zero before the first image, so that rates see it
+    return Stopwatch(lambda method, seconds: family.labels(model_name, engine, method, site).observe(seconds))

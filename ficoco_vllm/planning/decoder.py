@@ -1,0 +1,310 @@
+"""How many visual tokens of a request each segment of the decoder holds: integers, the same in every process.
+
+How many tokens leave is a pure function of prompt and budget; only which ones leave is data. Scheduler and workers
+compute the plan each for itself, so nothing is communicated and nothing waits for the device.
+"""
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property, lru_cache
+from statistics import fmean
+from typing import Any
+
+from ficoco_vllm.config import DEFAULT_SHARE, FicocoConfig
+from ficoco_vllm.planning.segments import Segments, scaled
+from ficoco_vllm.reduction import Reducer, available, get
+from ficoco_vllm.reduction.method import SITES
+from ficoco_vllm.reduction.schedule import make_schedule
+from ficoco_vllm.reduction.stages import spatial
+from ficoco_vllm.tracing.store import TRACE, check_trace_id
+
+# What a request may say in `vllm_xargs`.
+KEEP = "ficoco_keep"
+METHOD = "ficoco_method"
+
+
+@dataclass(frozen=True)
+class RequestPlan:
+    """Tokens of one request in every segment.
+
+    Attributes:
+        method: name of the method that reduces.
+        num_prompt_tokens: before any reduction.
+        images: offset in the prompt and number of tokens of each image, ascending.
+        counts: counts[s][j] visual tokens of image j in segment s.
+    """
+
+    method: str
+    num_prompt_tokens: int
+    images: tuple[tuple[int, int], ...]
+    counts: tuple[tuple[int, ...], ...]
+
+    @cached_property
+    def dropped(self) -> tuple[int, ...]:
+        """Prompt tokens that are missing in each segment."""
+        total = sum(length for _, length in self.images)
+        return tuple(total - sum(counts) for counts in self.counts)
+
+    @property
+    def reduces(self) -> bool:
+        """Whether any token leaves."""
+        return self.dropped[-1] > 0
+
+    def num_kv_tokens(self, segment: int, num_tokens: int) -> int:
+        """Tokens that a segment's KV cache holds once so many tokens of the request have been computed.
+
+        Args:
+            segment: index.
+            num_tokens: computed tokens, prompt and answer; a prompt that is reduced is computed in one step.
+        """
+        if not self.reduces or num_tokens == 0:
+            return num_tokens
+        assert num_tokens >= self.num_prompt_tokens, "a prompt that is reduced is prefilled in one step"
+        return num_tokens - self.dropped[segment]
+
+
+@dataclass(frozen=True, eq=False)
+class DecoderPlanner:
+    """All plans of one decoder under one configuration.
+
+    Attributes:
+        config: the server's settings.
+        segments: of the decoder.
+        num_visual_tokens: of an image as it enters the decoder, unless the request says otherwise; of the largest image
+            where they differ.
+        most: a budget that is always allowed, also for prompts whose images are smaller.
+    """
+
+    config: FicocoConfig
+    segments: Segments
+    num_visual_tokens: int
+    most: int = 0
+
+    @classmethod
+    def shared(
+        cls, config: FicocoConfig, num_layers: int, num_visual_tokens: int, most: int = 0
+    ) -> "DecoderPlanner":
+        """The planner of these settings, checked once and then kept.
+
+        Args:
+            config: the server's settings, with a method that works in the decoder.
+            num_layers: of the decoder.
+            num_visual_tokens: of an image as it leaves the tower, of the largest where they differ.
+            most: a budget that is always allowed.
+
+        Raises:
+            ValueError: the settings do not fit the decoder.
+        """
+        return _shared(config.model_dump_json(), num_layers, num_visual_tokens, most)
+
+    @cached_property
+    def methods(self) -> tuple[str, ...]:
+        """Methods that a request may ask for."""
+        reducers = {name: get(name).configure() for name in available("decoder")}
+        return tuple(
+            name
+            for name, reducer in reducers.items()
+            if reducer.signals <= SITES["decoder"] and _why_not(reducer) is None
+        )
+
+    @property
+    def method(self) -> str:
+        """The method where a request names none."""
+        method = self.config.decoder_method
+        assert method is not None
+        return method.name
+
+    @cached_property
+    def keep(self) -> int:
+        """Tokens of an image in the last segment where a request names no budget; of the largest image.
+
+        Raises:
+            ValueError: no number of tokens meets the average over the layers that the settings ask for.
+        """
+        num_tokens, budget = self.num_visual_tokens, self.config.kv_budget
+        least = 0.0 if budget is None else fmean(self.counts(self.method, num_tokens, 1))
+        if budget is not None and not least <= budget <= num_tokens:
+            raise ValueError(
+                f"ficoco.kv_budget = {budget} is not allowed; "
+                f"allowed: {least:.2f} (one token left in the end) to {num_tokens}"
+            )
+        return self.keep_of(num_tokens)
+
+    def keep_of(self, num_tokens: int) -> int:
+        """Tokens of an image in the last segment where a request names no budget.
+
+        Args:
+            num_tokens: of the image as it enters the decoder.
+        """
+        return _keep_of(self, num_tokens)
+
+    def reducer(self, method: str) -> Reducer:
+        """A method with its settings: the server's for the server's method, else its own defaults."""
+        return _reducer(self, method)
+
+    def reducing_segments(self, method: str) -> tuple[int, ...]:
+        """Segments in whose last layer a method lets tokens leave, ascending.
+
+        Raises:
+            ValueError: a layer that the settings name is not one of this decoder.
+        """
+        last = self.segments.num_segments - 1
+        layers = _layers(self.reducer(method), self.segments.num_layers)
+        found = sorted({self.segments.nearest(layer) for layer in layers})
+        settings = self.reducer(method).settings
+        if getattr(settings, "layers", None) is None:
+            found = list(range(found[0], last))
+        return tuple(found)
+
+    def counts(self, method: str, num_tokens: int, keep: int) -> tuple[int, ...]:
+        """Visual tokens of one image in every segment.
+
+        Args:
+            method: name.
+            num_tokens: that enter the decoder.
+            keep: that are to be left in the last segment; an image that has fewer keeps them all.
+
+        Raises:
+            ValueError: the method's schedule cannot do it.
+        """
+        return _counts(self, method, num_tokens, min(keep, num_tokens))
+
+    def plan(
+        self, num_prompt_tokens: int, images: Sequence[tuple[int, int]], extra_args: Mapping[str, Any] | None
+    ) -> RequestPlan:
+        """The plan of a request. Every image has the whole budget for itself.
+
+        Args:
+            num_prompt_tokens: placeholders of images included.
+            images: offset and number of tokens of each.
+            extra_args: the request's `vllm_xargs`, or None.
+
+        Raises:
+            ValueError: starting with the field, then its value and what is allowed.
+        """
+        entering = max([self.num_visual_tokens, self.most, *(length for _, length in images)])
+        method, asked = self._asked(extra_args or {}, entering)
+        per_image = []
+        for _, length in images:
+            keep = self.keep_of(length) if asked is None else asked
+            try:
+                per_image.append(self.counts(method, length, keep))
+            except ValueError as error:
+                raise ValueError(f"{KEEP} = {keep}: {error}") from error
+        counts = tuple(zip(*per_image, strict=True))
+        empty: tuple[tuple[int, ...], ...] = ((),) * self.segments.num_segments
+        return RequestPlan(method, num_prompt_tokens, tuple(sorted(images)), counts or empty)
+
+    def _asked(self, extra_args: Mapping[str, Any], most: int) -> tuple[str, int | None]:
+        allowed = (KEEP, METHOD, TRACE) if self.config.explain else (KEEP, METHOD)
+        unknown = sorted(key for key in extra_args if key.startswith("ficoco_") and key not in allowed)
+        if unknown:
+            raise ValueError(f"{unknown[0]} is not a field of this server; allowed: {KEEP}, {METHOD}")
+        if TRACE in extra_args:
+            check_trace_id(extra_args[TRACE])
+        method = extra_args.get(METHOD, self.method)
+        if method not in self.methods:
+            raise ValueError(
+                f"{METHOD} = {method!r} is not a method that the decoder of this server can run; "
+                f"allowed: {', '.join(self.methods)}"
+            )
+        keep = extra_args.get(KEEP)
+        if KEEP not in extra_args:
+            return method, None
+        if isinstance(keep, float) and keep.is_integer():
+            keep = int(keep)  # vLLM's request schema may hand an integer on as a float
+        if isinstance(keep, bool) or not isinstance(keep, int) or not 1 <= keep <= most:
+            raise ValueError(f"{KEEP} = {keep!r} is not allowed; allowed: an integer from 1 to {most}")
+        return method, keep
+
+
+def _layers(reducer: Reducer, num_layers: int) -> tuple[int, ...]:
+    """Layers that a method names, or the first one if it reduces in all from there on."""
+    settings = reducer.settings
+    name = "layers" if getattr(settings, "layers", None) is not None else "start_layer"
+    value = getattr(settings, name, None)
+    layers = value if isinstance(value, tuple) else (3 if value is None else value,)
+    if name not in settings.model_fields_set:
+        return scaled(layers, num_layers)
+    if max(layers) > num_layers - 2:
+        raise ValueError(
+            f"ficoco.{name} = {value} is not allowed; allowed: layers 0 to {num_layers - 2}, "
+            "since behind the last one there is nothing left to save"
+        )
+    return layers
+
+
+def _why_not(reducer: Reducer) -> str | None:
+    """Why a method cannot run in the decoder, whatever it measures; None if it can."""
+    if reducer.num_extra:
+        return (
+            f"ficoco.method = {reducer.method.name!r}: its fused extra tokens have no place in the prompt, "
+            "which the decoder's KV cache needs; choose another `compress`"
+        )
+    stages = (reducer.method.filter, reducer.method.correlate)
+    by_place = any(stage.function.__module__ == spatial.__name__ for stage in stages)
+    if by_place or getattr(reducer.settings, "local_penalty", False):
+        return (
+            "ficoco.filter and ficoco.correlate by places in the image and ficoco.local_penalty are not allowed "
+            "in the decoder, where only the order of the tokens is known"
+        )
+    return None
+
+
+@lru_cache(maxsize=64)
+def _reducer(planner: DecoderPlanner, method: str) -> Reducer:
+    settings = planner.config.settings if method == planner.method else {}
+    reducer = get(method).configure(**settings)
+    reducer.check_signals(SITES["decoder"])
+    return reducer
+
+
+@lru_cache(maxsize=4096)
+def _keep_of(planner: DecoderPlanner, num_tokens: int) -> int:
+    budget = planner.config.kv_budget
+    if budget is None:
+        return planner.config.keep or max(1, round(num_tokens * DEFAULT_SHARE))
+
+    def mean(keep: int) -> float:
+        return fmean(planner.counts(planner.method, num_tokens, keep))
+
+    # An image that is too small for the average keeps as little of itself as can be.
+    return max(1, bisect_right(range(1, num_tokens + 1), budget, key=mean))
+
+
+@lru_cache(maxsize=4096)
+def _counts(planner: DecoderPlanner, method: str, num_tokens: int, keep: int) -> tuple[int, ...]:
+    reducer = planner.reducer(method)
+    schedule = getattr(reducer.settings, "schedule", reducer.method.default_schedule)
+    segments = planner.reducing_segments(method)
+    if keep == num_tokens and isinstance(schedule, str):
+        return (num_tokens,) * planner.segments.num_segments
+    removed = make_schedule(schedule, num_tokens, keep, segments, 0, reducer.max_removed)
+    counts = [num_tokens]
+    for segment in range(planner.segments.num_segments - 1):
+        counts.append(counts[-1] - removed.get(segment, 0))
+    return tuple(counts)
+
+
+@cache
+def _shared(config_json: str, num_layers: int, num_visual_tokens: int, most: int) -> DecoderPlanner:
+    config = FicocoConfig.model_validate_json(config_json)
+    method = config.decoder_method
+    assert method is not None
+    reducer = method.configure(**config.settings)
+    why_not = _why_not(reducer)
+    if why_not is not None:
+        raise ValueError(why_not)
+    if config.num_segments is None:
+        segments = Segments.choose(num_layers, _layers(reducer, num_layers))
+    else:
+        segments = Segments(num_layers, config.num_segments)
+    if segments.num_segments < 2:
+        raise ValueError(
+            f"ficoco.num_segments: a decoder of {num_layers} layers in one segment cannot reduce"
+        )
+    planner = DecoderPlanner(config, segments, num_visual_tokens, most)
+    planner.reducing_segments(method.name)
+    planner.plan(num_visual_tokens + 1, [(0, num_visual_tokens)], {KEEP: planner.keep})
+    return planner

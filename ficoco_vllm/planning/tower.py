@@ -1,0 +1,317 @@
+"""Which layer of the tower removes how many tokens for which budget: host-side integers only."""
+
+import hashlib
+import json
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property, lru_cache, partial
+from typing import Any, NamedTuple
+
+from ficoco_vllm.config import DEFAULT_SHARE, FicocoConfig
+from ficoco_vllm.kernels import Backend
+from ficoco_vllm.planning.tower_shape import TowerShape
+from ficoco_vllm.reduction import Reducer, available, get
+from ficoco_vllm.reduction.method import SITES
+from ficoco_vllm.reduction.schedule import default_start_layer, make_schedule
+
+VISION_SITES = ("encoder", "features")
+
+
+class Budget(NamedTuple):
+    """What an image is reduced by, and to how many tokens."""
+
+    method: str | None
+    keep: int
+
+
+@dataclass(frozen=True)
+class VisionPlan:
+    """One way through the tower.
+
+    Attributes:
+        reducer: the method with its settings.
+        keep: patch tokens at the end.
+        removals: index of each reducing layer to the number of tokens removed there; empty for a method that
+            works on the features.
+        proportional: whether later layers weigh each key by the patches that it stands for.
+        logits: whether the method is shown attention logits instead of probabilities.
+        backend: which implementation of the fused ops runs.
+    """
+
+    reducer: Reducer
+    keep: int
+    removals: dict[int, int] = field(default_factory=dict)
+    proportional: bool = False
+    logits: bool = False
+    backend: Backend = "auto"
+
+
+@dataclass(frozen=True, eq=False)
+class VisionPlanner:
+    """All plans of one model under one configuration; the processor and the tower compute the same from it.
+
+    Attributes:
+        config: the server's settings.
+        shape: the tower.
+    """
+
+    config: FicocoConfig
+    shape: TowerShape
+
+    @classmethod
+    def shared(cls, config: FicocoConfig, shape: TowerShape) -> "VisionPlanner":
+        """The planner of these settings as far as they concern the tower, checked once and then kept.
+
+        Raises:
+            ValueError: the settings do not fit the tower.
+        """
+        _check_tiles(config, shape)
+        return _shared(config.tower_part(shape.num_patches).model_dump_json(), shape)
+
+    @property
+    def active(self) -> bool:
+        """Whether the server was started with settings; if not, everything is as in stock vLLM."""
+        return self.config.method is not None
+
+    @cached_property
+    def methods(self) -> tuple[str, ...]:
+        """Methods that the vision tower can serve, in the order of their indices.
+
+        Those that need a signal of another model are not among them.
+        """
+        offered = [(name, SITES[site]) for site in VISION_SITES for name in available(site)]
+        return tuple(name for name, signals in offered if get(name).required_signals() <= signals)
+
+    @property
+    def default(self) -> Budget:
+        """What a request gets that asks for nothing."""
+        keep = self.config.keep
+        if not self.active:
+            keep = self.most_keep
+        elif keep is None:
+            keep = max(1, round(self.most_keep * DEFAULT_SHARE))
+        return Budget(self.config.method, keep)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A short name of the settings, for the hashes of the caches."""
+        text = json.dumps(self.config.model_dump(mode="json", exclude={"metrics", "explain"}), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def most_keep(self) -> int:
+        """The largest budget that a request may ask for."""
+        tiling = self.shape.tiling
+        if tiling is None or self.config.keep_per == "tile":
+            return self.shape.num_patches
+        return self.shape.num_patches * tiling.most_tiles
+
+    @cached_property
+    def num_input_tokens(self) -> int:
+        """Placeholders of the largest image without reduction, as in stock vLLM."""
+        tiling = self.shape.tiling
+        if tiling is None:
+            return self.shape.num_patches + self.shape.with_cls
+        return max(tiling.num_tokens(height, width) for height, width in tiling.pinpoints)
+
+    @property
+    def decoder_most(self) -> int:
+        """What a budget in the decoder may name at least, whatever is left of images by default.
+
+        An image in tiles may have any number of tokens, and a request does not know how many its image has.
+        """
+        return 0 if self.shape.tiling is None else self.num_input_tokens
+
+    def method_index(self, method: str | None) -> int:
+        """A method as an integer, which is what travels with an image to the workers."""
+        return -1 if method is None else self.methods.index(method)
+
+    def budget(self, method: Any, keep: Any) -> Budget:
+        """What a request gets.
+
+        Args:
+            method: the name asked for, or None.
+            keep: the number of tokens asked for, or None.
+
+        Raises:
+            ValueError: starting with the field, then its value and what is allowed.
+        """
+        default = self.default
+        if method is None and keep is None:
+            return default
+        if not self.active:
+            asked = "ficoco_method" if keep is None else "ficoco_keep"
+            raise ValueError(
+                f"{asked}: this server does not reduce; start it with --ficoco-method to allow it"
+            )
+        if method is None:
+            method = default.method
+        elif method not in self.methods:
+            raise ValueError(
+                f"ficoco_method = {method!r} is not a method that this model can serve; "
+                f"allowed: {', '.join(self.methods)}"
+            )
+        if keep is None:
+            keep = default.keep
+        most = self.most_keep
+        if isinstance(keep, bool) or not isinstance(keep, int) or not 1 <= keep <= most:
+            raise ValueError(f"ficoco_keep = {keep!r} is not allowed; allowed: an integer from 1 to {most}")
+        budget = Budget(method, keep)
+        try:
+            self.check(budget)
+        except ValueError as error:
+            raise ValueError(f"ficoco_keep = {keep}: {error}") from error
+        return budget
+
+    def reduces(self, budget: Budget) -> bool:
+        """Whether fewer tokens come out than patches go in; of an image in tiles, of the largest one."""
+        return budget.keep < self.most_keep
+
+    def num_output_tokens(self, budget: Budget) -> int:
+        """Placeholders of an image, of the largest one where it is cut into tiles.
+
+        They are its patch tokens, and [CLS] where the model takes it.
+        """
+        tiling = self.shape.tiling
+        if tiling is None:
+            return budget.keep + self.shape.with_cls
+        return max(
+            self.num_image_tokens(budget, height=height, width=width) for height, width in tiling.pinpoints
+        )
+
+    def num_image_tokens(self, budget: Budget, *, height: int, width: int) -> int:
+        """Placeholders of one image.
+
+        Args:
+            budget: of the image or of each tile.
+            height: in pixels.
+            width: in pixels.
+
+        Raises:
+            ValueError: the method's schedule cannot reach the budget in one of its tiles.
+        """
+        if self.shape.tiling is None:
+            return self.num_output_tokens(budget)
+        from ficoco_vllm.planning.tiles import layout  # it needs this module
+
+        return layout(self, height, width, budget).num_tokens
+
+    def num_before(self, *, height: int, width: int) -> int:
+        """Visual tokens of one image without reduction, [CLS] not counted.
+
+        Args:
+            height: in pixels.
+            width: in pixels.
+        """
+        tiling = self.shape.tiling
+        return self.shape.num_patches if tiling is None else tiling.num_tokens(height, width)
+
+    def of_grid(self, grid: tuple[int, int]) -> "VisionPlanner":
+        """Plans of a tile of which only so many rows and columns of patches show the image; the others leave first."""
+        return self if grid == self.shape.grid else _of_grid(self, grid)
+
+    def check(self, budget: Budget) -> None:
+        """Make sure that a budget can be met.
+
+        Raises:
+            ValueError: the method's schedule cannot reach it.
+        """
+        tiling = self.shape.tiling
+        if tiling is None:
+            self.plan(budget)
+            return
+        for height, width in tiling.pinpoints:
+            self.num_image_tokens(budget, height=height, width=width)
+
+    def plan(self, budget: Budget) -> VisionPlan:
+        """How a budget is met.
+
+        Raises:
+            ValueError: the method's schedule cannot reach it.
+        """
+        return _plan(self, budget)
+
+    def _make_plan(self, budget: Budget) -> VisionPlan:
+        assert budget.method is not None
+        method = get(budget.method)
+        # The server's hyperparameters are those of the server's method; another one runs with its own defaults.
+        settings = self.config.settings if budget.method == self.config.method else {}
+        reducer = method.configure(**settings)
+        reducer.check_signals(SITES[method.site])
+        spread = partial(
+            make_schedule,
+            num_tokens=self.shape.num_patches,
+            keep=budget.keep,
+            num_extra=reducer.num_extra,
+            max_removed=reducer.max_removed,
+        )
+        if method.site == "features":
+            spread("one-shot", layers=[0])
+            return VisionPlan(reducer, budget.keep, backend=self.config.backend)
+        start = getattr(reducer.settings, "start_layer", None)
+        if start is None:
+            start = default_start_layer(self.shape.num_layers)
+        last = self.shape.num_executed_layers - 1
+        if start > last:
+            raise ValueError(f"start_layer = {start} is not allowed; allowed: an integer from 0 to {last}")
+        schedule = getattr(reducer.settings, "schedule", method.default_schedule)
+        removals = spread(schedule, layers=range(start, last + 1))
+        return VisionPlan(
+            reducer,
+            budget.keep,
+            removals,
+            proportional=getattr(reducer.settings, "proportional_attention", False),
+            logits=getattr(reducer.settings, "attention", "probs") == "logits",
+            backend=self.config.backend,
+        )
+
+
+def _check_tiles(config: FicocoConfig, shape: TowerShape) -> None:
+    """Refuse what has no meaning for an image in tiles.
+
+    Raises:
+        ValueError: naming the field, its value and what is allowed.
+    """
+    if shape.tiling is None:
+        return
+    if config.explain:
+        raise ValueError(
+            "ficoco.explain = True is not allowed with LLaVA-NeXT, whose tiles the viewer cannot draw; allowed: False"
+        )
+    if config.encoder.get("keep_per") == "image" and "keep" not in config.encoder:
+        raise ValueError("ficoco.encoder.keep_per = 'image' is allowed with ficoco.encoder.keep only")
+    schedule = config.tower_part(shape.num_patches).settings.get("schedule")
+    if schedule is not None and not isinstance(schedule, str):
+        raise ValueError(
+            f"ficoco.schedule = {schedule!r} is not allowed with LLaVA-NeXT, whose tiles begin with different numbers "
+            "of patches; allowed: a schedule by name"
+        )
+
+
+@lru_cache(maxsize=1024)
+def _of_grid(planner: VisionPlanner, grid: tuple[int, int]) -> VisionPlanner:
+    return VisionPlanner(planner.config, replace(planner.shape, grid=grid, tiling=None))
+
+
+@lru_cache(maxsize=4096)
+def _plan(planner: VisionPlanner, budget: Budget) -> VisionPlan:
+    return planner._make_plan(budget)
+
+
+@cache
+def _shared(config: str, shape: TowerShape) -> VisionPlanner:
+    planner = VisionPlanner(FicocoConfig.model_validate_json(config), shape)
+    if not planner.active:
+        return planner
+    assert planner.config.method is not None
+    method = get(planner.config.method)
+    if method.site not in VISION_SITES:
+        raise ValueError(
+            f"ficoco.method = {method.name!r} works in the {method.site}, which is not served; "
+            f"allowed: {', '.join(planner.methods)}"
+        )
+    method.configure(**planner.config.settings).check_signals(SITES[method.site])
+    keep, most = planner.default.keep, planner.most_keep
+    if keep > most:
+        raise ValueError(f"ficoco.keep = {keep} is not allowed; allowed: an integer from 1 to {most}")
+    planner.check(planner.default)
+    return planner

@@ -1,0 +1,1 @@
+"""The commands of `ficoco-vllm`, one file each."""

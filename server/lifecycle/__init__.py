@@ -1,0 +1,1 @@
+"""Starting, draining, stopping and cleaning up server processes."""

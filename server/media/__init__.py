@@ -1,0 +1,1 @@
+"""Loading the images of requests within the operator's limits."""

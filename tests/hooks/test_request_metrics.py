@@ -1,0 +1,90 @@
+"""How vLLM's front end is counted, without an engine."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+from vllm.v1.engine.output_processor import OutputProcessor
+from vllm.v1.metrics.loggers import StatLoggerManager
+
+from ficoco_vllm.hooks import request_metrics
+from ficoco_vllm.metrics.counting import Meter, Step, Tracked
+from ficoco_vllm.metrics.families import Metrics
+from ficoco_vllm.metrics.savings import Account
+
+BLOCK_SIZE = 16
+
+
+@pytest.fixture
+def meter() -> Meter:
+    """One that counts into a registry of its own."""
+    found = Meter.__new__(Meter)
+    found.metrics = Metrics(CollectorRegistry())
+    found.model_name, found.method, found.only_engine = "m", "tome", "0"
+    found.token_bytes = 10
+    found.vllm_config = SimpleNamespace(cache_config=SimpleNamespace(block_size=BLOCK_SIZE))
+    request_metrics.hook_front_end()
+    return found
+
+
+def tracked(meter: Meter) -> Tracked:
+    return Tracked(Account("tome", 576, 64, (64,), (512, 512)), meter, "0")
+
+
+def ended(meter: Meter, outcome: str) -> float:
+    return float(meter.metrics.requests.labels("m", "0", "tome", outcome)._value.get())
+
+
+def test_hooks_are_set_once(meter: Meter) -> None:
+    before = [OutputProcessor.add_request, OutputProcessor.abort_requests, StatLoggerManager.record]
+    request_metrics.hook_front_end()
+    assert before == [
+        OutputProcessor.add_request,
+        OutputProcessor.abort_requests,
+        StatLoggerManager.record,
+    ]
+
+
+def test_abort_of_a_request_with_two_answers_counts_two(meter: Meter) -> None:
+    """VLLM aborts the children through the same method, which must not count them twice."""
+    processor = OutputProcessor(None, log_stats=True)
+    children = [f"{index}_parent" for index in range(2)]
+    for child in children:
+        state = SimpleNamespace(external_req_id="parent", lora_name=None, queue=None, detokenizer=None)
+        setattr(state, request_metrics._REQUEST, tracked(meter))
+        processor.request_states[child] = state
+        processor.external_req_ids["parent"].append(child)
+    processor.parent_requests["parent"] = SimpleNamespace(child_requests=set(children))
+    assert sorted(processor.abort_requests(["parent"], internal=True)) == children
+    assert ended(meter, "abort") == 2
+    processor.abort_requests(["parent", *children], internal=True)
+    assert ended(meter, "abort") == 2
+
+
+def test_a_prefill_counts_once_and_blocks_go_back(meter: Meter) -> None:
+    """A request whose prompt is told twice (preempted before its first token is out) is one prefill."""
+    request = tracked(meter)
+    for _ in range(2):
+        meter.record(Step(first=[(request, 0.5)]), "0")
+    families = meter.metrics
+
+    def value(family: Any, *labels: str) -> float:
+        return float(family.labels("m", "0", "tome", *labels)._value.get())
+
+    assert value(families.visual_tokens_in) == 576
+    assert value(families.kv_tokens_avoided, "1") == 512
+    assert value(families.kv_bytes_avoided, "1") == 5120
+    assert value(families.kv_blocks_saved, "0") == 512 / BLOCK_SIZE
+    meter.record(Step(ended=[(request, "stop")]), "0")
+    meter.end(request, "abort")  # too late
+    assert value(families.kv_blocks_saved, "0") == 0
+    assert (ended(meter, "stop"), ended(meter, "abort")) == (1, 0)
+
+
+def test_a_request_that_never_ran_saves_nothing(meter: Meter) -> None:
+    request = tracked(meter)
+    meter.end(request, "abort")
+    assert ended(meter, "abort") == 1
+    assert meter.metrics.visual_tokens_in.labels("m", "0", "tome")._value.get() == 0
+    assert meter.metrics.kv_blocks_saved.labels("m", "0", "tome", "0")._value.get() == 0

@@ -1,0 +1,244 @@
+"""Accounts of requests, bulk observation, the stopwatch, and the switch."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from prometheus_client import CollectorRegistry, Histogram
+
+from ficoco_vllm.config import FicocoConfig
+from ficoco_vllm.metrics.families import observe_all
+from ficoco_vllm.metrics.savings import Account, Accountant
+from ficoco_vllm.metrics.stopwatch import Stopwatch
+from ficoco_vllm.planning.decoder import DecoderPlanner
+from ficoco_vllm.planning.tower import Budget, VisionPlanner
+from ficoco_vllm.planning.tower_shape import TowerShape
+from ficoco_vllm.reduction import cost
+from ficoco_vllm.server.commands.serve_options import counts_savings
+from ficoco_vllm.server.lifecycle.shared_metrics import MULTIPROC, shared_metrics
+
+LLAVA = cost.KNOWN_MODELS["llava-hf/llava-1.5-7b-hf"]
+
+
+class Config:
+    """Stands for transformers' configuration of LLaVA-1.5-7B."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(LLAVA)
+
+
+def accountant(method: str, **settings: Any) -> Accountant:
+    config = FicocoConfig.parse({"method": method, **settings})
+    shape = TowerShape((24, 24), num_layers=24, num_executed_layers=23, with_cls=False)
+    tower = VisionPlanner.shared(config, shape)
+    decoder = None
+    if config.decoder_method is not None:
+        decoder = DecoderPlanner.shared(config, 32, tower.num_output_tokens(tower.default))
+    return Accountant(config, Config(), tower, decoder)
+
+
+def account(of: Accountant, num_text: int, *lengths: int, **kwargs: Any) -> Account:
+    """Of a prompt with images of these lengths, then text."""
+    images = [(sum(lengths[:index]), length) for index, length in enumerate(lengths)]
+    budget = kwargs.get("budget", of.tower.default)
+    return of.account(num_text + sum(lengths), images, budget, kwargs.get("extra_args"))
+
+
+@pytest.mark.parametrize("method", ["ficoco-v", "tome", "topk-cls", "visionzip"])
+@pytest.mark.parametrize("num_text", [1, 2, 3, 60, 1000])
+@pytest.mark.parametrize("num_images", [1, 3])
+def test_tower(method: str, num_text: int, num_images: int) -> None:
+    """Against the planner, which is asked for each length of text of its own."""
+    of = accountant(method, keep=64)
+    found = account(of, num_text, *[64] * num_images)
+    assert found.method == method
+    assert (found.visual_tokens_in, found.visual_tokens_kept) == (num_images * 576, num_images * 64)
+    assert found.budgets == (64,) * num_images
+    assert found.missing == (num_images * 512,)
+    shape = cost.model_shape(LLAVA)
+    plans = (cost.unreduced(shape), cost.plan_tokens(shape, method, cost.Budget(keep=64)))
+    stock, reduced = (
+        cost.estimate(shape, plan, num_text_tokens=num_text, num_images=num_images) for plan in plans
+    )
+    assert found.flops_avoided == stock.total_flops - reduced.total_flops > 0
+
+
+def test_tower_keeps_all_or_text_only() -> None:
+    of = accountant("ficoco-v", keep=64)
+    everything = account(of, 60, 576, budget=Budget("ficoco-v", 576))
+    assert everything == Account("off", 576, 576, (576,), (0,), 0)
+    assert account(of, 60) == Account("text")
+    embeddings = account(of, 60, 100, budget=None)
+    assert embeddings == Account("off", 100, 100, (100,), (0,), 0)
+    assert account(of, 60, 100, budget=Budget("tome", 100)).method == "tome"
+
+
+@pytest.mark.parametrize("schedule", ["even", "one-shot"])
+def test_decoder(schedule: str) -> None:
+    of = accountant("ficoco-l", keep=64, schedule=schedule)
+    found = account(of, 60, 576, 576)
+    assert of.decoder is not None
+    counts = of.decoder.counts("ficoco-l", 576, 64)
+    assert found.method == "ficoco-l"
+    assert found.missing == tuple(2 * (576 - count) for count in counts)
+    assert (found.visual_tokens_in, found.visual_tokens_kept) == (1152, 128)
+    # The same against the planner, told where the segments' ends let tokens leave.
+    shape = cost.model_shape(LLAVA)
+    ends = [(of.decoder.segments.end(index), count) for index, count in enumerate(counts[1:])]
+    plan = cost.plan_tokens(shape, "ficoco-l", cost.Budget(schedule=ends))
+    stock, reduced = (
+        cost.estimate(shape, tokens, num_text_tokens=60, num_images=2)
+        for tokens in (cost.unreduced(shape), plan)
+    )
+    assert found.flops_avoided == stock.total_flops - reduced.total_flops > 0
+
+
+def test_decoder_token_plan_is_what_is_served() -> None:
+    """Tokens leave between attention and MLP of a segment's last layer; layers of the cost model say so too."""
+    of = accountant("ficoco-l", keep=64)
+    assert of.decoder is not None
+    counts = of.decoder.counts("ficoco-l", 576, 64)
+    plan = of.token_plan(of.tower.default, counts)
+    assert plan.encoder == (576,) * 24
+    assert plan.decoder == (*np.repeat(counts, 4).tolist(), counts[-1])
+
+
+def test_both() -> None:
+    of = accountant("ficoco-vl", keep=64)
+    found = account(of, 60, 192)
+    assert found.method == "ficoco-vl"
+    assert (found.visual_tokens_in, found.visual_tokens_kept) == (576, 64)
+    assert found.missing[0] == 576 - 192
+    assert found.missing[-1] == 576 - 64
+    assert found.flops_avoided > account(of, 60, 192, extra_args={"ficoco_keep": 192}).flops_avoided > 0
+    assert account(of, 60, 192, extra_args={"ficoco_keep": 192}).method == "ficoco-v"
+    other = account(of, 60, 192, budget=Budget("tome", 192), extra_args={"ficoco_method": "fastv"})
+    assert other.method == "tome+fastv"
+    only_late = account(of, 60, 576, budget=Budget("ficoco-v", 576), extra_args={"ficoco_keep": 64})
+    assert only_late.method == "ficoco-l"
+
+
+def test_bulk_observation_equals_one_by_one() -> None:
+    registry = CollectorRegistry()
+    bulk = Histogram("bulk", "", ("a",), buckets=(0.1, 0.5, 1.0), registry=registry).labels("x")
+    single = Histogram("single", "", ("a",), buckets=(0.1, 0.5, 1.0), registry=registry).labels("x")
+    values = [0.05, 0.1, 0.100001, 0.5, 0.7, 1.0, 3.0, 3.0]
+    observe_all(bulk, values)
+    observe_all(bulk, [])
+    for value in values:
+        single.observe(value)
+    samples = [
+        [(s.name, s.labels, s.value) for s in histogram._samples() if s.name != "_created"]
+        for histogram in (bulk, single)
+    ]
+    assert samples[0] == samples[1]
+
+
+def test_stopwatch_adds_up() -> None:
+    told: list[tuple[str, float]] = []
+    watch = Stopwatch(lambda label, seconds: told.append((label, seconds)))
+    lap = watch.lap("tome", torch.device("cpu"))
+    for _ in range(2):
+        with lap.running():
+            time.sleep(0.02)
+        time.sleep(0.05)
+    assert told == []
+    watch.hand_in(lap)
+    assert [label for label, _ in told] == ["tome"]
+    assert 0.04 <= told[0][1] < 0.09  # without the time between
+
+
+def test_stopwatch_never_waits_for_the_device() -> None:
+    """A lap whose events have not passed is told later, and laps are told in order."""
+    told: list[str] = []
+    watch = Stopwatch(lambda label, seconds: told.append(label))
+    laps = [watch.lap(label, torch.device("cpu")) for label in ("first", "second")]
+
+    class Event:
+        passed = False
+
+        def query(self) -> bool:
+            return self.passed
+
+        def elapsed_time(self, end: "Event") -> float:
+            assert end.passed
+            return 1.0
+
+    event = Event()
+    laps[0].events.append((event, event))
+    for lap in laps:
+        watch.hand_in(lap)
+    assert told == []
+    event.passed = True
+    watch.hand_in(watch.lap("third", torch.device("cpu")))
+    assert told == ["first", "second", "third"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_stopwatch_on_cuda() -> None:
+    told: list[float] = []
+    watch = Stopwatch(lambda label, seconds: told.append(seconds))
+    lap = watch.lap("tome", torch.device("cuda"))
+    with lap.running():
+        torch.cuda._sleep(200_000_000)  # cycles: about a tenth of a second
+    start = time.perf_counter()
+    watch.hand_in(lap)
+    assert time.perf_counter() - start < 0.02
+    assert told == []
+    torch.cuda.synchronize()
+    watch.hand_in(watch.lap("tome", torch.device("cuda")))
+    assert told[0] == pytest.approx(0.1, rel=0.6)
+
+
+def test_the_switch_alone_chooses_no_method() -> None:
+    assert FicocoConfig.parse({"metrics": False}).method is None
+    assert FicocoConfig.parse({"metrics": False, "keep": 64}).method == "ficoco-v"
+    with pytest.raises(ValueError, match=r"ficoco.metrics = 'no'"):
+        FicocoConfig.parse({"metrics": "no"})
+
+
+def test_the_switch_changes_no_cache_entry() -> None:
+    shape = TowerShape((24, 24), 24, 23, False)
+    on, off = (
+        VisionPlanner.shared(FicocoConfig.parse({"keep": 64, "metrics": value}), shape).fingerprint
+        for value in (True, False)
+    )
+    assert on == off
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], False),
+        (["--ficoco-method", "ficoco-v"], True),
+        (["--ficoco-keep", "9"], True),
+        (["--ficoco-method", "ficoco-v", "--ficoco-no-metrics"], False),
+        (["--ficoco-config", '{"method": "tome", "metrics": false}'], False),
+        (["--additional-config", '{"ficoco": {"method": "tome"}}'], True),
+        (["--additional-config", '{"ficoco": {"method": "tome"}}', "--ficoco-no-metrics"], False),
+        (["--additional-config", '{"other": 1}'], False),
+        (["--ficoco-method", "no such method"], False),
+        (["--additional-config", "[1"], False),
+    ],
+)
+def test_when_processes_share_metrics(arguments: list[str], expected: bool) -> None:
+    assert counts_savings(arguments) is expected
+
+
+def test_the_shared_folder_is_fresh_and_goes_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    monkeypatch.delenv(MULTIPROC, raising=False)
+    with shared_metrics(True) as folder:
+        assert folder == os.environ[MULTIPROC]
+        assert folder is not None
+        assert list(Path(folder).iterdir()) == []
+    assert not Path(folder).exists()
+    monkeypatch.setenv(MULTIPROC, "/somewhere")
+    with shared_metrics(True) as folder:
+        assert folder is None
+        assert os.environ[MULTIPROC] == "/somewhere"

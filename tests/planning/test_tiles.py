@@ -1,0 +1,149 @@
+"""How LLaVA-NeXT's images are cut and how many tokens they take, against vLLM's own count and by hand."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig
+from vllm.model_executor.models.llava_next import LlavaNextProcessingInfo
+
+from ficoco_vllm.config import FicocoConfig
+from ficoco_vllm.planning.tiles import layout, shared_out
+from ficoco_vllm.planning.tiling import Crop, Tiling
+from ficoco_vllm.planning.tower import Budget, VisionPlanner
+from ficoco_vllm.planning.tower_shape import TowerShape
+from ficoco_vllm.vision.packing import Kept, pack
+
+SIZES = [
+    *(
+        (height, width)
+        for height in (1, 37, 336, 337, 480, 672, 1500)
+        for width in (1, 50, 336, 500, 672, 1008)
+    ),
+    *((672, 2000), (10, 4000), (4000, 10), (333, 1011), (1008, 336), (672, 673)),
+]
+
+
+def config(**changes: Any) -> LlavaNextConfig:
+    """LLaVA-NeXT-7B's, as far as tiles and tower are concerned."""
+    return LlavaNextConfig(
+        vision_config=CLIPVisionConfig(
+            image_size=336, patch_size=14, num_hidden_layers=24, num_attention_heads=16
+        ),
+        text_config=LlamaConfig(),
+        image_grid_pinpoints=[[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+        vision_feature_layer=-2,
+        **({"vision_feature_select_strategy": "default"} | changes),
+    )
+
+
+class StockInfo(LlavaNextProcessingInfo):
+    """vLLM's, without an engine around it."""
+
+    def __init__(self) -> None:
+        pass
+
+    def get_hf_config(self) -> Any:
+        """Of the model."""
+        return config()
+
+
+def planner(**settings: Any) -> VisionPlanner:
+    """LLaVA-NeXT-7B's tower."""
+    return VisionPlanner.shared(FicocoConfig.parse(settings), TowerShape.from_hf_config(config()))
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_counts(height: int, width: int) -> None:
+    """Without reduction vLLM's count; with it what each tile can keep, and a newline for each row of tiles."""
+    stock = StockInfo().get_num_image_tokens(image_height=height, image_width=width)
+    served = planner()
+    assert served.num_image_tokens(served.default, height=height, width=width) == stock
+    served = planner(method="ficoco-v", keep=64)
+    found = layout(served, height, width, served.default)
+    assert found.num_before == stock
+    assert found.tiles[0].place.crop == Crop(0, 0, 24, 24)
+    assert [tile.keep for tile in found.tiles] == [
+        min(64, tile.place.crop.num_patches) for tile in found.tiles
+    ]
+    assert found.num_tokens == sum(tile.keep for tile in found.tiles) + len(found.newline_rows)
+    # Every patch that stock vLLM hands on is in exactly one tile.
+    places = served.shape.tiling.places(height, width)  # type: ignore[union-attr]
+    lines = sum(place.crop.rows for place in places if place.column == 0)
+    assert sum(place.crop.num_patches for place in places) + lines == stock
+
+
+def test_the_crop_of_a_wide_image() -> None:
+    """2000 x 300 is laid into 1008 x 336: of 24 rows of patches the middle 10 show it."""
+    found = layout(planner(keep=64), 300, 2000, Budget("ficoco-v", 64))
+    assert [tile.place.crop for tile in found.tiles[1:]] == [Crop(7, 0, 10, 24)] * 3
+    assert found.num_tokens == 4 * 64 + 1
+
+
+@pytest.mark.parametrize(("height", "width", "before"), [(1, 4000, 576), (4000, 1, 576 + 24)])
+def test_a_line_of_pixels_has_a_base_view_only(height: int, width: int, before: int) -> None:
+    """Scaled it is thinner than a patch, and stock vLLM crops all of it away; of a tall one it leaves the newlines."""
+    found = layout(planner(keep=64), height, width, Budget("ficoco-v", 64))
+    assert (found.num_tokens, found.num_before, found.newline_rows) == (64, before, ())
+
+
+def test_a_tile_with_fewer_patches_than_its_budget_keeps_them() -> None:
+    found = layout(planner(keep=300), 300, 2000, Budget("ficoco-v", 300))
+    assert [tile.keep for tile in found.tiles] == [300, 240, 240, 240]
+
+
+@pytest.mark.parametrize("keep", [1, 3, 100, 1295, 1296, 1297, 2880])
+def test_a_budget_of_an_image(keep: int) -> None:
+    """The image of 300 x 2000 has 576 + 3 x 240 patches; all of them are stock vLLM's way, with its newlines."""
+    served = planner(method="ficoco-v", keep=320, keep_per="image")
+    found = layout(served, 300, 2000, Budget("ficoco-v", keep))
+    if keep >= 1296:
+        assert (found.reduces, found.num_tokens) == (False, 1296 + 10)
+        return
+    assert sum(tile.keep for tile in found.tiles) == keep
+    assert found.num_tokens == keep + (len(found.tiles) > 1)
+    assert served.default.keep == 320
+    assert planner(method="ficoco-v", keep_per="image").default.keep == 320  # a ninth of 2880
+
+
+def test_shares() -> None:
+    assert shared_out(5, [576, 576, 240]) == [2, 2, 1]
+    assert shared_out(1, [576, 576]) == [1, 0]
+    assert shared_out(7, [3, 4]) == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"keep": 577}, r"ficoco.keep = 577 is not allowed; allowed: an integer from 1 to 576"),
+        ({"keep": 2881, "keep_per": "image"}, r"allowed: an integer from 1 to 2880"),
+        ({"keep": 64, "explain": True}, r"ficoco.explain = True is not allowed with LLaVA-NeXT"),
+        ({"keep": 564, "schedule": [1] * 12}, r"ficoco.schedule = \[1, .*not allowed with LLaVA-NeXT"),
+        ({"method": "ficoco-vl", "encoder": {"keep_per": "image"}}, r"ficoco.encoder.keep_per = 'image'"),
+        ({"method": "ficoco-l", "keep_per": "image"}, r"keep_per = 'image' is for the tower"),
+        ({"keep": 64, "keep_per": "row"}, r"ficoco.keep_per = 'row' is not allowed"),
+    ],
+)
+def test_refusals(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        planner(**settings)
+
+
+def test_models_that_cannot_be_reduced() -> None:
+    with pytest.raises(ValueError, match="vision_feature_select_strategy = 'full'"):
+        TowerShape.from_hf_config(config(vision_feature_select_strategy="full"))
+
+
+def test_packing() -> None:
+    """Two rows of two tiles of 2 x 2 patches: line by line across the tiles, a fused token last, then the newline."""
+    small = TowerShape((2, 2), 24, 23, False, Tiling(((4, 4),), 2, 2))
+    found = layout(
+        VisionPlanner.shared(FicocoConfig(method="topk-cls", keep=2), small), 4, 4, Budget("topk-cls", 2)
+    )
+    positions = [[0, 1], [1, 2], [0, -1], [0, 3], [2, 3]]
+    kept = [
+        Kept(torch.tensor([[10.0 * tile + place] for place in places]), torch.tensor(places))
+        for tile, places in enumerate(positions)
+    ]
+    packed = pack(found, kept, torch.tensor([99.0]), 2)
+    assert packed[:, 0].tolist() == [0, 1, 11, 20, 12, 19, 99, 30, 33, 42, 43, 99]

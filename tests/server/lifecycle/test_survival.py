@@ -1,0 +1,177 @@
+"""The engine is killed in mid-load, and the server told to stop in mid-load; a supervisor as systemd's or compose's."""
+
+import asyncio
+import json
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from benchmarks.endurance.asks import Ask
+from benchmarks.endurance.client import ANSWERED, LOST, SERVER_ERROR, Client, Outcome
+from benchmarks.endurance.watch import read_gauges
+from ficoco_vllm.server.lifecycle.cleanup import SHARED_MEMORY
+from tests.support.server import Server, serve
+
+pytestmark = pytest.mark.server
+
+# Starts its arguments again unless they end with 0, like `Restart=on-failure`; hands SIGTERM on.
+SUPERVISOR = """
+trap 'kill -TERM $child' TERM
+while :; do
+  "$@" & child=$!
+  wait $child; status=$?
+  while kill -0 $child 2>/dev/null; do wait $child; status=$?; done
+  echo "ended with $status"
+  [ $status -eq 0 ] && exit 0
+done
+"""
+SERVE = ("-c", SUPERVISOR, "supervisor", sys.executable, "-m", "ficoco_vllm.server.cli", "serve")
+# Between the kill and the last client's error: vLLM notices within a second and looks every five.
+ERROR_SECONDS = 30.0
+END_SECONDS = 60.0
+NUM_REQUESTS = 16
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """A server that is started again.
+
+    Attributes:
+        server: its first process is the supervisor.
+        folder: of its temporary files, and of nobody else's.
+        num_tokens: of answers that take it several seconds.
+    """
+
+    server: Server
+    folder: Path
+    num_tokens: int
+
+    def processes(self) -> list[psutil.Process]:
+        """Of the server, without the supervisor."""
+        return psutil.Process(self.server.process.pid).children(recursive=True)
+
+
+# Triton's interpreter makes a token take longer.
+@pytest.fixture(scope="module", params=[("ficoco-v", 150), ("ficoco-l", 30)], ids=lambda param: param[0])
+def supervised(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Supervised]:
+    """The demo model, with time for requests that run when it is told to stop."""
+    method, num_tokens = request.param
+    folder = tmp_path_factory.mktemp("supervised")
+    arguments = ["--ficoco-method", method, "--ficoco-keep", "64", "--shutdown-timeout", "60"]
+    with (
+        tempfile.TemporaryDirectory() as temporary,  # a short path: sockets lie in it
+        serve(
+            folder / "log", *arguments, program=SERVE, python=Path("/bin/bash"), TMPDIR=temporary
+        ) as server,
+    ):
+        yield Supervised(server, Path(temporary), num_tokens)
+
+
+def long_asks(num_tokens: int) -> list[Ask]:
+    """Requests that take a while, every second one as a stream."""
+    body = {
+        "model": "ficoco-demo",
+        "messages": [{"role": "user", "content": "is there a red sign?"}],
+        "max_tokens": num_tokens,
+        "ignore_eos": True,
+    }
+    streamed = body | {"stream": True, "stream_options": {"include_usage": True}}
+    return [
+        Ask("text", json.dumps(streamed if stream else body).encode(), stream=stream, num_tokens=num_tokens)
+        for stream in (True, False) * (NUM_REQUESTS // 2)
+    ]
+
+
+async def under_load(
+    server: Server, num_tokens: int, strike: psutil.Process, signal: int
+) -> tuple[list[Outcome], float]:
+    """Send requests, and a signal to a process once all of them run.
+
+    Returns:
+        How the requests ended, and seconds from the signal to the last of them.
+    """
+    async with Client(server.url) as client:
+        sending = [
+            asyncio.create_task(client.send(ask, f"survival-{signal}-{number}"))
+            for number, ask in enumerate(long_asks(num_tokens))
+        ]
+        while read_gauges(await client.metrics())["vllm:num_requests_running"] < NUM_REQUESTS:
+            assert not any(task.done() for task in sending), [
+                task.result() for task in sending if task.done()
+            ]
+            await asyncio.sleep(0.05)
+        strike.send_signal(signal)
+        start = time.monotonic()
+        return list(await asyncio.gather(*sending)), time.monotonic() - start
+
+
+def shared_memory_of(processes: list[psutil.Process]) -> set[Path]:
+    """Files of the shared memory that they have mapped."""
+    return {
+        Path(found.path)
+        for process in processes
+        for found in process.memory_maps()
+        if found.path.startswith(f"{SHARED_MEMORY}/") and Path(found.path).exists()
+    }
+
+
+def wait_until_ended(processes: list[psutil.Process]) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=END_SECONDS)
+    assert not alive
+
+
+def test_a_killed_engine_is_an_error_and_a_new_server(supervised: Supervised) -> None:
+    server = supervised.server
+    processes = supervised.processes()
+    (engine,) = (process for process in processes if "EngineCore" in process.name())
+    segments = shared_memory_of(processes)
+    assert segments
+    time.sleep(6)  # what is left of processes can be told only if they were seen, every five seconds
+    outcomes, seconds = asyncio.run(under_load(server, 2000, engine, 9))
+    kinds = {outcome.kind for outcome in outcomes}
+    assert kinds <= {SERVER_ERROR, LOST}, outcomes
+    assert SERVER_ERROR in kinds, outcomes
+    for outcome in outcomes:
+        assert "EngineCore encountered an issue" in outcome.why or "Error" in outcome.why, outcome
+    assert seconds < ERROR_SECONDS
+    wait_until_ended(processes)
+    assert not any(segment.exists() for segment in segments)
+    deadline = time.monotonic() + 300
+    while not server.is_healthy():
+        assert time.monotonic() < deadline, server.log.read_text()[-3000:]
+        time.sleep(0.5)
+    assert server.log.read_text(errors="replace").count("ended with 1") == 1
+    ours = [path for path in supervised.folder.iterdir() if path.name.startswith(("ficoco-", "vllm"))]
+    assert len(ours) == 1, ours
+
+    async def ask() -> Outcome:
+        async with Client(server.url) as client:
+            return await client.send(long_asks(4)[0], "after-the-kill")
+
+    assert asyncio.run(ask()).kind == ANSWERED
+
+
+def test_told_to_stop_it_answers_what_it_has_accepted(supervised: Supervised) -> None:
+    """By vLLM's `--shutdown-timeout`; nothing of it is left then."""
+    server = supervised.server
+    processes = supervised.processes()
+    segments = shared_memory_of(processes)
+    supervisor = psutil.Process(server.process.pid)
+    outcomes, _ = asyncio.run(under_load(server, supervised.num_tokens, supervisor, 15))
+    assert [outcome.kind for outcome in outcomes] == [ANSWERED] * NUM_REQUESTS, outcomes
+    assert server.process.wait(END_SECONDS) == 0, server.log.read_text()[-3000:]
+    wait_until_ended(processes)
+    assert not any(segment.exists() for segment in segments)
+    assert list(supervised.folder.iterdir()) == []
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", server.port))

@@ -1,0 +1,228 @@
+"""What the loader of media fetches and reads, without an engine; over HTTP: `test_safety.py`."""
+
+import asyncio
+import base64
+import io
+import random
+import socket
+import warnings
+from collections.abc import Iterator
+from ipaddress import ip_address
+from typing import Any
+
+import pytest
+from PIL import Image
+from vllm.exceptions import (
+    GracefulHTTPError,
+    VLLMClientError,
+    VLLMUnprocessableEntityError,
+    VLLMValidationError,
+)
+
+from ficoco_vllm.plugin import ALLOW_PRIVATE_MEDIA, MAX_IMAGE_BYTES, MAX_PIXELS
+from ficoco_vllm.server.media.connector import FicocoMediaConnector
+from ficoco_vllm.server.media.fetching import GuardedConnection, is_public
+from tests.support.site import LARGE_BYTES, Site, loopback_site
+
+
+@pytest.fixture
+def site() -> Iterator[Site]:
+    """Counts what is fetched."""
+    with loopback_site() as found:
+        yield found
+
+
+def data_url(content: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(content).decode()
+
+
+def png(side: int, mode: str = "L") -> bytes:
+    buffer = io.BytesIO()
+    Image.new(mode, (side, side)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def fetch(connector: FicocoMediaConnector, url: str, waits: bool, kind: str = "image") -> Any:
+    """Through the asynchronous door, which the server takes, or the other."""
+    if not waits:
+        return getattr(connector, f"fetch_{kind}")(url)
+
+    async def ask() -> Any:
+        try:
+            return await getattr(connector, f"fetch_{kind}_async")(url)
+        finally:
+            await connector.connection.close()
+
+    return asyncio.run(ask())
+
+
+both_doors = pytest.mark.parametrize("waits", [True, False], ids=["async", "sync"])
+
+
+@pytest.mark.parametrize("kind", ["image", "video", "audio"])
+@both_doors
+def test_nothing_is_fetched_where_no_domain_is_allowed(site: Site, kind: str, waits: bool) -> None:
+    with pytest.raises(VLLMValidationError, match="not fetched from the network"):
+        fetch(FicocoMediaConnector(), site.url("/a"), waits, kind)
+    assert site.paths == []
+
+
+@both_doors
+def test_only_allowed_domains_are_fetched_from(site: Site, waits: bool) -> None:
+    """Neither a user's name nor a backslash passes one host off as another."""
+    connector = FicocoMediaConnector(allowed_media_domains=["127.0.0.1"])
+    assert fetch(connector, site.url("/a"), waits).size == (8, 8)
+    assert site.paths == ["/a"]
+    for url in (
+        site.url("/b", "localhost"),
+        site.url("/b", "127.0.0.1@localhost"),
+        f"http://localhost:{site.port}\\@127.0.0.1/b",
+        f"http://2130706433:{site.port}/b",
+    ):
+        with pytest.raises(ValueError, match="one of the allowed domains"):
+            fetch(connector, url, waits)
+    assert site.paths == ["/a"]
+
+
+@both_doors
+def test_a_name_that_leads_into_the_private_network(
+    site: Site, monkeypatch: pytest.MonkeyPatch, waits: bool
+) -> None:
+    """It is allowed, but what it resolves to is not, unless the operator says so."""
+    connector = FicocoMediaConnector(allowed_media_domains=["localhost"])
+    with pytest.raises(VLLMValidationError, match=r"not on the public internet; .*--ficoco-allow-private"):
+        fetch(connector, site.url("/a", "localhost"), waits)
+    assert site.paths == []
+    monkeypatch.setenv(ALLOW_PRIVATE_MEDIA, "1")
+    connector = FicocoMediaConnector(allowed_media_domains=["localhost"])
+    assert fetch(connector, site.url("/a", "localhost"), waits).size == (8, 8)
+
+
+def test_a_redirect_does_not_lead_there_either(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where redirects are followed at all; the first address is one that the operator has named."""
+    monkeypatch.setenv("VLLM_MEDIA_URL_ALLOW_REDIRECTS", "1")
+    connector = FicocoMediaConnector(allowed_media_domains=["127.0.0.1"])
+    with pytest.raises(VLLMValidationError, match="not on the public internet"):
+        fetch(connector, site.url("/inward"), True)
+    assert site.paths == ["/inward"]
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("8.8.8.8", True),
+        ("2606:4700::1111", True),
+        ("127.0.0.1", False),
+        ("10.1.2.3", False),
+        ("172.16.0.1", False),
+        ("192.168.1.1", False),
+        ("169.254.169.254", False),
+        ("100.64.0.1", False),
+        ("0.0.0.0", False),
+        ("224.0.0.1", False),
+        ("255.255.255.255", False),
+        ("::", False),
+        ("::1", False),
+        ("fe80::1", False),
+        ("fd00::1", False),
+        ("ff02::1", False),
+        ("::ffff:127.0.0.1", False),
+        ("::ffff:8.8.8.8", True),
+        ("2002:7f00:1::", False),
+        ("64:ff9b::10.0.0.1", False),
+        ("64:ff9b::8.8.8.8", True),
+    ],
+)
+def test_public_addresses(address: str, public: bool) -> None:
+    assert is_public(ip_address(address)) is public
+    info = (socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 80))
+    if public:
+        GuardedConnection(allow_private=False)._open(info).close()
+    else:
+        with pytest.raises(VLLMValidationError):
+            GuardedConnection(allow_private=False)._open(info)
+        GuardedConnection(allow_private=False, allowed=[ip_address(address)])._open(info).close()
+
+
+@both_doors
+@pytest.mark.parametrize(("allowed", "paths"), [("0", ["/redirect"]), ("1", ["/redirect", "/secret"])])
+def test_redirects(
+    site: Site, monkeypatch: pytest.MonkeyPatch, allowed: str, paths: list[str], waits: bool
+) -> None:
+    """Not followed with the environment that `ficoco-vllm serve` sets; vLLM's default follows them."""
+    monkeypatch.setenv("VLLM_MEDIA_URL_ALLOW_REDIRECTS", allowed)
+    connector = FicocoMediaConnector(allowed_media_domains=["127.0.0.1"])
+    if allowed == "1":
+        assert fetch(connector, site.url("/redirect"), waits).size == (8, 8)
+    else:
+        with pytest.raises(VLLMValidationError, match=r"answers with a redirect .* are not followed"):
+            fetch(connector, site.url("/redirect"), waits)
+    assert site.paths == paths
+
+
+@both_doors
+@pytest.mark.parametrize("path", ["/large", "/bomb"])
+def test_an_image_of_too_many_bytes(
+    site: Site, monkeypatch: pytest.MonkeyPatch, path: str, waits: bool
+) -> None:
+    """Also one that the site packs small: what counts is what would be held in memory."""
+    monkeypatch.setenv(MAX_IMAGE_BYTES, str(LARGE_BYTES // 2))
+    connector = FicocoMediaConnector(allowed_media_domains=["127.0.0.1"])
+    for url in (site.url(path), data_url(bytes(LARGE_BYTES))):
+        with pytest.raises(GracefulHTTPError, match=f"up to {LARGE_BYTES // 2} bytes") as caught:
+            fetch(connector, url, waits)
+        assert caught.value.http_status == 413
+    exactly = data_url(bytes(LARGE_BYTES // 2))
+    with pytest.raises(ValueError, match="cannot identify image"):
+        fetch(connector, exactly, waits)
+
+
+@both_doors
+def test_a_host_that_does_not_answer(site: Site, monkeypatch: pytest.MonkeyPatch, waits: bool) -> None:
+    monkeypatch.setenv("VLLM_MEDIA_FETCH_MAX_RETRIES", "1")
+    connector = FicocoMediaConnector(allowed_media_domains=["127.0.0.1", "none.invalid"])
+    for url in ("http://127.0.0.1:9/a", "http://none.invalid/a", site.url("/missing")):
+        with pytest.raises(VLLMUnprocessableEntityError, match=r"fetched from|HTTP 404"):
+            fetch(connector, url, waits)
+
+
+def test_a_proxy_decides_where_there_is_one(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proxy may be private: the operator has named it."""
+    monkeypatch.setenv("http_proxy", site.url(""))
+    monkeypatch.delenv("no_proxy", raising=False)
+    connector = FicocoMediaConnector(allowed_media_domains=["none.invalid"])
+    assert fetch(connector, "http://none.invalid/a", True).size == (8, 8)
+    assert site.paths == ["http://none.invalid/a"]
+
+
+def test_the_operator_s_limit_of_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+    monkeypatch.setenv(MAX_PIXELS, "10000")
+    with warnings.catch_warnings():
+        connector = FicocoMediaConnector()
+        assert connector.fetch_image(data_url(png(100))).size == (100, 100)
+        with pytest.raises(VLLMValidationError, match="10201 pixels"):
+            connector.fetch_image(data_url(png(101)))
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "WEBP", "AVIF", "DDS", "TIFF", "ICO", "BMP"])
+def test_broken_files_are_the_client_s_error(form: str) -> None:
+    """Bytes changed at random, seeded: whatever Pillow's readers raise, the answer is no HTTP 500."""
+    generator, buffer = random.Random(form), io.BytesIO()
+    Image.radial_gradient("L").resize((48, 64)).convert("RGB").save(buffer, form)
+    connector, num_broken = FicocoMediaConnector(), 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Pillow, over what it reads
+        for _ in range(150):
+            content = bytearray(buffer.getvalue())
+            for _ in range(generator.randint(1, 6)):
+                place = generator.randrange(min(120, len(content)))
+                if generator.random() < 0.7:
+                    content[place] = generator.choice((0, 255, 127, generator.randrange(256)))
+                else:
+                    del content[place : place + generator.randint(1, 20)]
+            try:
+                connector.fetch_image(data_url(bytes(content)))
+            except (VLLMClientError, ValueError):  # vLLM answers both with 400
+                num_broken += 1
+    assert num_broken > 10
