@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ficoco_vllm import kernels
-from ficoco_vllm.decoder.layout import ImageGroup, Index
+from ficoco_vllm.decoder.boundary import ImageGroup, Index
 from ficoco_vllm.kernels import Backend, Mask
 from ficoco_vllm.reduction.signals import AttentionMap, via_text
 from ficoco_vllm.scoring import LogitMap, mean_logits

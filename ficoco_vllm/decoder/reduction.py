@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ficoco_vllm.decoder.attention import DecoderHeads, ImageAttention
-from ficoco_vllm.decoder.layout import Boundary, ImageGroup
+from ficoco_vllm.decoder.boundary import Boundary, ImageGroup
 from ficoco_vllm.planning.decoder import DecoderPlanner
 from ficoco_vllm.reduction import Observer, Reducer, Signals
 from ficoco_vllm.scoring import FusedOps

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ficoco_vllm.config import FicocoConfig
-from ficoco_vllm.kv.admission import DEFAULT_KEEP
+from ficoco_vllm.hooks.admission import FrontEnd
 from ficoco_vllm.metrics.families import set_default_budget
 from ficoco_vllm.planning.server import DecoderBudget, Sites, TowerBudget
 from ficoco_vllm.server.elastic.settings import ElasticSettings
@@ -58,5 +58,5 @@ class ElasticEndpoint:
         if sites.tower_follows and processor is not None:
             processor.info.default_keep = TowerBudget(budget, sites)
         if sites.decoder is not None:
-            setattr(engine_client.input_processor, DEFAULT_KEEP, DecoderBudget(budget, sites))
+            FrontEnd.of(engine_client.input_processor).default_keep = DecoderBudget(budget, sites)
         setattr(state, STATE, (budget, task))

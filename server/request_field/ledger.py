@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from vllm.exceptions import VLLMValidationError
 
+from ficoco_vllm.hooks.admission import FrontEnd
 from ficoco_vllm.hooks.unread_field import READ
-from ficoco_vllm.kv.admission import BOUNDS, DEFAULT_KEEP
 from ficoco_vllm.metrics.families import count_refusal
 from ficoco_vllm.metrics.savings import Account, Accountant
 from ficoco_vllm.planning.decoder import KEEP, METHOD
@@ -91,7 +91,7 @@ class Control:
             renderer: vLLM's `OnlineRenderer`; all of its routes render chats and completions through two methods.
         """
         # What goes to the decoder passes one place on all routes, those included that render no prompt.
-        setattr(self.processor, BOUNDS, partial(self.resolver.check_raw, "vllm_xargs"))
+        FrontEnd.of(self.processor).bounds = partial(self.resolver.check_raw, "vllm_xargs")
         setattr(renderer, READ, True)
         trusting = copy(renderer)
         trusting.trust_request_mm_kwargs = True
@@ -160,7 +160,7 @@ class Control:
             if not images:
                 continue
             extra_args = dict(getattr(request, "vllm_xargs", None) or {})
-            default_keep = vars(self.processor).get(DEFAULT_KEEP)
+            default_keep = FrontEnd.of(self.processor).default_keep
             if default_keep is not None and KEEP not in extra_args:
                 # Asked here, so that the answer tells the budget that the decoder gets.
                 most = max(length for _, length in images)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-HOOK = "from ficoco_vllm.compat import hook_metric_files; hook_metric_files()"
+HOOK = "from ficoco_vllm.hooks.metric_files import hook_metric_files; hook_metric_files()"
 COUNT = """
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
 count = Counter("count", "of calls", ["name"])
