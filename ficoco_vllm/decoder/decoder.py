@@ -107,10 +107,10 @@ class SegmentedDecoder:
             if index < len(step.boundaries) and step.boundaries[index].groups:
                 heads = self._heads(segment, query, key)
                 layer = (index + 1) * self.planner.segments.size - 1
-                observers = partial(self._observer, layer, step.traced) if step.traced else None
+                observer_of = partial(self._observer, layer, step.traced) if step.traced else None
                 boundary = step.boundaries[index]
                 with nullcontext() if lap is None else lap.running():
-                    rows = reduce_rows(rows, heads, boundary, self.planner, self.grid, observers)
+                    rows = reduce_rows(rows, heads, boundary, self.planner, self.grid, observer_of)
         if self.stopwatch is not None and lap is not None:
             self.stopwatch.hand_in(lap)
         result = torch.zeros_like(hidden)

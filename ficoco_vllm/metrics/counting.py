@@ -87,15 +87,12 @@ class RequestCounter:
             set_default_budget(self.model_name, self.method, keep, index)
             for method in (self.method, OFF, TEXT):
                 labels = (self.model_name, str(index), method)
-                for family in (
-                    families.visual_tokens_in,
-                    families.visual_tokens_kept,
-                    families.prefill_flops_avoided,
-                    families.budget_tokens,
-                    families.time_to_first_token_seconds,
-                    families.inter_token_latency_seconds,
-                ):
-                    family.labels(*labels)
+                families.visual_tokens_in.labels(*labels)
+                families.visual_tokens_kept.labels(*labels)
+                families.prefill_flops_avoided.labels(*labels)
+                families.budget_tokens.labels(*labels)
+                families.time_to_first_token_seconds.labels(*labels)
+                families.inter_token_latency_seconds.labels(*labels)
                 for outcome in ("stop", "length", "abort", "error"):
                     families.requests.labels(*labels, outcome)
             for segment in range(self.num_segments):

@@ -90,4 +90,4 @@ def test_a_folder_that_nobody_may_write(tmp_path: Path) -> None:
     """As for `/metrics` it is there, and empty."""
     folder = Path("/proc/self/fdinfo")  # not even root makes a file here
     result = run(folder, hooked=True, number=3)
-    assert "no room for metrics" in result.stderr
+    assert "no space for metrics" in result.stderr
