@@ -1,12 +1,11 @@
-"""What we wrap or lean on in vLLM is where it was, and takes what it took; a failure names the seam.
+"""What we call and read of vLLM is where it was, and takes what it took; a failure names the seam.
 
-`test_upgrade.py` reads off our sources what we import and override; wrapped methods and attributes are named here.
-Other tests would notice too, but late and by their effects: a wrapped method that vLLM no longer calls counts nothing.
+`test_upgrade.py` finds in our sources what we import and override, `hooks/test_table.py` checks what we wrap. Other
+tests would fail too, but late and by effects: a wrapped method that vLLM no longer calls counts nothing.
 """
 
 import ast
 import inspect
-from collections.abc import Callable
 from importlib import import_module
 from textwrap import dedent
 from types import SimpleNamespace
@@ -24,82 +23,16 @@ from ficoco_vllm.server.request_field.routes import HANDLERS
 
 pytestmark = pytest.mark.compat
 
-# Module, class, method, and its first parameters behind `self`: those that we name or pass by position.
-METHODS = (
-    ("vllm.v1.engine.input_processor", "InputProcessor", "process_inputs", "request_id prompt params"),
-    ("vllm.v1.engine.output_processor", "OutputProcessor", "add_request", "request"),
-    (
-        "vllm.v1.engine.output_processor",
-        "OutputProcessor",
-        "_update_stats_from_output",
-        "req_state engine_core_output engine_core_timestamp iteration_stats",
-    ),
-    (
-        "vllm.v1.engine.output_processor",
-        "OutputProcessor",
-        "_update_stats_from_finished",
-        "req_state finish_reason iteration_stats",
-    ),
-    ("vllm.v1.engine.output_processor", "OutputProcessor", "abort_requests", "request_ids internal"),
-    ("vllm.v1.metrics.loggers", "StatLoggerManager", "__init__", "vllm_config engine_idxs"),
-    (
-        "vllm.v1.metrics.loggers",
-        "StatLoggerManager",
-        "record",
-        "scheduler_stats iteration_stats mm_cache_stats engine_idx",
-    ),
-    ("vllm.v1.engine.async_llm", "AsyncLLM", "get_num_unfinished_requests", ""),
-    ("vllm.v1.engine.async_llm", "AsyncLLM", "shutdown", "timeout"),
-    ("vllm.v1.engine.async_llm", "AsyncLLM", "collective_rpc", "method timeout args"),
-    ("vllm.renderers.online_renderer", "OnlineRenderer", "preprocess_chat", "request messages"),
-    ("vllm.renderers.online_renderer", "OnlineRenderer", "preprocess_cmpl", "request prompts"),
-    (
-        "vllm.entrypoints.openai.chat_completion.serving",
-        "OpenAIServingChat",
-        "create_chat_completion",
-        "request raw_request",
-    ),
-    (
-        "vllm.entrypoints.openai.chat_completion.batch_serving",
-        "OpenAIServingChatBatch",
-        "create_batch_chat_completion",
-        "request raw_request",
-    ),
-    (
-        "vllm.entrypoints.openai.completion.serving",
-        "OpenAIServingCompletion",
-        "create_completion",
-        "request raw_request",
-    ),
-    (
-        "vllm.entrypoints.openai.responses.serving",
-        "OpenAIServingResponses",
-        "create_responses",
-        "request raw_request",
-    ),
-    (
-        "vllm.entrypoints.serve.tokenize.serving",
-        "ServingTokenization",
-        "create_tokenize",
-        "request raw_request",
-    ),
-    ("vllm.multimodal.media", "MediaConnector", "load_from_url", "url media_io fetch_timeout"),
-    ("vllm.multimodal.media", "MediaConnector", "load_from_url_async", "url media_io fetch_timeout"),
-    ("vllm.multimodal.media", "MediaConnector", "fetch_image_async", "image_url image_mode"),
-    (
-        "vllm.connections",
-        "HTTPConnection",
-        "get_async_response",
-        "url timeout extra_headers allow_redirects",
-    ),
-    (
-        "vllm.connections",
-        "HTTPConnection",
-        "async_get_bytes",
-        "url timeout allow_redirects max_bytes",
-    ),
-    ("vllm.multimodal.media.base", "MediaIO", "get_max_bytes", ""),
-)
+# Method, and its first parameters after `self`: those that we name or pass by position.
+METHODS = {
+    "vllm.v1.engine.async_llm.AsyncLLM.get_num_unfinished_requests": "",
+    "vllm.v1.engine.async_llm.AsyncLLM.collective_rpc": "method timeout args",
+    "vllm.multimodal.media.MediaConnector.load_from_url": "url media_io fetch_timeout",
+    "vllm.multimodal.media.MediaConnector.load_from_url_async": "url media_io fetch_timeout",
+    "vllm.multimodal.media.MediaConnector.fetch_image_async": "image_url image_mode",
+    "vllm.connections.HTTPConnection.get_async_response": "url timeout extra_headers allow_redirects",
+    "vllm.connections.HTTPConnection.async_get_bytes": "url timeout allow_redirects max_bytes",
+}
 # Module, function or method (through its class), attribute that it sets on or reads from the object named.
 ATTRIBUTES = (
     ("vllm.v1.metrics.loggers", "StatLoggerManager.__init__", "self.stat_loggers"),
@@ -131,20 +64,12 @@ ROUTERS = {
 }
 
 
-def original(function: Any) -> Callable[..., Any]:
-    """VLLM's own, where a test of this process has wrapped it."""
-    found: Callable[..., Any] = inspect.unwrap(function)
-    return found
-
-
-@pytest.mark.parametrize(
-    ("module", "owner", "name", "parameters"), METHODS, ids=[f"{method[1]}.{method[2]}" for method in METHODS]
-)
-def test_methods(module: str, owner: str, name: str, parameters: str) -> None:
-    seam = f"{module}.{owner}.{name}"
-    found = getattr(getattr(import_module(module), owner, None), name, None)
-    assert found is not None, f"{seam} is gone"
-    names = [name for name in inspect.signature(original(found)).parameters if name != "self"]
+@pytest.mark.parametrize(("seam", "parameters"), METHODS.items())
+def test_methods(seam: str, parameters: str) -> None:
+    module, owner, name = seam.rsplit(".", 2)
+    method = getattr(getattr(import_module(module), owner, None), name, None)
+    assert method is not None, f"{seam} is gone"
+    names = [name for name in inspect.signature(method).parameters if name != "self"]
     expected = parameters.split()
     assert names[: len(expected)] == expected, f"{seam} takes other parameters"
 
@@ -157,7 +82,9 @@ def test_attributes(module: str, function: str, attribute: str) -> None:
     for name in function.split("."):
         found = getattr(found, name, None)
         assert found is not None, f"{module}.{function} is gone"
-    tree = ast.parse(dedent(inspect.getsource(original(found))))
+    tree = ast.parse(
+        dedent(inspect.getsource(inspect.unwrap(found)))
+    )  # a test of this process may have wrapped it
     used = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     assert attribute in used, f"{module}.{function} has no {attribute} any more"
 

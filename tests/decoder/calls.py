@@ -171,11 +171,10 @@ def written_slots(engine: LLM, one: Ask) -> tuple[list[float], list[int], int]:
     """
     runner = worker_of(engine).model_runner
     context = runner.vllm_config.compilation_config.static_forward_context
-    layers = sorted(
-        (layer for layer in context.values() if getattr(layer, "segment", None) is not None),
-        key=lambda layer: extract_layer_index(layer.layer_name),
-    )
-    for layer in layers:
+    groups = runner.kv_cache_config.kv_cache_groups
+    segments = {name: group.kv_cache_spec.segment for group in groups for name in group.layer_names}
+    layers = [(context[name], segments[name]) for name in sorted(segments, key=extract_layer_index)]
+    for layer, _ in layers:
         layer.kv_cache.zero_()
     (request_id,) = engine.enqueue([one.body()], [one.params()], use_tqdm=False)
     managers = scheduler_of(engine).kv_cache_manager.coordinator.single_type_managers
@@ -189,10 +188,10 @@ def written_slots(engine: LLM, one: Ask) -> tuple[list[float], list[int], int]:
     assert request_id
     # Keys and values of a token are never all zero, and a slot is written as a whole.
     written = []
-    for layer in layers:
+    for layer, segment in layers:
         # (blocks, heads, slots, 2 * d), whose inner order is the kernel's own. Layers of several groups share one
         # tensor, so only the blocks that this layer's group held are looked at.
-        cache = layer.kv_cache[torch.tensor(blocks[layer.segment])]
+        cache = layer.kv_cache[torch.tensor(blocks[segment])]
         per_slot = cache.shape[1] * cache.shape[3]
         written.append(float((cache != 0).sum()) / per_slot)
     return written, [len(ids) for ids in blocks], num_tokens

@@ -12,6 +12,8 @@ from ficoco_vllm.hooks.admission import FrontEnd, hook_admission
 from ficoco_vllm.planning.decoder import KEEP
 from tests.kv.test_admission import config, request
 
+pytestmark = pytest.mark.compat
+
 
 @pytest.fixture
 def processor(monkeypatch: pytest.MonkeyPatch) -> Any:

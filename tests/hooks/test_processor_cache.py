@@ -3,10 +3,13 @@
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from vllm.multimodal.cache.lru import LruKeyReplicatedSenderCache as Cache
 from vllm.multimodal.inputs import MultiModalKwargsItem
 
 from ficoco_vllm.hooks.processor_cache import hook_processor_cache, note_sent
+
+pytestmark = pytest.mark.compat
 
 
 def test_an_image_counts_as_sent_once_it_is() -> None:
