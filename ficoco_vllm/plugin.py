@@ -16,7 +16,7 @@ def register() -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     if os.environ.get(COUNTS_IN_FILES):
-        from ficoco_vllm.compat import hook_metric_files
+        from ficoco_vllm.hooks.metric_files import hook_metric_files
 
         hook_metric_files()
     from ficoco_vllm.kv.spec import register_spec

@@ -29,15 +29,15 @@ def measure() -> dict[str, float]:
     """Medians over the rounds, in microseconds."""
     from ficoco_vllm.config import FicocoConfig
     from ficoco_vllm.hooks import request_metrics
-    from ficoco_vllm.metrics.counting import Meter, Step, Tracked
+    from ficoco_vllm.metrics.counting import BatchOutputs, CountedRequest, RequestCounter
     from ficoco_vllm.metrics.families import metrics
     from ficoco_vllm.metrics.savings import Account, Accountant
     from ficoco_vllm.planning.tower import VisionPlanner
     from ficoco_vllm.planning.tower_shape import TowerShape
     from ficoco_vllm.reduction.cost import KNOWN_MODELS
 
-    request_metrics.hook_front_end()
-    meter = Meter.__new__(Meter)
+    request_metrics.hook_request_metrics()
+    meter = RequestCounter.__new__(RequestCounter)
     meter.metrics, meter.vllm_config = metrics(), CONFIG
     meter.model_name, meter.token_bytes, meter.only_engine = "m", 4096, "0"
     config = FicocoConfig.parse({"method": "ficoco-v", "keep": 64})
@@ -53,13 +53,13 @@ def measure() -> dict[str, float]:
     requests: list[float] = []
     for _ in range(NUM_ROUNDS):
         for counted in (True, False):
-            tracked = Tracked(account(60), meter, "0") if counted else None
+            tracked = CountedRequest(account(60), meter, "0") if counted else None
             tokens[counted].append(_steps(meter, tracked))
         start = time.perf_counter()
         for index in range(NUM_REQUESTS):
-            request = Tracked(account(20 + index % 500), meter, "0")
-            meter.record(Step(first=[(request, 0.1)]), "0")
-            meter.record(Step(ended=[(request, "stop")]), "0")
+            request = CountedRequest(account(20 + index % 500), meter, "0")
+            meter.record(BatchOutputs(first=[(request, 0.1)]), "0")
+            meter.record(BatchOutputs(ended=[(request, "stop")]), "0")
         requests.append((time.perf_counter() - start) / NUM_REQUESTS * 1e6)
     with_ours, without = (median(tokens[counted]) for counted in (True, False))
     return {
@@ -74,14 +74,12 @@ def _steps(meter: Any, tracked: Any) -> float:
     from vllm.v1.engine.output_processor import OutputProcessor
     from vllm.v1.metrics.stats import IterationStats, RequestStateStats
 
-    from ficoco_vllm.hooks import request_metrics
-
     processor = OutputProcessor(None, log_stats=True)
     states = []
     for _ in range(NUM_RUNNING):
         state = SimpleNamespace(is_prefilling=False, stats=RequestStateStats(), lora_name=None)
         if tracked is not None:
-            setattr(state, request_metrics._REQUEST, tracked)
+            state.ficoco = tracked
         states.append(state)
     output = SimpleNamespace(new_token_ids=[1], events=None, prefill_stats=None, num_nans_in_logits=0)
     start = time.perf_counter()
@@ -89,7 +87,7 @@ def _steps(meter: Any, tracked: Any) -> float:
         stats = IterationStats()
         for state in states:
             processor._update_stats_from_output(state, output, step * 0.02, stats)
-        found = getattr(stats, request_metrics._STEP, None)
+        found = getattr(stats, "ficoco", None)
         if found is not None:
             meter.record(found, "0")
     return (time.perf_counter() - start) / (NUM_STEPS * NUM_RUNNING) * 1e6

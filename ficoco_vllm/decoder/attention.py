@@ -1,8 +1,8 @@
-"""The attention of a reducing decoder layer, as far as the methods look at it.
+"""Attention of a reducing decoder layer, as far as a method needs it.
 
-All images of a group, those of several requests too, are looked at together by the fused ops: one pass finds the
-normalisers of every query that is asked about and what the visual ones draw from each other, and from these follow the
-few rows and columns that a method wants. No (H, N, N) tensor is written.
+The fused ops take all images of a group together, over several requests: one pass computes the softmax normalisers of
+the needed queries and the row sums among the visual tokens; the few rows and columns that a method needs follow from
+these. No (H, N, N) tensor is written.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ficoco_vllm import kernels
-from ficoco_vllm.decoder.layout import ImageGroup, Index
+from ficoco_vllm.decoder.boundary import ImageGroup, Index
 from ficoco_vllm.kernels import Backend, Mask
 from ficoco_vllm.reduction.signals import AttentionMap, via_text
 from ficoco_vllm.scoring import LogitMap, mean_logits
@@ -58,28 +58,27 @@ class DecoderHeads:
 
 
 class ImageAttention:
-    """The attention of B images of one shape, among their tokens and from the text behind them.
+    """Attention of B images of one shape, among their tokens and from the text after them.
 
-    The queries that a method may ask about are all of the prompt, or, where none of the visual ones is asked about,
-    those behind the image.
+    The queries are those of the whole prompt, or, where no visual one is needed, those after the image.
     """
 
     def __init__(self, heads: DecoderHeads, group: ImageGroup, visual: bool, logits: bool = False) -> None:
-        """Find the queries and keys of the images.
+        """Gather the queries and keys of the images.
 
         Args:
             heads: of all tokens.
             group: where the images lie, on the host.
-            visual: whether attention among the visual tokens will be asked for, too.
-            logits: give scaled products before mask and softmax instead.
+            visual: whether attention among the visual tokens is needed, too.
+            logits: return scaled products before mask and softmax instead.
         """
         self.heads, self.logits = heads, logits
         self.num_visual = group.visual.shape[1]
         device = heads.query.device
         self.with_visual = visual
-        # From the start of the prompt no offset is needed, so that tiles which nobody sees are skipped on any device.
+        # Whole prompts need no offset, so that fully masked tiles are skipped on any device.
         first = np.zeros_like(group.visual_place[:, :1]) if visual else group.visual_place[:, -1:] + 1
-        length = group.text_place[:, -1:] + 1 - first  # the text is filled up in front, and ends the prompt
+        length = group.text_place[:, -1:] + 1 - first  # the text is padded on the left and ends the prompt
         place = np.minimum(np.arange(int(length.max())), length - 1) + first
         row = group.visual[:, :1] - group.visual_place[:, :1]
         self.query = _take(heads.query, row + place, device)
@@ -92,10 +91,10 @@ class ImageAttention:
         self.visual_place = torch.from_numpy(group.visual_place).to(device)
 
     def text_attention(self) -> Tensor:
-        """Head-mean attention of the text behind each image to its tokens.
+        """Head-mean attention of the text after each image to its tokens.
 
         Returns:
-            (B, M, N) fp32, zeros where the text is filled up.
+            (B, M, N) fp32, zeros where the text is padded.
 
         Source: arXiv:2411.17686, Sec. 2.3.
         """
@@ -105,11 +104,11 @@ class ImageAttention:
             query = self.query.gather(2, index.expand(-1, *_heads_and_size(self.query)))
             logits = mean_logits(query, self.key, heads.scale, heads.num_heads, heads.all_reduce)
             return logits.masked_fill_((self.text_index < 0)[..., None], 0.0)
-        # Text behind an image sees all of it: nothing is masked.
+        # Text after an image sees all of it: nothing is masked.
         return heads.reduced(self._block(self.query, self.lse, self.text_index, None, Mask()))
 
     def visual_attention(self) -> AttentionMap:
-        """Head-mean causal attention among the tokens of each image, computed where it is looked at."""
+        """Head-mean causal attention among the tokens of each image, computed on access."""
         if not self.logits:
             return VisualAttention(self)
         heads = self.heads
@@ -122,8 +121,8 @@ class ImageAttention:
         return self._stats[0]
 
     @property
-    def drawn(self) -> Tensor:
-        """What each visual token draws from those of its image, of this worker's heads, (B, N) fp32."""
+    def visual_row_sum(self) -> Tensor:
+        """Attention of each visual token to those of its image, summed, of this worker's heads, (B, N) fp32."""
         return self._stats[1].gather(1, self.visual_place)
 
     @cached_property
@@ -197,19 +196,19 @@ class VisualAttention:
 
     @property
     def shape(self) -> torch.Size:
-        """(B, N, N), as the map would have if it were written."""
+        """(B, N, N), the shape of the unwritten map."""
         N = self.images.num_visual
         return torch.Size((self.images.query.shape[0], N, N))
 
     def row_sum(self) -> Tensor:
-        """What each token draws from its image, (B, N) fp64.
+        """Attention of each token to its image, summed, (B, N) fp64.
 
         Source: arXiv:2411.17686, Eq. 14, first term, times N.
         """
-        return self.images.heads.reduced(self.images.drawn).double()
+        return self.images.heads.reduced(self.images.visual_row_sum).double()
 
     def column_sum(self) -> Tensor:
-        """What each token receives from its image, (B, N) fp32.
+        """Attention that each token receives from its image, summed, (B, N) fp32.
 
         Source: arXiv:2411.17686, Eq. 5.
         """
@@ -244,7 +243,7 @@ class VisualAttention:
         images = self.images
         if text is None or images.heads.all_reduce is None:
             return images.heads.reduced(images.visual_block(source, target, text, gamma))
-        # The text's term is whole on every worker, so it comes behind the sum over them.
+        # Every worker has the whole text term, so it is added after the sum over the workers.
         direct = images.heads.reduced(images.visual_block(source, target))
         return via_text(direct, text, source, target, gamma)
 
@@ -254,12 +253,12 @@ class VisualAttention:
 
 
 def _heads_and_size(values: Tensor) -> tuple[int, int, int]:
-    """What an index (B, 1, R, 1) into (B, H, S, d) is expanded to, behind B: any number of rows."""
+    """Shape after B to which an index (B, 1, R, 1) into (B, H, S, d) expands, for any number of rows."""
     return values.shape[1], -1, values.shape[3]
 
 
 def _take(values: Tensor, rows: Index, device: torch.device) -> Tensor:
-    """Rows (B, H, S, d) of (tokens, H, d); a view, where there is one image and its rows are neighbours."""
+    """Rows (B, H, S, d) of (tokens, H, d); a view for one image whose rows are contiguous."""
     if len(rows) == 1:
         start, length = int(rows[0, 0]), rows.shape[1]
         if np.array_equal(rows[0], np.arange(start, start + length)):

@@ -11,9 +11,9 @@ from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_
 from vllm.forward_context import get_forward_context
 
 from ficoco_vllm.decoder.attention import DecoderHeads
-from ficoco_vllm.decoder.layout import Boundary, ImageGroup
+from ficoco_vllm.decoder.boundary import Boundary, ImageGroup
 from ficoco_vllm.decoder.reduction import Rows, reduce_rows
-from ficoco_vllm.decoder.segment import Segment, SegmentAttention, Unit, compile_unit
+from ficoco_vllm.decoder.segment import Segment, Unit, compile_unit
 from ficoco_vllm.metrics.stopwatch import Stopwatch
 from ficoco_vllm.planning.decoder import DecoderPlanner
 from ficoco_vllm.reduction import Observer
@@ -22,10 +22,10 @@ from ficoco_vllm.tracing.store import Traces
 
 @dataclass(frozen=True)
 class ReducingStep:
-    """What the decoder must know of a step in which prompts are reduced.
+    """Indices of a step in which prompts are reduced.
 
     Attributes:
-        boundaries: behind each segment but the last.
+        boundaries: after each segment but the last.
         slot_mapping: attention layer to the KV slot of each of its rows, for the layers with fewer rows than
             tokens.
         traced: first row of an image in the first segment to the trace that it goes into.
@@ -51,30 +51,24 @@ class SegmentedDecoder:
         planner: DecoderPlanner,
         grid: tuple[int, int],
         compiled: bool = False,
-        watch: Stopwatch | None = None,
+        stopwatch: Stopwatch | None = None,
         traces: Traces | None = None,
     ) -> None:
-        """Cut a decoder into segments and give each its own KV cache.
+        """Cut a decoder into segments.
 
         Args:
             decoder: vLLM's LlamaModel, whole on this worker.
             planner: of the served model.
             grid: rows and columns of an unreduced image.
             compiled: whether each segment is compiled, as one unit.
-            watch: takes the time of the reductions.
+            stopwatch: takes the time of the reductions.
             traces: where requests that ask for it are traced.
         """
         self.planner = planner
-        self.watch = watch
+        self.stopwatch = stopwatch
         self.grid = grid
         self.traces = Traces() if traces is None else traces
         layers, size = list(decoder.layers), planner.segments.size
-        for index, layer in enumerate(layers):
-            attention = layer.self_attn.attn
-            # vLLM builds the layers from the model's configuration alone; only what they say of their KV cache
-            # is to be ours.
-            attention.__class__ = SegmentAttention
-            attention.segment = planner.segments.of_layer(index)
         self.segments = [
             Segment(
                 before=layers[start - 1] if start else None,
@@ -98,7 +92,7 @@ class SegmentedDecoder:
             step: where the tokens lie.
 
         Returns:
-            (tokens, D) hidden states. Rows of tokens that have left are zero; nobody may read them.
+            (tokens, D) hidden states. Rows of tokens that have left are zero and must not be read.
 
         Source: arXiv:2411.17686, Alg. 2.
         """
@@ -106,37 +100,37 @@ class SegmentedDecoder:
         num_tokens = hidden.shape[0]
         origin = torch.arange(num_tokens, device=hidden.device)
         rows = Rows(hidden, origin, torch.ones(num_tokens, dtype=torch.float32, device=hidden.device))
-        lap = None if self.watch is None else self.watch.lap(step.method, hidden.device)
+        lap = None if self.stopwatch is None else self.stopwatch.lap(step.method, hidden.device)
         for index, (segment, unit) in enumerate(zip(self.segments, self.units, strict=True)):
             output, query, key = unit(positions[rows.origin], rows.hidden)
             rows = Rows(output, rows.origin, rows.size)
             if index < len(step.boundaries) and step.boundaries[index].groups:
                 heads = self._heads(segment, query, key)
                 layer = (index + 1) * self.planner.segments.size - 1
-                observers = partial(self._observer, layer, step.traced) if step.traced else None
+                observer_of = partial(self._observer, layer, step.traced) if step.traced else None
                 boundary = step.boundaries[index]
                 with nullcontext() if lap is None else lap.running():
-                    rows = reduce_rows(rows, heads, boundary, self.planner, self.grid, observers)
-        if self.watch is not None and lap is not None:
-            self.watch.hand_in(lap)
+                    rows = reduce_rows(rows, heads, boundary, self.planner, self.grid, observer_of)
+        if self.stopwatch is not None and lap is not None:
+            self.stopwatch.hand_in(lap)
         result = torch.zeros_like(hidden)
         result[rows.origin] = rows.hidden
         return result
 
     def warm_up(self, positions: Tensor, hidden: Tensor) -> None:
-        """Compile the segments, and take the memory that a reducing step takes, while vLLM profiles.
+        """Compile the segments and allocate what a reducing step needs, while vLLM profiles memory.
 
         Args:
             positions: (tokens,) int64.
             hidden: (tokens, D) embeddings.
         """
-        hidden = hidden.clone()  # vLLM goes on with it, and fused norms write into what they are given
+        hidden = hidden.clone()  # vLLM uses it afterwards, and fused norms write into their inputs
         for unit in self.units:
             hidden, _, _ = unit(positions, hidden)
 
     def _observer(self, layer: int, traced: dict[int, int], group: ImageGroup) -> Observer | None:
-        found = {index: traced[row] for index, row in enumerate(group.first_row) if row in traced}
-        return self.traces.observer("decoder", layer, found)
+        in_group = {index: traced[row] for index, row in enumerate(group.first_row) if row in traced}
+        return self.traces.observer("decoder", layer, in_group)
 
     def _heads(self, segment: Segment, query: Tensor, key: Tensor) -> DecoderHeads:
         attention = segment.last.self_attn

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ficoco_vllm.decoder.attention import DecoderHeads, ImageAttention
-from ficoco_vllm.decoder.layout import Boundary, ImageGroup
+from ficoco_vllm.decoder.boundary import Boundary, ImageGroup
 from ficoco_vllm.planning.decoder import DecoderPlanner
 from ficoco_vllm.reduction import Observer, Reducer, Signals
 from ficoco_vllm.scoring import FusedOps
@@ -19,9 +19,9 @@ class Rows:
 
     Attributes:
         hidden: (rows, D) residual stream.
-        origin: (rows,) int64, the row of each in the first segment; an image's survivors keep the row of the
-            token that they were, and with it its position.
-        size: (rows,) fp32, how many tokens of the first segment each stands for.
+        origin: (rows,) int64, the row of each in the first segment; kept tokens of an image keep theirs, and with it
+            their position.
+        size: (rows,) fp32, the number of tokens of the first segment that each stands for.
     """
 
     hidden: Tensor
@@ -35,17 +35,17 @@ def reduce_rows(
     boundary: Boundary,
     planner: DecoderPlanner,
     grid: tuple[int, int],
-    watch: Callable[[ImageGroup], Observer | None] | None = None,
+    observer_of: Callable[[ImageGroup], Observer | None] | None = None,
 ) -> Rows:
-    """Let the visual tokens leave that the boundary says, merged into those that stay.
+    """Merge the visual tokens that leave at a boundary into those that stay.
 
     Args:
-        rows: behind the attention of a segment's last layer.
+        rows: after the attention of a segment's last layer.
         heads: queries and keys of that layer.
         boundary: from this segment to the next.
         planner: knows the methods.
         grid: rows and columns of an unreduced image.
-        watch: who is shown the reduction of a group, for requests that are traced.
+        observer_of: the observer of a group's reduction, for requests that are traced.
 
     Returns:
         The rows of the next segment.
@@ -56,7 +56,7 @@ def reduce_rows(
     source = torch.from_numpy(boundary.source).to(device)
     merged = []
     for group in boundary.groups:
-        observer = watch and watch(group)
+        observer = observer_of and observer_of(group)
         index, tokens, size = _reduce_group(rows, heads, group, planner.reducer(group.method), grid, observer)
         kept = torch.from_numpy(group.kept).to(device)
         source[kept] = index
@@ -87,7 +87,7 @@ def _reduce_group(
     num_removed = N - group.kept.shape[1]
     ops = FusedOps(heads.backend)
     reduced = reducer(rows.hidden[visual], signals, num_removed, rows.size[visual], ops, observer)
-    # `position` counted the image's tokens in this segment, so it says which of them stayed.
+    # `position` counts the image's tokens in this segment, so it names those that stayed.
     return visual.gather(1, reduced.position), reduced.tokens, reduced.size
 
 
@@ -99,7 +99,7 @@ def _measure(
     reducer: Reducer,
     grid: tuple[int, int],
 ) -> Signals:
-    """The signals that a method asks for."""
+    """The signals that a method needs."""
     needed = reducer.signals
     logits = getattr(reducer.settings, "attention", "probs") == "logits"
     images = ImageAttention(heads, group, "visual_attention" in needed, logits)

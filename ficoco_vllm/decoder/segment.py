@@ -6,29 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.model_executor.layers.attention import Attention
-from vllm.v1.kv_cache_interface import replace_as
-
-from ficoco_vllm.kv.spec import SegmentSpec
 
 Unit = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-
-
-class SegmentAttention(Attention):
-    """vLLM's attention layer with a KV cache of its segment's length.
-
-    Attributes:
-        segment: index.
-    """
-
-    segment: int
-
-    def get_kv_cache_spec(self, vllm_config: Any) -> SegmentSpec:
-        """What vLLM's attention says, for one segment."""
-        spec: SegmentSpec = replace_as(
-            super().get_kv_cache_spec(vllm_config), SegmentSpec, non_causal=True, segment=self.segment
-        )
-        return spec
 
 
 class Segment(nn.Module):
@@ -38,7 +17,7 @@ class Segment(nn.Module):
         """Share the layers of a decoder.
 
         Args:
-            before: the last layer of the segment in front, whose MLP runs here; None for the first segment.
+            before: the last layer of the previous segment, whose MLP runs here; None for the first segment.
             layers: vLLM's Llama layers of this segment.
             norm: the decoder's final norm, for the last segment; its last layer runs whole.
         """
@@ -56,8 +35,8 @@ class Segment(nn.Module):
             hidden: (rows, D) residual stream.
 
         Returns:
-            Residual stream behind the last layer's attention (rows, D), with its queries (rows, H * d) and keys
-            (rows, H' * d) after RoPE; for the last segment thrice the decoder's output.
+            Residual stream after the last layer's attention (rows, D), with its queries (rows, H * d) and keys
+            (rows, H' * d) after RoPE; for the last segment the decoder's output, repeated three times.
         """
         residual: Tensor | None = None
         if self.before is not None:
@@ -88,7 +67,7 @@ def compile_unit(segment: Segment, index: int) -> Unit:
 
     Args:
         segment: to compile.
-        index: of it.
+        index: of the segment.
     """
     forward = Segment.forward
     code = forward.__code__.replace(co_name=f"segment_{index}_forward")

@@ -12,11 +12,11 @@ from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 
+from ficoco_vllm.decoder.boundary import boundary, num_rows
 from ficoco_vllm.decoder.decoder import ReducingStep
-from ficoco_vllm.decoder.layout import boundary, num_rows
 from ficoco_vllm.decoder.sampler import GreedySampler
-from ficoco_vllm.decoder.verify import replays_prefills
-from ficoco_vllm.kv.admission import planner_of
+from ficoco_vllm.decoder.startup import replays_prefills
+from ficoco_vllm.kv.admission import images_of, planner_of
 from ficoco_vllm.planning.decoder import RequestPlan
 from ficoco_vllm.tracing.store import TRACE
 
@@ -33,7 +33,7 @@ class DecoderModelState(DefaultModelState):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # Other settings of the compiler can lead to it behind the first check.
+        # Other settings of the compiler can lead to it after the first check.
         if replays_prefills(self.vllm_config):
             raise ValueError("cudagraph_mode = 'FULL' is not allowed where the decoder reduces")
         self.planner = planner_of(self.vllm_config)
@@ -44,21 +44,17 @@ class DecoderModelState(DefaultModelState):
         self.seq_lens = torch.zeros(shape, dtype=torch.int32, device=self.device)
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any] | None:
-        """On a CPU greedy sampling does without Triton's interpreter; see vLLM's model state."""
+        """Greedy sampling without Triton's interpreter on a CPU; see vLLM's model state."""
         if self.device.type != "cpu" or type(sampler) is not Sampler:
             return None
-        return GreedySampler.take_over(sampler), None
+        return GreedySampler(sampler), None
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         """Plan a request; the scheduler has come to the same plan."""
         super().add_request(req_index, new_req_data)
-        images = [
-            (feature.mm_position.offset, feature.mm_position.length)
-            for feature in new_req_data.mm_features or ()
-        ]
         params = new_req_data.sampling_params
         num_tokens = len(new_req_data.prompt_token_ids)
-        plan = self.planner.plan(num_tokens, images, params.extra_args if params else None)
+        plan = self.planner.plan(num_tokens, images_of(new_req_data), params.extra_args if params else None)
         if plan.reduces:
             self.plans[new_req_data.req_id] = plan
             if params and TRACE in (params.extra_args or {}):
@@ -71,7 +67,7 @@ class DecoderModelState(DefaultModelState):
         self.traced.pop(req_id, None)
 
     def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
-        """Hand the step that `prepare_attn` has found to the model."""
+        """Pass the step of `prepare_attn` to the model."""
         inputs: dict[str, Any] = super().prepare_inputs(input_batch, req_states)
         return inputs if self.step is None else {**inputs, "reduction": self.step}
 
@@ -121,8 +117,8 @@ class DecoderModelState(DefaultModelState):
             upper = input_batch.seq_lens_cpu_upper_bound[:padded_reqs] - torch.from_numpy(missing)
             positions, slots = input_batch.positions, slot_mappings
             if missing.any():
-                # Of a prompt that is prefilled now, the first token is at place 0; behind a reduced prompt every
-                # token has moved forward by what is missing.
+                # The first token of a prompt that is prefilled now is at place 0; after a reduced prompt every token
+                # has moved forward by what is missing.
                 moved_by = np.where(computed == 0, 0, missing[:num_reqs])
                 positions, slots = self._slots(
                     input_batch, rows[:num_reqs], moved_by, block_tables, slot_mappings, groups, shrinks

@@ -1,1 +1,1 @@
-"""Every place where something of vLLM's is wrapped or replaced."""
+"""Changes to objects of vLLM and other libraries: each is listed in `table.py` and made by `wrapping.py`."""

@@ -1,4 +1,4 @@
-"""The three ways in which this package changes objects of other packages; `table.py` lists each place."""
+"""The two ways in which this package changes objects of other packages; `table.py` lists every place."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -16,7 +16,7 @@ def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
         owner: a class, for all its instances, or one object.
         name: the method, plain or a coroutine function.
         around: called as `around(original, *args, **kwargs)`. The arguments start with `self` where the owner is a
-            class; the original is bound where it is an object. May be a coroutine function if the method is one.
+            class; the original is bound where it is an object. A coroutine function if the method is one.
     """
     original = getattr(owner, name)
     applied = getattr(original, _AROUND, ())
@@ -28,6 +28,7 @@ def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
         @wraps(original)
         async def wrapper(*args: Any, **kwargs: Any) -> Any:
             return await around(original, *args, **kwargs)
+
     else:
 
         @wraps(original)
@@ -51,18 +52,3 @@ def replace(owner: Any, name: str, value: Any) -> None:
     """
     getattr(owner, name)
     setattr(owner, name, value)
-
-
-def swap_class(instance: Any, cls: type) -> None:
-    """Give an object that another package has built a class of ours. Idempotent.
-
-    Args:
-        instance: keeps all its state.
-        cls: derived directly from the object's class, without state of its own.
-
-    Raises:
-        TypeError: the object's class is another one, whose behaviour would be lost.
-    """
-    if type(instance) not in (cls, *cls.__bases__):
-        raise TypeError(f"{cls.__name__} replaces {cls.__bases__[0].__name__}, not {type(instance).__name__}")
-    instance.__class__ = cls

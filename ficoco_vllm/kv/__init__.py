@@ -1,1 +1,1 @@
-"""A KV length per segment of decoder layers: the plan, and what makes vLLM's paged cache follow it."""
+"""A KV length per segment of decoder layers in vLLM's paged cache, and the checks of requests."""

@@ -1,27 +1,15 @@
-"""What a request may ask of the decoder, checked before it reaches the engine."""
+"""Checks of what a request asks of the decoder, before it reaches the engine."""
 
 from collections.abc import Callable, Mapping
-from functools import wraps
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import BeamSearchParams
-from vllm.v1.engine.input_processor import InputProcessor
 
-from ficoco_vllm.compat import hook_processor_cache, note_sent
 from ficoco_vllm.config import FicocoConfig
-from ficoco_vllm.metrics.families import count_refusal
 from ficoco_vllm.planning.decoder import KEEP, METHOD, DecoderPlanner
 from ficoco_vllm.planning.tower import VisionPlanner
 from ficoco_vllm.planning.tower_shape import TowerShape
-
-# Attribute of vLLM's input processor, set in the API server where the budget follows the load; see `fill_budget`.
-DEFAULT_KEEP = "ficoco_default_keep"
-# The same, where the operator bounds what requests may ask for in `vllm_xargs`: called with these and the visual tokens
-# of the request's largest image; raises ValueError. Every route of vLLM's goes through here.
-BOUNDS = "ficoco_bounds"
-# On the method that `hook_admission` puts in the place of vLLM's.
-_HOOKED = "ficoco_admission"
 
 
 def planner_of(vllm_config: Any) -> DecoderPlanner:
@@ -42,8 +30,17 @@ def planner_of(vllm_config: Any) -> DecoderPlanner:
     )
 
 
+def images_of(request: Any) -> list[tuple[int, int]]:
+    """Offset in the prompt and number of tokens of each image.
+
+    Args:
+        request: as vLLM's front end, scheduler or worker knows it, with `mm_features`.
+    """
+    return [(feature.mm_position.offset, feature.mm_position.length) for feature in request.mm_features or ()]
+
+
 def check_request(vllm_config: Any, request: Any) -> None:
-    """Refuse what could not be answered rightly.
+    """Refuse requests that a reducing decoder cannot answer correctly.
 
     Args:
         vllm_config: vLLM's configuration.
@@ -66,9 +63,7 @@ def check_request(vllm_config: Any, request: Any) -> None:
                 parameter=ours[0],
             )
         return
-    images = [
-        (feature.mm_position.offset, feature.mm_position.length) for feature in request.mm_features or ()
-    ]
+    images = images_of(request)
     num_tokens = len(request.prompt_token_ids or ())
     try:
         plan = planner_of(vllm_config).plan(num_tokens, images, extra_args)
@@ -85,7 +80,7 @@ def check_request(vllm_config: Any, request: Any) -> None:
     offset, length = plan.images[-1]
     if offset + length >= num_tokens:
         raise VLLMValidationError(
-            "the prompt ends in an image; allowed: at least one token of text behind the last image, "
+            "the prompt ends in an image; allowed: at least one token of text after the last image, "
             "since the text decides which visual tokens stay"
         )
     if params.prompt_logprobs is not None or getattr(params, "prompt_logprob_token_ids", None) is not None:
@@ -97,17 +92,17 @@ def check_request(vllm_config: Any, request: Any) -> None:
 
 
 def check_search(vllm_config: Any, params: Any) -> None:
-    """Refuse a search by beams where the decoder reduces.
+    """Refuse beam search where the decoder reduces.
 
-    vLLM sends each beam as a prompt of its own, with the tokens that it has found at the end, and without the request's
-    `vllm_xargs`: the text behind the image, which decides what stays, would change from token to token.
+    vLLM sends each beam as a prompt of its own, ending in the tokens found so far, and without the request's
+    `vllm_xargs`: the text after the image, which decides what stays, would change from token to token.
 
     Args:
         vllm_config: vLLM's configuration.
         params: of the request.
 
     Raises:
-        VLLMValidationError: it is one (HTTP 400).
+        VLLMValidationError: it is a beam search (HTTP 400).
     """
     if not isinstance(params, BeamSearchParams):
         return
@@ -138,10 +133,10 @@ def fill_budget(default_keep: Callable[[str | None, int], int], request: Any) ->
 
 
 def check_bounds(bounds: Callable[[Mapping[str, Any], int], None], request: Any) -> None:
-    """Hold what a request asks of the decoder against the operator's bounds.
+    """Check what a request asks of the decoder against the operator's bounds.
 
     Args:
-        bounds: see `BOUNDS`.
+        bounds: called with the request's `vllm_xargs` and the visual tokens of its largest image; raises ValueError.
         request: vLLM's `EngineCoreRequest`.
 
     Raises:
@@ -153,47 +148,3 @@ def check_bounds(bounds: Callable[[Mapping[str, Any], int], None], request: Any)
         bounds(extra_args or {}, most)
     except ValueError as error:
         raise VLLMValidationError(str(error), parameter=str(error).split(" ", 1)[0]) from error
-
-
-def hook_admission() -> None:
-    """Let vLLM's front end call `check_request` and `check_search`; may run many times.
-
-    No hook of vLLM sees a request's prompt, its sampling parameters and the server's configuration together, so
-    the method that turns them into the engine's request is wrapped. A search by beams asks about its watermarks first,
-    where alone its parameters are seen as what they are.
-    """
-    hook_processor_cache()
-    original = InputProcessor.process_inputs
-    if hasattr(original, _HOOKED):  # or a wrapper of it, which takes its attributes over
-        return
-
-    @wraps(original)
-    def process_inputs(self: InputProcessor, *args: Any, **kwargs: Any) -> Any:
-        request = original(self, *args, **kwargs)
-        default_keep, bounds = vars(self).get(DEFAULT_KEEP), vars(self).get(BOUNDS)
-        if default_keep is not None:
-            fill_budget(default_keep, request)
-        try:
-            if bounds is not None:
-                check_bounds(bounds, request)
-            check_request(self.vllm_config, request)
-        except VLLMValidationError:
-            count_refusal(self.vllm_config.model_config)
-            raise
-        note_sent(self.renderer.mm_processor_cache, args[1] if len(args) > 1 else kwargs["prompt"])
-        return request
-
-    setattr(process_inputs, _HOOKED, True)
-    InputProcessor.process_inputs = process_inputs
-    resolve = InputProcessor.resolve_watermarking
-
-    @wraps(resolve)
-    def resolve_watermarking(self: InputProcessor, params: Any) -> Any:
-        try:
-            check_search(self.vllm_config, params)
-        except VLLMValidationError:
-            count_refusal(self.vllm_config.model_config)
-            raise
-        return resolve(self, params)
-
-    InputProcessor.resolve_watermarking = resolve_watermarking

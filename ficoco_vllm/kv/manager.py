@@ -1,4 +1,4 @@
-"""Blocks of one segment: as many as the plan says, never more."""
+"""Block manager of one segment, which allocates what the plan needs."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
-# Tokens that a segment holds of a request, once so many have been computed.
+# (request id, segment, computed tokens) -> tokens of the request that the segment holds.
 CountTokens = Callable[[str, int, int], int]
 
 
@@ -14,8 +14,7 @@ class SegmentManager(FullAttentionManager):
     """vLLM's manager with token counts translated into those of its segment.
 
     Attributes:
-        count_tokens: (request id, segment, computed tokens) -> tokens of the segment; set by the scheduler, which
-            alone knows the requests.
+        count_tokens: set by the scheduler, which knows the requests.
         num_held: blocks that requests hold in this segment.
     """
 
@@ -55,7 +54,7 @@ class SegmentManager(FullAttentionManager):
         return blocks
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        """The blocks of a request that gives them back."""
+        """The blocks of a request that ends or is preempted."""
         blocks: list[KVCacheBlock] = super().pop_blocks_for_free(request_id)
         self.num_held -= len(blocks)
         return blocks

@@ -1,4 +1,4 @@
-"""vLLM's scheduler, which tells the managers of the segments about requests and never splits a prompt."""
+"""vLLM's scheduler with a plan for each request and prompts that are never split."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.request import Request
 
 from ficoco_vllm.config import FicocoConfig
-from ficoco_vllm.kv.admission import planner_of
+from ficoco_vllm.kv.admission import images_of, planner_of
 from ficoco_vllm.kv.manager import SegmentManager
 from ficoco_vllm.metrics.families import metrics
 from ficoco_vllm.planning.decoder import RequestPlan
 
 
 class SegmentScheduler(AsyncScheduler):
-    """Plans each request when it comes in, and lets go of the plan when it has ended."""
+    """vLLM's asynchronous scheduler; the managers of the segments count tokens by its plans."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -31,28 +31,26 @@ class SegmentScheduler(AsyncScheduler):
 
     def add_request(self, request: Request) -> None:
         """Plan the request, then queue it."""
-        images = [
-            (feature.mm_position.offset, feature.mm_position.length) for feature in request.mm_features or ()
-        ]
         extra_args = request.sampling_params.extra_args if request.sampling_params else None
-        self.plans[request.request_id] = self.planner.plan(request.num_prompt_tokens, images, extra_args)
+        plan = self.planner.plan(request.num_prompt_tokens, images_of(request), extra_args)
+        self.plans[request.request_id] = plan
         super().add_request(request)
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        """As vLLM; then tell how many blocks are held."""
+        """Schedule as vLLM, then report how many blocks are held."""
         scheduled = super().schedule(*args, **kwargs)
-        self._tell_blocks_held()
+        self._report_blocks_held()
         return scheduled
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self.plans.pop(request.request_id, None)
         freed = super()._free_request(request, *args, **kwargs)
-        self._tell_blocks_held()
+        self._report_blocks_held()
         return freed
 
-    def _tell_blocks_held(self) -> None:
-        for told in self.blocks_held:
-            told.tell()
+    def _report_blocks_held(self) -> None:
+        for gauge in self.blocks_held:
+            gauge.report()
 
     def _count_tokens(self, request_id: str, segment: int, num_tokens: int) -> int:
         plan = self.plans.get(request_id)
@@ -67,12 +65,12 @@ class SegmentScheduler(AsyncScheduler):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """As vLLM, but a prompt whose images do not all fit into this step waits for the next one."""
+        """Schedule as vLLM, except that a prompt waits whose images do not all fit into this step."""
         scheduled = super()._try_schedule_encoder_inputs(
             request, num_computed_tokens, num_new_tokens, encoder_compute_budget, *args, **kwargs
         )
         if scheduled[1] < num_new_tokens and num_computed_tokens < request.num_prompt_tokens:
-            # While it waits it must not keep cached images from being evicted: a request ahead of it may need the room.
+            # While it waits, its cached images may be evicted: an earlier request may need the space.
             self.encoder_cache_manager.free(request)
             return [], 0, encoder_compute_budget, [], []
         return scheduled
@@ -84,12 +82,12 @@ class _BlocksHeld:
 
     manager: SegmentManager
     gauge: Any
-    told: int = -1
+    value: int = -1
 
-    def tell(self) -> None:
-        if self.manager.num_held != self.told:
-            self.told = self.manager.num_held
-            self.gauge.set(self.told)
+    def report(self) -> None:
+        if self.manager.num_held != self.value:
+            self.value = self.manager.num_held
+            self.gauge.set(self.value)
 
 
 def _gauges(vllm_config: Any, managers: Sequence[SegmentManager]) -> list[_BlocksHeld]:

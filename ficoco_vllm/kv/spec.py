@@ -1,4 +1,4 @@
-"""The KV cache of one segment, as vLLM sees it."""
+"""KV cache specification of one segment."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ class SegmentSpec(FullAttentionSpec):
 
     Attributes:
         segment: index; layers of two segments never share a group.
-        non_causal: attention is causal; this is how a layer tells vLLM's engine that its prompts are prefilled in
-            one step and that their blocks are not to be found by the hash of their tokens.
+        non_causal: makes vLLM prefill prompts in one step and find no block by the hash of its tokens, although the
+            attention is causal.
     """
 
     segment: int = 0
@@ -39,7 +39,7 @@ class SegmentSpec(FullAttentionSpec):
 
 
 def register_spec() -> None:
-    """Make the specification and its manager known to vLLM in this process; may run many times."""
+    """Register the specification and its manager with vLLM in this process. Idempotent."""
     from ficoco_vllm.kv.manager import SegmentManager
 
     # The built-in ones first: vLLM registers them only where the registry is still empty.

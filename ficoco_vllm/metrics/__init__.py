@@ -1,1 +1,1 @@
-"""What the reduction saves and costs, counted and published for Prometheus."""
+"""Prometheus metrics of what the reduction saves and costs."""

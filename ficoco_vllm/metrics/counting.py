@@ -1,7 +1,7 @@
-"""Counts the requests of one server by reduction method, fed by `hooks/request_metrics.py`."""
+"""Counts the requests of one server by reduction method, fed by `hooks/`."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,40 +11,39 @@ from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.kv.admission import planner_of
 from ficoco_vllm.metrics.families import NO_ENGINE, OFF, TEXT, metrics, observe_all, set_default_budget
 from ficoco_vllm.metrics.savings import Account, Accountant
-from ficoco_vllm.planning.tower import VisionPlanner
+from ficoco_vllm.planning.tower import Budget, VisionPlanner
 from ficoco_vllm.planning.tower_shape import TowerShape
-from ficoco_vllm.processing import BUDGET, SIZES
 
 
 @dataclass
-class Tracked:
-    """One request in the front end.
+class CountedRequest:
+    """State of one request in the front end.
 
     Attributes:
         account: what it saves.
-        meter: of its server.
+        counter: of its server.
         engine: label, known from the first output on.
-        prefilled: whether that has come.
-        ended: whether its end was counted.
+        prefilled: whether its prefill has been counted.
+        ended: whether its end has been counted.
     """
 
     account: Account
-    meter: "Meter"
+    counter: "RequestCounter"
     engine: str
     prefilled: bool = False
     ended: bool = False
 
 
 @dataclass
-class Step:
-    """What one batch of outputs of an engine says."""
+class BatchOutputs:
+    """One batch of an engine's outputs: requests with their latencies in seconds, and those that ended."""
 
-    first: list[tuple[Tracked, float]] = field(default_factory=list)
-    later: list[tuple[Tracked, float]] = field(default_factory=list)
-    ended: list[tuple[Tracked, str]] = field(default_factory=list)
+    first: list[tuple[CountedRequest, float]] = field(default_factory=list)
+    later: list[tuple[CountedRequest, float]] = field(default_factory=list)
+    ended: list[tuple[CountedRequest, str]] = field(default_factory=list)
 
 
-class Meter:
+class RequestCounter:
     """Counts the requests of one server."""
 
     def __init__(self, vllm_config: Any) -> None:
@@ -68,95 +67,90 @@ class Meter:
         self.num_engines = 1
         self.only_engine = "0" if parallel.data_parallel_size == 1 else NO_ENGINE
 
-    def __deepcopy__(self, memo: Any) -> "Meter":
-        """Itself: sampling parameters that carry it may be copied."""
+    def __deepcopy__(self, memo: Any) -> "RequestCounter":
+        """Itself: vLLM may copy the sampling parameters that carry it."""
         return self
 
     @classmethod
-    def of(cls, vllm_config: Any) -> "Meter | None":
-        """The meter of a server, None where nothing is to be counted."""
+    def of(cls, vllm_config: Any) -> "RequestCounter | None":
+        """The counter of a server, None where nothing is counted."""
         config = FicocoConfig.of(vllm_config.model_config.hf_config)
         return cls(vllm_config) if config.method is not None and config.metrics else None
 
     def begin(self, engines: Sequence[int]) -> None:
-        """Let the counters stand at zero before the first request, so that rates see it."""
+        """Set the counters to zero before the first request, so that rates include it."""
         self.num_engines = max(1, len(engines))
+        families = self.metrics
         decoder, tower = self.accountant.decoder, self.accountant.tower
         keep = tower.default.keep if decoder is None else decoder.keep
         for index in engines:
-            engine = str(index)
             set_default_budget(self.model_name, self.method, keep, index)
             for method in (self.method, OFF, TEXT):
-                labels = (self.model_name, engine, method)
-                self.metrics.visual_tokens_in.labels(*labels)
-                self.metrics.visual_tokens_kept.labels(*labels)
-                self.metrics.prefill_flops_avoided.labels(*labels)
-                self.metrics.budget_tokens.labels(*labels)
-                self.metrics.time_to_first_token_seconds.labels(*labels)
-                self.metrics.inter_token_latency_seconds.labels(*labels)
+                labels = (self.model_name, str(index), method)
+                families.visual_tokens_in.labels(*labels)
+                families.visual_tokens_kept.labels(*labels)
+                families.prefill_flops_avoided.labels(*labels)
+                families.budget_tokens.labels(*labels)
+                families.time_to_first_token_seconds.labels(*labels)
+                families.inter_token_latency_seconds.labels(*labels)
                 for outcome in ("stop", "length", "abort", "error"):
-                    self.metrics.requests.labels(*labels, outcome)
+                    families.requests.labels(*labels, outcome)
             for segment in range(self.num_segments):
-                labels = (self.model_name, engine, self.method)
-                self.metrics.kv_tokens_avoided.labels(*labels, str(segment))
-                self.metrics.kv_bytes_avoided.labels(*labels, str(segment))
-                self.metrics.kv_blocks_saved.labels(*labels, str(segment))
-        self.metrics.requests.labels(self.model_name, NO_ENGINE, self.method, "refused")
+                for family in (
+                    families.kv_tokens_avoided,
+                    families.kv_bytes_avoided,
+                    families.kv_blocks_saved,
+                ):
+                    family.labels(self.model_name, str(index), self.method, str(segment))
+        families.requests.labels(self.model_name, NO_ENGINE, self.method, "refused")
 
-    def account(self, prompt: Any, request: Any) -> Account:
-        """What a request that was admitted saves.
+    def request(
+        self,
+        num_prompt_tokens: int,
+        images: Sequence[tuple[int, int]],
+        budget: Budget | None,
+        extra_args: Mapping[str, Any] | None,
+        sizes: Sequence[tuple[int, int]],
+    ) -> CountedRequest:
+        """A request that has been admitted; see `Accountant.account` for the arguments."""
+        account = self.accountant.account(num_prompt_tokens, images, budget, extra_args, sizes)
+        return CountedRequest(account, self, self.only_engine)
 
-        Args:
-            prompt: as it came from the renderer.
-            request: vLLM's `EngineCoreRequest`.
-        """
-        images = [
-            (feature.mm_position.offset, feature.mm_position.length) for feature in request.mm_features or ()
-        ]
-        budget, sizes = (
-            (prompt.get(BUDGET), prompt.get(SIZES, ())) if isinstance(prompt, dict) else (None, ())
-        )
-        params = request.sampling_params
-        num_tokens = len(request.prompt_token_ids or ())
-        return self.accountant.account(
-            num_tokens, images, budget, params.extra_args if params else None, sizes
-        )
-
-    def record(self, step: Step, engine: str) -> None:
-        """Count what one batch of outputs says.
+    def record(self, outputs: BatchOutputs, engine: str) -> None:
+        """Count one batch of outputs.
 
         Args:
-            step: noted while vLLM went through the outputs.
+            outputs: collected while vLLM went through them.
             engine: label.
         """
         families = self.metrics
-        for tracked, seconds in step.first:
-            tracked.engine = engine
-            if not tracked.prefilled:
-                tracked.prefilled = True
-                self._count_prefill(tracked)
-            labels = (self.model_name, engine, tracked.account.method)
+        for request, seconds in outputs.first:
+            request.engine = engine
+            if not request.prefilled:
+                request.prefilled = True
+                self._count_prefill(request)
+            labels = (self.model_name, engine, request.account.method)
             families.time_to_first_token_seconds.labels(*labels).observe(seconds)
         by_method: defaultdict[str, list[float]] = defaultdict(list)
-        for tracked, seconds in step.later:
-            by_method[tracked.account.method].append(seconds)
+        for request, seconds in outputs.later:
+            by_method[request.account.method].append(seconds)
         for method, values in by_method.items():
             observe_all(families.inter_token_latency_seconds.labels(self.model_name, engine, method), values)
-        for tracked, outcome in step.ended:
-            self.end(tracked, outcome)
+        for request, outcome in outputs.ended:
+            self.end(request, outcome)
 
-    def end(self, tracked: Tracked, outcome: str) -> None:
+    def end(self, request: CountedRequest, outcome: str) -> None:
         """Count the end of a request, once."""
-        if tracked.ended:
+        if request.ended:
             return
-        tracked.ended = True
-        labels = (self.model_name, tracked.engine, tracked.account.method)
+        request.ended = True
+        labels = (self.model_name, request.engine, request.account.method)
         self.metrics.requests.labels(*labels, outcome).inc()
-        if tracked.prefilled:
-            self._save_blocks(tracked, -1)
+        if request.prefilled:
+            self._add_blocks_saved(request, -1)
 
-    def hold_blocks(self, usage: float, engine: str) -> None:
-        """Tell the blocks in use where the engine's scheduler is vLLM's own, which does not count by segment.
+    def set_blocks_held(self, usage: float, engine: str) -> None:
+        """Report the blocks in use, except where our scheduler reports them by segment.
 
         Args:
             usage: share of the blocks in use, as vLLM measures it.
@@ -169,9 +163,9 @@ class Meter:
         held = round(usage * max(0, per_engine - 1))  # one block is vLLM's null block
         self.metrics.kv_blocks_held.labels(self.model_name, engine, self.method, "0").set(held)
 
-    def _count_prefill(self, tracked: Tracked) -> None:
-        account, families = tracked.account, self.metrics
-        labels = (self.model_name, tracked.engine, account.method)
+    def _count_prefill(self, request: CountedRequest) -> None:
+        account, families = request.account, self.metrics
+        labels = (self.model_name, request.engine, account.method)
         if account.visual_tokens_in:
             families.visual_tokens_in.labels(*labels).inc(account.visual_tokens_in)
             families.visual_tokens_kept.labels(*labels).inc(account.visual_tokens_kept)
@@ -182,12 +176,12 @@ class Meter:
             if num_tokens:
                 families.kv_tokens_avoided.labels(*labels, str(segment)).inc(num_tokens)
                 families.kv_bytes_avoided.labels(*labels, str(segment)).inc(num_tokens * self.token_bytes)
-        self._save_blocks(tracked, +1)
+        self._add_blocks_saved(request, +1)
 
-    def _save_blocks(self, tracked: Tracked, sign: int) -> None:
-        labels = (self.model_name, tracked.engine, tracked.account.method)
+    def _add_blocks_saved(self, request: CountedRequest, sign: int) -> None:
+        labels = (self.model_name, request.engine, request.account.method)
         block_size = self.vllm_config.cache_config.block_size
-        for segment, num_tokens in enumerate(tracked.account.missing):
+        for segment, num_tokens in enumerate(request.account.missing):
             if num_tokens:
                 saved = self.metrics.kv_blocks_saved.labels(*labels, str(segment))
                 saved.inc(sign * num_tokens / block_size)

@@ -1,6 +1,6 @@
-"""What the reduction saves and costs, as Prometheus metrics beside vLLM's own; docs/metrics.md is their table.
+"""Prometheus metrics of what the reduction saves and costs; docs/metrics.md is their table.
 
-Every process counts what happens in it: the front end requests, the engine core KV blocks, a worker seconds. With
+Every process counts its own part: the front end requests, the engine core KV blocks, a worker seconds. With
 `PROMETHEUS_MULTIPROC_DIR` (`ficoco-vllm serve` sets it) prometheus_client adds them up at `/metrics`.
 """
 
@@ -18,50 +18,18 @@ LABELS = ("model_name", "engine", "method")
 # Values of the label `method` where no method reduced anything.
 OFF = "off"
 TEXT = "text"
-# Value of the label `engine` where it is not known which of several engines a request would have gone to.
+# Value of the label `engine` where the engine of a request is unknown.
 NO_ENGINE = ""
 
 TOKEN_BUCKETS = (1, 8, 16, 32, 48, 64, 96, 128, 160, 192, 256, 288, 384, 480, 576)
-REDUCTION_BUCKETS = (
-    1e-5,
-    2.5e-5,
-    5e-5,
-    1e-4,
-    2.5e-4,
-    5e-4,
-    1e-3,
-    2.5e-3,
-    5e-3,
-    0.01,
-    0.025,
-    0.05,
-    0.1,
-    0.25,
-    0.5,
-    1.0,
-)
+_MICROSECONDS = (10, 25, 50, 100, 250, 500, 1e3, 2.5e3, 5e3, 1e4, 2.5e4, 5e4, 1e5, 2.5e5, 5e5, 1e6)
+REDUCTION_BUCKETS = tuple(value / 1e6 for value in _MICROSECONDS)
 TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
 ITL_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0)
 
 
 class Metrics:
-    """All families of one registry.
-
-    Attributes:
-        visual_tokens_in: patches of the images of prefilled prompts.
-        visual_tokens_kept: of these, tokens that are left in the end.
-        kv_tokens_avoided: by segment, tokens that were not written into the KV cache.
-        kv_bytes_avoided: by segment, their bytes.
-        kv_blocks_held: by segment, blocks of running requests.
-        kv_blocks_saved: by segment, blocks that they would hold besides without reduction.
-        reduction_seconds: by site, time of the reduction itself.
-        budget_tokens: budgets of the images of prefilled prompts.
-        requests: by outcome.
-        prefill_flops_avoided: by the cost model.
-        default_budget_tokens: the budget of requests that name none, as it is now.
-        time_to_first_token_seconds: as vLLM's, by method.
-        inter_token_latency_seconds: as vLLM's, by method.
-    """
+    """The metric families of one registry; their help texts say what they count."""
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
         def counter(name: str, text: str, *more: str) -> Counter:
@@ -79,7 +47,7 @@ class Metrics:
         )
         self.visual_tokens_kept = counter(
             "visual_tokens_kept",
-            "Visual tokens of the same prompts that are left behind the last reduction: in the prompt, or for a "
+            "Visual tokens of the same prompts that remain after the last reduction: in the prompt, or for a "
             "method of the decoder in its last segment.",
         )
         self.kv_tokens_avoided = counter(
@@ -115,7 +83,7 @@ class Metrics:
         )
         self.budget_tokens = histogram(
             "budget_tokens",
-            "Visual tokens of an image that a request may keep, by its own wish or by the server's default; one "
+            "Visual tokens of an image that a request may keep, by its own choice or by the server's default; one "
             "observation for each image of a prompt that was prefilled.",
             TOKEN_BUCKETS,
         )
@@ -130,7 +98,7 @@ class Metrics:
             "prefill_flops_avoided",
             "Floating-point operations from pixels to the first token that prefilled prompts did not need, by the "
             "cost model of `ficoco-vllm plan`: without reduction minus with it, its own work included; prefix "
-            "cache hits are not looked at.",
+            "cache hits are ignored.",
         )
         self.default_budget_tokens = gauge(
             "default_budget_tokens",
@@ -152,12 +120,12 @@ class Metrics:
 
 @cache
 def metrics() -> Metrics:
-    """The families of this process, made when they are first asked for."""
+    """The families of this process, made on first use."""
     return Metrics()
 
 
 def set_default_budget(model_name: str, method: str, num_tokens: int, engine: int = 0) -> None:
-    """Say which budget requests that name none get now; for what lets the budget follow the load.
+    """Report the budget of requests that name none.
 
     Args:
         model_name: as served.
@@ -181,7 +149,7 @@ def count_refusal(model_config: Any) -> None:
 
 
 def observe_all(histogram: Histogram, values: Sequence[float]) -> None:
-    """Observe many values at once: each bucket is written once, not once for every value.
+    """Observe many values with one write for each bucket.
 
     Args:
         histogram: with its labels set.

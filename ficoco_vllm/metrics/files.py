@@ -1,4 +1,4 @@
-"""Files in which the processes of a server count together, on a disk that may be full."""
+"""Metric files that the processes of a server share, on a disk that may be full."""
 
 import logging
 import mmap
@@ -15,11 +15,11 @@ logger = logging.getLogger(__name__)
 
 
 class ReservedMmapedDict(MmapedDict):
-    """prometheus_client's file of values; its room on the disk is there before anything is written.
+    """prometheus_client's file of values, with its space reserved on the disk before anything is written.
 
-    prometheus_client makes its files of holes and writes them as memory: where the disk has no room left for a page,
-    the kernel ends the process by SIGBUS. Here what cannot be had on the disk is counted in memory, where `/metrics`
-    does not see it, and the server goes on.
+    prometheus_client maps sparse files into memory: where the disk has no space for a page, the kernel ends the process
+    by SIGBUS. Here values without space on the disk are counted in memory, where `/metrics` does not see them, and the
+    server goes on.
     """
 
     def __init__(self, filename: str, read_mode: bool = False) -> None:
@@ -30,7 +30,7 @@ class ReservedMmapedDict(MmapedDict):
         base.__init__(filename, read_mode)
 
     def _init_value(self, key: str) -> None:
-        """Make room for a value, its name and twice eight bytes, before prometheus_client does."""
+        """Reserve space for a value, its name and two times eight bytes, before prometheus_client grows the file."""
         needed = self._used + len(key.encode()) + 32
         if needed > self._capacity:
             capacity = self._capacity
@@ -55,7 +55,7 @@ class ReservedMmapedDict(MmapedDict):
 
 
 def _reserved(filename: str) -> str:
-    """A file with room, or one in memory where there is none."""
+    """A file with reserved space, or one in memory where the disk has none."""
     try:
         with open(filename, "a+b") as file:
             size = os.fstat(file.fileno()).st_size
@@ -64,7 +64,7 @@ def _reserved(filename: str) -> str:
         _warn(filename, error)
         with suppress(OSError):
             if not os.path.getsize(filename):
-                os.unlink(filename)  # whoever reads the folder expects a beginning in each file
+                os.unlink(filename)  # readers of the folder expect a header in each file
         return f"/proc/self/fd/{_memory()}"
     return filename
 
@@ -74,4 +74,6 @@ def _memory() -> int:
 
 
 def _warn(filename: str, error: OSError) -> None:
-    logger.warning("no room for metrics in %s (%s): this process counts some in vain", filename, error)
+    logger.warning(
+        "no space for metrics in %s (%s): some metrics of this process will be lost", filename, error
+    )

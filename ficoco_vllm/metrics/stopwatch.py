@@ -1,4 +1,4 @@
-"""Seconds of work on a device, taken without waiting for it."""
+"""Time of work on a device, measured without waiting for it."""
 
 import time
 from collections import deque
@@ -12,7 +12,7 @@ Observe = Callable[[str, float], None]
 
 
 class Lap:
-    """Stretches of work that are reported as one sum."""
+    """Intervals of work that are reported as one sum."""
 
     def __init__(self, label: str, on_cuda: bool) -> None:
         self.label = label
@@ -22,7 +22,7 @@ class Lap:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Add what happens inside."""
+        """Add the time of the block."""
         if self.on_cuda:
             make_event: Any = torch.cuda.Event  # not annotated by torch
             start, end = make_event(enable_timing=True), make_event(enable_timing=True)
@@ -36,7 +36,7 @@ class Lap:
             self.seconds += time.perf_counter() - start_seconds
 
     def finished(self) -> bool:
-        """Whether the device is through with it."""
+        """Whether the device has finished the work."""
         return all(end.query() for _, end in self.events)
 
     def total_seconds(self) -> float:
@@ -46,10 +46,10 @@ class Lap:
 
 
 class Stopwatch:
-    """Hands laps out and reports them when they are known.
+    """Makes laps and reports them once they are finished.
 
-    On the CPU that is at once. On CUDA a lap is a pair of events in the stream, and it is reported when a later one
-    is handed in and its events have passed, so nothing ever waits for the device.
+    On the CPU that is at once. On CUDA a lap is a pair of events in the stream, reported when a later lap is handed in
+    and its events have passed, so nothing ever waits for the device.
     """
 
     def __init__(self, observe: Observe) -> None:
@@ -66,12 +66,12 @@ class Stopwatch:
 
         Args:
             label: handed to `observe`.
-            device: that the work runs on.
+            device: of the work.
         """
         return Lap(label, device.type == "cuda")
 
     def hand_in(self, lap: Lap) -> None:
-        """Report this lap and earlier ones as far as they are finished."""
+        """Report this lap and earlier ones, up to the first unfinished one."""
         self.pending.append(lap)
         while self.pending and self.pending[0].finished():
             done = self.pending.popleft()

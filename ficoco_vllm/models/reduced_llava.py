@@ -11,6 +11,7 @@ from vllm.forward_context import get_forward_context, is_forward_context_availab
 
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.decoder.decoder import ReducingStep, SegmentedDecoder
+from ficoco_vllm.hooks.segment_cache import hook_kv_cache_specs
 from ficoco_vllm.kv.admission import planner_of
 from ficoco_vllm.metrics.families import metrics
 from ficoco_vllm.metrics.stopwatch import Stopwatch
@@ -49,12 +50,14 @@ class ReducingLlava(nn.Module):
         if shape is not None and config.decoder_method is not None:
             from ficoco_vllm.decoder.state import DecoderModelState  # imports Triton, which V1 does without
 
+            decoder_planner = planner_of(vllm_config)
+            hook_kv_cache_specs(self.language_model.model, decoder_planner.segments)
             self.decoder = SegmentedDecoder(
                 self.language_model.model,
-                planner_of(vllm_config),
+                decoder_planner,
                 shape.grid,
                 compiled=vllm_config.compilation_config.mode != CompilationMode.NONE,
-                watch=_watch(vllm_config, config.decoder_method.name, "decoder"),
+                stopwatch=_watch(vllm_config, config.decoder_method.name, "decoder"),
                 traces=self.traces,
             )
             # vLLM looks for this name; without a method in the decoder it must not find it.

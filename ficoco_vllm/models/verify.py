@@ -27,10 +27,10 @@ class FicocoModelConfig(VerifyAndUpdateConfig):
             ValueError: naming the field, its value and what is allowed.
         """
         # These import vLLM's engine, which a process that only loads plugins does without.
-        from ficoco_vllm.decoder.verify import prepare_decoder
-        from ficoco_vllm.hooks.request_metrics import hook_front_end
+        from ficoco_vllm.decoder.startup import prepare_decoder
+        from ficoco_vllm.hooks.admission import hook_admission
+        from ficoco_vllm.hooks.request_metrics import hook_request_metrics
         from ficoco_vllm.hooks.unread_field import hook_renderer
-        from ficoco_vllm.kv.admission import hook_admission
 
         additional = vllm_config.additional_config
         values = additional.get(NAME) if isinstance(additional, dict) else None
@@ -54,7 +54,7 @@ class FicocoModelConfig(VerifyAndUpdateConfig):
         hook_admission()
         hook_renderer()
         if config.method is not None and config.metrics:
-            hook_front_end()
+            hook_request_metrics()
         if planner.active:
             _bound_encoder_batch(vllm_config, planner)
         if config.decoder_method is not None:

@@ -1,1 +1,1 @@
-"""What a request's reduction really did: recorded in the worker, fetched by the server, chained over the layers."""
+"""Traces of reductions: recorded in the worker, fetched by the server, chained over the layers."""

@@ -1,7 +1,7 @@
-"""A trace read as a story: tokens have names, and what leaves in one layer can be followed through the later ones.
+"""Tokens of a trace, followed from layer to layer.
 
-A patch is named by its index in the grid. Tokens that have no place in it, fused ones and a [CLS] that the language
-model is given, take the numbers from the number of patches on.
+A patch is named by its index in the grid. Tokens without a place there, fused ones and a [CLS] that the language model
+gets, take the numbers from the number of patches on.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,14 +13,16 @@ import torch
 
 from ficoco_vllm.reduction.method import Site
 
+_ROUNDING = 1e-5  # shares are fp32 and up to a few hundred add up to one
+
 
 @dataclass(frozen=True)
 class Departure:
-    """A token that left, and where its information went.
+    """A token that left, and the tokens that took its information.
 
     Attributes:
         token: its name.
-        targets: name and share of each token that took some of it, the largest first.
+        targets: name and share of each such token, the largest first.
         lost: the share that no token took, 0 to 1.
     """
 
@@ -36,10 +38,9 @@ class Step:
     Attributes:
         site: "encoder", "features" or "decoder".
         layer: index of the layer.
-        kept: names of the tokens behind it, in order; those that it fused are the last of them.
-        num_fused: how many are new.
-        left: the tokens that left.
-        sizes: patches that each of `kept` stands for, as the reduction counted them.
+        kept: names of the tokens after it, in order; fused ones come last.
+        num_fused: number of new tokens.
+        sizes: patches that each of `kept` stands for.
     """
 
     site: Site
@@ -54,14 +55,14 @@ def read_steps(trace: Sequence[Mapping[str, Any]], num_patches: int) -> list[Ste
     """Name the tokens of a trace.
 
     Args:
-        trace: as `Traces.take` hands it out, in the order in which tokens met the reductions.
+        trace: from `Traces.take`, in the order in which tokens met the reductions.
         num_patches: of the image.
 
     Returns:
         One step for each reduction.
 
     Raises:
-        ValueError: the reductions do not follow one from the other.
+        ValueError: a reduction is missing between two others.
     """
     names = list(range(num_patches))
     fresh = count(num_patches)
@@ -88,15 +89,15 @@ def read_steps(trace: Sequence[Mapping[str, Any]], num_patches: int) -> list[Ste
 
 
 def destinations(steps: Sequence[Step]) -> list[Departure]:
-    """Where every token's information is after the last step.
+    """Where the information of every token is after the last step.
 
-    A token that left went into others by its shares; where those leave later, what they hold moves on with them.
+    A token that leaves goes into others by its shares; when those leave later, what they hold moves on with them.
 
     Args:
         steps: of `read_steps`.
 
     Returns:
-        One entry for each token that has left, by name: the targets are those that are still there.
+        One entry for each token that has left, by name; the targets are tokens that stayed.
 
     Source: arXiv:2411.17686, Alg. 1, lines 9-13, over all layers.
     """
@@ -106,7 +107,7 @@ def destinations(steps: Sequence[Step]) -> list[Departure]:
     place = {name: index for index, name in enumerate(kept)}
     held = torch.eye(len(kept), dtype=torch.float64)
     holds = {name: held[index] for name, index in place.items()}
-    # From the last step to the first: what a target holds in the end is known when its source is reached.
+    # From the last step to the first, so that the final content of a target is known when its source is reached.
     for step in reversed(steps):
         for departure in step.left:
             moved = torch.zeros(len(kept), dtype=torch.float64)
@@ -114,18 +115,13 @@ def destinations(steps: Sequence[Step]) -> list[Departure]:
                 moved += share * holds[name]
             holds[departure.token] = moved
     gone = sorted(departure.token for step in steps for departure in step.left)
-    found = []
-    for name in gone:
-        row = holds[name]
-        flow = [(kept[index], float(row[index])) for index in row.nonzero()[:, 0].tolist()]
-        found.append(_departure(name, flow))
-    return found
+    return [
+        _departure(name, [item for item in zip(kept, holds[name].tolist(), strict=True) if item[1]])
+        for name in gone
+    ]
 
 
 def _departure(token: int, flow: list[tuple[int, float]]) -> Departure:
     targets = tuple(sorted(flow, key=lambda item: (-item[1], item[0])))
     lost = 1.0 - sum(share for _, share in targets)
     return Departure(token, targets, lost if lost > _ROUNDING else 0.0)
-
-
-_ROUNDING = 1e-5  # shares are fp32 and up to a few hundred add up to one

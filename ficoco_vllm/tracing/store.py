@@ -1,4 +1,4 @@
-"""Traces in the worker: recorded while a request that asked for one is reduced, kept until they are fetched."""
+"""Traces in the worker: recorded while a request is reduced, kept until the server fetches them."""
 
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -8,19 +8,19 @@ from torch import Tensor
 
 from ficoco_vllm.reduction import Observation, Observer
 
-# Name of the mark that a request carries, in the processor's keyword arguments and in `vllm_xargs`.
+# Field of a traced request, in the processor's keyword arguments and in `vllm_xargs`.
 TRACE = "ficoco_trace"
-# vLLM's request schema may hand an integer on as a float, which is exact up to here.
+# vLLM's request schema may pass an integer on as a float, which is exact up to here.
 MAX_TRACE_ID = 2**53 - 1
-# Traces that are held at once; a trace of LLaVA-1.5 takes about 1 MB. One that nobody fetches makes room in time.
+# Traces that a worker holds, about 1 MB each for LLaVA-1.5; new ones evict those that nobody fetches.
 MAX_TRACES = 16
 
 
 def check_trace_id(value: Any) -> int:
-    """The mark of a request that is to be traced.
+    """The trace id of a request.
 
     Args:
-        value: as it came in.
+        value: of the field.
 
     Raises:
         ValueError: starting with the field, then its value and what is allowed.
@@ -62,7 +62,7 @@ class LayerTrace:
         )
 
     def wire(self) -> dict[str, Any]:
-        """As plain lists; of the shares, those that are not zero, as rows, columns and values."""
+        """Plain lists; of the shares only those that are not zero, as rows, columns and values."""
         share = self.share.cpu()
         rows, columns = share.nonzero(as_tuple=True)
         return {
@@ -77,22 +77,19 @@ class LayerTrace:
 
 
 class Traces:
-    """The traces of one worker, the oldest of which make room for new ones.
-
-    Nothing is read back from the device until a trace is fetched.
-    """
+    """The latest traces of one worker. Nothing is read back from the device until a trace is fetched."""
 
     def __init__(self, max_traces: int = MAX_TRACES) -> None:
         """Start empty.
 
         Args:
-            max_traces: held at once.
+            max_traces: number that is held.
         """
         self.max_traces = max_traces
         self._layers: OrderedDict[int, dict[tuple[str, int], LayerTrace]] = OrderedDict()
 
     def observer(self, site: str, layer: int, traced: dict[int, int]) -> Observer | None:
-        """Who records a reduction.
+        """The observer that records a reduction.
 
         Args:
             site: "encoder", "features" or "decoder".
@@ -100,20 +97,20 @@ class Traces:
             traced: index in the batch to trace, of the images that are traced.
 
         Returns:
-            What to hand to the reducer; None where nothing is traced.
+            The observer for the reducer; None where nothing is traced.
         """
         if not traced:
             return None
 
         def record(seen: Observation) -> None:
             for index, trace_id in traced.items():
-                # A request that was preempted comes by again, with the same result.
+                # A preempted request is reduced again, with the same result.
                 self._open(trace_id)[site, layer] = LayerTrace.of(seen, index)
 
         return record
 
     def take(self, trace_id: int) -> list[dict[str, Any]]:
-        """Hand a trace over and forget it.
+        """Return a trace and forget it.
 
         Args:
             trace_id: of the request.

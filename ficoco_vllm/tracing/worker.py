@@ -1,4 +1,4 @@
-"""What the server may ask of a worker: vLLM mixes this class into its own (`worker_extension_cls`)."""
+"""Worker extension for traces; vLLM mixes it into its worker class (`worker_extension_cls`)."""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ QUALIFIED_NAME = "ficoco_vllm.tracing.worker.TracingWorker"
 
 
 class TracingWorker:
-    """Hands traces out, called through vLLM's `collective_rpc` by the name of the method."""
+    """Returns traces, through vLLM's `collective_rpc` by the name of the method."""
 
     def ficoco_take_trace(self: Any, trace_id: int) -> list[dict[str, Any]]:
-        """Hand one trace over and forget it; see `Traces.take`.
+        """Return one trace and forget it; see `Traces.take`.
 
         Args:
             trace_id: of the request.

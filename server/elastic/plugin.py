@@ -7,7 +7,7 @@ from typing import Any
 
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.environment import ELASTIC_PLUGIN
-from ficoco_vllm.kv.admission import DEFAULT_KEEP
+from ficoco_vllm.hooks.admission import FrontEnd
 from ficoco_vllm.metrics.families import set_default_budget
 from ficoco_vllm.planning.server import DecoderBudget, Sites, TowerBudget
 from ficoco_vllm.server.elastic.budget import install
@@ -59,4 +59,4 @@ class ElasticEndpoint:
         if sites.tower_follows and processor is not None:
             processor.info.default_keep = TowerBudget(budget, sites)
         if sites.decoder is not None:
-            setattr(engine_client.input_processor, DEFAULT_KEEP, DecoderBudget(budget, sites))
+            FrontEnd.of(engine_client.input_processor).default_keep = DecoderBudget(budget, sites)

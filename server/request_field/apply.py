@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from vllm.exceptions import VLLMValidationError
 
+from ficoco_vllm.hooks.admission import FrontEnd
 from ficoco_vllm.hooks.unread_field import READ
 from ficoco_vllm.hooks.wrapping import wrap
-from ficoco_vllm.kv.admission import BOUNDS, DEFAULT_KEEP
 from ficoco_vllm.metrics.families import count_refusal
 from ficoco_vllm.metrics.savings import Account, Accountant
 from ficoco_vllm.planning.decoder import KEEP, METHOD
@@ -78,7 +78,7 @@ class FieldApplier:
             wrap(renderer, name, partial(self._render, getattr(trusting, name)))
         setattr(renderer, READ, True)
         # Arguments of the decoder pass the input processor on every route, also where no prompt is rendered.
-        setattr(self.processor, BOUNDS, partial(self.resolver.check_raw, _DECODER_FIELD))
+        FrontEnd.of(self.processor).bounds = partial(self.resolver.check_raw, _DECODER_FIELD)
 
     async def _handle(
         self, handler: Callable[..., Awaitable[Any]], request: Any, raw_request: Any = None
@@ -155,7 +155,7 @@ class FieldApplier:
         if not images:
             return None
         extra_args = dict(getattr(request, _DECODER_FIELD, None) or {})
-        default_keep = vars(self.processor).get(DEFAULT_KEEP)
+        default_keep = FrontEnd.of(self.processor).default_keep
         if default_keep is not None and KEEP not in extra_args:
             # Fixed now, so that the response reports the budget that the decoder gets.
             extra_args[KEEP] = default_keep(extra_args.get(METHOD), max(length for _, length in images))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ficoco_vllm.decoder.attention import DecoderHeads, ImageAttention
-from ficoco_vllm.decoder.layout import ImageGroup
+from ficoco_vllm.decoder.boundary import ImageGroup
 
 H, KV, d, T, N = 6, 2, 32, 23, 5
 # Of two requests behind one another: rows of each, place of its image, and places of the text behind it (in the

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from vllm.config.compilation import CUDAGraphMode
 
-from ficoco_vllm.decoder.verify import SCHEDULER, find_refusal
+from ficoco_vllm.decoder.startup import SCHEDULER, find_refusal
 from tests.decoder import calls
 from tests.decoder.calls import Ask
 from tests.support.engine import PROMPT, TEXT_ONLY, TWO_IMAGES

@@ -8,8 +8,8 @@ from prometheus_client import CollectorRegistry
 from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.metrics.loggers import StatLoggerManager
 
-from ficoco_vllm.hooks import request_metrics
-from ficoco_vllm.metrics.counting import Meter, Step, Tracked
+from ficoco_vllm.hooks.request_metrics import hook_request_metrics
+from ficoco_vllm.metrics.counting import BatchOutputs, CountedRequest, RequestCounter
 from ficoco_vllm.metrics.families import Metrics
 from ficoco_vllm.metrics.savings import Account
 
@@ -17,28 +17,28 @@ BLOCK_SIZE = 16
 
 
 @pytest.fixture
-def meter() -> Meter:
+def counter() -> RequestCounter:
     """One that counts into a registry of its own."""
-    found = Meter.__new__(Meter)
-    found.metrics = Metrics(CollectorRegistry())
-    found.model_name, found.method, found.only_engine = "m", "tome", "0"
-    found.token_bytes = 10
-    found.vllm_config = SimpleNamespace(cache_config=SimpleNamespace(block_size=BLOCK_SIZE))
-    request_metrics.hook_front_end()
-    return found
+    made = RequestCounter.__new__(RequestCounter)
+    made.metrics = Metrics(CollectorRegistry())
+    made.model_name, made.method, made.only_engine = "m", "tome", "0"
+    made.token_bytes = 10
+    made.vllm_config = SimpleNamespace(cache_config=SimpleNamespace(block_size=BLOCK_SIZE))
+    hook_request_metrics()
+    return made
 
 
-def tracked(meter: Meter) -> Tracked:
-    return Tracked(Account("tome", 576, 64, (64,), (512, 512)), meter, "0")
+def counted(counter: RequestCounter) -> CountedRequest:
+    return CountedRequest(Account("tome", 576, 64, (64,), (512, 512)), counter, "0")
 
 
-def ended(meter: Meter, outcome: str) -> float:
-    return float(meter.metrics.requests.labels("m", "0", "tome", outcome)._value.get())
+def ended(counter: RequestCounter, outcome: str) -> float:
+    return float(counter.metrics.requests.labels("m", "0", "tome", outcome)._value.get())
 
 
-def test_hooks_are_set_once(meter: Meter) -> None:
+def test_hooks_are_set_once(counter: RequestCounter) -> None:
     before = [OutputProcessor.add_request, OutputProcessor.abort_requests, StatLoggerManager.record]
-    request_metrics.hook_front_end()
+    hook_request_metrics()
     assert before == [
         OutputProcessor.add_request,
         OutputProcessor.abort_requests,
@@ -46,28 +46,28 @@ def test_hooks_are_set_once(meter: Meter) -> None:
     ]
 
 
-def test_abort_of_a_request_with_two_answers_counts_two(meter: Meter) -> None:
+def test_abort_of_a_request_with_two_answers_counts_two(counter: RequestCounter) -> None:
     """VLLM aborts the children through the same method, which must not count them twice."""
     processor = OutputProcessor(None, log_stats=True)
     children = [f"{index}_parent" for index in range(2)]
     for child in children:
         state = SimpleNamespace(external_req_id="parent", lora_name=None, queue=None, detokenizer=None)
-        setattr(state, request_metrics._REQUEST, tracked(meter))
+        state.ficoco = counted(counter)
         processor.request_states[child] = state
         processor.external_req_ids["parent"].append(child)
     processor.parent_requests["parent"] = SimpleNamespace(child_requests=set(children))
     assert sorted(processor.abort_requests(["parent"], internal=True)) == children
-    assert ended(meter, "abort") == 2
+    assert ended(counter, "abort") == 2
     processor.abort_requests(["parent", *children], internal=True)
-    assert ended(meter, "abort") == 2
+    assert ended(counter, "abort") == 2
 
 
-def test_a_prefill_counts_once_and_blocks_go_back(meter: Meter) -> None:
-    """A request whose prompt is told twice (preempted before its first token is out) is one prefill."""
-    request = tracked(meter)
+def test_a_prefill_counts_once_and_blocks_go_back(counter: RequestCounter) -> None:
+    """A request whose prompt is reported twice (preempted before its first token is out) is one prefill."""
+    request = counted(counter)
     for _ in range(2):
-        meter.record(Step(first=[(request, 0.5)]), "0")
-    families = meter.metrics
+        counter.record(BatchOutputs(first=[(request, 0.5)]), "0")
+    families = counter.metrics
 
     def value(family: Any, *labels: str) -> float:
         return float(family.labels("m", "0", "tome", *labels)._value.get())
@@ -76,15 +76,15 @@ def test_a_prefill_counts_once_and_blocks_go_back(meter: Meter) -> None:
     assert value(families.kv_tokens_avoided, "1") == 512
     assert value(families.kv_bytes_avoided, "1") == 5120
     assert value(families.kv_blocks_saved, "0") == 512 / BLOCK_SIZE
-    meter.record(Step(ended=[(request, "stop")]), "0")
-    meter.end(request, "abort")  # too late
+    counter.record(BatchOutputs(ended=[(request, "stop")]), "0")
+    counter.end(request, "abort")  # too late
     assert value(families.kv_blocks_saved, "0") == 0
-    assert (ended(meter, "stop"), ended(meter, "abort")) == (1, 0)
+    assert (ended(counter, "stop"), ended(counter, "abort")) == (1, 0)
 
 
-def test_a_request_that_never_ran_saves_nothing(meter: Meter) -> None:
-    request = tracked(meter)
-    meter.end(request, "abort")
-    assert ended(meter, "abort") == 1
-    assert meter.metrics.visual_tokens_in.labels("m", "0", "tome")._value.get() == 0
-    assert meter.metrics.kv_blocks_saved.labels("m", "0", "tome", "0")._value.get() == 0
+def test_a_request_that_never_ran_saves_nothing(counter: RequestCounter) -> None:
+    request = counted(counter)
+    counter.end(request, "abort")
+    assert ended(counter, "abort") == 1
+    assert counter.metrics.visual_tokens_in.labels("m", "0", "tome")._value.get() == 0
+    assert counter.metrics.kv_blocks_saved.labels("m", "0", "tome", "0")._value.get() == 0

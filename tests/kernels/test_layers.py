@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.decoder.attention import DecoderHeads
-from ficoco_vllm.decoder.layout import boundary
+from ficoco_vllm.decoder.boundary import boundary
 from ficoco_vllm.decoder.reduction import Rows, reduce_rows
 from ficoco_vllm.planning.decoder import DecoderPlanner
 from ficoco_vllm.planning.tower import Budget, VisionPlanner

@@ -7,9 +7,8 @@ import pytest
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine import EngineCoreRequest
-from vllm.v1.engine.input_processor import InputProcessor
 
-from ficoco_vllm.kv.admission import check_request, hook_admission
+from ficoco_vllm.kv.admission import check_request
 
 
 def config(**ficoco: Any) -> Any:
@@ -27,7 +26,7 @@ def config(**ficoco: Any) -> Any:
 def request(
     extra: dict[str, Any] | None = None, num_tokens: int = 50, resumable: bool = False, **params: Any
 ) -> Any:
-    """One image of 36 tokens behind four of text."""
+    """One image of 36 tokens after four of text."""
     position = SimpleNamespace(offset=4, length=36)
     found = {"extra_args": extra, "prompt_logprobs": None, **params}
     return SimpleNamespace(
@@ -73,14 +72,3 @@ def test_what_is_not_reduced_may_do_all_of_it() -> None:
 
 def test_the_engines_request_says_whether_more_will_come() -> None:
     assert "resumable" in EngineCoreRequest.__struct_fields__
-
-
-def test_the_seam_is_there_and_is_wrapped_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails when vLLM turns prompts into the engine's requests elsewhere."""
-    original = InputProcessor.process_inputs
-    monkeypatch.setattr(InputProcessor, "process_inputs", getattr(original, "__wrapped__", original))
-    hook_admission()
-    hooked = InputProcessor.process_inputs
-    assert hooked is not original
-    hook_admission()
-    assert InputProcessor.process_inputs is hooked

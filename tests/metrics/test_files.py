@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-HOOK = "from ficoco_vllm.compat import hook_metric_files; hook_metric_files()"
+HOOK = "from ficoco_vllm.hooks.metric_files import hook_metric_files; hook_metric_files()"
 COUNT = """
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
 count = Counter("count", "of calls", ["name"])
@@ -90,4 +90,4 @@ def test_a_folder_that_nobody_may_write(tmp_path: Path) -> None:
     """As for `/metrics` it is there, and empty."""
     folder = Path("/proc/self/fdinfo")  # not even root makes a file here
     result = run(folder, hooked=True, number=3)
-    assert "no room for metrics" in result.stderr
+    assert "no space for metrics" in result.stderr

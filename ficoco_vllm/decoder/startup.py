@@ -1,4 +1,4 @@
-"""Start-up of a method that works in the decoder: what it cannot be combined with, and what it sets itself."""
+"""Start-up of a method that works in the decoder: refused options, and settings that it changes."""
 
 from multiprocessing import current_process
 from typing import Any
@@ -18,7 +18,7 @@ logger = init_logger("vllm.ficoco.decoder")
 
 
 def prepare_decoder(vllm_config: Any, config: FicocoConfig) -> None:
-    """Refuse what does not go together with a KV length per segment, and set what it needs.
+    """Refuse options that exclude a KV length per segment, and set those that it needs.
 
     Args:
         vllm_config: vLLM's configuration, with our settings left on the model's.
@@ -35,17 +35,17 @@ def prepare_decoder(vllm_config: Any, config: FicocoConfig) -> None:
     scheduler.scheduler_cls = SCHEDULER
     scheduler.enable_chunked_prefill = False
     vllm_config.cache_config.enable_prefix_caching = False
-    # A prompt is prefilled in one step with all of its images, so whatever may be asked for must fit into one.
+    # A prompt is prefilled in one step with all of its images, so the longest request must fit into one step.
     longest = vllm_config.model_config.max_model_len
     scheduler.max_num_batched_tokens = max(longest, scheduler.max_num_batched_tokens)
     scheduler.max_num_encoder_input_tokens = max(longest, scheduler.max_num_encoder_input_tokens)
     scheduler.encoder_cache_size = max(longest, scheduler.encoder_cache_size)
-    # Of several API servers each reads the same configuration again.
+    # Every API server reads the same configuration again.
     if not current_process().name.startswith("ApiServer"):
-        _tell(planner)
+        _log_budget(planner)
 
 
-def _tell(planner: DecoderPlanner) -> None:
+def _log_budget(planner: DecoderPlanner) -> None:
     counts = planner.counts(planner.method, planner.num_visual_tokens, planner.keep)
     logger.info(
         "ficoco: %s leaves %d of %d visual tokens of an image in the decoder; by segments of %d layers: %s "
@@ -57,13 +57,13 @@ def _tell(planner: DecoderPlanner) -> None:
         ", ".join(str(count) for count in counts),
     )
     logger.info(
-        "ficoco: what the KV cache holds now depends on the whole prompt, so no prompt can take over the cached "
-        "prefix of another, and every prompt is computed in one step (no chunks); long prompts delay the others"
+        "ficoco: the content of the KV cache depends on the whole prompt, so prefix caching and chunked prefill are "
+        "off: long prompts delay the other requests"
     )
 
 
 def find_refusal(vllm_config: Any) -> str | None:
-    """The first thing in a configuration that a decoder with several KV lengths cannot be combined with.
+    """The first option of a configuration that excludes a decoder with several KV lengths.
 
     Args:
         vllm_config: vLLM's configuration.
@@ -141,7 +141,7 @@ def find_refusal(vllm_config: Any) -> str | None:
 
 
 def replays_prefills(vllm_config: Any) -> bool:
-    """Whether CUDA graphs run whole steps with prompts in them, where a step that reduces could not leave its path.
+    """Whether CUDA graphs replay whole steps with prompts, which a reducing step could not leave.
 
     Args:
         vllm_config: vLLM's configuration.
@@ -151,7 +151,7 @@ def replays_prefills(vllm_config: Any) -> bool:
 
 
 def _why_not_v2(vllm_config: Any) -> str:
-    """Why vLLM would take its model runner V1, which has one KV length for all layers."""
+    """The reason why vLLM would take its model runner V1, which has one KV length for all layers."""
     from vllm.triton_utils import HAS_TRITON
 
     if envs.VLLM_USE_V2_MODEL_RUNNER is False:

@@ -5,7 +5,7 @@ from itertools import accumulate
 import numpy as np
 import pytest
 
-from ficoco_vllm.decoder.layout import boundary, num_rows
+from ficoco_vllm.decoder.boundary import boundary, num_rows
 from ficoco_vllm.planning.decoder import RequestPlan
 
 

@@ -1,0 +1,90 @@
+"""Admission: each request is checked, gets its budget and is announced to the metrics before it goes to the engine.
+
+No hook of vLLM sees a request's prompt, its sampling parameters and the server's configuration together, so the method
+that turns them into the engine's request is wrapped. Beam search resolves its watermarks first, and only there do its
+parameters arrive as what they are.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.exceptions import VLLMValidationError
+from vllm.v1.engine.input_processor import InputProcessor
+
+from ficoco_vllm.hooks.processor_cache import hook_processor_cache, note_sent
+from ficoco_vllm.hooks.wrapping import wrap
+from ficoco_vllm.kv.admission import check_bounds, check_request, check_search, fill_budget, images_of
+from ficoco_vllm.metrics.counting import RequestCounter
+from ficoco_vllm.metrics.families import count_refusal
+from ficoco_vllm.processing import BUDGET, SIZES
+
+
+@dataclass
+class FrontEnd:
+    """State of one front end of vLLM's, on its input processor.
+
+    Attributes:
+        counter: counts its requests; None where nothing is counted.
+        default_keep: budget in the decoder of requests that name none, where it follows the load; see `fill_budget`.
+        bounds: what the operator lets requests ask for in `vllm_xargs`; see `check_bounds`.
+    """
+
+    counter: RequestCounter | None
+    default_keep: Callable[[str | None, int], int] | None = None
+    bounds: Callable[[Mapping[str, Any], int], None] | None = None
+
+    @classmethod
+    def of(cls, processor: Any) -> "FrontEnd":
+        """The state of vLLM's `InputProcessor`, made on first use."""
+        if "ficoco" not in vars(processor):
+            processor.ficoco = cls(RequestCounter.of(processor.vllm_config))
+        state: FrontEnd = processor.ficoco
+        return state
+
+
+def hook_admission() -> None:
+    """Let vLLM's front end admit requests through `_process_inputs` and `_resolve_watermarking`. Idempotent."""
+    hook_processor_cache()
+    wrap(InputProcessor, "process_inputs", _process_inputs)
+    wrap(InputProcessor, "resolve_watermarking", _resolve_watermarking)
+
+
+def _process_inputs(original: Any, self: Any, request_id: str, prompt: Any, *args: Any, **kwargs: Any) -> Any:
+    request = original(self, request_id, prompt, *args, **kwargs)
+    state = FrontEnd.of(self)
+    with _refusals_counted(self):
+        if state.default_keep is not None:
+            fill_budget(state.default_keep, request)
+        if state.bounds is not None:
+            check_bounds(state.bounds, request)
+        check_request(self.vllm_config, request)
+    note_sent(self.renderer.mm_processor_cache, prompt)
+    params = request.sampling_params
+    if state.counter is not None and params is not None:
+        ours = prompt if isinstance(prompt, dict) else {}
+        # The parameters are the request's own copy; children of a request with several answers share them.
+        params.ficoco = state.counter.request(
+            len(request.prompt_token_ids or ()),
+            images_of(request),
+            ours.get(BUDGET),
+            params.extra_args,
+            ours.get(SIZES, ()),
+        )
+    return request
+
+
+def _resolve_watermarking(original: Any, self: Any, params: Any) -> Any:
+    with _refusals_counted(self):
+        check_search(self.vllm_config, params)
+    return original(self, params)
+
+
+@contextmanager
+def _refusals_counted(processor: Any) -> Iterator[None]:
+    try:
+        yield
+    except VLLMValidationError:
+        count_refusal(processor.vllm_config.model_config)
+        raise

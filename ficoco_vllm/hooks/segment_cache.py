@@ -1,0 +1,28 @@
+"""vLLM's attention layers of a decoder, each with the KV cache of its segment."""
+
+from functools import partial
+from typing import Any
+
+from vllm.v1.kv_cache_interface import replace_as
+
+from ficoco_vllm.hooks.wrapping import wrap
+from ficoco_vllm.kv.spec import SegmentSpec
+from ficoco_vllm.planning.segments import Segments
+
+
+def hook_kv_cache_specs(decoder: Any, segments: Segments) -> None:
+    """Give the layers of each segment a KV cache of their own length.
+
+    vLLM builds the layers from the model's configuration alone and asks each for its specification.
+
+    Args:
+        decoder: vLLM's LlamaModel, whole on this worker.
+        segments: of its layers.
+    """
+    for index, layer in enumerate(decoder.layers):
+        wrap(layer.self_attn.attn, "get_kv_cache_spec", partial(_spec, segments.of_layer(index)))
+
+
+def _spec(segment: int, original: Any, vllm_config: Any) -> SegmentSpec:
+    spec: SegmentSpec = replace_as(original(vllm_config), SegmentSpec, non_causal=True, segment=segment)
+    return spec

@@ -1,0 +1,191 @@
+"""Every method and attribute of another package that ours wraps or replaces: what an upgrade of vLLM has to keep.
+
+`tests/hooks/test_table.py` checks that each exists with the parameters named here, that its test exists, and that
+nothing is patched that is not listed.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One place of another package that is wrapped or replaced.
+
+    Attributes:
+        owner: module, or module and class.
+        attribute: the method, or the name in the module.
+        parameters: the first ones after `self`, as far as we pass or read them.
+        reason: what the hook is for.
+        test: fails when vLLM no longer calls it, or calls it for something else.
+    """
+
+    owner: str
+    attribute: str
+    parameters: str
+    reason: str
+    test: str
+
+
+_INPUT = "vllm.v1.engine.input_processor.InputProcessor"
+_OUTPUT = "vllm.v1.engine.output_processor.OutputProcessor"
+_LOGGERS = "vllm.v1.metrics.loggers.StatLoggerManager"
+_RENDERER = "vllm.renderers.online_renderer.OnlineRenderer"
+_CACHE = "vllm.multimodal.cache.lru.LruKeyReplicatedSenderCache"
+_OPENAI = "vllm.entrypoints.openai"
+
+HOOKS = (
+    Hook(
+        _INPUT,
+        "process_inputs",
+        "request_id prompt params",
+        "checks a request, gives it its budget and announces it to the metrics",
+        "tests/decoder/test_refusals.py::test_refused_requests",
+    ),
+    Hook(
+        _INPUT,
+        "resolve_watermarking",
+        "params",
+        "refuses beam search where the decoder reduces",
+        "tests/decoder/test_refusals.py::test_a_search_by_beams_is_refused",
+    ),
+    Hook(
+        _CACHE,
+        "is_cached_item",
+        "mm_hash",
+        "an image counts as sent once its request has reached the engine",
+        "tests/hooks/test_processor_cache.py::test_an_image_counts_as_sent_once_it_is",
+    ),
+    Hook(
+        _CACHE,
+        "get_and_update_item",
+        "mm_item mm_hash",
+        "sends an image again whose request never reached the engine",
+        "tests/server/test_bad_requests.py::test_the_image_of_a_refused_request_is_answered_next",
+    ),
+    Hook(
+        _OUTPUT,
+        "add_request",
+        "request",
+        "attaches what a request saves to vLLM's state of it",
+        "tests/server/test_metrics.py::test_tokens_and_kv",
+    ),
+    Hook(
+        _OUTPUT,
+        "_update_stats_from_output",
+        "req_state engine_core_output engine_core_timestamp iteration_stats",
+        "collects latencies by method",
+        "tests/server/test_metrics.py::test_histograms",
+    ),
+    Hook(
+        _OUTPUT,
+        "_update_stats_from_finished",
+        "req_state finish_reason iteration_stats",
+        "collects outcomes by method",
+        "tests/server/test_metrics.py::test_requests_by_method_and_outcome",
+    ),
+    Hook(
+        _OUTPUT,
+        "abort_requests",
+        "request_ids internal",
+        "counts requests whose client went away",
+        "tests/hooks/test_request_metrics.py::test_abort_of_a_request_with_two_answers_counts_two",
+    ),
+    Hook(
+        _LOGGERS,
+        "__init__",
+        "vllm_config engine_idxs",
+        "starts the counters of a server",
+        "tests/server/test_metrics.py::test_default_budget",
+    ),
+    Hook(
+        _LOGGERS,
+        "record",
+        "scheduler_stats iteration_stats mm_cache_stats engine_idx",
+        "counts what has been collected, engine by engine",
+        "tests/server/test_metrics.py::test_histograms",
+    ),
+    Hook(
+        _RENDERER,
+        "preprocess_chat",
+        "request messages",
+        "reads the request field `ficoco` of chats, or refuses it where no endpoint of ours does",
+        "tests/hooks/test_unread_field.py::test_refused_only_where_nobody_reads_it",
+    ),
+    Hook(
+        _RENDERER,
+        "preprocess_cmpl",
+        "request prompts",
+        "the same for completions",
+        "tests/hooks/test_unread_field.py::test_refused_only_where_nobody_reads_it",
+    ),
+    Hook(
+        "vllm.model_executor.layers.attention.Attention",
+        "get_kv_cache_spec",
+        "vllm_config",
+        "gives an attention layer the KV cache of its segment",
+        "tests/decoder/test_batches.py::test_slots_written_and_blocks_held_are_the_plans",
+    ),
+    Hook(
+        "prometheus_client.values",
+        "MmapedDict",
+        "filename read_mode",
+        "lets a full disk cost metrics, not the process that counts",
+        "tests/metrics/test_files.py::test_a_disk_that_becomes_full",
+    ),
+    Hook(
+        f"{_OPENAI}.chat_completion.serving.OpenAIServingChat",
+        "create_chat_completion",
+        "request raw_request",
+        "reads the request field `ficoco` and reports the savings in `usage`",
+        "tests/server/request_field/test_request_field.py::test_official_client_sync_async_and_streaming",
+    ),
+    Hook(
+        f"{_OPENAI}.chat_completion.batch_serving.OpenAIServingChatBatch",
+        "create_batch_chat_completion",
+        "request raw_request",
+        "the same for batches of chats",
+        "tests/server/request_field/test_request_field.py::test_batch_route_and_completions",
+    ),
+    Hook(
+        f"{_OPENAI}.completion.serving.OpenAIServingCompletion",
+        "create_completion",
+        "request raw_request",
+        "the same for completions",
+        "tests/server/request_field/test_request_field.py::test_batch_route_and_completions",
+    ),
+    Hook(
+        f"{_OPENAI}.responses.serving.OpenAIServingResponses",
+        "create_responses",
+        "request raw_request",
+        "the same for responses",
+        "tests/server/request_field/test_request_field.py::test_responses",
+    ),
+    Hook(
+        "vllm.entrypoints.serve.tokenize.serving.ServingTokenization",
+        "create_tokenize",
+        "request raw_request",
+        "reads the request field `ficoco` of a chat to tokenize",
+        "tests/server/request_field/test_request_field.py::test_tokens_of_a_chat",
+    ),
+    Hook(
+        "vllm.v1.engine.async_llm.AsyncLLM",
+        "shutdown",
+        "timeout",
+        "waits for open requests before the shutdown, and notes whether the engine had died",
+        "tests/server/lifecycle/test_survival.py::test_told_to_stop_it_answers_what_it_has_accepted",
+    ),
+    Hook(
+        "vllm.multimodal.media.image.ImageMediaIO",
+        "get_max_bytes",
+        "",
+        "limits the size of images",
+        "tests/server/media/test_media.py::test_an_image_of_too_many_bytes",
+    ),
+    Hook(
+        "fastapi.FastAPI",
+        "openapi",
+        "",
+        "adds the request field `ficoco` to `/openapi.json`",
+        "tests/server/request_field/test_protocol.py::test_the_schema",
+    ),
+)
