@@ -1,4 +1,4 @@
-"""`ficoco-vllm`: serve, list the methods, plan, explain, measure."""
+"""`ficoco-vllm`, the command line."""
 
 import argparse
 import signal
@@ -23,10 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        arguments: of the command line, without the program's name; None means those of this process.
+        arguments: command line without the program's name; None means that of this process.
 
     Returns:
-        The exit status: 0, or 2 for bad input (said in one line on stderr).
+        The exit status: 0, or 2 for bad input (with one line on stderr).
     """
     is_program = arguments is None
     arguments = sys.argv[1:] if arguments is None else list(arguments)
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
     for command in COMMANDS.values():
         command.add_parser(subparsers)
-    # vLLM's own parser reads the options of its server: it takes seconds to load, so only `serve` asks for it.
+    # vLLM's parser reads the options of `serve`. It takes seconds to import, so the other commands avoid it.
     if arguments[:1] == ["serve"]:
         return int(serve.main(arguments))
     args = parser.parse_args(arguments)
@@ -45,11 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     if is_program:
-        signal.signal(signal.SIGTERM, _leave)  # a benchmark's servers end with it
+        signal.signal(signal.SIGTERM, _exit)  # ends the servers that a command has started
     return int(COMMANDS[args.command].run(args))
 
 
-def _leave(number: int, frame: Any) -> None:
+def _exit(number: int, frame: Any) -> None:
     sys.exit(128 + number)
 
 

@@ -1,4 +1,4 @@
-"""The endpoint plugin: our routes on vLLM's server, and the field `ficoco` of its own."""
+"""Endpoint plugin: adds our routes and the request field `ficoco` to vLLM's server."""
 
 from argparse import Namespace
 from typing import Any
@@ -6,85 +6,81 @@ from typing import Any
 from fastapi import FastAPI
 
 from ficoco_vllm.config import FicocoConfig
+from ficoco_vllm.environment import ENDPOINT_PLUGIN
 from ficoco_vllm.metrics.counting import token_layer_bytes
 from ficoco_vllm.metrics.savings import Accountant
 from ficoco_vllm.planning.server import Sites
 from ficoco_vllm.server.explain import routes
 from ficoco_vllm.server.explain.explainer import Explainer
-from ficoco_vllm.server.lifecycle.death import watch_engine
-from ficoco_vllm.server.lifecycle.drain import STATE, Drain, DrainGate
-from ficoco_vllm.server.request_field import answers
-from ficoco_vllm.server.request_field.answers import UsageHeaders
-from ficoco_vllm.server.request_field.ledger import Control
-from ficoco_vllm.server.request_field.openapi import publish
+from ficoco_vllm.server.lifecycle.shutdown import Shutdown, ShutdownGate
+from ficoco_vllm.server.request_field.apply import FieldApplier
+from ficoco_vllm.server.request_field.report import UsageHeaders
 from ficoco_vllm.server.request_field.resolve import Bounds, Resolver
-from ficoco_vllm.server.request_field.routes import FieldGuard
+from ficoco_vllm.server.request_field.routes import FieldGuard, publish
 
 
 class FicocoEndpoint:
-    """What vLLM loads where `VLLM_PLUGINS` names it; without settings of ours it adds nothing.
+    """Plugin that vLLM creates once in each API server if `VLLM_PLUGINS` names it. Holds the state of that server.
 
     Attributes:
-        name: in `VLLM_PLUGINS`.
+        name: entry point, listed in `VLLM_PLUGINS`.
         required_tasks: the server must generate.
+        shutdown: open requests, and whether the engine died; shared with `ficoco-vllm serve` through `args`.
+        explainer: answers `/ficoco/explain`, where that is on.
+        applier: applies the field of requests, where the server reduces.
     """
 
-    name = "ficoco_endpoint"
+    name = ENDPOINT_PLUGIN
     required_tasks = ("generate",)
 
+    def __init__(self) -> None:
+        self.shutdown = Shutdown()
+        self.explainer: Explainer | None = None
+        self.applier: FieldApplier | None = None
+
     def attach_router(self, app: FastAPI) -> None:
-        """Add the headers of answers, the field of bodies, the gate, and the routes that the operator asked for."""
+        """Add the middlewares, the field's schema, and the routes that the operator selects."""
+        args = app.state.args
+        self.shutdown = getattr(args, "ficoco_shutdown", self.shutdown)
         publish(app)
         app.add_middleware(UsageHeaders)
-        app.add_middleware(FieldGuard)
-        if getattr(app.state.args, "ficoco_explain", False):
-            routes.attach(app)
-        drain = Drain()
-        setattr(app.state, STATE, drain)
-        app.add_middleware(DrainGate, drain=drain)
+        app.add_middleware(FieldGuard, is_active=lambda: self.applier is not None)
+        if _explains(args):
+            routes.attach(app, args, lambda: self.explainer)
+        app.add_middleware(ShutdownGate, shutdown=self.shutdown)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
-        """Give the routes what they work with, and let requests choose method and budget."""
+        """Connect the routes with the engine."""
         if engine_client is None:
             return
-        getattr(state, STATE).before_shutdown(engine_client)
-        watch_engine(engine_client, args)
-        # First: it keeps vLLM's own handler and renderer, as they are before requests are controlled.
-        if getattr(args, "ficoco_explain", False):
-            explainer = Explainer(engine_client, state.openai_serving_chat, bounds_of(args))
-            setattr(state, routes.STATE, explainer)
+        self.shutdown.attach(engine_client)
+        # First: the explainer keeps vLLM's handler and renderer as they are without the field.
+        if _explains(args):
+            self.explainer = Explainer(engine_client, state.openai_serving_chat, _bounds(args))
         config = FicocoConfig.of(engine_client.model_config.hf_config)
         if config.method is not None:
-            control = make_control(engine_client, config, args)
-            control.attach(state.online_renderer)
-            answers.attach(control, state)
+            self.applier = _field_applier(engine_client, config, args)
+            self.applier.attach(state)
 
 
-def make_control(engine_client: Any, config: FicocoConfig, args: Namespace) -> Control:
-    """What requests of a server may ask, and what they cost.
-
-    Args:
-        engine_client: vLLM's `AsyncLLM`.
-        config: its settings, with a method.
-        args: of the command line.
-    """
+def _field_applier(engine_client: Any, config: FicocoConfig, args: Namespace) -> FieldApplier:
     vllm_config = engine_client.vllm_config
     hf_config = engine_client.model_config.hf_config
     sites = Sites.of(config, hf_config)
     num_segments = 1 if sites.decoder is None else sites.decoder.segments.num_segments
     num_layers = hf_config.get_text_config().num_hidden_layers
-    return Control(
-        Resolver(sites, bounds_of(args)),
+    return FieldApplier(
+        Resolver(sites, _bounds(args)),
         Accountant(config, hf_config, sites.tower, sites.decoder),
         token_layer_bytes(vllm_config) * num_layers // num_segments,
         engine_client.input_processor,
     )
 
 
-def bounds_of(args: Namespace) -> Bounds:
-    """What the operator lets requests ask for.
-
-    Args:
-        args: of the command line; plain vLLM's has none of our options.
-    """
+# Plain `vllm serve` has none of our options.
+def _bounds(args: Namespace) -> Bounds:
     return Bounds(getattr(args, "ficoco_min_keep", None) or 1, getattr(args, "ficoco_allow_methods", None))
+
+
+def _explains(args: Namespace) -> bool:
+    return bool(getattr(args, "ficoco_explain", False))

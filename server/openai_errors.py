@@ -1,4 +1,4 @@
-"""Errors in OpenAI's form, where vLLM's own handlers do not come by."""
+"""Error responses in OpenAI's form for code that vLLM's exception handlers do not cover."""
 
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -6,16 +6,16 @@ from http import HTTPStatus
 from starlette.responses import JSONResponse
 
 
-def error_answer(
+def error_response(
     message: str, status: int, param: str | None = None, headers: Mapping[str, str] | None = None
 ) -> JSONResponse:
-    """Answer as vLLM does.
+    """Build the response that vLLM would give.
 
     Args:
-        message: for the client.
-        status: of HTTP.
-        param: field of the request that it is about.
-        headers: of the answer.
+        message: text for the client.
+        status: HTTP status.
+        param: the request's field that caused the error.
+        headers: headers of the response.
     """
     from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 

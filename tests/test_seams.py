@@ -16,8 +16,8 @@ from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase, StatLoggerManager
 from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
+from ficoco_vllm.server.elastic.budget import LoadRecorder
 from ficoco_vllm.server.elastic.plugin import ElasticEndpoint
-from ficoco_vllm.server.elastic.source import LoadRecorder
 from ficoco_vllm.server.endpoint import FicocoEndpoint
 from ficoco_vllm.server.request_field.routes import HANDLERS
 

@@ -19,7 +19,7 @@ from ficoco_vllm.benchmarks.load.settings import STOCK, Server, Traffic, Turn, m
 from ficoco_vllm.benchmarks.load.summary import as_csv, as_table, ratio, summarise
 from ficoco_vllm.benchmarks.serving import value_type
 from ficoco_vllm.reduction.cost import model_shape
-from ficoco_vllm.server.commands.errors import fail
+from ficoco_vllm.server.commands.arguments import fail
 
 DEMO = "demo"
 WIDE = "llava-1.5-7b-width"

@@ -1,1 +1,8 @@
-"""The model classes that take the place of vLLM's."""
+"""LLaVA models that keep the visual tokens a reduction method selects."""
+
+# Architectures that are served with reduction, and the classes that replace vLLM's; vLLM imports a class when it is
+# served.
+ARCHITECTURES = {
+    "LlavaForConditionalGeneration": "ficoco_vllm.models.llava:FicocoLlava",
+    "LlavaNextForConditionalGeneration": "ficoco_vllm.models.llava_next:FicocoLlavaNext",
+}

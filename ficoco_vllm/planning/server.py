@@ -12,7 +12,7 @@ from ficoco_vllm.reduction.pipeline import PIPELINES
 from ficoco_vllm.server.elastic.settings import OPTION, ElasticSettings
 
 if TYPE_CHECKING:  # it imports vLLM, which the command line sets the environment for first
-    from ficoco_vllm.server.elastic.source import ElasticBudget
+    from ficoco_vllm.server.elastic.budget import ElasticBudget
 
 
 @dataclass(frozen=True)

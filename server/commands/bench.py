@@ -1,4 +1,4 @@
-"""`ficoco-vllm bench`: figures that others can repeat."""
+"""`ficoco-vllm bench`: accuracy, load, and the paper's benchmarks, through the endpoint."""
 
 import argparse
 import json
@@ -8,13 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ficoco_vllm.benchmarks.load import command as load
-from ficoco_vllm.server.commands import bench_lmms
-from ficoco_vllm.server.commands.errors import fail
-from ficoco_vllm.server.commands.numbers import numbers
+from ficoco_vllm.server.commands.arguments import base_url, counts, fail, names
 
 NEEDS = "pip install 'ficoco-vllm[bench]'"
-DEFAULT_ANSWERS = Path("build/accuracy.jsonl")
-DEFAULT_OUT = Path("build/accuracy.json")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -22,7 +18,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("bench", help="measure accuracy and load through the endpoint")
     benchmarks = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
     _add_accuracy(benchmarks)
-    bench_lmms.add_parser(benchmarks)
+    _add_lmms(benchmarks)
     _add_load(benchmarks)
 
 
@@ -30,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     """Run a benchmark.
 
     Returns:
-        0; 1 if a server fails or does not do what it was asked; 2 for input that is not allowed.
+        0; 1 if a server fails or does not apply the requested method; 2 for input that is not allowed.
     """
     command: Callable[[argparse.Namespace], int] = args.command_function
     return command(args)
@@ -39,34 +35,75 @@ def run(args: argparse.Namespace) -> int:
 def _add_accuracy(benchmarks: Any) -> None:
     parser = benchmarks.add_parser(
         "accuracy",
-        help="every method by every budget, ablations and sensitivity, through the HTTP endpoint",
-        description="Asks a server, or servers that it starts, the embedded benchmark: easy-VQA's test split and "
-        "rendered signs. A run that is cut off goes on from --answers.",
+        help="every method at every budget, ablations and sensitivity, through the HTTP endpoint",
+        description="Sends the embedded benchmark (easy-VQA's test split and rendered signs) to a running server, or "
+        "to servers that it starts. An interrupted run continues from --answers.",
     )
     parser.set_defaults(command_function=_accuracy)
     add = parser.add_argument
-    add("--url", help="a running server, without a path (default: servers are started, one for each site)")
-    add("--api-key", default="none", help="of the server")
+    add("--url", type=base_url, help="a running server (default: servers are started, one for each site)")
+    add("--api-key", default="none", help="API key of the server")
     add("--model", help="folder of the model to serve (default: the demo model)")
-    add("--sites", metavar="A,B", help="only methods that reduce there: tower, decoder, both (default: all)")
-    add("--methods", metavar="A,B", help="default: every method that a LLaVA can serve")
+    add(
+        "--sites",
+        type=names,
+        metavar="A,B",
+        help="only methods that reduce there: tower, decoder, both (default: all)",
+    )
+    add("--methods", type=names, metavar="A,B", help="default: every method that a LLaVA can serve")
     add(
         "--keeps",
-        type=numbers,
+        type=counts,
         default=(288, 192, 128, 64),
         metavar="N,N",
         help="budgets (default: 288,192,128,64)",
     )
-    add("--tables", metavar="A,B", help="methods, ablation-v, ablation-l, ... (default: all)")
-    add("--kinds", metavar="A,B", help="types of question (default: all but colour_by_number)")
+    add("--tables", type=names, metavar="A,B", help="methods, ablation-v, ablation-l, ... (default: all)")
+    add("--kinds", type=names, metavar="A,B", help="types of question (default: all but colour_by_number)")
     add("--count", type=int, default=100, help="questions of each type (default: %(default)s)")
     add("--few-count", type=int, default=100, help="the same for all but the method comparison")
     add("--visual-tokens", type=int, default=576, help="of an image without reduction (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of the questions")
-    add("--concurrency", type=int, default=16, help="questions under way at once (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of the questions")
+    add("--concurrency", type=int, default=16, help="concurrent questions (default: %(default)s)")
     add("--reference", type=Path, help="JSON of an earlier run; warn where this one is worse")
-    add("--answers", type=Path, default=DEFAULT_ANSWERS, help="JSONL of all answers (default: %(default)s)")
-    add("--out", type=Path, default=DEFAULT_OUT, help="JSON of the figures (default: %(default)s)")
+    add(
+        "--answers",
+        type=Path,
+        default=Path("build/accuracy.jsonl"),
+        help="JSONL of all answers (default: %(default)s)",
+    )
+    add(
+        "--out",
+        type=Path,
+        default=Path("build/accuracy.json"),
+        help="JSON of the figures (default: %(default)s)",
+    )
+
+
+def _add_lmms(benchmarks: Any) -> None:
+    parser = benchmarks.add_parser(
+        "lmms",
+        help="one of the paper's ten benchmarks through lmms-eval, beside the paper's figure",
+        description="Starts a server (or takes --url) and runs lmms-eval against it, in an environment of its own "
+        "(`make lmms`). lmms-eval downloads the data sets. Without BENCHMARK: the table of all results in --out.",
+    )
+    parser.set_defaults(command_function=_lmms)
+    add = parser.add_argument
+    add(
+        "name",
+        metavar="BENCHMARK",
+        nargs="?",
+        help="sqa, textvqa, pope, vizwiz, mm-vet, mmbench-cn, gqa, ...",
+    )
+    add("--model", help="checkpoint to serve, for example llava-hf/llava-1.5-7b-hf")
+    add("--method", help="reduction method (default: all visual tokens)")
+    add("--keep", type=int, help="visual tokens kept")
+    add("--url", type=base_url, help="a running server; --model, --method and --keep still describe it")
+    add("--api-key", default="none", help="API key of the server")
+    add("--limit", type=int, help="number of questions (default: all)")
+    add("--concurrency", type=int, default=16, help="concurrent questions (default: %(default)s)")
+    add("--lmms-python", type=Path, help="of the environment with lmms-eval (default: .venv-lmms/bin/python)")
+    add("--out", type=Path, default=Path("build/lmms"), help="folder of results (default: %(default)s)")
 
 
 def _add_load(benchmarks: Any) -> None:
@@ -101,15 +138,15 @@ def _accuracy(args: argparse.Namespace) -> int:
         from ficoco_vllm.benchmarks.bars import write
 
         options = Options(
-            tables=_names(args.tables) or TABLES,
-            kinds=_names(args.kinds) or KINDS,
+            tables=args.tables or TABLES,
+            kinds=args.kinds or KINDS,
             keeps=args.keeps,
             count=args.count,
             few_count=args.few_count,
             answers=args.answers,
-            methods=_names(args.methods) or methods_of(_names(args.sites) or SITES),
+            methods=args.methods or methods_of(args.sites or SITES),
             host=Host(
-                url=args.url and args.url.rstrip("/").removesuffix("/v1"),
+                url=args.url,
                 model=args.model,
                 api_key=args.api_key,
                 num_tokens=args.visual_tokens,
@@ -134,5 +171,39 @@ def _accuracy(args: argparse.Namespace) -> int:
     return int(bool(result["warnings"]))
 
 
-def _names(text: str | None) -> tuple[str, ...]:
-    return tuple(name.strip() for name in (text or "").split(",") if name.strip())
+def _lmms(args: argparse.Namespace) -> int:
+    """Run one benchmark of lmms-eval, or print the table of all results."""
+    from openai import APIError
+
+    from ficoco_vllm.benchmarks.lmms.benchmarks import BENCHMARKS
+    from ficoco_vllm.benchmarks.lmms.collect import read_results, table
+    from ficoco_vllm.benchmarks.lmms.command import PYTHON, Run, evaluate
+
+    if args.name is None:
+        print("\n".join(table(read_results(args.out))))
+        return 0
+    if args.name not in BENCHMARKS:
+        return fail(f"BENCHMARK = {args.name!r} is not allowed; allowed: {', '.join(BENCHMARKS)}")
+    request = Run(
+        args.name,
+        BENCHMARKS[args.name],
+        args.lmms_python or PYTHON,
+        url=args.url,
+        model=args.model,
+        method=args.method,
+        keep=args.keep,
+        api_key=args.api_key,
+        concurrency=args.concurrency,
+        limit=args.limit,
+    )
+    try:
+        result = evaluate(request)
+    except ValueError as error:
+        return fail(str(error))
+    except (RuntimeError, APIError) as error:
+        return fail(str(error), 1)
+    args.out.mkdir(parents=True, exist_ok=True)
+    name = f"{args.name}-{args.method or 'full'}-{args.keep or 'all'}.json"
+    (args.out / name).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print("\n".join(table([result])))
+    return 0

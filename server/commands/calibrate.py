@@ -1,16 +1,13 @@
-"""`ficoco-vllm calibrate`: the smallest budget that agrees with the full model on one's own traffic."""
+"""`ficoco-vllm calibrate`: the smallest budget that agrees with the full model on your own traffic."""
 
 import argparse
 import json
 from pathlib import Path
 from typing import Any
 
+from ficoco_vllm.server.commands.arguments import base_url, counts, fail, names
 from ficoco_vllm.server.commands.bench import NEEDS
-from ficoco_vllm.server.commands.errors import fail
-from ficoco_vllm.server.commands.numbers import numbers
 from ficoco_vllm.server.commands.plan import DEMO, read_config
-
-DEFAULT_OUT = Path("build/calibration.html")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -28,28 +25,33 @@ def add_parser(subparsers: Any) -> None:
         required=True,
         help='JSONL of {"image": PATH, "prompt": TEXT}, or a folder of images',
     )
-    add("--prompt", help="for images that have none of their own")
+    add("--prompt", help="prompt of images without one")
     add("--target-agreement", type=float, default=0.98, help="share of equal answers (default: %(default)s)")
-    add("--confidence", type=float, default=0.95, help="that the share is reached (default: %(default)s)")
-    add("--methods", default="ficoco-v", metavar="A,B", help="default: %(default)s")
-    add("--budgets", type=numbers, metavar="N,N", help="visual tokens (default: 288,192,144,96,64,48,32,16)")
+    add(
+        "--confidence",
+        type=float,
+        default=0.95,
+        help="confidence that the share is reached (default: %(default)s)",
+    )
+    add("--methods", type=names, default="ficoco-v", metavar="A,B", help="default: %(default)s")
+    add("--budgets", type=counts, metavar="N,N", help="visual tokens (default: 288,192,144,96,64,48,32,16)")
     add("--model", help="folder of the model to serve, with config.json (default: the demo model)")
-    add("--url", help="a running server instead, without a path; --model still says what it serves")
-    add("--api-key", default="none", help="of the server")
+    add("--url", type=base_url, help="a running server instead; --model still describes it")
+    add("--api-key", default="none", help="API key of the server")
     add("--visual-tokens", type=int, default=576, help="of an image without reduction (default: %(default)s)")
     add("--max-tokens", type=int, default=16, help="of an answer (default: %(default)s)")
-    add("--concurrency", type=int, default=16, help="questions under way at once (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of the order of the questions")
-    add("--answers", type=Path, help="JSONL of all answers, to go on from (default: beside --out)")
-    add("--out", type=Path, default=DEFAULT_OUT, help="the report (default: %(default)s)")
+    add("--concurrency", type=int, default=16, help="concurrent questions (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of the order of the questions")
+    add("--answers", type=Path, help="JSONL of all answers, to continue from (default: beside --out)")
+    add("--out", type=Path, default=Path("build/calibration.html"), help="the report (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Calibrate.
 
     Returns:
-        0; 1 if no method has a safe budget, the server fails or does not reduce as asked; 2 for input that is not
-        allowed.
+        0; 1 if no method has a safe budget, the server fails or does not reduce as requested; 2 for input that is
+        not allowed.
     """
     try:
         from openai import APIError
@@ -61,13 +63,13 @@ def run(args: argparse.Namespace) -> int:
 
         answers = args.answers or args.out.with_suffix(".jsonl")
         host = Host(
-            url=args.url and args.url.rstrip("/").removesuffix("/v1"),
+            url=args.url,
             model=args.model,
             api_key=args.api_key,
             num_tokens=args.visual_tokens,
         )
         settings = Settings(
-            methods=tuple(name.strip() for name in args.methods.split(",") if name.strip()),
+            methods=args.methods,
             target=args.target_agreement,
             config=read_config(args.model or DEMO),
             answers=answers,

@@ -1,64 +1,66 @@
-"""`ficoco-vllm explain`: a picture of what was kept of an image, and where the rest went."""
+"""`ficoco-vllm explain`: a picture of the kept patches of an image, and of where the information of the others went."""
 
 import argparse
 import base64
 import io
 import json
 import os
+import secrets
 import sys
+import tempfile
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageOps
 from pydantic import ValidationError
 
-from ficoco_vllm.server.commands.errors import fail
+from ficoco_vllm.server.commands.arguments import base_url, fail
 from ficoco_vllm.server.explain.picture import draw
 from ficoco_vllm.server.explain.schema import Explanation
-from ficoco_vllm.server.lifecycle.own_server import own_server
+from ficoco_vllm.server.lifecycle.process import StartError, serving
 
 ANSWER_SECONDS = 600
+DEFAULT_METHOD = "ficoco-v"
 
 
 class _CommandError(Exception):
-    """One line for the user."""
+    """Wrong input or a refusal, in one line for the user."""
 
 
 def add_parser(subparsers: Any) -> None:
     """Add the command's options."""
     parser = subparsers.add_parser(
         "explain",
-        help="draw which patches of an image were kept, and where the others' information went",
-        description="Ask a question about an image with and without reduction, and draw what the reduction did. "
-        "Talks to a server that was started with --ficoco-explain, or starts one for this picture alone.",
+        help="draw which patches of an image are kept, and where the others' information goes",
+        description="Asks a question about an image with and without reduction, and draws the reduction. "
+        "Uses a server that runs with --ficoco-explain, or starts one for this picture alone.",
     )
     add = parser.add_argument
     add("image", metavar="IMAGE", type=Path, help="an image file")
-    add("question", metavar="QUESTION", help="what to ask about it")
-    add("--out", metavar="FILE", type=Path, required=True, help="where the picture goes (.png, .jpg, .webp)")
+    add("question", metavar="QUESTION", help="a question about it")
+    add("--out", metavar="FILE", type=Path, required=True, help="file of the picture (.png, .jpg, .webp)")
     add("--method", metavar="NAME", help="one of `ficoco-vllm methods` (default: the server's)")
-    add("--keep", type=int, metavar="N", help="visual tokens that are kept (default: the server's)")
+    add("--keep", type=int, metavar="N", help="visual tokens kept (default: the server's)")
     add(
         "--patch",
         metavar="ROW,COLUMN",
         action="append",
-        help="a patch whose way is drawn, counted from 1; may be given several times (default: three)",
+        help="a removed patch whose path is drawn, counted from 1; repeatable (default: three)",
     )
-    add("--max-tokens", type=int, default=64, metavar="N", help="of each answer (default: %(default)s)")
-    add("--json", metavar="FILE", type=Path, help="also write everything as JSON")
-    add("--url", metavar="URL", help="of a running server, for example http://127.0.0.1:8000")
-    add("--api-key", metavar="KEY", help="of that server (default: $VLLM_API_KEY)")
-    add("--model", metavar="MODEL", help="what an own server serves (default: the demo model)")
+    add("--max-tokens", type=int, default=64, metavar="N", help="limit of each answer (default: %(default)s)")
+    add("--json", metavar="FILE", type=Path, help="also write the explanation as JSON")
+    add("--url", type=base_url, metavar="URL", help="a running server, such as http://127.0.0.1:8000")
+    add("--api-key", metavar="KEY", help="API key of that server (default: $VLLM_API_KEY)")
+    add("--model", metavar="MODEL", help="model to serve without --url (default: the demo model)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Ask and draw.
-
-    Args:
-        args: parsed by the parser of `add_parser`.
+    """Request an explanation and draw it.
 
     Returns:
         0; 2 if the input is wrong, 1 if no server answers (the reason goes to stderr).
@@ -70,13 +72,12 @@ def run(args: argparse.Namespace) -> int:
             explanation = _ask(args.url, key, body)
         else:
             print(
-                "starting a server for this picture, about a minute (--url takes one that runs)",
+                "starting a server for this picture, about a minute (--url uses a running one)",
                 file=sys.stderr,
             )
-            with own_server(args.model, args.method, args.keep) as (url, key):
+            with _own_server(args) as (url, key):
                 explanation = _ask(url, key, body)
-        drawn = draw(picture, explanation, _patches(args.patch, explanation.grid))
-        drawn.save(args.out)
+        draw(picture, explanation, _patches(args.patch, explanation.grid)).save(args.out)
         if args.json is not None:
             args.json.write_text(explanation.model_dump_json(indent=1), encoding="utf-8")
     except (_CommandError, ValueError, OSError) as error:
@@ -87,8 +88,35 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+@contextmanager
+def _own_server(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """Run a server on this machine for one picture.
+
+    Yields:
+        Its base URL and its API key.
+
+    Raises:
+        RuntimeError: it does not start; with its error, or the end of its log.
+    """
+    options = [*([args.model] if args.model else []), "--ficoco-explain"]
+    options += ["--ficoco-method", args.method or DEFAULT_METHOD]
+    options += ["--ficoco-keep", str(args.keep)] if args.keep is not None else []
+    key = secrets.token_urlsafe(16)  # in the environment, where other users of the machine cannot read it
+    with tempfile.TemporaryDirectory(prefix="ficoco-explain-") as folder:
+        log = Path(folder) / "log"
+        try:
+            with serving(options, log, {"VLLM_API_KEY": key}) as served:
+                yield served.url, key
+        except StartError as error:
+            lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+            prefix = "ficoco-vllm: error: "
+            errors = [line.removeprefix(prefix) for line in lines if line.startswith(prefix)]
+            reason = errors[-1] if errors else "the server did not start:\n" + "\n".join(lines[-20:])
+            raise RuntimeError(reason) from error
+
+
 def _prepare(args: argparse.Namespace) -> tuple[Image.Image, dict[str, Any]]:
-    """The image as it is shown and sent, and the body of the request."""
+    """Read the image and build the body of the request."""
     if args.url is not None and args.model is not None:
         raise _CommandError("--model is allowed without --url only: a running server has its model")
     if args.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
@@ -121,8 +149,7 @@ def _ask(url: str, key: str | None, body: dict[str, Any]) -> Explanation:
     headers = {"Content-Type": "application/json"}
     if key:
         headers["Authorization"] = f"Bearer {key}"
-    address = url.rstrip("/").removesuffix("/v1") + "/ficoco/explain"
-    request = urllib.request.Request(address, json.dumps(body).encode(), headers)
+    request = urllib.request.Request(f"{url}/ficoco/explain", json.dumps(body).encode(), headers)
     try:
         with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as answer:
             return Explanation.model_validate_json(answer.read())
@@ -131,28 +158,26 @@ def _ask(url: str, key: str | None, body: dict[str, Any]) -> Explanation:
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
         raise RuntimeError(f"no answer from {url} ({getattr(error, 'reason', error)})") from error
     except ValidationError as error:
-        raise RuntimeError(
-            f"{url} answered something else than an explanation; is it ficoco-vllm?"
-        ) from error
+        raise RuntimeError(f"the response of {url} is no explanation; is it ficoco-vllm?") from error
 
 
 def _reason(error: urllib.error.HTTPError, url: str) -> str:
-    """What the server says, in one line."""
+    """The server's error in one line."""
     if error.code == 404:
-        return f"{url} does not explain; start it with --ficoco-explain"
+        return f"{url} serves no explanations; start it with --ficoco-explain"
     if error.code == 401:
-        return f"{url} asks for its API key: --api-key, or VLLM_API_KEY in the environment"
+        return f"{url} requires its API key: --api-key, or VLLM_API_KEY in the environment"
     try:
-        said = json.loads(error.read())["error"]["message"]
+        message = json.loads(error.read())["error"]["message"]
     except (ValueError, KeyError, TypeError):
-        said = error.reason
-    return f"{url} answered {error.code}: {' '.join(str(said).split())}"
+        message = error.reason
+    return f"{url} answered {error.code}: {' '.join(str(message).split())}"
 
 
 def _patches(texts: list[str] | None, grid: tuple[int, int]) -> list[int] | None:
     if texts is None:
         return None
-    found = []
+    patches = []
     for text in texts:
         row, _, column = text.partition(",")
         if not (
@@ -160,8 +185,8 @@ def _patches(texts: list[str] | None, grid: tuple[int, int]) -> list[int] | None
         ):
             allowed = f"ROW,COLUMN from 1,1 to {grid[0]},{grid[1]}"
             raise _CommandError(f"--patch = {text!r} is not allowed; allowed: {allowed}")
-        found.append((int(row) - 1) * grid[1] + int(column) - 1)
-    return found
+        patches.append((int(row) - 1) * grid[1] + int(column) - 1)
+    return patches
 
 
 def _summary(explanation: Explanation, out: Path) -> str:

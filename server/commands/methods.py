@@ -1,23 +1,24 @@
-"""`ficoco-vllm methods`: what can be served, where it works, and where it comes from."""
+"""`ficoco-vllm methods`: the reduction methods with their site, source and settings."""
 
 import argparse
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from ficoco_vllm.reduction import available, get
 from ficoco_vllm.reduction.pipeline import PIPELINES
 from ficoco_vllm.reduction.settings import describe
-from ficoco_vllm.server.commands.errors import fail
+from ficoco_vllm.server.commands.arguments import fail
 
 
 def add_parser(subparsers: Any) -> None:
     """Add the command's options."""
     parser = subparsers.add_parser("methods", help="list the reduction methods, or the settings of one")
-    parser.add_argument("name", metavar="NAME", nargs="?", help="a method, to see its settings")
+    parser.add_argument("name", metavar="NAME", nargs="?", help="a method whose settings are printed")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the list, or one method with its settings, their defaults and ranges.
+    """Print the list, or the settings of one method with their defaults and ranges.
 
     Returns:
         0, or 2 if there is no such method.
@@ -32,10 +33,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _all_methods() -> list[str]:
     rows = [("NAME", "SITE", "SOURCE", "TITLE")]
-    rows += [(name, get(name).site, f"arXiv:{get(name).source}", get(name).title) for name in available()]
+    rows += [(name, get(name).site, _source(get(name).source), get(name).title) for name in available()]
     for name, pipeline in PIPELINES.items():
         sites = f"{pipeline.encoder.site}+{pipeline.decoder.site}"
-        rows.append((name, sites, f"arXiv:{pipeline.source}", pipeline.title))
+        rows.append((name, sites, _source(pipeline.source), pipeline.title))
     return _table([rows[0], *sorted(rows[1:])])
 
 
@@ -48,7 +49,7 @@ def _one_method(name: str) -> list[str]:
     head = [
         f"{method.title} ({method.name})",
         f"site     {method.site}",
-        f"source   arXiv:{method.source}",
+        f"source   {_source(method.source)}",
         f"signals  {', '.join(sorted(method.required_signals())) or 'none'}",
         "",
     ]
@@ -56,6 +57,11 @@ def _one_method(name: str) -> list[str]:
     for key, field in method.settings.model_fields.items():
         rows.append((key, str(field.default), describe(field)))
     return head + _table(rows)
+
+
+def _source(source: str) -> str:
+    """Print an arXiv identifier as one, and other sources, such as "none", as they are."""
+    return f"arXiv:{source}" if re.fullmatch(r"\d{4}\.\d{4,5}(v\d+)?", source) else source
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:

@@ -20,7 +20,7 @@ from ficoco_vllm.reduction.cost import (
     unreduced,
 )
 from ficoco_vllm.reduction.schedule import KINDS
-from ficoco_vllm.server.commands.errors import fail
+from ficoco_vllm.server.commands.arguments import fail
 from ficoco_vllm.server.commands.plan_table import as_text
 from ficoco_vllm.server.commands.plan_tiles import is_tiled, tiled_costs
 

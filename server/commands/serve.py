@@ -1,4 +1,4 @@
-"""`ficoco-vllm serve`: vLLM's own OpenAI server with our settings put where the plugin reads them."""
+"""`ficoco-vllm serve`: vLLM's own OpenAI server, with our settings where the plugins read them."""
 
 import argparse
 import os
@@ -9,30 +9,33 @@ from typing import Any
 
 from ficoco_vllm.compat import is_cpu_build, multiplies_bfloat16, set_cpu_defaults, use_interpreter
 from ficoco_vllm.config import NAME, FicocoConfig
+from ficoco_vllm.environment import (
+    ELASTIC_PLUGIN,
+    ENDPOINT_PLUGIN,
+    MEDIA_CONNECTOR,
+    enable_endpoint_plugin,
+)
+from ficoco_vllm.models import ARCHITECTURES
 from ficoco_vllm.planning.server import Sites, check_elastic
-from ficoco_vllm.plugin import ARCHITECTURES, MEDIA_CONNECTOR
-from ficoco_vllm.server.commands.errors import fail
+from ficoco_vllm.server.commands.arguments import fail
 from ficoco_vllm.server.commands.serve_options import (
     add_arguments,
+    apply_limits,
     counts_savings,
-    read_bounds,
     read_settings,
     reduces_in_decoder,
     without_metrics,
 )
 from ficoco_vllm.server.elastic.settings import OPTION, ElasticSettings
 from ficoco_vllm.server.lifecycle.cleanup import tidied
-from ficoco_vllm.server.lifecycle.death import has_died
-from ficoco_vllm.server.lifecycle.plugins import allow_endpoint
-from ficoco_vllm.server.lifecycle.shared_metrics import MULTIPROC, several_servers, shared_metrics
+from ficoco_vllm.server.lifecycle.shared_metrics import MULTIPROC, shared_metrics, starts_several_servers
+from ficoco_vllm.server.lifecycle.shutdown import Shutdown
 
-# Entry point of `server.elastic.plugin`.
-ELASTIC_PLUGIN = "ficoco_elastic"
 HELP = "serve a model with vLLM's OpenAI-compatible server"
 
 
 def add_parser(subparsers: Any) -> None:
-    """Name the command in the list of commands; vLLM's parser reads its options."""
+    """Add the command to the list of commands; vLLM's parser reads its options."""
     subparsers.add_parser("serve", help=HELP, add_help=False)
 
 
@@ -40,23 +43,23 @@ def main(arguments: Sequence[str]) -> int:
     """Serve until stopped.
 
     Args:
-        arguments: of the command line, `serve` first.
+        arguments: command line, with `serve` first.
 
     Returns:
-        2 for settings that are not allowed, 1 if the engine has died; otherwise what vLLM's server leaves.
+        The exit status: 2 for settings that are not allowed, 1 if the engine died, otherwise 0.
     """
     set_cpu_defaults()
     if reduces_in_decoder(arguments):
-        use_interpreter()  # before vLLM is imported, which looks for Triton at once
+        use_interpreter()  # vLLM looks for Triton as it is imported
     os.environ.setdefault("VLLM_MEDIA_CONNECTOR", MEDIA_CONNECTOR)
-    # A redirect leads out of the allowed domains.
+    # A redirect could lead out of the allowed domains.
     os.environ.setdefault("VLLM_MEDIA_URL_ALLOW_REDIRECTS", "0")
     with (
         tidied(),
-        shared_metrics(counts_savings(arguments)) as folder,
+        shared_metrics(counts_savings(arguments)) as metrics_folder,
         tempfile.TemporaryDirectory(prefix="ficoco-elastic-", ignore_cleanup_errors=True) as elastic_folder,
     ):
-        return _serve(arguments, folder, elastic_folder)
+        return _serve(arguments, metrics_folder, elastic_folder)
 
 
 def _serve(arguments: Sequence[str], metrics_folder: str | None, elastic_folder: str) -> int:
@@ -75,22 +78,24 @@ def _serve(arguments: Sequence[str], metrics_folder: str | None, elastic_folder:
     serve_parser.description = HELP
     add_arguments(serve_parser)
     args = parser.parse_args(list(arguments))
-    args.ficoco_elastic_folder = elastic_folder  # every API server process is given `args`
+    # vLLM hands `args` to every API server process.
+    args.ficoco_elastic_folder = elastic_folder
+    args.ficoco_shutdown = Shutdown()
     try:
         configure(args)
     except ValueError as error:
         return fail(str(error))
-    if metrics_folder is not None and several_servers(args):
-        del os.environ[MULTIPROC]  # vLLM makes such a folder itself then, and would warn of ours
+    if metrics_folder is not None and starts_several_servers(args):
+        del os.environ[MULTIPROC]  # vLLM then creates a folder of its own, and would warn about ours
     configure_logging_from_args(args)
     command.validate(args)
     command.cmd(args)
-    # Several API servers raise an error; for one a supervisor would take vLLM's 0 for a wish.
-    return int(has_died(args))
+    # A supervisor takes vLLM's exit status 0 for an intended stop. (Several API servers raise an error instead.)
+    return int(bool(args.ficoco_shutdown.engine_died))
 
 
 def configure(args: argparse.Namespace) -> None:
-    """Turn our options into vLLM's, and check them against the model before anything is loaded.
+    """Turn our options into vLLM's, and check them against the model before it is loaded.
 
     Raises:
         ValueError: naming the option, its value and what is allowed.
@@ -102,12 +107,12 @@ def configure(args: argparse.Namespace) -> None:
         _use_demo_model(args)
     elif args.dtype == "auto" and is_cpu_build() and not multiplies_bfloat16():
         init_logger("vllm.ficoco").warning(
-            "This CPU has no instructions for bfloat16: --dtype float32 is about ten times as fast, and takes twice "
-            "the memory."
+            "This CPU has no instructions for bfloat16: --dtype float32 is about ten times as fast, with twice the "
+            "memory."
         )
     settings = read_settings(args.ficoco_method, args.ficoco_keep, args.ficoco_config)
     settings = settings or (args.additional_config or {}).get(NAME) or {}
-    read_bounds(args)
+    apply_limits(args)
     elastic = None if args.ficoco_elastic is None else ElasticSettings.load(args.ficoco_elastic)
     if elastic is not None:
         settings = _prepare_elastic(args, elastic, settings)
@@ -118,7 +123,7 @@ def configure(args: argparse.Namespace) -> None:
             )
         settings = {**settings, "explain": True}
     if settings:
-        allow_endpoint()
+        enable_endpoint_plugin(ENDPOINT_PLUGIN)
         settings = without_metrics(settings) if args.ficoco_no_metrics else settings
         args.additional_config = {**(args.additional_config or {}), NAME: settings}
     if (args.additional_config or {}).get(NAME):
@@ -126,19 +131,19 @@ def configure(args: argparse.Namespace) -> None:
 
 
 def _use_demo_model(args: argparse.Namespace) -> None:
-    """Serve the model that ships with the package, with what suits its size."""
+    """Serve the model that ships with the package, with settings for its size."""
     from ficoco_vllm import demo_model
 
     args.model_tag = str(demo_model.path())
     args.served_model_name = args.served_model_name or ["ficoco-demo"]
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if is_cpu_build():
-        # A few million parameters: compiling takes longer than it saves, and 1 GiB holds dozens of full contexts.
-        # Without a size vLLM wants nine tenths of the machine's memory to be free.
+        # With a few million parameters, compiling takes longer than it saves, and 1 GiB holds dozens of full contexts.
+        # Without a size vLLM requires nine tenths of the machine's memory to be free.
         args.enforce_eager = True
         if args.kv_cache_memory_bytes is None and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
             args.kv_cache_memory_bytes = 2**30
-        # Its weights are bfloat16, whose rounding the CPU's kind decides, and with it answers that are nearly tied.
+        # bfloat16, the type of its weights, rounds differently from CPU to CPU, which decides nearly tied answers.
         if args.dtype == "auto":
             args.dtype = "float32"
 
@@ -146,10 +151,10 @@ def _use_demo_model(args: argparse.Namespace) -> None:
 def _prepare_elastic(
     args: argparse.Namespace, elastic: ElasticSettings, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """What a budget that follows the load needs of the rest.
+    """Enable the load-following budget.
 
     Returns:
-        Our settings, with the smallest budget as the one that vLLM's own budgets are made for.
+        Our settings, with the smallest budget as the default, by which vLLM sizes its own budgets.
 
     Raises:
         ValueError: naming the option and what is allowed.
@@ -158,14 +163,14 @@ def _prepare_elastic(
         raise ValueError(f"{OPTION} needs a method; allowed: one of `ficoco-vllm methods` as --ficoco-method")
     if args.disable_log_stats:
         raise ValueError(f"--disable-log-stats is not allowed with {OPTION}, which follows these statistics")
-    allow_endpoint(ELASTIC_PLUGIN)
+    enable_endpoint_plugin(ELASTIC_PLUGIN)
     if settings.get("keep") is None and settings.get("kv_budget") is None:
         return {**settings, "keep": elastic.floor}
     return settings
 
 
 def _check_model(args: argparse.Namespace, elastic: ElasticSettings | None = None) -> None:
-    """Refuse a model that would be served without the reduction that was asked for, and settings that do not fit it."""
+    """Refuse a model that would be served without the requested reduction, and settings that do not fit the model."""
     from vllm.transformers_utils.config import get_config
 
     model = args.model_tag or args.model

@@ -1,4 +1,4 @@
-"""Our options of `ficoco-vllm serve`, and what they say before vLLM is imported."""
+"""Our options of `ficoco-vllm serve`, which are read before vLLM is imported."""
 
 import argparse
 import json
@@ -7,25 +7,28 @@ from collections.abc import Sequence
 from typing import Any
 
 from ficoco_vllm.config import NAME, FicocoConfig
-from ficoco_vllm.plugin import ALLOW_PRIVATE_MEDIA, MAX_BODY_BYTES, MAX_IMAGE_BYTES, MAX_PIXELS
+from ficoco_vllm.environment import ALLOW_PRIVATE_MEDIA, MAX_BODY_BYTES, MAX_IMAGE_BYTES, MAX_PIXELS
 from ficoco_vllm.reduction import available
 from ficoco_vllm.reduction.pipeline import PIPELINES
+from ficoco_vllm.server.commands.arguments import names
 
-# Each explanation costs two chats that no cache helps.
+# An explanation takes two chats without any cache.
 DEFAULT_EXPLAIN_RATE = 20
-# Class of `server/media/body_limit.py`, as vLLM's `--middleware` names it.
+# Value of vLLM's `--middleware`.
 BODY_LIMIT = "ficoco_vllm.server.media.body_limit.BodyLimit"
-# MiB. A photograph takes a few, and LLaVA shrinks it to 336 pixels; a body carries a third more as base64.
+# MiB. A photograph has a few, and LLaVA shrinks it to 336 pixels; base64 adds a third in a body.
 DEFAULT_MAX_IMAGE_MB = 20
 DEFAULT_MAX_BODY_MB = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add our options to those of vLLM's server."""
-    group = parser.add_argument_group("ficoco", "Reduction of visual tokens; without these, as stock vLLM.")
+    group = parser.add_argument_group(
+        "ficoco", "Reduction of visual tokens; without these options, stock vLLM."
+    )
     group.add_argument("--ficoco-method", metavar="NAME", help="one of `ficoco-vllm methods`")
     group.add_argument(
-        "--ficoco-keep", metavar="N", help="visual tokens kept of an image (a request may differ)"
+        "--ficoco-keep", metavar="N", help="visual tokens kept of an image; requests may override it"
     )
     group.add_argument(
         "--ficoco-explain", action="store_true", help="serve POST /ficoco/explain and its page at /ficoco/"
@@ -35,10 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=DEFAULT_EXPLAIN_RATE,
         metavar="N",
-        help="explanations a minute of one client and API server process, 0 for no limit (default: %(default)s)",
+        help="explanations a minute for each client and API server process, 0 for no limit (default: %(default)s)",
     )
     group.add_argument(
-        "--ficoco-min-keep", metavar="N", help="fewest visual tokens of an image that a request may ask for"
+        "--ficoco-min-keep", metavar="N", help="fewest visual tokens of an image that a request may name"
     )
     group.add_argument(
         "--ficoco-allow-methods",
@@ -48,19 +51,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--ficoco-max-image-pixels",
         metavar="N",
-        help="largest image that is unpacked (default: Pillow's limit, 178956970)",
+        help="pixels of the largest image that is decoded (default: Pillow's limit, 178956970)",
     )
     group.add_argument(
         "--ficoco-max-image-mb",
         default=str(DEFAULT_MAX_IMAGE_MB),
         metavar="N",
-        help="largest image in MiB, as it comes; 0 for no limit (default: %(default)s)",
+        help="largest encoded image in MiB, 0 for no limit (default: %(default)s)",
     )
     group.add_argument(
         "--ficoco-max-body-mb",
         default=str(DEFAULT_MAX_BODY_MB),
         metavar="N",
-        help="largest body of a request in MiB; 0 for no limit (default: %(default)s)",
+        help="largest request body in MiB, 0 for no limit (default: %(default)s)",
     )
     group.add_argument(
         "--ficoco-allow-private-media",
@@ -68,21 +71,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="let the allowed domains resolve to private addresses",
     )
     group.add_argument(
-        "--ficoco-config", metavar="JSON|FILE", help="all settings, as a JSON object or a file that holds one"
+        "--ficoco-config", metavar="JSON|FILE", help="all settings, as a JSON object or a file with one"
     )
     group.add_argument(
         "--ficoco-elastic",
         metavar="JSON",
-        help="let the budget of requests that name none follow the load, for example "
+        help="budget that follows the load, for requests that name none, for example "
         """'{"floor": 64, "ceiling": 288, "target_kv_usage": 0.8}'""",
     )
     group.add_argument(
-        "--ficoco-no-metrics", action="store_true", help="leave what the reduction saves out of /metrics"
+        "--ficoco-no-metrics", action="store_true", help="omit the savings of the reduction from /metrics"
     )
 
 
-def read_bounds(args: argparse.Namespace) -> None:
-    """Read what the operator lets requests ask for.
+def apply_limits(args: argparse.Namespace) -> None:
+    """Validate the operator's limits for requests, and put them where the server's processes read them.
 
     Raises:
         ValueError: naming the option, its value and what is allowed.
@@ -97,44 +100,43 @@ def read_bounds(args: argparse.Namespace) -> None:
     if args.ficoco_allow_private_media:
         os.environ[ALLOW_PRIVATE_MEDIA] = "1"
     if args.ficoco_allow_methods is not None:
-        names = tuple(name.strip() for name in args.ficoco_allow_methods.split(",") if name.strip())
+        allowed = names(args.ficoco_allow_methods)
         known = (*sorted({*available(), *PIPELINES}), "off")
-        unknown = [name for name in names if name not in known]
-        if unknown or not names:
+        if not allowed or set(allowed) - set(known):
             raise ValueError(
                 f"--ficoco-allow-methods = {args.ficoco_allow_methods!r} is not allowed; "
                 f"allowed: of {', '.join(known)}, one at least"
             )
-        args.ficoco_allow_methods = names
+        args.ficoco_allow_methods = allowed
 
 
-def _count(option: str, text: str, least: int) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise ValueError(f"{option} = {text!r} is not allowed; allowed: an integer of at least {least}")
+def _count(option: str, text: str, minimum: int) -> int:
+    if not text.isdecimal() or int(text) < minimum:
+        raise ValueError(f"{option} = {text!r} is not allowed; allowed: an integer of at least {minimum}")
     return int(text)
 
 
 def reduces_in_decoder(arguments: Sequence[str]) -> bool:
-    """Whether our options name a method that works in the decoder; options that are wrong are reported later.
+    """Whether our options name a method of the decoder. Wrong options are reported later.
 
     Args:
-        arguments: of the command line.
+        arguments: command line.
     """
     return _settings_of(arguments).decoder_method is not None
 
 
 def counts_savings(arguments: Sequence[str]) -> bool:
-    """Whether the server reduces and tells at `/metrics` what that saves.
+    """Whether the server reduces and reports the savings at `/metrics`.
 
     Args:
-        arguments: of the command line.
+        arguments: command line.
     """
     settings = _settings_of(arguments)
     return settings.method is not None and settings.metrics
 
 
 def _settings_of(arguments: Sequence[str]) -> FicocoConfig:
-    """Our settings before vLLM is imported; none where they are wrong."""
+    """Our settings, before vLLM is imported; none if they are wrong."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add_arguments(parser)
     parser.add_argument("--additional-config", "--additional_config", default="{}")
@@ -148,11 +150,12 @@ def _settings_of(arguments: Sequence[str]) -> FicocoConfig:
 
 
 def without_metrics(settings: Any) -> Any:
+    """Our settings with the metrics switched off."""
     return {**settings, "metrics": False} if isinstance(settings, dict) else settings
 
 
 def read_settings(method: str | None, keep: str | None, config: str | None) -> dict[str, Any]:
-    """Our options as one mapping; `method` and `keep` win over the same fields of `config`.
+    """Merge our options; `method` and `keep` override the same fields of `config`.
 
     Raises:
         ValueError: naming the option, its value and what is allowed.

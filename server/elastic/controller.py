@@ -1,4 +1,4 @@
-"""The control law of the load-following budget: state and load in, state out; the clock is an argument.
+"""Control law of the load-following budget: a pure function from state and load to state.
 
 docs/elastic.md says why it is stable.
 """
@@ -9,20 +9,20 @@ from dataclasses import dataclass, replace
 
 from ficoco_vllm.server.elastic.settings import ElasticSettings
 
-# Where pressure is cut off: how long an overload lasts must count, not how deep its queue is, or the budget would
-# stay low long after.
-MOST_PRESSURE = 4.0
+# Upper limit of the pressure. The length of an overload must count, not the depth of its queue, or the budget stays low
+# long after.
+MAX_PRESSURE = 4.0
 
 
 @dataclass(frozen=True)
 class Load:
-    """What the engines report.
+    """Load of one or several engines.
 
     Attributes:
         kv_usage: share of the KV cache that requests hold, 0 to 1.
         num_running: requests that hold KV blocks.
-        num_waiting: requests that have been accepted and wait.
-        num_preempted: requests that lost their blocks to others since the last report.
+        num_waiting: accepted requests that wait.
+        num_preempted: requests that lost their blocks since the last report.
     """
 
     kv_usage: float = 0.0
@@ -32,17 +32,17 @@ class Load:
 
     @property
     def idle(self) -> bool:
-        """Whether there is nothing to do."""
+        """Whether no request runs or waits."""
         return self.num_running + self.num_waiting == 0
 
     @property
     def queue(self) -> float:
-        """Requests without room for each one that runs: how long they wait, in units of how long they will run."""
+        """Waiting requests per running one: the waiting time in units of the running time."""
         return (self.num_waiting + self.num_preempted) / max(1, self.num_running)
 
     @classmethod
     def of_engines(cls, loads: Sequence["Load"]) -> "Load":
-        """Several engines between which requests are balanced, as one."""
+        """Total load of engines that share the requests."""
         if not loads:
             return cls()
         return cls(
@@ -55,17 +55,17 @@ class Load:
 
 @dataclass(frozen=True)
 class State:
-    """What the controller remembers.
+    """State of the controller.
 
     Attributes:
         level: index of the budget, 0 is the floor.
-        pressure: smoothed; 1 is where the budget falls.
-        excess_seconds: pressure above 1, added up over the time since the level changed or pressure was below 1.
-        time_seconds: of the last report.
-        changed_seconds: when the level last changed.
-        calm_seconds: since when the load would leave room for the next level.
-        busy_seconds: when there last was anything to do.
-        hold_seconds: how long it must be calm before the step up to each level.
+        pressure: smoothed pressure; above 1 the budget falls.
+        excess_seconds: integral of the pressure above 1 since the level changed or the pressure was below 1.
+        time_seconds: time of the last report.
+        changed_seconds: time of the last change of the level.
+        calm_seconds: time since which the load leaves room for the next level.
+        busy_seconds: last time with any request.
+        hold_seconds: calm time required before the step up to each level.
         falling: whether the last step was down.
     """
 
@@ -81,11 +81,11 @@ class State:
 
 
 def start(settings: ElasticSettings, now_seconds: float) -> State:
-    """At the ceiling, without load.
+    """Initial state: the ceiling, without load.
 
     Args:
-        settings: of the controller.
-        now_seconds: of a clock that never goes back.
+        settings: settings of the controller.
+        now_seconds: time on a monotonic clock.
     """
     return State(
         level=len(settings.budgets) - 1,
@@ -101,23 +101,23 @@ def start(settings: ElasticSettings, now_seconds: float) -> State:
 
 
 def measure(settings: ElasticSettings, load: Load) -> float:
-    """The pressure of a load: the larger of KV demand and queue, each relative to its target.
+    """Pressure of a load: the larger of KV demand and queue, each relative to its target.
 
     Returns:
-        0 to `MOST_PRESSURE`.
+        0 to `MAX_PRESSURE`.
     """
     demand = load.kv_usage * (1 + load.queue) / settings.target_kv_usage
-    return min(MOST_PRESSURE, max(demand, load.queue / settings.target_queue))
+    return min(MAX_PRESSURE, max(demand, load.queue / settings.target_queue))
 
 
 def step(settings: ElasticSettings, state: State, load: Load, now_seconds: float) -> State:
-    """One report of the load; the level moves by one at most.
+    """Process one report of the load. The level changes by one at most.
 
     Args:
-        settings: of the controller.
-        state: after the last report.
-        load: as it is now.
-        now_seconds: of the clock of `state`; a report that is not newer than the last one changes nothing.
+        settings: settings of the controller.
+        state: state after the last report.
+        load: current load.
+        now_seconds: time on the clock of `state`; a report that is not newer than the last one changes nothing.
     """
     elapsed = now_seconds - state.time_seconds
     if elapsed <= 0:
@@ -135,7 +135,9 @@ def step(settings: ElasticSettings, state: State, load: Load, now_seconds: float
         busy_seconds=busy,
     )
     if now_seconds - busy >= settings.release_seconds:
-        state = replace(state, hold_seconds=_fresh(settings))  # what was learnt concerned another load
+        state = replace(
+            state, hold_seconds=_fresh(settings)
+        )  # the longer hold times belong to a load that is over
     since_change = now_seconds - state.changed_seconds
     if state.level > 0 and min(state.excess_seconds, since_change) >= settings.attack_seconds:
         return _fall(settings, state)
@@ -153,18 +155,17 @@ def _fresh(settings: ElasticSettings) -> tuple[float, ...]:
 
 
 def _has_room(settings: ElasticSettings, level: int, pressure: float) -> bool:
-    """Whether the load would stay below its targets at the next higher level, which takes more in proportion."""
+    """Whether the load stays below its targets at the next higher level, whose pressure grows in proportion."""
     budgets = settings.budgets
     growth = budgets[min(level + 1, len(budgets) - 1)] / budgets[level]
     return pressure * growth <= 1 - settings.hysteresis
 
 
 def _fall(settings: ElasticSettings, state: State) -> State:
-    """One level down. The level at which a fall begins was too high: it is tried again later than the last time."""
+    """One level down. The level at which a fall begins was too high: its hold time doubles if it was short-lived."""
     now, level, holds = state.time_seconds, state.level, list(state.hold_seconds)
     if not state.falling:
-        lasted = now - state.changed_seconds
-        premature = lasted < settings.max_release_seconds
+        premature = now - state.changed_seconds < settings.max_release_seconds
         holds[level] = (
             min(2 * holds[level], settings.max_release_seconds) if premature else settings.release_seconds
         )

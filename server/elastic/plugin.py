@@ -1,43 +1,44 @@
-"""What vLLM loads in each API server process where the budget follows the load; it adds no routes."""
+"""Endpoint plugin for a budget that follows the load. It adds no routes."""
 
+import asyncio
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 from ficoco_vllm.config import FicocoConfig
+from ficoco_vllm.environment import ELASTIC_PLUGIN
 from ficoco_vllm.hooks.admission import FrontEnd
 from ficoco_vllm.metrics.families import set_default_budget
 from ficoco_vllm.planning.server import DecoderBudget, Sites, TowerBudget
+from ficoco_vllm.server.elastic.budget import install
 from ficoco_vllm.server.elastic.settings import ElasticSettings
-from ficoco_vllm.server.elastic.source import install
-
-# Of the entry point, hence in `VLLM_PLUGINS`.
-NAME = "ficoco_elastic"
-# On the server's state: the budget, and the task that keeps it up to date.
-STATE = "ficoco_elastic"
 
 
 class ElasticEndpoint:
-    """An endpoint plugin of vLLM.
+    """Plugin that vLLM creates once in each API server if `VLLM_PLUGINS` names it.
 
     Attributes:
-        name: in `VLLM_PLUGINS`.
+        name: entry point, listed in `VLLM_PLUGINS`.
         required_tasks: the server must generate.
+        task: updates the budget; kept so that it is not collected.
     """
 
-    name = NAME
+    name = ELASTIC_PLUGIN
     required_tasks = ("generate",)
+
+    def __init__(self) -> None:
+        self.task: asyncio.Task[None] | None = None
 
     def attach_router(self, app: Any) -> None:
         """Nothing to attach."""
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
-        """Let requests that name no budget get the one that follows the load.
+        """Give requests that name no budget the one that follows the load.
 
         Args:
             engine_client: vLLM's `AsyncLLM`.
-            state: of the server.
-            args: of the command line, which every API server process is given.
+            state: application state of the server.
+            args: options of the command line, which every API server process gets.
         """
         text = getattr(args, "ficoco_elastic", None)
         if engine_client is None or text is None:
@@ -53,10 +54,9 @@ class ElasticEndpoint:
                 for engine in engines:
                     set_default_budget(model.served_model_name, config.method or "", budget, engine)
 
-        budget, task = install(settings, Path(args.ficoco_elastic_folder), engine_client, show)
+        budget, self.task = install(settings, Path(args.ficoco_elastic_folder), engine_client, show)
         processor = engine_client.renderer.mm_processor
         if sites.tower_follows and processor is not None:
             processor.info.default_keep = TowerBudget(budget, sites)
         if sites.decoder is not None:
             FrontEnd.of(engine_client.input_processor).default_keep = DecoderBudget(budget, sites)
-        setattr(state, STATE, (budget, task))

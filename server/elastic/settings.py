@@ -1,4 +1,4 @@
-"""Settings of the load-following budget, `--ficoco-elastic`, and their check against the model."""
+"""Settings of the load-following budget (`--ficoco-elastic`) and their checks."""
 
 import json
 from collections.abc import Callable
@@ -8,7 +8,6 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 OPTION = "--ficoco-elastic"
-# What is said of a value that is not allowed.
 _ALLOWED = {
     "floor": "an integer of at least 1, below ceiling",
     "ceiling": "an integer above floor",
@@ -25,21 +24,18 @@ Seconds = Annotated[float, Field(gt=0)]
 
 
 class ElasticSettings(BaseModel):
-    """When the budget falls and rises, and how far.
+    """Range, targets and time constants of the budget.
 
     Attributes:
         floor: visual tokens of an image at the highest load.
-        ceiling: visual tokens of an image while there is room.
-        target_kv_usage: share of the KV cache that may be in use before the budget falls; demand counts, so
-            requests that wait for room are added as if they were running.
-        target_queue: requests that may wait for each one that runs before the budget falls, whatever the KV
-            cache says.
-        levels: different budgets between floor and ceiling, both among them.
-        hysteresis: how far below the targets the load must lie, as foreseen for the next higher budget, before
-            the budget rises.
-        attack_seconds: time constant of the smoothed load, and the least time between two steps down.
-        release_seconds: how long it must have been calm before each step up.
-        max_release_seconds: up to where that time grows while steps up turn out to be premature.
+        ceiling: visual tokens of an image at low load.
+        target_kv_usage: share of the KV cache above which the budget falls; waiting requests count as if they ran.
+        target_queue: waiting requests per running one above which the budget falls, independent of the KV cache.
+        levels: number of budgets from floor to ceiling, both included.
+        hysteresis: margin below the targets, predicted for the next higher budget, before the budget rises.
+        attack_seconds: time constant of the smoothed load, and shortest time between two steps down.
+        release_seconds: calm time before each step up.
+        max_release_seconds: upper limit of that time, which grows while steps up turn out to be premature.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -72,8 +68,7 @@ class ElasticSettings(BaseModel):
     def budgets(self) -> tuple[int, ...]:
         """Visual tokens of each level, ascending from floor to ceiling in equal ratios.
 
-        Few levels, since each is an entry of its own in every cache. There are fewer than `levels` where two
-        would be the same.
+        Each level is an entry of its own in every cache. There are fewer than `levels` where two coincide.
         """
         steps = self.levels - 1
         ratio = self.ceiling / self.floor
@@ -103,12 +98,12 @@ class ElasticSettings(BaseModel):
         except ValidationError as error:
             raise ValueError("; ".join(_message(item) for item in error.errors())) from error
 
-    def check_bounds(self, min_keep: int, most: int) -> None:
-        """Hold floor and ceiling against what the operator and the model allow.
+    def check_bounds(self, min_keep: int, max_keep: int) -> None:
+        """Check floor and ceiling against the bounds of operator and model.
 
         Args:
-            min_keep: the fewest visual tokens that the operator lets a request have.
-            most: visual tokens of an image without reduction.
+            min_keep: the operator's lower bound on a request's budget.
+            max_keep: visual tokens of an image without reduction.
 
         Raises:
             ValueError: naming the field, its value and what is allowed.
@@ -117,17 +112,17 @@ class ElasticSettings(BaseModel):
             raise ValueError(
                 f"{OPTION}: floor = {self.floor} is not allowed; allowed: at least {min_keep} (--ficoco-min-keep)"
             )
-        if self.ceiling > most:
+        if self.ceiling > max_keep:
             raise ValueError(
-                f"{OPTION}: ceiling = {self.ceiling} is not allowed; allowed: at most {most}, the visual tokens "
+                f"{OPTION}: ceiling = {self.ceiling} is not allowed; allowed: at most {max_keep}, the visual tokens "
                 "of an image"
             )
 
     def check_served(self, plan: Callable[[int], Any]) -> None:
-        """Let every level be planned once, so that none fails at the first request under load.
+        """Plan every level once, so that none fails at the first request under load.
 
         Args:
-            plan: makes the plan of one budget, and raises ValueError where the method cannot reach it.
+            plan: called with a budget; raises ValueError where the method cannot reach it.
 
         Raises:
             ValueError: naming the budget that cannot be served, and why.
@@ -146,7 +141,7 @@ def _example() -> str:
 
 
 def _message(item: Any) -> str:
-    """One line for one pydantic error: field, value, what is allowed."""
+    """Text of one pydantic error: field, value, what is allowed."""
     if item["type"] == "value_error":
         return f"{OPTION}: {item['ctx']['error']}"
     field = ".".join(str(part) for part in item["loc"])

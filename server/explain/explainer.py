@@ -1,4 +1,4 @@
-"""Answers one explanation: the chat with and without reduction, and the trace of the first."""
+"""Answers one explanation: the chat with and without reduction, and the trace of the former."""
 
 import asyncio
 import secrets
@@ -9,27 +9,27 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.exceptions import VLLMValidationError
 
 from ficoco_vllm.planning.decoder import KEEP, METHOD
-from ficoco_vllm.server.explain.asking import Reply, ask
-from ficoco_vllm.server.explain.facts import Facts
+from ficoco_vllm.server.explain.chat import Reply, send_chat
 from ficoco_vllm.server.explain.schema import ExplainRequest, Explanation, Measured, Options
+from ficoco_vllm.server.explain.served_model import ServedModel
 from ficoco_vllm.server.request_field.resolve import UNBOUNDED, Bounds
 from ficoco_vllm.tracing.chain import Step, read_steps
 from ficoco_vllm.tracing.store import MAX_TRACE_ID, TRACE
 
-# Of a worker; it only hands over what is recorded, so what takes longer is a worker that does not answer.
+# A worker only hands over recorded data; one that takes longer does not answer at all.
 _RPC_SECONDS = 60.0
-# Explanations that run at once in this process; the others wait. Each has one trace, of the few that a worker holds.
-MAX_AT_ONCE = 2
+# Concurrent explanations in this process; the others wait. Each takes one of the few traces that a worker holds.
+MAX_CONCURRENT = 2
 
 
 class TraceLostError(RuntimeError):
-    """A trace was not whole when it was fetched."""
+    """A trace was incomplete when it was fetched."""
 
 
 def trusting(chat: Any) -> Any:
-    """The chat handler of vLLM for chats of our own making: it takes our keyword arguments of the image processor.
+    """Copy vLLM's chat handler for our own chats: the copy accepts our arguments of the image processor.
 
-    Clients never reach it; what they may send to the chat route stays as the operator chose.
+    Clients never reach the copy; the chat route stays as the operator configured it.
 
     Args:
         chat: vLLM's `OpenAIServingChat`.
@@ -41,26 +41,25 @@ def trusting(chat: Any) -> Any:
 
 
 class Explainer:
-    """Of one API server.
+    """Explains requests to one API server.
 
-    Everything a client may send goes through the handler of vLLM's chat route: its loader of images, its limits, its
-    errors.
+    All input of a client passes the handler of vLLM's chat route, with its image loader, its limits and its errors.
     """
 
     def __init__(self, engine_client: Any, chat: Any, bounds: Bounds = UNBOUNDED) -> None:
-        """Look at the served model.
+        """Read the served model's configuration.
 
         Args:
-            engine_client: vLLM's.
+            engine_client: vLLM's `AsyncLLM`.
             chat: vLLM's `OpenAIServingChat`.
-            bounds: of the operator, for the side with reduction; the other one always keeps all tokens.
+            bounds: the operator's bounds for the answer with reduction; the other one always keeps all tokens.
         """
         self.bounds = bounds
         self.engine_client = engine_client
         self.chat = trusting(chat)
-        self.facts = Facts.of(engine_client.vllm_config)
+        self.served = ServedModel.of(engine_client.vllm_config)
         self._is_warm = False
-        self._few_at_once = asyncio.Semaphore(MAX_AT_ONCE)
+        self._limit = asyncio.Semaphore(MAX_CONCURRENT)
 
     @property
     def model(self) -> str:
@@ -68,76 +67,73 @@ class Explainer:
         return str(self.chat.models.base_model_paths[0].name)
 
     def options(self) -> Options:
-        """What the page offers."""
-        facts = self.facts
+        """Choices for the page."""
+        served, allowed = self.served, self.bounds.methods
         return Options(
             model=self.model,
-            methods=[choice for choice in facts.methods if self._allows(choice.name)],
-            method=facts.method,
-            keep=facts.keep,
+            methods=[choice for choice in served.methods if allowed is None or choice.name in allowed],
+            method=served.method,
+            keep=served.keep,
             min_keep=self.bounds.min_keep,
-            max_keep=facts.shape.num_patches,
-            grid=facts.shape.grid,
+            max_keep=served.shape.num_patches,
+            grid=served.shape.grid,
         )
 
-    def _allows(self, method: str) -> bool:
-        return self.bounds.methods is None or method in self.bounds.methods
-
-    async def explain(self, asked: ExplainRequest, raw_request: Any) -> Explanation:
-        """Ask, with reduction and without, and tell what the reduction did.
+    async def explain(self, request: ExplainRequest, raw_request: Any) -> Explanation:
+        """Answer with and without reduction, and describe the reduction.
 
         Args:
-            asked: by the client.
-            raw_request: of the client.
+            request: the client's request, parsed.
+            raw_request: the client's HTTP request.
 
         Raises:
-            RefusedError: vLLM answered with an error.
-            TraceLostError: other requests have taken the place of the trace.
+            RefusedError: vLLM answers with an error.
+            TraceLostError: other requests have replaced the trace.
             VLLMValidationError: the request is not allowed.
         """
-        async with self._few_at_once:
-            return await self._explain(asked, raw_request)
+        async with self._limit:
+            return await self._explain(request, raw_request)
 
-    async def _explain(self, asked: ExplainRequest, raw_request: Any) -> Explanation:
-        method = asked.method or self.facts.method
-        keep = self.facts.keep if asked.keep is None else asked.keep
+    async def _explain(self, request: ExplainRequest, raw_request: Any) -> Explanation:
+        method = request.method or self.served.method
+        keep = self.served.keep if request.keep is None else request.keep
         try:
-            if asked.method is not None:
-                self.bounds.check_method("method", asked.method)
-            # What no server allows is refused by the planners, in words of theirs.
-            if asked.keep is not None and 1 <= asked.keep < self.bounds.min_keep:
-                self.bounds.check_keep("keep", asked.keep, self.facts.shape.num_patches)
+            if request.method is not None:
+                self.bounds.check_method("method", request.method)
+            # The planners refuse what no server allows, with their own messages.
+            if request.keep is not None and 1 <= request.keep < self.bounds.min_keep:
+                self.bounds.check_keep("keep", request.keep, self.served.shape.num_patches)
         except ValueError as error:
             raise VLLMValidationError(str(error), parameter=str(error).split(" ", 1)[0]) from error
         if not self._is_warm:
-            # Whatever a server does for the first time takes longer; neither side is to pay for it.
-            short = asked.model_copy(update={"max_tokens": 1})
-            await self._ask(short, raw_request, method, keep)
-            await self._ask(short, raw_request, None, None)
+            # A server's first run of any kind takes longer, which neither side should show.
+            short = request.model_copy(update={"max_tokens": 1})
+            await self._chat(short, raw_request, method, keep)
+            await self._chat(short, raw_request, None, None)
             self._is_warm = True
         full = None
-        if asked.compare:
-            full_reply, none = await self._ask(asked, raw_request, None, None)
+        if request.compare:
+            full_reply, none = await self._chat(request, raw_request, None, None)
             full = self._measured(full_reply, none, None)
-        reply, steps = await self._ask(asked, raw_request, method, keep)
-        layers, destinations = Explanation.story(steps)
+        reply, steps = await self._chat(request, raw_request, method, keep)
+        layers, destinations = Explanation.summarize(steps)
         return Explanation(
             model=self.model,
-            question=asked.question,
+            question=request.question,
             method=method,
             keep=keep,
-            grid=self.facts.shape.grid,
-            central_square=self.facts.central_square,
+            grid=self.served.shape.grid,
+            central_square=self.served.central_square,
             reduced=self._measured(reply, steps, method),
             full=full,
             layers=layers,
             destinations=destinations,
         )
 
-    async def _ask(
-        self, asked: ExplainRequest, raw_request: Any, method: str | None, keep: int | None
+    async def _chat(
+        self, request: ExplainRequest, raw_request: Any, method: str | None, keep: int | None
     ) -> tuple[Reply, list[Step]]:
-        """One chat. It carries a mark that no other has, so no cache knows its image, also without reduction."""
+        """Send one chat, and fetch its trace. Its unique trace id keeps its image out of every cache."""
         trace_id = secrets.randbelow(MAX_TRACE_ID)
         chat = ChatCompletionRequest.model_validate(
             {
@@ -146,56 +142,56 @@ class Explainer:
                     {
                         "role": "user",
                         "content": [
-                            {"type": "image_url", "image_url": {"url": asked.image}},
-                            {"type": "text", "text": asked.question},
+                            {"type": "image_url", "image_url": {"url": request.image}},
+                            {"type": "text", "text": request.question},
                         ],
                     }
                 ],
                 "temperature": 0,
-                "max_tokens": asked.max_tokens,
+                "max_tokens": request.max_tokens,
                 "stream": True,
                 "stream_options": {"include_usage": True},
                 **self._budget(method, keep, trace_id),
             }
         )
         try:
-            reply = await ask(self.chat, chat, raw_request)
+            reply = await send_chat(self.chat, chat, raw_request)
         finally:
-            # Fetched whatever happened, so that nothing stays in the workers.
+            # Always fetched, so that no trace stays in the workers.
             traces = await self.engine_client.collective_rpc(
                 "ficoco_take_trace", timeout=_RPC_SECONDS, args=(trace_id,)
             )
-        # Every worker that holds a part of a layer has seen the same.
+        # All workers that hold a part of a layer record the same trace.
         trace: list[dict[str, Any]] = next((trace for trace in traces if trace), [])
         try:
-            steps = read_steps(trace, self.facts.shape.num_patches)
-            self.facts.check_complete(steps, keep)
+            steps = read_steps(trace, self.served.shape.num_patches)
+            self.served.check_complete(steps, keep)
         except ValueError as error:
             raise TraceLostError(str(error)) from error
         return reply, steps
 
     def _budget(self, method: str | None, keep: int | None, trace_id: int) -> dict[str, Any]:
-        """What the chat says of the reduction; without a method, that there is none."""
-        facts = self.facts
+        """Fields of the chat that carry method, budget and trace id; without a method, a budget of all tokens."""
+        served = self.served
         tower: dict[str, Any] = {TRACE: trace_id}
         decoder: dict[str, Any] = {TRACE: trace_id}
         if method is None:
-            tower[KEEP] = facts.shape.num_patches
-            decoder[KEEP] = facts.shape.num_patches + facts.shape.with_cls
+            tower[KEEP] = served.shape.num_patches
+            decoder[KEEP] = served.shape.num_patches + served.shape.with_cls
         else:
-            part = decoder if facts.in_decoder else tower
+            part = decoder if served.in_decoder else tower
             part[KEEP] = keep
-            if method != facts.method:
+            if method != served.method:
                 part[METHOD] = method
         fields = {}
-        if facts.in_tower:
+        if served.in_tower:
             fields["mm_processor_kwargs"] = tower
-        if facts.in_decoder:
+        if served.in_decoder:
             fields["vllm_xargs"] = decoder
         return fields
 
     def _measured(self, reply: Reply, steps: list[Step], method: str | None) -> Measured:
-        entering, last = self.facts.visual_tokens(steps)
+        entering, last = self.served.visual_tokens(steps)
         return Measured(
             answer=reply.text,
             method=method,
@@ -205,5 +201,5 @@ class Explainer:
             completion_tokens=reply.completion_tokens,
             ttft_seconds=reply.ttft_seconds,
             total_seconds=reply.total_seconds,
-            kv_bytes=self.facts.kv_bytes(reply.prompt_tokens, steps),
+            kv_bytes=self.served.kv_bytes(reply.prompt_tokens, steps),
         )

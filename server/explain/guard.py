@@ -1,4 +1,4 @@
-"""Who may ask for an explanation, and how often."""
+"""API keys and rate limit of explanations."""
 
 import time
 from collections.abc import Sequence
@@ -8,25 +8,25 @@ from starlette.datastructures import Headers
 
 
 def api_keys(args: object, environment_key: str | None) -> list[str]:
-    """The keys that vLLM's own middleware asks for; it looks at vLLM's own routes only.
+    """API keys of the server. vLLM's own middleware checks them on vLLM's routes only.
 
     Args:
-        args: of the server's command line.
-        environment_key: VLLM_API_KEY.
+        args: options of the server.
+        environment_key: value of VLLM_API_KEY.
     """
     given = getattr(args, "api_key", None) or [environment_key]
     return [key for key in given if key]
 
 
 def check_key(headers: Headers, keys: Sequence[str]) -> None:
-    """Compare the bearer token, as vLLM's middleware does.
+    """Check the bearer token, as vLLM's middleware does.
 
     Args:
-        headers: of the request.
-        keys: that are allowed; none means that everybody may ask.
+        headers: headers of the request.
+        keys: allowed keys; without any, every client is allowed.
 
     Raises:
-        HTTPException: 401.
+        HTTPException: the token is none of them (401).
     """
     from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
@@ -35,31 +35,31 @@ def check_key(headers: Headers, keys: Sequence[str]) -> None:
 
 
 class RateLimiter:
-    """So many explanations a minute, of each client's address; each costs several chats.
+    """Limit of explanations a minute for each client address, since one costs several chats.
 
-    A bucket that fills with time: a client that has been quiet may ask several times at once.
+    A token bucket: after a pause a client may send several requests at once.
     """
 
     def __init__(self, per_minute: int, max_clients: int = 4096) -> None:
         """Start with full buckets.
 
         Args:
-            per_minute: explanations; 0 means that there is no limit.
-            max_clients: addresses that are remembered; the one that has been quiet for longest is forgotten.
+            per_minute: explanations; 0 for no limit.
+            max_clients: number of addresses kept; the least recently seen one is dropped.
         """
         self.per_minute = per_minute
         self.max_clients = max_clients
         self._buckets: dict[str, tuple[float, float]] = {}
 
     def wait_seconds(self, client: str, now: float) -> float:
-        """Take one explanation.
+        """Count one explanation.
 
         Args:
-            client: its address.
-            now: seconds of a clock that does not go back.
+            client: address of the client.
+            now: seconds of a monotonic clock.
 
         Returns:
-            0, or how long the client must wait for the next one.
+            0, or the seconds until the client's next explanation.
         """
         if self.per_minute == 0:
             return 0.0
@@ -72,10 +72,10 @@ class RateLimiter:
         return wait
 
     def check(self, request: Request) -> None:
-        """Take one explanation for the client of a request.
+        """Count one explanation for the client of a request.
 
         Raises:
-            HTTPException: 429, with `Retry-After`.
+            HTTPException: the limit is reached (429, with `Retry-After`).
         """
         client = request.client.host if request.client else ""
         wait = self.wait_seconds(client, time.monotonic())

@@ -1,4 +1,4 @@
-"""The page at `/ficoco/`: static files that ship with the package, and nothing from anywhere else."""
+"""The page at `/ficoco/`: static files of this package only."""
 
 from importlib.resources import files
 
@@ -14,7 +14,7 @@ _TYPES = {
     "trace.js": "text/javascript; charset=utf-8",
     "icon.svg": "image/svg+xml",
 }
-# The page loads from this server alone and can be framed by nobody; an answer of the model is never run as a script.
+# The page loads from this server alone, cannot be framed, and never runs an answer of the model as a script.
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self' data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -28,19 +28,19 @@ router = APIRouter(include_in_schema=False)
 
 @router.get("/ficoco")
 async def to_page() -> RedirectResponse:
-    """The page's own addresses are relative, so it needs the slash behind."""
+    """Redirect to the page: its relative addresses need the trailing slash."""
     return RedirectResponse("ficoco/")
 
 
 @router.get("/ficoco/")
 async def page() -> Response:
-    """The page itself."""
+    """The page."""
     return _file(PAGE)
 
 
 @router.get("/ficoco/{name}")
 async def asset(name: str) -> Response:
-    """What the page loads."""
+    """A file that the page loads."""
     return _file(name)
 
 

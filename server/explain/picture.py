@@ -1,4 +1,4 @@
-"""An explanation as one picture: what was kept, where the rest went, layer by layer (as the paper's Figure 3)."""
+"""Draws an explanation as one picture, layer by layer, as in the paper's Figure 3."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -10,7 +10,7 @@ _WIDTH = 1120
 _MARGIN = 32
 _GAP = 24
 _COLUMNS = 6
-# The fonts that are tried before Pillow's own, which knows Latin letters only.
+# Tried before Pillow's own font, which has Latin letters only.
 _FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial.ttf")
 
 _PAGE = (255, 255, 255)
@@ -19,19 +19,20 @@ _QUIET = (93, 102, 112)
 _RED = (211, 34, 42)
 _GREEN = (15, 140, 80)
 _DIM = (66, 72, 80)
-_VEIL = 0.82  # of what has left
-_FAINT = 0.5  # of what has left, where boxes lie over it
-# Patches whose way is drawn, unless they are named.
+# Opacity of the veil over removed patches, and where boxes are drawn over it.
+_VEIL = 0.82
+_FAINT = 0.5
+# Default number of patches whose path is drawn.
 _NUM_EXAMPLES = 3
 
 Box = tuple[int, int, int, int]
 
 
 def visible_part(image: Image.Image, central_square: float | None) -> Image.Image:
-    """What the model sees of an image.
+    """Crop an image to the part that the model sees.
 
     Args:
-        image: RGB.
+        image: RGB image.
         central_square: as in `Explanation`.
 
     Returns:
@@ -46,16 +47,16 @@ def visible_part(image: Image.Image, central_square: float | None) -> Image.Imag
 
 
 def examples(explanation: Explanation, count: int = _NUM_EXAMPLES) -> list[int]:
-    """Patches that are worth following: whose information went to many places, and far from each other.
+    """Choose removed patches whose information went to many tokens, far from each other.
 
     Args:
-        explanation: of `POST /ficoco/explain`.
-        count: how many at most.
+        explanation: response of `POST /ficoco/explain`.
+        count: largest number of patches.
     """
     rows, columns = explanation.grid
     patches = [left for left in explanation.destinations if left.token < rows * columns and left.targets]
-    most = max((len(left.targets) for left in patches), default=0)
-    spread = [left.token for left in patches if 2 * len(left.targets) > most]
+    max_targets = max((len(left.targets) for left in patches), default=0)
+    candidates = [left.token for left in patches if 2 * len(left.targets) > max_targets]
 
     def distance(one: int, other: int) -> int:
         (row, column), (other_row, other_column) = divmod(one, columns), divmod(other, columns)
@@ -63,13 +64,13 @@ def examples(explanation: Explanation, count: int = _NUM_EXAMPLES) -> list[int]:
 
     middle = rows // 2 * columns + columns // 2
     chosen: list[int] = []
-    while spread and len(chosen) < count:
+    while candidates and len(chosen) < count:
         if chosen:
-            found = max(spread, key=lambda token: min(distance(token, other) for other in chosen))
+            patch = max(candidates, key=lambda token: min(distance(token, other) for other in chosen))
         else:
-            found = min(spread, key=lambda token: distance(token, middle))
-        chosen.append(found)
-        spread.remove(found)
+            patch = min(candidates, key=lambda token: distance(token, middle))
+        chosen.append(patch)
+        candidates.remove(patch)
     return chosen
 
 
@@ -77,15 +78,15 @@ def draw(image: Image.Image, explanation: Explanation, patches: Sequence[int] | 
     """Draw an explanation.
 
     Args:
-        image: that was asked about.
-        explanation: of `POST /ficoco/explain`.
-        patches: names of the discarded patches whose way is drawn; None chooses some.
+        image: the explained image.
+        explanation: response of `POST /ficoco/explain`.
+        patches: indices of the removed patches whose path is drawn; None chooses some.
 
     Returns:
-        RGB, 1120 pixels wide.
+        RGB image, 1120 pixels wide.
 
     Raises:
-        ValueError: a patch that is not in the grid.
+        ValueError: a patch is not in the grid.
 
     Source: arXiv:2411.17686, Fig. 3.
     """
@@ -113,7 +114,7 @@ def draw(image: Image.Image, explanation: Explanation, patches: Sequence[int] | 
 
 
 def _head(pen: ImageDraw.ImageDraw, explanation: Explanation) -> int:
-    """Question, answers and what they took. Returns the height."""
+    """Draw question and answers with their figures. Returns the bottom."""
     top = _MARGIN
     for line in _wrapped(explanation.question, _font(22), _WIDTH - 2 * _MARGIN, 3):
         pen.text((_MARGIN, top), line, _INK, _font(22))
@@ -144,14 +145,14 @@ def _figures(measured: Measured) -> str:
 
 def _legend(patches: Sequence[int]) -> str:
     if not patches:
-        return "no patch has left"
-    return "red: discarded patches; green: where their information is in the end"
+        return "no patch was removed"
+    return "red: removed patches; green: final location of their information"
 
 
 def _layers(
     canvas: Image.Image, pen: ImageDraw.ImageDraw, seen: Image.Image, explanation: Explanation, top: int
 ) -> int:
-    """One small image for every reduction. Returns the height."""
+    """Draw one small image for every reduction. Returns the bottom."""
     side = (_WIDTH - 2 * _MARGIN - (_COLUMNS - 1) * 12) // _COLUMNS
     for index, layer in enumerate(explanation.layers):
         row, column = divmod(index, _COLUMNS)
@@ -168,13 +169,13 @@ def _layer_title(layer: Layer) -> str:
         "features": "tower's output",
         "decoder": f"decoder {layer.layer + 1}",
     }[layer.site]
-    return f"{where}: {len(layer.kept)} stay"
+    return f"{where}: {len(layer.kept)} kept"
 
 
 def _veiled(
     seen: Image.Image, side: int, grid: tuple[int, int], kept: Iterable[int], strength: float
 ) -> Image.Image:
-    """The image with a veil over the patches that are not there any more."""
+    """The image with a veil over removed patches."""
     panel = seen.resize((side, side), Image.Resampling.LANCZOS)
     mask = Image.new("L", panel.size, round(255 * strength))
     pen = ImageDraw.Draw(mask)
@@ -188,7 +189,7 @@ def _veiled(
 def _followed(
     seen: Image.Image, side: int, explanation: Explanation, kept: Iterable[int], patches: Sequence[int]
 ) -> Image.Image:
-    """The image with discarded patches boxed in red, and in green what took their information."""
+    """The image with removed patches boxed in red, and in green the patches that took over their information."""
     grid = explanation.grid
     panel = _veiled(seen, side, grid, kept, _FAINT)
     targets = {left.token: left.targets for left in explanation.destinations}
@@ -208,7 +209,7 @@ def _followed(
 
 
 def _boxes(token: int, side: int, grid: tuple[int, int]) -> Iterator[Box]:
-    """Where a token lies; nowhere if it has no place in the grid."""
+    """Box of a token, none if it has no place in the grid."""
     rows, columns = grid
     row, column = divmod(token, columns)
     if row < rows:
@@ -231,9 +232,9 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def _wrapped(
-    text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, most: int
+    text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, max_lines: int
 ) -> list[str]:
-    """Lines no wider than `width`; what is beyond `most` lines is left out."""
+    """Wrap text to lines no wider than `width`; at most `max_lines` of them."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -242,7 +243,9 @@ def _wrapped(
         else:
             lines.append(word)
     lines = [_cut(line, font, width) for line in lines]
-    return lines if len(lines) <= most else [*lines[: most - 1], _cut(lines[most - 1] + " …", font, width)]
+    if len(lines) <= max_lines:
+        return lines
+    return [*lines[: max_lines - 1], _cut(lines[max_lines - 1] + " …", font, width)]
 
 
 def _cut(line: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:

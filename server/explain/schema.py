@@ -1,4 +1,4 @@
-"""What `POST /ficoco/explain` is asked and answers."""
+"""Request and response of `POST /ficoco/explain`."""
 
 from collections.abc import Sequence
 from typing import Annotated
@@ -8,60 +8,62 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from ficoco_vllm.reduction.method import Site
 from ficoco_vllm.tracing.chain import Departure, Step, destinations
 
-# Of a token that left, so many targets are named, the largest; the sum of the others is `rest`.
+# Number of targets listed for a removed token, the largest first; `rest` is the sum of the others.
 MAX_TARGETS = 16
-# Digits behind the point, of shares and sizes.
+# Decimal places of shares and sizes.
 _DIGITS = 5
 
 Share = tuple[int, float]
 
 
 class ExplainRequest(BaseModel):
-    """An image, a question, and how its visual tokens are to be reduced."""
+    """An image, a question, and the method and budget for its visual tokens."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    image: str = Field(
-        min_length=1, description="URL of the image, as a chat may name it; usually a data URL"
-    )
+    image: str = Field(min_length=1, description="URL of the image, as in a chat; usually a data URL")
     question: Annotated[str, StringConstraints(strip_whitespace=True)] = Field(
-        min_length=1, max_length=4000, description="what is asked about the image"
+        min_length=1, max_length=4000, description="question about the image"
     )
-    method: str | None = Field(default=None, max_length=64, description="without it, the server's")
+    method: str | None = Field(
+        default=None, max_length=64, description="reduction method (default: the server's)"
+    )
     keep: int | None = Field(
-        default=None, ge=1, strict=True, description="visual tokens that are kept; without it, the server's"
+        default=None, ge=1, strict=True, description="visual tokens kept (default: the server's)"
     )
-    max_tokens: int = Field(default=64, ge=1, le=512, strict=True, description="of each of the two answers")
-    compare: bool = Field(default=True, strict=True, description="ask without reduction too")
+    max_tokens: int = Field(
+        default=64, ge=1, le=512, strict=True, description="limit of each of the two answers"
+    )
+    compare: bool = Field(default=True, strict=True, description="also answer without reduction")
 
 
 class Measured(BaseModel):
-    """One answer, and what it took."""
+    """One answer with its token counts, times and KV cache."""
 
     answer: str
-    method: str | None = Field(description="None: without reduction")
-    visual_tokens: int = Field(description="of the image, as it enters the decoder")
-    last_visual_tokens: int = Field(description="of the image, in the decoder's last layer")
+    method: str | None = Field(description="reduction method; None: without reduction")
+    visual_tokens: int = Field(description="visual tokens of the image that enter the decoder")
+    last_visual_tokens: int = Field(description="visual tokens of the image in the decoder's last layer")
     prompt_tokens: int
     completion_tokens: int
     ttft_seconds: float = Field(
-        description="from the request to its first token; no cache had seen the image"
+        description="time from the request to its first token; the image is in no cache"
     )
     total_seconds: float
     kv_bytes: int = Field(description="KV cache of the prompt, over all layers and workers")
 
 
 class Left(BaseModel):
-    """A token that left, and where its information went."""
+    """A removed token, and the tokens that took over its information."""
 
     token: int
     targets: list[Share] = Field(description="token and share, the largest first")
-    rest: float = Field(description="share that went to targets which are not named")
-    lost: float = Field(description="share that went nowhere")
+    rest: float = Field(description="share of targets that are not listed")
+    lost: float = Field(description="share that no token took over")
 
     @classmethod
     def of(cls, departure: Departure) -> "Left":
-        """Keep the largest targets."""
+        """List the largest targets."""
         named = [(token, round(share, _DIGITS)) for token, share in departure.targets[:MAX_TARGETS]]
         rest = sum(share for _, share in departure.targets[MAX_TARGETS:])
         return cls(
@@ -73,18 +75,18 @@ class Left(BaseModel):
 
 
 class Layer(BaseModel):
-    """One reduction, as the engine did it."""
+    """One reduction in one layer."""
 
     site: Site
     layer: int = Field(description="index, from 0")
     kept: list[int]
-    num_fused: int = Field(description="the last tokens of `kept` that are new")
+    num_fused: int = Field(description="number of new tokens, the last ones of `kept`")
     left: list[Left]
-    sizes: list[float] = Field(description="patches that each of `kept` stands for")
+    sizes: list[float] = Field(description="number of patches that each token of `kept` stands for")
 
     @classmethod
     def of(cls, step: Step) -> "Layer":
-        """One step of a trace."""
+        """Convert one step of a trace."""
         return cls(
             site=step.site,
             layer=step.layer,
@@ -96,10 +98,10 @@ class Layer(BaseModel):
 
 
 class Explanation(BaseModel):
-    """Both answers, and the way of every patch.
+    """Both answers, and the path of every patch.
 
-    Tokens are named by their patch's index in the grid, row by row; those without a place in it (fused ones, [CLS])
-    take the numbers behind.
+    A token's number is its patch's index in the grid, row by row. Tokens without a patch (fused ones, [CLS]) have the
+    numbers after those.
     """
 
     model: str
@@ -108,24 +110,24 @@ class Explanation(BaseModel):
     keep: int
     grid: tuple[int, int] = Field(description="rows and columns of patches")
     central_square: float | None = Field(
-        description="the grid covers the central square of the image whose side is so many times the shorter side; "
-        "None: all of the image, stretched"
+        description="the grid covers the central square of the image; side of that square as a multiple of the "
+        "image's shorter side; None: the whole image, stretched"
     )
     reduced: Measured
     full: Measured | None
     layers: list[Layer]
     destinations: list[Left] = Field(
-        description="where the information of each token that left is in the end, over all layers"
+        description="final location of the information of each removed token, over all layers"
     )
 
     @staticmethod
-    def story(steps: Sequence[Step]) -> tuple[list[Layer], list[Left]]:
-        """`layers` and `destinations` of a trace."""
+    def summarize(steps: Sequence[Step]) -> tuple[list[Layer], list[Left]]:
+        """Convert a trace to `layers` and `destinations`."""
         return [Layer.of(step) for step in steps], [Left.of(item) for item in destinations(steps)]
 
 
 class MethodChoice(BaseModel):
-    """A method that a request may ask for."""
+    """A method that a request may name."""
 
     name: str
     title: str
@@ -133,7 +135,7 @@ class MethodChoice(BaseModel):
 
 
 class Options(BaseModel):
-    """What the page needs to know of the server before the first question."""
+    """Model, methods and budgets, for the page."""
 
     model: str
     methods: list[MethodChoice]

@@ -1,4 +1,4 @@
-"""A process of our own for as long as it is needed: above all a server on a free port of this machine."""
+"""Subprocesses that run while a block does, above all a server on a free port of this machine."""
 
 import os
 import random
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HOST = "127.0.0.1"
-# Below those that Linux gives to outgoing connections: a server takes its port seconds after it was found free.
+# Below the ports that Linux gives to outgoing connections: a server binds its port seconds after the probe.
 _PORTS = range(20_000, 32_768)
 OURS = ("-m", "ficoco_vllm.server.cli", "serve")
 # vLLM's own server; its command `vllm` does not start in the CPU build.
@@ -26,16 +26,16 @@ Process = subprocess.Popen[bytes]
 
 
 class StartError(RuntimeError):
-    """A process ended or was not ready in time; with the end of its log."""
+    """A process ended or was not ready in time. The message ends with its log."""
 
 
 @dataclass(frozen=True)
 class Served:
-    """A server that answers.
+    """A running server.
 
     Attributes:
-        port: of 127.0.0.1.
-        process: the first of its processes.
+        port: its port on 127.0.0.1.
+        process: its first process.
     """
 
     port: int
@@ -43,7 +43,7 @@ class Served:
 
     @property
     def url(self) -> str:
-        """Its address, without a path."""
+        """Base URL, without a path."""
         return f"http://{HOST}:{self.port}"
 
 
@@ -59,11 +59,11 @@ def serving(
     """Run a server on a free port until the block ends.
 
     Args:
-        arguments: of the program, without host and port.
-        log: file that takes what the server prints.
-        environment: variables beside those of this process; None takes one away.
-        program: words behind `python` that serve; `ficoco-vllm serve`, or vLLM's own server.
-        python: which one runs it; its packages are the ones that serve.
+        arguments: command line of the program, without host and port.
+        log: file for the server's output.
+        environment: variables added to those of this process; None removes one.
+        program: arguments of `python` that start the server: `ficoco-vllm serve`, or vLLM's own server.
+        python: interpreter; its packages are the ones that serve.
         folder: working directory; None means that of this process.
 
     Yields:
@@ -91,9 +91,9 @@ def running(
 
     Args:
         command: program and arguments.
-        log: file that takes what it prints.
+        log: file for its output.
         is_ready: whether it has started up.
-        environment: variables beside those of this process; None takes one away.
+        environment: variables added to those of this process; None removes one.
         folder: working directory; None means that of this process.
 
     Yields:
@@ -117,7 +117,7 @@ def running(
         deadline = time.monotonic() + START_SECONDS
         while not is_ready():
             if process.poll() is not None or time.monotonic() > deadline:
-                raise StartError(f"it did not start: {' '.join(command)}\n{_tail(log)}")
+                raise StartError(f"the process did not start: {' '.join(command)}\n{_tail(log)}")
             time.sleep(0.3)
         yield process
     finally:
@@ -125,12 +125,12 @@ def running(
 
 
 def free_port() -> int:
-    """A port on which nothing listens now, and which no outgoing connection is given meanwhile.
+    """Find a port that nothing listens on and that Linux gives to no outgoing connection.
 
     Raises:
         OSError: there is none.
     """
-    # Not the module's own generator: vLLM seeds that, in each of several processes alike.
+    # A generator of the system: vLLM seeds the module's own one alike in several processes.
     for port in random.SystemRandom().sample(_PORTS, len(_PORTS)):
         with socket.socket() as probe:
             try:
@@ -145,7 +145,7 @@ def is_healthy(url: str) -> bool:
     """Whether /health of a server answers 200.
 
     Args:
-        url: without a path.
+        url: base URL, without a path.
     """
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
@@ -161,7 +161,7 @@ def _stop(process: Process) -> None:
     try:
         process.wait(STOP_SECONDS)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # the group of this process alone
+        os.killpg(process.pid, signal.SIGKILL)  # the process and its children share this group with nobody
         process.wait()
 
 

@@ -1,4 +1,4 @@
-"""The folder in which the processes of one server count together."""
+"""The folder through which the processes of one server add up their metrics."""
 
 import argparse
 import os
@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ficoco_vllm.plugin import COUNTS_IN_FILES
+from ficoco_vllm.environment import COUNTS_IN_FILES
 
 # prometheus_client's name for the folder that processes share.
 MULTIPROC = "PROMETHEUS_MULTIPROC_DIR"
@@ -16,11 +16,11 @@ MULTIPROC = "PROMETHEUS_MULTIPROC_DIR"
 def shared_metrics(wanted: bool) -> Iterator[str | None]:
     """Let engine core and workers count into the `/metrics` of the API server.
 
-    prometheus_client adds up what several processes count if a folder is named before it is imported. vLLM names
-    one only for several API servers; a folder that the user has named stays.
+    prometheus_client adds up what several processes count if a folder is named before it is imported. vLLM names one
+    only for several API servers. A folder that the user names stays.
 
     Args:
-        wanted: whether there is anything to share.
+        wanted: whether the processes share metrics at all.
 
     Yields:
         The folder, None where it is not ours.
@@ -46,15 +46,17 @@ def _folder() -> Iterator[str | None]:
         try:
             yield folder
         finally:
-            if os.environ.get(MULTIPROC) == folder:  # else whatever this process starts next looks for it
+            if (
+                os.environ.get(MULTIPROC) == folder
+            ):  # later subprocesses must not look for a folder that is gone
                 del os.environ[MULTIPROC]
 
 
-def several_servers(args: argparse.Namespace) -> bool:
+def starts_several_servers(args: argparse.Namespace) -> bool:
     """Whether vLLM will start several API servers.
 
     Args:
-        args: of vLLM's parser.
+        args: options parsed by vLLM's parser.
     """
     if args.api_server_count is not None:
         return bool(args.api_server_count > 1)

@@ -1,4 +1,4 @@
-"""The largest body that the server reads, on every route."""
+"""Limit of request bodies, on every route."""
 
 import os
 from http import HTTPStatus
@@ -7,12 +7,12 @@ from fastapi import HTTPException
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ficoco_vllm.plugin import MAX_BODY_BYTES
-from ficoco_vllm.server.openai_errors import error_answer
+from ficoco_vllm.environment import MAX_BODY_BYTES
+from ficoco_vllm.server.openai_errors import error_response
 
 
 class TooLargeError(HTTPException):
-    """HTTP 413; vLLM's own handler words the answer where a route reads its body."""
+    """HTTP 413. Where a route reads the body, vLLM's own handler turns it into a response."""
 
     def __init__(self, max_bytes: int) -> None:
         message = f"the body is too large; allowed: up to {max_bytes} bytes (--ficoco-max-body-mb)"
@@ -20,17 +20,17 @@ class TooLargeError(HTTPException):
 
 
 class BodyLimit:
-    """ASGI middleware: a body that is too large is answered with 413 and never held in memory.
+    """ASGI middleware that answers 413 to a body that is too large, and never holds it in memory.
 
-    `ficoco-vllm serve` hands it to vLLM's `--middleware`, which gives it no arguments.
+    `ficoco-vllm serve` passes it to vLLM's `--middleware`, which gives it no arguments.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int | None = None) -> None:
         """Wrap an application.
 
         Args:
-            app: of vLLM.
-            max_bytes: of a body, 0 for no limit; None takes what the environment says.
+            app: vLLM's application.
+            max_bytes: limit of a body, 0 for none; None reads the environment.
         """
         self.app = app
         self.max_bytes = int(os.environ.get(MAX_BODY_BYTES, "0")) if max_bytes is None else max_bytes
@@ -54,12 +54,12 @@ class BodyLimit:
 
         try:
             await self.app(scope, limited, send)
-        except TooLargeError as error:  # another middleware has read the body, outside of vLLM's handlers
-            await error_answer(error.detail, error.status_code)(scope, receive, send)
+        except TooLargeError as error:  # raised in another middleware, outside of vLLM's handlers
+            await error_response(error.detail, error.status_code)(scope, receive, send)
 
     async def _drain(self, receive: Receive, message: Message) -> None:
-        """Throw away as much again: a client that is still sending would see a broken connection, not the answer."""
-        left = self.max_bytes
-        while message.get("more_body") and left > 0:
+        """Discard up to `max_bytes` more: a client that is still sending would see a broken connection, not the 413."""
+        remaining = self.max_bytes
+        while message.get("more_body") and remaining > 0:
             message = await receive()
-            left -= len(message.get("body", b""))
+            remaining -= len(message.get("body", b""))

@@ -1,4 +1,4 @@
-"""Images of requests: what cannot be loaded is the client's error, never the server's."""
+"""Image loader: a medium that cannot be loaded is the client's error, never the server's."""
 
 import os
 import struct
@@ -16,11 +16,12 @@ from vllm.exceptions import GracefulHTTPError, VLLMUnprocessableEntityError, VLL
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
 from vllm.multimodal.media.image import ImageMediaIO
 
-from ficoco_vllm.plugin import ALLOW_PRIVATE_MEDIA, MAX_IMAGE_BYTES, MAX_PIXELS, MEDIA_CONNECTOR
+from ficoco_vllm.environment import ALLOW_PRIVATE_MEDIA, MAX_IMAGE_BYTES, MAX_PIXELS, MEDIA_CONNECTOR
+from ficoco_vllm.hooks.wrapping import wrap
 from ficoco_vllm.server.media.fetching import connection_to
 
-# Pillow's own limit of pixels, a file URL where no folder is allowed, and what Pillow's readers raise over broken
-# files beside OSError and ValueError: vLLM answers all of these with HTTP 500 or 501.
+# Raised by Pillow's limit of pixels, by a file URL where no folder is allowed, and by Pillow's readers of broken files
+# (beside OSError and ValueError). vLLM answers all of these with HTTP 500 or 501.
 _CLIENT_ERRORS = (
     Image.DecompressionBombError,
     RuntimeError,
@@ -36,17 +37,16 @@ _NETWORK_ERRORS = (aiohttp.ClientError, OSError, TimeoutError)
 
 @MEDIA_CONNECTOR_REGISTRY.register(MEDIA_CONNECTOR)
 class FicocoMediaConnector(MediaConnector):
-    """vLLM's connector; an image that is too large or not allowed is refused with HTTP 400 or 413.
+    """vLLM's connector with the operator's limits: a medium that is too large or not allowed gets HTTP 400 or 413.
 
-    What all kinds of media are loaded through is guarded, not images alone: without settings of ours `ficoco-vllm
-    serve` serves models that take videos and sounds too.
+    It guards all kinds of media, since `ficoco-vllm serve` without our settings also serves models for video and audio.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Take over the operator's limits; see vLLM's connector for the arguments."""
+        """Read the operator's limits; see vLLM's connector for the arguments."""
         super().__init__(*args, **kwargs)
         if limit := os.environ.get(MAX_PIXELS):
-            # Pillow refuses twice of what it warns of; both are looked at before any pixel is unpacked.
+            # Pillow warns above this limit and refuses twice of it, both before it unpacks a pixel.
             Image.MAX_IMAGE_PIXELS = int(limit) // 2
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         self.max_image_bytes = int(os.environ.get(MAX_IMAGE_BYTES, "0"))
@@ -57,7 +57,7 @@ class FicocoMediaConnector(MediaConnector):
         """Load one image.
 
         Args:
-            image_url: of the request.
+            image_url: URL in the request.
             image_mode: mode to convert to, None to keep it.
 
         Raises:
@@ -83,9 +83,9 @@ class FicocoMediaConnector(MediaConnector):
         """Load one medium of any kind.
 
         Args:
-            url: of the request.
-            media_io: of vLLM, reads this kind of medium.
-            kwargs: as vLLM hands them in.
+            url: URL in the request.
+            media_io: vLLM's reader of this kind of medium.
+            kwargs: arguments of vLLM's method.
 
         Raises:
             VLLMValidationError: the medium is on the network, and its address is not allowed.
@@ -101,7 +101,7 @@ class FicocoMediaConnector(MediaConnector):
             raise _unreachable(url, error) from error
 
     async def load_from_url_async(self, url: str, media_io: Any, **kwargs: Any) -> Any:
-        """Load one medium of any kind; see `load_from_url`."""
+        """Load one medium; see `load_from_url`."""
         limited = self._check(url, media_io)
         try:
             return await super().load_from_url_async(url, limited, **kwargs)
@@ -111,10 +111,10 @@ class FicocoMediaConnector(MediaConnector):
             raise _unreachable(url, error) from error
 
     def _check(self, url: str, media_io: Any) -> Any:
-        """Fetch from nowhere that the operator has not named: a server's network is not its clients'.
+        """Refuse network URLs unless the operator names domains: clients must not reach the server's network.
 
         Returns:
-            `media_io`, with the operator's limit where it reads an image.
+            `media_io`, with the operator's size limit if it reads an image.
         """
         if url.lstrip()[:4].lower() == "http" and not self.allowed_media_domains:
             raise VLLMValidationError(
@@ -127,7 +127,7 @@ class FicocoMediaConnector(MediaConnector):
         if url[:5].lower() == "data:" and 3 * len(url.partition(",")[2]) // 4 > self.max_image_bytes + 2:
             raise self._too_large()
         limited = copy(media_io)
-        limited.get_max_bytes = lambda: self.max_image_bytes
+        wrap(limited, "get_max_bytes", lambda _: self.max_image_bytes)
         return limited
 
     def _too_large(self) -> GracefulHTTPError:
@@ -143,11 +143,11 @@ def _refusal(error: Exception) -> VLLMValidationError:
 
 
 def _unreachable(url: str, error: Exception) -> Exception:
-    """The error of a fetch; errors over what was fetched stay what they are."""
+    """Error of a fetch from the network; errors of other URLs stay as they are."""
     if url.lstrip()[:4].lower() != "http":
         return error
     why = str(error) or type(error).__name__
-    refusal: Exception = VLLMUnprocessableEntityError(
+    unreachable: Exception = VLLMUnprocessableEntityError(
         f"image_url: {urlsplit(url).hostname} could not be fetched from: {why}", parameter="image_url"
     )
-    return refusal
+    return unreachable

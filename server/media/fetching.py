@@ -1,9 +1,10 @@
-"""The HTTP client that fetches media: public addresses only, and no redirects unless the operator allows them."""
+"""HTTP client for media: public addresses only, and no redirects unless the operator allows them."""
 
 import asyncio
 import socket
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from http import HTTPStatus
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
@@ -16,15 +17,15 @@ from vllm.connections import HTTPConnection
 from vllm.exceptions import VLLMValidationError
 
 Address = IPv4Address | IPv6Address
-# Carries IPv4 addresses in its last 32 bits (RFC 6052).
+# Network with IPv4 addresses in its last 32 bits (RFC 6052).
 _NAT64 = IPv6Network("64:ff9b::/96")
 
 
 def is_public(address: Address) -> bool:
-    """Whether an address is one of the internet: not private, loopback, link-local, multicast or reserved.
+    """Whether an address is public: not private, loopback, link-local, multicast or reserved.
 
     Args:
-        address: an IPv6 one that carries an IPv4 address is judged by that.
+        address: an IPv6 address that contains an IPv4 address is public if that is.
     """
     if isinstance(address, IPv6Address):
         inner = address.ipv4_mapped or address.sixtofour
@@ -36,19 +37,19 @@ def is_public(address: Address) -> bool:
 
 
 class GuardedConnection(HTTPConnection):
-    """vLLM's client for media, whose every connection is checked where it is made.
+    """vLLM's media client with a check of the address of every connection as it is opened.
 
-    So neither a name that resolves to an address of the server's own network, nor one that changes between a look
-    and a use, nor a redirect leads there. Where the environment names a proxy for a URL, the proxy resolves the name
-    and decides.
+    So no name that resolves to an address of the server's own network leads there, also not one that changes between
+    check and use, and no redirect. Where the environment names a proxy for a URL, the proxy resolves the name and
+    decides.
     """
 
     def __init__(self, allow_private: bool, allowed: Iterable[Address] = ()) -> None:
-        """Make no connection yet.
+        """Open no connection yet.
 
         Args:
-            allow_private: whether any address will do.
-            allowed: addresses that the operator has named, public or not.
+            allow_private: whether every address is allowed.
+            allowed: addresses that the operator names, public or not.
         """
         super().__init__()
         self.allow_private = allow_private
@@ -76,11 +77,11 @@ class GuardedConnection(HTTPConnection):
         )
 
     def get_bytes(self, url: str, **kwargs: Any) -> bytes:
-        """As `async_get_bytes`, for callers that do not wait in an event loop.
+        """Synchronous `async_get_bytes`, for callers outside of an event loop.
 
         Args:
-            url: of the medium.
-            kwargs: as vLLM's class takes them.
+            url: URL of the medium.
+            kwargs: arguments of vLLM's method.
         """
         own = GuardedConnection(self.allow_private, self.allowed)
 
@@ -94,7 +95,7 @@ class GuardedConnection(HTTPConnection):
             return thread.submit(asyncio.run, fetch()).result()
 
     async def close(self) -> None:
-        """Close the connections that wait for more requests."""
+        """Close idle connections."""
         sessions, self._sessions = self._sessions, {}
         for session in sessions.values():
             await session.close()
@@ -105,7 +106,7 @@ class GuardedConnection(HTTPConnection):
             self._sessions, self._loop = {}, loop
         if direct not in self._sessions:
             self._sessions[direct] = aiohttp.ClientSession(
-                # One address after the other: the first that is not allowed ends the attempt.
+                # No parallel attempts: the first address that is not allowed ends the request.
                 connector=aiohttp.TCPConnector(
                     socket_factory=self._open if direct else None, happy_eyeballs_delay=None
                 ),
@@ -114,7 +115,7 @@ class GuardedConnection(HTTPConnection):
         return self._sessions[direct]
 
     def _open(self, info: tuple[Any, ...]) -> socket.socket:
-        """Open a socket for an address of `getaddrinfo`'s.
+        """Open a socket for a result of `getaddrinfo`.
 
         Raises:
             VLLMValidationError: the address is not allowed.
@@ -132,23 +133,21 @@ class GuardedConnection(HTTPConnection):
 
 @cache
 def connection_to(domains: tuple[str, ...], allow_private: bool) -> GuardedConnection:
-    """The client of this process for an operator's list.
+    """Client of this process for the operator's list.
 
     Args:
-        domains: that media may come from; an address among them is allowed whatever it is.
-        allow_private: whether any address will do.
+        domains: domains that media may come from; an address among them is allowed, public or not.
+        allow_private: whether every address is allowed.
     """
     return GuardedConnection(allow_private, _addresses(domains))
 
 
 def _addresses(domains: Iterable[str]) -> list[Address]:
-    found = []
+    addresses = []
     for domain in domains:
-        try:
-            found.append(ip_address(domain.strip("[]")))
-        except ValueError:
-            continue  # a name
-    return found
+        with suppress(ValueError):  # a name
+            addresses.append(ip_address(domain.strip("[]")))
+    return addresses
 
 
 def _proxy_of(url: str) -> str | None:
@@ -158,7 +157,7 @@ def _proxy_of(url: str) -> str | None:
 
 
 async def _refuse_redirect(response: aiohttp.ClientResponse) -> None:
-    """What is left of a redirect that was not followed; it carries no medium."""
+    """Refuse a redirect that was not followed; its body is no medium."""
     if HTTPStatus.MULTIPLE_CHOICES <= response.status < HTTPStatus.BAD_REQUEST:
         raise VLLMValidationError(
             f"image_url: the address answers with a redirect (HTTP {response.status}), and redirects are not "

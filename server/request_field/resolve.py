@@ -1,4 +1,4 @@
-"""From what a request asks to what processor and decoder are told: pure integers and names."""
+"""From the field `ficoco` to arguments for the image processor and the decoder: pure integers and names."""
 
 from bisect import bisect_right
 from collections.abc import Mapping
@@ -15,60 +15,54 @@ from ficoco_vllm.server.request_field.schema import FIELD, OFF, FicocoRequest
 
 @dataclass(frozen=True)
 class Bounds:
-    """What the operator lets requests ask for.
+    """The operator's bounds on what requests may name. Every check raises ValueError: field, value, what is allowed.
 
     Attributes:
         min_keep: fewest visual tokens of an image.
-        methods: names, "off" among them; None allows all that the server can run.
+        methods: allowed names, "off" among them; None allows every method that the server can run.
     """
 
     min_keep: int = 1
     methods: tuple[str, ...] | None = None
 
-    def check_keep(self, name: str, keep: float, most: int) -> None:
-        """Refuse a budget that is out of bounds.
+    @property
+    def allows_off(self) -> bool:
+        """Whether a request may keep all visual tokens."""
+        return self.methods is None or OFF in self.methods
 
-        Raises:
-            ValueError: naming the field, its value and what is allowed.
-        """
-        if not self.min_keep <= keep <= most:
+    def check_keep(self, name: str, keep: float, max_keep: int) -> None:
+        """Refuse a budget outside of the bounds."""
+        if not self.min_keep <= keep <= max_keep:
             raise ValueError(
-                f"{name} = {keep} is not allowed; allowed: an integer from {self.min_keep} to {most}"
+                f"{name} = {keep} is not allowed; allowed: an integer from {self.min_keep} to {max_keep}"
+            )
+        self.check_reduces(name, keep, max_keep)
+
+    def check_reduces(self, name: str, keep: Any, max_keep: int) -> None:
+        """Refuse a budget of all tokens where "off" is not allowed."""
+        if keep == max_keep and not self.allows_off:
+            raise ValueError(
+                f"{name} = {keep} is not allowed; allowed: fewer than all, which would be {OFF!r}; the server "
+                f"reduces by {', '.join(self.methods or ())}"
             )
 
     def check_method(self, name: str, method: Any) -> None:
-        """Refuse a method that the operator does not allow.
-
-        Raises:
-            ValueError: naming the field, its value and what is allowed.
-        """
+        """Refuse a method that the operator does not allow."""
         if self.methods is not None and method not in self.methods:
             raise ValueError(f"{name} = {method!r} is not allowed; allowed: {', '.join(self.methods)}")
 
-    def check_reduced(self, name: str, keep: Any, most: int) -> None:
-        """Refuse a budget of all tokens where the operator does not allow "off".
 
-        Raises:
-            ValueError: naming the field, its value and what is allowed.
-        """
-        if self.methods is not None and OFF not in self.methods and keep == most:
-            raise ValueError(
-                f"{name} = {keep} is not allowed; allowed: fewer than all, which would be {OFF!r}; the server "
-                f"reduces by {', '.join(self.methods)}"
-            )
-
-
-# An operator who sets no bounds.
+# Bounds where the operator sets none.
 UNBOUNDED = Bounds()
 
 
 @dataclass(frozen=True)
-class Told:
-    """What goes on with a request.
+class Resolved:
+    """Method and budget of one request, as its processor and decoder read them.
 
     Attributes:
-        tower: `mm_processor_kwargs` of ours.
-        decoder: `vllm_xargs` of ours.
+        tower: our part of `mm_processor_kwargs`.
+        decoder: our part of `vllm_xargs`.
     """
 
     tower: Mapping[str, Any] = field(default_factory=dict)
@@ -77,19 +71,19 @@ class Told:
 
 @dataclass(frozen=True)
 class Resolver:
-    """Of one server.
+    """Resolves the requests of one server.
 
     Attributes:
-        sites: where its method works.
-        bounds: of the operator.
+        sites: where the server's method reduces.
+        bounds: the operator's bounds.
     """
 
     sites: Sites
     bounds: Bounds
 
     @property
-    def most(self) -> int:
-        """Visual tokens of an image without any reduction, or of a tile of it where these are counted."""
+    def max_keep(self) -> int:
+        """Visual tokens of an image without reduction, or of a tile where a budget counts these."""
         return self.sites.most
 
     @cached_property
@@ -104,59 +98,60 @@ class Resolver:
             names = self.sites.tower.methods
         return tuple(name for name in names if self.bounds.methods is None or name in self.bounds.methods)
 
-    def tell(self, asked: FicocoRequest | Literal["off"]) -> Told:
-        """What processor and decoder are told.
+    def resolve(self, requested: FicocoRequest | Literal["off"]) -> Resolved:
+        """Translate the field of a request.
 
         Args:
-            asked: by the request.
+            requested: the field, parsed.
 
         Raises:
             ValueError: starting with the field, then its value and what is allowed.
         """
         tower, decoder = self.sites.tower, self.sites.decoder
-        if isinstance(asked, str):
+        if isinstance(requested, str):
             self.bounds.check_method(FIELD, OFF)
-            return Told(
+            return Resolved(
                 tower={KEEP: tower.most_keep} if tower.active else {},
-                decoder={} if decoder is None else {KEEP: self.most + tower.shape.with_cls},
+                decoder={} if decoder is None else {KEEP: self.max_keep + tower.shape.with_cls},
             )
-        if asked.method is not None and asked.method not in self.methods:
-            off = self.bounds.methods is None or OFF in self.bounds.methods
-            allowed = (*self.methods, OFF) if off else self.methods
+        if requested.method is not None and requested.method not in self.methods:
+            allowed = (*self.methods, OFF) if self.bounds.allows_off else self.methods
             raise ValueError(
-                f"{FIELD}.method = {asked.method!r} is not allowed; allowed: {', '.join(allowed)}"
+                f"{FIELD}.method = {requested.method!r} is not allowed; allowed: {', '.join(allowed)}"
             )
-        method = None if self.sites.config.method in PIPELINES else asked.method
+        # A pipeline has its own methods; its name selects nothing in a request.
+        method = None if self.sites.config.method in PIPELINES else requested.method
         named = {} if method is None else {METHOD: method}
-        keep = asked.keep
-        if asked.kv_budget is not None:
-            keep = self._keep_of(method, asked.kv_budget)
+        keep = requested.keep
+        if requested.kv_budget is not None:
+            keep = self._keep_of(method, requested.kv_budget)
         if keep is None:
-            return Told({}, named) if decoder is not None else Told(named)
-        self.bounds.check_keep(f"{FIELD}.keep", keep, self.most)
-        self.bounds.check_reduced(f"{FIELD}.keep", keep, self.most)
+            return Resolved(named) if decoder is None else Resolved(decoder=named)
+        self.bounds.check_keep(f"{FIELD}.keep", keep, self.max_keep)
         if decoder is None:
-            return Told({**named, KEEP: keep})
+            return Resolved({**named, KEEP: keep})
         entering, in_tower = self._entering(keep)
-        return Told(in_tower, {**named, KEEP: min(keep, entering)})
+        return Resolved(in_tower, {**named, KEEP: min(keep, entering)})
 
     def check_raw(self, name: str, values: Mapping[str, Any], entering: int | None = None) -> None:
-        """Hold the operator's bounds against our fields in vLLM's own extension points.
+        """Check method and budget in vLLM's own extension fields against the operator's bounds.
+
+        Values that no server allows are refused later, by the processor and the decoder.
 
         Args:
-            name: of the body's field that holds them.
-            values: of `mm_processor_kwargs` or `vllm_xargs`.
-            entering: visual tokens of the largest image where the values apply; that many are never too few.
+            name: field of the body, `mm_processor_kwargs` or `vllm_xargs`.
+            values: its value.
+            entering: visual tokens of the largest image that enter the decoder; keeping all of them is allowed, however
+                few they are.
 
         Raises:
             ValueError: starting with the field, then its value and what is allowed.
         """
-        keep, least = values.get(KEEP), self.bounds.min_keep
+        keep, min_keep = values.get(KEEP), self.bounds.min_keep
         if entering is not None:
-            least = min(least, entering)
-        # What no server allows is refused where the field is read, in the words of processor and decoder.
-        if isinstance(keep, int | float) and 1 <= keep < least:
-            self.bounds.check_keep(f"{name}.{KEEP}", keep, self.most)
+            min_keep = min(min_keep, entering)
+        if isinstance(keep, int | float) and 1 <= keep < min_keep:
+            self.bounds.check_keep(f"{name}.{KEEP}", keep, self.max_keep)
         method = values.get(METHOD)
         config = self.sites.config
         own = (config.method, config.decoder_method.name if config.decoder_method else None)
@@ -164,7 +159,7 @@ class Resolver:
             self.bounds.check_method(f"{name}.{METHOD}", method)
 
     def _entering(self, keep: int) -> tuple[int, dict[str, Any]]:
-        """Visual tokens that enter the decoder, and what the tower is told for it."""
+        """Visual tokens that enter the decoder for a budget, and the arguments of the tower that lead there."""
         sites = self.sites
         if not sites.tower_follows:
             return sites.tower.num_output_tokens(sites.tower.default), {}
@@ -181,9 +176,9 @@ class Resolver:
             entering, _ = self._entering(keep)
             return fmean(decoder.counts(method or decoder.method, entering, min(keep, entering)))
 
-        least, most = mean(self.bounds.min_keep), mean(self.most)
-        if not least <= kv_budget <= most:
+        smallest, largest = mean(self.bounds.min_keep), mean(self.max_keep)
+        if not smallest <= kv_budget <= largest:
             raise ValueError(
-                f"{FIELD}.kv_budget = {kv_budget:g} is not allowed; allowed: {least:.2f} to {most:.2f}"
+                f"{FIELD}.kv_budget = {kv_budget:g} is not allowed; allowed: {smallest:.2f} to {largest:.2f}"
             )
-        return bisect_right(range(1, self.most + 1), kv_budget, key=mean)
+        return bisect_right(range(1, self.max_keep + 1), kv_budget, key=mean)

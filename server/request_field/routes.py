@@ -1,17 +1,18 @@
-"""Which of vLLM's routes read the field `ficoco`; the others say that they do not."""
+"""The routes of vLLM that read the field `ficoco`; all others refuse it. Both are part of `/openapi.json`."""
 
 import json
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
+from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ficoco_vllm.server.openai_errors import error_answer
-from ficoco_vllm.server.request_field.schema import FIELD
+from ficoco_vllm.hooks.wrapping import wrap
+from ficoco_vllm.server.openai_errors import error_response
+from ficoco_vllm.server.request_field.schema import FIELD, OFF, FicocoRequest
 
-# On the server's state: whether requests choose for themselves.
-CONTROLLED = "ficoco_controlled"
-# Handler on vLLM's state, its method, and the routes that it answers.
+# Handler on vLLM's state, its method, and the route that it answers.
 HANDLERS = (
     ("openai_serving_chat", "create_chat_completion", "/v1/chat/completions"),
     ("openai_serving_chat_batch", "create_batch_chat_completion", "/v1/chat/completions/batch"),
@@ -19,29 +20,33 @@ HANDLERS = (
     ("openai_serving_responses", "create_responses", "/v1/responses"),
     ("serving_tokenization", "create_tokenize", "/tokenize"),
 )
-READ = tuple(path for _, _, path in HANDLERS)
-# Hands its bodies to the handlers of chats and completions.
+ROUTES = tuple(path for _, _, path in HANDLERS)
+# Forwards its bodies to the handlers of chats and completions.
 _SAGEMAKER = "/invocations"
 _OURS = "/ficoco/"
+_COMPONENTS = "#/components/schemas/"
 
 
 class FieldGuard:
-    """ASGI middleware: on a route that would ignore the field, it is answered with 400.
+    """ASGI middleware that answers 400 where a route would ignore the field.
 
-    vLLM drops what its bodies do not know, and a client would believe that its wish was granted.
+    vLLM drops unknown fields, so the client would believe that its method and budget were applied.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, is_active: Callable[[], bool]) -> None:
         """Wrap an application.
 
         Args:
-            app: of vLLM.
+            app: vLLM's application.
+            is_active: whether this server reads the field at all.
         """
         self.app = app
+        self.is_active = is_active
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        if not _is_deaf(scope):
+        is_post = scope["type"] == "http" and scope["method"] == "POST"
+        if not is_post or _reads_field(_path(scope)) or not self.is_active():
             await self.app(scope, receive, send)
             return
         messages = [await receive()]
@@ -49,16 +54,16 @@ class FieldGuard:
             messages.append(await receive())
         if _names_field(b"".join(message.get("body", b"") for message in messages)):
             message = (
-                f"{FIELD} is not read by {_path(scope)}; allowed: without it, or one of {', '.join(READ)}"
+                f"{FIELD} is not read by {_path(scope)}; allowed: without it, or one of {', '.join(ROUTES)}"
             )
-            await error_answer(message, HTTPStatus.BAD_REQUEST, FIELD)(scope, receive, send)
+            await error_response(message, HTTPStatus.BAD_REQUEST, FIELD)(scope, receive, send)
             return
         messages.reverse()
 
-        async def again() -> Message:
+        async def replay() -> Message:
             return messages.pop() if messages else await receive()
 
-        await self.app(scope, again, send)
+        await self.app(scope, replay, send)
 
 
 def _path(scope: Scope) -> str:
@@ -66,19 +71,51 @@ def _path(scope: Scope) -> str:
     return path.removeprefix(scope.get("root_path", ""))
 
 
-def _is_deaf(scope: Scope) -> bool:
-    if scope["type"] != "http" or scope["method"] != "POST":
-        return False
-    path = _path(scope)
-    reads = path in READ or path == _SAGEMAKER or path.startswith(_OURS)
-    return not reads and getattr(scope["app"].state, CONTROLLED, False)
+def _reads_field(path: str) -> bool:
+    return path in ROUTES or path == _SAGEMAKER or path.startswith(_OURS)
 
 
 def _names_field(body: bytes) -> bool:
     if f'"{FIELD}"'.encode() not in body:
-        return False  # almost all of them, without a second look
+        return False  # spares nearly all bodies the parsing
     try:
         content: Any = json.loads(body)
     except ValueError:
         return False
     return isinstance(content, dict) and FIELD in content
+
+
+def publish(app: FastAPI) -> None:
+    """Add the field to `/openapi.json`.
+
+    Args:
+        app: vLLM's application.
+    """
+
+    def openapi(original: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        is_new = app.openapi_schema is None
+        schema = original()
+        if is_new:  # FastAPI returns the same object from then on
+            _describe(schema)
+        return schema
+
+    wrap(app, "openapi", openapi)
+
+
+def _describe(schema: dict[str, Any]) -> None:
+    """Add the field to the bodies of the routes that read it, in place."""
+    components = schema["components"]["schemas"]
+    components[FicocoRequest.__name__] = FicocoRequest.model_json_schema()
+    field = {
+        "anyOf": [{"const": OFF}, {"$ref": _COMPONENTS + FicocoRequest.__name__}, {"type": "null"}],
+        "description": "Reduction of the images' visual tokens; the server's own method and budget without it.",
+    }
+    for path in ROUTES:
+        operation = schema["paths"].get(path, {}).get("post", {})
+        body = (
+            operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema", {})
+        )
+        for option in body.get("anyOf", [body]):
+            name = option.get("$ref", "").removeprefix(_COMPONENTS)
+            if name in components:
+                components[name]["properties"][FIELD] = field

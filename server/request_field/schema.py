@@ -1,4 +1,4 @@
-"""The field `ficoco` of chat and completion bodies, and what answers tell in `usage.ficoco`."""
+"""The request field `ficoco`, and the usage that responses report as `usage.ficoco`."""
 
 from typing import Any, Final, Literal
 
@@ -10,12 +10,12 @@ OFF: Final = "off"
 
 
 class FicocoRequest(BaseModel):
-    """How the images of one request are reduced.
+    """Method and budget for the images of one request.
 
     Attributes:
-        method: one that the server can run; None leaves the server's.
-        keep: visual tokens that are left of each image in the end; None leaves the server's.
-        kv_budget: instead of `keep`: visual tokens of an image in the KV cache, averaged over the decoder's layers.
+        method: name of a method; None keeps the server's.
+        keep: visual tokens of each image after all reductions; None keeps the server's.
+        kv_budget: alternative to `keep`: visual tokens of an image in the KV cache, averaged over the decoder's layers.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -26,13 +26,13 @@ class FicocoRequest(BaseModel):
 
 
 class FicocoUsage(BaseModel):
-    """What the reduction did to one request; all its prompts together.
+    """Effect of the reduction on one request, summed over its prompts.
 
     Attributes:
-        method: name, "off" where nothing left; several differ only in a batch, joined by ",".
-        visual_tokens: patches of all images, before any reduction.
-        visual_tokens_kept: what is left of them in the last layers.
-        kv_bytes_saved: of KV cache that the prompt does not need, over all layers and workers.
+        method: name, or "off" if no token was removed; the methods of a batch are joined by ",".
+        visual_tokens: patches of all images before any reduction.
+        visual_tokens_kept: visual tokens in the decoder's last layers.
+        kv_bytes_saved: KV cache that the prompt does not need, over all layers and workers.
     """
 
     method: str
@@ -42,13 +42,13 @@ class FicocoUsage(BaseModel):
 
 
 def parse(value: Any) -> FicocoRequest | Literal["off"] | None:
-    """Read the field.
+    """Validate the field.
 
     Args:
-        value: as it came in the body; None where the body has no such field.
+        value: the field's JSON value; None where the body has no such field.
 
     Raises:
-        VLLMValidationError: naming the field, its value and what is allowed (HTTP 400).
+        VLLMValidationError: naming the field, its value and the allowed values (HTTP 400).
     """
     if value is None:
         return None
@@ -56,33 +56,29 @@ def parse(value: Any) -> FicocoRequest | Literal["off"] | None:
         return OFF
     fields = ", ".join(FicocoRequest.model_fields)
     if not isinstance(value, dict):
-        raise VLLMValidationError(
-            f"{FIELD} = {value!r} is not allowed; allowed: {OFF!r}, or an object of {fields}", parameter=FIELD
-        )
+        raise _error(FIELD, f"= {value!r} is not allowed; allowed: {OFF!r}, or an object of {fields}")
     try:
-        asked = FicocoRequest.model_validate(value)
+        field = FicocoRequest.model_validate(value)
     except ValidationError as error:
-        found = error.errors()[0]
-        name = str(found["loc"][0])
+        first = error.errors()[0]
+        name = str(first["loc"][0])
         if name not in FicocoRequest.model_fields:
-            raise VLLMValidationError(
-                f"{FIELD}.{name} is not a field of this server; allowed: {fields}",
-                parameter=f"{FIELD}.{name}",
-            ) from error
-        raise VLLMValidationError(
-            f"{FIELD}.{name} = {found['input']!r} is not allowed; {found['msg']}", parameter=f"{FIELD}.{name}"
-        ) from error
-    if asked.keep is not None and asked.kv_budget is not None:
-        raise VLLMValidationError(
-            f"{FIELD}.kv_budget = {asked.kv_budget} beside {FIELD}.keep = {asked.keep} is not allowed; "
-            "allowed: one of them",
-            parameter=f"{FIELD}.kv_budget",
+            raise _error(f"{FIELD}.{name}", f"is not a field of this server; allowed: {fields}") from error
+        raise _error(f"{FIELD}.{name}", f"= {first['input']!r} is not allowed; {first['msg']}") from error
+    if field.keep is not None and field.kv_budget is not None:
+        raise _error(
+            f"{FIELD}.kv_budget",
+            f"= {field.kv_budget} beside {FIELD}.keep = {field.keep} is not allowed; allowed: one of them",
         )
-    if asked.method == OFF:
-        if asked.keep is not None or asked.kv_budget is not None:
-            raise VLLMValidationError(
-                f"{FIELD}.method = {OFF!r} keeps all visual tokens; allowed: no keep and no kv_budget beside it",
-                parameter=f"{FIELD}.method",
+    if field.method == OFF:
+        if field.keep is not None or field.kv_budget is not None:
+            raise _error(
+                f"{FIELD}.method",
+                f"= {OFF!r} keeps all visual tokens; allowed: no keep and no kv_budget beside it",
             )
         return OFF
-    return asked
+    return field
+
+
+def _error(name: str, reason: str) -> VLLMValidationError:
+    return VLLMValidationError(f"{name} {reason}", parameter=name)

@@ -13,8 +13,8 @@ from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.kv.admission import fill_budget
 from ficoco_vllm.planning.server import DecoderBudget, Sites, TowerBudget, check_elastic
+from ficoco_vllm.server.elastic.budget import ElasticBudget, LoadRecorder, install
 from ficoco_vllm.server.elastic.settings import ElasticSettings
-from ficoco_vllm.server.elastic.source import ElasticBudget, LoadRecorder, install
 
 # 576 patches, towers and decoders of LLaVA-1.5's depth.
 HF_CONFIG = LlavaConfig(
@@ -153,7 +153,7 @@ def test_statistics_of_vllm_move_the_budget(tmp_path: Path) -> None:
     deadline = time.monotonic() + 5
     while budget() > 64 and time.monotonic() < deadline:
         recorder.record(SchedulerStats(kv_cache_usage=1.0, num_running_reqs=2, num_waiting_reqs=7), preempted)
-        budget.look()
+        budget.update()
     assert budget() == 64
     assert shown[0] == 288
     assert shown[-1] == 64

@@ -22,7 +22,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from ficoco_vllm.demo_model import examples
-from ficoco_vllm.server.request_field.routes import READ
+from ficoco_vllm.server.request_field.routes import ROUTES
 from tests.support.server import API_KEY, Server, data_url, message
 
 MODEL = "ficoco-demo"
@@ -96,7 +96,7 @@ def body_of(path: str) -> dict[str, Any]:
     return {"model": MODEL, "messages": messages, **({} if path == "/tokenize" else {"max_tokens": 1})}
 
 
-@pytest.mark.parametrize("path", READ)
+@pytest.mark.parametrize("path", ROUTES)
 def test_the_field(server: Server, path: str) -> None:
     """Granted and told, or refused in OpenAI's form with the field's name; nothing is ignored."""
     schema = published(server)

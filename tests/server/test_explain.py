@@ -210,7 +210,7 @@ def test_the_command_draws_a_picture(
         (["--keep", "0"], "answered 400"),
         (["--method", "none such"], "'none such'"),
         (["--patch", "25,1"], "--patch = '25,1' is not allowed; allowed: ROW,COLUMN from 1,1 to 24,24"),
-        (["--api-key", "wrong"], "asks for its API key"),
+        (["--api-key", "wrong"], "requires its API key"),
     ],
 )
 def test_the_command_refuses(

@@ -1,5 +1,6 @@
 """The parts of an explanation that need no server: bytes, limits, plugins, the picture, the command's own errors."""
 
+import os
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,22 +11,22 @@ from fastapi import FastAPI, HTTPException
 from PIL import Image
 from starlette.datastructures import Headers
 
+from ficoco_vllm import environment
 from ficoco_vllm.planning.tower_shape import TowerShape
 from ficoco_vllm.server.cli import main
 from ficoco_vllm.server.endpoint import FicocoEndpoint
-from ficoco_vllm.server.explain.facts import Facts, central_square
 from ficoco_vllm.server.explain.guard import RateLimiter, api_keys, check_key
 from ficoco_vllm.server.explain.picture import draw, examples, visible_part
 from ficoco_vllm.server.explain.schema import MAX_TARGETS, Explanation, Layer, Left, Measured
-from ficoco_vllm.server.lifecycle import plugins
+from ficoco_vllm.server.explain.served_model import ServedModel, central_square
 from ficoco_vllm.tracing.chain import Departure, Step
 
 RED, GREEN, WHITE = (211, 34, 42), (15, 140, 80), (255, 255, 255)
 
 
-def facts(num_layers: int = 8, with_cls: bool = False) -> Facts:
+def served(num_layers: int = 8, with_cls: bool = False) -> ServedModel:
     shape = TowerShape(grid=(4, 4), num_layers=8, num_executed_layers=7, with_cls=with_cls)
-    return Facts(
+    return ServedModel(
         shape=shape,
         num_layers=num_layers,
         token_bytes=10,
@@ -44,35 +45,35 @@ def step(site: Any, layer: int, kept: int) -> Step:
 
 def test_kv_bytes_of_a_tower_method_are_those_of_its_prompt() -> None:
     steps = [step("encoder", 3, 10), step("encoder", 4, 6)]
-    assert facts().visual_tokens(steps) == (6, 6)
-    assert facts().kv_bytes(20, steps) == 20 * 8 * 10
-    assert facts(with_cls=True).visual_tokens(steps) == (7, 7)
+    assert served().visual_tokens(steps) == (6, 6)
+    assert served().kv_bytes(20, steps) == 20 * 8 * 10
+    assert served(with_cls=True).visual_tokens(steps) == (7, 7)
 
 
 def test_kv_bytes_of_a_decoder_method_shrink_from_layer_to_layer() -> None:
     """16 tokens enter; the layer that reduces has written all of them, those behind it what stays."""
     steps = [step("decoder", 1, 10), step("decoder", 5, 4)]
-    assert facts().visual_tokens(steps) == (16, 4)
+    assert served().visual_tokens(steps) == (16, 4)
     tokens = [20, 20, 14, 14, 14, 14, 8, 8]
-    assert facts().kv_bytes(20, steps) == sum(tokens) * 10
+    assert served().kv_bytes(20, steps) == sum(tokens) * 10
     both = [step("encoder", 3, 9), step("decoder", 3, 5)]
-    assert facts().visual_tokens(both) == (9, 5)
-    assert facts().kv_bytes(13, both) == (4 * 13 + 4 * 9) * 10
+    assert served().visual_tokens(both) == (9, 5)
+    assert served().kv_bytes(13, both) == (4 * 13 + 4 * 9) * 10
 
 
 def test_nothing_left() -> None:
-    assert facts().visual_tokens([]) == (16, 16)
-    assert facts().kv_bytes(20, []) == 20 * 8 * 10
+    assert served().visual_tokens([]) == (16, 16)
+    assert served().kv_bytes(20, []) == 20 * 8 * 10
 
 
 def test_a_trace_that_others_have_pushed_out_is_noticed() -> None:
     whole = [step("encoder", 3, 9), step("decoder", 3, 5)]
-    facts().check_complete(whole, 5)
-    facts().check_complete([], None)
-    facts(with_cls=True).check_complete([], None)
+    served().check_complete(whole, 5)
+    served().check_complete([], None)
+    served(with_cls=True).check_complete([], None)
     for part in (whole[:1], []):
         with pytest.raises(ValueError, match="the trace is incomplete: it ends with"):
-            facts().check_complete(part, 5)
+            served().check_complete(part, 5)
 
 
 @pytest.mark.parametrize(
@@ -165,9 +166,9 @@ def test_our_routes_are_let_in_and_no_other_plugin_is_shut_out(
         monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     else:
         monkeypatch.setenv("VLLM_PLUGINS", listed)
-    plugins.allow_endpoint()
-    names = plugins.os.environ["VLLM_PLUGINS"].split(",")
-    assert names.count(plugins.ENDPOINT) == 1
+    environment.enable_endpoint_plugin(environment.ENDPOINT_PLUGIN)
+    names = os.environ["VLLM_PLUGINS"].split(",")
+    assert names.count(environment.ENDPOINT_PLUGIN) == 1
     assert ("ficoco" in names) == (listed != "")
     if listed is None:
         assert "lora_filesystem_resolver" in names  # vLLM's own

@@ -10,7 +10,7 @@ import pytest
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.planning.server import Sites
 from ficoco_vllm.server.cli import main
-from ficoco_vllm.server.request_field.resolve import UNBOUNDED, Resolver, Told
+from ficoco_vllm.server.request_field.resolve import UNBOUNDED, Resolved, Resolver
 from ficoco_vllm.server.request_field.schema import FicocoRequest
 from tests.planning.test_tiles import config
 from tests.support.pictures import noise
@@ -113,29 +113,34 @@ def test_explanations_are_refused(random_next: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("settings", "off", "keep", "most"),
     [
-        ({"method": "ficoco-v"}, Told({"ficoco_keep": 576}), Told({"ficoco_keep": 300}), 576),
+        ({"method": "ficoco-v"}, Resolved({"ficoco_keep": 576}), Resolved({"ficoco_keep": 300}), 576),
         (
             {"method": "ficoco-v", "keep_per": "image"},
-            Told({"ficoco_keep": 2880}),
-            Told({"ficoco_keep": 300}),
+            Resolved({"ficoco_keep": 2880}),
+            Resolved({"ficoco_keep": 300}),
             2880,
         ),
-        ({"method": "ficoco-l"}, Told({}, {"ficoco_keep": 2928}), Told({}, {"ficoco_keep": 300}), 2928),
+        (
+            {"method": "ficoco-l"},
+            Resolved({}, {"ficoco_keep": 2928}),
+            Resolved({}, {"ficoco_keep": 300}),
+            2928,
+        ),
         (
             {"method": "ficoco-vl"},
-            Told({"ficoco_keep": 576}, {"ficoco_keep": 2928}),
-            Told({"ficoco_keep": 415}, {"ficoco_keep": 300}),
+            Resolved({"ficoco_keep": 576}, {"ficoco_keep": 2928}),
+            Resolved({"ficoco_keep": 415}, {"ficoco_keep": 300}),
             2928,
         ),
     ],
 )
-def test_what_processor_and_decoder_are_told(
-    settings: dict[str, Any], off: Told, keep: Told, most: int
+def test_arguments_of_processor_and_decoder(
+    settings: dict[str, Any], off: Resolved, keep: Resolved, most: int
 ) -> None:
     """LLaVA-NeXT-7B: all of a tile, of an image's patches, of an image's tokens. 415 is the mean of 576 and 300."""
     served = FicocoConfig.parse(settings)
     resolver = Resolver(Sites.of(served, config()), UNBOUNDED)
-    assert resolver.tell("off") == off
-    assert resolver.tell(FicocoRequest(keep=300)) == keep
+    assert resolver.resolve("off") == off
+    assert resolver.resolve(FicocoRequest(keep=300)) == keep
     with pytest.raises(ValueError, match=f"keep = {most + 1} .* 1 to {most}"):
-        resolver.tell(FicocoRequest(keep=most + 1))
+        resolver.resolve(FicocoRequest(keep=most + 1))

@@ -13,7 +13,7 @@ from typing import Any
 from openai import OpenAI
 from PIL import Image
 
-from ficoco_vllm.plugin import ALLOW_PRIVATE_MEDIA, MAX_BODY_BYTES, MAX_IMAGE_BYTES, MAX_PIXELS
+from ficoco_vllm.environment import ALLOW_PRIVATE_MEDIA, MAX_BODY_BYTES, MAX_IMAGE_BYTES, MAX_PIXELS
 from ficoco_vllm.server.lifecycle.process import OURS, Process, is_healthy, serving
 
 # What servers compute in, the demo model's default on a CPU; bytes of a value.

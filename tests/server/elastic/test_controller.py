@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ficoco_vllm.server.elastic.controller import MOST_PRESSURE, Load, State, measure, start, step
+from ficoco_vllm.server.elastic.controller import MAX_PRESSURE, Load, State, measure, start, step
 from ficoco_vllm.server.elastic.settings import ElasticSettings
 
 SETTINGS = ElasticSettings(floor=64, ceiling=288)
@@ -33,7 +33,7 @@ def test_whatever_comes_the_level_moves_by_one_within_its_bounds_and_never_too_s
         now += elapsed
         after = step(SETTINGS, state, load, now)
         assert 0 <= after.level <= TOP
-        assert 0 <= after.pressure <= MOST_PRESSURE
+        assert 0 <= after.pressure <= MAX_PRESSURE
         assert all(
             SETTINGS.release_seconds <= hold <= SETTINGS.max_release_seconds for hold in after.hold_seconds
         )
@@ -86,8 +86,8 @@ def test_a_report_that_is_not_newer_changes_nothing() -> None:
         (Load(0.9, 10, 1), 0.9 * 1.1 / 0.8),
         (Load(0.04, 8, 2), 1.0),
         (Load(0.04, 8, 0, 2), 1.0),
-        (Load(0.0, 0, 1), MOST_PRESSURE),
-        (Load(1.0, 1, 1000), MOST_PRESSURE),
+        (Load(0.0, 0, 1), MAX_PRESSURE),
+        (Load(1.0, 1, 1000), MAX_PRESSURE),
     ],
 )
 def test_pressure_is_demand_for_kv_or_the_queue_relative_to_their_targets(

@@ -71,11 +71,11 @@ def test_levels_ascend_from_floor_to_ceiling(floor: int, above: int, levels: int
 
 def test_bounds_of_operator_and_model() -> None:
     settings = ElasticSettings(**GOOD)
-    settings.check_bounds(min_keep=64, most=288)
+    settings.check_bounds(min_keep=64, max_keep=288)
     with pytest.raises(ValueError, match=r"floor = 64 .* at least 65 \(--ficoco-min-keep\)"):
-        settings.check_bounds(min_keep=65, most=576)
+        settings.check_bounds(min_keep=65, max_keep=576)
     with pytest.raises(ValueError, match=r"ceiling = 288 .* at most 287"):
-        settings.check_bounds(min_keep=1, most=287)
+        settings.check_bounds(min_keep=1, max_keep=287)
 
 
 def test_every_level_is_planned_at_start_up() -> None:

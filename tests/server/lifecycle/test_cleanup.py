@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ficoco_vllm.server.lifecycle.cleanup import SHARED_MEMORY, Watch, tidied
+from ficoco_vllm.server.lifecycle.cleanup import SHARED_MEMORY, ProcessScanner, tidied
 
 # Says the name of its shared memory and is then killed.
 HOLDER = """
@@ -38,16 +38,16 @@ def name_of(process: subprocess.Popen[str]) -> str:
 
 @pytest.mark.parametrize("alive", [True, False], ids=["a child that still runs", "a child that was killed"])
 def test_shared_memory_of_children(alive: bool) -> None:
-    watch = Watch(seconds=3600, end_seconds=0.2)
-    watch.start()
+    scanner = ProcessScanner(seconds=3600, end_seconds=0.2)
+    scanner.start()
     with start(HOLDER) as process:
         segment = SHARED_MEMORY / name_of(process)
-        watch.look()
+        scanner.scan()
         if not alive:
             process.kill()
             process.wait()
         assert segment.exists()
-        watch.finish()
+        scanner.finish()
         assert not segment.exists()
         assert process.poll() is not None
 
@@ -55,10 +55,10 @@ def test_shared_memory_of_children(alive: bool) -> None:
 def test_a_child_from_before_lives_on() -> None:
     with start(HOLDER) as process:
         segment = SHARED_MEMORY / name_of(process)
-        watch = Watch(seconds=3600, end_seconds=0.2)
-        watch.start()
-        watch.look()
-        watch.finish()
+        scanner = ProcessScanner(seconds=3600, end_seconds=0.2)
+        scanner.start()
+        scanner.scan()
+        scanner.finish()
         assert process.poll() is None
         assert segment.exists()
         process.kill()
@@ -66,17 +66,17 @@ def test_a_child_from_before_lives_on() -> None:
 
 
 def test_shared_memory_that_someone_else_uses_stays() -> None:
-    watch = Watch(seconds=3600)
-    watch.start()
+    scanner = ProcessScanner(seconds=3600)
+    scanner.start()
     with start(HOLDER) as process:
         name = name_of(process)
-        watch.look()
+        scanner.scan()
         with start(ATTACHED, name) as other:
             name_of(other)
             process.kill()
             process.wait()
             # The other one is a child of this process too, but was not there when it looked.
-            watch.finish()
+            scanner.finish()
             assert (SHARED_MEMORY / name).exists()
             other.kill()
     (SHARED_MEMORY / name).unlink()

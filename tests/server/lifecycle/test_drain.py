@@ -11,8 +11,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
 
-from ficoco_vllm.server.lifecycle.death import has_died, watch_engine
-from ficoco_vllm.server.lifecycle.drain import RETRY_SECONDS, Drain, DrainGate
+from ficoco_vllm.server.lifecycle.shutdown import RETRY_SECONDS, Shutdown, ShutdownGate
 
 
 class Engine:
@@ -31,7 +30,7 @@ class Engine:
         self.engine_core.resources.engine_dead = True
 
 
-def application(drain: Drain) -> FastAPI:
+def application(shutdown: Shutdown) -> FastAPI:
     """One route that answers slowly, in pieces."""
     app = FastAPI()
 
@@ -48,20 +47,20 @@ def application(drain: Drain) -> FastAPI:
     async def metrics() -> str:
         return "1"
 
-    app.add_middleware(DrainGate, drain=drain)
+    app.add_middleware(ShutdownGate, shutdown=shutdown)
     return app
 
 
 def test_what_is_open_is_answered_and_what_comes_is_turned_away() -> None:
-    drain, engine = Drain(), Engine()
-    drain.before_shutdown(engine)
+    shutdown, engine = Shutdown(), Engine()
+    shutdown.attach(engine)
 
     async def run() -> None:
-        transport = httpx.ASGITransport(application(drain))
+        transport = httpx.ASGITransport(application(shutdown))
         async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
             opened = [asyncio.create_task(client.post("/slow")) for _ in range(3)]
             await asyncio.sleep(0.05)
-            assert drain.num_open == 3
+            assert shutdown.num_open == 3
             stopping = asyncio.get_running_loop().run_in_executor(None, lambda: engine.shutdown(timeout=20))
             await asyncio.sleep(0.05)
             assert not engine.timeouts
@@ -80,9 +79,9 @@ def test_what_is_open_is_answered_and_what_comes_is_turned_away() -> None:
 
 
 def test_it_waits_no_longer_than_it_may() -> None:
-    drain, engine = Drain(), Engine()
-    drain.before_shutdown(engine)
-    drain.num_open = 1
+    shutdown, engine = Shutdown(), Engine()
+    shutdown.attach(engine)
+    shutdown.num_open = 1
     start = time.monotonic()
     engine.shutdown(timeout=0.2)
     assert 0.2 <= time.monotonic() - start < 5
@@ -92,18 +91,18 @@ def test_it_waits_no_longer_than_it_may() -> None:
 @pytest.mark.parametrize(("timeout", "dead"), [(0, False), (None, False), (20, True)])
 def test_it_does_not_wait(timeout: float | None, dead: bool) -> None:
     """Without a time for it, as vLLM's default; or where nobody would answer."""
-    drain, engine = Drain(), Engine(dead)
-    drain.before_shutdown(engine)
-    drain.num_open = 1
+    shutdown, engine = Shutdown(), Engine(dead)
+    shutdown.attach(engine)
+    shutdown.num_open = 1
     engine.shutdown(timeout=timeout)
     assert engine.timeouts == [timeout]
-    assert drain.draining
+    assert shutdown.draining
 
 
 def test_it_never_waits_in_the_thread_that_answers() -> None:
-    drain, engine = Drain(), Engine()
-    drain.before_shutdown(engine)
-    drain.num_open = 1
+    shutdown, engine = Shutdown(), Engine()
+    shutdown.attach(engine)
+    shutdown.num_open = 1
 
     async def run() -> None:
         engine.shutdown(timeout=20)
@@ -115,11 +114,10 @@ def test_it_never_waits_in_the_thread_that_answers() -> None:
 
 
 @pytest.mark.parametrize("dead", [True, False])
-def test_a_dead_engine_is_told_from_one_that_was_shut_down(dead: bool) -> None:
-    engine, args = Engine(dead), SimpleNamespace()
-    assert not has_died(args)
-    watch_engine(engine, args)
-    assert not has_died(args)
+def test_whether_the_engine_died_before_its_shutdown(dead: bool) -> None:
+    shutdown, engine = Shutdown(), Engine(dead)
+    shutdown.attach(engine)
+    assert not shutdown.engine_died
     engine.shutdown()
     engine.shutdown()  # vLLM does it twice
-    assert has_died(args) == dead
+    assert shutdown.engine_died is dead

@@ -19,7 +19,7 @@ from vllm.exceptions import (
     VLLMValidationError,
 )
 
-from ficoco_vllm.plugin import ALLOW_PRIVATE_MEDIA, MAX_IMAGE_BYTES, MAX_PIXELS
+from ficoco_vllm.environment import ALLOW_PRIVATE_MEDIA, MAX_IMAGE_BYTES, MAX_PIXELS
 from ficoco_vllm.server.media.connector import FicocoMediaConnector
 from ficoco_vllm.server.media.fetching import GuardedConnection, is_public
 from tests.support.site import LARGE_BYTES, Site, loopback_site

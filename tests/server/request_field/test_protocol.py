@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from ficoco_vllm.server.lifecycle.process import STOCK
-from ficoco_vllm.server.request_field.routes import READ
+from ficoco_vllm.server.request_field.routes import ROUTES
 from tests.support.pictures import noise
 from tests.support.server import API_KEY, DTYPE, Server, data_url, message, serve
 
@@ -121,7 +121,7 @@ def test_the_schema(server: Server, plain: Server) -> None:
         if schema.get("properties", {}).pop("ficoco", None)
     ]
     assert rest == theirs
-    names = json.dumps([theirs["paths"][path]["post"]["requestBody"] for path in READ])
+    names = json.dumps([theirs["paths"][path]["post"]["requestBody"] for path in ROUTES])
     assert changed
     assert all(f'/{name}"' in names for name in changed)
 

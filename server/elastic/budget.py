@@ -1,4 +1,4 @@
-"""The load-following budget in an API server process: vLLM's statistics in, a budget for each request out."""
+"""The load-following budget of an API server process: vLLM's statistics in, a budget for each request out."""
 
 import asyncio
 import time
@@ -10,19 +10,19 @@ from vllm.logger import init_logger
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 
-from ficoco_vllm.server.elastic.board import Board, News, Report
 from ficoco_vllm.server.elastic.controller import Load
 from ficoco_vllm.server.elastic.settings import ElasticSettings
+from ficoco_vllm.server.elastic.shared_controller import EngineReport, Observations, SharedController
 
-# Between two looks at the board.
-TICK_SECONDS = 0.25
+# Interval between two updates of the controller.
+UPDATE_SECONDS = 0.25
 
 # A child of vLLM's logger, whose handlers and level it shares.
 logger = init_logger("vllm.ficoco.elastic")
 
 
 class ElasticBudget:
-    """What a request gets that names no budget; called for each, before its prompt is sized."""
+    """Budget of requests that name none. Called for each of them before its prompt is sized."""
 
     def __init__(
         self,
@@ -31,34 +31,34 @@ class ElasticBudget:
         num_unfinished: Callable[[], int],
         show: Callable[[int], None],
     ) -> None:
-        """Start at what the board says.
+        """Start at the controller's current level.
 
         Args:
-            settings: of the controller.
-            folder: that the API server processes share, see `Board`.
-            num_unfinished: how many requests of this process have not been answered yet.
-            show: is told the budget whenever it may have changed, for the metrics.
+            settings: settings of the controller.
+            folder: folder that the API server processes share, see `SharedController`.
+            num_unfinished: returns the number of open requests of this process.
+            show: called with the budget whenever it may have changed, for the metrics.
         """
         self.settings = settings
-        self._board = Board(settings, folder)
+        self._controller = SharedController(settings, folder)
         self._num_unfinished = num_unfinished
         self._show = show
-        self._news = News()
+        self._observations = Observations()
         self._level = len(settings.budgets) - 1
-        self.look()
+        self.update()
 
     def __call__(self) -> int:
-        """Visual tokens of an image. May be called in any thread: prompts are processed outside the event loop."""
+        """Visual tokens of an image. Thread-safe: prompts are processed outside of the event loop."""
         return self.settings.budgets[self._level]
 
     def reachable(self, check: Callable[[int], Any]) -> int:
-        """The budget for a method that cannot reach every one: the lowest that it can, from the current one upwards.
+        """Find the lowest budget from the current one upwards that a method can reach.
 
         Args:
-            check: of one budget; raises ValueError where the method cannot reach it.
+            check: called with a budget; raises ValueError where the method cannot reach it.
 
         Returns:
-            The current budget where the method reaches none: it is refused like one that the request had named.
+            The current budget where the method reaches none: the request is then refused as if it had named it.
         """
         current = self()
         for budget in self.settings.budgets:
@@ -71,29 +71,29 @@ class ElasticBudget:
         return current
 
     def record(self, engine: int, stats: SchedulerStats | None, num_preempted: int) -> None:
-        """Note what vLLM reports of a step.
+        """Record vLLM's statistics of a step.
 
         Args:
-            engine: index.
-            stats: of the scheduler, None where another process got them.
+            engine: index of the engine.
+            stats: statistics of the scheduler, None where another process gets them.
             num_preempted: requests of this process that were preempted in the step.
         """
-        self._news.num_preempted += num_preempted
+        self._observations.num_preempted += num_preempted
         if stats is not None:
             waiting = stats.num_waiting_reqs + stats.num_skipped_waiting_reqs
             load = Load(stats.kv_cache_usage, stats.num_running_reqs, waiting)
-            self._news.reports[engine] = Report(time.monotonic(), load)
+            self._observations.reports[engine] = EngineReport(time.monotonic(), load)
 
-    def look(self) -> None:
-        """Exchange news with the other processes, and take over the level."""
+    def update(self) -> None:
+        """Hand the observations of this process to the controller, and take over its level."""
         now = time.monotonic()
-        self._news.num_unfinished = self._num_unfinished()
-        seen = self._board.exchange(self._news, now)
-        if seen is None:
+        self._observations.num_unfinished = self._num_unfinished()
+        updated = self._controller.update(self._observations, now)
+        if updated is None:
             return
-        state, load = seen
-        self._news = News()
-        if state.changed_seconds == now:  # this very look moved it, so one process says it once
+        state, load = updated
+        self._observations = Observations()
+        if state.changed_seconds == now:  # this update changed the level, so only this process logs it
             logger.info(
                 "ficoco: requests that name no budget now keep %d visual tokens of an image "
                 "(KV cache %.0f%% in use, %d running, %d waiting)",
@@ -106,20 +106,20 @@ class ElasticBudget:
         self._show(self.settings.budgets[state.level])
 
     async def follow(self) -> None:
-        """Look at the board for as long as the server runs."""
+        """Update for as long as the server runs."""
         while True:
-            await asyncio.sleep(TICK_SECONDS)
-            self.look()
+            await asyncio.sleep(UPDATE_SECONDS)
+            self.update()
 
 
 class LoadRecorder(AggregateStatLoggerBase):
-    """Hands vLLM's statistics to an `ElasticBudget`."""
+    """Stat logger of vLLM that hands the statistics to an `ElasticBudget`."""
 
     def __init__(self, budget: ElasticBudget) -> None:
         """Record for one budget.
 
         Args:
-            budget: of this process.
+            budget: budget of this process.
         """
         self._budget = budget
 
@@ -135,25 +135,25 @@ class LoadRecorder(AggregateStatLoggerBase):
         self._budget.record(engine_idx, scheduler_stats, num_preempted)
 
     def log_engine_initialized(self) -> None:
-        """Nothing to say."""
+        """Nothing to log."""
 
 
 def install(
     settings: ElasticSettings, folder: Path, engine_client: Any, show: Callable[[int], None]
 ) -> tuple[ElasticBudget, "asyncio.Task[None]"]:
-    """Let the budget follow an engine. To be called in the event loop of an API server process.
+    """Let a budget follow the load of an engine. Call it in the event loop of an API server process.
 
-    vLLM's group of stat logger plugins would do for the statistics, but vLLM loads these into every server of the
-    environment and switches statistics on for all of them; so the recorder joins this server's own loggers.
+    The recorder joins this server's own stat loggers: vLLM loads plugins of its group for stat loggers into every
+    server of the environment, and turns statistics on for all of them.
 
     Args:
-        settings: of the controller.
-        folder: that the API server processes share.
+        settings: settings of the controller.
+        folder: folder that the API server processes share.
         engine_client: vLLM's `AsyncLLM`.
-        show: is told the budget whenever it may have changed.
+        show: called with the budget whenever it may have changed.
 
     Returns:
-        The budget, and the task that keeps it up to date; hold on to the task, else it is collected.
+        The budget, and the task that updates it; keep a reference to the task, or it is collected.
 
     Raises:
         ValueError: vLLM keeps no statistics.

@@ -1,4 +1,4 @@
-"""What the explanation must know of the served model: bytes of a cached token, and which part of an image is seen."""
+"""Facts about the served model that an explanation needs: KV cache bytes, methods, and the visible part of an image."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,19 +15,19 @@ from ficoco_vllm.tracing.chain import Step
 
 
 @dataclass(frozen=True)
-class Facts:
-    """Of one served model.
+class ServedModel:
+    """The served model and its reduction.
 
     Attributes:
-        shape: of the vision tower.
-        num_layers: of the decoder.
+        shape: shape of the vision tower.
+        num_layers: layers of the decoder.
         token_bytes: KV cache of one token in one layer, over all workers.
-        central_square: as in `Explanation`.
-        method: that the server was started with.
-        keep: its budget.
-        methods: that a request may name.
-        in_tower: whether anything is reduced in the tower.
-        in_decoder: whether anything is reduced in the decoder.
+        central_square: see `Explanation`.
+        method: the server's method.
+        keep: the server's budget.
+        methods: methods that a request may name.
+        in_tower: whether the tower reduces.
+        in_decoder: whether the decoder reduces.
     """
 
     shape: TowerShape
@@ -41,11 +41,11 @@ class Facts:
     in_decoder: bool
 
     @classmethod
-    def of(cls, vllm_config: Any) -> "Facts":
-        """Read them off vLLM's configuration, which has a method.
+    def of(cls, vllm_config: Any) -> "ServedModel":
+        """Read vLLM's configuration.
 
         Args:
-            vllm_config: checked by `FicocoModelConfig`.
+            vllm_config: configuration with a method, checked by `FicocoModelConfig`.
         """
         from vllm.transformers_utils.processor import cached_image_processor_from_config
         from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
@@ -64,8 +64,10 @@ class Facts:
             pipeline = PIPELINES[config.method]
             choices = [MethodChoice(name=pipeline.name, title=pipeline.title, site="decoder")]
         else:
-            found = [get(name) for name in sorted(names)]
-            choices = [MethodChoice(name=m.name, title=m.title, site=m.site) for m in found]
+            methods = [get(name) for name in sorted(names)]
+            choices = [
+                MethodChoice(name=method.name, title=method.title, site=method.site) for method in methods
+            ]
         dtype = kv_cache_dtype_str_to_dtype(vllm_config.cache_config.cache_dtype, model)
         return cls(
             shape=shape,
@@ -80,10 +82,10 @@ class Facts:
         )
 
     def visual_tokens(self, steps: Sequence[Step]) -> tuple[int, int]:
-        """Visual tokens of the image as it enters the decoder, and in its last layer.
+        """Count the visual tokens of an image that enter the decoder, and those in its last layer.
 
         Args:
-            steps: of its trace; none, if nothing left.
+            steps: trace of the image; empty if no token was removed.
         """
         entering, last = self.shape.num_patches + self.shape.with_cls, None
         for step in steps:
@@ -93,19 +95,19 @@ class Facts:
         return entering, entering if last is None else last
 
     def check_complete(self, steps: Sequence[Step], keep: int | None) -> None:
-        """Find out whether a trace tells of the whole way.
+        """Check that a trace covers all reductions of its request.
 
         Args:
-            steps: of a trace.
-            keep: the budget of its request; None: without reduction.
+            steps: trace of an image.
+            keep: budget of the request; None without reduction.
 
         Raises:
-            ValueError: a part of it is missing.
+            ValueError: a part is missing.
         """
         entering, last = self.visual_tokens(steps)
         if keep is None:
             keep = self.shape.num_patches + self.shape.with_cls
-        elif not self.in_decoder:  # there [CLS] is one of the tokens that are counted
+        elif not self.in_decoder:  # a budget of the decoder counts [CLS] itself
             keep += self.shape.with_cls
         if last != min(keep, entering):
             raise ValueError(
@@ -116,8 +118,8 @@ class Facts:
         """KV cache of a prompt with one image, over all layers.
 
         Args:
-            num_prompt_tokens: that entered the decoder.
-            steps: of the image's trace; what leaves behind the attention of a layer is missing from the next on.
+            num_prompt_tokens: tokens that enter the decoder.
+            steps: trace of the image; a token removed in a layer still has its entry there, and none in later layers.
         """
         entering, _ = self.visual_tokens(steps)
         num_tokens = self.num_layers * num_prompt_tokens
@@ -130,7 +132,7 @@ class Facts:
 
 
 def central_square(image_processor: Any) -> float | None:
-    """Which part of an image its processor shows the model: see `Explanation.central_square`.
+    """Visible part of an image, see `Explanation.central_square`.
 
     Args:
         image_processor: transformers' image processor of a CLIP tower.

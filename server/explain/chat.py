@@ -1,4 +1,4 @@
-"""One chat through vLLM's own handler, with a clock beside it."""
+"""One timed chat through vLLM's own handler."""
 
 import json
 import time
@@ -11,7 +11,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 
 class RefusedError(Exception):
-    """vLLM did not answer a chat; carries its error for the client."""
+    """vLLM refused a chat. Carries its error for the client."""
 
     def __init__(self, response: ErrorResponse) -> None:
         super().__init__(response.error.message)
@@ -20,14 +20,12 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer, what it took, and how long.
+    """Answer to a chat, with its token counts and times.
 
     Attributes:
         text: the answer.
-        prompt_tokens: as vLLM counts them.
-        completion_tokens: as vLLM counts them.
-        ttft_seconds: from the call to the first words.
-        total_seconds: from the call to the end.
+        ttft_seconds: time from the call to the first words.
+        total_seconds: time from the call to the end.
     """
 
     text: str
@@ -37,13 +35,13 @@ class Reply:
     total_seconds: float
 
 
-async def ask(handler: Any, request: ChatCompletionRequest, raw_request: Any) -> Reply:
-    """Send a streaming chat and gather its chunks.
+async def send_chat(handler: Any, request: ChatCompletionRequest, raw_request: Any) -> Reply:
+    """Send a streaming chat and join its chunks.
 
     Args:
         handler: vLLM's `OpenAIServingChat`.
-        request: with `stream` and `stream_options.include_usage`.
-        raw_request: of the client, for its headers and priorities.
+        request: chat with `stream` and `stream_options.include_usage`.
+        raw_request: the client's request, for its headers and priorities.
 
     Raises:
         RefusedError: vLLM answered with an error.

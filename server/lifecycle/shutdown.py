@@ -1,0 +1,108 @@
+"""Graceful shutdown: accepted requests are answered, new ones get 503, and a dead engine is an error for the caller."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Any
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from ficoco_vllm.hooks.wrapping import wrap
+from ficoco_vllm.server.openai_errors import error_response
+
+# Value of the header `Retry-After`: time for a supervisor to start the next server.
+RETRY_SECONDS = 5
+_POLL_SECONDS = 0.05
+
+
+class Shutdown:
+    """Shutdown state of one API server.
+
+    Attributes:
+        num_open: requests that are being answered.
+        draining: whether new requests are refused.
+        engine_died: whether the engine was dead before its client was shut down; None until then.
+    """
+
+    def __init__(self) -> None:
+        self.num_open = 0
+        self.draining = False
+        self.engine_died: bool | None = None
+
+    def attach(self, engine_client: Any) -> None:
+        """Let an engine's client wait for open requests before a signal shuts it down.
+
+        vLLM lets the engine finish its running requests, but first ends the threads that process prompts: requests that
+        it has accepted and not yet handed to the engine would get 500.
+
+        Args:
+            engine_client: vLLM's `AsyncLLM`.
+        """
+        # None where the engine runs in this process.
+        resources = getattr(engine_client.engine_core, "resources", None)
+
+        def wait_first(shutdown: Callable[..., Any], timeout: float | None = None) -> Any:
+            if resources is not None and self.engine_died is None:
+                self.engine_died = resources.engine_dead  # a shutdown sets it too, and vLLM calls it twice
+            if timeout and not engine_client.errored and not _in_event_loop():
+                timeout = self.drain(timeout)
+            self.draining = True
+            return shutdown(timeout=timeout)
+
+        wrap(engine_client, "shutdown", wait_first)
+
+    def drain(self, timeout_seconds: float) -> float:
+        """Refuse new requests and wait for open ones. Not for the thread of the event loop, which answers them.
+
+        Returns:
+            Seconds left of the timeout.
+        """
+        self.draining = True
+        deadline = time.monotonic() + timeout_seconds
+        while self.num_open and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+        return max(0.0, deadline - time.monotonic())
+
+
+def _in_event_loop() -> bool:
+    """Whether this thread answers requests; the shutdown of a signal runs in another one."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+class ShutdownGate:
+    """ASGI middleware that counts open requests and answers 503 while the server drains.
+
+    Other GET routes, such as /metrics, stay open; /health does not, so that balancers look elsewhere.
+    """
+
+    def __init__(self, app: ASGIApp, shutdown: Shutdown) -> None:
+        """Wrap an application.
+
+        Args:
+            app: vLLM's application.
+            shutdown: its state.
+        """
+        self.app = app
+        self.shutdown = shutdown
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http" or (scope["method"] != "POST" and scope["path"] != "/health"):
+            await self.app(scope, receive, send)
+            return
+        if self.shutdown.draining:
+            message = "the server is shutting down and accepts no more requests"
+            headers = {"Retry-After": str(RETRY_SECONDS), "Connection": "close"}
+            response = error_response(message, HTTPStatus.SERVICE_UNAVAILABLE, headers=headers)
+            await response(scope, receive, send)
+            return
+        self.shutdown.num_open += 1
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self.shutdown.num_open -= 1

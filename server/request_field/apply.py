@@ -1,0 +1,184 @@
+"""Applies the field `ficoco` to requests: writes it where processor and decoder read it, and records its effect."""
+
+from collections.abc import Awaitable, Callable, Mapping
+from contextvars import ContextVar
+from copy import copy
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+from vllm.exceptions import VLLMValidationError
+
+from ficoco_vllm.hooks.admission import FrontEnd
+from ficoco_vllm.hooks.unread_field import READ
+from ficoco_vllm.hooks.wrapping import wrap
+from ficoco_vllm.metrics.families import count_refusal
+from ficoco_vllm.metrics.savings import Account, Accountant
+from ficoco_vllm.planning.decoder import KEEP, METHOD
+from ficoco_vllm.processing import BUDGET, SIZES
+from ficoco_vllm.server.request_field.report import add_usage
+from ficoco_vllm.server.request_field.resolve import Resolver
+from ficoco_vllm.server.request_field.routes import HANDLERS
+from ficoco_vllm.server.request_field.schema import FIELD, FicocoRequest, FicocoUsage, parse
+
+_PROCESSOR_FIELD, _DECODER_FIELD = "mm_processor_kwargs", "vllm_xargs"
+
+
+@dataclass
+class RequestState:
+    """State of one HTTP request.
+
+    Attributes:
+        requested: its field `ficoco`.
+        accounts: savings of each of its prompts with images.
+    """
+
+    requested: FicocoRequest | Literal["off"] | None
+    accounts: list[Account] = field(default_factory=list)
+
+
+# vLLM's handlers await the renderer in their own task, which finds the state of its request here.
+_current: ContextVar[RequestState | None] = ContextVar("ficoco_request", default=None)
+
+
+class FieldApplier:
+    """Reads the field of all requests of one API server."""
+
+    def __init__(
+        self, resolver: Resolver, accountant: Accountant, segment_bytes: int, processor: Any
+    ) -> None:
+        """Serve one model.
+
+        Args:
+            resolver: translates the field into arguments of processor and decoder.
+            accountant: computes the savings of a prompt.
+            segment_bytes: KV cache of one token in one segment of layers.
+            processor: vLLM's input processor, which holds the decoder's budget where that follows the load.
+        """
+        self.resolver = resolver
+        self.accountant = accountant
+        self.segment_bytes = segment_bytes
+        self.processor = processor
+
+    def attach(self, state: Any) -> None:
+        """Wrap vLLM's handlers and renderer.
+
+        Args:
+            state: application state of vLLM's server.
+        """
+        for name, method, _ in HANDLERS:
+            handler = getattr(state, name, None)
+            if handler is not None:
+                wrap(handler, method, self._handle)
+        renderer = state.online_renderer
+        trusting = copy(renderer)
+        trusting.trust_request_mm_kwargs = True
+        # All routes render their prompts through these two methods.
+        for name in ("preprocess_chat", "preprocess_cmpl"):
+            wrap(renderer, name, partial(self._render, getattr(trusting, name)))
+        setattr(renderer, READ, True)
+        # Arguments of the decoder pass the input processor on every route, also where no prompt is rendered.
+        FrontEnd.of(self.processor).bounds = partial(self.resolver.check_raw, _DECODER_FIELD)
+
+    async def _handle(
+        self, handler: Callable[..., Awaitable[Any]], request: Any, raw_request: Any = None
+    ) -> Any:
+        """Answer one request through vLLM's handler and report what was applied."""
+        try:
+            state = RequestState(parse((request.model_extra or {}).get(FIELD)))
+        except VLLMValidationError:
+            self._count_refusal()
+            raise
+        token = _current.set(state)
+        try:
+            response = await handler(request, raw_request)
+        finally:
+            _current.reset(token)
+        usage = self._usage(state.accounts)
+        return response if usage is None else add_usage(response, usage, raw_request)
+
+    async def _render(
+        self,
+        trusting: Callable[..., Awaitable[Any]],
+        render: Callable[..., Awaitable[Any]],
+        request: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Render the prompts of a request with its method and budget."""
+        chosen = trusting if self._apply(request) else render
+        rendered = await chosen(request, *args, **kwargs)
+        state = _current.get()
+        if state is not None:
+            # A chat comes with its messages.
+            prompts = rendered[1] if isinstance(rendered, tuple) else rendered
+            state.accounts += filter(None, (self._account(request, prompt) for prompt in prompts))
+        return rendered
+
+    def _apply(self, request: Any) -> bool:
+        """Write method and budget into the request.
+
+        Returns:
+            Whether its `mm_processor_kwargs` are ours alone, so that vLLM may trust them.
+        """
+        state = _current.get()
+        raw = getattr(request, _PROCESSOR_FIELD, None) or {}
+        xargs = getattr(request, _DECODER_FIELD, None) or {}
+        extensions = ((_PROCESSOR_FIELD, raw), (_DECODER_FIELD, xargs))
+        try:
+            self.resolver.check_raw(_PROCESSOR_FIELD, raw)
+            for name, values in extensions:
+                self.resolver.bounds.check_reduces(f"{name}.{KEEP}", values.get(KEEP), self.resolver.max_keep)
+            if state is None or state.requested is None:
+                return False
+            for name, values in extensions:
+                for key in (KEEP, METHOD):
+                    if key in values:
+                        raise ValueError(f"{name}.{key} beside {FIELD} is not allowed; allowed: one of them")
+            resolved = self.resolver.resolve(state.requested)
+        except ValueError as error:
+            self._count_refusal()
+            raise VLLMValidationError(str(error), parameter=str(error).split(" ", 1)[0]) from error
+        if resolved.decoder:
+            request.vllm_xargs = {**xargs, **resolved.decoder}
+        if not resolved.tower:
+            return False
+        request.mm_processor_kwargs = {**raw, **resolved.tower}
+        return not raw and not getattr(
+            request, "media_io_kwargs", None
+        )  # the client's own are for vLLM to check
+
+    def _account(self, request: Any, prompt: Mapping[str, Any]) -> Account | None:
+        """Savings of a rendered prompt; None without images."""
+        places = (prompt.get("mm_placeholders") or {}).get("image", ())
+        images = [(place.offset, place.length) for place in places]
+        if not images:
+            return None
+        extra_args = dict(getattr(request, _DECODER_FIELD, None) or {})
+        default_keep = FrontEnd.of(self.processor).default_keep
+        if default_keep is not None and KEEP not in extra_args:
+            # Fixed now, so that the response reports the budget that the decoder gets.
+            extra_args[KEEP] = default_keep(extra_args.get(METHOD), max(length for _, length in images))
+            request.vllm_xargs = extra_args
+        num_tokens = len(prompt.get("prompt_token_ids") or ())
+        try:
+            return self.accountant.account(
+                num_tokens, images, prompt.get(BUDGET), extra_args, prompt.get(SIZES, ())
+            )
+        except ValueError:
+            return None  # admission refuses the request with its own message
+
+    def _usage(self, accounts: list[Account]) -> FicocoUsage | None:
+        """The reported usage; None without visual tokens."""
+        accounts = [account for account in accounts if account.visual_tokens_in]
+        if not accounts:
+            return None
+        return FicocoUsage(
+            method=",".join(dict.fromkeys(account.method for account in accounts)),
+            visual_tokens=sum(account.visual_tokens_in for account in accounts),
+            visual_tokens_kept=sum(account.visual_tokens_kept for account in accounts),
+            kv_bytes_saved=sum(sum(account.missing) for account in accounts) * self.segment_bytes,
+        )
+
+    def _count_refusal(self) -> None:
+        count_refusal(self.processor.vllm_config.model_config)
