@@ -13,7 +13,7 @@ class Hook:
 
     Attributes:
         owner: module, or module and class.
-        attribute: the method, or the name in the module.
+        attribute: the method, or the name in the module or class.
         parameters: the first ones after `self`, as far as we pass or read them.
         reason: what the hook is for.
         test: fails when vLLM no longer calls it, or calls it for something else.
@@ -180,6 +180,13 @@ HOOKS = (
         "",
         "limits the size of images",
         "tests/server/media/test_media.py::test_an_image_of_too_many_bytes",
+    ),
+    Hook(
+        "PIL.Image",
+        "MAX_IMAGE_PIXELS",
+        "",
+        "limits the pixels of an image before it is unpacked",
+        "tests/server/media/test_media.py::test_the_operator_s_limit_of_pixels",
     ),
     Hook(
         "fastapi.FastAPI",

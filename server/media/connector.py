@@ -17,7 +17,7 @@ from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
 from vllm.multimodal.media.image import ImageMediaIO
 
 from ficoco_vllm.environment import ALLOW_PRIVATE_MEDIA, MAX_IMAGE_BYTES, MAX_PIXELS, MEDIA_CONNECTOR
-from ficoco_vllm.hooks.wrapping import wrap
+from ficoco_vllm.hooks.wrapping import replace, wrap
 from ficoco_vllm.server.media.fetching import connection_to
 
 # Raised by Pillow's limit of pixels, by a file URL where no folder is allowed, and by Pillow's readers of broken files
@@ -47,7 +47,7 @@ class FicocoMediaConnector(MediaConnector):
         super().__init__(*args, **kwargs)
         if limit := os.environ.get(MAX_PIXELS):
             # Pillow warns above this limit and refuses twice of it, both before it unpacks a pixel.
-            Image.MAX_IMAGE_PIXELS = int(limit) // 2
+            replace(Image, "MAX_IMAGE_PIXELS", int(limit) // 2)
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         self.max_image_bytes = int(os.environ.get(MAX_IMAGE_BYTES, "0"))
         allow_private = os.environ.get(ALLOW_PRIVATE_MEDIA) == "1"
