@@ -55,7 +55,7 @@ def embedded(kinds: Sequence[str] = KINDS, count: int = 100, seed: int = 0) -> l
         ValueError: there is no such type.
         ModuleNotFoundError: the package `easy-vqa` is not installed.
     """
-    from ficoco_vllm.benchmarks.demo_model.data import held_out
+    from ficoco_vllm.benchmarks.questions.held_out import held_out
 
     items = []
     for kind in kinds:

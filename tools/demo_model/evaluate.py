@@ -15,13 +15,13 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 import ficoco_vllm.demo_model
-from ficoco_vllm.benchmarks.demo_model.architecture import ARCHITECTURE
-from ficoco_vllm.benchmarks.demo_model.data import KINDS_OF_QUESTION, Example, held_out
-from ficoco_vllm.benchmarks.demo_model.decoder import Decoder, Projector
-from ficoco_vllm.benchmarks.demo_model.dialogue import Asker, right_answers
-from ficoco_vllm.benchmarks.demo_model.features import encode
-from ficoco_vllm.benchmarks.demo_model.load import load_exported
-from ficoco_vllm.benchmarks.demo_model.vision import VisionTower
+from ficoco_vllm.benchmarks.questions.held_out import KINDS_OF_QUESTION, Example, held_out
+from tools.demo_model.architecture import ARCHITECTURE
+from tools.demo_model.decoder import Decoder, Projector
+from tools.demo_model.dialogue import Asker, right_answers
+from tools.demo_model.features import encode
+from tools.demo_model.load import load_exported
+from tools.demo_model.vision import VisionTower
 
 BATCH = 10
 
@@ -103,7 +103,7 @@ def table(rows: list[Accuracy]) -> str:
 
 def main() -> None:
     """Measure, print the table and write `accuracy.json` and `accuracy.txt`."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.demo_model.evaluate", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.demo_model.evaluate", description=__doc__)
     parser.add_argument("--model", type=Path, default=ficoco_vllm.demo_model.path(), help="exported model")
     parser.add_argument("--count", type=int, default=300, help="questions of each type")
     parser.add_argument("--seed", type=int, default=0, help="seed of the held-out set")

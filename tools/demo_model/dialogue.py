@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from ficoco_vllm.benchmarks.demo_model.decoder import Decoder
-from ficoco_vllm.benchmarks.demo_model.questions import Question
-from ficoco_vllm.benchmarks.demo_model.tokenizer import EOS, PAD, PREFIX, word_token
+from ficoco_vllm.benchmarks.questions.questions import Question
+from tools.demo_model.decoder import Decoder
+from tools.demo_model.tokenizer import EOS, PAD, PREFIX, word_token
 
 MASKED = -1e9
 IGNORED = -100

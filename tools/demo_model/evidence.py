@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ficoco_vllm.benchmarks.demo_model.dialogue import AnswerScores, Asker
-from ficoco_vllm.benchmarks.demo_model.questions import ANY, Question
-from ficoco_vllm.benchmarks.demo_model.scene import COLOUR, DIGIT, PLACE
+from ficoco_vllm.benchmarks.questions.questions import ANY, Question
+from ficoco_vllm.benchmarks.questions.scene import COLOUR, DIGIT, PLACE
+from tools.demo_model.dialogue import AnswerScores, Asker
 
 NUM_HEADS = 2
 

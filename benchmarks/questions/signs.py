@@ -7,14 +7,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from ficoco_vllm.benchmarks.demo_model.architecture import ARCHITECTURE
-from ficoco_vllm.benchmarks.demo_model.scene import (
+from ficoco_vllm.benchmarks.questions.scene import (
     COLOUR,
     COLOUR_NAMES,
     COLOURS,
     DIGIT,
     KIND,
     MIN_COVER,
+    PATCH_SIZE,
     PLACE,
     Scene,
     Sign,
@@ -26,7 +26,7 @@ BRIGHT = ("yellow", "green")
 GAP = 3
 PLACING_TRIES = 40
 
-P = ARCHITECTURE.patch_size
+P = PATCH_SIZE
 
 
 def split_numbers() -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ficoco_vllm.benchmarks.demo_model.architecture import ARCHITECTURE
-from ficoco_vllm.benchmarks.demo_model.pixels import to_patches
-from ficoco_vllm.benchmarks.demo_model.scene import DIGIT, KIND, Scene, Shape, Sign
-from ficoco_vllm.benchmarks.demo_model.shapes import EasyVqa
-from ficoco_vllm.benchmarks.demo_model.signs import TRAINING_NUMBERS, render_signs
-from ficoco_vllm.benchmarks.demo_model.vision import VisionTower
+from ficoco_vllm.benchmarks.questions.scene import DIGIT, KIND, Scene, Shape, Sign
+from ficoco_vllm.benchmarks.questions.shapes import EasyVqa
+from ficoco_vllm.benchmarks.questions.signs import TRAINING_NUMBERS, render_signs
+from tools.demo_model.architecture import ARCHITECTURE
+from tools.demo_model.pixels import to_patches
+from tools.demo_model.vision import VisionTower
 
 ENCODE_BATCH = 16
 # hidden_states[-2], LLaVA's feature layer: what the last layer but one left.

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+# Pixels of a side: of an image, and of a patch.
+IMAGE_SIZE, PATCH_SIZE = 192, 8
+
 COLOURS: dict[str, tuple[int, int, int]] = {
     "black": (0, 0, 0),
     "blue": (0, 0, 255),

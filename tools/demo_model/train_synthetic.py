@@ -10,18 +10,18 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ficoco_vllm.benchmarks.demo_model.architecture import ARCHITECTURE
-from ficoco_vllm.benchmarks.demo_model.decoder import Decoder
-from ficoco_vllm.benchmarks.demo_model.dialogue import Asker, right_answers
-from ficoco_vllm.benchmarks.demo_model.evidence import evidence_loss
-from ficoco_vllm.benchmarks.demo_model.steps import optimizers, running_accuracy, set_rates
-from ficoco_vllm.benchmarks.demo_model.synthetic import (
+from tools.demo_model.architecture import ARCHITECTURE
+from tools.demo_model.decoder import Decoder
+from tools.demo_model.dialogue import Asker, right_answers
+from tools.demo_model.evidence import evidence_loss
+from tools.demo_model.steps import optimizers, running_accuracy, set_rates
+from tools.demo_model.synthetic import (
     Course,
     VisualVocabulary,
     made_up_image,
     made_up_positions,
 )
-from ficoco_vllm.benchmarks.demo_model.tokenizer import build_tokenizer
+from tools.demo_model.tokenizer import build_tokenizer
 
 BATCH = 40
 NOISE = 0.3

@@ -5,17 +5,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
-from ficoco_vllm.benchmarks.demo_model.architecture import ARCHITECTURE
-from ficoco_vllm.benchmarks.demo_model.questions import (
+from ficoco_vllm.benchmarks.questions.questions import (
     Question,
     digit_question,
     number_question,
     shape_exists_balanced,
     sign_exists_balanced,
 )
-from ficoco_vllm.benchmarks.demo_model.scene import COLOUR_NAMES, SHAPES, Scene
-from ficoco_vllm.benchmarks.demo_model.shapes import EasyVqa
-from ficoco_vllm.benchmarks.demo_model.signs import HELD_OUT_NUMBERS, render_signs
+from ficoco_vllm.benchmarks.questions.scene import COLOUR_NAMES, IMAGE_SIZE, SHAPES, Scene
+from ficoco_vllm.benchmarks.questions.shapes import EasyVqa
+from ficoco_vllm.benchmarks.questions.signs import HELD_OUT_NUMBERS, render_signs
 
 
 @dataclass(frozen=True)
@@ -38,9 +37,8 @@ def _test_split() -> EasyVqa:
 
 def _signs(rng: random.Random, num_signs: int) -> Scene:
     """Signs with held-out numbers only, exactly as many as asked for."""
-    side = ARCHITECTURE.image_size
     while True:
-        scene = render_signs(rng, side, side, HELD_OUT_NUMBERS, num_signs)
+        scene = render_signs(rng, IMAGE_SIZE, IMAGE_SIZE, HELD_OUT_NUMBERS, num_signs)
         if len(scene.signs) == num_signs and len({sign.number for sign in scene.signs}) == num_signs:
             return scene
 

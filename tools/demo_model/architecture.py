@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ficoco_vllm.benchmarks.questions.scene import IMAGE_SIZE, PATCH_SIZE
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -13,8 +15,8 @@ class Architecture:
     Both halves have heads of 32, the smallest that vLLM's CPU attention accepts.
     """
 
-    image_size: int = 192
-    patch_size: int = 8
+    image_size: int = IMAGE_SIZE
+    patch_size: int = PATCH_SIZE
     hidden_size: int = 128
     num_heads: int = 4
     vision_layers: int = 8

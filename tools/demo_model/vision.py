@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ficoco_vllm.benchmarks.demo_model.architecture import ARCHITECTURE, Architecture, attend
-from ficoco_vllm.benchmarks.demo_model.muon import MatrixGroup
+from tools.demo_model.architecture import ARCHITECTURE, Architecture, attend
+from tools.demo_model.muon import MatrixGroup
 
 
 def sincos_positions(dim: int, grid: int, base: float = 100.0) -> Tensor:

@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ficoco_vllm.benchmarks.demo_model.architecture import ARCHITECTURE
-from ficoco_vllm.benchmarks.demo_model.muon import Muon
-from ficoco_vllm.benchmarks.demo_model.pixels import to_patches
-from ficoco_vllm.benchmarks.demo_model.scene import NUM_CLASSES
-from ficoco_vllm.benchmarks.demo_model.shapes import EasyVqa
-from ficoco_vllm.benchmarks.demo_model.steps import set_rates
-from ficoco_vllm.benchmarks.demo_model.vision import VisionHeads, VisionTower
-from ficoco_vllm.benchmarks.demo_model.windows import (
+from ficoco_vllm.benchmarks.questions.scene import NUM_CLASSES
+from ficoco_vllm.benchmarks.questions.shapes import EasyVqa
+from tools.demo_model.architecture import ARCHITECTURE
+from tools.demo_model.muon import Muon
+from tools.demo_model.pixels import to_patches
+from tools.demo_model.steps import set_rates
+from tools.demo_model.vision import VisionHeads, VisionTower
+from tools.demo_model.windows import (
     NUM_FLAGS,
     choose_window,
     draw,

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ficoco_vllm.benchmarks.demo_model.decoder import Decoder
-from ficoco_vllm.benchmarks.demo_model.muon import Muon
-from ficoco_vllm.benchmarks.demo_model.questions import Question
-from ficoco_vllm.benchmarks.demo_model.shapes import is_negated
+from ficoco_vllm.benchmarks.questions.questions import Question
+from ficoco_vllm.benchmarks.questions.shapes import is_negated
+from tools.demo_model.decoder import Decoder
+from tools.demo_model.muon import Muon
 
 
 def running_accuracy(

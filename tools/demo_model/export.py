@@ -15,10 +15,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ficoco_vllm.benchmarks.demo_model.architecture import ARCHITECTURE, IMAGE_MEAN, IMAGE_STD
-from ficoco_vllm.benchmarks.demo_model.decoder import Decoder, Projector
-from ficoco_vllm.benchmarks.demo_model.tokenizer import BOS, EOS, IMAGE, PAD, SPECIAL
-from ficoco_vllm.benchmarks.demo_model.vision import VisionTower
+from tools.demo_model.architecture import ARCHITECTURE, IMAGE_MEAN, IMAGE_STD
+from tools.demo_model.decoder import Decoder, Projector
+from tools.demo_model.tokenizer import BOS, EOS, IMAGE, PAD, SPECIAL
+from tools.demo_model.vision import VisionTower
 
 MAX_NEW_TOKENS = 16
 

@@ -1,4 +1,4 @@
-"""Pick the bundled example images: `python -m benchmarks.demo_model.examples`.
+"""Pick the bundled example images: `python -m tools.demo_model.examples`.
 
 From the held-out set, the first question of each type that the exported model answers right.
 """
@@ -10,8 +10,8 @@ from pathlib import Path
 from PIL import Image
 
 import ficoco_vllm.demo_model
-from ficoco_vllm.benchmarks.demo_model.data import Example, held_out
-from ficoco_vllm.benchmarks.demo_model.evaluate import Evaluator
+from ficoco_vllm.benchmarks.questions.held_out import Example, held_out
+from tools.demo_model.evaluate import Evaluator
 
 TYPES = ("colour", "shape", "number", "number_by_colour_2", "first_digit", "yes_no_signs")
 TRIES = 40
@@ -38,7 +38,7 @@ def pick(evaluator: Evaluator, kind: str) -> Example:
 
 def main() -> None:
     """Write the images and `examples.json`."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.demo_model.examples", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.demo_model.examples", description=__doc__)
     parser.add_argument("--model", type=Path, default=ficoco_vllm.demo_model.path(), help="exported model")
     options = parser.parse_args()
     folder = options.model / "examples"

@@ -5,7 +5,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ficoco_vllm.benchmarks.demo_model.architecture import ARCHITECTURE, IMAGE_MEAN, IMAGE_STD
+from tools.demo_model.architecture import ARCHITECTURE, IMAGE_MEAN, IMAGE_STD
 
 P = ARCHITECTURE.patch_size
 

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ficoco_vllm.benchmarks.demo_model.architecture import ARCHITECTURE, Architecture, attend
-from ficoco_vllm.benchmarks.demo_model.muon import MatrixGroup
-from ficoco_vllm.benchmarks.demo_model.vision import Linear
+from tools.demo_model.architecture import ARCHITECTURE, Architecture, attend
+from tools.demo_model.muon import MatrixGroup
+from tools.demo_model.vision import Linear
 
 STD = 0.09
 SHARED_QK = 0.8

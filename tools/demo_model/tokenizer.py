@@ -5,10 +5,10 @@ import random
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from ficoco_vllm.benchmarks.demo_model.architecture import ARCHITECTURE
-from ficoco_vllm.benchmarks.demo_model.questions import training_questions
-from ficoco_vllm.benchmarks.demo_model.scene import COLOUR_NAMES, KINDS, PLACES, SHAPES, Scene, Shape, Sign
-from ficoco_vllm.benchmarks.demo_model.signs import TRAINING_NUMBERS
+from ficoco_vllm.benchmarks.questions.scene import COLOUR_NAMES, KINDS, PLACES, SHAPES, Scene, Shape, Sign
+from ficoco_vllm.benchmarks.questions.signs import TRAINING_NUMBERS
+from tools.demo_model.architecture import ARCHITECTURE
+from tools.demo_model.training_questions import training_questions
 
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
 UNK, BOS, EOS, PAD, IMAGE = range(len(SPECIAL))

@@ -11,16 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ficoco_vllm.benchmarks.demo_model.architecture import ARCHITECTURE
-from ficoco_vllm.benchmarks.demo_model.decoder import Decoder, Projector
-from ficoco_vllm.benchmarks.demo_model.dialogue import Asker, right_answers
-from ficoco_vllm.benchmarks.demo_model.features import Features, choose_tokens, load_or_collect
-from ficoco_vllm.benchmarks.demo_model.questions import Question, shape_questions, sign_questions
-from ficoco_vllm.benchmarks.demo_model.scene import KIND, Shape, Sign
-from ficoco_vllm.benchmarks.demo_model.steps import optimizers, running_accuracy, set_rates
-from ficoco_vllm.benchmarks.demo_model.synthetic import VisualVocabulary
-from ficoco_vllm.benchmarks.demo_model.tokenizer import build_tokenizer
-from ficoco_vllm.benchmarks.demo_model.vision import VisionTower
+from ficoco_vllm.benchmarks.questions.questions import Question
+from ficoco_vllm.benchmarks.questions.scene import KIND, Shape, Sign
+from tools.demo_model.architecture import ARCHITECTURE
+from tools.demo_model.decoder import Decoder, Projector
+from tools.demo_model.dialogue import Asker, right_answers
+from tools.demo_model.features import Features, choose_tokens, load_or_collect
+from tools.demo_model.steps import optimizers, running_accuracy, set_rates
+from tools.demo_model.synthetic import VisualVocabulary
+from tools.demo_model.tokenizer import build_tokenizer
+from tools.demo_model.training_questions import shape_questions, sign_questions
+from tools.demo_model.vision import VisionTower
 
 NUM_QUESTIONS = 5
 NUM_POSITIONS = ARCHITECTURE.num_patches

@@ -8,10 +8,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ficoco_vllm.benchmarks.demo_model.architecture import ARCHITECTURE
-from ficoco_vllm.benchmarks.demo_model.scene import COLOUR_NAMES, KINDS, PLACES, Scene
-from ficoco_vllm.benchmarks.demo_model.shapes import EasyVqa
-from ficoco_vllm.benchmarks.demo_model.signs import TRAINING_NUMBERS, render_signs
+from ficoco_vllm.benchmarks.questions.scene import COLOUR_NAMES, KINDS, PLACES, Scene
+from ficoco_vllm.benchmarks.questions.shapes import EasyVqa
+from ficoco_vllm.benchmarks.questions.signs import TRAINING_NUMBERS, render_signs
+from tools.demo_model.architecture import ARCHITECTURE
 
 P = ARCHITECTURE.patch_size
 NUM_DIGIT_FLAGS = 10 * len(PLACES)

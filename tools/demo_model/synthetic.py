@@ -8,10 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ficoco_vllm.benchmarks.demo_model.architecture import ARCHITECTURE
-from ficoco_vllm.benchmarks.demo_model.dialogue import Asker
-from ficoco_vllm.benchmarks.demo_model.questions import Question, shape_questions, sign_questions
-from ficoco_vllm.benchmarks.demo_model.scene import (
+from ficoco_vllm.benchmarks.questions.questions import Question
+from ficoco_vllm.benchmarks.questions.scene import (
     COLOUR,
     COLOUR_NAMES,
     DIGIT,
@@ -23,7 +21,10 @@ from ficoco_vllm.benchmarks.demo_model.scene import (
     Shape,
     Sign,
 )
-from ficoco_vllm.benchmarks.demo_model.signs import TRAINING_NUMBERS
+from ficoco_vllm.benchmarks.questions.signs import TRAINING_NUMBERS
+from tools.demo_model.architecture import ARCHITECTURE
+from tools.demo_model.dialogue import Asker
+from tools.demo_model.training_questions import shape_questions, sign_questions
 
 ROWS, COLUMNS = 3, 8
 SHAPE_SHARE = 0.25

@@ -11,12 +11,19 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ficoco_vllm.benchmarks.demo_model.architecture import ARCHITECTURE
-from ficoco_vllm.benchmarks.demo_model.scene import COLOUR, COLOURS, KIND, SHAPES, Scene, Shape
+from ficoco_vllm.benchmarks.questions.scene import (
+    COLOUR,
+    COLOURS,
+    IMAGE_SIZE,
+    KIND,
+    PATCH_SIZE,
+    SHAPES,
+    Scene,
+    Shape,
+)
 
 NATIVE = 64
-SCALE = ARCHITECTURE.image_size // NATIVE
-P = ARCHITECTURE.patch_size
+SCALE = IMAGE_SIZE // NATIVE
 
 
 def data_folder() -> Path:
@@ -77,9 +84,7 @@ class EasyVqa:
         """Images whose shape is known."""
         return tuple(self.shapes)
 
-    def scene(
-        self, index: int, rng: random.Random | None = None, size: int = ARCHITECTURE.image_size
-    ) -> Scene:
+    def scene(self, index: int, rng: random.Random | None = None, size: int = IMAGE_SIZE) -> Scene:
         """An image at three times its native size.
 
         Args:
@@ -99,7 +104,7 @@ class EasyVqa:
             x0, y0, x1, y1 = bounding_box(mask)
             x, y = window_start(rng, x0, x1, window), window_start(rng, y0, y1, window)
             image, mask = image[y : y + window, x : x + window], mask[y : y + window, x : x + window]
-        cells = size // P
+        cells = size // PATCH_SIZE
         big = Image.fromarray(np.ascontiguousarray(image)).resize((size, size), Image.Resampling.BICUBIC)
         share = Image.fromarray(np.ascontiguousarray(mask, dtype=np.uint8) * 255)
         cover = np.asarray(share.resize((cells, cells), Image.Resampling.BOX), dtype=np.float32) / 255

@@ -3,7 +3,7 @@
 import random
 from dataclasses import dataclass
 
-from ficoco_vllm.benchmarks.demo_model.scene import COLOUR_NAMES, PLACES, SHAPES, Scene, Shape, Sign
+from ficoco_vllm.benchmarks.questions.scene import COLOUR_NAMES, PLACES, SHAPES, Shape, Sign
 
 NUMBER_BY_COLOUR = (
     "what number is on the {} sign?",
@@ -14,8 +14,6 @@ NUMBER_BY_COLOUR = (
     "what {} number is shown?",
     "what number is on the {} sign in the image?",
 )
-COLOUR_OF_SHAPE = ("what color is the {}?", "what is the color of the {}?")
-SHAPE_ASKED = ("what shape does the image contain?", "what shape is in the image?", "what shape is present?")
 PRESENT = (
     "is there a {}?",
     "is a {} present?",
@@ -85,40 +83,6 @@ def sign_exists_balanced(signs: tuple[Sign, ...], rng: random.Random, answer: bo
     return sign_exists(rng.choice(shown if answer else hidden), signs)
 
 
-def other_sign_questions(signs: tuple[Sign, ...], rng: random.Random) -> list[Question]:
-    """Everything else that can be asked about signs, in random order."""
-    sign = rng.choice(signs)
-    asked = [
-        Question(
-            f"what color is the sign with the number {sign.number}?",
-            COLOUR_NAMES[sign.colour],
-            "colour_by_number",
-            ((sign.colour, ANY),),
-        ),
-        Question("how many signs are there?", str(len(signs)), "count"),
-    ]
-    if len(sign.number) == len(PLACES):
-        asked += [digit_question(sign, place) for place in PLACES]
-    if len(signs) == 1:
-        asked += [
-            Question("what number is on the sign?", sign.number, "number", evidence_of(sign)),
-            Question("what color is the sign?", COLOUR_NAMES[sign.colour], "colour_of_sign"),
-        ]
-    rng.shuffle(asked)
-    return asked
-
-
-def sign_questions(signs: tuple[Sign, ...], rng: random.Random, count: int) -> list[Question]:
-    """A training set of questions for one image: numbers of up to two signs, yes/no, then others."""
-    asked = [number_question(sign, rng) for sign in rng.sample(signs, len(signs))[:2]]
-    answers = [True, False] if rng.random() < 0.3 else [rng.random() < 0.5]
-    asked += [sign_exists_balanced(signs, rng, answer) for answer in answers]
-    asked += other_sign_questions(signs, rng)
-    while len(asked) < count:
-        asked.append(number_question(rng.choice(signs), rng))
-    return asked[:count]
-
-
 def shape_exists_balanced(shape: Shape, rng: random.Random, answer: bool, negated: bool) -> Question:
     """A yes/no question on colour or form whose answer is chosen first, so that guessing gains nothing."""
     names, true = (COLOUR_NAMES, shape.colour) if rng.random() < 0.6 else (SHAPES, shape.shape)
@@ -126,35 +90,3 @@ def shape_exists_balanced(shape: Shape, rng: random.Random, answer: bool, negate
     thing = f"{names[named]} shape" if names is COLOUR_NAMES else names[named]
     text = rng.choice(ABSENT if negated else PRESENT).format(thing)
     return Question(text, "yes" if answer else "no", "yes_no_shapes")
-
-
-def shape_questions(shape: Shape, rng: random.Random, count: int, negated: float = 0.5) -> list[Question]:
-    """A training set of questions for one easy-VQA image.
-
-    Args:
-        shape: what the image shows.
-        rng: the only source of randomness.
-        count: how many questions.
-        negated: share of the yes/no questions that ask for absence.
-    """
-    asked = []
-    for _ in range(count):
-        choice = rng.random()
-        if choice < 0.2:
-            thing = rng.choice(("shape", SHAPES[shape.shape]))
-            asked.append(
-                Question(rng.choice(COLOUR_OF_SHAPE).format(thing), COLOUR_NAMES[shape.colour], "colour")
-            )
-        elif choice < 0.45:
-            phrases = (*SHAPE_ASKED, f"what is the {COLOUR_NAMES[shape.colour]} shape?")
-            asked.append(Question(rng.choice(phrases), SHAPES[shape.shape], "shape"))
-        else:
-            asked.append(shape_exists_balanced(shape, rng, rng.random() < 0.5, rng.random() < negated))
-    return asked
-
-
-def training_questions(scene: Scene, rng: random.Random, count: int, negated: float = 0.5) -> list[Question]:
-    """Training questions for an image of either sort."""
-    if scene.shape is not None:
-        return shape_questions(scene.shape, rng, count, negated)
-    return sign_questions(scene.signs, rng, count)

@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from ficoco_vllm.benchmarks.demo_model.architecture import ARCHITECTURE
-from ficoco_vllm.benchmarks.demo_model.decoder import Decoder, Projector
-from ficoco_vllm.benchmarks.demo_model.export import views_by_name
-from ficoco_vllm.benchmarks.demo_model.vision import VisionTower
+from tools.demo_model.architecture import ARCHITECTURE
+from tools.demo_model.decoder import Decoder, Projector
+from tools.demo_model.export import views_by_name
+from tools.demo_model.vision import VisionTower
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Train the demo model from nothing: `python -m benchmarks.demo_model.train`.
+"""Train the demo model from nothing: `python -m tools.demo_model.train`.
 
 Stages leave checkpoints in the work folder; a finished stage is skipped, an interrupted one goes on. The
 first two do not depend on each other: run them side by side with `--stages vision` and `--stages synthetic`.
@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 
 import ficoco_vllm.demo_model
-from ficoco_vllm.benchmarks.demo_model.architecture import ARCHITECTURE
-from ficoco_vllm.benchmarks.demo_model.decoder import Decoder, Projector
-from ficoco_vllm.benchmarks.demo_model.export import export
-from ficoco_vllm.benchmarks.demo_model.tokenizer import build_tokenizer
-from ficoco_vllm.benchmarks.demo_model.train_features import ALL_TOKENS, SUBSETS, train_features
-from ficoco_vllm.benchmarks.demo_model.train_synthetic import train_synthetic
-from ficoco_vllm.benchmarks.demo_model.train_vision import train_vision
-from ficoco_vllm.benchmarks.demo_model.vision import VisionTower
+from tools.demo_model.architecture import ARCHITECTURE
+from tools.demo_model.decoder import Decoder, Projector
+from tools.demo_model.export import export
+from tools.demo_model.tokenizer import build_tokenizer
+from tools.demo_model.train_features import ALL_TOKENS, SUBSETS, train_features
+from tools.demo_model.train_synthetic import train_synthetic
+from tools.demo_model.train_vision import train_vision
+from tools.demo_model.vision import VisionTower
 
 SECONDS = {"vision": 2000.0, "synthetic": 950.0, "subsets": 900.0, "all_tokens": 600.0}
 NUM_IMAGES = 8000
@@ -47,7 +47,7 @@ def export_latest(work: Path, folder: Path) -> None:
 
 def main() -> None:
     """Run the chosen stages in order."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.demo_model.train", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.demo_model.train", description=__doc__)
     stages = [*SECONDS, "export"]
     parser.add_argument("--stages", nargs="+", choices=stages, default=stages, help="which to run")
     parser.add_argument("--work", type=Path, default=Path("build/demo_model"), help="folder of checkpoints")
