@@ -88,31 +88,31 @@ test-kernels: $(DEV)  ## every fused op against its reference, in Triton's inter
 	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels $(ARGS)
 
 kernels-aot: $(DEV)  ## compile the kernels for GPUs that are not here, with bars
-	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.kernels.aot --json build/kernels-aot.json $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m ficoco_vllm.benchmarks.kernels.aot --json build/kernels-aot.json $(ARGS)
 
 bench-kernels: $(DEV)  ## time the fused ops (on a GPU the kernels, else the torch versions)
-	@$(BIN)/python -m benchmarks.kernels.bench --out build/kernels $(ARGS)
+	@$(BIN)/python -m ficoco_vllm.benchmarks.kernels.bench --out build/kernels $(ARGS)
 
 bench-ttft: $(DEV)  ## time to first token at LLaVA-1.5-7B's width, stock and reduced side by side
-	@$(BIN)/python -m benchmarks.ttft $(ARGS)
+	@$(BIN)/python -m ficoco_vllm.benchmarks.ttft $(ARGS)
 
 bench-efficiency: $(DEV)  ## the rows of the paper's Tables 8 and 9 on whole models: bfloat16, INT8, INT4; none, V, L, VL
-	@$(BIN)/python -m benchmarks.efficiency $(ARGS)
+	@$(BIN)/python -m ficoco_vllm.benchmarks.efficiency $(ARGS)
 
 bench-concurrency: $(DEV)  ## requests that run at once under the same KV memory: stock, V, L, VL
-	@$(BIN)/python -m benchmarks.concurrency $(ARGS)
+	@$(BIN)/python -m ficoco_vllm.benchmarks.concurrency $(ARGS)
 
 soak: $(DEV)  ## 10,000 mixed requests to a server that reduces in the tower and to one that does in the decoder (45 minutes)
-	@$(BIN)/python -m benchmarks.endurance $(ARGS)
+	@$(BIN)/python -m ficoco_vllm.benchmarks.endurance $(ARGS)
 
 soak-decoder: $(DEV)  ## 2,000 mixed requests, some aborted: every KV block comes back, memory does not keep growing
-	@$(BIN)/python -m benchmarks.soak $(ARGS)
+	@$(BIN)/python -m ficoco_vllm.benchmarks.soak $(ARGS)
 
 bench-metrics: $(DEV)  ## what our metrics cost: a server with them against one without, slice by slice
-	@$(BIN)/python -m benchmarks.metrics $(ARGS)
+	@$(BIN)/python -m ficoco_vllm.benchmarks.metrics $(ARGS)
 
 bench-elastic: $(DEV)  ## overload a small KV cache: time to first token at a fixed budget and with --ficoco-elastic
-	@$(BIN)/python -m benchmarks.elastic $(ARGS)
+	@$(BIN)/python -m ficoco_vllm.benchmarks.elastic $(ARGS)
 
 bench-accuracy: $(DEV)  ## accuracy of the tower's methods by budget, ablations, sensitivity; then `make figures`
 	@$(BIN)/ficoco-vllm bench accuracy --sites tower --count 19 --few-count 19 --out benchmarks/results/accuracy.json $(ARGS)
@@ -124,11 +124,11 @@ bench-accuracy-decoder: $(DEV)  ## the same of the decoder's methods
 	@$(MAKE) --no-print-directory figures
 
 bench-composition: $(DEV)  ## search the composition of stages that loses least, and test it on questions it never saw
-	@$(BIN)/python -m benchmarks.composition $(ARGS)
+	@$(BIN)/python -m ficoco_vllm.benchmarks.composition $(ARGS)
 
 figures: $(DEV)  ## write README.md's table and pictures and docs/accuracy.md anew, out of benchmarks/results/
 	@$(BIN)/python -m ficoco_vllm.benchmarks.accuracy.tables
-	@$(BIN)/python -m benchmarks.overview
+	@$(BIN)/python -m ficoco_vllm.benchmarks.overview
 
 bench-smoke: $(DEV)  ## every benchmark in miniature, and that planted regressions are noticed
 	@$(BIN)/python -m pytest tests/benchmarks tests/server/elastic/test_overload.py $(ARGS)

@@ -1,7 +1,7 @@
 """The settings behind each of the paper's FLOPs points: fills the generated block of docs/paper-settings.md.
 
-python -m benchmarks.paper_settings            # rewrite the block
-python -m benchmarks.paper_settings --check    # exit code 1 if it is not current
+python -m ficoco_vllm.benchmarks.paper_settings            # rewrite the block
+python -m ficoco_vllm.benchmarks.paper_settings --check    # exit code 1 if it is not current
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """The paper's efficiency tables beside ours: fills the generated blocks of docs/paper-tables.md.
 
-    python -m benchmarks.paper_tables            # rewrite the blocks
-    python -m benchmarks.paper_tables --check    # exit code 1 if they are not current
+    python -m ficoco_vllm.benchmarks.paper_tables            # rewrite the blocks
+    python -m ficoco_vllm.benchmarks.paper_tables --check    # exit code 1 if they are not current
 
 The text around the blocks is written by hand. A figure that is more than 5% off and does not round to the
 printed one must carry the letter of a note there, or nothing is written.
@@ -275,7 +275,7 @@ def equation_table() -> list[str]:
 
 def served_table(index: int) -> list[str]:
     """Table 8 or 9 as `make bench-efficiency` measured it, which is not in the wheel."""
-    from benchmarks.efficiency import rows, table
+    from ficoco_vllm.benchmarks.efficiency import rows, table
 
     return table.markdown(rows.TABLES[index], table.read())
 
@@ -330,7 +330,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     current = render(text)
     if check:
         if text != current:
-            print(f"{DOCUMENT.name} is not current: run python -m benchmarks.paper_tables", file=sys.stderr)
+            print(
+                f"{DOCUMENT.name} is not current: run python -m ficoco_vllm.benchmarks.paper_tables",
+                file=sys.stderr,
+            )
         return int(text != current)
     DOCUMENT.write_text(current, encoding="utf-8")
     return 0

@@ -15,9 +15,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.bars import Bar, environment, report
-from benchmarks.concurrency import model, worker
-from benchmarks.concurrency.kinds import KINDS
+from ficoco_vllm.benchmarks.bars import Bar, environment, report
+from ficoco_vllm.benchmarks.concurrency import model, worker
+from ficoco_vllm.benchmarks.concurrency.kinds import KINDS
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.planning.decoder import DecoderPlanner
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, CLIPImageProcessor, LlavaProcessor
 
-from benchmarks.ttft import model as full_size
 from ficoco_vllm import demo_model
+from ficoco_vllm.benchmarks.ttft import model as full_size
 
 WIDTH = 128
 

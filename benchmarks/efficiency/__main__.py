@@ -18,15 +18,15 @@ from typing import Any
 
 import psutil
 
-from benchmarks import bars as results
-from benchmarks.bars import Bar
-from benchmarks.efficiency import worker
-from benchmarks.efficiency.rows import PRECISIONS, TABLES, Table, pairs, token_plan
-from benchmarks.efficiency.table import PATH, markdown
-from benchmarks.ttft import model
-from benchmarks.ttft.__main__ import SETTLE_SECONDS, piped
-from benchmarks.ttft.kinds import WHOLE_MODELS
-from benchmarks.ttft.quantization import runs_here
+from ficoco_vllm.benchmarks import bars as results
+from ficoco_vllm.benchmarks.bars import Bar
+from ficoco_vllm.benchmarks.efficiency import worker
+from ficoco_vllm.benchmarks.efficiency.rows import PRECISIONS, TABLES, Table, pairs, token_plan
+from ficoco_vllm.benchmarks.efficiency.table import PATH, markdown
+from ficoco_vllm.benchmarks.ttft import model
+from ficoco_vllm.benchmarks.ttft.__main__ import SETTLE_SECONDS, piped
+from ficoco_vllm.benchmarks.ttft.kinds import WHOLE_MODELS
+from ficoco_vllm.benchmarks.ttft.quantization import runs_here
 from ficoco_vllm.reduction.cost import ModelShape, estimate, model_shape, unreduced
 
 # Beside the weights: tower, KV cache, what the process has before, and one layer twice while it is repacked.

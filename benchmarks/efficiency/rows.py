@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.ttft.quantization import Weights
+from ficoco_vllm.benchmarks.ttft.quantization import Weights
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.planning.decoder import DecoderPlanner
 from ficoco_vllm.reduction.cost import Budget, ModelShape, TokenPlan, encoder_tokens

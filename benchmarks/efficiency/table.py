@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.efficiency.rows import PRECISIONS, Row, Table, token_plan
-from benchmarks.ttft import model
-from benchmarks.ttft.kinds import WHOLE_MODELS
+from ficoco_vllm.benchmarks.efficiency.rows import PRECISIONS, Row, Table, token_plan
+from ficoco_vllm.benchmarks.ttft import model
+from ficoco_vllm.benchmarks.ttft.kinds import WHOLE_MODELS
 from ficoco_vllm.reduction.cost import estimate, model_shape
 
 PATH = Path(__file__).parent.parent / "results" / "efficiency.json"

@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from benchmarks.efficiency.rows import SETTINGS, Row
+from ficoco_vllm.benchmarks.efficiency.rows import SETTINGS, Row
 from ficoco_vllm.compat import use_interpreter
 
 BLOCK_SIZE = 32  # the smallest of vLLM's CPU attention

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from openai import AsyncOpenAI
 
-from benchmarks.bars import Bar, environment, report
-from benchmarks.elastic.driver import Driver
-from benchmarks.elastic.overload import LONG, NUM_OUTPUT, SHORT, Result, arguments, overload
+from ficoco_vllm.benchmarks.bars import Bar, environment, report
+from ficoco_vllm.benchmarks.elastic.driver import Driver
+from ficoco_vllm.benchmarks.elastic.overload import LONG, NUM_OUTPUT, SHORT, Result, arguments, overload
 from tests.support.server import API_KEY, Server, serve
 
 RESULTS = Path(__file__).parent.parent / "results" / "elastic.json"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.elastic.driver import Answer, Driver, ttft
+from ficoco_vllm.benchmarks.elastic.driver import Answer, Driver, ttft
 
 FLOOR, CEILING = 64, 576
 # Tokens of an answer. Prompts of 576 visual tokens take 22 blocks of 32 with it, those of 64 take 6: two against

@@ -15,12 +15,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bars import environment, report
-from benchmarks.endurance.asks import Target, make_asks
-from benchmarks.endurance.client import Client
-from benchmarks.endurance.drive import Settings, drive
-from benchmarks.endurance.promises import promises
-from benchmarks.soak.load import METHODS
+from ficoco_vllm.benchmarks.bars import environment, report
+from ficoco_vllm.benchmarks.endurance.asks import Target, make_asks
+from ficoco_vllm.benchmarks.endurance.client import Client
+from ficoco_vllm.benchmarks.endurance.drive import Settings, drive
+from ficoco_vllm.benchmarks.endurance.promises import promises
+from ficoco_vllm.benchmarks.soak.load import METHODS
 from ficoco_vllm.server.lifecycle.process import serving
 
 RESULTS = Path(__file__).parent.parent / "results" / "endurance.json"

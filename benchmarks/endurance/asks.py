@@ -17,7 +17,7 @@ from PIL import Image
 from ficoco_vllm.demo_model import examples
 
 CHAT = "/v1/chat/completions"
-# The mixture starts anew after so many, as in `benchmarks.soak.load`: caches that grow with every new prompt would
+# The mixture starts anew after so many, as in `ficoco_vllm.benchmarks.soak.load`: caches that grow with every new prompt would
 # hide a leak.
 NUM_DIFFERENT = 240
 MOST_TOKENS = 8

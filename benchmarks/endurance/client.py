@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from benchmarks.endurance.asks import CHAT, EARLY, MID, Ask
+from ficoco_vllm.benchmarks.endurance.asks import CHAT, EARLY, MID, Ask
 
 # How a request may end.
 ANSWERED, REFUSED, ABORTED = "answered", "refused", "aborted"

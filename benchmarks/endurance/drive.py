@@ -9,9 +9,9 @@ from itertools import cycle, islice
 from typing import Any
 from uuid import uuid4
 
-from benchmarks.endurance.asks import Ask
-from benchmarks.endurance.client import ABORTED, FAULTS, Answer, Client, Outcome
-from benchmarks.endurance.watch import QUEUE, difference, read_counts, read_gauges, tree_mib
+from ficoco_vllm.benchmarks.endurance.asks import Ask
+from ficoco_vllm.benchmarks.endurance.client import ABORTED, FAULTS, Answer, Client, Outcome
+from ficoco_vllm.benchmarks.endurance.watch import QUEUE, difference, read_counts, read_gauges, tree_mib
 
 # Requests that were given up are noticed, and gauges follow, within so long.
 SETTLE_SECONDS = 60.0

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from benchmarks.bars import Bar
-from benchmarks.endurance.asks import EARLY, MID
-from benchmarks.endurance.client import ABORTED, ANSWERED, FAULTS, REFUSED
-from benchmarks.endurance.watch import GAUGES, RESPONSES, total
-from benchmarks.soak.__main__ import LEAST_ROUNDS, WARM_UP_SHARE, growth
+from ficoco_vllm.benchmarks.bars import Bar
+from ficoco_vllm.benchmarks.endurance.asks import EARLY, MID
+from ficoco_vllm.benchmarks.endurance.client import ABORTED, ANSWERED, FAULTS, REFUSED
+from ficoco_vllm.benchmarks.endurance.watch import GAUGES, RESPONSES, total
+from ficoco_vllm.benchmarks.soak.__main__ import LEAST_ROUNDS, WARM_UP_SHARE, growth
 
 # MiB for a thousand requests. What a leak would keep of one: its pixels (192 x 192 x 3 floats, 432 KiB) 420, its
 # embeddings (576 x 128 floats, 288 KiB) 280, its body (4 KiB) 4 and with an image of 2 MiB more.

@@ -26,8 +26,8 @@ import httpx
 import psutil
 from PIL import Image
 
-from benchmarks.bars import Bar, environment, report
-from benchmarks.metrics.paired import Overhead, Slice
+from ficoco_vllm.benchmarks.bars import Bar, environment, report
+from ficoco_vllm.benchmarks.metrics.paired import Overhead, Slice
 from tests.support.server import Server, data_url, message, serve
 
 RESULTS = Path(__file__).parent.parent / "results" / "metrics.json"
@@ -53,7 +53,10 @@ def main() -> int:
     args = parser.parse_args()
     hooks = json.loads(
         subprocess.run(
-            [sys.executable, "-m", "benchmarks.metrics.hooks"], capture_output=True, text=True, check=True
+            [sys.executable, "-m", "ficoco_vllm.benchmarks.metrics.hooks"],
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout.splitlines()[-1]
     )
     with ExitStack() as stack:

@@ -1,7 +1,7 @@
 """What counting takes in the API server, in microseconds: of one output token, and of one request from end to end.
 
 vLLM's own objects take a batch of outputs through vLLM's own methods, with requests that are counted and with
-requests that are not. No model runs. usage: python -m benchmarks.metrics.hooks
+requests that are not. No model runs. usage: python -m ficoco_vllm.benchmarks.metrics.hooks
 """
 
 import json

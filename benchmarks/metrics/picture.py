@@ -1,7 +1,7 @@
 """The dashboard's panels as a picture: its own queries, evaluated by Prometheus over a real run of the demo model.
 
 Three phases of equal load on a small KV cache: requests that keep all 576 tokens, that keep the server's 64, that
-keep 32 by another method. usage: python -m benchmarks.metrics.picture [--out docs/images/dashboard.svg]
+keep 32 by another method. usage: python -m ficoco_vllm.benchmarks.metrics.picture [--out docs/images/dashboard.svg]
 """
 
 import argparse
@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 from PIL import Image
 
-from benchmarks.metrics.chart import Panel, draw
+from ficoco_vllm.benchmarks.metrics.chart import Panel, draw
 from tests.support.prometheus import DASHBOARD, Prometheus, filled_in, scrape
 from tests.support.server import data_url, message, serve
 

@@ -6,8 +6,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.overview.settings import Measured, Results, Setting, collect, shallowest
 from ficoco_vllm.benchmarks.accuracy.variants import site_of
+from ficoco_vllm.benchmarks.overview.settings import Measured, Results, Setting, collect, shallowest
 from ficoco_vllm.benchmarks.svg import COLOURS, as_svg
 
 _MARKERS, _STYLES = "osD^vP*X<>ph", ("-", "--", "-.")

@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bars import Bar, environment, report
-from benchmarks.soak.load import PHASES
 from ficoco_vllm import demo_model
+from ficoco_vllm.benchmarks.bars import Bar, environment, report
+from ficoco_vllm.benchmarks.soak.load import PHASES
 from ficoco_vllm.compat import set_cpu_defaults, use_interpreter
 
 RESULTS = Path(__file__).parent.parent / "results" / "soak.json"
@@ -50,7 +50,7 @@ def main() -> int:
         "HF_HUB_OFFLINE": "1",
     }
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    from benchmarks.soak.drive import Settings, drive
+    from ficoco_vllm.benchmarks.soak.drive import Settings, drive
     from tests.support.engine import make_engine
 
     settings = Settings(num_requests=args.requests, num_per_round=args.round, seed=args.seed)

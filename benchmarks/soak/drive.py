@@ -10,7 +10,7 @@ from typing import Any
 
 from vllm import LLM, SamplingParams
 
-from benchmarks.soak.load import Ask, asks
+from ficoco_vllm.benchmarks.soak.load import Ask, asks
 from tests.support.engine import phase_of, request, scheduler_of, worker_of
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from benchmarks.bars import report
-from benchmarks.concurrency.__main__ import bars as concurrency_bars
-from benchmarks.elastic.__main__ import bars as elastic_bars
-from benchmarks.elastic.overload import Phase, Result
-from benchmarks.kernels import bench as kernels
-from benchmarks.kernels.cases import Case, tower
-from benchmarks.metrics import __main__ as metrics
-from benchmarks.ttft.__main__ import bars as ttft_bars
+from ficoco_vllm.benchmarks.bars import report
+from ficoco_vllm.benchmarks.concurrency.__main__ import bars as concurrency_bars
+from ficoco_vllm.benchmarks.elastic.__main__ import bars as elastic_bars
+from ficoco_vllm.benchmarks.elastic.overload import Phase, Result
+from ficoco_vllm.benchmarks.kernels import bench as kernels
+from ficoco_vllm.benchmarks.kernels.cases import Case, tower
+from ficoco_vllm.benchmarks.metrics import __main__ as metrics
+from ficoco_vllm.benchmarks.ttft.__main__ import bars as ttft_bars
 from tests.support.server import Server
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"

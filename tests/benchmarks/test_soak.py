@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from vllm import LLM
 
-from benchmarks.soak.__main__ import ENGINE, RESULTS, bars
+from ficoco_vllm.benchmarks.soak.__main__ import ENGINE, RESULTS, bars
 from tests.support.engine import scheduler_of
 from tests.support.remote import Remote, remote_engine
 
@@ -61,7 +61,7 @@ def engine(demo_model: Path) -> Iterator[Remote]:
 
 def soaked(engine: LLM, num_requests: int, seed: int) -> dict[str, Any]:
     """A short run."""
-    from benchmarks.soak.drive import Settings, drive
+    from ficoco_vllm.benchmarks.soak.drive import Settings, drive
 
     return drive(engine, Settings(num_requests, num_requests // 2, num_open=8, abort_share=0.5, seed=seed))
 

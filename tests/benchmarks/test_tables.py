@@ -25,5 +25,5 @@ def test_a_block_without_a_result_is_an_error() -> None:
 
 
 def test_paper_settings_are_current() -> None:
-    command = [sys.executable, "-m", "benchmarks.paper_settings", "--check"]
+    command = [sys.executable, "-m", "ficoco_vllm.benchmarks.paper_settings", "--check"]
     assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0

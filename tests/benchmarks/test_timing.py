@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from benchmarks.concurrency import model as narrow
-from benchmarks.concurrency.__main__ import bars as concurrency_bars
-from benchmarks.concurrency.__main__ import measure, memory
-from benchmarks.concurrency.kinds import KINDS
-from benchmarks.ttft.__main__ import bars as ttft_bars
-from benchmarks.ttft.__main__ import engine, summarise, take_turns
-from benchmarks.ttft.kinds import ENCODER_KINDS, STOCK, Kind
+from ficoco_vllm.benchmarks.concurrency import model as narrow
+from ficoco_vllm.benchmarks.concurrency.__main__ import bars as concurrency_bars
+from ficoco_vllm.benchmarks.concurrency.__main__ import measure, memory
+from ficoco_vllm.benchmarks.concurrency.kinds import KINDS
+from ficoco_vllm.benchmarks.ttft.__main__ import bars as ttft_bars
+from ficoco_vllm.benchmarks.ttft.__main__ import engine, summarise, take_turns
+from ficoco_vllm.benchmarks.ttft.kinds import ENCODER_KINDS, STOCK, Kind
 
 pytestmark = [pytest.mark.engine, pytest.mark.alone]
 

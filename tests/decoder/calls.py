@@ -11,8 +11,8 @@ from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
 
-from benchmarks.soak import load as soak
-from benchmarks.soak.drive import Driver
+from ficoco_vllm.benchmarks.soak import load as soak
+from ficoco_vllm.benchmarks.soak.drive import Driver
 from tests.support.engine import Answer, request, scheduler_of, worker_of
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import httpx
 import pytest
 
-from benchmarks.endurance.asks import CHAT, Target, make_asks
-from benchmarks.endurance.client import Client
-from benchmarks.endurance.drive import Settings, drive
-from benchmarks.endurance.promises import promises
-from benchmarks.endurance.watch import GAUGES, read_counts, tree_mib
+from ficoco_vllm.benchmarks.endurance.asks import CHAT, Target, make_asks
+from ficoco_vllm.benchmarks.endurance.client import Client
+from ficoco_vllm.benchmarks.endurance.drive import Settings, drive
+from ficoco_vllm.benchmarks.endurance.promises import promises
+from ficoco_vllm.benchmarks.endurance.watch import GAUGES, read_counts, tree_mib
 from tests.server.conftest import BODY_BYTES, KEEP, NUM_PATCHES, Bounded
 from tests.support.server import API_KEY, Server
 

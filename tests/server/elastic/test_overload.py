@@ -10,8 +10,8 @@ import httpx
 import pytest
 from PIL import Image
 
-from benchmarks.elastic.__main__ import run
-from benchmarks.elastic.overload import CEILING, FLOOR, SHORT, Result, arguments
+from ficoco_vllm.benchmarks.elastic.__main__ import run
+from ficoco_vllm.benchmarks.elastic.overload import CEILING, FLOOR, SHORT, Result, arguments
 from tests.support.server import API_KEY, Server, budget, data_url, message, serve
 
 pytestmark = [pytest.mark.server, pytest.mark.alone]

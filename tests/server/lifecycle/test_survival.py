@@ -13,9 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from benchmarks.endurance.asks import Ask
-from benchmarks.endurance.client import ANSWERED, LOST, SERVER_ERROR, Client, Outcome
-from benchmarks.endurance.watch import read_gauges
+from ficoco_vllm.benchmarks.endurance.asks import Ask
+from ficoco_vllm.benchmarks.endurance.client import ANSWERED, LOST, SERVER_ERROR, Client, Outcome
+from ficoco_vllm.benchmarks.endurance.watch import read_gauges
 from ficoco_vllm.server.lifecycle.cleanup import SHARED_MEMORY
 from tests.support.server import Server, serve
 
