@@ -277,7 +277,7 @@ def served_table(index: int) -> list[str]:
     """Table 8 or 9 as `make bench-efficiency` measured it, which is not in the wheel."""
     from ficoco_vllm.benchmarks.efficiency import rows, table
 
-    return table.markdown(rows.TABLES[index], table.read())
+    return table.markdown(rows.TABLES[index], table.committed())
 
 
 BLOCKS: dict[str, Callable[[], list[str]]] = {

@@ -12,7 +12,7 @@ from ficoco_vllm.benchmarks.accuracy.suites import Row, methods_of, rows
 from ficoco_vllm.benchmarks.accuracy.summary import summarise
 from ficoco_vllm.benchmarks.accuracy.variants import SITES
 from ficoco_vllm.benchmarks.accuracy.workload import Item, embedded
-from ficoco_vllm.benchmarks.bars import environment
+from ficoco_vllm.benchmarks.harness.results import environment
 
 
 @dataclass(frozen=True)

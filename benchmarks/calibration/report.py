@@ -1,6 +1,5 @@
 """The calibration report: a page that needs nothing else, and lines for the terminal."""
 
-import base64
 import io
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -9,6 +8,7 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from ficoco_vllm.benchmarks.accuracy.workload import Item
+from ficoco_vllm.benchmarks.harness.http import data_url
 
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -113,8 +113,7 @@ def _table(report: Report) -> str:
 
 
 def _figure(row: Mapping[str, Any], item: Item) -> str:
-    image = base64.b64encode(item.image or b"").decode()
-    source = f"data:{item.media_type};base64,{image}"
+    source = data_url(item.image or b"", item.media_type)
     return (
         f"<figure><img alt='' src='{source}'>{_patches(row['patches'], item, source)}<dl>"
         f"<dt>asked</dt><dd>{escape(item.question)}</dd>"

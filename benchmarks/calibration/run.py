@@ -12,11 +12,11 @@ from ficoco_vllm.benchmarks.accuracy.store import Store
 from ficoco_vllm.benchmarks.accuracy.summary import doubts
 from ficoco_vllm.benchmarks.accuracy.variants import SITES, Variant, full, site_of
 from ficoco_vllm.benchmarks.accuracy.workload import Item
-from ficoco_vllm.benchmarks.bars import environment
 from ficoco_vllm.benchmarks.calibration.divergence import divergence
 from ficoco_vllm.benchmarks.calibration.kept import EXPLAINS, kept_patches
 from ficoco_vllm.benchmarks.calibration.savings import first_token_ratio, kv_saving
 from ficoco_vllm.benchmarks.calibration.search import FIRST, Ask, Found, certify, needed, search
+from ficoco_vllm.benchmarks.harness.results import environment
 
 BUDGETS = (288, 192, 144, 96, 64, 48, 32, 16)
 SEARCH_SHARE = 1 / 4

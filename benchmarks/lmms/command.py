@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ficoco_vllm.benchmarks.accuracy.client import served_model
 from ficoco_vllm.benchmarks.accuracy.probe import probe
-from ficoco_vllm.benchmarks.bars import environment
+from ficoco_vllm.benchmarks.harness.http import served_model
+from ficoco_vllm.benchmarks.harness.results import environment
+from ficoco_vllm.benchmarks.harness.serving import serving
 from ficoco_vllm.benchmarks.lmms.benchmarks import Benchmark, paper_figure
 from ficoco_vllm.benchmarks.lmms.tasks import write_task
-from ficoco_vllm.benchmarks.serving import serve
 
 PYTHON = Path(".venv-lmms/bin/python")
 TIMEOUT_SECONDS = 600
@@ -75,9 +75,9 @@ def evaluate(run: Run) -> dict[str, Any]:
         arguments += ["--ficoco-keep", str(run.keep)]
     with (
         tempfile.TemporaryDirectory(prefix="ficoco-lmms-") as name,
-        serve(arguments, Path(name) / "log") as url,
+        serving(arguments, Path(name) / "log") as server,
     ):
-        return _evaluate(run, python, url)
+        return _evaluate(run, python, server.url)
 
 
 def _evaluate(run: Run, python: Path, url: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ficoco_vllm.benchmarks.svg import COLOURS, as_svg
+from ficoco_vllm.benchmarks.harness.plots import COLOURS, as_svg
 
 _SIZE_INCHES = (7.0, 3.6)
 

@@ -3,10 +3,9 @@
 import threading
 import time
 import urllib.error
-import urllib.request
-from collections.abc import Iterator
 from types import TracebackType
-from typing import Any
+
+from ficoco_vllm.benchmarks.harness.http import read_metrics, samples
 
 # vLLM's name to ours; several engines are added up, but for the share of the cache, of which the fullest counts.
 _SUMS = {
@@ -32,7 +31,7 @@ class Sampler:
     def __init__(self, url: str, interval_seconds: float) -> None:
         self.samples: list[dict[str, float]] = []
         self.avoided: list[dict[str, float]] = []
-        self._url = f"{url}/metrics"
+        self._url = url
         self._interval = interval_seconds
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -76,17 +75,16 @@ class Sampler:
 
     def _look(self) -> None:
         try:
-            with urllib.request.urlopen(self._url, timeout=10) as answer:
-                text = answer.read().decode()
+            text = read_metrics(self._url)
         except (urllib.error.URLError, TimeoutError, ConnectionError):
             return
-        found = read_metrics(text)
-        if found:
-            self.samples.append({"seconds": round(time.monotonic() - self._start, 3), **found})
+        figures = read_figures(text)
+        if figures:
+            self.samples.append({"seconds": round(time.monotonic() - self._start, 3), **figures})
             self.avoided = [*self.avoided[:1], read_avoided(text)]
 
 
-def read_metrics(text: str) -> dict[str, float]:
+def read_figures(text: str) -> dict[str, float]:
     """The figures that the load test follows.
 
     Args:
@@ -97,7 +95,7 @@ def read_metrics(text: str) -> dict[str, float]:
         where one is missing.
     """
     found: dict[str, float] = {}
-    for sample in _samples(text):
+    for sample in samples(text):
         if name := _SUMS.get(sample.name):
             found[name] = found.get(name, 0.0) + sample.value
         elif name := _MAXIMA.get(sample.name):
@@ -112,17 +110,8 @@ def read_avoided(text: str) -> dict[str, float]:
         text: what /metrics answers.
     """
     found: dict[str, float] = {}
-    for sample in _samples(text):
+    for sample in samples(text):
         if sample.name == _AVOIDED:
             method = sample.labels["method"]
             found[method] = found.get(method, 0.0) + sample.value
     return found
-
-
-def _samples(text: str) -> Iterator[Any]:
-    # Not at the top: the command line loads this module, and whoever serves names the folder that processes share
-    # before prometheus_client is imported.
-    from prometheus_client.parser import text_string_to_metric_families
-
-    for family in text_string_to_metric_families(text):
-        yield from family.samples

@@ -13,7 +13,7 @@ from ficoco_vllm.benchmarks.accuracy.suites import Row
 from ficoco_vllm.benchmarks.accuracy.summary import summarise
 from ficoco_vllm.benchmarks.accuracy.variants import Variant, full
 from ficoco_vllm.benchmarks.accuracy.workload import Item, embedded
-from ficoco_vllm.benchmarks.bars import write
+from ficoco_vllm.benchmarks.harness.results import write
 from ficoco_vllm.server.cli import main
 from tests.support.server import API_KEY, Server
 

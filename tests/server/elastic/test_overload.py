@@ -28,7 +28,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def result(small: Server) -> Result:
     """The short form of `make bench-elastic`."""
-    return asyncio.run(run(small, 0, short=True))
+    return asyncio.run(run(small.url, 0, short=True, api_key=API_KEY))
 
 
 def test_the_fixed_ceiling_queues_without_end(result: Result) -> None:

@@ -2,45 +2,30 @@
 
 from typing import Any, Literal
 
-import torch
-from vllm.platforms import current_platform
-
 Kind = Literal["int8", "int4"]
 Weights = Literal["plain", "int8", "int4"]
 GROUP = 32
-# As published checkpoints do: tower, projector and language head stay as they are.
+# As in published checkpoints: tower, projector and language head stay as they are.
 IGNORED = ["lm_head", "re:.*lm_head", "re:.*vision_tower.*", "re:.*multi_modal_projector.*"]
+_INT = {"type": "int", "symmetric": True}
 SCHEMES: dict[Kind, dict[str, Any]] = {
-    # W8A8: a scale for each output channel; activations are quantized as they come, a scale for each token.
+    # W8A8: a scale for each output channel; activations are quantized at run time, with a scale for each token.
     "int8": {
         "format": "int-quantized",
-        "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False},
-        "input_activations": {
-            "num_bits": 8,
-            "type": "int",
-            "symmetric": True,
-            "strategy": "token",
-            "dynamic": True,
-        },
+        "weights": {**_INT, "num_bits": 8, "strategy": "channel", "dynamic": False},
+        "input_activations": {**_INT, "num_bits": 8, "strategy": "token", "dynamic": True},
     },
     # W4A16: a scale for each 32 inputs of an output channel.
     "int4": {
         "format": "pack-quantized",
-        "weights": {
-            "num_bits": 4,
-            "type": "int",
-            "symmetric": True,
-            "strategy": "group",
-            "group_size": GROUP,
-            "dynamic": False,
-        },
+        "weights": {**_INT, "num_bits": 4, "strategy": "group", "group_size": GROUP, "dynamic": False},
         "input_activations": None,
     },
 }
 
 
 def quantization_config(kind: Kind) -> dict[str, Any]:
-    """What a checkpoint's `config.json` says under `quantization_config`.
+    """The entry `quantization_config` of a checkpoint's `config.json`.
 
     Args:
         kind: of the scheme.
@@ -67,6 +52,9 @@ def runs_here(weights: Weights, dtype: str = "bfloat16") -> bool:
         weights: of the decoder.
         dtype: of activations.
     """
+    import torch
+    from vllm.platforms import current_platform
+
     if weights != "int4" or not current_platform.is_cpu():
         return True
     current_platform.import_kernels()

@@ -1,4 +1,4 @@
-"""What is sent: images and text, methods and budgets mixed, some of it given up again."""
+"""The requests of `make soak-engine`: images and text, methods and budgets mixed, some of them aborted."""
 
 import random
 from collections.abc import Iterator
@@ -12,21 +12,21 @@ from ficoco_vllm.demo_model import examples
 
 METHODS = ("ficoco-l", "fastv", "sparsevlm", "pyramiddrop", "fitprune")
 BUDGETS = (576, 288, 64, 9)
-# Phases in which a request may be given up. Few are ever preempted, so of all others every second one is to be given up
-# if it is.
+# Phases in which a request may be aborted. Few are ever preempted, so every second one of all others is to be aborted
+# in that phase.
 COMMON_PHASES = ("waiting", "prefilled", "decoding")
 PREEMPTED = "preempted"
 PHASES = (*COMMON_PHASES, PREEMPTED)
 MOST_TOKENS = 16
-# The mixture starts anew after so many: what libraries keep of shapes that they have met grows with new mixtures for a
-# long time, and would hide a leak.
+# Requests before the mixture repeats: caches that libraries keep of new shapes grow for a long time, and would hide a
+# leak.
 NUM_DIFFERENT = 100
 LONG_TEXT = "is there a red sign in the corner of the room? " * 12
 TEXT_ONLY, LONG, TWO_IMAGES = 0.2, 0.1, 0.15  # shares of the requests; the others have one image
 
 
 @dataclass(frozen=True)
-class Ask:
+class Request:
     """One request.
 
     Attributes:
@@ -34,7 +34,7 @@ class Ask:
         images: in order.
         num_tokens: of the answer.
         extra: `vllm_xargs`.
-        abort_in: phase in which it is given up, should it come into it; None: never.
+        abort_in: phase in which it is aborted if it reaches it; None: never.
     """
 
     prompt: str
@@ -44,12 +44,12 @@ class Ask:
     abort_in: str | None = None
 
 
-def asks(seed: int, abort_share: float) -> Iterator[Ask]:
-    """Requests without end: the same `NUM_DIFFERENT`, over and over; each time others of them are to be given up.
+def make_requests(seed: int, abort_share: float) -> Iterator[Request]:
+    """Requests without end: the same `NUM_DIFFERENT` repeated, each time with other aborts.
 
     Args:
         seed: of the mixture.
-        abort_share: of the requests that are given up in one of `COMMON_PHASES`.
+        abort_share: of the requests that are aborted in one of `COMMON_PHASES`.
     """
     order = random.Random(seed)
     known = [(example.question, Image.open(example.image).convert("RGB")) for example in examples()]
@@ -63,16 +63,16 @@ def asks(seed: int, abort_share: float) -> Iterator[Ask]:
         else:
             images = (first, second) if kind > 1 - TWO_IMAGES else (first,)
         extra = {"ficoco_method": order.choice(METHODS), "ficoco_keep": order.choice(BUDGETS)}
-        ask = Ask(
+        request = Request(
             prompt="<s>USER: " + "<image>\n" * len(images) + question + " ASSISTANT:",
             images=images,
             num_tokens=order.randint(1, MOST_TOKENS),
             extra=extra if images else {},
         )
-        different.append(ask)
-    for ask in cycle(different):
+        different.append(request)
+    for request in cycle(different):
         if order.random() < abort_share:
             abort_in: str | None = order.choice(COMMON_PHASES)
         else:
             abort_in = order.choice((PREEMPTED, None))
-        yield replace(ask, abort_in=abort_in)
+        yield replace(request, abort_in=abort_in)

@@ -1,11 +1,12 @@
-"""What a server holds: its gauges and counters, and the memory of its processes."""
+"""State of a server: its gauges and counters, and the memory of its processes."""
 
 from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import suppress
 
 import psutil
-from prometheus_client.parser import text_string_to_metric_families
+
+from ficoco_vllm.benchmarks.harness.http import samples
 
 _MIB = 2**20
 QUEUE = "vllm:num_requests_waiting"
@@ -31,12 +32,11 @@ def read_gauges(text: str) -> dict[str, float]:
     Args:
         text: of `/metrics`.
     """
-    found = dict.fromkeys(GAUGES, 0.0)
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            if sample.name in found:
-                found[sample.name] += sample.value
-    return found
+    totals = dict.fromkeys(GAUGES, 0.0)
+    for sample in samples(text):
+        if sample.name in totals:
+            totals[sample.name] += sample.value
+    return totals
 
 
 def read_counts(text: str) -> Counts:
@@ -46,16 +46,15 @@ def read_counts(text: str) -> Counts:
         text: of `/metrics`.
     """
     labels = {**ENDED, RESPONSES: "status", PREEMPTIONS: ""}
-    found: Counts = {name: defaultdict(float) for name in labels}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            if sample.name in labels:
-                found[sample.name][sample.labels.get(labels[sample.name], "")] += sample.value
-    return found
+    totals: Counts = {name: defaultdict(float) for name in labels}
+    for sample in samples(text):
+        if sample.name in labels:
+            totals[sample.name][sample.labels.get(labels[sample.name], "")] += sample.value
+    return totals
 
 
 def difference(after: Counts, before: Counts) -> Counts:
-    """What was counted between two looks."""
+    """Counts between two looks."""
     return {
         name: {label: value - before[name].get(label, 0.0) for label, value in values.items()}
         for name, values in after.items()
@@ -68,7 +67,7 @@ def total(counts: Mapping[str, float], *labels: str) -> float:
 
 
 def tree_mib(pid: int) -> float:
-    """Memory of a process and all below it, MiB: what they share is counted once (PSS).
+    """Memory of a process and its descendants, MiB; shared pages count once (PSS).
 
     Args:
         pid: of the first process.

@@ -1,4 +1,4 @@
-"""Feeds an engine in this process, and looks at what it holds whenever nothing is left to do."""
+"""Mixed requests to an engine in this process, and what it holds whenever it has none."""
 
 import ctypes
 import gc
@@ -6,12 +6,13 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vllm import LLM, SamplingParams
+from ficoco_vllm.benchmarks.harness import engine as harness
+from ficoco_vllm.benchmarks.soak.engine.mixture import Request, make_requests
 
-from ficoco_vllm.benchmarks.soak.load import Ask, asks
-from tests.support.engine import phase_of, request, scheduler_of, worker_of
+if TYPE_CHECKING:
+    from vllm import LLM, SamplingParams
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _MIB = 2**20
@@ -23,8 +24,8 @@ class Settings:
 
     Attributes:
         num_requests: in all.
-        num_per_round: between two looks; the engine is empty then.
-        num_open: requests at once.
+        num_per_round: after which the engine is empty and looked at.
+        num_open: at the same time.
         abort_share: of the requests.
         seed: of the mixture.
     """
@@ -38,13 +39,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Look:
-    """What an engine without requests holds.
+    """State of an engine without requests.
 
     Attributes:
-        num_requests: answered or given up until then.
+        num_requests: answered or aborted until then.
         num_free_blocks: of the pool that all groups share.
         num_held_blocks: of each group.
-        num_plans: that scheduler and worker remember.
+        num_plans: in scheduler and worker.
         rss_mib: memory of the process without what malloc keeps in reserve, MiB.
     """
 
@@ -55,11 +56,11 @@ class Look:
     rss_mib: float
 
 
-def look(engine: LLM, num_requests: int = 0) -> Look:
-    """Look at an engine."""
+def look(engine: "LLM", num_requests: int = 0) -> Look:
+    """State of an engine."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # of glibc
-    scheduler = scheduler_of(engine)
+    scheduler = harness.scheduler_of(engine)
     cache = scheduler.kv_cache_manager
     groups = cache.coordinator.single_type_managers
     with open("/proc/self/statm", encoding="ascii") as statm:
@@ -70,12 +71,12 @@ def look(engine: LLM, num_requests: int = 0) -> Look:
         num_held_blocks=tuple(
             max(group.num_held, sum(map(len, group.req_to_blocks.values()))) for group in groups
         ),
-        num_plans=len(scheduler.plans) + len(worker_of(engine).model_runner.model_state.plans),
+        num_plans=len(scheduler.plans) + len(harness.worker_of(engine).model_runner.model_state.plans),
         rss_mib=rss_pages * PAGE_BYTES / _MIB,
     )
 
 
-def drive(engine: LLM, settings: Settings, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+def run(engine: "LLM", settings: Settings, say: Callable[[str], None] | None = None) -> dict[str, Any]:
     """Send all requests.
 
     Args:
@@ -88,23 +89,24 @@ def drive(engine: LLM, settings: Settings, say: Callable[[str], None] = lambda l
         `num_preempted`.
 
     Raises:
-        RuntimeError: an answer has another length than was asked for.
+        RuntimeError: an answer has another length than requested.
     """
-    supply = asks(settings.seed, settings.abort_share)
-    start, rounds, sent = look(engine), [], 0
+    supply = make_requests(settings.seed, settings.abort_share)
+    start, rounds, sent = look(engine), list[Look](), 0
     with Driver(engine, settings.num_open) as driver:
         while sent < settings.num_requests:
             count = min(settings.num_per_round, settings.num_requests - sent)
             driver.answer([next(supply) for _ in range(count)])
             sent += count
             rounds.append(look(engine, sent))
-            say(
-                f"{sent} requests, {rounds[-1].num_free_blocks} blocks free, {rounds[-1].rss_mib:.0f} MiB, "
-                f"{driver.num_preempted} preempted, aborted: {dict(driver.num_aborted)}"
-            )
+            if say is not None:
+                say(
+                    f"{sent} requests, {rounds[-1].num_free_blocks} blocks free, {rounds[-1].rss_mib:.0f} MiB, "
+                    f"{driver.num_preempted} preempted, aborted: {dict(driver.num_aborted)}"
+                )
     return {
         "start": asdict(start),
-        "rounds": [asdict(found) for found in rounds],
+        "rounds": [asdict(row) for row in rounds],
         "num_finished": driver.num_finished,
         "num_aborted": dict(sorted(driver.num_aborted.items())),
         "num_preempted": driver.num_preempted,
@@ -112,24 +114,24 @@ def drive(engine: LLM, settings: Settings, say: Callable[[str], None] = lambda l
 
 
 class Driver:
-    """Keeps some requests open; gives up those that are to be given up.
+    """Keeps some requests open, and aborts those whose `abort_in` says so.
 
-    Within the block it listens to the scheduler: a request whose prompt has just been computed is given up where vLLM
-    works off the aborts that came in meanwhile, before it takes notice of the step's tokens.
+    Within the block it wraps two methods of the scheduler: a request whose prompt has just been computed is aborted at
+    the point where vLLM handles the aborts that came in meanwhile, before it reads the tokens of the step.
     """
 
     def __init__(
         self,
-        engine: LLM,
+        engine: "LLM",
         num_open: int,
-        on_answer: Callable[[Ask, list[int]], None] = lambda ask, tokens: None,
+        on_answer: Callable[[Request, list[int]], None] = lambda request, tokens: None,
     ) -> None:
         """Drive one engine.
 
         Args:
             engine: in this process.
-            num_open: requests at once.
-            on_answer: takes each request that was not given up, and the tokens of its answer.
+            num_open: requests at the same time.
+            on_answer: takes each request that was not aborted, and the tokens of its answer.
         """
         self.engine = engine
         self.num_open = num_open
@@ -137,8 +139,8 @@ class Driver:
         self.num_finished = 0
         self.num_preempted = 0
         self.num_aborted: Counter[str] = Counter()
-        self._scheduler = scheduler_of(engine)
-        self._open: dict[str, Ask] = {}
+        self._scheduler = harness.scheduler_of(engine)
+        self._open: dict[str, Request] = {}
 
     def __enter__(self) -> "Driver":
         scheduler = self._scheduler
@@ -158,42 +160,43 @@ class Driver:
     def __exit__(self, *exception: object) -> None:
         del self._scheduler._preempt_request, self._scheduler.update_from_output
 
-    def answer(self, waiting: list[Ask]) -> None:
+    def answer(self, waiting: list[Request]) -> None:
         """Answer requests, the last of the list first, until the engine is empty."""
         core = self.engine.llm_engine
         while waiting or self._open:
             while waiting and len(self._open) < self.num_open:
-                ask = waiting.pop()
-                body, params = request(ask.prompt, ask.images), _params(ask)
-                (name,) = self.engine.enqueue([body], [params], use_tqdm=False)
-                self._open[name] = ask
+                request = waiting.pop()
+                body = harness.request(request.prompt, request.images)
+                (name,) = self.engine.enqueue([body], [_params(request)], use_tqdm=False)
+                self._open[name] = request
             self._abort("waiting", "decoding", "preempted")
             for output in core.step():
                 if output.finished:
                     self._finish(output)
         while core.has_unfinished_requests():
             core.step()
-        core.step()  # the worker hears of the last ones
+        core.step()  # the worker frees what it holds of the last ones
 
     def _abort(self, *phases: str) -> None:
-        for name, ask in list(self._open.items()):
-            phase = phase_of(self._scheduler.requests.get(name))
-            if phase in phases and phase == ask.abort_in:
+        for name, request in list(self._open.items()):
+            phase = harness.phase_of(self._scheduler.requests.get(name))
+            if phase in phases and phase == request.abort_in:
                 self.num_aborted[phase] += 1
                 self.engine.llm_engine.abort_request([name], internal=True)
                 del self._open[name]
 
     def _finish(self, output: Any) -> None:
-        # vLLM's front end tells the name of a request without what it has added to it.
+        # vLLM's front end adds to the name of a request, and leaves that out in its outputs.
         name = next(name for name in self._open if name.startswith(f"{output.request_id}-"))
-        ask, tokens = self._open.pop(name), list(output.outputs[0].token_ids)
-        if len(tokens) != ask.num_tokens:
-            raise RuntimeError(f"{len(tokens)} tokens where {ask.num_tokens} were asked for: {ask}")
+        request, tokens = self._open.pop(name), list(output.outputs[0].token_ids)
+        if len(tokens) != request.num_tokens:
+            raise RuntimeError(f"{len(tokens)} tokens instead of {request.num_tokens}: {request}")
         self.num_finished += 1
-        self.on_answer(ask, tokens)
+        self.on_answer(request, tokens)
 
 
-def _params(ask: Ask) -> SamplingParams:
-    return SamplingParams(
-        temperature=0, max_tokens=ask.num_tokens, ignore_eos=True, extra_args=ask.extra or None
-    )
+def _params(request: Request) -> "SamplingParams":
+    from vllm import SamplingParams
+
+    extra = request.extra or None
+    return SamplingParams(temperature=0, max_tokens=request.num_tokens, ignore_eos=True, extra_args=extra)

@@ -1,4 +1,4 @@
-"""Signs that a server did not do what it was started for: throughput alone would not show them."""
+"""Checks that servers reduced as configured, which throughput alone would not show."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,34 +7,34 @@ from ficoco_vllm.benchmarks.accuracy.variants import site_of
 from ficoco_vllm.benchmarks.load.settings import STOCK, Server
 
 
-def doubts(
+def check(
     rows: Sequence[Mapping[str, Any]], servers: Sequence[Server], num_visual_tokens: int | None
 ) -> list[str]:
-    """Rows of which a server's own counters say something else than its row.
+    """Servers whose own counters contradict their configuration.
 
-    In a round all servers see the same prompts. A method of the tower makes each of them shorter than stock vLLM's by
-    what leaves; one of the decoder does not, there the blocks that it did not take must be some.
+    In a round all servers see the same prompts. A method of the tower shortens each of them, compared with stock vLLM,
+    by the tokens that it removes; one of the decoder does not, and must have avoided some KV slots.
 
     Args:
         rows: of `run_turns`.
         servers: that ran.
-        num_visual_tokens: of an image without reduction, or None where the model does not say.
+        num_visual_tokens: of an image without reduction, or None if unknown.
 
     Returns:
-        A line for each such server, of its first row.
+        A line for each such server, about its first row.
     """
     stock = {(row["round"], row["point"]): row for row in rows if row["server"] == STOCK}
     by_name = {server.name: server for server in servers}
-    found: dict[str, str] = {}
+    problems: dict[str, str] = {}
     for row in rows:
         server = by_name[row["server"]]
-        doubt = _doubt(row, server, stock.get((row["round"], row["point"])), num_visual_tokens)
-        if doubt is not None:
-            found.setdefault(server.name, f"{server.name}, {row['point']}: {doubt}")
-    return list(found.values())
+        problem = _problem(row, server, stock.get((row["round"], row["point"])), num_visual_tokens)
+        if problem is not None:
+            problems.setdefault(server.name, f"{server.name}, {row['point']}: {problem}")
+    return list(problems.values())
 
 
-def _doubt(
+def _problem(
     row: Mapping[str, Any], server: Server, stock: Mapping[str, Any] | None, num_visual_tokens: int | None
 ) -> str | None:
     if row["num_prompt_tokens"] is None:
