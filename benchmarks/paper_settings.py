@@ -17,7 +17,7 @@ from typing import Any
 
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.planning.decoder import DecoderPlanner
-from ficoco_vllm.reduction.cost import KNOWN_MODELS, TokenPlan, estimate, model_shape
+from ficoco_vllm.reduction.cost import KNOWN_MODELS, Estimate, TokenPlan, estimate, model_shape
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "paper-settings.md"
 SHAPE = model_shape(KNOWN_MODELS["llava-hf/llava-1.5-7b-hf"])
@@ -60,7 +60,7 @@ class Setting:
         return self._cost.kv_bytes / 1e6
 
     @property
-    def _cost(self) -> Any:
+    def _cost(self) -> Estimate:
         tower = (SHAPE.tower.num_patches,) * SHAPE.tower.num_executed
         return estimate(
             SHAPE, TokenPlan((*tower, self.encoder), self.decoder), num_text_tokens=NUM_TEXT_TOKENS

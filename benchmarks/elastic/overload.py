@@ -114,7 +114,7 @@ async def overload(
     Raises:
         TimeoutError: the default does not return to the ceiling.
     """
-    explicit = {"mm_processor_kwargs": {"ficoco_keep": CEILING}}
+    explicit: dict[str, Any] = {"mm_processor_kwargs": {"ficoco_keep": CEILING}}
     num_text = (await driver.ask(**explicit)).num_prompt_tokens - CEILING
     capacity = await driver.capacity(length.capacity_seconds, 6, **explicit)
     rate = overload_factor * capacity

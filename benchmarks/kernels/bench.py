@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -86,7 +86,7 @@ def peak_bytes(run: Callable[[], Any], device: str) -> int:
 
 def measure(batches: list[int], device: str, dtype: torch.dtype, repeats: int) -> list[dict[str, Any]]:
     """Verify all, then time all."""
-    backend = "triton" if device == "cuda" else "torch"
+    backend: Literal["torch", "triton"] = "triton" if device == "cuda" else "torch"
     rows = []
     for B in batches:
         for site in (tower, decoder):

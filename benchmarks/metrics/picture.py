@@ -105,12 +105,13 @@ def _panels(prometheus: Prometheus, start: float, end: float) -> list[Panel]:
         lines: dict[str, list[tuple[float, float]]] = {}
         for target in shown[title]["targets"]:
             for labels, points in _range(prometheus, target["expr"], start, end):
-                legend = re.sub(
-                    r"{{(\w+)}}", lambda match, named=labels: named.get(match[1], ""), target["legendFormat"]
-                )
-                lines[legend] = points
+                lines[_legend(target["legendFormat"], labels)] = points
         panels.append(Panel(title, shown[title]["fieldConfig"]["defaults"]["unit"], lines))
     return panels
+
+
+def _legend(form: str, labels: Mapping[str, str]) -> str:
+    return re.sub(r"{{(\w+)}}", lambda match: labels.get(match[1], ""), form)
 
 
 def _range(

@@ -122,8 +122,8 @@ def _run(num_layers: int, args: argparse.Namespace) -> dict[str, Any]:
                     samples = take_turns(num_layers, stock, ours, kinds, args.rounds, order)
                 # Stock vLLM is run again beside each engine; its own row is that of the first group.
                 summary = summarise(num_layers, samples, args.model_size) | summary
-    kinds = {name: summary[name] for name in KINDS if name in summary}
-    return {"layers": num_layers, "rounds": args.rounds, "kinds": kinds}
+    rows = {name: summary[name] for name in KINDS if name in summary}
+    return {"layers": num_layers, "rounds": args.rounds, "kinds": rows}
 
 
 def take_turns(

@@ -6,12 +6,13 @@ from itertools import chain, repeat
 from typing import Any
 
 from ficoco_vllm.benchmarks.harness import model
-from ficoco_vllm.benchmarks.harness.model import PATCHES, WHOLE_MODELS
+from ficoco_vllm.benchmarks.harness.model import WHOLE_MODELS
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.planning.decoder import DecoderPlanner
 from ficoco_vllm.reduction.cost import Budget, TokenPlan, estimate, model_shape, plan_tokens, unreduced
 
 NUM_TEXT_TOKENS = 60
+PATCHES = model.PATCHES
 SMALLEST = 64
 # Decoder layers of LLaVA-1.5-7B, to which times are extrapolated.
 WHOLE_MODEL = WHOLE_MODELS["7b"]

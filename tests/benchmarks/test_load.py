@@ -1,5 +1,6 @@
 """The load test: order, arithmetic, report, and a miniature run against real servers."""
 
+import argparse
 import csv
 import json
 from io import StringIO
@@ -12,7 +13,7 @@ import pytest
 from ficoco_vllm.benchmarks.load import command
 from ficoco_vllm.benchmarks.load.checks import check
 from ficoco_vllm.benchmarks.load.report import as_html
-from ficoco_vllm.benchmarks.load.run import Target, run_turn
+from ficoco_vllm.benchmarks.load.run import Target, run_turn, run_turns
 from ficoco_vllm.benchmarks.load.sampling import read_avoided, read_figures
 from ficoco_vllm.benchmarks.load.settings import Server, Traffic, Turn, make_points, make_turns
 from ficoco_vllm.benchmarks.load.summary import FIGURES, as_csv, as_table, ratio, summarise
@@ -113,7 +114,7 @@ def test_options_that_are_not_allowed(
 
 def load(out: Path, *options: str) -> int:
     """Run the command."""
-    parser = command.argparse.ArgumentParser()
+    parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     return command.run(parser.parse_args(["--out", str(out), *options]))
 
@@ -254,5 +255,5 @@ def test_miniature_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 def load_broken(out: Path) -> None:
     """A server that cannot start is an error with the end of its log."""
     turns = make_turns([Server(name="stock")], make_points([], [1]), 1, 0)
-    target = command.Target(str(out / "nothing"), "m", str(out), (), out)
-    command.run_turns(turns, target, 0.5, lambda line: None)
+    target = Target(str(out / "nothing"), "m", str(out), (), out)
+    run_turns(turns, target, 0.5, lambda line: None)

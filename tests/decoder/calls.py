@@ -260,7 +260,8 @@ def compiled_units(engine: LLM) -> list[bool]:
     from torch._dynamo.eval_frame import innermost_fn
 
     decoder = worker_of(engine).model_runner.get_model().decoder
+    innermost: Any = innermost_fn
     return [
-        unit is not segment and len(entries(innermost_fn(unit).__func__.__code__)) > 0
+        unit is not segment and len(entries(innermost(unit).__func__.__code__)) > 0
         for unit, segment in zip(decoder.units, decoder.segments, strict=True)
     ]

@@ -1,5 +1,6 @@
 """The parts of an explanation that need no server: bytes, limits, plugins, the picture, the command's own errors."""
 
+import os
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
@@ -166,7 +167,7 @@ def test_our_routes_are_let_in_and_no_other_plugin_is_shut_out(
     else:
         monkeypatch.setenv("VLLM_PLUGINS", listed)
     plugins.allow_endpoint()
-    names = plugins.os.environ["VLLM_PLUGINS"].split(",")
+    names = os.environ["VLLM_PLUGINS"].split(",")
     assert names.count(plugins.ENDPOINT) == 1
     assert ("ficoco" in names) == (listed != "")
     if listed is None:

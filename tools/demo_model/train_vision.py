@@ -69,7 +69,12 @@ def train_vision(work: Path, seconds: float, seed: int = 1) -> None:
     adam = torch.optim.AdamW(others, lr=ADAM_LR, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     spent, step = 0.0, 0
     path = work / "vision.pt"
-    parts = {"tower": tower, "heads": heads, "muon": muon, "adam": adam}
+    parts: dict[str, nn.Module | torch.optim.Optimizer] = {
+        "tower": tower,
+        "heads": heads,
+        "muon": muon,
+        "adam": adam,
+    }
     if path.exists():
         saved = torch.load(path)
         for name, part in parts.items():

@@ -23,7 +23,12 @@ from ficoco_vllm.compat import is_cpu_build
 # MiB for a thousand requests; a leak of one prompt's embeddings (636 x 256 bytes) would be 160.
 MOST_GROWTH_MIB = 16.0
 # Eight groups of 40 blocks hold one longest request, and one block is vLLM's.
-ENGINE = {"block_size": 32, "max_model_len": 1280, "max_num_seqs": 16, "num_gpu_blocks_override": 321}
+ENGINE: dict[str, Any] = {
+    "block_size": 32,
+    "max_model_len": 1280,
+    "max_num_seqs": 16,
+    "num_gpu_blocks_override": 321,
+}
 
 
 def main() -> int:

@@ -95,7 +95,7 @@ async def run(
         `num_requests`, `seconds`; `outcomes`, `aborts`, `refusals`, `faults`; `counted`, the server's counters of
         the same requests; `num_compared`, `different`; `longest_queue` of a burst; `rounds`, a look after each.
     """
-    outcomes, rounds, longest_queue = Outcomes(), [], 0.0
+    outcomes, rounds, longest_queue = Outcomes(), list[dict[str, Any]](), 0.0
     before, start = read_counts(await client.metrics()), time.monotonic()
     samples = {request.sample: request for request in requests if request.sample is not None}
     for request in samples.values():
