@@ -190,7 +190,7 @@ def _refusals(target: Target, pictures: _Pictures) -> list[Request]:
 
 
 def _bytes(target: Target, question: str, urls: Sequence[str], **more: Any) -> bytes:
-    return json.dumps(chat(target.model, question, urls, **more)).encode()
+    return json.dumps(chat(target.model, question, urls) | more).encode()
 
 
 def _coarse(noise: np.random.Generator, width: int, height: int) -> Image.Image:
