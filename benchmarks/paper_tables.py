@@ -39,7 +39,7 @@ Row = Sequence[str]
 
 @dataclass(frozen=True)
 class Case:
-    """A row of the paper's tables before quantisation: a method and the schedule behind our figures."""
+    """A row of the paper's tables before quantisation: a method and the schedule of our figures."""
 
     method: str
     schedule: str
@@ -77,7 +77,7 @@ def everywhere(method: str, shape: ModelShape, num_visual_tokens: int) -> Case:
 
 
 def in_decoder(method: str, shape: ModelShape, encoder_keep: int, keep: int) -> Case:
-    """All at once in the 4th decoder layer, behind a tower that keeps `encoder_keep`."""
+    """All at once in the 4th decoder layer, after a tower that keeps `encoder_keep`."""
     encoder = encoder_tokens(shape, Budget(encoder_keep))
     decoder = decoder_tokens(shape, encoder_keep, Budget(keep, schedule="one-shot"))
     tower = f"V: {encoder_keep}, " if encoder_keep < shape.tower.num_patches else ""
@@ -306,9 +306,9 @@ def render(document: str) -> str:
     """
     for name, block in BLOCKS.items():
         begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
-        head, found, rest = document.partition(begin)
+        head, opened, rest = document.partition(begin)
         _, closed, tail = rest.partition(end)
-        if not found or not closed:
+        if not opened or not closed:
             raise ValueError(f"{DOCUMENT.name}: the markers of the block {name!r} are missing")
         document = head + begin + "\n".join(block()) + "\n" + end + tail
     return document

@@ -27,13 +27,13 @@ def markdown(table: Table, measured: list[dict[str, Any]]) -> list[str]:
         table: of the paper.
         measured: rows of the JSON file.
     """
-    found = {(row["table"], row["precision"], row["method"]): row for row in measured}
+    by_name = {(row["table"], row["precision"], row["method"]): row for row in measured}
     lines = [HEAD, "|---" * (HEAD.count("|") - 1) + "|"]
     for precision, (weights, bits) in PRECISIONS.items():
         for row in table.rows:
             cells = [row.method, row.schedule, precision.upper(), f"{WEIGHTS[weights]}, {bits} bits"]
-            one = found.get((table.number, precision, row.method))
-            cells += _planned(table, row, bits) if one is None else _measured(table, one)
+            figures = by_name.get((table.number, precision, row.method))
+            cells += _planned(table, row, bits) if figures is None else _measured(table, figures)
             lines.append(f"| {' | '.join(cells)} |")
     return lines
 

@@ -94,13 +94,13 @@ def read_figures(text: str) -> dict[str, float]:
         `num_running`, `num_waiting`, `num_preemptions`, `num_prompt_tokens`, `kv_cache_usage` (0 to 1), or nothing
         where one is missing.
     """
-    found: dict[str, float] = {}
+    figures: dict[str, float] = {}
     for sample in samples(text):
         if name := _SUMS.get(sample.name):
-            found[name] = found.get(name, 0.0) + sample.value
+            figures[name] = figures.get(name, 0.0) + sample.value
         elif name := _MAXIMA.get(sample.name):
-            found[name] = max(found.get(name, 0.0), sample.value)
-    return found if len(found) == len(_SUMS) + len(_MAXIMA) else {}
+            figures[name] = max(figures.get(name, 0.0), sample.value)
+    return figures if len(figures) == len(_SUMS) + len(_MAXIMA) else {}
 
 
 def read_avoided(text: str) -> dict[str, float]:
@@ -109,9 +109,9 @@ def read_avoided(text: str) -> dict[str, float]:
     Args:
         text: what /metrics answers.
     """
-    found: dict[str, float] = {}
+    avoided: dict[str, float] = {}
     for sample in samples(text):
         if sample.name == _AVOIDED:
             method = sample.labels["method"]
-            found[method] = found.get(method, 0.0) + sample.value
-    return found
+            avoided[method] = avoided.get(method, 0.0) + sample.value
+    return avoided

@@ -146,6 +146,6 @@ def make_points(rates: list[str], concurrencies: list[int], **traffic: Any) -> l
 
 
 def _first(error: ValidationError) -> str:
-    found = error.errors()[0]
-    place = ".".join(str(part) for part in found["loc"])
-    return f"{place} = {found['input']!r}: {found['msg']}" if place else found["msg"]
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    return f"{place} = {first['input']!r}: {first['msg']}" if place else first["msg"]

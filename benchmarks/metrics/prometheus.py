@@ -41,7 +41,7 @@ class Prometheus:
             return False
 
     def wait_for_scrapes(self, count: int = 2) -> None:
-        """Wait until whatever has happened so far was scraped, with samples behind it."""
+        """Wait until everything so far has been scraped, with samples after it."""
         time.sleep(count * 1.0 + 0.5)
 
 
@@ -59,9 +59,9 @@ def scrape(folder: Path, target: str) -> Iterator[Prometheus]:
     settings.write_text(json.dumps({"global": {"scrape_interval": "1s"}, "scrape_configs": [job]}))
     command = ["prometheus", f"--config.file={settings}", f"--storage.tsdb.path={folder / 'data'}"]
     command += [f"--web.listen-address=127.0.0.1:{port}", "--log.level=warn"]
-    found = Prometheus(port)
-    with running(command, folder / "log", found.is_ready):
-        yield found
+    prometheus = Prometheus(port)
+    with running(command, folder / "log", prometheus.is_ready):
+        yield prometheus
 
 
 def filled_in(expression: str, window_seconds: int, model: str = ".*") -> str:

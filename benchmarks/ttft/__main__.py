@@ -1,7 +1,7 @@
 """`make bench-ttft`: stock vLLM and ours take turns, request by request, in one run.
 
 Both engines run in eager mode on the same machine; images are random and never repeated, one request at a time.
-A speed-up is stock's time over ours, round by round; it is held against the ratio of FLOPs that the planner
+A speed-up is stock's time over ours, round by round; the bars compare it with the ratio of FLOPs that the planner
 predicts for the same prompt. The decoder is cut to a few layers to fit memory. Methods of the tower are run at each
 depth, and their medians are extrapolated linearly to all layers; methods of the decoder at `--decoder-layers` only,
 since the layers in which they reduce do not scale with the depth.
@@ -74,7 +74,7 @@ def main() -> int:
 
 
 def bars(result: Mapping[str, Any]) -> Iterator[Bar]:
-    """What the benchmark promises: prompts as planned, nearly the speed-up that FLOPs say, and a cheap reduction.
+    """The bars: prompts as planned, nearly the speed-up predicted from FLOPs, and a cheap reduction.
 
     Args:
         result: the content of the JSON file.
@@ -173,7 +173,7 @@ def engine(folder: Path | str, kind: Kind, dtype: str) -> AbstractContextManager
 def summarise(
     num_layers: int, samples: dict[str, list[dict[str, float]]], size: str = "7b"
 ) -> dict[str, dict[str, Any]]:
-    """Medians and ratios of each kind, as they stand in the JSON.
+    """Medians and ratios of each kind, as in the JSON.
 
     Args:
         num_layers: of the decoder whose FLOPs are predicted.
@@ -211,7 +211,7 @@ def summarise(
 
 
 def _extrapolate(runs: list[dict[str, Any]], size: str) -> dict[str, dict[str, float]]:
-    """Least-squares line of each kind's median over the number of layers, read off at the whole model's."""
+    """Least-squares line of each kind's median over the number of layers, at the whole model's."""
     layers = [run["layers"] for run in runs]
     seconds = {}
     for name in (kind.name for kind in (STOCK, *ENCODER_KINDS)):
@@ -220,11 +220,11 @@ def _extrapolate(runs: list[dict[str, Any]], size: str) -> dict[str, dict[str, f
         seconds[name] = intercept + slope * WHOLE_MODELS[size]
     return {
         name: {
-            "ttft_seconds": found,
-            "speedup": seconds["stock"] / found,
+            "ttft_seconds": value,
+            "speedup": seconds["stock"] / value,
             "predicted_speedup": predicted_speedup(KINDS[name], WHOLE_MODELS[size], size),
         }
-        for name, found in seconds.items()
+        for name, value in seconds.items()
     }
 
 
@@ -235,9 +235,9 @@ def _print(result: dict[str, Any]) -> None:
         columns = (
             "TTFT median (min-max), s",
             "speed-up (min-max)",
-            "FLOPs say",
+            "predicted",
             "tower, s",
-            "of it reducing",
+            "reduction share",
         )
         print(f"{'':18}{columns[0]:>28}{columns[1]:>24}{columns[2]:>11}{columns[3]:>10}{columns[4]:>16}")
         for name, row in run["kinds"].items():

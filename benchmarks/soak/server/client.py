@@ -146,10 +146,10 @@ def judge_error(request: Request, status: int, body: bytes) -> Outcome:
 def judge_whole(request: Request, name: str, body: bytes) -> Outcome:
     """Classify a whole answer: exactly one, to this request, of the requested length."""
     try:
-        found = json.loads(body)
+        answer = json.loads(body)
     except ValueError:
         return Outcome(TWICE if body.count(b'"choices"') > 1 else WRONG, repr(body[:300]))
-    return _judge(request, name, [found["id"]], found["choices"], [found["usage"]])
+    return _judge(request, name, [answer["id"]], answer["choices"], [answer["usage"]])
 
 
 def judge_stream(request: Request, name: str, lines: Sequence[str]) -> Outcome:
