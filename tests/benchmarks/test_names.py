@@ -48,6 +48,7 @@ def test_shipped_code_imports_neither_tools_nor_tests() -> None:
 
 def test_the_check_can_fail() -> None:
     assert list(imports("from benchmarks.harness import results")) == ["benchmarks"]
-    assert COMMAND.search('[sys.executable, "-m", "benchmarks.overview"]')
-    assert COMMAND.search("python -m benchmarks.overview")
+    # In two parts, since these lines are searched too.
+    assert COMMAND.search('[sys.executable, "-m", ' + '"benchmarks.overview"]')
+    assert COMMAND.search("python -m " + "benchmarks.overview")
     assert not COMMAND.search("python -m ficoco_vllm.benchmarks.overview")
