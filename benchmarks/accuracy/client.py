@@ -49,7 +49,7 @@ def replay(endpoint: Endpoint, jobs: Sequence[Job], store: Store, concurrency: i
     Args:
         endpoint: the server.
         jobs: variants with questions.
-        store: of the answers; a question that it can answer is not asked again.
+        store: of the answers; questions with an answer are skipped.
         concurrency: questions at the same time.
         label: of the progress bar.
 

@@ -97,7 +97,7 @@ def paired_bootstrap(
 ) -> tuple[float, float, float]:
     """Difference of two accuracies on the same questions, each type weighing the same.
 
-    Questions are drawn anew within their type, both answers to a question together. A resample of differences that
+    Questions are resampled within their type, both answers to a question together. A resample of differences that
     are -1, 0 or 1 is a draw from the multinomial distribution of their counts, so none is written out.
 
     Args:

@@ -98,7 +98,7 @@ def check(variant: Variant, before: Sequence[Reply], after: Sequence[Reply], num
         if saved != {num_tokens - variant.keep}:
             warnings.append(
                 f"{variant.key}: prompts are shorter by {sorted(saved)} tokens, not by {num_tokens - variant.keep}: "
-                "the server does not reduce as asked"
+                "the server does not reduce as requested"
             )
     if all(a.likely == b.likely and a.text == b.text for a, b in zip(before, after, strict=True)):
         warnings.append(

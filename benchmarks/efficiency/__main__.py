@@ -104,7 +104,7 @@ def measure(
 
     Args:
         folder: of the model.
-        table: whose rows are asked for.
+        table: of the rows.
         precision: one of `PRECISIONS`.
         shape: of the model.
         rounds: that count.

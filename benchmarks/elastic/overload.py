@@ -11,7 +11,7 @@ from ficoco_vllm.benchmarks.elastic.driver import Answer, Driver, ttft
 
 FLOOR, CEILING = 64, 576
 # Tokens of an answer. Prompts of 576 visual tokens take 22 blocks of 32 with it, those of 64 take 6: two against
-# seven requests at once in 44 blocks, one of which vLLM keeps for itself.
+# seven concurrent requests in 44 blocks, one of which vLLM keeps for itself.
 NUM_OUTPUT = 96
 BLOCK_SIZE, NUM_BLOCKS = 32, 45
 _FEWEST_ARRIVALS = 24

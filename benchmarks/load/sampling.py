@@ -50,7 +50,7 @@ class Sampler:
         self._look()
 
     def summary(self) -> dict[str, float | None]:
-        """The largest number of requests that ran at once, the fullest cache; preemptions and prompt tokens between."""
+        """Most concurrent requests and largest share of the cache; preemptions and prompt tokens in between."""
         if not self.samples:
             names = ("num_running_max", "kv_cache_usage_max", "num_preemptions", "num_prompt_tokens")
             return dict.fromkeys(names)

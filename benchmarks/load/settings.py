@@ -53,7 +53,7 @@ class Traffic(BaseModel):
 
     Attributes:
         rate: requests a second (Poisson); None: as fast as `concurrency` lets them.
-        concurrency: requests that the client has open at once; None does not bound them.
+        concurrency: open requests of the client; None does not limit them.
         num_requests: measured requests.
         num_text_tokens: of a prompt, beside the image.
         num_answer_tokens: each answer has exactly so many.

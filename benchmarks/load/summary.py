@@ -74,7 +74,7 @@ def as_table(summary: Sequence[Mapping[str, Any]]) -> str:
         summary: of `summarise`.
     """
     lines = [
-        "| load | server | requests/s | TTFT p50 | TTFT p99 | ITL p50 | at once | KV cache, most | preemptions |",
+        "| load | server | requests/s | TTFT p50 | TTFT p99 | ITL p50 | concurrent | KV cache, most | preemptions |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in summary:

@@ -1,1 +1,1 @@
-"""Questions with known answers, on images of easy-VQA and rendered signs: what the demo model learns and is asked."""
+"""Questions with known answers, on images of easy-VQA and rendered signs: for training and testing the demo model."""

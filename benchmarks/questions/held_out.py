@@ -36,22 +36,22 @@ def _test_split() -> EasyVqa:
 
 
 def _signs(rng: random.Random, num_signs: int) -> Scene:
-    """Signs with held-out numbers only, exactly as many as asked for."""
+    """Exactly `num_signs` signs, with held-out numbers only."""
     while True:
         scene = render_signs(rng, IMAGE_SIZE, IMAGE_SIZE, HELD_OUT_NUMBERS, num_signs)
         if len(scene.signs) == num_signs and len({sign.number for sign in scene.signs}) == num_signs:
             return scene
 
 
-def _told(names: tuple[str, ...], kind: str) -> Callable[[random.Random, int], Example]:
+def _original(names: tuple[str, ...], kind: str) -> Callable[[random.Random, int], Example]:
     """Questions of easy-VQA itself whose answer is one of some names."""
 
     def make(rng: random.Random, _: int) -> Example:
         while True:
             index = rng.choice(_test_split().indices)
-            asked = [pair for pair in _test_split().questions[index] if pair[1] in names]
-            if asked:
-                return Example(_test_split().scene(index), Question(*rng.choice(asked), kind))
+            pairs = [pair for pair in _test_split().questions[index] if pair[1] in names]
+            if pairs:
+                return Example(_test_split().scene(index), Question(*rng.choice(pairs), kind))
 
     return make
 
@@ -64,8 +64,8 @@ def _number(rng: random.Random, _: int) -> Example:
 def _number_by_colour(num_signs: int) -> Callable[[random.Random, int], Example]:
     def make(rng: random.Random, _: int) -> Example:
         scene = _signs(rng, num_signs)
-        asked = number_question(rng.choice(scene.signs))
-        return Example(scene, Question(asked.text, asked.answer, f"number_by_colour_{num_signs}"))
+        question = number_question(rng.choice(scene.signs))
+        return Example(scene, Question(question.text, question.answer, f"number_by_colour_{num_signs}"))
 
     return make
 
@@ -98,13 +98,13 @@ def _yes_no_signs(rng: random.Random, index: int) -> Example:
 def _yes_no_shapes(rng: random.Random, index: int) -> Example:
     image = rng.choice(_test_split().indices)
     shape = _test_split().shapes[image]
-    asked = shape_exists_balanced(shape, rng, index % 2 == 0, index // 2 % 2 == 0)
-    return Example(_test_split().scene(image), asked)
+    question = shape_exists_balanced(shape, rng, index % 2 == 0, index // 2 % 2 == 0)
+    return Example(_test_split().scene(image), question)
 
 
 _MAKERS: dict[str, Callable[[random.Random, int], Example]] = {
-    "colour": _told(COLOUR_NAMES, "colour"),
-    "shape": _told(SHAPES, "shape"),
+    "colour": _original(COLOUR_NAMES, "colour"),
+    "shape": _original(SHAPES, "shape"),
     "number": _number,
     "number_by_colour_2": _number_by_colour(2),
     "number_by_colour_3": _number_by_colour(3),

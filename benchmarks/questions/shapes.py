@@ -41,7 +41,7 @@ def data_folder() -> Path:
 
 
 class EasyVqa:
-    """One split of easy-VQA with the colours found from the pixels and the shapes from the answers.
+    """One split of easy-VQA with colours from the pixels and shapes from the answers.
 
     Args:
         split: "train" or "test".
@@ -62,22 +62,22 @@ class EasyVqa:
     @cached_property
     def masks(self) -> list[NDArray[np.bool_]]:
         """Where the shape is, (64, 64), for every image."""
-        found = []
+        masks = []
         for image in self.images:
             pixels = image.astype(int)
             border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-            found.append(np.abs(pixels - np.median(border, 0)).sum(-1) > 30)
-        return found
+            masks.append(np.abs(pixels - np.median(border, 0)).sum(-1) > 30)
+        return masks
 
     @cached_property
     def shapes(self) -> dict[int, Shape]:
-        """Colour and shape of every image whose answers tell its shape (about seven of eight)."""
-        found = {}
+        """Colour and shape of every image whose answers give its shape (about seven of eight)."""
+        shapes = {}
         for index, (image, mask) in enumerate(zip(self.images, self.masks, strict=True)):
-            shape = told_shape(self.questions[index])
+            shape = shape_of(self.questions[index])
             if shape is not None:
-                found[index] = Shape(main_colour(image, mask), shape)
-        return found
+                shapes[index] = Shape(main_colour(image, mask), shape)
+        return shapes
 
     @cached_property
     def indices(self) -> tuple[int, ...]:
@@ -140,8 +140,8 @@ def main_colour(image: NDArray[np.uint8], mask: NDArray[np.bool_]) -> int:
     return int(np.abs(names - values[counts.argmax()].astype(int)).sum(-1).argmin())
 
 
-def told_shape(questions: list[tuple[str, str]]) -> int | None:
-    """Index of the shape that the answers tell, or None when no answer settles it."""
+def shape_of(questions: list[tuple[str, str]]) -> int | None:
+    """Index of the shape that the answers give, or None when no answer settles it."""
     for question, answer in questions:
         if answer in SHAPES:
             return SHAPES.index(answer)

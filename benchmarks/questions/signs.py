@@ -41,7 +41,7 @@ TRAINING_NUMBERS, HELD_OUT_NUMBERS = split_numbers()
 
 @cache
 def number_mask(number: str, size: int) -> tuple[NDArray[np.float32], tuple[float, ...]]:
-    """A number drawn once, for reuse on any plate.
+    """A number as a mask, for reuse on any plate.
 
     Args:
         number: digits.
