@@ -27,9 +27,8 @@ RUNTIME := $(VENV)/.installed
 DEV     := $(VENV)/.installed-dev
 
 .PHONY: help install serve test test-kernels check format lint types imports kernels-aot bench-kernels bench-ttft \
-    bench-efficiency bench-concurrency soak soak-decoder bench-metrics bench-elastic bench-load bench-cpu-mode \
-    bench-accuracy \
-    bench-accuracy-decoder bench-composition bench-smoke figures lmms dist release-check container-check \
+    bench-efficiency bench-concurrency soak soak-engine bench-metrics bench-elastic bench-load bench-cpu-mode \
+    bench-accuracy bench-accuracy-decoder bench-smoke figures lmms dist release-check container-check \
     charts-check ray-check compat docs clean
 
 help:  ## list the targets
@@ -88,47 +87,43 @@ test-kernels: $(DEV)  ## every fused op against its reference, in Triton's inter
 	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels $(ARGS)
 
 kernels-aot: $(DEV)  ## compile the kernels for GPUs that are not here, with bars
-	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.kernels.aot --json build/kernels-aot.json $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m ficoco_vllm.benchmarks.kernels.aot --json build/kernels-aot.json $(ARGS)
 
 bench-kernels: $(DEV)  ## time the fused ops (on a GPU the kernels, else the torch versions)
-	@$(BIN)/python -m benchmarks.kernels.bench --out build/kernels $(ARGS)
+	@$(BIN)/python -m ficoco_vllm.benchmarks.kernels.bench --out build/kernels $(ARGS)
 
 bench-ttft: $(DEV)  ## time to first token at LLaVA-1.5-7B's width, stock and reduced side by side
-	@$(BIN)/python -m benchmarks.ttft $(ARGS)
+	@$(BIN)/python -m ficoco_vllm.benchmarks.ttft $(ARGS)
 
 bench-efficiency: $(DEV)  ## the rows of the paper's Tables 8 and 9 on whole models: bfloat16, INT8, INT4; none, V, L, VL
-	@$(BIN)/python -m benchmarks.efficiency $(ARGS)
+	@$(BIN)/python -m ficoco_vllm.benchmarks.efficiency $(ARGS)
 
-bench-concurrency: $(DEV)  ## requests that run at once under the same KV memory: stock, V, L, VL
-	@$(BIN)/python -m benchmarks.concurrency $(ARGS)
+bench-concurrency: $(DEV)  ## concurrent requests in the same KV memory: stock, V, L, VL
+	@$(BIN)/python -m ficoco_vllm.benchmarks.concurrency $(ARGS)
 
 soak: $(DEV)  ## 10,000 mixed requests to a server that reduces in the tower and to one that does in the decoder (45 minutes)
-	@$(BIN)/python -m benchmarks.endurance $(ARGS)
+	@$(BIN)/python -m ficoco_vllm.benchmarks.soak.server $(ARGS)
 
-soak-decoder: $(DEV)  ## 2,000 mixed requests, some aborted: every KV block comes back, memory does not keep growing
-	@$(BIN)/python -m benchmarks.soak $(ARGS)
+soak-engine: $(DEV)  ## 2,000 mixed requests to a decoder-reducing engine, some aborted: KV blocks come back, memory does not grow
+	@$(BIN)/python -m ficoco_vllm.benchmarks.soak.engine $(ARGS)
 
-bench-metrics: $(DEV)  ## what our metrics cost: a server with them against one without, slice by slice
-	@$(BIN)/python -m benchmarks.metrics $(ARGS)
+bench-metrics: $(DEV)  ## the cost of our metrics in the front end, as a share of a request
+	@$(BIN)/python -m ficoco_vllm.benchmarks.metrics $(ARGS)
 
 bench-elastic: $(DEV)  ## overload a small KV cache: time to first token at a fixed budget and with --ficoco-elastic
-	@$(BIN)/python -m benchmarks.elastic $(ARGS)
+	@$(BIN)/python -m ficoco_vllm.benchmarks.elastic $(ARGS)
 
-bench-accuracy: $(DEV)  ## accuracy of the tower's methods by budget, ablations, sensitivity; then `make figures`
-	@$(BIN)/ficoco-vllm bench accuracy --sites tower --count 19 --few-count 19 --out benchmarks/results/accuracy.json $(ARGS)
-	@$(MAKE) --no-print-directory figures
+bench-accuracy: $(DEV)  ## accuracy of the tower's methods by budget, ablations, sensitivity
+	@$(BIN)/ficoco-vllm bench accuracy --sites tower --count 19 --few-count 19 $(ARGS)
 
-bench-accuracy-decoder: $(DEV)  ## the same of the decoder's methods
+bench-accuracy-decoder: $(DEV)  ## the same for the decoder's methods
 	@$(BIN)/ficoco-vllm bench accuracy --sites decoder,both --count 19 --few-count 19 --concurrency 32 \
-	    --answers build/accuracy-decoder.jsonl --out benchmarks/results/accuracy-decoder.json $(ARGS)
-	@$(MAKE) --no-print-directory figures
+	    --answers build/accuracy-decoder.jsonl --out build/accuracy-decoder.json $(ARGS)
 
-bench-composition: $(DEV)  ## search the composition of stages that loses least, and test it on questions it never saw
-	@$(BIN)/python -m benchmarks.composition $(ARGS)
-
-figures: $(DEV)  ## write README.md's table and pictures and docs/accuracy.md anew, out of benchmarks/results/
+# Benchmarks write to build/. To publish a result, copy its JSON to benchmarks/results/ before.
+figures: $(DEV)  ## write the README's table and pictures and docs/accuracy.md from benchmarks/results/
 	@$(BIN)/python -m ficoco_vllm.benchmarks.accuracy.tables
-	@$(BIN)/python -m benchmarks.overview
+	@$(BIN)/python -m ficoco_vllm.benchmarks.overview
 
 bench-smoke: $(DEV)  ## every benchmark in miniature, and that planted regressions are noticed
 	@$(BIN)/python -m pytest tests/benchmarks tests/server/elastic/test_overload.py $(ARGS)
@@ -138,16 +133,13 @@ $(LMMS)/.installed: requirements/lmms.lock $(RUNTIME)
 
 lmms: $(LMMS)/.installed  ## an environment with lmms-eval on top of the serving one, for `ficoco-vllm bench lmms`
 
-bench-load: $(DEV)  ## stock and reducing servers under the same load, in turns, at LLaVA-1.5-7B's width; then `make figures`
+bench-load: $(DEV)  ## stock and reducing servers under the same load, in turns, at LLaVA-1.5-7B's width
 	@$(BIN)/ficoco-vllm bench load --model llava-1.5-7b-width --layers 2 --servers stock ficoco-v:64 best:64 \
-	    --concurrency 8 --requests 8 --answer-tokens 16 --bar 1.0 $(ARGS) --out build/load
-	@cp build/load/load.json benchmarks/results/load.json
-	@$(MAKE) --no-print-directory figures
+	    --concurrency 8 --requests 8 --answer-tokens 16 --bar 1.0 --out build/load $(ARGS)
 
-bench-cpu-mode: $(DEV)  ## what the decoder's methods cost without a GPU: one client, stock, tower and decoder in turns
+bench-cpu-mode: $(DEV)  ## the cost of the decoder's methods without a GPU: one client; stock, tower and decoder in turns
 	@$(BIN)/ficoco-vllm bench load --servers stock ficoco-v:64 ficoco-l:576 --concurrency 1 --requests 16 \
 	    --rounds 2 --out build/cpu-mode $(ARGS)
-	@cp build/cpu-mode/load.json benchmarks/results/cpu-mode.json
 
 dist: $(DEV)  ## build sdist and wheel into dist/ (the wheel from the sdist), and the checksums beside them
 	@rm -rf dist

@@ -1,7 +1,7 @@
-"""The settings behind each of the paper's FLOPs points: fills the generated block of docs/paper-settings.md.
+"""The settings for each of the paper's FLOPs points: fills the generated block of docs/paper-settings.md.
 
-python -m benchmarks.paper_settings            # rewrite the block
-python -m benchmarks.paper_settings --check    # exit code 1 if it is not current
+python -m ficoco_vllm.benchmarks.paper_settings            # rewrite the block
+python -m ficoco_vllm.benchmarks.paper_settings --check    # exit code 1 if it is not current
 """
 
 import argparse
@@ -17,7 +17,7 @@ from typing import Any
 
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.planning.decoder import DecoderPlanner
-from ficoco_vllm.reduction.cost import KNOWN_MODELS, TokenPlan, estimate, model_shape
+from ficoco_vllm.reduction.cost import KNOWN_MODELS, Estimate, TokenPlan, estimate, model_shape
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "paper-settings.md"
 SHAPE = model_shape(KNOWN_MODELS["llava-hf/llava-1.5-7b-hf"])
@@ -37,7 +37,7 @@ _BLOCK = re.compile(r"(<!-- begin settings -->\n).*?(<!-- end settings -->)", re
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to serve, and what it costs.
+    """One way to serve, and its cost.
 
     Attributes:
         config: as it is served.
@@ -51,7 +51,7 @@ class Setting:
 
     @property
     def tera_flops(self) -> float:
-        """Of the language model's prefill, as the paper counts."""
+        """FLOPs of the language model's prefill, as the paper counts them, in 10^12."""
         return self._cost.decoder_flops / 1e12
 
     @property
@@ -60,7 +60,7 @@ class Setting:
         return self._cost.kv_bytes / 1e6
 
     @property
-    def _cost(self) -> Any:
+    def _cost(self) -> Estimate:
         tower = (SHAPE.tower.num_patches,) * SHAPE.tower.num_executed
         return estimate(
             SHAPE, TokenPlan((*tower, self.encoder), self.decoder), num_text_tokens=NUM_TEXT_TOKENS
@@ -68,7 +68,7 @@ class Setting:
 
 
 def served(config: dict[str, Any]) -> Setting:
-    """What a server with these settings does, from the planner that it uses itself.
+    """Token counts of a server with these settings, from its own planner.
 
     Args:
         config: settings, with `keep`.
@@ -99,8 +99,8 @@ def nearest(method: dict[str, Any], point: float) -> Setting | None:
     above = bisect_left(keeps, point, key=lambda keep: served({**method, "keep": keep}).tera_flops)
     around = {keeps[max(0, above - 1)], keeps[min(above, len(keeps) - 1)]}
     settings = [served({**method, "keep": keep}) for keep in sorted(around)]
-    found = min(settings, key=lambda setting: abs(setting.tera_flops - point))
-    return found if abs(found.tera_flops - point) <= 0.05 * point else None
+    closest = min(settings, key=lambda setting: abs(setting.tera_flops - point))
+    return closest if abs(closest.tera_flops - point) <= 0.05 * point else None
 
 
 def table() -> list[str]:

@@ -1,7 +1,7 @@
 """The paper's efficiency tables beside ours: fills the generated blocks of docs/paper-tables.md.
 
-    python -m benchmarks.paper_tables            # rewrite the blocks
-    python -m benchmarks.paper_tables --check    # exit code 1 if they are not current
+    python -m ficoco_vllm.benchmarks.paper_tables            # rewrite the blocks
+    python -m ficoco_vllm.benchmarks.paper_tables --check    # exit code 1 if they are not current
 
 The text around the blocks is written by hand. A figure that is more than 5% off and does not round to the
 printed one must carry the letter of a note there, or nothing is written.
@@ -39,7 +39,7 @@ Row = Sequence[str]
 
 @dataclass(frozen=True)
 class Case:
-    """A row of the paper's tables before quantisation: a method and the schedule behind our figures."""
+    """A row of the paper's tables before quantisation: a method and the schedule of our figures."""
 
     method: str
     schedule: str
@@ -77,7 +77,7 @@ def everywhere(method: str, shape: ModelShape, num_visual_tokens: int) -> Case:
 
 
 def in_decoder(method: str, shape: ModelShape, encoder_keep: int, keep: int) -> Case:
-    """All at once in the 4th decoder layer, behind a tower that keeps `encoder_keep`."""
+    """All at once in the 4th decoder layer, after a tower that keeps `encoder_keep`."""
     encoder = encoder_tokens(shape, Budget(encoder_keep))
     decoder = decoder_tokens(shape, encoder_keep, Budget(keep, schedule="one-shot"))
     tower = f"V: {encoder_keep}, " if encoder_keep < shape.tower.num_patches else ""
@@ -275,9 +275,9 @@ def equation_table() -> list[str]:
 
 def served_table(index: int) -> list[str]:
     """Table 8 or 9 as `make bench-efficiency` measured it, which is not in the wheel."""
-    from benchmarks.efficiency import rows, table
+    from ficoco_vllm.benchmarks.efficiency import rows, table
 
-    return table.markdown(rows.TABLES[index], table.read())
+    return table.markdown(rows.TABLES[index], table.committed())
 
 
 BLOCKS: dict[str, Callable[[], list[str]]] = {
@@ -306,9 +306,9 @@ def render(document: str) -> str:
     """
     for name, block in BLOCKS.items():
         begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
-        head, found, rest = document.partition(begin)
+        head, opened, rest = document.partition(begin)
         _, closed, tail = rest.partition(end)
-        if not found or not closed:
+        if not opened or not closed:
             raise ValueError(f"{DOCUMENT.name}: the markers of the block {name!r} are missing")
         document = head + begin + "\n".join(block()) + "\n" + end + tail
     return document
@@ -330,7 +330,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     current = render(text)
     if check:
         if text != current:
-            print(f"{DOCUMENT.name} is not current: run python -m benchmarks.paper_tables", file=sys.stderr)
+            print(
+                f"{DOCUMENT.name} is not current: run python -m ficoco_vllm.benchmarks.paper_tables",
+                file=sys.stderr,
+            )
         return int(text != current)
     DOCUMENT.write_text(current, encoding="utf-8")
     return 0

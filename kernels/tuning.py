@@ -1,7 +1,7 @@
 """Tile sizes of the kernels: defaults that need no tuning, and measured ones where a file has them.
 
 No request pays for tuning: `Config`s come from this table, or from the file that
-`python -m benchmarks.kernels.tune` writes on the machine that serves.
+`python -m ficoco_vllm.benchmarks.kernels.tune` writes on the machine that serves.
 """
 
 import json

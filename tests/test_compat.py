@@ -100,7 +100,7 @@ def test_a_core_is_left_to_the_front_end(
 
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(compat, "is_cpu_build", lambda: True)
-    monkeypatch.setattr(compat.os, "sched_getaffinity", lambda pid: set(range(num_cores)))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(num_cores)))
     compat.set_cpu_defaults()
     assert os.environ["OMP_NUM_THREADS"] == num_threads
 

@@ -1,16 +1,16 @@
-"""Questions to an OpenAI-compatible server, many at a time, answers kept as they come."""
+"""Client that asks a server many questions at a time and stores each answer as it arrives."""
 
 import asyncio
-import base64
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from openai import AsyncOpenAI, OpenAI
+from openai import AsyncOpenAI
 
 from ficoco_vllm.benchmarks.accuracy.store import Reply, Store
 from ficoco_vllm.benchmarks.accuracy.variants import Variant
 from ficoco_vllm.benchmarks.accuracy.workload import Item
+from ficoco_vllm.benchmarks.harness.http import chat, data_url
 
 Job = tuple[Variant, Item]
 
@@ -37,42 +37,20 @@ class Endpoint:
 
     def body(self, variant: Variant, item: Item) -> dict[str, Any]:
         """Arguments of `chat.completions.create` for one question."""
-        content: list[dict[str, Any]] = [{"type": "text", "text": item.question}]
-        if variant.with_image and item.image is not None:
-            data = base64.b64encode(item.image).decode()
-            url = f"data:{item.media_type};base64,{data}"
-            content.insert(0, {"type": "image_url", "image_url": {"url": url}})
-        return {
-            "model": self.model,
-            "messages": [{"role": "user", "content": content}],
-            "temperature": 0,
-            "max_tokens": self.max_tokens,
-            "extra_body": variant.fields(),
-        }
-
-
-def served_model(url: str, api_key: str = "none") -> str:
-    """Name of the first model that a server offers.
-
-    Args:
-        url: without a path.
-        api_key: of the server.
-
-    Raises:
-        openai.APIError: the server cannot be asked.
-    """
-    models = list(OpenAI(base_url=f"{url}/v1", api_key=api_key).models.list())
-    return models[0].id
+        with_image = variant.with_image and item.image is not None
+        urls = [data_url(item.image or b"", item.media_type)] if with_image else []
+        fields = {"max_tokens": self.max_tokens, "extra_body": variant.fields()}
+        return chat(self.model, item.question, urls, **fields)
 
 
 def replay(endpoint: Endpoint, jobs: Sequence[Job], store: Store, concurrency: int, label: str) -> None:
-    """Ask what has not been answered yet; each answer is on disk as soon as it is there.
+    """Ask what has not been answered yet; each answer is written as soon as it arrives.
 
     Args:
         endpoint: the server.
-        jobs: what to ask.
-        store: takes the answers; what it holds already is not asked again.
-        concurrency: questions under way at once.
+        jobs: variants with questions.
+        store: of the answers; questions with an answer are skipped.
+        concurrency: questions at the same time.
         label: of the progress bar.
 
     Raises:
@@ -80,7 +58,7 @@ def replay(endpoint: Endpoint, jobs: Sequence[Job], store: Store, concurrency: i
     """
     try:
         asyncio.run(_replay(endpoint, jobs, store, concurrency, label))
-    except ExceptionGroup as group:  # what the first worker met ended the others
+    except ExceptionGroup as group:  # the error of the first worker ended the others
         raise group.exceptions[0] from group
 
 

@@ -1,4 +1,4 @@
-"""Where questions are asked: a running server, or one that is started for them."""
+"""The server that answers: a running one, or one started for the questions."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ficoco_vllm.benchmarks.accuracy.client import Endpoint, served_model
+from ficoco_vllm.benchmarks.accuracy.client import Endpoint
 from ficoco_vllm.benchmarks.accuracy.variant_package import write_package
 from ficoco_vllm.benchmarks.accuracy.variants import HOST_METHOD, Site, Variant
-from ficoco_vllm.benchmarks.serving import serve
+from ficoco_vllm.benchmarks.harness.http import served_model
+from ficoco_vllm.benchmarks.harness.serving import serving
 
 CONCURRENCY = 16
 
@@ -41,12 +42,12 @@ class Host:
 
 @contextmanager
 def endpoint(host: Host, site: Site, variants: Sequence[Variant], **changes: Any) -> Iterator[Endpoint]:
-    """A server that can answer as some variants of one site.
+    """A server that can answer as the variants of one site.
 
     Args:
         host: which server.
         site: where the variants reduce.
-        variants: those with settings of their own are made known to a server that is started.
+        variants: a server that is started offers those with settings of their own as methods.
         **changes: fields of `Endpoint` other than its defaults.
 
     Raises:
@@ -61,5 +62,5 @@ def endpoint(host: Host, site: Site, variants: Sequence[Variant], **changes: Any
         variables = write_package(folder, variants)
         arguments = [*filter(None, [host.model]), "--ficoco-method", HOST_METHOD[site]]
         arguments += ["--api-key", host.api_key, *host.arguments]
-        with serve(arguments, folder / "server.log", variables) as url:
-            yield Endpoint(url, served_model(url, host.api_key), **fields)
+        with serving(arguments, folder / "server.log", variables) as server:
+            yield Endpoint(server.url, served_model(server.url, host.api_key), **fields)

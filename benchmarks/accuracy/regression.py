@@ -1,4 +1,4 @@
-"""Whether a run is worse than a committed one, question by question."""
+"""Comparison of a run with a committed one, question by question."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -12,12 +12,12 @@ LEVEL = 0.001
 def regressions(result: Mapping[str, Any], reference: Mapping[str, Any], level: float = LEVEL) -> list[str]:
     """Rows that answer fewer questions right than the same rows of a reference do.
 
-    Only questions that both were asked count; both answers to one are compared with each other, so that a few
-    dozen questions are enough to notice what matters.
+    Only questions of both runs count. Both answers to a question are compared with each other, so that a few dozen
+    questions are enough.
 
     Args:
         result: of a run.
-        reference: of another run with the same model, seed and visual tokens; it may have asked more or fewer.
+        reference: of another run with the same model, seed and visual tokens; it may have more or fewer questions.
         level: of the sign test, for each row alone.
 
     Returns:
@@ -32,7 +32,7 @@ def regressions(result: Mapping[str, Any], reference: Mapping[str, Any], level: 
                 f"{field} = {result[field]!r} is not that of the reference, {reference[field]!r}"
             )
     known = {_name(row): row for row in reference["rows"]}
-    found = []
+    regressed = []
     for row in result["rows"]:
         before = known.get(_name(row))
         if before is None:
@@ -41,10 +41,10 @@ def regressions(result: Mapping[str, Any], reference: Mapping[str, Any], level: 
         better, worse = pairs.count(("0", "1")), pairs.count(("1", "0"))
         if worse > better and sign_test(better, worse) < level:
             place = f"{row['table']}, {row['label']}, {row['keep'] or 'all'} tokens"
-            found.append(
+            regressed.append(
                 f"{place}: of {len(pairs)} questions {worse} are wrong now and {better} right that were not"
             )
-    return found
+    return regressed
 
 
 def _name(row: Mapping[str, Any]) -> tuple[Any, ...]:

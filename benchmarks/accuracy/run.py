@@ -1,4 +1,4 @@
-"""One run: servers started or found, questions asked, figures written."""
+"""One run of `bench accuracy`: servers, questions, figures."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,12 +12,12 @@ from ficoco_vllm.benchmarks.accuracy.suites import Row, methods_of, rows
 from ficoco_vllm.benchmarks.accuracy.summary import summarise
 from ficoco_vllm.benchmarks.accuracy.variants import SITES
 from ficoco_vllm.benchmarks.accuracy.workload import Item, embedded
-from ficoco_vllm.benchmarks.bars import environment
+from ficoco_vllm.benchmarks.harness.results import environment
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a run asks, and where.
+    """Questions of a run, and its server.
 
     Attributes:
         tables: among `suites.TABLES`.
@@ -29,7 +29,7 @@ class Options:
         host: the server.
         methods: None means every one that the server's site can run.
         seed: of the questions.
-        concurrency: questions under way at once.
+        concurrency: questions at the same time.
     """
 
     tables: tuple[str, ...]
@@ -50,7 +50,7 @@ class Options:
 
 
 def measure(options: Options) -> dict[str, Any]:
-    """Ask everything and sum it up.
+    """Ask all questions and summarise the answers.
 
     Args:
         options: of the run.
@@ -72,8 +72,8 @@ def measure(options: Options) -> dict[str, Any]:
             missing = [(variant, item) for variant, item in jobs if (variant.key, item.name) not in store]
             if not missing:
                 continue
-            with endpoint(options.host, site, [variant for variant, _ in missing]) as found:
-                replay(found, jobs, store, options.concurrency, site)
+            with endpoint(options.host, site, [variant for variant, _ in missing]) as server:
+                replay(server, jobs, store, options.concurrency, site)
         result = summarise(wanted, items, store, options.host.num_tokens, lambda row: _count(row, options))
     head = {"schema": 1, **options.identity, "environment": environment()}
     return {**head, "count": options.count, "few_count": options.few_count, **result}
@@ -85,16 +85,13 @@ def _count(row: Row, options: Options) -> int:
 
 def _jobs(wanted: Sequence[Row], items: Sequence[Item], options: Options) -> list[Job]:
     """Each variant with each of its questions, once, in an order that spreads the variants over the run."""
-    asked: dict[tuple[str, str], Job] = {}
+    jobs: dict[tuple[str, str], Job] = {}
     for row in wanted:
         for item in questions_of(row, items, _count(row, options)):
-            asked.setdefault((item.name, row.variant.key), (row.variant, item))
-    return [asked[key] for key in sorted(asked, key=lambda key: (int(key[0].rsplit("-", 1)[1]), key))]
+            jobs.setdefault((item.name, row.variant.key), (row.variant, item))
+    return [jobs[key] for key in sorted(jobs, key=lambda key: (int(key[0].rsplit("-", 1)[1]), key))]
 
 
 def questions_of(row: Row, items: Sequence[Item], count: int) -> list[Item]:
-    """The first questions of each type that a row is asked."""
-    found = []
-    for kind in row.kinds:
-        found += [item for item in items if item.kind == kind][:count]
-    return found
+    """The first questions of each type of a row."""
+    return [item for kind in row.kinds for item in [one for one in items if one.kind == kind][:count]]

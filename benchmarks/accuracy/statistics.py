@@ -97,7 +97,7 @@ def paired_bootstrap(
 ) -> tuple[float, float, float]:
     """Difference of two accuracies on the same questions, each type weighing the same.
 
-    Questions are drawn anew within their type, both answers to a question together. A resample of differences that
+    Questions are resampled within their type, both answers to a question together. A resample of differences that
     are -1, 0 or 1 is a draw from the multinomial distribution of their counts, so none is written out.
 
     Args:
@@ -120,26 +120,3 @@ def paired_bootstrap(
         draws += (counts[:, 0] - counts[:, 1]) / n
     low, high = np.quantile(draws / len(full), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return total / len(full), float(low), float(high)
-
-
-def paired_bootstrap_of_means(
-    before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[float]], seed: int = 0
-) -> tuple[float, float, float]:
-    """Difference of two means over the same questions, each type weighing the same; see `paired_bootstrap`.
-
-    Args:
-        before: type of question to a figure of each, of what is compared with.
-        after: the same for what is judged, in the same order.
-        seed: of the draws.
-
-    Returns:
-        The difference and the bounds of its 95% percentile interval.
-    """
-    rng = np.random.default_rng(seed)
-    total, draws = 0.0, np.zeros(RESAMPLES)
-    for kind, values in before.items():
-        change = np.asarray(after[kind], dtype=np.float64) - np.asarray(values, dtype=np.float64)
-        total += float(change.mean())
-        draws += change[rng.integers(0, len(change), (RESAMPLES, len(change)))].mean(axis=1)
-    low, high = np.quantile(draws / len(before), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return total / len(before), float(low), float(high)

@@ -1,4 +1,4 @@
-"""Answers on disk, one JSON line each, so that a run that was cut off goes on where it stopped."""
+"""Answers on disk, one JSON line each, so that an interrupted run can be resumed."""
 
 import json
 from collections.abc import Mapping
@@ -10,11 +10,11 @@ from typing import Any, Self, TextIO
 
 @dataclass(frozen=True)
 class Reply:
-    """What a server answered.
+    """Answer of a server.
 
     Attributes:
-        text: without blanks around it.
-        prompt_tokens: what the server counted.
+        text: stripped.
+        prompt_tokens: counted by the server.
         likely: the most likely first tokens with their log-probabilities.
     """
 
@@ -27,8 +27,8 @@ class Store:
     """The answers of one run.
 
     Args:
-        path: a JSONL file; its first line says what the run asks.
-        run: what makes answers comparable (model, workload, seed); a file of another run is refused.
+        path: a JSONL file; its first line describes the run.
+        run: settings on which answers depend (model, workload, seed); a file of another run is refused.
 
     Raises:
         ValueError: the file holds the answers of another run.
@@ -48,10 +48,10 @@ class Store:
         lines = text[: text.rfind("\n") + 1].splitlines()
         if not lines:
             return ""
-        found = json.loads(lines[0]).get("run")
-        if found != json.loads(json.dumps(run)):
+        other = json.loads(lines[0]).get("run")
+        if other != json.loads(json.dumps(run)):
             raise ValueError(
-                f"{self.path} holds the answers of another run ({found}, not {dict(run)}); "
+                f"{self.path} holds the answers of another run ({other}, not {dict(run)}); "
                 "allowed: the same run, or a file that does not exist"
             )
         for line in lines[1:]:

@@ -1,4 +1,4 @@
-"""Which variants are measured, and in which table and row each stands."""
+"""The variants of `bench accuracy`, by table and row."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -94,7 +94,7 @@ class Row:
         table: its name.
         label: of the row.
         variant: what is measured.
-        kinds: types of question that it is asked.
+        kinds: types of its questions.
     """
 
     table: str
@@ -104,7 +104,7 @@ class Row:
 
 
 def served_methods(site: Site) -> list[str]:
-    """Methods that a LLaVA's server of a site runs, as third parties have not changed them.
+    """Methods that a server of a LLaVA runs at a site, without those of benchmark runs.
 
     Args:
         site: "tower", "decoder" or "both".
@@ -150,25 +150,25 @@ def rows(
     if unknown:
         raise ValueError(f"table = {unknown[0]!r} is not known; allowed: {', '.join(TABLES)}")
     sites = {site_of(method) for method in methods}
-    found: list[Row] = []
+    wanted: list[Row] = []
     if "methods" in tables:
-        found.append(Row("methods", NO_IMAGE, Variant(NO_IMAGE, "tower"), tuple(kinds)))
-        found += [
+        wanted.append(Row("methods", NO_IMAGE, Variant(NO_IMAGE, "tower"), tuple(kinds)))
+        wanted += [
             Row("methods", FULL, full(site), tuple(kinds)) for site in ("tower", "decoder") if site in sites
         ]
-        found += [
+        wanted += [
             Row("methods", v.label, v, tuple(kinds)) for v in method_variants(list(methods), list(keeps))
         ]
     few = tuple(kind for kind in FEW_KINDS if kind in kinds)
     for table, (method, choices) in _TABLES_OF_ONE.items():
         if table in tables and method in methods:
             site = site_of(method)
-            found.append(Row(table, FULL, full(site), few))
-            found += [
+            wanted.append(Row(table, FULL, full(site), few))
+            wanted += [
                 Row(table, label, Variant(method, site, method, SMALL, _changed(method, settings)), few)
                 for label, settings in choices.items()
             ]
-    return found
+    return wanted
 
 
 def _changed(method: str, settings: Settings) -> Settings:

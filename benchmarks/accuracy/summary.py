@@ -21,7 +21,7 @@ def summarise(
         items: all questions.
         store: their answers.
         num_tokens: visual tokens of an image without reduction.
-        count: questions of each type that a row is asked.
+        count: questions of each type of a row.
 
     Returns:
         `majority` by type, `rows`, and `warnings` in words.
@@ -29,23 +29,23 @@ def summarise(
     by_kind = {
         kind: [item for item in items if item.kind == kind] for kind in dict.fromkeys(i.kind for i in items)
     }
-    found, warnings = [], []
+    figures, warnings = [], []
     for row in wanted:
-        asked = {kind: by_kind[kind][: count(row)] for kind in row.kinds}
-        reference = _full_of(row.variant, store, asked)
-        found.append(_figures(row, asked, store, reference))
+        questions = {kind: by_kind[kind][: count(row)] for kind in row.kinds}
+        reference = _full_of(row.variant, store, questions)
+        figures.append(_figures(row, questions, store, reference))
         if reference is not None:
-            before, after = _replies(reference, asked, store), _replies(row.variant, asked, store)
-            warnings += doubts(row.variant, before, after, num_tokens)
-    return {"majority": _majority(by_kind), "warnings": sorted(set(warnings)), "rows": found}
+            before, after = _replies(reference, questions, store), _replies(row.variant, questions, store)
+            warnings += check(row.variant, before, after, num_tokens)
+    return {"majority": _majority(by_kind), "warnings": sorted(set(warnings)), "rows": figures}
 
 
 def _figures(
-    row: Row, asked: Mapping[str, Sequence[Item]], store: Store, reference: Variant | None
+    row: Row, questions: Mapping[str, Sequence[Item]], store: Store, reference: Variant | None
 ) -> dict[str, Any]:
     variant = row.variant
-    right = _right(variant, asked, store)
-    replies = _replies(variant, asked, store)
+    right = _right(variant, questions, store)
+    replies = _replies(variant, questions, store)
     shares = {kind: sum(verdicts) / len(verdicts) for kind, verdicts in right.items()}
     figures: dict[str, Any] = {
         "table": row.table,
@@ -67,8 +67,8 @@ def _figures(
         "prompt_tokens": round(sum(reply.prompt_tokens for reply in replies) / len(replies), 2),
     }
     if reference is not None and reference.key != variant.key:
-        before = _replies(reference, asked, store)
-        change, low, high = paired_bootstrap(_right(reference, asked, store), right)
+        before = _replies(reference, questions, store)
+        change, low, high = paired_bootstrap(_right(reference, questions, store), right)
         same = sum(a.text == b.text for a, b in zip(before, replies, strict=True))
         figures["against_full"] = {
             "change": _percent(change),
@@ -78,11 +78,11 @@ def _figures(
     return figures
 
 
-def doubts(variant: Variant, before: Sequence[Reply], after: Sequence[Reply], num_tokens: int) -> list[str]:
-    """Signs that a server did not do what it was asked.
+def check(variant: Variant, before: Sequence[Reply], after: Sequence[Reply], num_tokens: int) -> list[str]:
+    """Signs that a server did not reduce as requested.
 
     Args:
-        variant: what was asked for.
+        variant: of the request.
         before: answers to some questions with all visual tokens.
         after: answers of the variant to the same questions, in the same order.
         num_tokens: visual tokens of an image without reduction.
@@ -92,27 +92,27 @@ def doubts(variant: Variant, before: Sequence[Reply], after: Sequence[Reply], nu
     """
     if not after or variant.method is None or variant.keep is None or variant.keep >= num_tokens:
         return []
-    found = []
+    warnings = []
     if variant.site == "tower":
         saved = {a.prompt_tokens - b.prompt_tokens for a, b in zip(before, after, strict=True)}
         if saved != {num_tokens - variant.keep}:
-            found.append(
+            warnings.append(
                 f"{variant.key}: prompts are shorter by {sorted(saved)} tokens, not by {num_tokens - variant.keep}: "
-                "the server does not reduce as asked"
+                "the server does not reduce as requested"
             )
     if all(a.likely == b.likely and a.text == b.text for a, b in zip(before, after, strict=True)):
-        found.append(
+        warnings.append(
             f"{variant.key}: every answer and log-probability equals that of all visual tokens: "
             "the server does not reduce"
         )
-    return found
+    return warnings
 
 
-def _full_of(variant: Variant, store: Store, asked: Mapping[str, Sequence[Item]]) -> Variant | None:
+def _full_of(variant: Variant, store: Store, questions: Mapping[str, Sequence[Item]]) -> Variant | None:
     """The variant with all visual tokens to compare with: on the same server, else the nearest to it."""
     if variant.label == NO_IMAGE:
         return None
-    items = [item for some in asked.values() for item in some]
+    items = [item for some in questions.values() for item in some]
     for site in dict.fromkeys((variant.site, "decoder", "tower")):
         candidate = full(site)
         if all((candidate.key, item.name) in store for item in items):
@@ -120,15 +120,15 @@ def _full_of(variant: Variant, store: Store, asked: Mapping[str, Sequence[Item]]
     return None
 
 
-def _right(variant: Variant, asked: Mapping[str, Sequence[Item]], store: Store) -> dict[str, list[bool]]:
+def _right(variant: Variant, questions: Mapping[str, Sequence[Item]], store: Store) -> dict[str, list[bool]]:
     return {
         kind: [store[variant.key, item.name].text == item.answer for item in items]
-        for kind, items in asked.items()
+        for kind, items in questions.items()
     }
 
 
-def _replies(variant: Variant, asked: Mapping[str, Sequence[Item]], store: Store) -> list[Reply]:
-    return [store[variant.key, item.name] for items in asked.values() for item in items]
+def _replies(variant: Variant, questions: Mapping[str, Sequence[Item]], store: Store) -> list[Reply]:
+    return [store[variant.key, item.name] for items in questions.values() for item in items]
 
 
 def _majority(by_kind: Mapping[str, Sequence[Item]]) -> dict[str, float]:

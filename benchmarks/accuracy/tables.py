@@ -1,7 +1,6 @@
 """Tables of docs/accuracy.md, from the JSON: `python -m ficoco_vllm.benchmarks.accuracy.tables [--check]`."""
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,11 +10,12 @@ from typing import Any
 from ficoco_vllm.benchmarks.accuracy.paper import ABLATIONS
 from ficoco_vllm.benchmarks.accuracy.suites import TABLES
 from ficoco_vllm.benchmarks.accuracy.variants import FULL, NO_IMAGE
+from ficoco_vllm.benchmarks.harness.results import RESULTS as RESULTS_FOLDER
+from ficoco_vllm.benchmarks.harness.results import read
 
-ROOT = Path(__file__).resolve().parents[2]
-# Two runs, since methods of the decoder take far longer without a GPU; the second one's blocks carry the prefix.
-RESULTS = {"": "accuracy.json", "decoder-": "accuracy-decoder.json"}
-PAGE = ROOT / "docs" / "accuracy.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "accuracy.md"
+# Two runs, since methods of the decoder take far longer without a GPU; the prefix marks the blocks of the second.
+RESULTS = {"": "accuracy", "decoder-": "accuracy-decoder"}
 _BLOCK = re.compile(r"(<!-- begin ([a-z-]+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
 
 _NAMES = ("kinds", "provenance", *TABLES)
@@ -83,22 +83,22 @@ def provenance(result: Result) -> list[str]:
     machine = result["environment"]
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     counts = {row["table"]: sum(k["count"] for k in row["kinds"].values()) for row in result["rows"]}
-    asked = "; ".join(f"{table}: {count}" for table, count in counts.items())
+    questions = "; ".join(f"{table}: {count}" for table, count in counts.items())
     return [
-        f"Questions a row: {asked}. Model `{result['model']}`, seed {result['seed']}, greedy; {machine['cores']} cores "
-        f"of an {machine['cpu']}, no GPU; {versions}."
+        f"Questions a row: {questions}. Model `{result['model']}`, seed {result['seed']}, greedy; "
+        f"{machine['cores']} cores of an {machine['cpu']}, no GPU; {versions}."
     ]
 
 
 def composition_table(result: Result) -> list[str]:
-    """The winner of `make bench-composition` against others on the questions that its search never saw."""
+    """`best` against other methods on questions that the search for it did not use."""
     rows = result["test"]
     others = [name for name in dict.fromkeys(row["against"] for row in rows) if name != FULL]
     lines = _head(["tokens", "`best`", *(f"against `{name}`" for name in others)])
     for keep in dict.fromkeys(row["keep"] for row in rows):
-        found = {row["against"]: row["accuracy"] for row in rows if row["keep"] == keep}
-        cells = [_against(found[name]) if name in found else "" for name in others]
-        best = next(iter(found.values()))["after"]
+        figures = {row["against"]: row["accuracy"] for row in rows if row["keep"] == keep}
+        cells = [_against(figures[name]) if name in figures else "" for name in others]
+        best = next(iter(figures.values()))["after"]
         lines.append(_line([str(keep or "mean of the first four"), f"{100 * best:.1f}", *cells]))
     return lines
 
@@ -115,13 +115,13 @@ def render(result: Result) -> dict[str, list[str]]:
 
 
 def filled(page: str, results: Mapping[str, Result], composition: Result | None = None) -> str:
-    """A page with its blocks written anew.
+    """A page with current blocks.
 
     Args:
         page: Markdown with `<!-- begin NAME -->` and `<!-- end NAME -->` lines.
         results: prefix of block names to the result that fills them; where one of `RESULTS` is missing, its blocks
             say so.
-        composition: result of `make bench-composition`.
+        composition: result of the search for `best`.
 
     Raises:
         ValueError: a block of the page is in no result.
@@ -179,19 +179,9 @@ def _paper_cells(paper: Mapping[str, tuple[float | None, float | None]], label: 
 
 def committed() -> dict[str, Any]:
     """The committed results, by the prefix of their blocks."""
-    folder = ROOT / "benchmarks" / "results"
-    found = {prefix: folder / name for prefix, name in RESULTS.items()}
     return {
-        prefix: json.loads(path.read_text(encoding="utf-8"))
-        for prefix, path in found.items()
-        if path.exists()
+        prefix: read(name) for prefix, name in RESULTS.items() if (RESULTS_FOLDER / f"{name}.json").exists()
     }
-
-
-def searched() -> Result | None:
-    """The committed result of `make bench-composition`, if there is one."""
-    path = ROOT / "benchmarks" / "results" / "composition.json"
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
 
 def main() -> int:
@@ -202,7 +192,7 @@ def main() -> int:
     )
     args = parser.parse_args()
     page = PAGE.read_text(encoding="utf-8")
-    new = filled(page, committed(), searched())
+    new = filled(page, committed(), read("composition"))
     if args.check:
         return int(new != page)
     PAGE.write_text(new, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What is compared: a method with its settings and a budget, and how a request asks for it."""
+"""Variants: a method with settings and a budget, and the fields of a request for it."""
 
 import hashlib
 import json
@@ -33,10 +33,10 @@ class Variant:
     """One way to answer.
 
     Attributes:
-        label: as tables print it, without the budget.
+        label: in tables, without the budget.
         site: of the server that runs it.
         method: a method of the registry, or None: all visual tokens (`FULL`) or no image at all (`NO_IMAGE`).
-        keep: visual tokens left of an image, behind the tower or in the decoder's last layer; None for all.
+        keep: visual tokens left of an image, after the tower or in the decoder's last layer; None for all.
         settings: hyperparameters and exchanged stages that differ from the method's defaults.
     """
 
@@ -73,10 +73,10 @@ class Variant:
             return {}
         if self.method is None:
             return {"ficoco": "off"}
-        asked: dict[str, Any] = {"method": self.served_name}
+        setting: dict[str, Any] = {"method": self.served_name}
         if self.keep is not None:
-            asked["keep"] = self.keep
-        return {"ficoco": asked}
+            setting["keep"] = self.keep
+        return {"ficoco": setting}
 
 
 def full(site: Site) -> Variant:

@@ -1,12 +1,13 @@
-"""What is asked: images with questions, and for the embedded benchmark their right answers."""
+"""Images with questions; those of the embedded benchmark have answers."""
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from PIL import Image
 
-# Types of the embedded benchmark. `colour_by_number` is left out: the demo model never learnt it (MODEL_CARD.md).
+from ficoco_vllm.benchmarks.harness.http import png
+
+# Types of the embedded benchmark, without `colour_by_number`, which the demo model has not learnt (MODEL_CARD.md).
 SHAPES = ("colour", "shape", "yes_no_shapes")
 SIGNS = (
     "number",
@@ -26,10 +27,10 @@ class Item:
 
     Attributes:
         name: unique within a workload.
-        kind: the type under which it is reported.
+        kind: type of the question, for the report.
         question: as the user types it.
         image: an encoded image, or None for a question without one.
-        answer: what is right, or None where nobody knows.
+        answer: the right one, or None if unknown.
         media_type: of the image.
     """
 
@@ -49,19 +50,17 @@ def embedded(kinds: Sequence[str] = KINDS, count: int = 100, seed: int = 0) -> l
     Args:
         kinds: types of question.
         count: questions of each.
-        seed: of the choice.
+        seed: of images and questions.
 
     Raises:
         ValueError: there is no such type.
         ModuleNotFoundError: the package `easy-vqa` is not installed.
     """
-    from ficoco_vllm.benchmarks.demo_model.data import held_out
+    from ficoco_vllm.benchmarks.questions.held_out import held_out
 
     items = []
     for kind in kinds:
         for index, example in enumerate(held_out(kind, count, seed)):
-            buffer = io.BytesIO()
-            Image.fromarray(example.scene.image).save(buffer, "PNG")
-            asked = example.question
-            items.append(Item(f"{kind}-{seed}-{index}", kind, asked.text, buffer.getvalue(), asked.answer))
+            question, image = example.question, png(Image.fromarray(example.scene.image))
+            items.append(Item(f"{kind}-{seed}-{index}", kind, question.text, image, question.answer))
     return items

@@ -1,1 +1,1 @@
-"""How small a budget may be on one's own images, found without labels."""
+"""The smallest budget that is safe for a user's own images, without labels."""

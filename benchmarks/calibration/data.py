@@ -50,9 +50,9 @@ def read_items(data: Path, prompt: str | None = None) -> list[Item]:
 
 def shuffled(items: Iterable[Item], seed: int) -> list[Item]:
     """Questions in an order that does not depend on how they were collected."""
-    found = sorted(items, key=lambda item: item.name)
-    random.Random(f"calibration {seed}").shuffle(found)
-    return found
+    ordered = sorted(items, key=lambda item: item.name)
+    random.Random(f"calibration {seed}").shuffle(ordered)
+    return ordered
 
 
 def _of_lines(path: Path, prompt: str | None) -> Iterable[Item]:
@@ -66,12 +66,12 @@ def _of_lines(path: Path, prompt: str | None) -> Iterable[Item]:
             raise ValueError(f"{where}: not JSON ({error}); allowed: {FORM}") from error
         if not isinstance(row, dict) or not isinstance(row.get("image"), str):
             raise ValueError(f"{where}: image is missing or no text; allowed: {FORM}")
-        asked = row.get("prompt", prompt)
-        if not isinstance(asked, str) or not asked:
+        question = row.get("prompt", prompt)
+        if not isinstance(question, str) or not question:
             raise ValueError(
-                f"{where}: prompt = {asked!r} is not allowed; allowed: a text, here or in --prompt"
+                f"{where}: prompt = {question!r} is not allowed; allowed: a text, here or in --prompt"
             )
-        yield _item(f"{number:07d}", path.parent / row["image"], asked, where)
+        yield _item(f"{number:07d}", path.parent / row["image"], question, where)
 
 
 def _of_folder(folder: Path, prompt: str | None) -> Iterable[Item]:
@@ -80,8 +80,8 @@ def _of_folder(folder: Path, prompt: str | None) -> Iterable[Item]:
             continue
         beside = path.with_suffix(".txt")
         prompts = beside.read_text(encoding="utf-8").splitlines() if beside.is_file() else [prompt or ""]
-        for number, asked in enumerate(filter(None, map(str.strip, prompts))):
-            yield _item(f"{path.name}#{number}", path, asked, str(path))
+        for number, question in enumerate(filter(None, map(str.strip, prompts))):
+            yield _item(f"{path.name}#{number}", path, question, str(path))
 
 
 def _item(name: str, path: Path, prompt: str, where: str) -> Item:

@@ -1,6 +1,5 @@
-"""Which patches a server kept of an image, told by its explanations (docs/explain.md)."""
+"""The patches of an image that a server kept, from its explanations (docs/explain.md)."""
 
-import base64
 import json
 import urllib.error
 import urllib.request
@@ -9,14 +8,15 @@ from typing import Any
 from ficoco_vllm.benchmarks.accuracy.client import Endpoint
 from ficoco_vllm.benchmarks.accuracy.variants import Variant
 from ficoco_vllm.benchmarks.accuracy.workload import Item
+from ficoco_vllm.benchmarks.harness.http import data_url
 
-# Options of a server that shall explain; its answers are few, and nobody else asks.
+# Options of a server that explains; its only client asks few questions, so no rate limit is needed.
 EXPLAINS = ("--ficoco-explain", "--ficoco-explain-rate", "0")
 _SECONDS = 600
 
 
 def kept_patches(endpoint: Endpoint, variant: Variant, item: Item) -> dict[str, Any] | None:
-    """Ask once more, traced.
+    """Ask a question again, with tracing.
 
     Args:
         endpoint: the server.
@@ -25,27 +25,31 @@ def kept_patches(endpoint: Endpoint, variant: Variant, item: Item) -> dict[str, 
 
     Returns:
         `answer`, `grid` (rows, columns), `central_square` (see `Explanation`) and `kept`, the indices of the patches
-        that are left behind the last reduction; None where the server does not explain, or not now.
+        that are left after the last reduction; None where the server does not explain, or is busy.
     """
     assert item.image is not None
-    url = f"data:{item.media_type};base64,{base64.b64encode(item.image).decode()}"
-    body = {"image": url, "question": item.question, "max_tokens": endpoint.max_tokens, "compare": False}
-    asked = {"method": variant.served_name, "keep": variant.keep}
+    body = {
+        "image": data_url(item.image, item.media_type),
+        "question": item.question,
+        "max_tokens": endpoint.max_tokens,
+        "compare": False,
+    }
+    setting = {"method": variant.served_name, "keep": variant.keep}
     request = urllib.request.Request(
         f"{endpoint.url}/ficoco/explain",
-        json.dumps(body | asked).encode(),
+        json.dumps(body | setting).encode(),
         {"Content-Type": "application/json", "Authorization": f"Bearer {endpoint.api_key}"},
     )
     try:
         with urllib.request.urlopen(request, timeout=_SECONDS) as answer:
-            told = json.load(answer)
+            explanation = json.load(answer)
     except (urllib.error.URLError, TimeoutError, ConnectionError):
         return None
-    rows, columns = told["grid"]
-    last = told["layers"][-1]["kept"] if told["layers"] else list(range(rows * columns))
+    rows, columns = explanation["grid"]
+    last = explanation["layers"][-1]["kept"] if explanation["layers"] else list(range(rows * columns))
     return {
-        "answer": told["reduced"]["answer"].strip(),
+        "answer": explanation["reduced"]["answer"].strip(),
         "grid": [rows, columns],
-        "central_square": told["central_square"],
+        "central_square": explanation["central_square"],
         "kept": sorted(token for token in last if token < rows * columns),
     }

@@ -1,6 +1,5 @@
 """The calibration report: a page that needs nothing else, and lines for the terminal."""
 
-import base64
 import io
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -9,6 +8,7 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from ficoco_vllm.benchmarks.accuracy.workload import Item
+from ficoco_vllm.benchmarks.harness.http import data_url
 
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -27,22 +27,22 @@ Report = Mapping[str, Any]
 
 
 def lines(report: Report) -> list[str]:
-    """The outcome in words, for the terminal."""
-    asked = report["questions"]
-    found = [
-        f"{asked['search']} questions searched, {asked['certificate']} fresh ones for the certificate; target "
+    """The outcome for the terminal."""
+    questions = report["questions"]
+    printed = [
+        f"{questions['search']} questions searched, {questions['certificate']} fresh ones for the certificate; target "
         f"{report['target_agreement']:.3f} with {report['confidence']:.0%} confidence, for each method alone"
     ]
     for entry in report["methods"]:
-        found += ["", *_of_method(entry, report["target_agreement"])]
-    return found
+        printed += ["", *_of_method(entry, report["target_agreement"])]
+    return printed
 
 
 def _of_method(entry: Mapping[str, Any], target: float) -> list[str]:
     name, safe = entry["method"], entry["safe"]
-    found = [f"WARNING {line}" for line in entry["warnings"]]
+    printed = [f"WARNING {line}" for line in entry["warnings"]]
     if entry["full_agrees_with_itself"] < target:
-        found.append(
+        printed.append(
             f"{name}: with all tokens the server agrees with itself in {entry['full_agrees_with_itself']:.1%} only, "
             "so no budget can be expected to reach the target"
         )
@@ -51,10 +51,10 @@ def _of_method(entry: Mapping[str, Any], target: float) -> list[str]:
             f"{test['keep']}: {test['agreeing']} of {test['count']}"
             for test in entry["tested"] or entry["searched"]
         )
-        return [*found, f"{name}: no budget is safe ({tried})"]
+        return [*printed, f"{name}: no budget is safe ({tried})"]
     cache, first = safe["kv_cache"], safe["first_token"][name]
     return [
-        *found,
+        *printed,
         f"{name}: {safe['keep']} tokens agree in {safe['agreement']:.1%} (at least {safe['at_least']:.1%}); "
         f"KV cache of a prompt {cache['saving']:.0%} smaller; first token {first['speedup']:.2f}x as fast, "
         f"{1000 * first['seconds']:.0f} ms",
@@ -113,32 +113,31 @@ def _table(report: Report) -> str:
 
 
 def _figure(row: Mapping[str, Any], item: Item) -> str:
-    image = base64.b64encode(item.image or b"").decode()
-    source = f"data:{item.media_type};base64,{image}"
+    source = data_url(item.image or b"", item.media_type)
     return (
         f"<figure><img alt='' src='{source}'>{_patches(row['patches'], item, source)}<dl>"
-        f"<dt>asked</dt><dd>{escape(item.question)}</dd>"
+        f"<dt>question</dt><dd>{escape(item.question)}</dd>"
         f"<dt>all tokens</dt><dd>{escape(row['full'])}</dd>"
         f"<dt>reduced</dt><dd>{escape(row['reduced'])}</dd>"
         f"<dt>divergence</dt><dd>{row['divergence']:.3f} nats or more</dd></dl></figure>"
     )
 
 
-def _patches(told: Mapping[str, Any] | None, item: Item, source: str) -> str:
-    """The image once more, with what left darkened."""
-    if told is None:
-        return "<small>which patches were kept: start the server with --ficoco-explain</small>"
+def _patches(explanation: Mapping[str, Any] | None, item: Item, source: str) -> str:
+    """The image again, with the removed patches darkened."""
+    if explanation is None:
+        return "<small>for the kept patches, start the server with --ficoco-explain</small>"
     with Image.open(io.BytesIO(item.image or b"")) as picture:
         width, height = ImageOps.exif_transpose(picture).size
-    (rows, columns), square = told["grid"], told["central_square"]
+    (rows, columns), square = explanation["grid"], explanation["central_square"]
     wide, high = (width, height) if square is None else (square * min(width, height),) * 2
     left, top, w, h = (width - wide) / 2, (height - high) / 2, wide / columns, high / rows
-    gone = sorted(set(range(rows * columns)) - set(told["kept"]))
+    gone = sorted(set(range(rows * columns)) - set(explanation["kept"]))
     cells = "".join(
         f"M{left + token % columns * w:.2f} {top + token // columns * h:.2f}h{w:.2f}v{h:.2f}h{-w:.2f}z"
         for token in gone
     )
     return (
-        f"<svg role=img aria-label='{len(told['kept'])} patches that were kept' viewBox='0 0 {width} {height}'>"
+        f"<svg role=img aria-label='{len(explanation['kept'])} patches that were kept' viewBox='0 0 {width} {height}'>"
         f"<image href='{source}' width='{width}' height='{height}'/><path d='{cells}' fill-opacity='.7'/></svg>"
     )

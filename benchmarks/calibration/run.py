@@ -9,14 +9,14 @@ from typing import Any
 from ficoco_vllm.benchmarks.accuracy.client import Endpoint, pairs, replay
 from ficoco_vllm.benchmarks.accuracy.host import CONCURRENCY, Host, endpoint
 from ficoco_vllm.benchmarks.accuracy.store import Store
-from ficoco_vllm.benchmarks.accuracy.summary import doubts
+from ficoco_vllm.benchmarks.accuracy.summary import check
 from ficoco_vllm.benchmarks.accuracy.variants import SITES, Variant, full, site_of
 from ficoco_vllm.benchmarks.accuracy.workload import Item
-from ficoco_vllm.benchmarks.bars import environment
 from ficoco_vllm.benchmarks.calibration.divergence import divergence
 from ficoco_vllm.benchmarks.calibration.kept import EXPLAINS, kept_patches
 from ficoco_vllm.benchmarks.calibration.savings import first_token_ratio, kv_saving
-from ficoco_vllm.benchmarks.calibration.search import FIRST, Ask, Found, certify, needed, search
+from ficoco_vllm.benchmarks.calibration.search import FIRST, Ask, Outcome, certify, needed, search
+from ficoco_vllm.benchmarks.harness.results import environment
 
 BUDGETS = (288, 192, 144, 96, 64, 48, 32, 16)
 SEARCH_SHARE = 1 / 4
@@ -28,7 +28,7 @@ NUM_LOGPROBS = 20
 
 @dataclass(frozen=True)
 class Settings:
-    """What is looked for.
+    """Goal and means of a calibration.
 
     Attributes:
         methods: to calibrate.
@@ -40,7 +40,7 @@ class Settings:
         confidence: of the certificate.
         max_tokens: of an answer.
         seed: of the order of the questions.
-        concurrency: questions under way at once.
+        concurrency: questions at the same time.
     """
 
     methods: tuple[str, ...]
@@ -69,12 +69,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Replayed:
-    """Questions, split, and what was answered.
+    """Questions, split, with their answers.
 
     Attributes:
         endpoint: the server.
         store: its answers.
-        concurrency: questions under way at once.
+        concurrency: questions at the same time.
         searched: questions of the search.
         fresh: questions of the certificate.
     """
@@ -86,7 +86,7 @@ class Replayed:
     fresh: list[Item]
 
     def ask(self, variants: Sequence[Variant], items: Sequence[Item], label: str) -> None:
-        """Have questions answered; those that have been are not asked again."""
+        """Have questions answered that have not been yet."""
         replay(self.endpoint, pairs(variants, items), self.store, self.concurrency, label)
 
     def agreeing(self, variant: Variant, items: Sequence[Item]) -> int:
@@ -129,7 +129,7 @@ def calibrate(settings: Settings, items: Sequence[Item]) -> dict[str, Any]:
     """Find the smallest safe budget of each method.
 
     Args:
-        settings: what is looked for.
+        settings: of the calibration.
         items: the user's questions, in random order.
 
     Returns:
@@ -154,8 +154,8 @@ def calibrate(settings: Settings, items: Sequence[Item]) -> dict[str, Any]:
                 continue
             fields = {"max_tokens": settings.max_tokens, "num_logprobs": NUM_LOGPROBS}
             host = replace(settings.host, arguments=(*settings.host.arguments, *EXPLAINS))
-            with endpoint(host, site, [], **fields) as found:
-                run = Replayed(found, store, settings.concurrency, searched, fresh)
+            with endpoint(host, site, [], **fields) as server:
+                run = Replayed(server, store, settings.concurrency, searched, fresh)
                 reports += _of_site(settings, run, methods)
     return {
         "schema": 1,
@@ -175,31 +175,31 @@ def _of_site(settings: Settings, run: Replayed, methods: Sequence[str]) -> list[
     twice = run.fresh[:NUM_TWICE]
     run.ask([reference, again], twice, f"{site}: all tokens, twice")
     with_itself = run.agreeing(again, twice) / len(twice)
-    outcomes: dict[str, Found] = {}
+    outcomes: dict[str, Outcome] = {}
     for method in methods:
         asker = run.asker(method, run.searched)
         candidate, seen = search(settings.budgets, settings.target, len(run.searched), asker)
         if candidate is None:
-            outcomes[method] = Found(None, None, seen)
+            outcomes[method] = Outcome(None, None, seen)
             continue
         fresh = run.asker(method, run.fresh)
         safe, tested = certify(
             settings.budgets, candidate, settings.target, len(run.fresh), fresh, settings.confidence
         )
-        outcomes[method] = Found(safe, candidate, seen, tested)
-    return [_report(settings, run, method, found, with_itself) for method, found in outcomes.items()]
+        outcomes[method] = Outcome(safe, candidate, seen, tested)
+    return [_report(settings, run, method, outcome, with_itself) for method, outcome in outcomes.items()]
 
 
 def _report(
-    settings: Settings, run: Replayed, method: str, found: Found, with_itself: float
+    settings: Settings, run: Replayed, method: str, outcome: Outcome, with_itself: float
 ) -> dict[str, Any]:
     report: dict[str, Any] = {
         "method": method,
         "site": site_of(method),
         "full_agrees_with_itself": round(with_itself, 4),
-        "candidate": found.candidate,
+        "candidate": outcome.candidate,
         "searched": [
-            {"keep": keep, "agreeing": a, "count": n} for keep, (a, n) in sorted(found.searched.items())
+            {"keep": keep, "agreeing": a, "count": n} for keep, (a, n) in sorted(outcome.searched.items())
         ],
         "tested": [
             {
@@ -208,14 +208,14 @@ def _report(
                 "count": test.count,
                 "at_least": round(test.bound, 4),
             }
-            for test in found.tested
+            for test in outcome.tested
         ],
         "safe": None,
-        "warnings": _doubts(run, method, found),
+        "warnings": _warnings(run, method, outcome),
     }
-    if found.safe is None:
+    if outcome.safe is None:
         return report
-    variant = Variant(method, site_of(method), method, found.safe.keep)
+    variant = Variant(method, site_of(method), method, outcome.safe.keep)
     reference = full(variant.site)
     moved = sorted(
         divergence(run.store[reference.key, item.name].likely, run.store[variant.key, item.name].likely)
@@ -226,9 +226,9 @@ def _report(
     model = settings.host.model or ""
     num_tokens = settings.host.num_tokens
     report["safe"] = {
-        "keep": found.safe.keep,
-        "agreement": round(found.safe.agreeing / found.safe.count, 4),
-        "at_least": round(found.safe.bound, 4),
+        "keep": outcome.safe.keep,
+        "agreement": round(outcome.safe.agreeing / outcome.safe.count, 4),
+        "at_least": round(outcome.safe.bound, 4),
         "first_token_divergence": {
             "mean": round(statistics.fmean(moved), 5),
             "p95": round(moved[int(0.95 * (len(moved) - 1))], 5),
@@ -238,7 +238,7 @@ def _report(
         "serve": " ".join(
             filter(
                 None,
-                ["ficoco-vllm serve", model, f"--ficoco-method {method} --ficoco-keep {found.safe.keep}"],
+                ["ficoco-vllm serve", model, f"--ficoco-method {method} --ficoco-keep {outcome.safe.keep}"],
             )
         ),
     }
@@ -246,16 +246,16 @@ def _report(
     return report
 
 
-def _doubts(run: Replayed, method: str, found: Found) -> list[str]:
-    """Signs that the server did not reduce as it was asked in the search: it would agree with itself, of course."""
+def _warnings(run: Replayed, method: str, outcome: Outcome) -> list[str]:
+    """Signs that the server did not reduce in the search, in which case it would agree with itself."""
     site = site_of(method)
     lines = []
-    for keep, (_, count) in sorted(found.searched.items()):
+    for keep, (_, count) in sorted(outcome.searched.items()):
         variant, items = Variant(method, site, method, keep), run.searched[:count]
         before, after = (
-            [run.store[asked.key, item.name] for item in items] for asked in (full(site), variant)
+            [run.store[answering.key, item.name] for item in items] for answering in (full(site), variant)
         )
-        lines += doubts(variant, before, after, run.endpoint.num_tokens)
+        lines += check(variant, before, after, run.endpoint.num_tokens)
     return lines
 
 

@@ -1,18 +1,19 @@
-"""What a setting saves: KV cache by the planner, time to first token by the clock."""
+"""Savings of a setting: planned KV cache, measured time to first token."""
 
+import asyncio
 import io
 import random
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from openai import OpenAI
+from openai import AsyncOpenAI
 from PIL import Image
 
 from ficoco_vllm.benchmarks.accuracy.client import Endpoint
 from ficoco_vllm.benchmarks.accuracy.variants import Variant
 from ficoco_vllm.benchmarks.accuracy.workload import Item
+from ficoco_vllm.benchmarks.harness.http import first_token, png
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.planning.decoder import DecoderPlanner
 from ficoco_vllm.reduction.cost import model_shape
@@ -66,31 +67,24 @@ def kv_saving(
     return {"full_bytes": before, "bytes": after, "saving": round(1 - after / before, 4)}
 
 
-def first_token_seconds(endpoint: Endpoint, variant: Variant, item: Item) -> float:
-    """Time to the first token of one question, asked alone.
+async def first_token_seconds(endpoint: Endpoint, variant: Variant, item: Item) -> float:
+    """Time to the first token of one question, sent alone.
 
     Args:
         endpoint: the server.
-        variant: how it shall answer.
-        item: its image should not have been sent before, or caches answer.
+        variant: how it answers.
+        item: with a new image, which no cache holds.
     """
-    client = OpenAI(base_url=f"{endpoint.url}/v1", api_key=endpoint.api_key, max_retries=0, timeout=600)
-    body = endpoint.body(variant, item)
-    start = time.perf_counter()
-    with client.chat.completions.create(**body, stream=True) as chunks:
-        for chunk in chunks:
-            if chunk.choices and chunk.choices[0].delta.content:
-                break
-        elapsed = time.perf_counter() - start
-        for _ in chunks:
-            pass
-    return elapsed
+    url = f"{endpoint.url}/v1"
+    async with AsyncOpenAI(base_url=url, api_key=endpoint.api_key, max_retries=0, timeout=600) as client:
+        seconds, _ = await first_token(client, endpoint.body(variant, item))
+    return seconds
 
 
 def first_token_ratio(
     endpoint: Endpoint, variants: Sequence[Variant], items: Sequence[Item], seed: int
 ) -> dict[str, dict[str, float]]:
-    """Median time to first token of each variant; they take turns, each time with an image never sent before.
+    """Median time to first token of each variant; they take turns, each time with a new image.
 
     Args:
         endpoint: the server.
@@ -105,7 +99,7 @@ def first_token_ratio(
     seconds: dict[str, list[float]] = {variant.key: [] for variant in variants}
     for place, item in enumerate(items):
         for variant in rng.sample(list(variants), len(variants)):
-            taken = first_token_seconds(endpoint, variant, with_new_pixel(item, rng))
+            taken = asyncio.run(first_token_seconds(endpoint, variant, with_new_pixel(item, rng)))
             if place:
                 seconds[variant.key].append(taken)
     base = seconds[variants[0].key]
@@ -119,11 +113,9 @@ def first_token_ratio(
 
 
 def with_new_pixel(item: Item, rng: random.Random) -> Item:
-    """The same question with one pixel of its image changed, so that no cache knows it."""
+    """The same question with one pixel of its image changed, which no cache holds."""
     assert item.image is not None
     image = Image.open(io.BytesIO(item.image)).convert("RGB")
     place = (rng.randrange(image.width), rng.randrange(image.height))
     image.putpixel(place, tuple(rng.randrange(256) for _ in range(3)))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return Item(item.name, item.kind, item.question, buffer.getvalue(), item.answer)
+    return Item(item.name, item.kind, item.question, png(image), item.answer)

@@ -1,7 +1,7 @@
-"""The smallest budget that agrees often enough: found on one part of the questions, certified on another.
+"""The smallest budget that agrees often enough: searched on one part of the questions, certified on another.
 
-The search halves: all budgets are asked a few questions; those that certainly agree too seldom are out, and of the
-others the smaller half is asked twice as many, and so on. The larger half is put aside and taken back only if
+The search halves: all budgets answer a few questions; those that certainly agree too rarely are dropped, and of the
+others the smaller half answers twice as many, and so on. The larger half is set aside and taken back only if
 everything smaller fails. The candidate was chosen by its luck as much as by its merit, so its own figures do not
 count: budgets around it are tested on questions that the search never saw, the largest first, each at the full level,
 until one fails. A fixed order that ends at the first failure needs no correction for several tests.
@@ -47,7 +47,7 @@ class Tested:
 
 
 @dataclass(frozen=True)
-class Found:
+class Outcome:
     """Outcome for one method.
 
     Attributes:
@@ -74,7 +74,7 @@ def search(budgets: Sequence[int], target: float, total: int, ask: Ask) -> tuple
     Args:
         budgets: in any order.
         target: agreement, below 1.
-        total: questions that may be asked.
+        total: questions available.
         ask: see `Ask`.
 
     Returns:

@@ -1,1 +1,1 @@
-"""How many requests run at once under the same KV memory: stock vLLM, and reduction in tower, decoder, both."""
+"""Concurrent requests in the same KV memory: stock vLLM, and reduction in the tower, the decoder and both."""

@@ -1,13 +1,11 @@
-"""`make bench-concurrency`: requests that run at once under the same KV memory.
+"""`make bench-concurrency`: requests that run at the same time in the same KV memory.
 
-One engine after the other is given the same number of bytes for its KV cache and as many requests as it takes, each
-with an image of its own (576 visual tokens) and 60 tokens of text. Counted is how many run when the next one has to
-wait. The ratio to stock vLLM is held against the ratio of tokens in the KV cache that the plan predicts.
+One engine after the other gets the same number of bytes for its KV cache and more requests than fit, each with an image
+of its own (576 visual tokens) and 60 tokens of text. The benchmark counts how many run when the next one must wait. It
+compares the ratio to stock vLLM with the ratio of the planned tokens in the KV cache.
 """
 
-import argparse
 import json
-import multiprocessing
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -15,39 +13,34 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.bars import Bar, environment, report
-from benchmarks.concurrency import model, worker
-from benchmarks.concurrency.kinds import KINDS
+from ficoco_vllm.benchmarks.concurrency import worker
+from ficoco_vllm.benchmarks.concurrency.kinds import KINDS
+from ficoco_vllm.benchmarks.harness import model
+from ficoco_vllm.benchmarks.harness.engine import bench_engine
+from ficoco_vllm.benchmarks.harness.results import Bar, environment, make_parser, report, write
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.planning.decoder import DecoderPlanner
 
-RESULTS = Path(__file__).parent.parent / "results" / "concurrency.json"
 SHARE = 0.9
-NUM_PATCHES, NUM_LAYERS = 576, 32
-# Room for so many of stock vLLM's prompts: bytes of a token in one layer are 2 * 128 * 2.
+NUM_PATCHES, NUM_LAYERS = model.PATCHES, model.WHOLE_MODELS["7b"]
+# Requests of stock vLLM that the KV cache holds.
 STOCK_REQUESTS = 12
-TOKEN_LAYER_BYTES = 2 * model.WIDTH * 2
+TOKEN_LAYER_BYTES = 2 * model.NARROW_WIDTH * 2  # keys and values in bfloat16
 
 
 def main() -> int:
     """Run the benchmark, write its JSON, print its bars."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    args = parser.parse_args()
+    args = make_parser(__doc__, "concurrency", seed=False).parse_args()
     kv_bytes = memory(STOCK_REQUESTS)
     with tempfile.TemporaryDirectory() as folder:
-        model.write(Path(folder))
+        model.write(Path(folder), NUM_LAYERS, narrow=True)
         rows = measure(folder, KINDS, kv_bytes)
-    result = {"environment": environment(), "kv_bytes": kv_bytes, "kinds": rows}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=2) + "\n")
+    write({"environment": environment(), "kv_bytes": kv_bytes, "kinds": rows}, args.out)
     return report(bars(rows))
 
 
 def memory(num_requests: int) -> int:
-    """Bytes of a KV cache with room for so many of stock vLLM's requests."""
+    """Bytes of a KV cache that holds a number of stock vLLM's requests."""
     prompt = worker.NUM_TEXT_TOKENS + NUM_PATCHES
     return num_requests * (prompt + worker.NUM_DECODED) * NUM_LAYERS * TOKEN_LAYER_BYTES
 
@@ -77,7 +70,7 @@ def measure(
 
 
 def bars(rows: Mapping[str, Mapping[str, float]]) -> list[Bar]:
-    """What the benchmark promises: nearly as many requests at once as the plan says.
+    """The bars: nearly as many requests run as the plan predicts.
 
     Args:
         rows: `kinds` of the JSON file.
@@ -106,14 +99,16 @@ def mean_tokens(ficoco: dict[str, Any] | None) -> float:
 
 
 def _count(folder: str, ficoco: dict[str, Any] | None, kv_bytes: int) -> dict[str, int]:
-    in_decoder = ficoco is not None and FicocoConfig.parse(ficoco).decoder_method is not None
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=worker.run, args=(there, folder, ficoco, kv_bytes, in_decoder))
-    process.start()
-    there.close()
-    counted: dict[str, int] = here.recv()
-    process.join()
+    limits = {
+        "max_model_len": 1024,
+        "max_num_batched_tokens": 4096,
+        "max_num_seqs": worker.MOST_REQUESTS,
+        "block_size": 32,
+        "kv_cache_memory_bytes": kv_bytes,
+        "enable_prefix_caching": False,
+    }
+    with bench_engine(folder, ficoco, **limits) as engine:
+        counted: dict[str, int] = engine.call(worker.fill)
     return counted
 
 

@@ -1,4 +1,4 @@
-"""What is counted: stock vLLM, and ours by settings."""
+"""The rows of `make bench-concurrency`: names to settings, stock vLLM first."""
 
 from typing import Any
 

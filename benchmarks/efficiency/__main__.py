@@ -1,11 +1,10 @@
 """`make bench-efficiency`: the rows of the paper's Tables 8 and 9, measured on whole models.
 
-One server of FiCoCo-VL for each model and precision that fits this machine's memory, its weights made up; its requests
+One engine of FiCoCo-VL for each model and precision that fits this machine's memory, with made-up weights. Its requests
 take turns, each row's with the budgets of that row. Products and KV blocks are counted in the engine, seconds run from
-pixels to the first token, speed-ups are taken round by round against the request that nothing is reduced in.
+pixels to the first token, speed-ups are taken round by round against the request without reduction.
 """
 
-import argparse
 import json
 import random
 import statistics
@@ -18,15 +17,15 @@ from typing import Any
 
 import psutil
 
-from benchmarks import bars as results
-from benchmarks.bars import Bar
-from benchmarks.efficiency import worker
-from benchmarks.efficiency.rows import PRECISIONS, TABLES, Table, pairs, token_plan
-from benchmarks.efficiency.table import PATH, markdown
-from benchmarks.ttft import model
-from benchmarks.ttft.__main__ import SETTLE_SECONDS, piped
-from benchmarks.ttft.kinds import WHOLE_MODELS
-from benchmarks.ttft.quantization import runs_here
+from ficoco_vllm.benchmarks.efficiency import worker
+from ficoco_vllm.benchmarks.efficiency.rows import PRECISIONS, SETTINGS, TABLES, Table, pairs, token_plan
+from ficoco_vllm.benchmarks.efficiency.table import markdown
+from ficoco_vllm.benchmarks.harness import model
+from ficoco_vllm.benchmarks.harness.engine import bench_engine
+from ficoco_vllm.benchmarks.harness.model import WHOLE_MODELS
+from ficoco_vllm.benchmarks.harness.quantization import runs_here
+from ficoco_vllm.benchmarks.harness.results import Bar, at_most, environment, make_parser, report, write
+from ficoco_vllm.benchmarks.ttft.__main__ import SETTLE_SECONDS
 from ficoco_vllm.reduction.cost import ModelShape, estimate, model_shape, unreduced
 
 # Beside the weights: tower, KV cache, what the process has before, and one layer twice while it is repacked.
@@ -35,17 +34,13 @@ ROOM_BYTES = 4 * 2**30
 
 def main() -> int:
     """Run the benchmark, write its JSON after each model, print its table and bars."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, "efficiency")
     parser.add_argument("--sizes", nargs="+", choices=list(WHOLE_MODELS), default=list(WHOLE_MODELS))
     parser.add_argument("--precisions", nargs="+", choices=list(PRECISIONS), default=list(PRECISIONS))
     parser.add_argument("--layers", type=int, help="of the decoder, a multiple of 8; default: all")
     parser.add_argument("--rounds", type=int, default=3, help="measured requests of each row")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=PATH)
     args = parser.parse_args()
-    head = {"environment": results.environment(), "seed": args.seed}
+    head = {"environment": environment(), "seed": args.seed}
     # Rows of earlier runs stay, if they are of the same machine and versions; the large models take long.
     rows = _earlier(args.out, head)
     for table, precision in pairs():
@@ -60,34 +55,34 @@ def main() -> int:
             model.write(Path(folder), num_layers, table.size, PRECISIONS[precision][0])
             new = measure(folder, table, precision, shape, args.rounds, random.Random(args.seed))
         rows = [row for row in rows if (row["table"], row["precision"]) != (table.number, precision)] + new
-        results.write(head | {"rows": rows}, args.out)
+        write(head | {"rows": rows}, args.out)
     if not rows:
-        parser.error("nothing of this fits here")
-    print(results.environment())
+        parser.error("none of these models fits into the memory of this machine")
+    print(head["environment"])
     for table in TABLES:
         print("\n".join(markdown(table, rows)))
-    return results.report(list(bars(rows)))
+    return report(bars(rows))
 
 
 def bars(rows: list[dict[str, Any]]) -> Iterator[Bar]:
-    """What the benchmark promises: the engine multiplies and holds what the planner says.
+    """The bars: FLOPs and KV bytes of the engine are those of the plan.
 
     Args:
         rows: of the JSON file.
     """
     flops = max(abs(row["flops"] / row["planned_flops"] - 1) for row in rows)
-    yield Bar("efficiency-flops-off-plan", flops, 0.0001, at_least=False)
+    yield at_most("efficiency-flops-off-plan", flops, 0.0001)
     blocks = max(abs(row["kv_bytes"] - row["planned_kv_bytes"]) for row in rows)
-    yield Bar("efficiency-kv-bytes-off-plan", blocks, 0, at_least=False)
+    yield at_most("efficiency-kv-bytes-off-plan", blocks)
 
 
 def _earlier(path: Path, head: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of a result that was measured under the same conditions."""
     if not path.is_file():
         return []
-    found = json.loads(path.read_text(encoding="utf-8"))
-    same = all(found.get(name) == value for name, value in head.items())
-    return list(found["rows"]) if same else []
+    result = json.loads(path.read_text(encoding="utf-8"))
+    same = all(result.get(name) == value for name, value in head.items())
+    return list(result["rows"]) if same else []
 
 
 def _obstacle(shape: ModelShape, precision: str) -> str | None:
@@ -109,7 +104,7 @@ def measure(
 
     Args:
         folder: of the model.
-        table: whose rows are asked for.
+        table: of the rows.
         precision: one of `PRECISIONS`.
         shape: of the model.
         rounds: that count.
@@ -119,12 +114,21 @@ def measure(
         Rows of the JSON file.
     """
     samples: dict[str, list[dict[str, float]]] = {row.method: [] for row in table.rows}
-    with piped(worker.run, (folder, PRECISIONS[precision][1], table.num_text_tokens), True) as pipe:
+    limits = {
+        "max_model_len": worker.MAX_MODEL_LEN,
+        "max_num_batched_tokens": worker.MAX_MODEL_LEN,
+        "max_num_seqs": 1,
+        "block_size": worker.BLOCK_SIZE,
+        "kv_cache_memory_bytes": 2**30,
+        "kv_cache_dtype": "auto" if PRECISIONS[precision][1] == 16 else "fp8",
+    }
+    with bench_engine(folder, SETTINGS, **limits) as engine:
+        engine.call(worker.set_scales)
         for round_index in range(-1, rounds):
             for row in order.sample(table.rows, len(table.rows)):
                 time.sleep(SETTLE_SECONDS)
-                pipe.send((row, order.getrandbits(32)))
-                sample = pipe.recv()
+                seed = order.getrandbits(32)
+                sample = engine.call(worker.measure, row, table.num_text_tokens, seed)
                 name = f"{table.size} {precision}, round {round_index}, {row.method}"
                 print(f"{name}: {sample['ttft_seconds']:.2f} s", flush=True)
                 if round_index >= 0:

@@ -1,15 +1,15 @@
-"""What is measured: rows of the paper's Tables 8 and 9 as requests to one server of FiCoCo-VL."""
+"""The rows of the paper's Tables 8 and 9 as requests to one engine of FiCoCo-VL."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.ttft.quantization import Weights
+from ficoco_vllm.benchmarks.harness.model import PATCHES
+from ficoco_vllm.benchmarks.harness.quantization import Weights
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.planning.decoder import DecoderPlanner
 from ficoco_vllm.reduction.cost import Budget, ModelShape, TokenPlan, encoder_tokens
 
-PATCHES = 576
 # Weights and bits of the KV cache of the rows that the paper calls so. vLLM has no KV cache of 4 bits on a CPU.
 PRECISIONS: dict[str, tuple[Weights, int]] = {"fp16": ("plain", 16), "int8": ("int8", 8), "int4": ("int4", 8)}
 # Of the server; each request says how many tokens tower and decoder leave.
@@ -23,7 +23,7 @@ class Row:
     Attributes:
         method: as the paper calls it.
         tower: visual tokens that leave the tower; all 576 where the method works in the decoder only.
-        decoder: those that are left behind the first segment of the decoder; as many as enter where it does not reduce.
+        decoder: those that are left after the first segment of the decoder; as many as enter where it does not reduce.
     """
 
     method: str

@@ -1,15 +1,13 @@
-"""Tables 8 and 9 as they were measured, in Markdown; what was not is marked as planned."""
+"""Tables 8 and 9 in Markdown, as measured; rows that were not measured are marked as planned."""
 
-import json
-from pathlib import Path
 from typing import Any
 
-from benchmarks.efficiency.rows import PRECISIONS, Row, Table, token_plan
-from benchmarks.ttft import model
-from benchmarks.ttft.kinds import WHOLE_MODELS
+from ficoco_vllm.benchmarks.efficiency.rows import PRECISIONS, Row, Table, token_plan
+from ficoco_vllm.benchmarks.harness import model
+from ficoco_vllm.benchmarks.harness.model import WHOLE_MODELS
+from ficoco_vllm.benchmarks.harness.results import read
 from ficoco_vllm.reduction.cost import estimate, model_shape
 
-PATH = Path(__file__).parent.parent / "results" / "efficiency.json"
 WEIGHTS = {"plain": "bfloat16", "int8": "W8A8", "int4": "W4A16"}
 HEAD = (
     "| Method | Schedule | Row | Weights, KV cache | Figures | TFLOPs | KV MB, in blocks | First token, s | "
@@ -17,10 +15,9 @@ HEAD = (
 )
 
 
-def read() -> list[dict[str, Any]]:
+def committed() -> list[dict[str, Any]]:
     """The rows of the committed result."""
-    rows: list[dict[str, Any]] = json.loads(PATH.read_text(encoding="utf-8"))["rows"]
-    return rows
+    return list(read("efficiency")["rows"])
 
 
 def markdown(table: Table, measured: list[dict[str, Any]]) -> list[str]:
@@ -30,13 +27,13 @@ def markdown(table: Table, measured: list[dict[str, Any]]) -> list[str]:
         table: of the paper.
         measured: rows of the JSON file.
     """
-    found = {(row["table"], row["precision"], row["method"]): row for row in measured}
+    by_name = {(row["table"], row["precision"], row["method"]): row for row in measured}
     lines = [HEAD, "|---" * (HEAD.count("|") - 1) + "|"]
     for precision, (weights, bits) in PRECISIONS.items():
         for row in table.rows:
             cells = [row.method, row.schedule, precision.upper(), f"{WEIGHTS[weights]}, {bits} bits"]
-            one = found.get((table.number, precision, row.method))
-            cells += _planned(table, row, bits) if one is None else _measured(table, one)
+            figures = by_name.get((table.number, precision, row.method))
+            cells += _planned(table, row, bits) if figures is None else _measured(table, figures)
             lines.append(f"| {' | '.join(cells)} |")
     return lines
 

@@ -1,1 +1,1 @@
-"""Overload: a fixed budget queues without end, one that follows the load does not."""
+"""Overload of a small KV cache: a fixed budget and one that follows the load."""

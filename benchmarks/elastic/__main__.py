@@ -1,78 +1,66 @@
-"""`make bench-elastic`: one server, more arrivals than a fixed budget can serve, with and without `--ficoco-elastic`.
+"""`make bench-elastic`: more arrivals than a fixed budget can serve, with and without `--ficoco-elastic`.
 
-The demo model with a KV cache of 45 blocks of 32 tokens, so that memory and not compute decides how many requests run
-at once. First it is measured what the ceiling (576, no reduction) manages when there are always enough requests; then
-1.6 times as many arrive (Poisson, seeded), once naming the ceiling and once naming no budget.
+The demo model with a KV cache of 45 blocks of 32 tokens, so that memory and not compute limits how many requests run.
+The benchmark first measures the throughput of the ceiling (576 tokens, no reduction) when enough requests wait; then
+1.6 times as many arrive (Poisson, seeded), once with requests that name the ceiling and once with none that name a
+budget.
 """
 
-import argparse
 import asyncio
 import json
 import sys
 import tempfile
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from openai import AsyncOpenAI
 
-from benchmarks.bars import Bar, environment, report
-from benchmarks.elastic.driver import Driver
-from benchmarks.elastic.overload import LONG, NUM_OUTPUT, SHORT, Result, arguments, overload
-from tests.support.server import API_KEY, Server, serve
-
-RESULTS = Path(__file__).parent.parent / "results" / "elastic.json"
+from ficoco_vllm.benchmarks.elastic.driver import Driver
+from ficoco_vllm.benchmarks.elastic.overload import LONG, NUM_OUTPUT, SHORT, Result, arguments, overload
+from ficoco_vllm.benchmarks.harness.http import metric
+from ficoco_vllm.benchmarks.harness.results import Bar, at_most, environment, make_parser, report, write
+from ficoco_vllm.benchmarks.harness.serving import serving
 
 
 def main() -> int:
     """Run the benchmark, write its JSON, print its bars."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, "elastic")
     parser.add_argument("--short", action="store_true", help="about a minute, as in the tests")
     parser.add_argument("--api-servers", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     length = SHORT if args.short else LONG
     with (
         tempfile.TemporaryDirectory() as folder,
-        serve(Path(folder) / "log", *arguments(length, args.api_servers), "--api-key", API_KEY) as server,
+        serving(arguments(length, args.api_servers), Path(folder) / "log") as server,
     ):
-        result = asyncio.run(run(server, args.seed, args.short))
-    record = {
-        "environment": environment(),
-        "seed": args.seed,
-        "api_servers": args.api_servers,
-        "length": asdict(length),
-        "result": asdict(result),
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(record, indent=2) + "\n")
+        result = asyncio.run(run(server.url, args.seed, args.short))
+    head = {"environment": environment(), "seed": args.seed, "api_servers": args.api_servers}
+    write({**head, "length": asdict(length), "result": asdict(result)}, args.out)
     print(json.dumps(asdict(result), indent=2))
     return report(bars(result))
 
 
-async def run(server: Server, seed: int, short: bool) -> Result:
-    """The experiment on a running server."""
-    length = SHORT if short else LONG
-    async with AsyncOpenAI(
-        base_url=f"{server.url}/v1", api_key=API_KEY, max_retries=0, timeout=300
-    ) as client:
-        return await overload(Driver(client, "ficoco-demo", NUM_OUTPUT, seed), server.metric, length)
+async def run(url: str, seed: int, short: bool, api_key: str = "none") -> Result:
+    """The experiment on a running server.
+
+    Args:
+        url: of the server, without a path.
+        seed: of images and arrivals.
+        short: whether the phases are short.
+        api_key: of the server.
+    """
+    async with AsyncOpenAI(base_url=f"{url}/v1", api_key=api_key, max_retries=0, timeout=300) as client:
+        driver = Driver(client, "ficoco-demo", NUM_OUTPUT, seed)
+        return await overload(driver, partial(metric, url), SHORT if short else LONG)
 
 
 def bars(result: Result) -> list[Bar]:
-    """What is promised: the ceiling queues without end, elastic does not, and it comes back."""
+    """The bars: the ceiling's queue grows without end, the elastic budget's does not."""
     fixed, elastic = result.fixed, result.elastic
-    return [
-        Bar("elastic-fixed-ttft-growth", fixed.late_ttft_seconds / fixed.early_ttft_seconds, 1.5),
-        Bar(
-            "elastic-late-ttft-of-fixed",
-            elastic.late_ttft_seconds / fixed.late_ttft_seconds,
-            0.5,
-            at_least=False,
-        ),
-    ]
+    growth = fixed.late_ttft_seconds / fixed.early_ttft_seconds
+    share = elastic.late_ttft_seconds / fixed.late_ttft_seconds
+    return [Bar("elastic-fixed-ttft-growth", growth, 1.5), at_most("elastic-late-ttft-of-fixed", share, 0.5)]
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
-"""Requests at a rate of their own, whatever the server does, and what each of them saw."""
+"""Requests at a fixed rate, independent of the server, each with its time to first token."""
 
 import asyncio
-import base64
-import io
 import random
 import time
 from collections.abc import Sequence
@@ -13,6 +11,8 @@ from typing import Any
 import numpy as np
 from openai import AsyncOpenAI
 from PIL import Image
+
+from ficoco_vllm.benchmarks.harness.http import chat, data_url, first_token
 
 QUESTION = "what number is on the sign?"
 
@@ -33,14 +33,14 @@ class Answer:
 
 
 class Driver:
-    """Chats with an image each, none of which the server has seen before."""
+    """Client whose chats have one new image each."""
 
     def __init__(self, client: AsyncOpenAI, model: str, num_output: int, seed: int = 0) -> None:
-        """Send to one server.
+        """Client of one server.
 
         Args:
             client: of the server, without retries.
-            model: as served.
+            model: served name.
             num_output: tokens of every answer.
             seed: of images and arrivals.
         """
@@ -50,43 +50,23 @@ class Driver:
         self._random = random.Random(seed)
 
     async def ask(self, arrival_seconds: float = 0.0, **extra: Any) -> Answer:
-        """One streamed chat.
+        """Send one chat.
 
         Args:
-            arrival_seconds: to be noted.
+            arrival_seconds: for the answer.
             **extra: fields of the body beyond OpenAI's, such as a budget of its own.
         """
-        content = [
-            {"type": "image_url", "image_url": {"url": self._image()}},
-            {"type": "text", "text": QUESTION},
-        ]
-        messages: Any = [{"role": "user", "content": content}]
-        begin = time.monotonic()
-        stream = await self._client.chat.completions.create(
-            model=self._model,
-            messages=messages,
-            max_tokens=self._num_output,
-            temperature=0,
-            stream=True,
-            stream_options={"include_usage": True},
-            extra_body={"ignore_eos": True, **extra},
-        )
-        first, num_prompt_tokens = None, 0
-        async for chunk in stream:
-            if first is None and chunk.choices and chunk.choices[0].delta.content is not None:
-                # The first chunk names the role; it comes with the first token, and so is empty.
-                first = time.monotonic()
-            if chunk.usage is not None:
-                num_prompt_tokens = chunk.usage.prompt_tokens
-        assert first is not None
-        return Answer(arrival_seconds, first - begin, num_prompt_tokens)
+        fields = {"ignore_eos": True, **extra}
+        body = chat(self._model, QUESTION, [data_url(self._image())], max_tokens=self._num_output)
+        seconds, num_prompt_tokens = await first_token(self._client, {**body, "extra_body": fields})
+        return Answer(arrival_seconds, seconds, num_prompt_tokens)
 
     async def capacity(self, seconds: float, num_clients: int, **extra: Any) -> float:
-        """Requests a second that the server manages when there are always enough of them.
+        """Requests a second that the server answers when enough of them wait.
 
         Args:
             seconds: how long at least; each client is answered twice on average.
-            num_clients: requests at once.
+            num_clients: requests at the same time.
             **extra: as for `ask`.
         """
         begin, ends = time.monotonic(), list[float]()
@@ -100,11 +80,11 @@ class Driver:
                     enough.extend(ends)
 
         await asyncio.gather(*(client() for _ in range(num_clients)))
-        # From the first answer on, and without those that were answered while no more came.
+        # From the first answer on; answers after the last request was sent do not count.
         return (len(enough) - 1) / (enough[-1] - enough[0])
 
     async def arrive(self, rate: float, seconds: float, **extra: Any) -> list[Answer]:
-        """Poisson arrivals; returns when all have been answered.
+        """Send requests at Poisson arrivals and wait for all answers.
 
         Args:
             rate: requests a second.
@@ -112,20 +92,18 @@ class Driver:
             **extra: as for `ask`.
 
         Returns:
-            In order of arrival.
+            The answers in order of arrival.
         """
-        begin, tasks, due = time.monotonic(), [], self._random.expovariate(rate)
+        begin, tasks, due = time.monotonic(), list[asyncio.Task[Answer]](), self._random.expovariate(rate)
         while due < seconds:
             await asyncio.sleep(max(0.0, begin + due - time.monotonic()))
             tasks.append(asyncio.create_task(self.ask(due, **extra)))
             due += self._random.expovariate(rate)
         return list(await asyncio.gather(*tasks))
 
-    def _image(self) -> str:
+    def _image(self) -> Image.Image:
         pixels = np.frombuffer(self._random.randbytes(32 * 32 * 3), dtype=np.uint8).reshape(32, 32, 3)
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "PNG")
-        return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        return Image.fromarray(pixels)
 
 
 def ttft(answers: Sequence[Answer], begin: float, end: float) -> float:

@@ -1,4 +1,4 @@
-"""The experiment: arrivals at the same rate with the ceiling as a fixed budget, and with one that follows the load."""
+"""The experiment: the same rate of arrivals with the ceiling as a fixed budget, and with one that follows the load."""
 
 import asyncio
 import json
@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.elastic.driver import Answer, Driver, ttft
+from ficoco_vllm.benchmarks.elastic.driver import Answer, Driver, ttft
 
 FLOOR, CEILING = 64, 576
 # Tokens of an answer. Prompts of 576 visual tokens take 22 blocks of 32 with it, those of 64 take 6: two against
-# seven requests at once in 44 blocks, one of which vLLM keeps for itself.
+# seven concurrent requests in 44 blocks, one of which vLLM keeps for itself.
 NUM_OUTPUT = 96
 BLOCK_SIZE, NUM_BLOCKS = 32, 45
 _FEWEST_ARRIVALS = 24
@@ -19,14 +19,11 @@ _FEWEST_ARRIVALS = 24
 
 @dataclass(frozen=True)
 class Length:
-    """How long the phases are, and how fast the controller is.
+    """Lengths of the phases, and the controller's times.
 
     Attributes:
-        capacity_seconds: to measure what the fixed ceiling manages.
-        overload_seconds: of arrivals that are more than that.
-        attack_seconds: of the controller.
-        release_seconds: of the controller.
-        max_release_seconds: of the controller.
+        capacity_seconds: of measuring the throughput of the fixed ceiling.
+        overload_seconds: of arrivals above that.
     """
 
     capacity_seconds: float
@@ -49,7 +46,7 @@ class Phase:
         early_ttft_seconds: median of the first quarter of them.
         late_ttft_seconds: median of the last quarter.
         median_ttft_seconds: of all.
-        longest_queue: most requests that waited at once, sampled.
+        longest_queue: most requests that waited at the same time, sampled.
         budgets: visual tokens that requests had, ascending.
         lowest_default: lowest budget of requests that name none, sampled.
     """
@@ -65,10 +62,10 @@ class Phase:
 
 @dataclass(frozen=True)
 class Result:
-    """What happened.
+    """Figures of both phases.
 
     Attributes:
-        capacity: requests a second that the fixed ceiling manages.
+        capacity: requests a second that the fixed ceiling serves.
         rate: of the arrivals in both phases.
         fixed: phase in which every request names the ceiling.
         elastic: phase in which no request names a budget.
@@ -112,19 +109,18 @@ async def overload(
         driver: of the server, with `NUM_OUTPUT` tokens an answer.
         metric: sum of one Prometheus metric of the server over its labels.
         length: of the phases.
-        overload_factor: rate of the arrivals relative to what the fixed ceiling manages.
+        overload_factor: rate of the arrivals relative to the throughput of the fixed ceiling.
 
     Raises:
         TimeoutError: the default does not return to the ceiling.
     """
-    explicit = {"mm_processor_kwargs": {"ficoco_keep": CEILING}}
+    explicit: dict[str, Any] = {"mm_processor_kwargs": {"ficoco_keep": CEILING}}
     num_text = (await driver.ask(**explicit)).num_prompt_tokens - CEILING
     capacity = await driver.capacity(length.capacity_seconds, 6, **explicit)
     rate = overload_factor * capacity
     # On a slow machine few requests arrive in a phase; a queue shows in two dozen.
     seconds = max(length.overload_seconds, min(_FEWEST_ARRIVALS / rate, 3 * length.overload_seconds))
     phases = []
-    returned = 0.0
     for extra in (explicit, {}):
         await _returned(driver, metric, length)
         phases.append(await _phase(driver, metric, rate, seconds, num_text, extra))

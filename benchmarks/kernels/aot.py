@@ -1,6 +1,6 @@
 """Compiles every kernel ahead of time, without a GPU, and holds what can be known so to bars.
 
-    python -m benchmarks.kernels.aot [--json OUT.json] [--defaults]
+    python -m ficoco_vllm.benchmarks.kernels.aot [--json OUT.json] [--defaults]
 
 The launchers run on meta tensors at the shapes of LLaVA-1.5-7B; what they would compile is compiled for
 three NVIDIA generations and for AMD's gfx942, and so are other types and awkward shapes; with
@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.kernels.chips import CHIPS, Chip
-from benchmarks.kernels.compiling import Compiled, Compiler, compiled, launches_of
-from benchmarks.kernels.recording import Launch
-from benchmarks.kernels.variants import variants
-from benchmarks.kernels.workloads import Workload, workloads
+from ficoco_vllm.benchmarks.kernels.chips import CHIPS, Chip
+from ficoco_vllm.benchmarks.kernels.compiling import Compiled, Compiler, compiled, launches_of
+from ficoco_vllm.benchmarks.kernels.recording import Launch
+from ficoco_vllm.benchmarks.kernels.variants import variants
+from ficoco_vllm.benchmarks.kernels.workloads import Workload, workloads
 
 BATCHES = (1, 8, 32)
 BYTES_LIMIT = 1.25
@@ -54,7 +54,7 @@ def traffic() -> Iterator[Callable[[], dict[str, dict[str, Any]]]]:
     """Counts at B = 1, out of a process whose kernels are interpreted while this one compiles."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "traffic.json"
-        command = [sys.executable, "-m", "benchmarks.kernels.traffic", str(path)]
+        command = [sys.executable, "-m", "ficoco_vllm.benchmarks.kernels.traffic", str(path)]
         with subprocess.Popen(command, env=os.environ | {"TRITON_INTERPRET": "1"}) as process:
 
             def counts() -> dict[str, dict[str, Any]]:

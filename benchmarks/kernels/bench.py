@@ -1,6 +1,6 @@
 """Times the fused ops against the obvious way in torch, and against the attention itself.
 
-    python -m benchmarks.kernels.bench [--out FOLDER] [--batches 1 8 32]
+    python -m ficoco_vllm.benchmarks.kernels.bench [--out FOLDER] [--batches 1 8 32]
 
 On a GPU the Triton kernels run; without one it says so and times the torch implementations, with bars: at
 least as fast as the obvious way, and at most half of its peak memory at B = 8. Results are compared before
@@ -15,13 +15,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.kernels.cases import Case, decoder, tower
-from benchmarks.kernels.chart import chart
+from ficoco_vllm.benchmarks.kernels.cases import Case, decoder, tower
+from ficoco_vllm.benchmarks.kernels.chart import chart
 
 MEMORY_LIMIT = 0.5
 MEMORY_BATCH = 8
@@ -86,7 +86,7 @@ def peak_bytes(run: Callable[[], Any], device: str) -> int:
 
 def measure(batches: list[int], device: str, dtype: torch.dtype, repeats: int) -> list[dict[str, Any]]:
     """Verify all, then time all."""
-    backend = "triton" if device == "cuda" else "torch"
+    backend: Literal["torch", "triton"] = "triton" if device == "cuda" else "torch"
     rows = []
     for B in batches:
         for site in (tower, decoder):

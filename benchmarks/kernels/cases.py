@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.kernels import naive
-from benchmarks.kernels.workloads import DECODER, TOWER, VISUAL_START, Shape, indices
 from ficoco_vllm import kernels
+from ficoco_vllm.benchmarks.kernels import naive
+from ficoco_vllm.benchmarks.kernels.workloads import DECODER, TOWER, VISUAL_START, Shape, indices
 from ficoco_vllm.kernels import Backend, Mask
 
 

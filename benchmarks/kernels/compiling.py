@@ -12,8 +12,8 @@ from typing import Any
 
 import triton
 
-from benchmarks.kernels.chips import AMD, Chip, occupancy, resident
-from benchmarks.kernels.recording import Launch, recorded
+from ficoco_vllm.benchmarks.kernels.chips import AMD, Chip, occupancy, resident
+from ficoco_vllm.benchmarks.kernels.recording import Launch, recorded
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 TENSOR_CORE = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b")

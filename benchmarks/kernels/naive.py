@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.workloads import VISUAL_START
+from ficoco_vllm.benchmarks.kernels.workloads import VISUAL_START
 
 
 def attention_map(query: Tensor, key: Tensor, scale: float, causal: bool) -> Tensor:

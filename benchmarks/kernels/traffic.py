@@ -1,6 +1,6 @@
 """Counts what the kernels really load and store, by running them in Triton's interpreter.
 
-    TRITON_INTERPRET=1 python -m benchmarks.kernels.traffic OUT.json
+    TRITON_INTERPRET=1 python -m ficoco_vllm.benchmarks.kernels.traffic OUT.json
 
 For each op at B = 1: the distinct 32-byte sectors that each launch touches (what must come from or go to
 device memory if the second-level cache holds the rest), the bytes that the programs ask for in all (what
@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 
-from benchmarks.kernels.workloads import workloads
+from ficoco_vllm.benchmarks.kernels.workloads import workloads
 
 SECTOR_BYTES = 32
 # Operators of torch that touch no memory.

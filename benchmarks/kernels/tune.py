@@ -1,6 +1,6 @@
 """Measures which tile sizes are fastest on this GPU, and writes them where the kernels look for them.
 
-    python -m benchmarks.kernels.tune
+    python -m ficoco_vllm.benchmarks.kernels.tune
 
 Serving reads the file once; it never tunes itself. Another choice of tiles sums in another order, so the
 last bits of the results may change with the file.
@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.kernels.workloads import workloads
+from ficoco_vllm.benchmarks.kernels.workloads import workloads
 from ficoco_vllm.kernels import tuning
 
 BATCHES = (1, 8, 32)

@@ -100,7 +100,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
 }
 
 # The paper's Table 3, LLaVA-1.5-7B, in the order of BENCHMARKS. The key is the method and the tokens of an image
-# behind the tower (64, 128, 192 are 1.5, 2.4, 3.3 TFLOPs); for the decoder's methods it is the TFLOPs point that the
+# after the tower (64, 128, 192 are 1.5, 2.4, 3.3 TFLOPs); for the decoder's methods it is the TFLOPs point that the
 # table names, since the paper gives no schedule for it (docs/paper-tables.md).
 PAPER: Mapping[tuple[str, str], tuple[float, ...]] = {
     ("full", "8.5"): (69.5, 58.2, 86.4, 50.0, 31.6, 59.3, 62.5, 63.7, 66.1, 79.1),

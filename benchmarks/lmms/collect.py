@@ -14,10 +14,10 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     Args:
         folder: that `bench lmms` wrote into.
     """
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    rows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
     order = list(BENCHMARKS)
     return sorted(
-        found, key=lambda row: order.index(row["benchmark"]) if row["benchmark"] in order else len(order)
+        rows, key=lambda row: order.index(row["benchmark"]) if row["benchmark"] in order else len(order)
     )
 
 

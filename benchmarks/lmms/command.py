@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ficoco_vllm.benchmarks.accuracy.client import served_model
 from ficoco_vllm.benchmarks.accuracy.probe import probe
-from ficoco_vllm.benchmarks.bars import environment
+from ficoco_vllm.benchmarks.harness.http import served_model
+from ficoco_vllm.benchmarks.harness.results import environment
+from ficoco_vllm.benchmarks.harness.serving import serving
 from ficoco_vllm.benchmarks.lmms.benchmarks import Benchmark, paper_figure
 from ficoco_vllm.benchmarks.lmms.tasks import write_task
-from ficoco_vllm.benchmarks.serving import serve
 
 PYTHON = Path(".venv-lmms/bin/python")
 TIMEOUT_SECONDS = 600
@@ -33,7 +33,7 @@ class Run:
         method: None serves all visual tokens.
         keep: visual tokens that are left.
         api_key: of the server.
-        concurrency: questions under way at once.
+        concurrency: questions at the same time.
         limit: only the first questions, or None for all.
         serve_arguments: more options of the server that is started.
     """
@@ -60,9 +60,9 @@ def evaluate(run: Run) -> dict[str, Any]:
     Raises:
         ValueError: there is no lmms-eval where it should be.
         RuntimeError: the server or lmms-eval fails, the server does not reduce as said, or a question went unanswered.
-        openai.APIError: the server cannot be asked.
+        openai.APIError: the server does not answer.
     """
-    # Not resolved: a virtual environment's python is a link, and its environment is found by its own path.
+    # Not resolved: a virtual environment's python is a link, and its own path determines the environment.
     python = Path(os.path.abspath(run.python))
     if not python.is_file():
         raise ValueError(f"--lmms-python = {str(run.python)!r} does not exist; `make lmms` makes it")
@@ -75,16 +75,16 @@ def evaluate(run: Run) -> dict[str, Any]:
         arguments += ["--ficoco-keep", str(run.keep)]
     with (
         tempfile.TemporaryDirectory(prefix="ficoco-lmms-") as name,
-        serve(arguments, Path(name) / "log") as url,
+        serving(arguments, Path(name) / "log") as server,
     ):
-        return _evaluate(run, python, url)
+        return _evaluate(run, python, server.url)
 
 
 def _evaluate(run: Run, python: Path, url: str) -> dict[str, Any]:
     benchmark = run.benchmark
     wrong = probe(url, run.api_key, run.method, run.keep)
     if wrong:
-        raise RuntimeError(f"{url} does not serve what was asked for: {'; '.join(wrong)}")
+        raise RuntimeError(f"{url} does not serve the requested setting: {'; '.join(wrong)}")
     with tempfile.TemporaryDirectory(prefix="ficoco-lmms-") as name:
         folder = Path(name)
         original = Path(benchmark.file)
@@ -146,14 +146,14 @@ def tasks_folder(python: Path) -> Path:
         RuntimeError: the environment has none.
     """
     code = "import importlib.util; print(importlib.util.find_spec('lmms_eval').submodule_search_locations[0])"
-    return Path(_ask(python, code)) / "tasks"
+    return Path(_output(python, code)) / "tasks"
 
 
 def _version(python: Path) -> str:
-    return _ask(python, "from importlib.metadata import version; print(version('lmms_eval'))")
+    return _output(python, "from importlib.metadata import version; print(version('lmms_eval'))")
 
 
-def _ask(python: Path, code: str) -> str:
+def _output(python: Path, code: str) -> str:
     done = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{python} has no lmms-eval: {done.stderr[-500:]}")

@@ -12,18 +12,18 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ficoco_vllm.benchmarks.bars import Bar, environment, report, write
-from ficoco_vllm.benchmarks.load.doubts import doubts
+from ficoco_vllm.benchmarks.harness.results import Bar, environment, report, write
+from ficoco_vllm.benchmarks.load.checks import check
 from ficoco_vllm.benchmarks.load.run import Target, run_turn, run_turns
 from ficoco_vllm.benchmarks.load.settings import STOCK, Server, Traffic, Turn, make_points, make_turns
 from ficoco_vllm.benchmarks.load.summary import as_csv, as_table, ratio, summarise
-from ficoco_vllm.benchmarks.serving import value_type
+from ficoco_vllm.compat import multiplies_bfloat16
 from ficoco_vllm.reduction.cost import model_shape
 from ficoco_vllm.server.commands.arguments import fail
 
 DEMO = "demo"
 WIDE = "llava-1.5-7b-width"
-# Of the models that we know: a dozen of stock vLLM's requests fit, so that the cache is what they compete for.
+# For the demo model and `WIDE`: the cache holds a dozen of stock vLLM's requests, so that requests compete for it.
 _STOCK_REQUESTS = 12
 _STOCK_VISUAL_TOKENS = 576
 _BLOCK = 32
@@ -49,17 +49,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokenizer", help="folder or name, for prompts of a known length (default: the model)")
     add("--servers", nargs="+", default=list(_DEFAULT_SERVERS), help="stock, METHOD or METHOD:KEEP, each")
     add("--rates", nargs="*", default=[], help="requests a second, one point each")
-    add("--concurrency", nargs="*", type=int, default=[4, 16], help="open requests, one point each")
+    add("--concurrency", nargs="*", type=int, default=[4, 16], help="concurrent requests, one point each")
     add("--requests", type=int, default=64, help="of a point (default: %(default)s)")
     add("--text-tokens", type=int, default=60, help="of a prompt, beside its image (default: %(default)s)")
     add("--answer-tokens", type=int, default=32, help="of an answer (default: %(default)s)")
     add("--image-side", type=int, default=336, help="pixels (default: %(default)s)")
     add("--rounds", type=int, default=2, help="turns of each server (default: %(default)s)")
     add("--seed", type=int, default=0)
-    add("--sample-seconds", type=float, default=0.5, help="between two looks at /metrics")
-    add("--server-options", default="", help="more options of vLLM's server, in one word, alike for all")
+    add("--sample-seconds", type=float, default=0.5, help="between two reads of /metrics")
+    add(
+        "--server-options", default="", help="more options of vLLM's server, as one argument, for all servers"
+    )
     add("--bar", type=float, help="least throughput of each method over stock's, at the last point")
-    add("--remark", default="", help="stands with the figures, such as what else the machine did")
+    add("--remark", default="", help="stored with the figures, for example the other load of the machine")
     add("--out", type=Path, default=Path("build/load"), help="folder of the results (default: %(default)s)")
 
 
@@ -67,13 +69,13 @@ def run(args: argparse.Namespace) -> int:
     """Measure, write JSON, CSV and HTML, print the table and the bars.
 
     Returns:
-        0; 1 if a bar fails or a server does not do what it was started for; 2 for options that are not allowed.
+        0; 1 if a bar fails or a server does not reduce as configured; 2 for options that are not allowed.
     """
     try:
-        servers, points = _asked(args)
+        servers, points = _read(args)
     except ValueError as error:
         return fail(str(error))
-    from ficoco_vllm.benchmarks.load.report import as_html  # needs what only the extra `bench` brings
+    from ficoco_vllm.benchmarks.load.report import as_html  # needs packages of the extra `bench`
 
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # of the client's own import of vLLM
     turns = make_turns(servers, points, args.rounds, args.seed)
@@ -81,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         rows = _measure(args, turns)
     except RuntimeError as error:
         return fail(str(error), 1)
-    found = [] if args.url is not None else doubts(rows, servers, _visual_tokens(args))
+    warnings = [] if args.url is not None else check(rows, servers, _visual_tokens(args))
     result = {
         "model": f"{args.model}, {args.layers} layers" if args.model == WIDE else args.model,
         "environment": environment(),
@@ -90,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         "seed": args.seed,
         "num_rounds": args.rounds,
         "servers": [server.model_dump() for server in servers],
-        "warnings": found,
+        "warnings": warnings,
         "summary": summarise(rows),
         "rows": rows,
     }
@@ -99,12 +101,12 @@ def run(args: argparse.Namespace) -> int:
     (args.out / "load.html").write_text(as_html(result))
     print(as_table(result["summary"]))
     print(f"\nwritten: {args.out}/load.json, load.csv, load.html")
-    for line in found:
+    for line in warnings:
         _say(f"WARNING {line}")
-    return report(_bars(args, servers, points, rows)) or int(bool(found))
+    return report(_bars(args, servers, points, rows)) or int(bool(warnings))
 
 
-def _asked(args: argparse.Namespace) -> tuple[list[Server], list[Traffic]]:
+def _read(args: argparse.Namespace) -> tuple[list[Server], list[Traffic]]:
     servers = [Server.parse(text) for text in args.servers]
     if len({server.name for server in servers}) < len(servers):
         raise ValueError(f"--servers = {args.servers} names one twice")
@@ -130,7 +132,7 @@ def _asked(args: argparse.Namespace) -> tuple[list[Server], list[Traffic]]:
 
 
 def _measure(args: argparse.Namespace, turns: Sequence[Turn]) -> list[dict[str, Any]]:
-    """The rows of all turns, against `--url` or servers of our own."""
+    """The rows of all turns, from the server at `--url` or from servers that are started."""
     if args.url is not None:
         target = Target("", args.served_model_name, args.tokenizer or args.model, (), args.out)
         headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
@@ -152,12 +154,12 @@ def _measure(args: argparse.Namespace, turns: Sequence[Turn]) -> list[dict[str, 
 
 
 def _model(args: argparse.Namespace, scratch: Path) -> tuple[str, tuple[str, ...]]:
-    """Folder of the model and the options that it needs."""
+    """Folder of the model, and the options that it needs."""
     options: tuple[str, ...] = ()
     if args.model == DEMO:
         folder = Path(import_module("ficoco_vllm.demo_model").path())
     elif args.model == WIDE:
-        from ficoco_vllm.benchmarks.ttft import model
+        from ficoco_vllm.benchmarks.harness import model
 
         model.write(scratch, args.layers)
         folder = scratch
@@ -165,7 +167,7 @@ def _model(args: argparse.Namespace, scratch: Path) -> tuple[str, tuple[str, ...
     else:
         return args.model, ()
     decoder = model_shape(json.loads((folder / "config.json").read_text())).decoder
-    dtype, value_bytes = value_type()
+    dtype, value_bytes = ("bfloat16", 2) if multiplies_bfloat16() else ("float32", 4)
     block_bytes = _BLOCK * decoder.num_layers * 2 * decoder.num_kv_heads * decoder.head_dim * value_bytes
     num_blocks = _STOCK_REQUESTS * math.ceil(
         (_STOCK_VISUAL_TOKENS + args.text_tokens + args.answer_tokens) / _BLOCK
@@ -177,7 +179,7 @@ def _model(args: argparse.Namespace, scratch: Path) -> tuple[str, tuple[str, ...
 
 
 def _visual_tokens(args: argparse.Namespace) -> int | None:
-    """Visual tokens of an image of the models that we know."""
+    """Visual tokens of an image without reduction, if known."""
     return _STOCK_VISUAL_TOKENS if args.model in (DEMO, WIDE) else None
 
 
@@ -220,14 +222,3 @@ def _command(args: argparse.Namespace) -> str:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def main() -> int:
-    """The command by itself."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_arguments(parser)
-    return run(parser.parse_args())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

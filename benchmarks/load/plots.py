@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ficoco_vllm.benchmarks.svg import COLOURS, as_svg
+from ficoco_vllm.benchmarks.harness.plots import COLOURS, as_svg
 
 _SIZE_INCHES = (7.0, 3.6)
 
@@ -31,7 +31,7 @@ def draw(rows: Sequence[Mapping[str, Any]], summary: Sequence[Mapping[str, Any]]
     ]
     if any(row["samples"] for row in rows):
         pictures += [
-            ("Requests that ran at once, at most", _svg(_bars, summary, colours, points, "num_running_max")),
+            ("Concurrent requests, at most", _svg(_bars, summary, colours, points, "num_running_max")),
             ("Preemptions", _svg(_bars, summary, colours, points, "num_preemptions")),
         ]
         pictures += [(f"KV cache in use, {point}", _svg(_cache, rows, colours, point)) for point in points]

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ficoco_vllm.benchmarks.harness.serving import STOCK, serving
 from ficoco_vllm.benchmarks.load.client import run_point
 from ficoco_vllm.benchmarks.load.settings import Traffic, Turn
-from ficoco_vllm.benchmarks.serving import STOCK, serve
 from ficoco_vllm.compat import set_cpu_defaults
 
 # Requests that a server answers before anything is measured: it compiles, grows its pools, fills its thread pools.
@@ -110,11 +110,11 @@ def _started(turn: Turn, target: Target) -> Iterator[str]:
     set_cpu_defaults()  # ours does so itself: on a CPU both get the same threads
     if server.method is None:
         # No plugin of ours is loaded: this is the vLLM that a user has without us.
-        with serve(["--model", target.model, *options], log, {"VLLM_PLUGINS": ""}, STOCK) as url:
-            yield url
+        with serving(["--model", target.model, *options], log, {"VLLM_PLUGINS": ""}, STOCK) as served:
+            yield served.url
         return
     ours = ["--ficoco-method", server.method]
     if server.keep is not None:
         ours += ["--ficoco-keep", str(server.keep)]
-    with serve([target.model, *options, *ours], log) as url:
-        yield url
+    with serving([target.model, *options, *ours], log) as served:
+        yield served.url

@@ -3,10 +3,9 @@
 import threading
 import time
 import urllib.error
-import urllib.request
-from collections.abc import Iterator
 from types import TracebackType
-from typing import Any
+
+from ficoco_vllm.benchmarks.harness.http import read_metrics, samples
 
 # vLLM's name to ours; several engines are added up, but for the share of the cache, of which the fullest counts.
 _SUMS = {
@@ -32,7 +31,7 @@ class Sampler:
     def __init__(self, url: str, interval_seconds: float) -> None:
         self.samples: list[dict[str, float]] = []
         self.avoided: list[dict[str, float]] = []
-        self._url = f"{url}/metrics"
+        self._url = url
         self._interval = interval_seconds
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -51,7 +50,7 @@ class Sampler:
         self._look()
 
     def summary(self) -> dict[str, float | None]:
-        """The largest number of requests that ran at once, the fullest cache; preemptions and prompt tokens between."""
+        """Most concurrent requests and largest share of the cache; preemptions and prompt tokens in between."""
         if not self.samples:
             names = ("num_running_max", "kv_cache_usage_max", "num_preemptions", "num_prompt_tokens")
             return dict.fromkeys(names)
@@ -76,17 +75,16 @@ class Sampler:
 
     def _look(self) -> None:
         try:
-            with urllib.request.urlopen(self._url, timeout=10) as answer:
-                text = answer.read().decode()
+            text = read_metrics(self._url)
         except (urllib.error.URLError, TimeoutError, ConnectionError):
             return
-        found = read_metrics(text)
-        if found:
-            self.samples.append({"seconds": round(time.monotonic() - self._start, 3), **found})
+        figures = read_figures(text)
+        if figures:
+            self.samples.append({"seconds": round(time.monotonic() - self._start, 3), **figures})
             self.avoided = [*self.avoided[:1], read_avoided(text)]
 
 
-def read_metrics(text: str) -> dict[str, float]:
+def read_figures(text: str) -> dict[str, float]:
     """The figures that the load test follows.
 
     Args:
@@ -96,13 +94,13 @@ def read_metrics(text: str) -> dict[str, float]:
         `num_running`, `num_waiting`, `num_preemptions`, `num_prompt_tokens`, `kv_cache_usage` (0 to 1), or nothing
         where one is missing.
     """
-    found: dict[str, float] = {}
-    for sample in _samples(text):
+    figures: dict[str, float] = {}
+    for sample in samples(text):
         if name := _SUMS.get(sample.name):
-            found[name] = found.get(name, 0.0) + sample.value
+            figures[name] = figures.get(name, 0.0) + sample.value
         elif name := _MAXIMA.get(sample.name):
-            found[name] = max(found.get(name, 0.0), sample.value)
-    return found if len(found) == len(_SUMS) + len(_MAXIMA) else {}
+            figures[name] = max(figures.get(name, 0.0), sample.value)
+    return figures if len(figures) == len(_SUMS) + len(_MAXIMA) else {}
 
 
 def read_avoided(text: str) -> dict[str, float]:
@@ -111,18 +109,9 @@ def read_avoided(text: str) -> dict[str, float]:
     Args:
         text: what /metrics answers.
     """
-    found: dict[str, float] = {}
-    for sample in _samples(text):
+    avoided: dict[str, float] = {}
+    for sample in samples(text):
         if sample.name == _AVOIDED:
             method = sample.labels["method"]
-            found[method] = found.get(method, 0.0) + sample.value
-    return found
-
-
-def _samples(text: str) -> Iterator[Any]:
-    # Not at the top: the command line loads this module, and whoever serves names the folder that processes share
-    # before prometheus_client is imported.
-    from prometheus_client.parser import text_string_to_metric_families
-
-    for family in text_string_to_metric_families(text):
-        yield from family.samples
+            avoided[method] = avoided.get(method, 0.0) + sample.value
+    return avoided

@@ -53,7 +53,7 @@ class Traffic(BaseModel):
 
     Attributes:
         rate: requests a second (Poisson); None: as fast as `concurrency` lets them.
-        concurrency: requests that the client has open at once; None does not bound them.
+        concurrency: open requests of the client; None does not limit them.
         num_requests: measured requests.
         num_text_tokens: of a prompt, beside the image.
         num_answer_tokens: each answer has exactly so many.
@@ -146,6 +146,6 @@ def make_points(rates: list[str], concurrencies: list[int], **traffic: Any) -> l
 
 
 def _first(error: ValidationError) -> str:
-    found = error.errors()[0]
-    place = ".".join(str(part) for part in found["loc"])
-    return f"{place} = {found['input']!r}: {found['msg']}" if place else found["msg"]
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    return f"{place} = {first['input']!r}: {first['msg']}" if place else first["msg"]

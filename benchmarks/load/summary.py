@@ -48,9 +48,9 @@ def ratio(rows: Sequence[Mapping[str, Any]], figure: str, server: str, base: str
         base: whose figure is the denominator.
         point: at which.
     """
-    found = {(row["server"], row["round"]): float(row[figure]) for row in rows if row["point"] == point}
-    rounds = sorted({number for name, number in found if name == base})
-    return statistics.median(found[server, number] / found[base, number] for number in rounds)
+    figures = {(row["server"], row["round"]): float(row[figure]) for row in rows if row["point"] == point}
+    rounds = sorted({number for name, number in figures if name == base})
+    return statistics.median(figures[server, number] / figures[base, number] for number in rounds)
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -74,7 +74,7 @@ def as_table(summary: Sequence[Mapping[str, Any]]) -> str:
         summary: of `summarise`.
     """
     lines = [
-        "| load | server | requests/s | TTFT p50 | TTFT p99 | ITL p50 | at once | KV cache, most | preemptions |",
+        "| load | server | requests/s | TTFT p50 | TTFT p99 | ITL p50 | concurrent | KV cache, most | preemptions |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in summary:

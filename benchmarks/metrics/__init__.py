@@ -1,1 +1,1 @@
-"""What counting costs: throughput with our metrics and without; and a picture of the dashboard from a real run."""
+"""The cost of counting, and a picture of the dashboard from a real run."""

@@ -1,13 +1,8 @@
-"""What counting takes in the API server, in microseconds: of one output token, and of one request from end to end.
+"""Microseconds that counting takes in the API server: of one output token, and of one request from end to end.
 
-vLLM's own objects take a batch of outputs through vLLM's own methods, with requests that are counted and with
-requests that are not. No model runs. usage: python -m benchmarks.metrics.hooks
+A batch of outputs goes through vLLM's own methods, with requests that are counted and with requests that are not.
 """
 
-import json
-import os
-import sys
-import tempfile
 import time
 from statistics import median
 from types import SimpleNamespace
@@ -15,14 +10,6 @@ from typing import Any
 
 NUM_RUNNING, NUM_STEPS, NUM_ROUNDS, NUM_REQUESTS = 64, 200, 7, 2000
 CONFIG = SimpleNamespace(cache_config=SimpleNamespace(block_size=16))
-
-
-def main() -> int:
-    """Measure and print as JSON."""
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder  # before prometheus_client is imported
-        print(json.dumps(measure()))
-    return 0
 
 
 def measure() -> dict[str, float]:
@@ -87,11 +74,7 @@ def _steps(meter: Any, tracked: Any) -> float:
         stats = IterationStats()
         for state in states:
             processor._update_stats_from_output(state, output, step * 0.02, stats)
-        found = getattr(stats, "ficoco", None)
-        if found is not None:
-            meter.record(found, "0")
+        counted = getattr(stats, "ficoco", None)
+        if counted is not None:
+            meter.record(counted, "0")
     return (time.perf_counter() - start) / (NUM_STEPS * NUM_RUNNING) * 1e6
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,8 @@
-"""The dashboard's panels as a picture: its own queries, evaluated by Prometheus over a real run of the demo model.
+"""The dashboard's panels as a picture: Prometheus evaluates their queries over a run of the demo model.
 
-Three phases of equal load on a small KV cache: requests that keep all 576 tokens, that keep the server's 64, that
-keep 32 by another method. usage: python -m benchmarks.metrics.picture [--out docs/images/dashboard.svg]
+Three phases of equal load on a small KV cache: requests keep all 576 tokens, the server's 64, and 32 by another method.
+
+    python -m ficoco_vllm.benchmarks.metrics.picture [--out docs/images/dashboard.svg]
 """
 
 import argparse
@@ -20,9 +21,10 @@ from typing import Any
 import httpx
 from PIL import Image
 
-from benchmarks.metrics.chart import Panel, draw
-from tests.support.prometheus import DASHBOARD, Prometheus, filled_in, scrape
-from tests.support.server import data_url, message, serve
+from ficoco_vllm.benchmarks.harness.http import chat, data_url
+from ficoco_vllm.benchmarks.harness.plots import Panel, as_panels
+from ficoco_vllm.benchmarks.harness.serving import serving
+from ficoco_vllm.benchmarks.metrics.prometheus import DASHBOARD, Prometheus, filled_in, scrape
 
 OUT = Path("docs/images/dashboard.svg")
 PHASES: tuple[dict[str, Any], ...] = (
@@ -58,7 +60,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with (
-            serve(folder / "log", *SERVE, "--kv-cache-memory-bytes", str(KV_BYTES)) as server,
+            serving([*SERVE, "--kv-cache-memory-bytes", str(KV_BYTES)], folder / "log") as server,
             scrape(folder, server.url.removeprefix("http://")) as prometheus,
         ):
             asyncio.run(_phase(server.url, PHASES[0], 5))  # images are decoded, code is warm
@@ -66,15 +68,15 @@ def main() -> int:
             start = time.time()
             for phase in PHASES:
                 asyncio.run(_phase(server.url, phase, args.seconds))
-            found = _panels(prometheus, start, time.time())
+            panels = _panels(prometheus, start, time.time())
     args.out.parent.mkdir(parents=True, exist_ok=True)
     title = "ficoco-vllm dashboard: all 576 tokens, then ficoco-v with 64, then top-k by [CLS] with 32, at equal load"
-    args.out.write_text(draw(found, 3, title))
+    args.out.write_text(as_panels(panels, 3, title))
     return 0
 
 
 async def _phase(url: str, kwargs: Mapping[str, Any], seconds: float) -> None:
-    """So many clients, each with one request after the other."""
+    """`CONCURRENCY` clients, each with one request after the other."""
     end = time.monotonic() + seconds
     async with httpx.AsyncClient(
         base_url=url, timeout=300, limits=httpx.Limits(max_connections=64)
@@ -85,12 +87,10 @@ async def _phase(url: str, kwargs: Mapping[str, Any], seconds: float) -> None:
             while time.monotonic() < end:
                 shade += 1
                 image = data_url(Image.new("RGB", (64, 64), (index * 8, shade % 256, 77)))
-                body = {
-                    "model": "ficoco-demo",
-                    "messages": [message("is there a red sign?", [image])],
-                    "max_tokens": NUM_TOKENS,
-                    "ignore_eos": True,
-                } | ({"mm_processor_kwargs": kwargs} if kwargs else {})
+                more = {"max_tokens": NUM_TOKENS, "ignore_eos": True} | (
+                    {"mm_processor_kwargs": kwargs} if kwargs else {}
+                )
+                body = chat("ficoco-demo", "is there a red sign?", [image], **more)
                 answer = await client.post("/v1/chat/completions", json=body)
                 if answer.is_error:
                     raise RuntimeError(answer.text)
@@ -100,17 +100,18 @@ async def _phase(url: str, kwargs: Mapping[str, Any], seconds: float) -> None:
 
 def _panels(prometheus: Prometheus, start: float, end: float) -> list[Panel]:
     shown = {panel["title"]: panel for panel in json.loads(DASHBOARD.read_text())["panels"]}
-    found = []
+    panels = []
     for title in PANELS:
         lines: dict[str, list[tuple[float, float]]] = {}
         for target in shown[title]["targets"]:
             for labels, points in _range(prometheus, target["expr"], start, end):
-                legend = re.sub(
-                    r"{{(\w+)}}", lambda match, named=labels: named.get(match[1], ""), target["legendFormat"]
-                )
-                lines[legend] = points
-        found.append(Panel(title, shown[title]["fieldConfig"]["defaults"]["unit"], lines))
-    return found
+                lines[_legend(target["legendFormat"], labels)] = points
+        panels.append(Panel(title, shown[title]["fieldConfig"]["defaults"]["unit"], lines))
+    return panels
+
+
+def _legend(form: str, labels: Mapping[str, str]) -> str:
+    return re.sub(r"{{(\w+)}}", lambda match: labels.get(match[1], ""), form)
 
 
 def _range(

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.overview.pictures import pictures
-from benchmarks.overview.table import markdown
+from ficoco_vllm.benchmarks.overview.pictures import pictures
+from ficoco_vllm.benchmarks.overview.table import markdown
 
 ROOT = Path(__file__).resolve().parents[2]
 README, IMAGES = ROOT / "README.md", ROOT / "docs" / "images"

@@ -6,9 +6,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.overview.settings import Measured, Results, Setting, collect, shallowest
 from ficoco_vllm.benchmarks.accuracy.variants import site_of
-from ficoco_vllm.benchmarks.svg import COLOURS, as_svg
+from ficoco_vllm.benchmarks.harness.plots import COLOURS, as_svg
+from ficoco_vllm.benchmarks.overview.settings import Measured, Results, Setting, collect, shallowest
 
 _MARKERS, _STYLES = "osD^vP*X<>ph", ("-", "--", "-.")
 _PANEL_WIDTH, _HEIGHT = 4.2, 3.3

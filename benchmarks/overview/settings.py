@@ -4,11 +4,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.concurrency.kinds import KINDS as CONCURRENCY_KINDS
-from benchmarks.ttft import model
-from benchmarks.ttft.kinds import KINDS as TTFT_KINDS
-from benchmarks.ttft.kinds import NUM_TEXT_TOKENS, PATCHES, WHOLE_MODEL, Kind, token_plan
 from ficoco_vllm.benchmarks.accuracy.variants import site_of
+from ficoco_vllm.benchmarks.concurrency.kinds import KINDS as CONCURRENCY_KINDS
+from ficoco_vllm.benchmarks.harness import model
+from ficoco_vllm.benchmarks.ttft.kinds import KINDS as TTFT_KINDS
+from ficoco_vllm.benchmarks.ttft.kinds import NUM_TEXT_TOKENS, PATCHES, WHOLE_MODEL, Kind, token_plan
 from ficoco_vllm.reduction.cost import estimate, model_shape
 
 TITLES = {"ficoco-v": "FiCoCo-V", "ficoco-l": "FiCoCo-L", "ficoco-vl": "FiCoCo-VL"}

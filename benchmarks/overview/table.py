@@ -3,8 +3,15 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from benchmarks.overview.settings import Measured, Results, Setting, collect, largest_load, shallowest
-from benchmarks.ttft.kinds import NUM_TEXT_TOKENS, WHOLE_MODEL
+from ficoco_vllm.benchmarks.overview.settings import (
+    Measured,
+    Results,
+    Setting,
+    collect,
+    largest_load,
+    shallowest,
+)
+from ficoco_vllm.benchmarks.ttft.kinds import NUM_TEXT_TOKENS, WHOLE_MODEL
 
 # Their environments stand below the table; accuracy's own is on its page too.
 _COMMANDS = {

@@ -1,1 +1,1 @@
-"""Many mixed requests against one engine that reduces in the decoder: every block comes back, memory stays."""
+"""Soak tests: thousands of mixed requests to a server, or to one engine, that must leave nothing behind."""

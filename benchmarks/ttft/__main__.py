@@ -1,7 +1,7 @@
 """`make bench-ttft`: stock vLLM and ours take turns, request by request, in one run.
 
 Both engines run in eager mode on the same machine; images are random and never repeated, one request at a time.
-A speed-up is stock's time over ours, round by round; it is held against the ratio of FLOPs that the planner
+A speed-up is stock's time over ours, round by round; the bars compare it with the ratio of FLOPs that the planner
 predicts for the same prompt. The decoder is cut to a few layers to fit memory. Methods of the tower are run at each
 depth, and their medians are extrapolated linearly to all layers; methods of the decoder at `--decoder-layers` only,
 since the layers in which they reduce do not scale with the depth.
@@ -9,20 +9,21 @@ since the layers in which they reduce do not scale with the depth.
 
 import argparse
 import json
-import multiprocessing
-import os
 import random
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from ficoco_vllm.benchmarks.bars import Bar, environment, report
-from ficoco_vllm.benchmarks.ttft import model, worker
+from ficoco_vllm.benchmarks.harness import model
+from ficoco_vllm.benchmarks.harness.engine import Remote, bench_engine
+from ficoco_vllm.benchmarks.harness.model import WHOLE_MODELS
+from ficoco_vllm.benchmarks.harness.results import Bar, at_most, environment, make_parser, report, write
+from ficoco_vllm.benchmarks.ttft import worker
 from ficoco_vllm.benchmarks.ttft.kinds import (
     DECODER_KINDS,
     ENCODER_KINDS,
@@ -30,43 +31,33 @@ from ficoco_vllm.benchmarks.ttft.kinds import (
     NUM_TEXT_TOKENS,
     SMALLEST,
     STOCK,
-    WHOLE_MODELS,
     Kind,
     predicted_speedup,
     token_plan,
 )
-from ficoco_vllm.compat import hook_interpreter, is_cpu_build
 
-RESULTS = Path(__file__).parent.parent / "results" / "ttft.json"
 SPEEDUP_SHARE = 0.9
-# Model runner V2, which methods of the decoder need, without a GPU.
-INTERPRETER = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
-# OpenMP's threads spin for 0.2 s after their work; one engine must not take the other's core with that.
-SETTLE_SECONDS = 0.4
 REDUCTION_SHARE = 0.05
+# OpenMP's threads spin for 0.2 s after their work, on the core that the other engine then needs.
+SETTLE_SECONDS = 0.4
 
 
 def main() -> int:
     """Run the benchmark, write its JSON, print its bars."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--layers", type=int, nargs="+", default=[8, 16], help="decoder layers to run with")
-    parser.add_argument(
+    parser = make_parser(__doc__, "ttft")
+    add = parser.add_argument
+    add("--layers", type=int, nargs="+", default=[8, 16], help="decoder layers to run with")
+    add(
         "--decoder-layers",
         type=int,
         nargs="*",
         default=[8],
         help="those of --layers to run ficoco-l and -vl with",
     )
-    parser.add_argument("--model-size", default="7b", choices=list(WHOLE_MODELS), help="widths of LLaVA-1.5")
-    parser.add_argument("--rounds", type=int, default=5, help="measured requests of each kind")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help=f"default: {RESULTS.name} of the results; 13b: under build/")
+    add("--model-size", default="7b", choices=list(WHOLE_MODELS), help="widths of LLaVA-1.5")
+    add("--rounds", type=int, default=5, help="measured requests of each kind")
+    add("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     args = parser.parse_args()
-    if args.out is None:
-        args.out = RESULTS if args.model_size == "7b" else Path(f"build/ttft-{args.model_size}.json")
     if len(set(args.layers)) < 2:
         parser.error("--layers needs two depths at least, to extrapolate to the whole model")
     unknown = sorted(set(args.decoder_layers) - set(args.layers))
@@ -77,14 +68,13 @@ def main() -> int:
     if args.model_size != "7b":
         result["model_size"] = args.model_size
     result["whole_model"] = _extrapolate(runs, args.model_size)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=2) + "\n")
+    write(result, args.out)
     _print(result)
-    return report(list(bars(result)))
+    return report(bars(result))
 
 
 def bars(result: Mapping[str, Any]) -> Iterator[Bar]:
-    """What the benchmark promises: prompts as planned, nearly the speed-up that FLOPs say, and a cheap reduction.
+    """The bars: prompts as planned, nearly the speed-up predicted from FLOPs, and a cheap reduction.
 
     Args:
         result: the content of the JSON file.
@@ -99,14 +89,14 @@ def bars(result: Mapping[str, Any]) -> Iterator[Bar]:
             )
             for name, row in run["kinds"].items()
         )
-        yield Bar(f"ttft-prompt-tokens-amiss-{run['layers']}-layers", amiss, 0, at_least=False)
+        yield at_most(f"ttft-prompt-tokens-amiss-{run['layers']}-layers", amiss)
         for name in (smallest, *(kind.name for kind in DECODER_KINDS)):
             if name in run["kinds"]:
                 row = run["kinds"][name]
                 share = row["speedup"] / row["predicted_speedup"]
                 yield Bar(f"ttft-{name}-of-predicted-{run['layers']}-layers", share, SPEEDUP_SHARE)
         share = run["kinds"][smallest]["reduction_share_of_tower"]
-        yield Bar(f"reduction-share-of-tower-{run['layers']}-layers", share, REDUCTION_SHARE, at_least=False)
+        yield at_most(f"reduction-share-of-tower-{run['layers']}-layers", share, REDUCTION_SHARE)
     whole = result["whole_model"][smallest]
     share = whole["speedup"] / whole["predicted_speedup"]
     yield Bar(f"ttft-{smallest}-of-predicted-{_whole(result)}-layers-extrapolated", share, SPEEDUP_SHARE)
@@ -132,33 +122,33 @@ def _run(num_layers: int, args: argparse.Namespace) -> dict[str, Any]:
                     samples = take_turns(num_layers, stock, ours, kinds, args.rounds, order)
                 # Stock vLLM is run again beside each engine; its own row is that of the first group.
                 summary = summarise(num_layers, samples, args.model_size) | summary
-    kinds = {name: summary[name] for name in KINDS if name in summary}
-    return {"layers": num_layers, "rounds": args.rounds, "kinds": kinds}
+    rows = {name: summary[name] for name in KINDS if name in summary}
+    return {"layers": num_layers, "rounds": args.rounds, "kinds": rows}
 
 
 def take_turns(
-    num_layers: int, stock: Any, ours: Any, kinds: Sequence[Kind], rounds: int, order: random.Random
+    num_layers: int, stock: Remote, ours: Remote, kinds: Sequence[Kind], rounds: int, order: random.Random
 ) -> dict[str, list[dict[str, float]]]:
     """One request of each kind a round, in random order; the first round warms up and is not counted.
 
     Args:
         num_layers: of the decoder, as printed.
-        stock: pipe to stock vLLM.
-        ours: pipe to ours.
-        kinds: that ours is asked for.
-        rounds: that count.
+        stock: stock vLLM.
+        ours: our engine.
+        kinds: rows that it answers.
+        rounds: measured rounds.
         order: of the kinds, and the seed of the images.
 
     Returns:
-        For each kind what `worker.run` sent in every round.
+        The results of `worker.measure` in every round, by the name of the kind.
     """
     samples: dict[str, list[dict[str, float]]] = {kind.name: [] for kind in (STOCK, *kinds)}
     for round_index in range(-1, rounds):
         for kind in order.sample([STOCK, *kinds], 1 + len(kinds)):
-            pipe = stock if kind is STOCK else ours
             time.sleep(SETTLE_SECONDS)
-            pipe.send((kind.keep, order.getrandbits(32)))
-            sample = pipe.recv()
+            engine = stock if kind is STOCK else ours
+            keep = None if kind.in_decoder else kind.keep
+            sample = engine.call(worker.measure, keep, order.getrandbits(32))
             if round_index >= 0:
                 samples[kind.name].append(sample)
                 print(
@@ -168,65 +158,22 @@ def take_turns(
     return samples
 
 
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Variables for a process that starts within the block: Triton is imported before `worker.run` is reached.
-
-    A spawned process takes its search path from its parent, so that is set here as well.
-    """
-    before, search_path = dict(os.environ), list(sys.path)
-    os.environ.update(values)
-    hook_interpreter()
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-        sys.path[:] = search_path
-
-
-@contextmanager
-def engine(folder: str, kind: Kind, dtype: str) -> Iterator[Any]:
-    """The pipe to an engine in a process of its own, which ends with the block.
+def engine(folder: Path | str, kind: Kind, dtype: str) -> AbstractContextManager[Remote]:
+    """An engine in a process of its own, which ends with the block.
 
     Args:
         folder: of the model.
         kind: with the engine's settings.
         dtype: of weights and activations.
     """
-    with piped(worker.run, (folder, kind.settings, kind.in_decoder, dtype), kind.in_decoder) as pipe:
-        assert pipe.recv() == "ready"
-        yield pipe
-
-
-@contextmanager
-def piped(run: Callable[..., None], arguments: Sequence[Any], in_decoder: bool) -> Iterator[Any]:
-    """The pipe to a function in a process of its own, which is told None at the end of the block.
-
-    Args:
-        run: gets the other end of the pipe first.
-        arguments: that follow.
-        in_decoder: whether it needs model runner V2.
-    """
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=run, args=(there, *arguments), daemon=True)
-    with _environment(INTERPRETER if in_decoder and is_cpu_build() else {}):
-        process.start()
-    there.close()
-    try:
-        yield here
-        here.send(None)
-        process.join()
-    finally:
-        process.terminate()
-        process.join()
+    limits = {"max_model_len": 1024, "max_num_batched_tokens": 1024, "max_num_seqs": 1}
+    return bench_engine(folder, kind.settings, dtype=dtype, kv_cache_memory_bytes=2**30, **limits)
 
 
 def summarise(
     num_layers: int, samples: dict[str, list[dict[str, float]]], size: str = "7b"
 ) -> dict[str, dict[str, Any]]:
-    """Medians and ratios of each kind, as they stand in the JSON.
+    """Medians and ratios of each kind, as in the JSON.
 
     Args:
         num_layers: of the decoder whose FLOPs are predicted.
@@ -264,7 +211,7 @@ def summarise(
 
 
 def _extrapolate(runs: list[dict[str, Any]], size: str) -> dict[str, dict[str, float]]:
-    """Least-squares line of each kind's median over the number of layers, read off at the whole model's."""
+    """Least-squares line of each kind's median over the number of layers, at the whole model's."""
     layers = [run["layers"] for run in runs]
     seconds = {}
     for name in (kind.name for kind in (STOCK, *ENCODER_KINDS)):
@@ -273,11 +220,11 @@ def _extrapolate(runs: list[dict[str, Any]], size: str) -> dict[str, dict[str, f
         seconds[name] = intercept + slope * WHOLE_MODELS[size]
     return {
         name: {
-            "ttft_seconds": found,
-            "speedup": seconds["stock"] / found,
+            "ttft_seconds": value,
+            "speedup": seconds["stock"] / value,
             "predicted_speedup": predicted_speedup(KINDS[name], WHOLE_MODELS[size], size),
         }
-        for name, found in seconds.items()
+        for name, value in seconds.items()
     }
 
 
@@ -288,9 +235,9 @@ def _print(result: dict[str, Any]) -> None:
         columns = (
             "TTFT median (min-max), s",
             "speed-up (min-max)",
-            "FLOPs say",
+            "predicted",
             "tower, s",
-            "of it reducing",
+            "reduction share",
         )
         print(f"{'':18}{columns[0]:>28}{columns[1]:>24}{columns[2]:>11}{columns[3]:>10}{columns[4]:>16}")
         for name, row in run["kinds"].items():

@@ -1,21 +1,21 @@
-"""What is timed: stock vLLM, and ours by method and budget; and what FLOPs alone say of each."""
+"""The rows of `make bench-ttft`, stock vLLM and ours by method and budget, with their predicted speed-ups."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import chain, repeat
 from typing import Any
 
-from ficoco_vllm.benchmarks.ttft import model
+from ficoco_vllm.benchmarks.harness import model
+from ficoco_vllm.benchmarks.harness.model import WHOLE_MODELS
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.planning.decoder import DecoderPlanner
 from ficoco_vllm.reduction.cost import Budget, TokenPlan, estimate, model_shape, plan_tokens, unreduced
 
 NUM_TEXT_TOKENS = 60
-PATCHES = 576
+PATCHES = model.PATCHES
 SMALLEST = 64
 # Decoder layers of LLaVA-1.5-7B, to which times are extrapolated.
-WHOLE_MODEL = 32
-WHOLE_MODELS = {"7b": WHOLE_MODEL, "13b": 40}
+WHOLE_MODEL = WHOLE_MODELS["7b"]
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ def _accuracy(args: argparse.Namespace) -> int:
         from ficoco_vllm.benchmarks.accuracy.tables import methods_table
         from ficoco_vllm.benchmarks.accuracy.variants import SITES
         from ficoco_vllm.benchmarks.accuracy.workload import KINDS
-        from ficoco_vllm.benchmarks.bars import write
+        from ficoco_vllm.benchmarks.harness.results import write
 
         options = Options(
             tables=args.tables or TABLES,

@@ -13,7 +13,7 @@ from ficoco_vllm.benchmarks.accuracy.suites import Row
 from ficoco_vllm.benchmarks.accuracy.summary import summarise
 from ficoco_vllm.benchmarks.accuracy.variants import Variant, full
 from ficoco_vllm.benchmarks.accuracy.workload import Item, embedded
-from ficoco_vllm.benchmarks.bars import write
+from ficoco_vllm.benchmarks.harness.results import write
 from ficoco_vllm.server.cli import main
 from tests.support.server import API_KEY, Server
 
@@ -98,7 +98,7 @@ def test_a_server_that_secretly_does_not_reduce_is_noticed(
     tampered.append({"keep": 576})
     result = measure(_options(server, tmp_path, ("ficoco-v",), count=2))
     assert any(
-        "ficoco-v/tower/64" in line and "does not reduce as asked" in line for line in result["warnings"]
+        "ficoco-v/tower/64" in line and "does not reduce as requested" in line for line in result["warnings"]
     )
     assert any("every answer and log-probability equals" in line for line in result["warnings"])
 

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.efficiency.__main__ import bars, measure
-from benchmarks.efficiency.rows import TABLES, token_plan
-from benchmarks.efficiency.table import markdown
-from benchmarks.ttft import model
-from benchmarks.ttft.kinds import KINDS, WHOLE_MODELS, predicted_speedup
+from ficoco_vllm.benchmarks.efficiency.__main__ import bars, measure
+from ficoco_vllm.benchmarks.efficiency.rows import TABLES, token_plan
+from ficoco_vllm.benchmarks.efficiency.table import markdown
+from ficoco_vllm.benchmarks.harness import model
+from ficoco_vllm.benchmarks.harness.model import WHOLE_MODELS
+from ficoco_vllm.benchmarks.ttft.kinds import KINDS, predicted_speedup
 from ficoco_vllm.reduction.cost import model_shape
 
 TABLE_8, TABLE_9 = TABLES

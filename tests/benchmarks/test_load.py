@@ -1,5 +1,6 @@
 """The load test: order, arithmetic, report, and a miniature run against real servers."""
 
+import argparse
 import csv
 import json
 from io import StringIO
@@ -10,10 +11,10 @@ from xml.etree import ElementTree
 import pytest
 
 from ficoco_vllm.benchmarks.load import command
-from ficoco_vllm.benchmarks.load.doubts import doubts
+from ficoco_vllm.benchmarks.load.checks import check
 from ficoco_vllm.benchmarks.load.report import as_html
-from ficoco_vllm.benchmarks.load.run import Target, run_turn
-from ficoco_vllm.benchmarks.load.sampling import read_avoided, read_metrics
+from ficoco_vllm.benchmarks.load.run import Target, run_turn, run_turns
+from ficoco_vllm.benchmarks.load.sampling import read_avoided, read_figures
 from ficoco_vllm.benchmarks.load.settings import Server, Traffic, Turn, make_points, make_turns
 from ficoco_vllm.benchmarks.load.summary import FIGURES, as_csv, as_table, ratio, summarise
 from ficoco_vllm.demo_model import path
@@ -113,13 +114,13 @@ def test_options_that_are_not_allowed(
 
 def load(out: Path, *options: str) -> int:
     """Run the command."""
-    parser = command.argparse.ArgumentParser()
+    parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     return command.run(parser.parse_args(["--out", str(out), *options]))
 
 
 def test_metrics_of_several_engines() -> None:
-    assert read_metrics(METRICS) == {
+    assert read_figures(METRICS) == {
         "num_running": 5.0,
         "num_waiting": 1.0,
         "num_preemptions": 4.0,
@@ -127,7 +128,7 @@ def test_metrics_of_several_engines() -> None:
         "kv_cache_usage": 0.75,
     }
     assert read_avoided(METRICS) == {"tome": 12.0, "off": 0.0}
-    assert read_metrics("# nothing of vLLM's\n") == {}
+    assert read_figures("# nothing of vLLM's\n") == {}
 
 
 def test_summary_and_ratio_are_taken_round_by_round() -> None:
@@ -191,7 +192,7 @@ def test_a_server_that_does_something_else_is_doubted(
     name: str, change: dict[str, Any], doubt: str | None
 ) -> None:
     rows = [measured | (change if measured["server"] == name else {}) for measured in ROWS]
-    found = doubts(rows, SERVERS, 576)
+    found = check(rows, SERVERS, 576)
     assert len(found) == (doubt is not None)
     assert doubt is None or doubt in found[0]
 
@@ -199,8 +200,8 @@ def test_a_server_that_does_something_else_is_doubted(
 def test_a_decoder_method_that_takes_all_blocks_is_doubted() -> None:
     servers = [Server.parse("stock"), Server.parse("fastv:64")]
     ours = row("fastv-64", 0, 1.0) | {"num_prompt_tokens": 4 * 640.0, "reduced_by": ["fastv"]}
-    assert not doubts([ROWS[0], ours], servers, 576)
-    assert "reduces by nothing" in doubts([ROWS[0], ours | {"reduced_by": []}], servers, 576)[0]
+    assert not check([ROWS[0], ours], servers, 576)
+    assert "reduces by nothing" in check([ROWS[0], ours | {"reduced_by": []}], servers, 576)[0]
 
 
 @pytest.mark.server
@@ -212,7 +213,7 @@ def test_a_server_of_another_method_or_budget_is_noticed(server: RunningServer, 
     for text, doubt in (("ficoco-v:64", None), ("random:64", "reduces by ficoco-v, not by random")):
         asked = Server.parse(text)
         rows = run_turn(Turn(0, asked, ((traffic, 1),)), server.url, target, headers, 0.5, lambda line: None)
-        found = doubts(rows, [asked], 576)
+        found = check(rows, [asked], 576)
         assert found == ([] if doubt is None else [f"{asked.name}, concurrency 2: the server {doubt}"])
 
 
@@ -243,9 +244,9 @@ def test_miniature_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     servers = [Server.parse("stock"), Server.parse("ficoco-v:9")]
     # What a server that secretly does not reduce would have measured is what stock vLLM did.
     secretly_off = {**stock, "server": "ficoco-v-9"}
-    assert "reduces by nothing" in doubts([stock, secretly_off], servers, 576)[0]
+    assert "reduces by nothing" in check([stock, secretly_off], servers, 576)[0]
     pretending = {**secretly_off, "reduced_by": ["ficoco-v"]}
-    assert "by 0 tokens, not by 567" in doubts([stock, pretending], servers, 576)[0]
+    assert "by 0 tokens, not by 567" in check([stock, pretending], servers, 576)[0]
     assert (tmp_path / "load.html").read_text().startswith("<!doctype html>")
     with pytest.raises(RuntimeError, match="did not start"):
         load_broken(tmp_path)
@@ -254,5 +255,5 @@ def test_miniature_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 def load_broken(out: Path) -> None:
     """A server that cannot start is an error with the end of its log."""
     turns = make_turns([Server(name="stock")], make_points([], [1]), 1, 0)
-    target = command.Target(str(out / "nothing"), "m", str(out), (), out)
-    command.run_turns(turns, target, 0.5, lambda line: None)
+    target = Target(str(out / "nothing"), "m", str(out), (), out)
+    run_turns(turns, target, 0.5, lambda line: None)

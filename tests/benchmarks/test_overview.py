@@ -9,11 +9,11 @@ from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks.overview.__main__ import README, committed, files
-from benchmarks.overview.pictures import pictures
-from benchmarks.overview.settings import Setting, collect
-from benchmarks.overview.table import markdown
 from ficoco_vllm.benchmarks.load.settings import Traffic
+from ficoco_vllm.benchmarks.overview.__main__ import README, committed, files
+from ficoco_vllm.benchmarks.overview.pictures import pictures
+from ficoco_vllm.benchmarks.overview.settings import Setting, collect
+from ficoco_vllm.benchmarks.overview.table import markdown
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,7 +26,7 @@ def results() -> dict[str, Any]:
 
 def test_committed_files_are_what_the_results_give() -> None:
     """Regenerating changes nothing."""
-    command = [sys.executable, "-m", "benchmarks.overview", "--check"]
+    command = [sys.executable, "-m", "ficoco_vllm.benchmarks.overview", "--check"]
     done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "")
 

@@ -1,29 +1,22 @@
 """The bars of the timing benchmarks fall where a server secretly does not reduce, and hold for what was committed."""
 
-import asyncio
 import copy
-import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.bars import report
-from benchmarks.concurrency.__main__ import bars as concurrency_bars
-from benchmarks.elastic.__main__ import bars as elastic_bars
-from benchmarks.elastic.overload import Phase, Result
-from benchmarks.kernels import bench as kernels
-from benchmarks.kernels.cases import Case, tower
-from benchmarks.metrics import __main__ as metrics
-from benchmarks.ttft.__main__ import bars as ttft_bars
-from tests.support.server import Server
-
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+from ficoco_vllm.benchmarks.concurrency.__main__ import bars as concurrency_bars
+from ficoco_vllm.benchmarks.elastic.__main__ import bars as elastic_bars
+from ficoco_vllm.benchmarks.elastic.overload import Phase, Result
+from ficoco_vllm.benchmarks.harness.results import read, report
+from ficoco_vllm.benchmarks.kernels import bench as kernels
+from ficoco_vllm.benchmarks.kernels.cases import Case, tower
+from ficoco_vllm.benchmarks.ttft.__main__ import bars as ttft_bars
 
 
 def test_prompts_that_are_as_long_as_without_a_reduction_fail() -> None:
-    result = json.loads((RESULTS / "ttft.json").read_text())
+    result = read("ttft")
     name = "ttft-prompt-tokens-amiss-8-layers"
     assert name in {bar.name for bar in ttft_bars(result) if bar.passed}
     result["runs"][0]["kinds"]["keep-64"]["num_prompt_tokens"] = 636
@@ -32,7 +25,7 @@ def test_prompts_that_are_as_long_as_without_a_reduction_fail() -> None:
 
 
 def test_time_to_first_token_without_a_reduction_fails(capsys: pytest.CaptureFixture[str]) -> None:
-    result = json.loads((RESULTS / "ttft.json").read_text())
+    result = read("ttft")
     planted = copy.deepcopy(result)
     for run in planted["runs"]:
         # As fast as with all tokens.
@@ -51,7 +44,7 @@ def test_time_to_first_token_without_a_reduction_fails(capsys: pytest.CaptureFix
 
 @pytest.mark.parametrize("name", ["ficoco-l", "ficoco-l-one-shot", "ficoco-vl"])
 def test_a_decoder_that_is_as_slow_as_without_a_reduction_fails(name: str) -> None:
-    result = json.loads((RESULTS / "ttft.json").read_text())
+    result = read("ttft")
     (run,) = [run for run in result["runs"] if run["layers"] == 8]
     bar = f"ttft-{name}-of-predicted-8-layers"
     assert bar in {bar.name for bar in ttft_bars(result) if bar.passed}
@@ -61,7 +54,7 @@ def test_a_decoder_that_is_as_slow_as_without_a_reduction_fails(name: str) -> No
 
 @pytest.mark.parametrize("name", ["V 64", "L 64", "VL 64"])
 def test_as_many_requests_at_once_as_stock_vllm_fails(name: str) -> None:
-    kinds: dict[str, Any] = json.loads((RESULTS / "concurrency.json").read_text())["kinds"]
+    kinds: dict[str, Any] = read("concurrency")["kinds"]
     assert all(bar.passed for bar in concurrency_bars(kinds))
     kinds[name]["ratio"] = 1.0
     (missed,) = [bar for bar in concurrency_bars(kinds) if not bar.passed]
@@ -69,9 +62,9 @@ def test_as_many_requests_at_once_as_stock_vllm_fails(name: str) -> None:
 
 
 def test_a_budget_that_does_not_follow_the_load_fails() -> None:
-    told = json.loads((RESULTS / "elastic.json").read_text())["result"]
-    phases = {name: Phase(**told[name]) for name in ("fixed", "elastic")}
-    result = Result(**{**told, **phases})
+    committed = read("elastic")["result"]
+    phases = {name: Phase(**committed[name]) for name in ("fixed", "elastic")}
+    result = Result(**{**committed, **phases})
     assert all(bar.passed for bar in elastic_bars(result))
     planted = replace(result, elastic=result.fixed)
     assert {bar.name for bar in elastic_bars(planted) if not bar.passed} == {"elastic-late-ttft-of-fixed"}
@@ -85,7 +78,7 @@ def test_kernels_that_compute_something_else_are_not_timed(
 ) -> None:
     def wrong(*args: Any) -> list[Case]:
         first, *_ = tower(*args)
-        return [replace(first, ours=lambda: [found + 1 for found in first.ours()])]
+        return [replace(first, ours=lambda: tuple(tensor + 1 for tensor in first.ours()))]
 
     monkeypatch.setattr(kernels, "tower", wrong)
     monkeypatch.setattr("sys.argv", ["bench", "--batches", "1"])
@@ -93,9 +86,3 @@ def test_kernels_that_compute_something_else_are_not_timed(
     printed = capsys.readouterr()
     assert "so nothing is timed" in printed.err
     assert "ratio" not in printed.out
-
-
-@pytest.mark.server
-def test_a_server_with_metrics_in_place_of_one_without_is_noticed(server: Server) -> None:
-    with pytest.raises(RuntimeError, match="the server with metrics off has some of ours"):
-        asyncio.run(metrics._run({"on": server, "off": server}, 0.0, 1, 1, 0))

@@ -1,6 +1,5 @@
 """The soak in miniature, and that it notices what it is there for."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,12 +7,14 @@ from typing import Any
 import pytest
 from vllm import LLM
 
-from benchmarks.soak.__main__ import ENGINE, RESULTS, bars
+from ficoco_vllm.benchmarks.harness.results import read
+from ficoco_vllm.benchmarks.soak.engine.__main__ import ENGINE, bars
+from ficoco_vllm.benchmarks.soak.engine.run import Settings, run
 from tests.support.engine import scheduler_of
 from tests.support.remote import Remote, remote_engine
 
 # Takes more requests than a test has.
-RARE = ("soak-preemptions", "soak-aborts")
+RARE = ("soak-engine-preemptions", "soak-engine-aborts")
 LOOK = {"num_free_blocks": 320, "num_held_blocks": [0] * 8, "num_plans": 0}
 
 
@@ -35,11 +36,11 @@ def made_up(mib_per_round: float, **last: Any) -> dict[str, Any]:
     ("record", "failing"),
     [
         (made_up(0.1), set()),
-        (made_up(2.0), {"soak-rss-growth-mib-per-1000-requests"}),
-        (made_up(0.0, num_free_blocks=319), {"soak-blocks-not-free-again"}),
-        (made_up(0.0, num_held_blocks=[0] * 6 + [1, 0]), {"soak-blocks-held-by-group-6"}),
-        (made_up(0.0, num_plans=1), {"soak-plans-remembered"}),
-        (made_up(0.0) | {"num_finished": 1989}, {"soak-requests-answered-or-aborted"}),
+        (made_up(2.0), {"soak-engine-rss-growth-mib-per-1000-requests"}),
+        (made_up(0.0, num_free_blocks=319), {"soak-engine-blocks-not-free-again"}),
+        (made_up(0.0, num_held_blocks=[0] * 6 + [1, 0]), {"soak-engine-blocks-held-by-group-6"}),
+        (made_up(0.0, num_plans=1), {"soak-engine-plans-left"}),
+        (made_up(0.0) | {"num_finished": 1989}, {"soak-engine-requests-answered-or-aborted"}),
     ],
 )
 def test_bars(record: dict[str, Any], failing: set[str]) -> None:
@@ -47,23 +48,21 @@ def test_bars(record: dict[str, Any], failing: set[str]) -> None:
 
 
 def test_the_committed_run_kept_every_promise() -> None:
-    record = json.loads(RESULTS.read_text())
+    record = read("soak-engine")
     assert record["rounds"][-1]["num_requests"] == 2000
     assert [bar.name for bar in bars(record) if not bar.passed] == []
 
 
 @pytest.fixture(scope="module")
 def engine(demo_model: Path) -> Iterator[Remote]:
-    """As `make soak-decoder` starts it."""
+    """As `make soak-engine` starts it."""
     with remote_engine(demo_model, {"method": "ficoco-l", "keep": 64}, **ENGINE) as engine:
         yield engine
 
 
 def soaked(engine: LLM, num_requests: int, seed: int) -> dict[str, Any]:
     """A short run."""
-    from benchmarks.soak.drive import Settings, drive
-
-    return drive(engine, Settings(num_requests, num_requests // 2, num_open=8, abort_share=0.5, seed=seed))
+    return run(engine, Settings(num_requests, num_requests // 2, num_open=8, abort_share=0.5, seed=seed))
 
 
 @pytest.mark.engine
@@ -77,7 +76,7 @@ def test_miniature_run(engine: Remote) -> None:
 @pytest.mark.engine
 @pytest.mark.parametrize(
     ("break_it", "failing"),
-    [("keep_a_block", "soak-blocks-not-free-again"), ("keep_plans", "soak-plans-remembered")],
+    [("keep_a_block", "soak-engine-blocks-not-free-again"), ("keep_plans", "soak-engine-plans-left")],
 )
 def test_a_planted_leak_is_noticed(engine: Remote, break_it: str, failing: str) -> None:
     engine.call(globals()[break_it])

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 
-from benchmarks.concurrency import model as narrow
-from benchmarks.concurrency.__main__ import bars as concurrency_bars
-from benchmarks.concurrency.__main__ import measure, memory
-from benchmarks.concurrency.kinds import KINDS
-from benchmarks.ttft.__main__ import bars as ttft_bars
-from benchmarks.ttft.__main__ import engine, summarise, take_turns
-from benchmarks.ttft.kinds import ENCODER_KINDS, STOCK, Kind
+from ficoco_vllm.benchmarks.concurrency.__main__ import bars as concurrency_bars
+from ficoco_vllm.benchmarks.concurrency.__main__ import measure, memory
+from ficoco_vllm.benchmarks.concurrency.kinds import KINDS
+from ficoco_vllm.benchmarks.harness import model
+from ficoco_vllm.benchmarks.harness.engine import Remote
+from ficoco_vllm.benchmarks.ttft.__main__ import bars as ttft_bars
+from ficoco_vllm.benchmarks.ttft.__main__ import engine, summarise, take_turns
+from ficoco_vllm.benchmarks.ttft.kinds import ENCODER_KINDS, STOCK, Kind
 
 pytestmark = [pytest.mark.engine, pytest.mark.alone]
 
@@ -22,21 +23,23 @@ TURNS = [kind for kind in ENCODER_KINDS if kind.keep in (576, 64)]
 
 
 @pytest.fixture(scope="module")
-def engines(demo_model: Path) -> Iterator[tuple[Any, Any]]:
+def engines(demo_model: Path) -> Iterator[tuple[Remote, Remote]]:
     """Stock vLLM and ours, as `make bench-ttft` starts them, of the demo model."""
     folder = str(demo_model)
     with engine(folder, STOCK, "float32") as stock, engine(folder, TURNS[0], "float32") as ours:
         yield stock, ours
 
 
-def missed(stock: Any, ours: Any, kinds: Sequence[Kind], rounds: int = 1) -> tuple[set[str], dict[str, Any]]:
+def missed(
+    stock: Remote, ours: Remote, kinds: Sequence[Kind], rounds: int = 1
+) -> tuple[set[str], dict[str, Any]]:
     """Names of the bars that fail, and the rows of a run; without a second depth nothing is extrapolated."""
     rows = summarise(LAYERS, take_turns(LAYERS, stock, ours, kinds, rounds, random.Random(0)))
     result = {"runs": [{"layers": LAYERS, "kinds": rows}], "whole_model": rows}
     return {bar.name for bar in ttft_bars(result) if not bar.passed}, rows
 
 
-def test_time_to_first_token_of_few_requests(engines: tuple[Any, Any]) -> None:
+def test_time_to_first_token_of_few_requests(engines: tuple[Remote, Remote]) -> None:
     found, rows = missed(*engines, TURNS)
     assert [row["num_prompt_tokens"] for row in rows.values()] == [636, 636, 124]
     assert "ttft-prompt-tokens-amiss-8-layers" not in found
@@ -47,14 +50,14 @@ def test_time_to_first_token_of_few_requests(engines: tuple[Any, Any]) -> None:
     assert rows["keep-576"]["reduction_seconds_median"] == rows["stock"]["reduction_seconds_median"] == 0
 
 
-def test_an_engine_that_secretly_does_not_reduce_misses_its_bars(engines: tuple[Any, Any]) -> None:
+def test_an_engine_that_secretly_does_not_reduce_misses_its_bars(engines: tuple[Remote, Remote]) -> None:
     stock, _ = engines
     found, _ = missed(stock, stock, TURNS)
     assert {"ttft-prompt-tokens-amiss-8-layers", "ttft-keep-64-of-predicted-8-layers"} <= found
 
 
 def test_requests_at_once_in_a_small_cache(tmp_path: Path) -> None:
-    narrow.write(tmp_path)
+    model.write(tmp_path, model.WHOLE_MODELS["7b"], narrow=True)
     kinds = {name: KINDS[name] for name in ("stock", "V 64")}
     rows = measure(str(tmp_path), kinds, memory(4))
     assert rows["stock"]["num_running"] == 4

@@ -11,8 +11,8 @@ from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
 
-from benchmarks.soak import load as soak
-from benchmarks.soak.drive import Driver
+from ficoco_vllm.benchmarks.soak.engine import mixture as soak
+from ficoco_vllm.benchmarks.soak.engine.run import Driver
 from tests.support.engine import Answer, request, scheduler_of, worker_of
 
 
@@ -119,7 +119,9 @@ def abort_in(engine: LLM, asks: list[Ask], phase: str, every: int) -> tuple[list
         Indices of those that were aborted, and the tokens of the others.
     """
     planned = [
-        soak.Ask(one.prompt, tuple(one.images), one.num_tokens, one.extra, None if index % every else phase)
+        soak.Request(
+            one.prompt, tuple(one.images), one.num_tokens, one.extra, None if index % every else phase
+        )
         for index, one in enumerate(asks)
     ]
     place = {id(ask): index for index, ask in enumerate(planned)}
@@ -257,7 +259,8 @@ def compiled_units(engine: LLM) -> list[bool]:
     from torch._dynamo.eval_frame import innermost_fn
 
     decoder = worker_of(engine).model_runner.get_model().decoder
+    innermost: Any = innermost_fn
     return [
-        unit is not segment and len(entries(innermost_fn(unit).__func__.__code__)) > 0
+        unit is not segment and len(entries(innermost(unit).__func__.__code__)) > 0
         for unit, segment in zip(decoder.units, decoder.segments, strict=True)
     ]

@@ -107,7 +107,7 @@ def test_aborts_in_every_phase_give_everything_back(
 
 
 def test_400_requests_leave_no_block_behind(engine: Remote, images: list[Image.Image]) -> None:
-    """`make soak-decoder` sends 2,000."""
+    """`make soak-engine` sends 2,000."""
     free = engine.call(calls.free_blocks)
     batch = mixed(images, 10) + [Ask(TEXT_ONLY)] * 30
     assert engine.call(calls.repeat_short, batch, 10) == {free}

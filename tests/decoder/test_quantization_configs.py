@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from benchmarks.ttft.quantization import IGNORED, quantization_config
+from ficoco_vllm.benchmarks.harness.quantization import IGNORED, quantization_config
 from ficoco_vllm.models.llava import FicocoLlava
 from ficoco_vllm.models.llava_next import FicocoLlavaNext
 from tests.decoder import calls

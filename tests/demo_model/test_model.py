@@ -11,7 +11,7 @@ from safetensors import safe_open
 import ficoco_vllm.demo_model as demo
 
 MAX_BYTES = 12_000_000
-ACCURACY = Path(demo.__file__).parents[2] / "benchmarks/demo_model/accuracy.json"
+ACCURACY = Path(demo.__file__).parents[2] / "tools/demo_model/accuracy.json"
 
 
 @pytest.fixture(scope="module")

@@ -9,20 +9,21 @@ import torch
 pytest.importorskip("easy_vqa")
 pytest.importorskip("tqdm")
 
-from ficoco_vllm.benchmarks.demo_model.data import KINDS_OF_QUESTION, held_out
-from ficoco_vllm.benchmarks.demo_model.decoder import Decoder, Projector
-from ficoco_vllm.benchmarks.demo_model.dialogue import Asker
-from ficoco_vllm.benchmarks.demo_model.evaluate import Evaluator
-from ficoco_vllm.benchmarks.demo_model.export import export
-from ficoco_vllm.benchmarks.demo_model.features import choose_tokens, encode, training_scene
-from ficoco_vllm.benchmarks.demo_model.load import load_exported
-from ficoco_vllm.benchmarks.demo_model.muon import orthogonalize
-from ficoco_vllm.benchmarks.demo_model.questions import Question, sign_questions
-from ficoco_vllm.benchmarks.demo_model.scene import COLOUR, DIGIT, KIND, PLACE
-from ficoco_vllm.benchmarks.demo_model.shapes import EasyVqa
-from ficoco_vllm.benchmarks.demo_model.signs import HELD_OUT_NUMBERS, TRAINING_NUMBERS, render_signs
-from ficoco_vllm.benchmarks.demo_model.tokenizer import build_tokenizer
-from ficoco_vllm.benchmarks.demo_model.vision import VisionTower
+from ficoco_vllm.benchmarks.questions.held_out import KINDS_OF_QUESTION, held_out
+from ficoco_vllm.benchmarks.questions.questions import Question
+from ficoco_vllm.benchmarks.questions.scene import COLOUR, DIGIT, KIND, PLACE
+from ficoco_vllm.benchmarks.questions.shapes import EasyVqa
+from ficoco_vllm.benchmarks.questions.signs import HELD_OUT_NUMBERS, TRAINING_NUMBERS, render_signs
+from tools.demo_model.decoder import Decoder, Projector
+from tools.demo_model.dialogue import Asker
+from tools.demo_model.evaluate import Evaluator
+from tools.demo_model.export import export
+from tools.demo_model.features import choose_tokens, encode, training_scene
+from tools.demo_model.load import load_exported
+from tools.demo_model.muon import orthogonalize
+from tools.demo_model.tokenizer import build_tokenizer
+from tools.demo_model.training_questions import sign_questions
+from tools.demo_model.vision import VisionTower
 
 
 def test_the_same_seed_gives_the_same_images_and_questions():

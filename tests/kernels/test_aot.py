@@ -12,8 +12,8 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter replaces th
 
 def test_items_of_a_batch_are_no_new_kernel() -> None:
     """Each specialisation is compiled once: most launches at B = 8 are those at B = 32."""
-    from benchmarks.kernels.compiling import launches_of
-    from benchmarks.kernels.workloads import workloads
+    from ficoco_vllm.benchmarks.kernels.compiling import launches_of
+    from ficoco_vllm.benchmarks.kernels.workloads import workloads
 
     seen = {
         B: {launch.specialisation for workload in workloads(B) for launch in launches_of(workload.run)}
@@ -24,8 +24,8 @@ def test_items_of_a_batch_are_no_new_kernel() -> None:
 
 
 def test_a_launch_travels_to_another_process() -> None:
-    from benchmarks.kernels.compiling import launches_of
-    from benchmarks.kernels.workloads import workloads
+    from ficoco_vllm.benchmarks.kernels.compiling import launches_of
+    from ficoco_vllm.benchmarks.kernels.workloads import workloads
 
     (launch,) = launches_of(workloads(1)[0].run)
     there = pickle.loads(pickle.dumps(launch))

@@ -11,8 +11,8 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter replaces th
 @pytest.mark.parametrize("B", [1, 32])
 def test_no_look_at_the_data(B: int) -> None:
     """On meta tensors there is no data: a launcher that reads a value fails."""
-    from benchmarks.kernels.recording import recorded
-    from benchmarks.kernels.workloads import workloads
+    from ficoco_vllm.benchmarks.kernels.recording import recorded
+    from ficoco_vllm.benchmarks.kernels.workloads import workloads
 
     for workload in workloads(B):
         with recorded() as launches:
@@ -25,8 +25,8 @@ def test_no_look_at_the_data(B: int) -> None:
 
 def test_the_table_of_launches_is_small() -> None:
     """A reduction is six launches; each further one costs microseconds at every reducing layer."""
-    from benchmarks.kernels.recording import recorded
-    from benchmarks.kernels.workloads import workloads
+    from ficoco_vllm.benchmarks.kernels.recording import recorded
+    from ficoco_vllm.benchmarks.kernels.workloads import workloads
 
     names = []
     for workload in workloads(1):

@@ -42,7 +42,7 @@ def test_tiles_are_powers_of_two() -> None:
 
 
 def test_the_fastest_is_found() -> None:
-    from benchmarks.kernels.tune import fastest
+    from ficoco_vllm.benchmarks.kernels.tune import fastest
 
     slow = {"merge/0": [3.0, 1.0, 2.0, 5.0, 4.0], "partition/1": [1.0, 2.0]}
     asked: list[tuple[int, int]] = []

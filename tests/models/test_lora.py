@@ -39,7 +39,7 @@ def adapter_weights(reference: ReferenceLlava, seed: int) -> dict[str, tuple[Ten
 def write(folder: Path, weights: dict[str, tuple[Tensor, Tensor]]) -> Path:
     """An adapter as PEFT saves it."""
     folder.mkdir(parents=True)
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, (a, b) in weights.items():
         prefix = f"base_model.model.model.language_model.{name}"
         tensors |= {f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b}

@@ -123,8 +123,8 @@ class ReferenceDecoder(ReferenceLlava):
                 alive[now] = False
                 alive[kept] = True
             x = x + layer.mlp(layer.post_attention_layernorm(x))
-        normed: Tensor = decoder.norm(x)
-        return normed
+        last: Tensor = decoder.norm(x)
+        return last
 
     @staticmethod
     def _weigh(query: Tensor, key: Tensor, scale: float, seen: Tensor) -> Tensor:

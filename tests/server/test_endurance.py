@@ -10,11 +10,11 @@ from typing import Any
 import httpx
 import pytest
 
-from benchmarks.endurance.asks import CHAT, Target, make_asks
-from benchmarks.endurance.client import Client
-from benchmarks.endurance.drive import Settings, drive
-from benchmarks.endurance.promises import promises
-from benchmarks.endurance.watch import GAUGES, read_counts, tree_mib
+from ficoco_vllm.benchmarks.soak.server.bars import bars
+from ficoco_vllm.benchmarks.soak.server.client import Client
+from ficoco_vllm.benchmarks.soak.server.mixture import CHAT, Target, make_requests
+from ficoco_vllm.benchmarks.soak.server.run import Settings, run
+from ficoco_vllm.benchmarks.soak.server.state import GAUGES, read_counts, tree_mib
 from tests.server.conftest import BODY_BYTES, KEEP, NUM_PATCHES, Bounded
 from tests.support.server import API_KEY, Server
 
@@ -42,7 +42,7 @@ NUM_TOWER, NUM_DECODER = 150, 120
 
 def failures(record: dict[str, Any]) -> set[str]:
     """Names of the bars that fail."""
-    return {bar.name.removeprefix("endurance-x-") for bar in promises(record, "x") if not bar.passed}
+    return {bar.name.removeprefix("soak-x-") for bar in bars(record, "x") if not bar.passed}
 
 
 def endured(
@@ -53,7 +53,7 @@ def endured(
 
     async def send() -> dict[str, Any]:
         async with Client(server.url, API_KEY, transport) as client:
-            return await drive(client, server.process.pid, make_asks(target, 0, count), settings)
+            return await run(client, server.process.pid, make_requests(target, 0, count), settings)
 
     return asyncio.run(send())
 
@@ -115,11 +115,11 @@ def test_a_planted_fault_is_noticed(
 ) -> None:
     """Besides, the server has counted one answer more than came."""
     settings = Settings(8, num_per_round=8, num_open=4)
-    asks = [ask for ask in make_asks(TOWER, 0, 60) if ask.name == "text" and not ask.abort][:6]
+    asks = [ask for ask in make_requests(TOWER, 0, 60) if ask.name == "text" and not ask.abort][:6]
 
     async def send() -> dict[str, Any]:
         async with Client(server.url, API_KEY, Tampering(tamper)) as client:
-            return await drive(client, server.process.pid, asks, settings)
+            return await run(client, server.process.pid, asks, settings)
 
     found = failures(asyncio.run(send()))
     counted = {"vllm-counts-answers-and-aborts", "ficoco-counts-answers-and-aborts"}
@@ -187,7 +187,7 @@ def counted(name: str, label: str, value: float) -> dict[str, Any]:
         (made_up(different=["one"]), {"answers-unlike-alone"}),
     ],
 )
-def test_promises(record: dict[str, Any], failing: set[str]) -> None:
+def test_bars(record: dict[str, Any], failing: set[str]) -> None:
     assert failures(record) == failing
 
 
@@ -214,7 +214,7 @@ def test_memory_of_a_tree_of_processes() -> None:
 @pytest.mark.server
 def test_scrapers_that_go_away(server: Server) -> None:
     """Prometheus dies in the middle of its scrapes: requests are answered, the next scrape is whole."""
-    ask = next(ask for ask in make_asks(TOWER, 0, 60) if ask.name == "text" and not ask.abort)
+    ask = next(ask for ask in make_requests(TOWER, 0, 60) if ask.name == "text" and not ask.abort)
 
     async def scrape_and_go() -> None:
         for _ in range(10):

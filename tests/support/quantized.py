@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from benchmarks.ttft.quantization import GROUP, Kind, quantization_config, runs_here
+from ficoco_vllm.benchmarks.harness.quantization import GROUP, Kind, quantization_config, runs_here
 
 # What the engines of the tests compute in: vLLM's CPU kernel of 4-bit weights knows bfloat16 only.
 DTYPES: dict[Kind, str] = {"int8": "float32", "int4": "bfloat16"}

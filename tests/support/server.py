@@ -1,9 +1,6 @@
 """A real server in a process of its own, started through the command line."""
 
-import base64
-import io
 import sys
-import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from openai import OpenAI
-from PIL import Image
 
+from ficoco_vllm.benchmarks.harness.http import data_url, message, metric
 from ficoco_vllm.environment import ALLOW_PRIVATE_MEDIA, MAX_BODY_BYTES, MAX_IMAGE_BYTES, MAX_PIXELS
 from ficoco_vllm.server.lifecycle.process import OURS, Process, is_healthy, serving
+
+__all__ = ["data_url", "message"]
 
 # What servers compute in, the demo model's default on a CPU; bytes of a value.
 DTYPE, VALUE_BYTES = "float32", 4
@@ -56,11 +55,7 @@ class Server:
 
     def metric(self, name: str) -> float:
         """Sum of one Prometheus metric over its labels."""
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as answer:
-            lines = answer.read().decode().splitlines()
-        return sum(
-            float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{name}{{", f"{name} "))
-        )
+        return metric(self.url, name)
 
     def is_healthy(self) -> bool:
         """Whether /health answers 200."""
@@ -89,21 +84,6 @@ def serve(
     variables = {**dict.fromkeys(_ONLY_IN_PROCESS), **environment}
     with serving(arguments, log, variables, program, python, folder) as served:
         yield Server(served.port, log, served.process)
-
-
-def data_url(image: Image.Image | bytes) -> str:
-    """An image, or any bytes that claim to be one, as a data URL."""
-    if isinstance(image, Image.Image):
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        image = buffer.getvalue()
-    return "data:image/png;base64," + base64.b64encode(image).decode()
-
-
-def message(text: str, urls: Sequence[str] = ()) -> dict[str, Any]:
-    """One message of a user, images first."""
-    content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
-    return {"role": "user", "content": [*content, {"type": "text", "text": text}]}
 
 
 def budget(keep: int | None) -> dict[str, Any]:

@@ -4,10 +4,10 @@ Filter: in every reducing layer keep the tokens that are farthest from one anoth
 states; 2503.02175, Alg. 1). Correlate: C_ij is the cosine of the keys, as in ToMe. Compress: FiCoCo's Eq. 13. Layers
 and schedule are FiCoCo-V's.
 
-`make bench-composition` found it on one split of the embedded benchmark and held it against FiCoCo-V and others on
-another one (docs/log.md). What it shows holds for the demo model; of another checkpoint only a measurement on it tells
-(`ficoco-vllm calibrate`, `bench lmms`). The filter picks one token after the other, so a reducing layer takes as many
-small steps as it keeps tokens.
+A search found it on one split of the embedded benchmark and held it against FiCoCo-V and others on another one
+(benchmarks/results/composition.json, docs/log.md). What it shows holds for the demo model; of another checkpoint only
+a measurement on it tells (`ficoco-vllm calibrate`, `bench lmms`). The filter picks one token after the other, so a
+reducing layer takes as many small steps as it keeps tokens.
 
 Source: arXiv:2411.17686, Eq. 13; arXiv:2503.02175, Alg. 1; arXiv:2210.09461, Sec. 3.
 """

@@ -13,9 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from benchmarks.endurance.asks import Ask
-from benchmarks.endurance.client import ANSWERED, LOST, SERVER_ERROR, Client, Outcome
-from benchmarks.endurance.watch import read_gauges
+from ficoco_vllm.benchmarks.soak.server.client import ANSWERED, LOST, SERVER_ERROR, Client, Outcome
+from ficoco_vllm.benchmarks.soak.server.mixture import Request
+from ficoco_vllm.benchmarks.soak.server.state import read_gauges
 from ficoco_vllm.server.lifecycle.cleanup import SHARED_MEMORY
 from tests.support.server import Server, serve
 
@@ -76,7 +76,7 @@ def supervised(
         yield Supervised(server, Path(temporary), num_tokens)
 
 
-def long_asks(num_tokens: int) -> list[Ask]:
+def long_asks(num_tokens: int) -> list[Request]:
     """Requests that take a while, every second one as a stream."""
     body = {
         "model": "ficoco-demo",
@@ -86,7 +86,9 @@ def long_asks(num_tokens: int) -> list[Ask]:
     }
     streamed = body | {"stream": True, "stream_options": {"include_usage": True}}
     return [
-        Ask("text", json.dumps(streamed if stream else body).encode(), stream=stream, num_tokens=num_tokens)
+        Request(
+            "text", json.dumps(streamed if stream else body).encode(), stream=stream, num_tokens=num_tokens
+        )
         for stream in (True, False) * (NUM_REQUESTS // 2)
     ]
 

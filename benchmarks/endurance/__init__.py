@@ -1,1 +1,0 @@
-"""Thousands of mixed requests against a real server: none lost, none answered twice, nothing left behind."""

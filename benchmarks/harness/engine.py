@@ -1,0 +1,246 @@
+"""vLLM engines, in this process or in one of their own that answers calls.
+
+Nothing heavy is imported at the top: a process that uses Triton's interpreter sets it up before it imports vLLM.
+"""
+
+import multiprocessing
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from ficoco_vllm.compat import hook_interpreter, is_cpu_build
+from ficoco_vllm.config import FicocoConfig
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+# The engine in the process that asks it, whose parts can be read there; None takes a variable away.
+IN_PROCESS: Mapping[str, str | None] = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": None,  # overrides `kv_cache_memory_bytes`
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "HF_HUB_OFFLINE": "1",
+}
+# Model runner V2, which methods of the decoder need, without a GPU.
+INTERPRETER = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
+TEXT = "what number is on the red sign? "
+
+
+def make_engine(model: Path | str, ficoco: Mapping[str, Any] | None = None, **options: Any) -> "LLM":
+    """Start an engine in this process: float32, and small enough that several fit beside each other.
+
+    Args:
+        model: folder.
+        ficoco: our settings; None for vLLM alone.
+        **options: of the engine, other than these defaults.
+    """
+    from vllm import LLM
+
+    defaults: dict[str, Any] = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 2048,
+        "max_num_batched_tokens": 2048,
+        "max_num_seqs": 16,
+        "max_logprobs": -1,
+        "limit_mm_per_prompt": {"image": 2},
+        "seed": 0,
+        "disable_log_stats": True,
+    }
+    settings = {"ficoco": dict(ficoco)} if ficoco else {}
+    return LLM(str(model), additional_config=settings, **(defaults | options))
+
+
+class Remote:
+    """An engine in a process of its own."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Run `function(engine, *args)` in its process and return the result.
+
+        Raises:
+            RuntimeError: with the traceback of the other process.
+        """
+        self._pipe.send((function, args))
+        return self.receive()
+
+    def receive(self) -> Any:
+        """The result of the last call, or None once the engine has started."""
+        succeeded, value = self._pipe.recv()
+        if not succeeded:
+            raise RuntimeError(value)
+        return value
+
+
+@contextmanager
+def remote_engine(
+    model: Path | str,
+    ficoco: Mapping[str, Any] | None,
+    environment: Mapping[str, str | None],
+    prepare: Callable[[], None] | None = None,
+    **options: Any,
+) -> Iterator[Remote]:
+    """Start an engine in a process of its own, which ends with the block.
+
+    Args:
+        model: folder.
+        ficoco: our settings; None for vLLM alone.
+        environment: variables of the process beside those of this one; None takes one away.
+        prepare: called in that process before the engine starts.
+        **options: of the engine; see `make_engine`.
+
+    Raises:
+        RuntimeError: the engine does not start.
+    """
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_serve, args=(there, str(model), ficoco, prepare, options))
+    with _environment(environment):
+        process.start()
+    there.close()
+    remote = Remote(here)
+    try:
+        remote.receive()
+        yield remote
+    finally:
+        here.close()
+        process.join(60)
+        if process.is_alive():
+            process.terminate()
+            process.join()
+
+
+def bench_engine(
+    model: Path | str, ficoco: Mapping[str, Any] | None, **options: Any
+) -> AbstractContextManager[Remote]:
+    """An engine of a benchmark: bfloat16, weights made up, a process of its own.
+
+    Args:
+        model: folder.
+        ficoco: our settings; None for stock vLLM without any plugin.
+        **options: of the engine.
+    """
+    environment: dict[str, str | None] = dict(IN_PROCESS)
+    if ficoco is None:
+        environment["VLLM_PLUGINS"] = ""
+    elif FicocoConfig.parse(dict(ficoco)).decoder_method is not None and is_cpu_build():
+        environment |= INTERPRETER
+    defaults = {"load_format": "dummy", "dtype": "bfloat16", "limit_mm_per_prompt": {"image": 1}}
+    return remote_engine(model, ficoco, environment, **(defaults | options))
+
+
+@contextmanager
+def _environment(values: Mapping[str, str | None]) -> Iterator[None]:
+    """Environment and search path of a process that starts within the block, which takes both from this one."""
+    before, search_path = dict(os.environ), list(sys.path)
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    hook_interpreter()
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        sys.path[:] = search_path
+
+
+def _serve(
+    pipe: Connection,
+    model: str,
+    ficoco: Mapping[str, Any] | None,
+    prepare: Callable[[], None] | None,
+    options: dict[str, Any],
+) -> None:
+    hook_interpreter()
+    try:
+        if prepare is not None:
+            prepare()
+        engine = make_engine(model, ficoco, **options)
+    except Exception:
+        pipe.send((False, traceback.format_exc()))
+        return
+    pipe.send((True, None))
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            break
+        try:
+            pipe.send((True, function(engine, *args)))
+        except Exception:
+            pipe.send((False, traceback.format_exc()))
+    engine.llm_engine.engine_core.shutdown()
+
+
+def request(prompt: str | list[int], images: Sequence[Image.Image] = (), **kwargs: Any) -> dict[str, Any]:
+    """One prompt as vLLM takes it.
+
+    Args:
+        prompt: text, or tokens with one for each image.
+        images: in order.
+        **kwargs: its `mm_processor_kwargs`.
+    """
+    body: dict[str, Any] = {"prompt" if isinstance(prompt, str) else "prompt_token_ids": prompt}
+    if images:
+        body["multi_modal_data"] = {"image": list(images)}
+    if kwargs:
+        body["mm_processor_kwargs"] = kwargs
+    return body
+
+
+def image_request(engine: "LLM", num_text_tokens: int, seed: int, **kwargs: Any) -> dict[str, Any]:
+    """A prompt of one random image of 336 x 336 pixels and of text of a given length.
+
+    Args:
+        engine: for its tokenizer.
+        num_text_tokens: of the text.
+        seed: of the pixels.
+        **kwargs: `mm_processor_kwargs`.
+    """
+    tokenizer: Any = engine.get_tokenizer()
+    text = tokenizer(TEXT * num_text_tokens, add_special_tokens=False).input_ids[:num_text_tokens]
+    pixels = np.random.default_rng(seed).integers(0, 255, (336, 336, 3), dtype=np.uint8)
+    prompt = [tokenizer.convert_tokens_to_ids("<image>"), *text]
+    return request(prompt, [Image.fromarray(pixels)], **kwargs)
+
+
+def scheduler_of(engine: "LLM") -> Any:
+    """The scheduler of an engine in this process."""
+    return _core(engine).scheduler
+
+
+def worker_of(engine: "LLM") -> Any:
+    """The worker of an engine in this process."""
+    worker = _core(engine).model_executor.driver_worker
+    return getattr(worker, "worker", worker)
+
+
+def _core(engine: Any) -> Any:
+    return engine.llm_engine.engine_core.engine_core
+
+
+def phase_of(request: Any) -> str:
+    """What a request of the scheduler is doing; "ended" for None."""
+    from vllm.v1.request import RequestStatus
+
+    if request is None:
+        return "ended"
+    if request.status == RequestStatus.PREEMPTED:
+        return "preempted"
+    if request.status != RequestStatus.RUNNING:
+        return "waiting"
+    return "decoding" if request.num_output_tokens else "prefilled"

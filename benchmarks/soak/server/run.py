@@ -1,0 +1,173 @@
+"""The mixture sent to a server in rounds, with a look at what the server holds after each."""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import cycle, islice
+from typing import Any
+from uuid import uuid4
+
+from ficoco_vllm.benchmarks.soak.server.client import ABORTED, FAULTS, Answer, Client, Outcome
+from ficoco_vllm.benchmarks.soak.server.mixture import Request
+from ficoco_vllm.benchmarks.soak.server.state import QUEUE, difference, read_counts, read_gauges, tree_mib
+
+# The server notices disconnects, and its gauges follow, within this time.
+SETTLE_SECONDS = 60.0
+_NUM_LISTED = 20
+# Between two looks at the queue.
+_QUEUE_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Length and rhythm of a run.
+
+    Attributes:
+        num_requests: in all.
+        num_per_round: after which the server is looked at.
+        num_open: at the same time.
+        burst_every: every so many rounds, all requests of a round are sent at the same time.
+    """
+
+    num_requests: int = 10_000
+    num_per_round: int = 240
+    num_open: int = 24
+    burst_every: int = 4
+
+
+@dataclass
+class Outcomes:
+    """How the requests of a run ended.
+
+    Attributes:
+        kinds: requests by their outcome.
+        aborts: disconnects by when they happened.
+        refusals: that the server's own counter must show.
+        faults: messages of the first ones.
+        alone: answers to the sample, sent alone.
+        num_compared: answers to the sample under load.
+        different: those that differ.
+    """
+
+    kinds: Counter[str] = field(default_factory=Counter)
+    aborts: Counter[str] = field(default_factory=Counter)
+    refusals: int = 0
+    faults: list[str] = field(default_factory=list)
+    alone: dict[int, Answer] = field(default_factory=dict)
+    num_compared: int = 0
+    different: list[str] = field(default_factory=list)
+
+    def add(self, request: Request, outcome: Outcome) -> None:
+        """Count an outcome, and compare the answer to a sample with the one sent alone."""
+        self.kinds[outcome.kind] += 1
+        self.refusals += request.counted_refusal
+        if outcome.kind == ABORTED:
+            self.aborts[str(request.abort)] += 1
+        if outcome.kind in FAULTS and len(self.faults) < _NUM_LISTED:
+            self.faults.append(f"{request.name}: {outcome.kind}: {outcome.why}: {request.body[-300:]!r}")
+        if outcome.answer is None or request.sample is None:
+            return
+        alone = self.alone.setdefault(request.sample, outcome.answer)
+        self.num_compared += alone is not outcome.answer
+        if not alone.agrees(outcome.answer) and len(self.different) < _NUM_LISTED:
+            self.different.append(f"{request.sample}: {alone} alone, {outcome.answer}")
+
+
+async def run(
+    client: Client,
+    pid: int,
+    requests: Sequence[Request],
+    settings: Settings,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Send all requests.
+
+    Args:
+        client: of the server.
+        pid: of the first of its processes.
+        requests: the mixture, which repeats.
+        settings: of the run.
+        say: takes a line about each round.
+
+    Returns:
+        `num_requests`, `seconds`; `outcomes`, `aborts`, `refusals`, `faults`; `counted`, the server's counters of
+        the same requests; `num_compared`, `different`; `longest_queue` of a burst; `rounds`, a look after each.
+    """
+    outcomes, rounds, longest_queue = Outcomes(), list[dict[str, Any]](), 0.0
+    before, start = read_counts(await client.metrics()), time.monotonic()
+    samples = {request.sample: request for request in requests if request.sample is not None}
+    for request in samples.values():
+        outcomes.add(request, await client.send(request, _name()))
+    closing = next(
+        request for request in requests if request.num_tokens and not (request.abort or request.stream)
+    )
+    supply, sent = cycle(requests), 0
+    while sent < settings.num_requests:
+        number = len(rounds) + 1
+        batch = list(islice(supply, min(settings.num_per_round, settings.num_requests - sent)))
+        is_burst = number % settings.burst_every == 0
+        open_at_once = len(batch) if is_burst else settings.num_open
+        queue = await _round(client, batch, open_at_once, outcomes, sent)
+        longest_queue = max(longest_queue, queue)
+        sent += len(batch)
+        rounds.append({"num_requests": sent, "burst": is_burst, **await look(client, pid, outcomes, closing)})
+        rate = sent / (time.monotonic() - start)
+        say(f"{sent} requests, {rate:.1f}/s, {rounds[-1]['mib']:.0f} MiB, {dict(outcomes.kinds)}")
+    counted = difference(read_counts(await client.metrics()), before)
+    return {
+        "num_requests": sent + len(samples) + sum(row["num_closing"] for row in rounds),
+        "seconds": round(time.monotonic() - start, 1),
+        "outcomes": dict(outcomes.kinds),
+        "aborts": dict(outcomes.aborts),
+        "refusals": outcomes.refusals,
+        "faults": outcomes.faults,
+        "num_compared": outcomes.num_compared,
+        "different": outcomes.different,
+        "counted": counted,
+        "longest_queue": longest_queue,
+        "rounds": rounds,
+    }
+
+
+async def look(client: Client, pid: int, outcomes: Outcomes, closing: Request) -> dict[str, Any]:
+    """Wait until the server is idle and report what it still holds.
+
+    vLLM updates its gauges when an engine steps; one more request, sent alone, brings them up to date after an abort.
+    """
+    deadline, num_closing = time.monotonic() + SETTLE_SECONDS, 0
+    while True:
+        num_closing += 1
+        outcomes.add(closing, await client.send(closing, _name()))
+        gauges = read_gauges(await client.metrics())
+        if not any(gauges.values()) or time.monotonic() > deadline:
+            return {"gauges": gauges, "num_closing": num_closing, "mib": round(tree_mib(pid), 1)}
+        await asyncio.sleep(0.2)
+
+
+async def _round(
+    client: Client, requests: Sequence[Request], num_open: int, outcomes: Outcomes, first: int
+) -> float:
+    """Send requests, a number of them at the same time.
+
+    Returns:
+        The longest queue seen.
+    """
+    free = asyncio.Semaphore(num_open)
+
+    async def send(request: Request, number: int) -> None:
+        async with free:
+            outcomes.add(request, await client.send(request, _name(), number))
+
+    sending = asyncio.gather(*(send(request, first + index) for index, request in enumerate(requests)))
+    longest = 0.0
+    while not sending.done():
+        longest = max(longest, read_gauges(await client.metrics())[QUEUE])
+        await asyncio.wait([sending], timeout=_QUEUE_SECONDS)
+    await sending
+    return longest
+
+
+def _name() -> str:
+    return uuid4().hex

@@ -1,0 +1,83 @@
+"""Questions that the demo model is trained on, several for one image."""
+
+import random
+
+from ficoco_vllm.benchmarks.questions.questions import (
+    ANY,
+    Question,
+    digit_question,
+    evidence_of,
+    number_question,
+    shape_exists_balanced,
+    sign_exists_balanced,
+)
+from ficoco_vllm.benchmarks.questions.scene import COLOUR_NAMES, PLACES, SHAPES, Scene, Shape, Sign
+
+COLOUR_OF_SHAPE = ("what color is the {}?", "what is the color of the {}?")
+SHAPE_ASKED = ("what shape does the image contain?", "what shape is in the image?", "what shape is present?")
+
+
+def other_sign_questions(signs: tuple[Sign, ...], rng: random.Random) -> list[Question]:
+    """Everything else that can be asked about signs, in random order."""
+    sign = rng.choice(signs)
+    asked = [
+        Question(
+            f"what color is the sign with the number {sign.number}?",
+            COLOUR_NAMES[sign.colour],
+            "colour_by_number",
+            ((sign.colour, ANY),),
+        ),
+        Question("how many signs are there?", str(len(signs)), "count"),
+    ]
+    if len(sign.number) == len(PLACES):
+        asked += [digit_question(sign, place) for place in PLACES]
+    if len(signs) == 1:
+        asked += [
+            Question("what number is on the sign?", sign.number, "number", evidence_of(sign)),
+            Question("what color is the sign?", COLOUR_NAMES[sign.colour], "colour_of_sign"),
+        ]
+    rng.shuffle(asked)
+    return asked
+
+
+def sign_questions(signs: tuple[Sign, ...], rng: random.Random, count: int) -> list[Question]:
+    """A training set of questions for one image: numbers of up to two signs, yes/no, then others."""
+    asked = [number_question(sign, rng) for sign in rng.sample(signs, len(signs))[:2]]
+    answers = [True, False] if rng.random() < 0.3 else [rng.random() < 0.5]
+    asked += [sign_exists_balanced(signs, rng, answer) for answer in answers]
+    asked += other_sign_questions(signs, rng)
+    while len(asked) < count:
+        asked.append(number_question(rng.choice(signs), rng))
+    return asked[:count]
+
+
+def shape_questions(shape: Shape, rng: random.Random, count: int, negated: float = 0.5) -> list[Question]:
+    """A training set of questions for one easy-VQA image.
+
+    Args:
+        shape: what the image shows.
+        rng: the only source of randomness.
+        count: how many questions.
+        negated: share of the yes/no questions that ask for absence.
+    """
+    asked = []
+    for _ in range(count):
+        choice = rng.random()
+        if choice < 0.2:
+            thing = rng.choice(("shape", SHAPES[shape.shape]))
+            asked.append(
+                Question(rng.choice(COLOUR_OF_SHAPE).format(thing), COLOUR_NAMES[shape.colour], "colour")
+            )
+        elif choice < 0.45:
+            phrases = (*SHAPE_ASKED, f"what is the {COLOUR_NAMES[shape.colour]} shape?")
+            asked.append(Question(rng.choice(phrases), SHAPES[shape.shape], "shape"))
+        else:
+            asked.append(shape_exists_balanced(shape, rng, rng.random() < 0.5, rng.random() < negated))
+    return asked
+
+
+def training_questions(scene: Scene, rng: random.Random, count: int, negated: float = 0.5) -> list[Question]:
+    """Training questions for an image of either sort."""
+    if scene.shape is not None:
+        return shape_questions(scene.shape, rng, count, negated)
+    return sign_questions(scene.signs, rng, count)
