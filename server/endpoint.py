@@ -8,7 +8,6 @@ from fastapi import FastAPI
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.metrics.counting import token_layer_bytes
 from ficoco_vllm.metrics.savings import Accountant
-from ficoco_vllm.planning.server import Sites
 from ficoco_vllm.server.explain import routes
 from ficoco_vllm.server.explain.explainer import Explainer
 from ficoco_vllm.server.lifecycle.death import watch_engine
@@ -55,28 +54,25 @@ class FicocoEndpoint:
             setattr(state, routes.STATE, explainer)
         config = FicocoConfig.of(engine_client.model_config.hf_config)
         if config.method is not None:
-            control = make_control(engine_client, config, args)
+            control = make_control(engine_client, args)
             control.attach(state.online_renderer)
             answers.attach(control, state)
 
 
-def make_control(engine_client: Any, config: FicocoConfig, args: Namespace) -> Control:
+def make_control(engine_client: Any, args: Namespace) -> Control:
     """What requests of a server may ask, and what they cost.
 
     Args:
-        engine_client: vLLM's `AsyncLLM`.
-        config: its settings, with a method.
+        engine_client: vLLM's `AsyncLLM`, whose settings name a method.
         args: of the command line.
     """
     vllm_config = engine_client.vllm_config
-    hf_config = engine_client.model_config.hf_config
-    sites = Sites.of(config, hf_config)
-    num_segments = 1 if sites.decoder is None else sites.decoder.segments.num_segments
-    num_layers = hf_config.get_text_config().num_hidden_layers
+    accountant = Accountant.of(engine_client.model_config.hf_config)
+    plan = accountant.plan
     return Control(
-        Resolver(sites, bounds_of(args)),
-        Accountant(config, hf_config, sites.tower, sites.decoder),
-        token_layer_bytes(vllm_config) * num_layers // num_segments,
+        Resolver(plan, bounds_of(args)),
+        accountant,
+        token_layer_bytes(vllm_config) * plan.num_layers // plan.num_segments,
         engine_client.input_processor,
     )
 

@@ -11,9 +11,8 @@ from vllm.v1.engine.input_processor import InputProcessor
 from ficoco_vllm.compat import hook_processor_cache, note_sent
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.metrics.families import count_refusal
-from ficoco_vllm.planning.decoder import KEEP, METHOD, DecoderPlanner
-from ficoco_vllm.planning.tower import VisionPlanner
-from ficoco_vllm.planning.tower_shape import TowerShape
+from ficoco_vllm.planning.server import decoder_planner
+from ficoco_vllm.request_fields import KEEP, METHOD, TRACE, check_trace_id, find_unknown, unknown_field
 
 # Attribute of vLLM's input processor, set in the API server where the budget follows the load; see `fill_budget`.
 DEFAULT_KEEP = "ficoco_default_keep"
@@ -22,24 +21,6 @@ DEFAULT_KEEP = "ficoco_default_keep"
 BOUNDS = "ficoco_bounds"
 # On the method that `hook_admission` puts in the place of vLLM's.
 _HOOKED = "ficoco_admission"
-
-
-def planner_of(vllm_config: Any) -> DecoderPlanner:
-    """The planner of a served model whose method works in the decoder.
-
-    Args:
-        vllm_config: vLLM's configuration, checked by `FicocoModelConfig`.
-
-    Raises:
-        ValueError: the settings do not fit the model.
-    """
-    hf_config = vllm_config.model_config.hf_config
-    config = FicocoConfig.of(hf_config)
-    tower = VisionPlanner.shared(config, TowerShape.from_hf_config(hf_config))
-    num_layers = hf_config.get_text_config().num_hidden_layers
-    return DecoderPlanner.shared(
-        config, num_layers, tower.num_output_tokens(tower.default), tower.decoder_most
-    )
 
 
 def check_request(vllm_config: Any, request: Any) -> None:
@@ -71,7 +52,12 @@ def check_request(vllm_config: Any, request: Any) -> None:
     ]
     num_tokens = len(request.prompt_token_ids or ())
     try:
-        plan = planner_of(vllm_config).plan(num_tokens, images, extra_args)
+        unknown = find_unknown(extra_args, explain=config.explain)
+        if unknown is not None:
+            raise ValueError(unknown_field(unknown))
+        if TRACE in extra_args:
+            check_trace_id(extra_args[TRACE])
+        plan = decoder_planner(vllm_config.model_config.hf_config).plan(num_tokens, images, extra_args)
     except ValueError as error:
         field = next((name for name in (KEEP, METHOD) if str(error).startswith(name)), None)
         raise VLLMValidationError(str(error), parameter=field) from error

@@ -9,7 +9,7 @@ from typing import Any
 
 from ficoco_vllm.compat import is_cpu_build, multiplies_bfloat16, set_cpu_defaults, use_interpreter
 from ficoco_vllm.config import NAME, FicocoConfig
-from ficoco_vllm.planning.server import Sites, check_elastic
+from ficoco_vllm.planning.server import ServerPlan
 from ficoco_vllm.plugin import ARCHITECTURES, MEDIA_CONNECTOR
 from ficoco_vllm.server.commands.errors import fail
 from ficoco_vllm.server.commands.serve_options import (
@@ -20,6 +20,7 @@ from ficoco_vllm.server.commands.serve_options import (
     reduces_in_decoder,
     without_metrics,
 )
+from ficoco_vllm.server.elastic.defaults import check_elastic
 from ficoco_vllm.server.elastic.settings import OPTION, ElasticSettings
 from ficoco_vllm.server.lifecycle.cleanup import tidied
 from ficoco_vllm.server.lifecycle.death import has_died
@@ -179,4 +180,4 @@ def _check_model(args: argparse.Namespace, elastic: ElasticSettings | None = Non
     settings = FicocoConfig.parse(args.additional_config[NAME])
     if elastic is not None:
         check_elastic(elastic, settings, config, getattr(args, "ficoco_min_keep", None) or 1)
-    Sites.of(settings, config)
+    ServerPlan.of(settings, config)

@@ -7,7 +7,8 @@ from typing import Any
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.kv.admission import DEFAULT_KEEP
 from ficoco_vllm.metrics.families import set_default_budget
-from ficoco_vllm.planning.server import DecoderBudget, Sites, TowerBudget
+from ficoco_vllm.planning.server import ServerPlan
+from ficoco_vllm.server.elastic.defaults import DecoderBudget, TowerBudget
 from ficoco_vllm.server.elastic.settings import ElasticSettings
 from ficoco_vllm.server.elastic.source import install
 
@@ -45,7 +46,7 @@ class ElasticEndpoint:
         settings = ElasticSettings.load(text)
         model = engine_client.model_config
         config = FicocoConfig.of(model.hf_config)
-        sites = Sites.of(config, model.hf_config)
+        plan = ServerPlan.of(config, model.hf_config)
         engines = engine_client.logger_manager.engine_indexes if engine_client.logger_manager else []
 
         def show(budget: int) -> None:
@@ -55,8 +56,8 @@ class ElasticEndpoint:
 
         budget, task = install(settings, Path(args.ficoco_elastic_folder), engine_client, show)
         processor = engine_client.renderer.mm_processor
-        if sites.tower_follows and processor is not None:
-            processor.info.default_keep = TowerBudget(budget, sites)
-        if sites.decoder is not None:
-            setattr(engine_client.input_processor, DEFAULT_KEEP, DecoderBudget(budget, sites))
+        if plan.tower_follows and processor is not None:
+            processor.info.default_keep = TowerBudget(budget, plan)
+        if plan.decoder is not None:
+            setattr(engine_client.input_processor, DEFAULT_KEEP, DecoderBudget(budget, plan))
         setattr(state, STATE, (budget, task))

@@ -8,13 +8,12 @@ from typing import Any
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.exceptions import VLLMValidationError
 
-from ficoco_vllm.planning.decoder import KEEP, METHOD
+from ficoco_vllm.request_fields import KEEP, MAX_TRACE_ID, METHOD, TRACE
 from ficoco_vllm.server.explain.asking import Reply, ask
 from ficoco_vllm.server.explain.facts import Facts
 from ficoco_vllm.server.explain.schema import ExplainRequest, Explanation, Measured, Options
 from ficoco_vllm.server.request_field.resolve import UNBOUNDED, Bounds
 from ficoco_vllm.tracing.chain import Step, read_steps
-from ficoco_vllm.tracing.store import MAX_TRACE_ID, TRACE
 
 # Of a worker; it only hands over what is recorded, so what takes longer is a worker that does not answer.
 _RPC_SECONDS = 60.0
