@@ -374,16 +374,17 @@ def test_numbers_beyond_all_bounds(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "ficoco-vllm: error: a number is too large to plan with\n"
 
 
-def test_runs_without_vllm(tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", [LLAVA_7B, "llava-hf/llava-v1.6-vicuna-7b-hf"])
+def test_runs_without_vllm(tmp_path: Path, model: str) -> None:
     """In a process of its own, where importing vLLM, transformers or Triton fails."""
     script = f"""
 import sys
 for name in ("vllm", "transformers", "triton"):
     sys.modules[name] = None
 from ficoco_vllm.server.cli import main
-sys.exit(main(["plan", {LLAVA_7B!r}, "--keep", "64", "--json"]))
+sys.exit(main(["plan", {model!r}, "--method", "ficoco-vl", "--keep", "64", "--json"]))
 """
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["decoder_visual_tokens"][0] == 64
+    assert json.loads(done.stdout)["decoder_visual_tokens"][-1] == 64
