@@ -11,12 +11,13 @@ import sys
 from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from ficoco_vllm.config import FicocoConfig
-from ficoco_vllm.planning.decoder import DecoderPlanner
+from ficoco_vllm.planning.server import ServerPlan
 from ficoco_vllm.reduction.cost import KNOWN_MODELS, Estimate, TokenPlan, estimate, model_shape
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "paper-settings.md"
@@ -40,14 +41,19 @@ class Setting:
     """One way to serve, and its cost.
 
     Attributes:
-        config: as it is served.
-        encoder: tokens that leave the tower.
-        decoder: visual tokens that enter each decoder layer, and what leaves the last.
+        config: settings of the server, with `keep`.
     """
 
     config: dict[str, Any]
-    encoder: int
-    decoder: tuple[int, ...]
+
+    @cached_property
+    def plan(self) -> TokenPlan:
+        """Tokens layer by layer, as they are served.
+
+        Raises:
+            ValueError: the settings cannot be served.
+        """
+        return ServerPlan.for_model(FicocoConfig.parse(self.config), SHAPE).image_tokens()
 
     @property
     def tera_flops(self) -> float:
@@ -59,33 +65,9 @@ class Setting:
         """KV cache in fp16, decimal megabytes."""
         return self._cost.kv_bytes / 1e6
 
-    @property
+    @cached_property
     def _cost(self) -> Estimate:
-        tower = (SHAPE.tower.num_patches,) * SHAPE.tower.num_executed
-        return estimate(
-            SHAPE, TokenPlan((*tower, self.encoder), self.decoder), num_text_tokens=NUM_TEXT_TOKENS
-        )
-
-
-def served(config: dict[str, Any]) -> Setting:
-    """Token counts of a server with these settings, from its own planner.
-
-    Args:
-        config: settings, with `keep`.
-
-    Raises:
-        ValueError: they cannot be served.
-    """
-    settings = FicocoConfig.parse(config)
-    num_patches, num_layers = SHAPE.tower.num_patches, SHAPE.decoder.num_layers
-    tower = settings.tower_part(num_patches)
-    entering = num_patches if tower.method is None else tower.keep or num_patches
-    if settings.decoder_method is None:
-        return Setting(config, entering, (entering,) * (num_layers + 1))
-    planner = DecoderPlanner.shared(settings, num_layers, entering)
-    counts = planner.counts(planner.method, entering, planner.keep)
-    layers = [counts[planner.segments.of_layer(layer)] for layer in range(num_layers)]
-    return Setting(config, entering, (*layers, layers[-1]))
+        return estimate(SHAPE, self.plan, num_text_tokens=NUM_TEXT_TOKENS)
 
 
 def nearest(method: dict[str, Any], point: float) -> Setting | None:
@@ -96,11 +78,11 @@ def nearest(method: dict[str, Any], point: float) -> Setting | None:
         point: TFLOPs of the language model's prefill.
     """
     keeps = range(1, SHAPE.tower.num_patches + 1)
-    above = bisect_left(keeps, point, key=lambda keep: served({**method, "keep": keep}).tera_flops)
+    above = bisect_left(keeps, point, key=lambda keep: Setting({**method, "keep": keep}).tera_flops)
     around = {keeps[max(0, above - 1)], keeps[min(above, len(keeps) - 1)]}
-    settings = [served({**method, "keep": keep}) for keep in sorted(around)]
-    closest = min(settings, key=lambda setting: abs(setting.tera_flops - point))
-    return closest if abs(closest.tera_flops - point) <= 0.05 * point else None
+    settings = [Setting({**method, "keep": keep}) for keep in sorted(around)]
+    best = min(settings, key=lambda setting: abs(setting.tera_flops - point))
+    return best if abs(best.tera_flops - point) <= 0.05 * point else None
 
 
 def table() -> list[str]:
@@ -114,14 +96,14 @@ def table() -> list[str]:
             setting = nearest(method, point)
             schedule = method.get("schedule", "even, tower's layers 12 to 23")
             if setting is None:
-                least = served({**method, "keep": 1}).tera_flops
+                least = Setting({**method, "keep": 1}).tera_flops
                 lines.append(
                     f"| {point} | `{method['method']}` | {schedule} | none: at least {least:.2f} TFLOPs | | | |"
                 )
                 continue
             lines.append(
                 f"| {point} | `{method['method']}` | {schedule} | `{json.dumps(setting.config)}` "
-                f"| {_runs(setting.decoder[:-1])} | {setting.tera_flops:.2f} | {setting.kv_megabytes:.0f} |"
+                f"| {_runs(setting.plan.decoder[:-1])} | {setting.tera_flops:.2f} | {setting.kv_megabytes:.0f} |"
             )
     return lines
 

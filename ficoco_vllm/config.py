@@ -13,8 +13,11 @@ from ficoco_vllm.reduction.pipeline import PIPELINES
 
 NAME = "ficoco"
 DEFAULT_METHOD = "ficoco-v"
-# The budget when a method is named and no `keep`: the paper's smallest, 64 of 576.
-DEFAULT_SHARE = 1 / 9
+
+
+def default_keep(num_tokens: int) -> int:
+    """The budget where a method is named and no `keep`: a ninth of the tokens, the paper's smallest (64 of 576)."""
+    return max(1, round(num_tokens / 9))
 
 
 class FicocoConfig(BaseModel):
@@ -23,19 +26,19 @@ class FicocoConfig(BaseModel):
     Attributes:
         method: name of a method of the registry, or of one that reduces twice, or None: no reduction, as stock
             vLLM.
-        keep: visual tokens of an image that are left where the request names no budget, behind the vision tower
-            or, for a method of the decoder, in its last layers; None means a ninth of the patches.
-        keep_per: what `keep` counts for a method of the tower where an image is cut into tiles (LLaVA-NeXT): the tokens
+        keep: visual tokens of an image after the reduction where the request names no budget; None means a ninth of
+            the patches.
+        keep_per: what `keep` counts for a method of the tower that cuts images into tiles (LLaVA-NeXT): the tokens
             of each tile, or those of the image, which its tiles share.
         settings: hyperparameters of the method, by name; of one that reduces twice, those of its decoder part.
         kv_budget: for methods of the decoder, instead of `keep`: visual tokens of an image in the KV cache,
             averaged over the layers.
-        num_segments: for methods of the decoder: runs of layers with a KV length of their own; None leaves the
-            choice to us.
+        num_segments: for methods of the decoder: runs of layers with a KV length of their own; None chooses the
+            number that fits the method's layers.
         encoder: for a method that reduces twice: `keep` and settings of its part in the tower.
         backend: which implementation of the fused ops runs: "triton", "torch", or "auto", Triton where there is a GPU
-            and torch elsewhere. One that is named never gives way to another.
-        metrics: whether `/metrics` tells what the reduction saves and costs.
+            and torch elsewhere. One that is named never falls back to another.
+        metrics: whether `/metrics` reports what the reduction saves and costs.
         explain: whether a request may ask for a trace of its own reduction, which the viewer shows.
     """
 
@@ -55,7 +58,7 @@ class FicocoConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _gather_settings(cls, values: Any) -> Any:
-        """Accept hyperparameters beside `method` and `keep`, and the method left out."""
+        """Move hyperparameters beside `method` and `keep` into `settings`, and fill in the default method."""
         if not isinstance(values, Mapping):
             raise ValueError(f"{NAME} = {values!r} is not a mapping of settings")
         fields = {key: value for key, value in values.items() if key in cls.model_fields}
@@ -86,10 +89,10 @@ class FicocoConfig(BaseModel):
         else:
             pipeline.decoder.configure(**self.settings)
             FicocoConfig.model_validate({**self.encoder, "method": pipeline.encoder.name})
-        self._check_fields_of_the_decoder()
+        self._check_decoder_fields()
         return self
 
-    def _check_fields_of_the_decoder(self) -> None:
+    def _check_decoder_fields(self) -> None:
         if self.encoder and self.method not in PIPELINES:
             raise ValueError(f"encoder = {self.encoder!r} is allowed for {', '.join(PIPELINES)} only")
         if self.keep_per == "image" and self.decoder_method is not None:
@@ -121,7 +124,7 @@ class FicocoConfig(BaseModel):
         """
         pipeline = PIPELINES.get(self.method or "")
         if pipeline is not None:
-            final = self.keep if self.keep is not None else max(1, round(num_patches * DEFAULT_SHARE))
+            final = self.keep if self.keep is not None else default_keep(num_patches)
             keep = {"keep": pipeline.encoder_keep(num_patches, min(final, num_patches))}
             part = {"method": pipeline.encoder.name, "backend": self.backend}
             return FicocoConfig.model_validate({**keep, **self.encoder, **part})
@@ -129,10 +132,10 @@ class FicocoConfig(BaseModel):
 
     @classmethod
     def parse(cls, values: Any) -> "FicocoConfig":
-        """Check settings.
+        """Validate settings.
 
         Args:
-            values: a mapping, as it stands in `additional_config["ficoco"]`.
+            values: the mapping `additional_config["ficoco"]`.
 
         Raises:
             ValueError: naming each wrong field, its value and what is allowed.
@@ -150,7 +153,7 @@ class FicocoConfig(BaseModel):
             text: an object in JSON, or the path of a file that holds one.
 
         Returns:
-            The settings as they stand there, unchecked.
+            The settings, not yet validated.
 
         Raises:
             ValueError: the file cannot be read, or the text is no JSON object.
@@ -172,7 +175,7 @@ class FicocoConfig(BaseModel):
 
     @classmethod
     def of(cls, hf_config: Any) -> "FicocoConfig":
-        """The settings that `FicocoModelConfig` has checked and left on the model's configuration.
+        """The settings that `FicocoModelConfig` has validated and stored on the model's configuration.
 
         Args:
             hf_config: transformers' configuration of the model.

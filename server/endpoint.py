@@ -9,7 +9,6 @@ from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.environment import ENDPOINT_PLUGIN
 from ficoco_vllm.metrics.counting import token_layer_bytes
 from ficoco_vllm.metrics.savings import Accountant
-from ficoco_vllm.planning.server import Sites
 from ficoco_vllm.server.explain import routes
 from ficoco_vllm.server.explain.explainer import Explainer
 from ficoco_vllm.server.lifecycle.shutdown import Shutdown, ShutdownGate
@@ -64,15 +63,12 @@ class FicocoEndpoint:
 
 
 def _field_applier(engine_client: Any, config: FicocoConfig, args: Namespace) -> FieldApplier:
-    vllm_config = engine_client.vllm_config
-    hf_config = engine_client.model_config.hf_config
-    sites = Sites.of(config, hf_config)
-    num_segments = 1 if sites.decoder is None else sites.decoder.segments.num_segments
-    num_layers = hf_config.get_text_config().num_hidden_layers
+    accountant = Accountant.of(engine_client.model_config.hf_config)
+    plan = accountant.plan
     return FieldApplier(
-        Resolver(sites, _bounds(args)),
-        Accountant(config, hf_config, sites.tower, sites.decoder),
-        token_layer_bytes(vllm_config) * num_layers // num_segments,
+        Resolver(plan, _bounds(args)),
+        accountant,
+        token_layer_bytes(engine_client.vllm_config) * plan.num_layers // plan.num_segments,
         engine_client.input_processor,
     )
 

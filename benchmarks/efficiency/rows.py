@@ -7,8 +7,9 @@ from typing import Any
 from ficoco_vllm.benchmarks.harness.model import PATCHES
 from ficoco_vllm.benchmarks.harness.quantization import Weights
 from ficoco_vllm.config import FicocoConfig
-from ficoco_vllm.planning.decoder import DecoderPlanner
-from ficoco_vllm.reduction.cost import Budget, ModelShape, TokenPlan, encoder_tokens
+from ficoco_vllm.planning.server import ServerPlan
+from ficoco_vllm.planning.tower import Budget
+from ficoco_vllm.reduction.cost import ModelShape, TokenPlan
 
 # Weights and bits of the KV cache of the rows that the paper calls so. vLLM has no KV cache of 4 bits on a CPU.
 PRECISIONS: dict[str, tuple[Weights, int]] = {"fp16": ("plain", 16), "int8": ("int8", 8), "int4": ("int4", 8)}
@@ -73,17 +74,16 @@ TABLES = (
 
 
 def token_plan(row: Row, shape: ModelShape) -> TokenPlan:
-    """Visual tokens layer by layer, as the engine's own planner cuts the decoder into segments.
+    """Visual tokens layer by layer, as they are served.
 
     Args:
         row: what is served.
         shape: of the model.
     """
-    num_layers = shape.decoder.num_layers
-    served = DecoderPlanner.shared(FicocoConfig.parse(SETTINGS), num_layers, PATCHES)
-    counts = served.counts(served.method, row.tower, row.decoder)
-    layers = [counts[served.segments.of_layer(layer)] for layer in range(num_layers)]
-    return TokenPlan(encoder_tokens(shape, Budget(row.tower)), (*layers, counts[-1]))
+    plan = ServerPlan.for_model(FicocoConfig.parse(SETTINGS), shape)
+    assert plan.decoder is not None
+    counts = plan.decoder.counts(plan.decoder.method, row.tower, row.decoder)
+    return plan.image_tokens(Budget(plan.tower.default.method, row.tower), counts)
 
 
 def pairs() -> Iterator[tuple[Table, str]]:

@@ -19,18 +19,17 @@ def measure() -> dict[str, float]:
     from ficoco_vllm.metrics.counting import BatchOutputs, CountedRequest, RequestCounter
     from ficoco_vllm.metrics.families import metrics
     from ficoco_vllm.metrics.savings import Account, Accountant
-    from ficoco_vllm.planning.tower import VisionPlanner
-    from ficoco_vllm.planning.tower_shape import TowerShape
-    from ficoco_vllm.reduction.cost import KNOWN_MODELS
+    from ficoco_vllm.planning.server import ServerPlan
+    from ficoco_vllm.reduction.cost import KNOWN_MODELS, model_shape
 
     request_metrics.hook_request_metrics()
     meter = RequestCounter.__new__(RequestCounter)
     meter.metrics, meter.vllm_config = metrics(), CONFIG
     meter.model_name, meter.token_bytes, meter.only_engine = "m", 4096, "0"
     config = FicocoConfig.parse({"method": "ficoco-v", "keep": 64})
-    tower = VisionPlanner.shared(config, TowerShape((24, 24), 24, 23, False))
-    llava = SimpleNamespace(to_dict=lambda: dict(KNOWN_MODELS["llava-hf/llava-1.5-7b-hf"]))
-    accountant = Accountant(config, llava, tower, None)
+    shape = model_shape(KNOWN_MODELS["llava-hf/llava-1.5-7b-hf"])
+    accountant = Accountant(ServerPlan.for_model(config, shape), shape)
+    tower = accountant.plan.tower
 
     def account(num_text: int) -> Account:
         return accountant.account(num_text + 64, [(5, 64)], tower.default, None)

@@ -2,14 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import chain, repeat
 from typing import Any
 
 from ficoco_vllm.benchmarks.harness import model
 from ficoco_vllm.benchmarks.harness.model import WHOLE_MODELS
 from ficoco_vllm.config import FicocoConfig
-from ficoco_vllm.planning.decoder import DecoderPlanner
-from ficoco_vllm.reduction.cost import Budget, TokenPlan, estimate, model_shape, plan_tokens, unreduced
+from ficoco_vllm.planning.server import ServerPlan
+from ficoco_vllm.reduction.cost import TokenPlan, estimate, model_shape, unreduced
 
 NUM_TEXT_TOKENS = 60
 PATCHES = model.PATCHES
@@ -62,15 +61,8 @@ def token_plan(kind: Kind, num_layers: int, size: str = "7b") -> TokenPlan:
     shape = model_shape(model.config(num_layers, size))
     if kind.settings is None:
         return unreduced(shape)
-    if not kind.in_decoder:
-        return plan_tokens(shape, "ficoco-v", Budget(keep=kind.keep))
-    # The tower's part is the planner's; the decoder's is cut into segments, as only serving knows.
-    config = FicocoConfig.model_validate(dict(kind.settings))
-    two_sited = plan_tokens(shape, config.method or "", Budget(keep=kind.keep))
-    planner = DecoderPlanner.shared(config, num_layers, two_sited.decoder[0])
-    counts = planner.counts(planner.method, two_sited.decoder[0], kind.keep)
-    layers = chain.from_iterable(repeat(count, planner.segments.size) for count in counts)
-    return TokenPlan(two_sited.encoder, (*layers, counts[-1]))
+    config = FicocoConfig.model_validate({**kind.settings, "keep": kind.keep})
+    return ServerPlan.for_model(config, shape).image_tokens()
 
 
 def predicted_speedup(kind: Kind, num_layers: int, size: str = "7b") -> float:

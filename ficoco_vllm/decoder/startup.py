@@ -8,8 +8,8 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.logger import init_logger
 
 from ficoco_vllm.config import FicocoConfig
-from ficoco_vllm.kv.admission import planner_of
 from ficoco_vllm.planning.decoder import DecoderPlanner
+from ficoco_vllm.planning.server import decoder_planner
 
 SCHEDULER = "ficoco_vllm.kv.scheduler.SegmentScheduler"
 
@@ -30,7 +30,7 @@ def prepare_decoder(vllm_config: Any, config: FicocoConfig) -> None:
     refusal = find_refusal(vllm_config)
     if refusal is not None:
         raise ValueError(f"ficoco.method = {config.method!r}: {refusal}")
-    planner = planner_of(vllm_config)
+    planner = decoder_planner(vllm_config.model_config.hf_config)
     scheduler = vllm_config.scheduler_config
     scheduler.scheduler_cls = SCHEDULER
     scheduler.enable_chunked_prefill = False

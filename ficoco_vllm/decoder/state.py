@@ -16,9 +16,10 @@ from ficoco_vllm.decoder.boundary import boundary, num_rows
 from ficoco_vllm.decoder.decoder import ReducingStep
 from ficoco_vllm.decoder.sampler import GreedySampler
 from ficoco_vllm.decoder.startup import replays_prefills
-from ficoco_vllm.kv.admission import images_of, planner_of
+from ficoco_vllm.kv.admission import images_of
 from ficoco_vllm.planning.decoder import RequestPlan
-from ficoco_vllm.tracing.store import TRACE
+from ficoco_vllm.planning.server import decoder_planner
+from ficoco_vllm.request_fields import TRACE
 
 Counts = npt.NDArray[np.int32]
 
@@ -36,7 +37,7 @@ class DecoderModelState(DefaultModelState):
         # Other settings of the compiler can lead to it after the first check.
         if replays_prefills(self.vllm_config):
             raise ValueError("cudagraph_mode = 'FULL' is not allowed where the decoder reduces")
-        self.planner = planner_of(self.vllm_config)
+        self.planner = decoder_planner(self.vllm_config.model_config.hf_config)
         self.plans: dict[str, RequestPlan] = {}
         self.traced: dict[str, int] = {}  # of the requests that asked for a trace
         self.step: ReducingStep | None = None

@@ -7,27 +7,8 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import BeamSearchParams
 
 from ficoco_vllm.config import FicocoConfig
-from ficoco_vllm.planning.decoder import KEEP, METHOD, DecoderPlanner
-from ficoco_vllm.planning.tower import VisionPlanner
-from ficoco_vllm.planning.tower_shape import TowerShape
-
-
-def planner_of(vllm_config: Any) -> DecoderPlanner:
-    """The planner of a served model whose method works in the decoder.
-
-    Args:
-        vllm_config: vLLM's configuration, checked by `FicocoModelConfig`.
-
-    Raises:
-        ValueError: the settings do not fit the model.
-    """
-    hf_config = vllm_config.model_config.hf_config
-    config = FicocoConfig.of(hf_config)
-    tower = VisionPlanner.shared(config, TowerShape.from_hf_config(hf_config))
-    num_layers = hf_config.get_text_config().num_hidden_layers
-    return DecoderPlanner.shared(
-        config, num_layers, tower.num_output_tokens(tower.default), tower.decoder_most
-    )
+from ficoco_vllm.planning.server import decoder_planner
+from ficoco_vllm.request_fields import KEEP, METHOD, TRACE, check_trace_id, find_unknown, unknown_field
 
 
 def images_of(request: Any) -> list[tuple[int, int]]:
@@ -66,7 +47,12 @@ def check_request(vllm_config: Any, request: Any) -> None:
     images = images_of(request)
     num_tokens = len(request.prompt_token_ids or ())
     try:
-        plan = planner_of(vllm_config).plan(num_tokens, images, extra_args)
+        unknown = find_unknown(extra_args, explain=config.explain)
+        if unknown is not None:
+            raise ValueError(unknown_field(unknown))
+        if TRACE in extra_args:
+            check_trace_id(extra_args[TRACE])
+        plan = decoder_planner(vllm_config.model_config.hf_config).plan(num_tokens, images, extra_args)
     except ValueError as error:
         field = next((name for name in (KEEP, METHOD) if str(error).startswith(name)), None)
         raise VLLMValidationError(str(error), parameter=field) from error

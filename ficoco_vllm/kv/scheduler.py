@@ -8,10 +8,11 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.request import Request
 
 from ficoco_vllm.config import FicocoConfig
-from ficoco_vllm.kv.admission import images_of, planner_of
+from ficoco_vllm.kv.admission import images_of
 from ficoco_vllm.kv.manager import SegmentManager
 from ficoco_vllm.metrics.families import metrics
 from ficoco_vllm.planning.decoder import RequestPlan
+from ficoco_vllm.planning.server import decoder_planner
 
 
 class SegmentScheduler(AsyncScheduler):
@@ -19,7 +20,7 @@ class SegmentScheduler(AsyncScheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.planner = planner_of(self.vllm_config)
+        self.planner = decoder_planner(self.vllm_config.model_config.hf_config)
         self.plans: dict[str, RequestPlan] = {}
         assert not self.scheduler_config.enable_chunked_prefill
         assert not self.cache_config.enable_prefix_caching

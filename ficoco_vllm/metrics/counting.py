@@ -8,11 +8,9 @@ from typing import Any
 from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 
 from ficoco_vllm.config import FicocoConfig
-from ficoco_vllm.kv.admission import planner_of
 from ficoco_vllm.metrics.families import NO_ENGINE, OFF, TEXT, metrics, observe_all, set_default_budget
 from ficoco_vllm.metrics.savings import Account, Accountant
-from ficoco_vllm.planning.tower import Budget, VisionPlanner
-from ficoco_vllm.planning.tower_shape import TowerShape
+from ficoco_vllm.planning.tower import Budget
 
 
 @dataclass
@@ -54,16 +52,13 @@ class RequestCounter:
         """
         self.vllm_config = vllm_config
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
-        config = FicocoConfig.of(model.hf_config)
-        tower = VisionPlanner.shared(config, TowerShape.from_hf_config(model.hf_config))
-        decoder = None if config.decoder_method is None else planner_of(vllm_config)
-        self.accountant = Accountant(config, model.hf_config, tower, decoder)
+        self.accountant = Accountant.of(model.hf_config)
+        plan = self.accountant.plan
         self.metrics = metrics()
         self.model_name: str = model.served_model_name
-        self.method = config.method or OFF
-        self.num_segments = 1 if decoder is None else decoder.segments.num_segments
-        num_layers: int = model.hf_config.get_text_config().num_hidden_layers
-        self.token_bytes = token_layer_bytes(vllm_config) * num_layers // self.num_segments
+        self.method = plan.config.method or OFF
+        self.num_segments = plan.num_segments
+        self.token_bytes = token_layer_bytes(vllm_config) * plan.num_layers // self.num_segments
         self.num_engines = 1
         self.only_engine = "0" if parallel.data_parallel_size == 1 else NO_ENGINE
 
@@ -81,7 +76,7 @@ class RequestCounter:
         """Set the counters to zero before the first request, so that rates include it."""
         self.num_engines = max(1, len(engines))
         families = self.metrics
-        decoder, tower = self.accountant.decoder, self.accountant.tower
+        decoder, tower = self.accountant.plan.decoder, self.accountant.plan.tower
         keep = tower.default.keep if decoder is None else decoder.keep
         for index in engines:
             set_default_budget(self.model_name, self.method, keep, index)
@@ -156,7 +151,7 @@ class RequestCounter:
             usage: share of the blocks in use, as vLLM measures it.
             engine: label.
         """
-        if self.accountant.decoder is not None:
+        if self.accountant.plan.decoder is not None:
             return
         total = self.vllm_config.cache_config.num_gpu_blocks or 0
         per_engine = total // self.num_engines  # vLLM adds up those of the engines that it talks to

@@ -1,4 +1,4 @@
-"""LLaVA with visual tokens reduced in the vision tower or the decoder; takes the place of vLLM's class."""
+"""LLaVA with visual tokens reduced in the vision tower or the decoder; replaces vLLM's class."""
 
 from collections import defaultdict
 
@@ -18,12 +18,12 @@ from vllm.multimodal.processing import BaseMultiModalProcessor, InputProcessingC
 
 from ficoco_vllm.models.reduced_llava import ReducingLlava
 from ficoco_vllm.planning.tower import Budget
-from ficoco_vllm.processing import KEEP, METHOD, FicocoMultiModalProcessor, FicocoProcessingInfo
-from ficoco_vllm.tracing.store import TRACE
+from ficoco_vllm.processing import FicocoMultiModalProcessor, FicocoProcessingInfo
+from ficoco_vllm.request_fields import KEEP, METHOD, TRACE
 
 
 def _build_info(ctx: InputProcessingContext) -> BaseLlavaProcessingInfo:
-    """Ours for the towers that can be reduced, vLLM's for the rest."""
+    """Our processing info for towers that can be reduced, vLLM's for others."""
     if isinstance(ctx.get_hf_config().vision_config, CLIPVisionConfig):
         return FicocoProcessingInfo(ctx)
     return _build_llava_or_pixtral_hf_info(ctx)
@@ -41,7 +41,7 @@ def _build_processor(
     _build_processor, info=_build_info, dummy_inputs=LlavaDummyInputsBuilder
 )
 class FicocoLlava(ReducingLlava, LlavaForConditionalGeneration):
-    """vLLM's LLaVA; images whose budget is below the number of patches take the reducing way."""
+    """vLLM's LLaVA, with reduction of the images whose budget is below the number of patches."""
 
     def embed_multimodal(self, **kwargs: object) -> MultiModalEmbeddings:
         """Embed the images of a step, those of one budget together.
@@ -80,7 +80,7 @@ class FicocoLlava(ReducingLlava, LlavaForConditionalGeneration):
         Args:
             pixels: (B, 3, height, width).
             budget: method and number of patch tokens.
-            traced: index in the batch to trace, of the images that are traced.
+            traced: maps index in the batch to trace id, for the images that are traced.
 
         Returns:
             (B, num_tokens, hidden size of the language model).

@@ -17,21 +17,20 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import BaseMultiModalProcessor, InputProcessingContext
 
 from ficoco_vllm.models.reduced_llava import ReducingLlava
-from ficoco_vllm.planning.tiles import Layout, Tile, layout, tile_plan
+from ficoco_vllm.planning.tiles import Layout, Tile
 from ficoco_vllm.planning.tiling import Crop
 from ficoco_vllm.planning.tower import Budget
-from ficoco_vllm.processing import KEEP, METHOD, reducible
-from ficoco_vllm.processing_next import FicocoNextProcessingInfo, FicocoNextProcessor
-from ficoco_vllm.tracing.store import TRACE
+from ficoco_vllm.processing import FicocoNextProcessingInfo, FicocoNextProcessor, reducible
+from ficoco_vllm.request_fields import KEEP, METHOD, TRACE
 from ficoco_vllm.vision.packing import Kept, pack
 from ficoco_vllm.vision.tower import cropped
 
-# Tiles of equal budget and crop run together: image of the step, number of the tile among those of its layout, tile.
+# Tiles of equal budget and crop, which run together: index of the image, index of the tile in its layout, tile.
 _Jobs = list[tuple[int, int, Tile]]
 
 
 def _build_info(ctx: InputProcessingContext) -> LlavaNextProcessingInfo:
-    """Ours for the models that can be reduced, vLLM's for the rest (other towers, several feature layers)."""
+    """Our processing info for models that can be reduced, vLLM's for others (other towers, several feature layers)."""
     return FicocoNextProcessingInfo(ctx) if reducible(ctx.get_hf_config()) else LlavaNextProcessingInfo(ctx)
 
 
@@ -47,7 +46,7 @@ def _build_processor(
     _build_processor, info=_build_info, dummy_inputs=LlavaDummyInputsBuilder
 )
 class FicocoLlavaNext(ReducingLlava, LlavaNextForConditionalGeneration):
-    """vLLM's LLaVA-NeXT; images from which any token leaves in the tower take the reducing way."""
+    """vLLM's LLaVA-NeXT, with reduction of the images whose budget is below their number of tokens."""
 
     image_newline: Any
 
@@ -61,7 +60,7 @@ class FicocoLlavaNext(ReducingLlava, LlavaNextForConditionalGeneration):
             One tensor (num_tokens, hidden size) for each image, in order.
         """
         keep, method = (kwargs.pop(name, None) for name in (KEEP, METHOD))
-        kwargs.pop(TRACE, None)  # refused at start-up, so never sent
+        kwargs.pop(TRACE, None)  # never set: `explain` is refused at start-up
         pixels: Any = kwargs.get("pixel_values")
         if self.planner is None or not isinstance(keep, Tensor) or pixels is None:
             return super().embed_multimodal(**kwargs)
@@ -72,10 +71,10 @@ class FicocoLlavaNext(ReducingLlava, LlavaNextForConditionalGeneration):
             for number, count in zip(method.tolist(), keep.tolist(), strict=True)
         ]
         layouts = [
-            layout(self.planner, int(height), int(width), budget)
+            self.planner.layout(budget, int(height), int(width))
             for (height, width), budget in zip(sizes, budgets, strict=True)
         ]
-        whole = [index for index, found in enumerate(layouts) if not found.reduces]
+        whole = [index for index, layout in enumerate(layouts) if not layout.reduces]
         if len(whole) == len(layouts):
             return super().embed_multimodal(**kwargs)
         embeddings: list[Tensor] = [self.image_newline.new_empty(0)] * len(layouts)
@@ -86,9 +85,9 @@ class FicocoLlavaNext(ReducingLlava, LlavaNextForConditionalGeneration):
             for index, embedding in zip(whole, of_whole, strict=True):
                 embeddings[index] = embedding
         kept = self._keep(pixels, layouts, budgets)
-        for index, found in enumerate(layouts):
-            if found.reduces:
-                embeddings[index] = pack(found, kept[index], self.image_newline, self.planner.shape.grid[0])
+        for index, layout in enumerate(layouts):
+            if layout.reduces:
+                embeddings[index] = pack(layout, kept[index], self.image_newline, self.planner.shape.grid[0])
         return embeddings
 
     def _keep(
@@ -105,8 +104,8 @@ class FicocoLlavaNext(ReducingLlava, LlavaNextForConditionalGeneration):
             Image to what is left of each tile of its layout.
         """
         groups: dict[tuple[str | None, int, Crop], _Jobs] = defaultdict(list)
-        for image, (found, budget) in enumerate(zip(layouts, budgets, strict=True)):
-            for number, tile in enumerate(found.tiles if found.reduces else ()):
+        for image, (layout, budget) in enumerate(zip(layouts, budgets, strict=True)):
+            for number, tile in enumerate(layout.tiles if layout.reduces else ()):
                 groups[budget.method, tile.keep, tile.place.crop].append((image, number, tile))
         kept: dict[tuple[int, int], Kept] = {}
         for (method, count, _), jobs in groups.items():
@@ -117,9 +116,9 @@ class FicocoLlavaNext(ReducingLlava, LlavaNextForConditionalGeneration):
                 for (image, number, _), *one in zip(chunk, tokens, position, strict=True):
                     kept[image, number] = Kept(*one)
         return {
-            image: [kept[image, number] for number in range(len(found.tiles))]
-            for image, found in enumerate(layouts)
-            if found.reduces
+            image: [kept[image, number] for number in range(len(layout.tiles))]
+            for image, layout in enumerate(layouts)
+            if layout.reduces
         }
 
     def _run(self, pixels: Tensor, budget: Budget, tile: Tile) -> tuple[Tensor, Tensor]:
@@ -135,7 +134,7 @@ class FicocoLlavaNext(ReducingLlava, LlavaNextForConditionalGeneration):
         """
         assert self.planner is not None
         crop, grid = tile.place.crop, self.planner.shape.grid
-        plan = tile_plan(self.planner, budget, tile)
+        plan = self.planner.tile_plan(budget, tile)
         if plan is None:
             features = cropped(self._image_pixels_to_features(self.vision_tower, pixels), grid, crop)
             position = torch.arange(crop.num_patches, device=features.device).expand(len(pixels), -1)

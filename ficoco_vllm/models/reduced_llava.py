@@ -1,4 +1,4 @@
-"""What the LLaVA classes that take the place of vLLM's have in common."""
+"""Base of the LLaVA classes that replace vLLM's."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,25 +12,24 @@ from vllm.forward_context import get_forward_context, is_forward_context_availab
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.decoder.decoder import ReducingStep, SegmentedDecoder
 from ficoco_vllm.hooks.segment_cache import hook_kv_cache_specs
-from ficoco_vllm.kv.admission import planner_of
 from ficoco_vllm.metrics.families import metrics
 from ficoco_vllm.metrics.stopwatch import Stopwatch
+from ficoco_vllm.planning.server import ServerPlan
 from ficoco_vllm.planning.tiling import Crop
 from ficoco_vllm.planning.tower import VisionPlan, VisionPlanner
-from ficoco_vllm.planning.tower_shape import TowerShape
 from ficoco_vllm.tracing.store import Traces
 from ficoco_vllm.vision.tower import Tokens, encode
 
 
 class ReducingLlava(nn.Module):
-    """To be put in front of a LLaVA class of vLLM's: reduces in tower and decoder.
+    """Mixin for a LLaVA class of vLLM's: reduces in tower and decoder.
 
     Attributes:
-        planner: of the tower; None where nothing is reduced there.
-        decoder: view of the language model; None where nothing is reduced there.
-        watch: takes the time of the reductions.
+        planner: of the tower, None unless a method works there.
+        decoder: view of the language model, None unless a method works there.
+        stopwatch: times the reductions in the tower.
         traces: of the requests that are traced.
-        max_images: images, or tiles, that the tower takes at once.
+        max_images: images, or tiles, that the tower encodes in one batch.
     """
 
     config: Any
@@ -41,30 +40,31 @@ class ReducingLlava(nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        config = FicocoConfig.of(self.config)
         self.planner: VisionPlanner | None = None
         self.decoder: SegmentedDecoder | None = None
-        self.watch: Stopwatch | None = None
+        self.stopwatch: Stopwatch | None = None
         self.traces = Traces()
-        shape = None if config.method is None else TowerShape.from_hf_config(self.config)
-        if shape is not None and config.decoder_method is not None:
+        if FicocoConfig.of(self.config).method is None:
+            return
+        plan = ServerPlan.served(self.config)
+        shape = plan.tower.shape
+        if plan.decoder is not None:
             from ficoco_vllm.decoder.state import DecoderModelState  # imports Triton, which V1 does without
 
-            decoder_planner = planner_of(vllm_config)
-            hook_kv_cache_specs(self.language_model.model, decoder_planner.segments)
+            hook_kv_cache_specs(self.language_model.model, plan.decoder.segments)
             self.decoder = SegmentedDecoder(
                 self.language_model.model,
-                decoder_planner,
+                plan.decoder,
                 shape.grid,
                 compiled=vllm_config.compilation_config.mode != CompilationMode.NONE,
-                stopwatch=_watch(vllm_config, config.decoder_method.name, "decoder"),
+                stopwatch=_stopwatch(vllm_config, plan.decoder.method, "decoder"),
                 traces=self.traces,
             )
             # vLLM looks for this name; without a method in the decoder it must not find it.
             self.get_model_state_cls = lambda: DecoderModelState
-        if shape is not None and config.tower_part(shape.num_patches).method is not None:
-            self.planner = VisionPlanner.shared(config, shape)
-            self.watch = _watch(vllm_config, str(self.planner.default.method), "tower")
+        if plan.tower.active:
+            self.planner = plan.tower
+            self.stopwatch = _stopwatch(vllm_config, str(plan.tower.default.method), "tower")
             # As many at once as stock vLLM would take, so that a burst of small budgets needs no more memory.
             at_once = vllm_config.scheduler_config.max_num_batched_tokens // shape.num_patches
             self.max_images = max(1 if shape.tiling is None else shape.tiling.most_tiles, at_once)
@@ -83,9 +83,9 @@ class ReducingLlava(nn.Module):
         Args:
             input_ids: (tokens,) or None.
             positions: (tokens,).
-            intermediate_tensors: None, since a decoder that reduces is whole on each worker.
+            intermediate_tensors: None, since a decoder that reduces has no pipeline stages.
             inputs_embeds: (tokens, hidden size).
-            reduction: given in the steps that reduce a prompt in the decoder.
+            reduction: set in the steps that reduce a prompt in the decoder.
             **kwargs: of vLLM's class.
         """
         if reduction is None:
@@ -105,16 +105,16 @@ class ReducingLlava(nn.Module):
         Args:
             pixels: (B, 3, height, width).
             plan: of all of them.
-            traced: index in the batch to trace, of the images that are traced.
+            traced: maps index in the batch to trace id, for the images that are traced.
             crop: of tiles with padding, the patches that show the image.
         """
         assert self.planner is not None
-        # Not the made-up images with which vLLM profiles before it allocates the KV cache.
-        stopwatch = self.watch if self._has_kv_cache() else None
+        # The dummy images with which vLLM profiles, before it allocates the KV cache, are not timed.
+        stopwatch = self.stopwatch if self._has_kv_cache() else None
         lap = None if stopwatch is None else stopwatch.lap(plan.reducer.method.name, pixels.device)
-        watch = partial(self.traces.observer, traced=traced) if traced else None
+        observer = partial(self.traces.observer, traced=traced) if traced else None
         tower, grid = self.vision_tower.vision_model, self.planner.shape.grid
-        tokens = encode(tower, pixels, plan, grid, lap, watch, crop)
+        tokens = encode(tower, pixels, plan, grid, lap, observer, crop)
         if stopwatch is not None and lap is not None:
             stopwatch.hand_in(lap)
         return tokens
@@ -128,8 +128,8 @@ def _numel(kv_cache: Any) -> int:
     return sum(cache.numel() for cache in (kv_cache if isinstance(kv_cache, list | tuple) else [kv_cache]))
 
 
-def _watch(vllm_config: VllmConfig, method: str, site: str) -> Stopwatch | None:
-    """What takes the time of the reductions at one site, on the first of several tensor-parallel workers.
+def _stopwatch(vllm_config: VllmConfig, method: str, site: str) -> Stopwatch | None:
+    """The stopwatch of the reductions at one site, on the first tensor-parallel worker only.
 
     Args:
         vllm_config: vLLM's configuration.

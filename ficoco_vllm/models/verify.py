@@ -1,4 +1,4 @@
-"""Start-up: settings are checked before anything is loaded, and left where processor and workers find them."""
+"""Start-up: validates settings before anything is loaded, and stores them where processor and workers find them."""
 
 import os
 
@@ -17,11 +17,11 @@ logger = init_logger("vllm.ficoco")
 
 
 class FicocoModelConfig(VerifyAndUpdateConfig):
-    """Hook of vLLM's configuration for the architectures that we replace."""
+    """vLLM's configuration hook for the architectures that we replace."""
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        """Check `additional_config["ficoco"]` against the model; nothing happens without it.
+        """Validate `additional_config["ficoco"]` against the model; does nothing without it.
 
         Raises:
             ValueError: naming the field, its value and what is allowed.
@@ -49,7 +49,7 @@ class FicocoModelConfig(VerifyAndUpdateConfig):
         planner = VisionPlanner.shared(config, shape)
         if config.explain:
             _allow_traces(vllm_config)
-        # The processor is given the model's configuration only, so the settings travel with that, to every process.
+        # The processor gets the model's configuration only, so the settings travel with it to every process.
         setattr(hf_config, NAME, config.model_dump(mode="json"))
         hook_admission()
         hook_renderer()
@@ -71,7 +71,7 @@ class FicocoModelConfig(VerifyAndUpdateConfig):
 
 
 def _check_backend(config: FicocoConfig) -> None:
-    """Refuse kernels that cannot run here at start-up, not at the first image."""
+    """Refuse kernels that cannot run here at start-up instead of at the first image."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if config.backend == "triton" and not (current_platform.is_cuda_alike() or interpreted):
         raise ValueError(
@@ -81,12 +81,12 @@ def _check_backend(config: FicocoConfig) -> None:
 
 
 def _allow_traces(vllm_config: VllmConfig) -> None:
-    """Give the workers the method that hands traces out."""
+    """Give the workers the method that returns traces."""
     parallel = vllm_config.parallel_config
     if parallel.worker_extension_cls not in ("", TRACING_WORKER):
         raise ValueError(
             f"worker_extension_cls = {parallel.worker_extension_cls!r} is not allowed with ficoco.explain, "
-            f"which hands traces out through {TRACING_WORKER}"
+            f"which returns traces through {TRACING_WORKER}"
         )
     if parallel.data_parallel_size > 1:
         raise ValueError(

@@ -1,7 +1,7 @@
 """How many visual tokens of a request each segment of the decoder holds: integers, the same in every process.
 
 How many tokens leave is a pure function of prompt and budget; only which ones leave is data. Scheduler and workers
-compute the plan each for itself, so nothing is communicated and nothing waits for the device.
+each compute the plan, so nothing is communicated and nothing waits for the device.
 """
 
 from bisect import bisect_right
@@ -11,17 +11,13 @@ from functools import cache, cached_property, lru_cache
 from statistics import fmean
 from typing import Any
 
-from ficoco_vllm.config import DEFAULT_SHARE, FicocoConfig
+from ficoco_vllm.config import FicocoConfig, default_keep
 from ficoco_vllm.planning.segments import Segments, scaled
 from ficoco_vllm.reduction import Reducer, available, get
 from ficoco_vllm.reduction.method import SITES
-from ficoco_vllm.reduction.schedule import make_schedule
+from ficoco_vllm.reduction.schedule import DECODER_START_LAYER, make_schedule
 from ficoco_vllm.reduction.stages import spatial
-from ficoco_vllm.tracing.store import TRACE, check_trace_id
-
-# What a request may say in `vllm_xargs`.
-KEEP = "ficoco_keep"
-METHOD = "ficoco_method"
+from ficoco_vllm.request_fields import KEEP, METHOD
 
 
 @dataclass(frozen=True)
@@ -29,7 +25,7 @@ class RequestPlan:
     """Tokens of one request in every segment.
 
     Attributes:
-        method: name of the method that reduces.
+        method: that reduces.
         num_prompt_tokens: before any reduction.
         images: offset in the prompt and number of tokens of each image, ascending.
         counts: counts[s][j] visual tokens of image j in segment s.
@@ -42,7 +38,7 @@ class RequestPlan:
 
     @cached_property
     def dropped(self) -> tuple[int, ...]:
-        """Prompt tokens that are missing in each segment."""
+        """Prompt tokens without a KV slot in each segment."""
         total = sum(length for _, length in self.images)
         return tuple(total - sum(counts) for counts in self.counts)
 
@@ -52,11 +48,11 @@ class RequestPlan:
         return self.dropped[-1] > 0
 
     def num_kv_tokens(self, segment: int, num_tokens: int) -> int:
-        """Tokens that a segment's KV cache holds once so many tokens of the request have been computed.
+        """Tokens that a segment's KV cache holds once `num_tokens` of the request have been computed.
 
         Args:
             segment: index.
-            num_tokens: computed tokens, prompt and answer; a prompt that is reduced is computed in one step.
+            num_tokens: of prompt and answer; a prompt that is reduced is computed in one step.
         """
         if not self.reduces or num_tokens == 0:
             return num_tokens
@@ -69,11 +65,10 @@ class DecoderPlanner:
     """All plans of one decoder under one configuration.
 
     Attributes:
-        config: the server's settings.
+        config: settings of the server.
         segments: of the decoder.
-        num_visual_tokens: of an image as it enters the decoder, unless the request says otherwise; of the largest image
-            where they differ.
-        most: a budget that is always allowed, also for prompts whose images are smaller.
+        num_visual_tokens: of the largest image that enters the decoder under the tower's default budget.
+        most: a budget that is always allowed, even for prompts whose images are smaller.
     """
 
     config: FicocoConfig
@@ -85,13 +80,13 @@ class DecoderPlanner:
     def shared(
         cls, config: FicocoConfig, num_layers: int, num_visual_tokens: int, most: int = 0
     ) -> "DecoderPlanner":
-        """The planner of these settings, checked once and then kept.
+        """The cached planner of these settings, validated once.
 
         Args:
-            config: the server's settings, with a method that works in the decoder.
+            config: settings of the server, with a method that works in the decoder.
             num_layers: of the decoder.
-            num_visual_tokens: of an image as it leaves the tower, of the largest where they differ.
-            most: a budget that is always allowed.
+            num_visual_tokens: see the attributes.
+            most: see the attributes.
 
         Raises:
             ValueError: the settings do not fit the decoder.
@@ -100,7 +95,7 @@ class DecoderPlanner:
 
     @cached_property
     def methods(self) -> tuple[str, ...]:
-        """Methods that a request may ask for."""
+        """Methods that a request may name."""
         reducers = {name: get(name).configure() for name in available("decoder")}
         return tuple(
             name
@@ -110,17 +105,17 @@ class DecoderPlanner:
 
     @property
     def method(self) -> str:
-        """The method where a request names none."""
+        """The method of a request that names none."""
         method = self.config.decoder_method
         assert method is not None
         return method.name
 
     @cached_property
     def keep(self) -> int:
-        """Tokens of an image in the last segment where a request names no budget; of the largest image.
+        """Tokens of the largest image in the last segment where a request names no budget.
 
         Raises:
-            ValueError: no number of tokens meets the average over the layers that the settings ask for.
+            ValueError: no number of tokens meets the settings' average over the layers.
         """
         num_tokens, budget = self.num_visual_tokens, self.config.kv_budget
         least = 0.0 if budget is None else fmean(self.counts(self.method, num_tokens, 1))
@@ -140,30 +135,29 @@ class DecoderPlanner:
         return _keep_of(self, num_tokens)
 
     def reducer(self, method: str) -> Reducer:
-        """A method with its settings: the server's for the server's method, else its own defaults."""
+        """A method with the server's settings if it is the server's method, else with its own defaults."""
         return _reducer(self, method)
 
     def reducing_segments(self, method: str) -> tuple[int, ...]:
-        """Segments in whose last layer a method lets tokens leave, ascending.
+        """Segments in whose last layer a method removes tokens, ascending.
 
         Raises:
             ValueError: a layer that the settings name is not one of this decoder.
         """
-        last = self.segments.num_segments - 1
-        layers = _layers(self.reducer(method), self.segments.num_layers)
-        found = sorted({self.segments.nearest(layer) for layer in layers})
-        settings = self.reducer(method).settings
-        if getattr(settings, "layers", None) is None:
-            found = list(range(found[0], last))
-        return tuple(found)
+        reducer = self.reducer(method)
+        layers = _layers(reducer, self.segments.num_layers)
+        segments = sorted({self.segments.nearest(layer) for layer in layers})
+        if getattr(reducer.settings, "layers", None) is None:
+            return tuple(range(segments[0], self.segments.num_segments - 1))
+        return tuple(segments)
 
     def counts(self, method: str, num_tokens: int, keep: int) -> tuple[int, ...]:
         """Visual tokens of one image in every segment.
 
         Args:
-            method: name.
+            method: that reduces.
             num_tokens: that enter the decoder.
-            keep: that are to be left in the last segment; an image that has fewer keeps them all.
+            keep: tokens to leave in the last segment; an image that has fewer keeps them all.
 
         Raises:
             ValueError: the method's schedule cannot do it.
@@ -173,21 +167,30 @@ class DecoderPlanner:
     def plan(
         self, num_prompt_tokens: int, images: Sequence[tuple[int, int]], extra_args: Mapping[str, Any] | None
     ) -> RequestPlan:
-        """The plan of a request. Every image has the whole budget for itself.
+        """The plan of a request, in which each image has the whole budget.
 
         Args:
-            num_prompt_tokens: placeholders of images included.
+            num_prompt_tokens: including placeholders of images.
             images: offset and number of tokens of each.
-            extra_args: the request's `vllm_xargs`, or None.
+            extra_args: the request's `vllm_xargs`, or None. Only `KEEP` and `METHOD` are read.
 
         Raises:
             ValueError: starting with the field, then its value and what is allowed.
         """
-        entering = max([self.num_visual_tokens, self.most, *(length for _, length in images)])
-        method, asked = self._asked(extra_args or {}, entering)
+        extra_args = extra_args or {}
+        method = extra_args.get(METHOD, self.method)
+        if method not in self.methods:
+            raise ValueError(
+                f"{METHOD} = {method!r} is not a method that the decoder of this server can run; "
+                f"allowed: {', '.join(self.methods)}"
+            )
+        budget = None
+        if KEEP in extra_args:
+            most = max([self.num_visual_tokens, self.most, *(length for _, length in images)])
+            budget = _check_keep(extra_args[KEEP], most)
         per_image = []
         for _, length in images:
-            keep = self.keep_of(length) if asked is None else asked
+            keep = self.keep_of(length) if budget is None else budget
             try:
                 per_image.append(self.counts(method, length, keep))
             except ValueError as error:
@@ -196,47 +199,33 @@ class DecoderPlanner:
         empty: tuple[tuple[int, ...], ...] = ((),) * self.segments.num_segments
         return RequestPlan(method, num_prompt_tokens, tuple(sorted(images)), counts or empty)
 
-    def _asked(self, extra_args: Mapping[str, Any], most: int) -> tuple[str, int | None]:
-        allowed = (KEEP, METHOD, TRACE) if self.config.explain else (KEEP, METHOD)
-        unknown = sorted(key for key in extra_args if key.startswith("ficoco_") and key not in allowed)
-        if unknown:
-            raise ValueError(f"{unknown[0]} is not a field of this server; allowed: {KEEP}, {METHOD}")
-        if TRACE in extra_args:
-            check_trace_id(extra_args[TRACE])
-        method = extra_args.get(METHOD, self.method)
-        if method not in self.methods:
-            raise ValueError(
-                f"{METHOD} = {method!r} is not a method that the decoder of this server can run; "
-                f"allowed: {', '.join(self.methods)}"
-            )
-        keep = extra_args.get(KEEP)
-        if KEEP not in extra_args:
-            return method, None
-        if isinstance(keep, float) and keep.is_integer():
-            keep = int(keep)  # vLLM's request schema may hand an integer on as a float
-        if isinstance(keep, bool) or not isinstance(keep, int) or not 1 <= keep <= most:
-            raise ValueError(f"{KEEP} = {keep!r} is not allowed; allowed: an integer from 1 to {most}")
-        return method, keep
+
+def _check_keep(keep: Any, most: int) -> int:
+    if isinstance(keep, float) and keep.is_integer():
+        keep = int(keep)  # vLLM's request schema may turn an integer into a float
+    if isinstance(keep, bool) or not isinstance(keep, int) or not 1 <= keep <= most:
+        raise ValueError(f"{KEEP} = {keep!r} is not allowed; allowed: an integer from 1 to {most}")
+    return keep
 
 
 def _layers(reducer: Reducer, num_layers: int) -> tuple[int, ...]:
-    """Layers that a method names, or the first one if it reduces in all from there on."""
+    """Layers that a method names, or only the first one if it reduces in all from there on."""
     settings = reducer.settings
     name = "layers" if getattr(settings, "layers", None) is not None else "start_layer"
     value = getattr(settings, name, None)
-    layers = value if isinstance(value, tuple) else (3 if value is None else value,)
+    layers = value if isinstance(value, tuple) else (DECODER_START_LAYER if value is None else value,)
     if name not in settings.model_fields_set:
         return scaled(layers, num_layers)
     if max(layers) > num_layers - 2:
         raise ValueError(
             f"ficoco.{name} = {value} is not allowed; allowed: layers 0 to {num_layers - 2}, "
-            "since behind the last one there is nothing left to save"
+            "since after the last one there is nothing left to save"
         )
     return layers
 
 
 def _why_not(reducer: Reducer) -> str | None:
-    """Why a method cannot run in the decoder, whatever it measures; None if it can."""
+    """Why a method cannot run in the decoder, whatever its signals; None if it can."""
     if reducer.num_extra:
         return (
             f"ficoco.method = {reducer.method.name!r}: its fused extra tokens have no place in the prompt, "
@@ -264,12 +253,12 @@ def _reducer(planner: DecoderPlanner, method: str) -> Reducer:
 def _keep_of(planner: DecoderPlanner, num_tokens: int) -> int:
     budget = planner.config.kv_budget
     if budget is None:
-        return planner.config.keep or max(1, round(num_tokens * DEFAULT_SHARE))
+        return planner.config.keep or default_keep(num_tokens)
 
     def mean(keep: int) -> float:
         return fmean(planner.counts(planner.method, num_tokens, keep))
 
-    # An image that is too small for the average keeps as little of itself as can be.
+    # An image that is too small for the average keeps a single token.
     return max(1, bisect_right(range(1, num_tokens + 1), budget, key=mean))
 
 

@@ -1,4 +1,4 @@
-"""The decoder's layers in segments of equal size; tokens may leave in the last layer of each but the final one."""
+"""The decoder's layers in segments of equal size; tokens may leave in the last layer of all but the final segment."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,26 +57,26 @@ class Segments:
 
         Args:
             num_layers: of the decoder.
-            layers: in which the method wants to reduce.
+            layers: in which the method reduces.
 
         Returns:
-            About `DEFAULT_SEGMENTS`; more, up to `MOST_SEGMENTS`, where only so many end in all of `layers`.
+            About `DEFAULT_SEGMENTS`; more, up to `MOST_SEGMENTS`, if it takes more for one to end in each of `layers`.
         """
         divisors = _divisors(num_layers)
         usual = max(count for count in divisors if count <= DEFAULT_SEGMENTS)
         for count in divisors:
-            found = cls(num_layers, count)
-            exact = all((layer + 1) % found.size == 0 for layer in layers)
+            segments = cls(num_layers, count)
+            exact = all((layer + 1) % segments.size == 0 for layer in layers)
             if usual <= count <= MOST_SEGMENTS and exact:
-                return found
+                return segments
         return cls(num_layers, usual)
 
 
 def scaled(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
-    """Layers named for 32, in a decoder of another depth where they do not fit.
+    """Layers that are named for a decoder of 32, rescaled if they do not fit another depth.
 
     Args:
-        layers: counted from 0; tokens are to leave in them, so the last layer of the decoder is of no use.
+        layers: counted from 0; tokens leave in them, so the last layer of the decoder does not fit.
         num_layers: of the decoder.
     """
     if max(layers) < num_layers - 1:

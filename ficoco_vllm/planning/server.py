@@ -1,56 +1,77 @@
-"""Where the current budget goes: to the vision tower, to the decoder, or to both."""
+"""The plan of one server: what its method and budgets come to in the vision tower, in the decoder, or in both."""
 
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from functools import cache, lru_cache
+from typing import Any
 
 from ficoco_vllm.config import FicocoConfig
-from ficoco_vllm.planning.decoder import KEEP, METHOD, DecoderPlanner
-from ficoco_vllm.planning.tower import VisionPlanner
+from ficoco_vllm.planning.decoder import DecoderPlanner
+from ficoco_vllm.planning.tiles import Tile
+from ficoco_vllm.planning.tower import Budget, VisionPlanner
 from ficoco_vllm.planning.tower_shape import TowerShape
+from ficoco_vllm.reduction.cost import ModelShape, TilePlan, TokenPlan
 from ficoco_vllm.reduction.pipeline import PIPELINES
-from ficoco_vllm.server.elastic.settings import OPTION, ElasticSettings
-
-if TYPE_CHECKING:  # it imports vLLM, which the command line sets the environment for first
-    from ficoco_vllm.server.elastic.budget import ElasticBudget
+from ficoco_vllm.request_fields import KEEP
 
 
-@dataclass(frozen=True)
-class Sites:
-    """What one server does with a budget.
+@dataclass(frozen=True, eq=False)
+class ServerPlan:
+    """All plans of one server; every part of it, and `ficoco-vllm plan`, asks this for token counts.
 
     Attributes:
-        config: the server's settings.
-        tower: plans of the tower.
-        decoder: plans of the decoder, if the method works there.
+        config: settings of the server.
+        tower: planner of the vision tower.
+        decoder: planner of the decoder, None unless the method works there.
+        num_layers: of the decoder.
     """
 
     config: FicocoConfig
     tower: VisionPlanner
     decoder: DecoderPlanner | None
+    num_layers: int
 
     @classmethod
-    def of(cls, config: FicocoConfig, hf_config: Any) -> "Sites":
-        """The sites of a model.
+    def of(cls, config: FicocoConfig, hf_config: Any) -> "ServerPlan":
+        """The plan of a server that is about to start.
 
         Args:
-            config: the server's settings.
+            config: settings of the server.
             hf_config: transformers' configuration of the model.
 
         Raises:
             ValueError: the settings do not fit the model.
         """
-        tower = VisionPlanner.shared(config, TowerShape.from_hf_config(hf_config))
-        if config.decoder_method is None:
-            return cls(config, tower, None)
         num_layers = hf_config.get_text_config().num_hidden_layers
-        return cls(
-            config,
-            tower,
-            DecoderPlanner.shared(
-                config, num_layers, tower.num_output_tokens(tower.default), tower.decoder_most
-            ),
-        )
+        return _shared(config.model_dump_json(), TowerShape.from_hf_config(hf_config), num_layers)
+
+    @classmethod
+    def served(cls, hf_config: Any) -> "ServerPlan":
+        """The plan of a server that has started.
+
+        Args:
+            hf_config: transformers' configuration of the model, on which `FicocoModelConfig` has stored the settings.
+        """
+        return cls.of(FicocoConfig.of(hf_config), hf_config)
+
+    @classmethod
+    def for_model(
+        cls,
+        config: FicocoConfig,
+        shape: ModelShape,
+        pinpoints: tuple[tuple[int, int], ...] | None = None,
+    ) -> "ServerPlan":
+        """The plan of a server of a model that is known by its config.json alone.
+
+        Args:
+            config: settings of the server.
+            shape: of the model.
+            pinpoints: of a model that cuts its images into tiles.
+
+        Raises:
+            ValueError: the settings do not fit the model.
+        """
+        tower = TowerShape.from_model_shape(shape, pinpoints)
+        return _shared(config.model_dump_json(), tower, shape.decoder.num_layers)
 
     @property
     def most(self) -> int:
@@ -60,19 +81,24 @@ class Sites:
         return self.tower.num_input_tokens
 
     @property
+    def num_segments(self) -> int:
+        """Runs of decoder layers with a KV length of their own."""
+        return 1 if self.decoder is None else self.decoder.segments.num_segments
+
+    @property
     def tower_follows(self) -> bool:
-        """Whether the tower's budget follows the load; of a method that reduces twice the operator may fix it."""
+        """Whether the tower's budget follows the request's; for a method that reduces twice the operator may fix it."""
         return self.tower.active and "keep" not in self.config.encoder
 
     def tower_keep(self, budget: int) -> int:
-        """Visual tokens of an image behind the tower, for a budget of the whole."""
+        """Visual tokens of an image after the tower, for a budget of the whole."""
         if self.config.method not in PIPELINES:
             return budget
         num_patches = self.tower.shape.num_patches
         return self.config.model_copy(update={"keep": budget}).tower_part(num_patches).keep or num_patches
 
-    def plan(self, budget: int) -> None:
-        """Plan one budget of the server's own method at all sites.
+    def check_budget(self, budget: int) -> None:
+        """Raise unless the server's own method can meet a budget at all sites.
 
         Raises:
             ValueError: a method's schedule cannot reach it.
@@ -85,86 +111,83 @@ class Sites:
             # Where the tower leaves fewer than the budget they all stay.
             self.decoder.plan(entering + 1, [(0, entering)], {KEEP: min(budget, entering)})
 
-
-def check_elastic(settings: ElasticSettings, config: FicocoConfig, hf_config: Any, min_keep: int = 1) -> None:
-    """Hold settings against model, method and operator, before anything is loaded.
-
-    Args:
-        settings: of the controller.
-        config: the server's settings.
-        hf_config: transformers' configuration of the model.
-        min_keep: the fewest visual tokens that the operator lets a request have.
-
-    Raises:
-        ValueError: naming the field, its value and what is allowed.
-    """
-    if config.kv_budget is not None:
-        raise ValueError(
-            f"kv_budget = {config.kv_budget} is not allowed with {OPTION}, which says what is left in the "
-            "last layers; allowed: keep, or neither"
-        )
-    shape = TowerShape.from_hf_config(hf_config)
-    most = shape.num_patches if shape.tiling is None else Sites.of(config, hf_config).most
-    settings.check_bounds(min_keep, most)
-    # The ceiling is the easiest to reach, so that of the others each is named where it cannot be.
-    fixed = config.encoder.get("keep")
-    most = settings.ceiling if fixed is None else min(settings.ceiling, fixed)
-    at_ceiling = Sites.of(config.model_copy(update={"keep": most}), hf_config)
-    settings.check_served(at_ceiling.plan)
-
-
-@dataclass(frozen=True)
-class TowerBudget:
-    """Visual tokens behind the tower of a request that names none."""
-
-    budget: "ElasticBudget"
-    sites: Sites
-
-    def __call__(self, method: str | None) -> int:
-        """Visual tokens of an image.
+    def image_tokens(
+        self,
+        budget: Budget | None = None,
+        counts: tuple[int, ...] | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> TokenPlan:
+        """Tokens of one image layer by layer, as the cost model counts them.
 
         Args:
-            method: that the request names, or None.
+            budget: of the tower, None for its default.
+            counts: visual tokens in each segment of the decoder, or one number for all layers; None for the default.
+            size: height and width in pixels, of an image in tiles.
+
+        Raises:
+            ValueError: a method's schedule cannot reach its budget.
         """
-        if method is None:
-            return self.sites.tower_keep(self.budget())
-        tower = self.sites.tower
-        return self.sites.tower_keep(
-            self.budget.reachable(lambda budget: tower.budget(method, self.sites.tower_keep(budget)))
-        )
+        return _image_tokens(self, budget or self.tower.default, counts, size)
 
-
-@dataclass(frozen=True)
-class DecoderBudget:
-    """Visual tokens in the decoder's last segment of a request that names none."""
-
-    budget: "ElasticBudget"
-    sites: Sites
-
-    @cached_property
-    def _of_tower(self) -> dict[int, int]:
-        """From the tokens that the tower leaves to the budget of the whole that they were chosen for."""
-        if not self.sites.tower_follows:
-            return {}
-        return {self.sites.tower_keep(budget): budget for budget in self.budget.settings.budgets}
-
-    def __call__(self, method: str | None, entering: int) -> int:
-        """Visual tokens of each image.
+    def unreduced(self, size: tuple[int, int] | None = None) -> TokenPlan:
+        """Tokens of one image layer by layer without reduction.
 
         Args:
-            method: that the request names, or None.
-            entering: visual tokens of its largest image that enter the decoder. Where they show the budget that the
-                tower was given a moment ago, the decoder takes the same.
+            size: height and width in pixels, of an image in tiles.
         """
-        decoder = self.sites.decoder
-        assert decoder is not None
-        budget = self._of_tower.get(entering, self.budget())
-        if method is None:
-            return min(budget, entering)
-        images = [(0, entering)]
-        return min(
-            self.budget.reachable(
-                lambda level: decoder.plan(entering + 1, images, {KEEP: min(level, entering), METHOD: method})
-            ),
-            entering,
-        )
+        height, width = size or (0, 0)
+        before = self.tower.num_before(height=height, width=width)
+        return self.image_tokens(Budget(None, self.tower.most_keep), (before,), size)
+
+
+def decoder_planner(hf_config: Any) -> DecoderPlanner:
+    """The planner of a server whose method works in the decoder; see `ServerPlan.served`."""
+    decoder = ServerPlan.served(hf_config).decoder
+    assert decoder is not None
+    return decoder
+
+
+@cache
+def _shared(config_json: str, shape: TowerShape, num_layers: int) -> ServerPlan:
+    config = FicocoConfig.model_validate_json(config_json)
+    tower = VisionPlanner.shared(config, shape)
+    decoder = None
+    if config.decoder_method is not None:
+        entering = tower.num_output_tokens(tower.default)
+        decoder = DecoderPlanner.shared(config, num_layers, entering, tower.decoder_most)
+    return ServerPlan(config, tower, decoder, num_layers)
+
+
+@lru_cache(maxsize=4096)
+def _image_tokens(
+    plan: ServerPlan, budget: Budget, counts: tuple[int, ...] | None, size: tuple[int, int] | None
+) -> TokenPlan:
+    tower, decoder = plan.tower, plan.decoder
+    num_patches, num_layers = tower.shape.num_patches, tower.shape.num_executed_layers
+    if tower.shape.tiling is None:
+        entering = projected = budget.keep
+        encoder = (num_patches,) * (num_layers + 1)
+        if tower.reduces(budget):
+            encoder = tower.plan(budget).layer_counts(num_patches, num_layers)
+        tiles = [TilePlan.of(num_patches, encoder, budget.keep)]
+    else:
+        assert size is not None
+        layout = tower.layout(budget, *size)
+        entering, projected, tiles = layout.num_tokens, 0, []
+        whole = [Tile(place, place.crop.num_patches) for place in tower.shape.tiling.places(*size)]
+        for tile in layout.tiles if layout.reduces else whole:
+            num_shown = tile.place.crop.num_patches
+            tile_plan = tower.tile_plan(budget, tile)
+            encoder = (num_shown,) * (num_layers + 1)
+            if tile_plan is not None:
+                encoder = tile_plan.layer_counts(num_shown, num_layers)
+            tiles.append(TilePlan.of(num_patches, encoder, tile.keep))
+            # Stock vLLM crops the padding after the projector.
+            projected += tile.keep if layout.reduces else num_patches
+    if counts is None:
+        counts = (entering,)
+        if decoder is not None:
+            counts = decoder.counts(decoder.method, entering, decoder.keep_of(entering))
+    size_of_segment = plan.num_layers // len(counts)
+    layers = tuple(counts[layer // size_of_segment] for layer in range(plan.num_layers))
+    return TokenPlan(tuple(tiles), projected, (*layers, layers[-1]))

@@ -1,10 +1,8 @@
-"""How LLaVA-NeXT cuts an image into tiles, and which patches of each show the image: host-side integers only."""
+"""How LLaVA-NeXT cuts an image into tiles, and which patches of each show the image: integers, no pixels."""
 
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
-
-import torch
 
 
 class Crop(NamedTuple):
@@ -17,15 +15,15 @@ class Crop(NamedTuple):
 
     @property
     def num_patches(self) -> int:
-        """Patches in it."""
+        """Patches in the rectangle."""
         return self.rows * self.columns
 
 
 class Place(NamedTuple):
-    """A tile of an image.
+    """A tile's place in its image.
 
     Attributes:
-        number: among the image's pixel values, where 0 is the base view: the whole image, scaled down.
+        number: index among the image's pixel values, where 0 is the base view: the whole image, scaled down.
         row: of tiles, -1 for the base view.
         column: of tiles, -1 for the base view.
         crop: patches that show the image.
@@ -53,13 +51,13 @@ class Tiling:
 
     @property
     def most_tiles(self) -> int:
-        """Tiles of the largest image, its base view counted."""
+        """Tiles of the largest image, including its base view."""
         return 1 + max(
             height // self.tile_size * (width // self.tile_size) for height, width in self.pinpoints
         )
 
     def places(self, height: int, width: int) -> tuple[Place, ...]:
-        """The tiles of an image, the base view first, then row by row; also those that show nothing but padding.
+        """The tiles of an image, the base view first, then row by row, including those that are all padding.
 
         Args:
             height: of the image in pixels.
@@ -68,7 +66,7 @@ class Tiling:
         return _places(self, height, width)
 
     def num_tokens(self, height: int, width: int) -> int:
-        """Visual tokens of an image without reduction: patches that show it, and a newline behind each row of them.
+        """Visual tokens of an image without reduction: patches that show it, and a newline after each row of them.
 
         Args:
             height: of the image in pixels.
@@ -79,26 +77,53 @@ class Tiling:
         return base.crop.num_patches + sum(place.crop.num_patches for place in tiles) + newlines
 
 
+def best_resolution(height: int, width: int, pinpoints: tuple[tuple[int, int], ...]) -> tuple[int, int]:
+    """The resolution that preserves most pixels of an image and, of several, has the fewest pixels of padding.
+
+    Source: transformers, `select_best_resolution`, whose floating-point arithmetic this repeats.
+    """
+
+    def merit(pinpoint: tuple[int, int]) -> tuple[int, int]:
+        scale = min(pinpoint[1] / width, pinpoint[0] / height)
+        preserved = min(int(width * scale) * int(height * scale), width * height)
+        return preserved, -pinpoint[0] * pinpoint[1]
+
+    return max(pinpoints, key=merit)
+
+
+def unpadded(height: int, width: int, rows: int, columns: int) -> tuple[int, int]:
+    """Rows and columns of patches, in the middle of a canvas, that show an image.
+
+    Args:
+        height: of the image in pixels.
+        width: of the image in pixels.
+        rows: of patches of the canvas.
+        columns: of patches of the canvas.
+
+    Source: transformers, `unpad_image`, whose floating-point arithmetic this repeats.
+    """
+    if width / height > columns / rows:
+        shown = int(round(height * (columns / width), 7))
+        return max(0, rows - 2 * ((rows - shown) // 2)), columns
+    shown = int(round(width * (rows / height), 7))
+    return rows, max(0, columns - 2 * ((columns - shown) // 2))
+
+
 @lru_cache(maxsize=4096)
 def _places(tiling: Tiling, height: int, width: int) -> tuple[Place, ...]:
-    # Loaded where an image is cut: plans of other models do without it.
-    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
-
     side = tiling.side
-    rows, columns = get_anyres_image_grid_shape(
-        (height, width), [list(pinpoint) for pinpoint in tiling.pinpoints], tiling.tile_size
+    rows, columns = (
+        length // tiling.tile_size for length in best_resolution(height, width, tiling.pinpoints)
     )
-    # What vLLM crops the features with says how many rows and columns of patches are left, in the middle.
-    canvas = torch.empty((1, rows * side, columns * side), device="meta")
-    _, num_rows, num_columns = unpad_image(canvas, (height, width)).shape
+    num_rows, num_columns = unpadded(height, width, rows * side, columns * side)
     top, left = (rows * side - num_rows) // 2, (columns * side - num_columns) // 2
     bottom, right = top + num_rows, left + num_columns
     places = [Place(0, -1, -1, Crop(0, 0, side, side))]
     for row in range(rows):
-        above, below = _within(top, bottom, row * side, side)
+        first, last = _within(top, bottom, row * side, side)
         for column in range(columns):
-            before, behind = _within(left, right, column * side, side)
-            crop = Crop(above, before, max(0, below - above), max(0, behind - before))
+            start, stop = _within(left, right, column * side, side)
+            crop = Crop(first, start, max(0, last - first), max(0, stop - start))
             places.append(Place(len(places), row, column, crop))
     return tuple(places)
 

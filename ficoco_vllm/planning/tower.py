@@ -1,4 +1,4 @@
-"""Which layer of the tower removes how many tokens for which budget: host-side integers only."""
+"""Which layer of the vision tower removes how many tokens for which budget: integers, no tensors."""
 
 import hashlib
 import json
@@ -6,18 +6,20 @@ from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, lru_cache, partial
 from typing import Any, NamedTuple
 
-from ficoco_vllm.config import DEFAULT_SHARE, FicocoConfig
+from ficoco_vllm.config import FicocoConfig, default_keep
 from ficoco_vllm.kernels import Backend
+from ficoco_vllm.planning.tiles import Layout, Tile
 from ficoco_vllm.planning.tower_shape import TowerShape
 from ficoco_vllm.reduction import Reducer, available, get
 from ficoco_vllm.reduction.method import SITES
 from ficoco_vllm.reduction.schedule import default_start_layer, make_schedule
+from ficoco_vllm.request_fields import KEEP, METHOD
 
 VISION_SITES = ("encoder", "features")
 
 
 class Budget(NamedTuple):
-    """What an image is reduced by, and to how many tokens."""
+    """The method that reduces an image, and how many tokens it keeps of the image or of each tile."""
 
     method: str | None
     keep: int
@@ -25,7 +27,7 @@ class Budget(NamedTuple):
 
 @dataclass(frozen=True)
 class VisionPlan:
-    """One way through the tower.
+    """How the tower meets one budget.
 
     Attributes:
         reducer: the method with its settings.
@@ -33,7 +35,7 @@ class VisionPlan:
         removals: index of each reducing layer to the number of tokens removed there; empty for a method that
             works on the features.
         proportional: whether later layers weigh each key by the patches that it stands for.
-        logits: whether the method is shown attention logits instead of probabilities.
+        logits: whether the method reads attention logits instead of probabilities.
         backend: which implementation of the fused ops runs.
     """
 
@@ -44,22 +46,30 @@ class VisionPlan:
     logits: bool = False
     backend: Backend = "auto"
 
+    def layer_counts(self, num_tokens: int, num_layers: int) -> tuple[int, ...]:
+        """Patch tokens that enter each layer, and those that leave the last one.
+
+        Args:
+            num_tokens: patches that enter the first layer.
+            num_layers: executed layers of the tower.
+        """
+        counts = [num_tokens]
+        for layer in range(num_layers):
+            removed = self.removals.get(layer, 0)
+            counts.append(counts[-1] - removed + (self.reducer.num_extra if removed else 0))
+        return tuple(counts)
+
 
 @dataclass(frozen=True, eq=False)
 class VisionPlanner:
-    """All plans of one model under one configuration; the processor and the tower compute the same from it.
-
-    Attributes:
-        config: the server's settings.
-        shape: the tower.
-    """
+    """All plans of one tower under one configuration; the processor and the tower compute the same from it."""
 
     config: FicocoConfig
     shape: TowerShape
 
     @classmethod
     def shared(cls, config: FicocoConfig, shape: TowerShape) -> "VisionPlanner":
-        """The planner of these settings as far as they concern the tower, checked once and then kept.
+        """The cached planner of the settings as they concern the tower, validated once.
 
         Raises:
             ValueError: the settings do not fit the tower.
@@ -69,26 +79,26 @@ class VisionPlanner:
 
     @property
     def active(self) -> bool:
-        """Whether the server was started with settings; if not, everything is as in stock vLLM."""
+        """Whether a method reduces in the tower; if not, the tower is as in stock vLLM."""
         return self.config.method is not None
 
     @cached_property
     def methods(self) -> tuple[str, ...]:
         """Methods that the vision tower can serve, in the order of their indices.
 
-        Those that need a signal of another model are not among them.
+        Methods that need a signal of another model are left out.
         """
         offered = [(name, SITES[site]) for site in VISION_SITES for name in available(site)]
         return tuple(name for name, signals in offered if get(name).required_signals() <= signals)
 
     @property
     def default(self) -> Budget:
-        """What a request gets that asks for nothing."""
+        """The budget of a request that names none."""
         keep = self.config.keep
         if not self.active:
             keep = self.most_keep
         elif keep is None:
-            keep = max(1, round(self.most_keep * DEFAULT_SHARE))
+            keep = default_keep(self.most_keep)
         return Budget(self.config.method, keep)
 
     @cached_property
@@ -99,7 +109,7 @@ class VisionPlanner:
 
     @property
     def most_keep(self) -> int:
-        """The largest budget that a request may ask for."""
+        """The largest budget that a request may name."""
         tiling = self.shape.tiling
         if tiling is None or self.config.keep_per == "tile":
             return self.shape.num_patches
@@ -115,7 +125,7 @@ class VisionPlanner:
 
     @property
     def decoder_most(self) -> int:
-        """What a budget in the decoder may name at least, whatever is left of images by default.
+        """A budget that requests may always name in the decoder, whatever the tower leaves by default.
 
         An image in tiles may have any number of tokens, and a request does not know how many its image has.
         """
@@ -126,11 +136,11 @@ class VisionPlanner:
         return -1 if method is None else self.methods.index(method)
 
     def budget(self, method: Any, keep: Any) -> Budget:
-        """What a request gets.
+        """Validate the budget of a request.
 
         Args:
-            method: the name asked for, or None.
-            keep: the number of tokens asked for, or None.
+            method: the requested name, or None for the server's default.
+            keep: the requested number of tokens, or None for the server's default.
 
         Raises:
             ValueError: starting with the field, then its value and what is allowed.
@@ -139,27 +149,27 @@ class VisionPlanner:
         if method is None and keep is None:
             return default
         if not self.active:
-            asked = "ficoco_method" if keep is None else "ficoco_keep"
+            name = METHOD if keep is None else KEEP
             raise ValueError(
-                f"{asked}: this server does not reduce; start it with --ficoco-method to allow it"
+                f"{name}: this server does not reduce; start it with --ficoco-method to allow it"
             )
         if method is None:
             method = default.method
         elif method not in self.methods:
             raise ValueError(
-                f"ficoco_method = {method!r} is not a method that this model can serve; "
+                f"{METHOD} = {method!r} is not a method that this model can serve; "
                 f"allowed: {', '.join(self.methods)}"
             )
         if keep is None:
             keep = default.keep
         most = self.most_keep
         if isinstance(keep, bool) or not isinstance(keep, int) or not 1 <= keep <= most:
-            raise ValueError(f"ficoco_keep = {keep!r} is not allowed; allowed: an integer from 1 to {most}")
+            raise ValueError(f"{KEEP} = {keep!r} is not allowed; allowed: an integer from 1 to {most}")
         budget = Budget(method, keep)
         try:
             self.check(budget)
         except ValueError as error:
-            raise ValueError(f"ficoco_keep = {keep}: {error}") from error
+            raise ValueError(f"{KEEP} = {keep}: {error}") from error
         return budget
 
     def reduces(self, budget: Budget) -> bool:
@@ -167,16 +177,14 @@ class VisionPlanner:
         return budget.keep < self.most_keep
 
     def num_output_tokens(self, budget: Budget) -> int:
-        """Placeholders of an image, of the largest one where it is cut into tiles.
+        """Placeholders of an image, of the largest one where images are cut into tiles.
 
         They are its patch tokens, and [CLS] where the model takes it.
         """
         tiling = self.shape.tiling
         if tiling is None:
             return budget.keep + self.shape.with_cls
-        return max(
-            self.num_image_tokens(budget, height=height, width=width) for height, width in tiling.pinpoints
-        )
+        return max(self.layout(budget, height, width).num_tokens for height, width in tiling.pinpoints)
 
     def num_image_tokens(self, budget: Budget, *, height: int, width: int) -> int:
         """Placeholders of one image.
@@ -191,9 +199,7 @@ class VisionPlanner:
         """
         if self.shape.tiling is None:
             return self.num_output_tokens(budget)
-        from ficoco_vllm.planning.tiles import layout  # it needs this module
-
-        return layout(self, height, width, budget).num_tokens
+        return self.layout(budget, height, width).num_tokens
 
     def num_before(self, *, height: int, width: int) -> int:
         """Visual tokens of one image without reduction, [CLS] not counted.
@@ -205,22 +211,45 @@ class VisionPlanner:
         tiling = self.shape.tiling
         return self.shape.num_patches if tiling is None else tiling.num_tokens(height, width)
 
-    def of_grid(self, grid: tuple[int, int]) -> "VisionPlanner":
-        """Plans of a tile of which only so many rows and columns of patches show the image; the others leave first."""
-        return self if grid == self.shape.grid else _of_grid(self, grid)
+    def layout(self, budget: Budget, height: int, width: int) -> Layout:
+        """How an image in tiles meets a budget.
+
+        Args:
+            budget: of each tile, or of the image where the settings say so.
+            height: in pixels.
+            width: in pixels.
+
+        Raises:
+            ValueError: the method's schedule cannot reach the budget in one of the tiles.
+        """
+        return _layout(self, budget, height, width)
+
+    def tile_plan(self, budget: Budget, tile: Tile) -> VisionPlan | None:
+        """How the tower reduces a tile, None where all of its patches but the padding stay.
+
+        Args:
+            budget: of the image; its method.
+            tile: of the image.
+
+        Raises:
+            ValueError: the method's schedule cannot reach what the tile keeps.
+        """
+        if tile.is_whole:
+            return None
+        grid = (tile.place.crop.rows, tile.place.crop.columns)
+        planner = self if grid == self.shape.grid else _of_grid(self, grid)
+        return planner.plan(Budget(budget.method, tile.keep))
 
     def check(self, budget: Budget) -> None:
-        """Make sure that a budget can be met.
+        """Raise unless a budget can be met.
 
         Raises:
             ValueError: the method's schedule cannot reach it.
         """
-        tiling = self.shape.tiling
-        if tiling is None:
+        if self.shape.tiling is None:
             self.plan(budget)
-            return
-        for height, width in tiling.pinpoints:
-            self.num_image_tokens(budget, height=height, width=width)
+        else:
+            self.num_output_tokens(budget)
 
     def plan(self, budget: Budget) -> VisionPlan:
         """How a budget is met.
@@ -230,43 +259,9 @@ class VisionPlanner:
         """
         return _plan(self, budget)
 
-    def _make_plan(self, budget: Budget) -> VisionPlan:
-        assert budget.method is not None
-        method = get(budget.method)
-        # The server's hyperparameters are those of the server's method; another one runs with its own defaults.
-        settings = self.config.settings if budget.method == self.config.method else {}
-        reducer = method.configure(**settings)
-        reducer.check_signals(SITES[method.site])
-        spread = partial(
-            make_schedule,
-            num_tokens=self.shape.num_patches,
-            keep=budget.keep,
-            num_extra=reducer.num_extra,
-            max_removed=reducer.max_removed,
-        )
-        if method.site == "features":
-            spread("one-shot", layers=[0])
-            return VisionPlan(reducer, budget.keep, backend=self.config.backend)
-        start = getattr(reducer.settings, "start_layer", None)
-        if start is None:
-            start = default_start_layer(self.shape.num_layers)
-        last = self.shape.num_executed_layers - 1
-        if start > last:
-            raise ValueError(f"start_layer = {start} is not allowed; allowed: an integer from 0 to {last}")
-        schedule = getattr(reducer.settings, "schedule", method.default_schedule)
-        removals = spread(schedule, layers=range(start, last + 1))
-        return VisionPlan(
-            reducer,
-            budget.keep,
-            removals,
-            proportional=getattr(reducer.settings, "proportional_attention", False),
-            logits=getattr(reducer.settings, "attention", "probs") == "logits",
-            backend=self.config.backend,
-        )
-
 
 def _check_tiles(config: FicocoConfig, shape: TowerShape) -> None:
-    """Refuse what has no meaning for an image in tiles.
+    """Refuse settings that have no meaning for an image in tiles.
 
     Raises:
         ValueError: naming the field, its value and what is allowed.
@@ -287,14 +282,54 @@ def _check_tiles(config: FicocoConfig, shape: TowerShape) -> None:
         )
 
 
+@lru_cache(maxsize=4096)
+def _layout(planner: VisionPlanner, budget: Budget, height: int, width: int) -> Layout:
+    tiling = planner.shape.tiling
+    assert tiling is not None
+    layout = Layout.of(tiling, height, width, budget.keep, planner.config.keep_per)
+    for tile in layout.tiles if layout.reduces else ():
+        planner.tile_plan(budget, tile)  # raises where the schedule cannot reach it
+    return layout
+
+
 @lru_cache(maxsize=1024)
 def _of_grid(planner: VisionPlanner, grid: tuple[int, int]) -> VisionPlanner:
+    """Plans of a tile of which only so many rows and columns of patches show the image; the padding leaves first."""
     return VisionPlanner(planner.config, replace(planner.shape, grid=grid, tiling=None))
 
 
 @lru_cache(maxsize=4096)
 def _plan(planner: VisionPlanner, budget: Budget) -> VisionPlan:
-    return planner._make_plan(budget)
+    assert budget.method is not None
+    config, shape = planner.config, planner.shape
+    method = get(budget.method)
+    # The server's hyperparameters are those of the server's method; another one runs with its own defaults.
+    reducer = method.configure(**(config.settings if budget.method == config.method else {}))
+    spread = partial(
+        make_schedule,
+        num_tokens=shape.num_patches,
+        keep=budget.keep,
+        num_extra=reducer.num_extra,
+        max_removed=reducer.max_removed,
+    )
+    if method.site == "features":
+        spread("one-shot", layers=[0])
+        return VisionPlan(reducer, budget.keep, backend=config.backend)
+    start = getattr(reducer.settings, "start_layer", None)
+    if start is None:
+        start = default_start_layer(shape.num_layers)
+    last = shape.num_executed_layers - 1
+    if start > last:
+        raise ValueError(f"start_layer = {start} is not allowed; allowed: an integer from 0 to {last}")
+    schedule = getattr(reducer.settings, "schedule", method.default_schedule)
+    return VisionPlan(
+        reducer,
+        budget.keep,
+        removals=spread(schedule, layers=range(start, last + 1)),
+        proportional=getattr(reducer.settings, "proportional_attention", False),
+        logits=getattr(reducer.settings, "attention", "probs") == "logits",
+        backend=config.backend,
+    )
 
 
 @cache

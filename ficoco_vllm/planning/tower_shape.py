@@ -1,9 +1,11 @@
-"""What the reduction must know of a CLIP tower, read off the model's configuration."""
+"""The sizes of a CLIP tower that a plan depends on, read from the model's configuration."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ficoco_vllm.planning.tiling import Tiling
+from ficoco_vllm.reduction.cost import ModelShape
 
 
 @dataclass(frozen=True)
@@ -14,9 +16,9 @@ class TowerShape:
         grid: rows and columns of patches.
         num_layers: layers of the checkpoint; the layer that starts a reduction is scaled by them.
         num_executed_layers: layers that run, up to the one whose output LLaVA takes.
-        with_cls: whether [CLS] is handed to the language model too (select strategy "full").
-        tiling: how an image is cut into tiles, each seen by the tower alone (LLaVA-NeXT); None where the tower sees the
-            image whole.
+        with_cls: whether the language model gets [CLS] too (select strategy "full").
+        tiling: how an image is cut into tiles, each of which the tower sees alone (LLaVA-NeXT); None where the tower
+            sees the whole image.
     """
 
     grid: tuple[int, int]
@@ -70,3 +72,18 @@ class TowerShape:
             with_cls=with_cls,
             tiling=tiling,
         )
+
+    @classmethod
+    def from_model_shape(
+        cls, shape: ModelShape, pinpoints: Sequence[tuple[int, int]] | None = None
+    ) -> "TowerShape":
+        """Read the sizes that the cost model has read from a config.json.
+
+        Args:
+            shape: of the model.
+            pinpoints: of a model that cuts its images into tiles.
+        """
+        tower = shape.tower
+        side = tower.image_size // tower.patch_size
+        tiling = None if pinpoints is None else Tiling(tuple(pinpoints), tower.image_size, side)
+        return cls((side, side), tower.num_layers, tower.num_executed, with_cls=False, tiling=tiling)

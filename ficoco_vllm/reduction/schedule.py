@@ -7,6 +7,8 @@ from itertools import pairwise
 from ficoco_vllm.reduction.stages.stage import all_but_one
 
 KINDS = ("even", "one-shot", "geometric")
+# The paper's first reducing decoder layer, the "4-th layer of the LLM" (arXiv:2411.17686, Sec. 10), counted from 0.
+DECODER_START_LAYER = 3
 
 
 def default_start_layer(num_layers: int) -> int:

@@ -8,28 +8,8 @@ from torch import Tensor
 
 from ficoco_vllm.reduction import Observation, Observer
 
-# Field of a traced request, in the processor's keyword arguments and in `vllm_xargs`.
-TRACE = "ficoco_trace"
-# vLLM's request schema may pass an integer on as a float, which is exact up to here.
-MAX_TRACE_ID = 2**53 - 1
 # Traces that a worker holds, about 1 MB each for LLaVA-1.5; new ones evict those that nobody fetches.
 MAX_TRACES = 16
-
-
-def check_trace_id(value: Any) -> int:
-    """The trace id of a request.
-
-    Args:
-        value: of the field.
-
-    Raises:
-        ValueError: starting with the field, then its value and what is allowed.
-    """
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_TRACE_ID:
-        raise ValueError(f"{TRACE} = {value!r} is not allowed; allowed: an integer from 0 to {MAX_TRACE_ID}")
-    return value
 
 
 @dataclass(frozen=True)

@@ -1,90 +1,48 @@
-"""`ficoco-vllm plan`: what a method and a budget cost on a model, from its configuration alone."""
+"""`ficoco-vllm plan`: what a method and a budget cost on a model, as it is served, from its configuration alone."""
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import import_module
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from ficoco_vllm.config import FicocoConfig
+from ficoco_vllm.planning.server import ServerPlan
+from ficoco_vllm.planning.tower import VisionPlanner
+from ficoco_vllm.planning.tower_shape import TowerShape
+from ficoco_vllm.reduction import get
 from ficoco_vllm.reduction.cost import (
-    BITS,
     KNOWN_MODELS,
-    Budget,
     Estimate,
+    ModelShape,
+    TokenPlan,
     estimate,
     model_shape,
-    plan_tokens,
     speedup,
-    unreduced,
 )
-from ficoco_vllm.reduction.schedule import KINDS
+from ficoco_vllm.reduction.method import SITES
+from ficoco_vllm.reduction.pipeline import PIPELINES
 from ficoco_vllm.server.commands.arguments import fail
-from ficoco_vllm.server.commands.plan_table import as_text
-from ficoco_vllm.server.commands.plan_tiles import is_tiled, tiled_costs
+from ficoco_vllm.server.commands.plan_options import DEMO, add_parser, parse_size, settings
 
-DEMO = "demo"
+__all__ = ["DEMO", "add_parser", "as_text", "make_report", "read_config", "run"]
+
 # Raised whenever a field of the JSON output is renamed, removed or changes its meaning.
 JSON_SCHEMA = 1
-
-
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Register the `plan` subcommand.
-
-    Args:
-        subparsers: of the main command line.
-    """
-    parser = subparsers.add_parser(
-        "plan",
-        help="what a method and a budget cost on a model: tokens, TFLOPs, KV cache, memory, speed-up",
-        description="Plan from a model's configuration alone: no weights, no vLLM, no GPU.",
-    )
-    known, names = ", ".join(KNOWN_MODELS), ", ".join(KINDS)
-    both = (
-        "for methods that reduce in tower and decoder, where the option without `encoder` means the decoder"
-    )
-    add = parser.add_argument
-    add(
-        "model",
-        nargs="?",
-        default=DEMO,
-        metavar="MODEL",
-        help=f"a folder with config.json, a config.json, or one of: {known} (default: {DEMO}, the demo model)",
-    )
-    add("--method", default="ficoco-v", help="a reduction method (default: %(default)s)")
-    add("--keep", type=int, metavar="N", help="visual tokens of an image after the last reduction")
-    add(
-        "--kv-budget",
-        type=float,
-        metavar="N",
-        help="instead of --keep: visual tokens a decoder layer, on average",
-    )
-    add("--text-tokens", type=int, default=60, metavar="M", help="text tokens (default: %(default)s)")
-    add(
-        "--images",
-        type=int,
-        default=1,
-        metavar="I",
-        help="images (default: %(default)s)",
-    )
-    add(
-        "--image-size",
-        metavar="WIDTHxHEIGHT",
-        help="of the images of a LLaVA-NeXT, which cuts them into tiles (default: one of those with most tokens); its "
-        "methods of the tower keep so many tokens of each tile, those of the decoder of each image",
-    )
-    add("--schedule", help=f"{names}, or LAYER:KEEP,LAYER:KEEP,... with layers counted from 0")
-    add("--start-layer", type=int, metavar="L", help="first reducing layer, counted from 0")
-    add("--encoder-keep", type=int, metavar="N", help=f"visual tokens that leave the tower; {both}")
-    add("--encoder-schedule", help=f"as --schedule; {both}")
-    add("--encoder-start-layer", type=int, metavar="L", help=f"as --start-layer; {both}")
-    add(
-        "--dtype",
-        default="fp16",
-        help=f"of weights, activations and KV cache: {', '.join(BITS)} (default: fp16)",
-    )
-    add("--json", action="store_true", help="print JSON instead of a table")
+_ROWS = (
+    ("vision tower, TFLOPs", "tower_flops", 1e12),
+    ("projector, TFLOPs", "projector_flops", 1e12),
+    ("LLM prefill, TFLOPs", "decoder_flops", 1e12),
+    ("all, TFLOPs", "total_flops", 1e12),
+    ("reduction itself, MFLOPs", "reduction_flops", 1e6),
+    ("KV cache, MB", "kv_bytes", 1e6),
+    ("weights, GB", "weight_bytes", 1e9),
+    ("activations, GB", "activation_bytes", 1e9),
+    ("total memory, GB", "memory_bytes", 1e9),
+)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -122,30 +80,71 @@ def make_report(args: argparse.Namespace) -> dict[str, Any]:
     """
     config = read_config(args.model)
     shape = model_shape(config)
+    tiled = config.get("model_type") == "llava_next"
+    if args.image_size is not None and not tiled:
+        raise ValueError(f"image_size: got {args.image_size!r}, allowed with a LLaVA-NeXT only")
+    pinpoints = _pinpoints(config) if tiled else None
+    plan = _server_plan(settings(args, shape, tiled=tiled), shape, pinpoints)
+    size, tiling = None, plan.tower.shape.tiling
+    if tiling is not None:
+        size = parse_size(args.image_size) or max(tiling.pinpoints, key=lambda size: tiling.num_tokens(*size))
+    tokens, stock = plan.image_tokens(size=size), plan.unreduced(size)
     prompt = {"num_text_tokens": args.text_tokens, "num_images": args.images, "dtype": args.dtype}
-    if is_tiled(config):
-        cost, stock, told = tiled_costs(args, config, shape, _budgets(args))
-    else:
-        if args.image_size is not None:
-            raise ValueError(f"image_size: got {args.image_size!r}, allowed with a LLaVA-NeXT only")
-        tokens = plan_tokens(shape, args.method, *_budgets(args))
-        cost, stock = estimate(shape, tokens, **prompt), estimate(shape, unreduced(shape), **prompt)
-        told = {
-            "encoder_tokens": list(tokens.encoder),
-            "decoder_visual_tokens": list(tokens.decoder),
-            "mean_visual_tokens": tokens.mean_visual_tokens,
-        }
+    cost, before = (estimate(shape, images, **prompt) for images in (tokens, stock))
     return {
         "schema": JSON_SCHEMA,
         "model": args.model,
         "method": args.method,
         **prompt,
         "num_patches": shape.tower.num_patches,
-        **told,
+        "encoder_tokens": list(tokens.encoder),
+        "decoder_visual_tokens": list(tokens.decoder),
+        "mean_visual_tokens": tokens.mean_visual_tokens,
+        **({} if size is None else _tile_report(size, tokens, stock)),
         "reduced": _costs(cost),
-        "unreduced": _costs(stock),
-        "prefill_speedup": asdict(speedup(cost, stock)),
+        "unreduced": _costs(before),
+        "prefill_speedup": asdict(speedup(cost, before)),
     }
+
+
+def as_text(report: Mapping[str, Any]) -> str:
+    """The report as a table for people.
+
+    Args:
+        report: from `make_report`.
+
+    Returns:
+        Lines, without a newline at the end.
+    """
+    encoder, decoder = report["encoder_tokens"], report["decoder_visual_tokens"]
+    tiled = "tiles" in report
+    num_tokens = report["image_tokens"] if tiled else report["num_patches"]
+    seen = "the base view" if tiled else "an image"
+    lines = [
+        f"{report['model']}: {report['method']}, {report['dtype']}, {report['num_text_tokens']} text tokens, "
+        f"{report['num_images']} x {num_tokens} visual tokens",
+        *(_tiles(report) if tiled else ()),
+        "",
+        f"Patch tokens of {seen} that enter each layer of the vision tower ([CLS] not counted)",
+        *_runs(encoder),
+        "Visual tokens of an image that enter each layer of the decoder",
+        *_runs(decoder),
+        f"  {'on average':<14}{report['mean_visual_tokens']:>8.1f}",
+        "",
+        f"{'':<26}{'no reduction':>14}{report['method']:>16}",
+    ]
+    for label, field, unit in _ROWS:
+        before, after = (report[side][field] / unit for side in ("unreduced", "reduced"))
+        lines.append(f"{label:<26}{before:>14.3f}{after:>16.3f}")
+    gain, obstacle = report["prefill_speedup"], _obstacle(report["method"])
+    lines += [
+        "",
+        f"Expected speed-up of prefill: {gain['memory_bound']:.2f}x where memory bandwidth is the limit,",
+        f"{gain['compute_bound']:.2f}x where arithmetic is (long prompts, large batches).",
+        "A multiply-add is 2 FLOPs; MB and GB are decimal. The reduction itself is counted as FiCoCo's (Eqs. 18, 19).",
+        *([f"A LLaVA cannot serve this: {obstacle}."] if obstacle else []),
+    ]
+    return "\n".join(lines)
 
 
 def read_config(model: str) -> Mapping[str, Any]:
@@ -178,35 +177,36 @@ def read_config(model: str) -> Mapping[str, Any]:
     return config
 
 
-def parse_schedule(name: str, text: str | None) -> str | list[tuple[int, int]] | None:
-    """Read a schedule option.
-
-    Args:
-        name: of the option, for the error message.
-        text: the name of a schedule, "LAYER:KEEP,LAYER:KEEP,...", or None.
-
-    Returns:
-        The name, the pairs, or None.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    if text is None or text in KINDS:
-        return text
+def _obstacle(method: str) -> str | None:
+    """Why a LLaVA cannot measure a signal that the method needs, if so; it can be planned for all the same."""
+    if method in PIPELINES:
+        return None
     try:
-        pairs = [item.split(":") for item in text.split(",")]
-        return [(int(layer), int(keep)) for layer, keep in pairs]
-    except ValueError:
-        allowed = f"{', '.join(KINDS)}, or LAYER:KEEP,LAYER:KEEP,..."
-        raise ValueError(f"{name}: got {text!r}, allowed: {allowed}") from None
+        get(method).configure().check_signals(SITES[get(method).site])
+    except ValueError as error:
+        return str(error)
+    return None
 
 
-def _budgets(args: argparse.Namespace) -> tuple[Budget, Budget | None]:
-    schedule = parse_schedule("schedule", args.schedule)
-    budget = Budget(args.keep, args.kv_budget, schedule, args.start_layer)
-    encoder_schedule = parse_schedule("encoder_schedule", args.encoder_schedule)
-    encoder_budget = Budget(args.encoder_keep, None, encoder_schedule, args.encoder_start_layer)
-    return budget, None if encoder_budget == Budget() else encoder_budget
+def _server_plan(
+    config: FicocoConfig, shape: ModelShape, pinpoints: tuple[tuple[int, int], ...] | None
+) -> ServerPlan:
+    assert config.method is not None
+    if config.decoder_method is None and _obstacle(config.method):
+        # No server has this plan, whose counts are known nevertheless.
+        tower = VisionPlanner(config, TowerShape.from_model_shape(shape, pinpoints))
+        tower.check(tower.default)
+        return ServerPlan(config, tower, None, shape.decoder.num_layers)
+    return ServerPlan.for_model(config, shape, pinpoints)
+
+
+def _tile_report(size: tuple[int, int], tokens: TokenPlan, stock: TokenPlan) -> dict[str, Any]:
+    height, width = size
+    return {
+        "image_size": [width, height],
+        "image_tokens": stock.decoder[0],
+        "tiles": [{"patches": tile.entering, "kept": tile.kept} for tile in tokens.tiles],
+    }
 
 
 def _costs(cost: Estimate) -> dict[str, Any]:
@@ -216,3 +216,32 @@ def _costs(cost: Estimate) -> dict[str, Any]:
 
 def _demo_folder() -> Path:
     return Path(import_module("ficoco_vllm.demo_model").path())
+
+
+def _pinpoints(config: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
+    given = config.get("image_grid_pinpoints")
+    side = config["vision_config"].get("image_size")
+    try:
+        pinpoints = tuple((int(height), int(width)) for height, width in given or ())
+    except (TypeError, ValueError):
+        pinpoints = ()
+    if not pinpoints or any(length < side or length % side for size in pinpoints for length in size):
+        raise ValueError(
+            f"image_grid_pinpoints: got {given!r}, allowed: pairs of height and width, multiples of image_size = {side}"
+        )
+    return pinpoints
+
+
+def _tiles(report: Mapping[str, Any]) -> list[str]:
+    width, height = report["image_size"]
+    tiles = ", ".join(f"{tile['kept']} of {tile['patches']}" for tile in report["tiles"])
+    return [f"An image of {width} x {height} pixels: base view and tiles keep {tiles} patches"]
+
+
+def _runs(counts: Sequence[int]) -> list[str]:
+    lines = []
+    for count, run_of in groupby(enumerate(counts[:-1]), key=lambda pair: pair[1]):
+        layers = [layer for layer, _ in run_of]
+        name = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]}-{layers[-1]}"
+        lines.append(f"  {name:<14}{count:>8}")
+    return [*lines, f"  {'leaving':<14}{counts[-1]:>8}"]

@@ -16,7 +16,7 @@ from ficoco_vllm.environment import (
     enable_endpoint_plugin,
 )
 from ficoco_vllm.models import ARCHITECTURES
-from ficoco_vllm.planning.server import Sites, check_elastic
+from ficoco_vllm.planning.server import ServerPlan
 from ficoco_vllm.server.commands.arguments import fail
 from ficoco_vllm.server.commands.serve_options import (
     add_arguments,
@@ -26,6 +26,7 @@ from ficoco_vllm.server.commands.serve_options import (
     reduces_in_decoder,
     without_metrics,
 )
+from ficoco_vllm.server.elastic.defaults import check_elastic
 from ficoco_vllm.server.elastic.settings import OPTION, ElasticSettings
 from ficoco_vllm.server.lifecycle.cleanup import tidied
 from ficoco_vllm.server.lifecycle.shared_metrics import MULTIPROC, shared_metrics, starts_several_servers
@@ -184,4 +185,4 @@ def _check_model(args: argparse.Namespace, elastic: ElasticSettings | None = Non
     settings = FicocoConfig.parse(args.additional_config[NAME])
     if elastic is not None:
         check_elastic(elastic, settings, config, getattr(args, "ficoco_min_keep", None) or 1)
-    Sites.of(settings, config)
+    ServerPlan.of(settings, config)

@@ -9,8 +9,9 @@ from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.environment import ELASTIC_PLUGIN
 from ficoco_vllm.hooks.admission import FrontEnd
 from ficoco_vllm.metrics.families import set_default_budget
-from ficoco_vllm.planning.server import DecoderBudget, Sites, TowerBudget
+from ficoco_vllm.planning.server import ServerPlan
 from ficoco_vllm.server.elastic.budget import install
+from ficoco_vllm.server.elastic.defaults import DecoderBudget, TowerBudget
 from ficoco_vllm.server.elastic.settings import ElasticSettings
 
 
@@ -46,7 +47,7 @@ class ElasticEndpoint:
         settings = ElasticSettings.load(text)
         model = engine_client.model_config
         config = FicocoConfig.of(model.hf_config)
-        sites = Sites.of(config, model.hf_config)
+        plan = ServerPlan.of(config, model.hf_config)
         engines = engine_client.logger_manager.engine_indexes if engine_client.logger_manager else []
 
         def show(budget: int) -> None:
@@ -56,7 +57,7 @@ class ElasticEndpoint:
 
         budget, self.task = install(settings, Path(args.ficoco_elastic_folder), engine_client, show)
         processor = engine_client.renderer.mm_processor
-        if sites.tower_follows and processor is not None:
-            processor.info.default_keep = TowerBudget(budget, sites)
-        if sites.decoder is not None:
-            FrontEnd.of(engine_client.input_processor).default_keep = DecoderBudget(budget, sites)
+        if plan.tower_follows and processor is not None:
+            processor.info.default_keep = TowerBudget(budget, plan)
+        if plan.decoder is not None:
+            FrontEnd.of(engine_client.input_processor).default_keep = DecoderBudget(budget, plan)

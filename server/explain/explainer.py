@@ -8,13 +8,12 @@ from typing import Any
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.exceptions import VLLMValidationError
 
-from ficoco_vllm.planning.decoder import KEEP, METHOD
+from ficoco_vllm.request_fields import KEEP, MAX_TRACE_ID, METHOD, TRACE
 from ficoco_vllm.server.explain.chat import Reply, send_chat
 from ficoco_vllm.server.explain.schema import ExplainRequest, Explanation, Measured, Options
 from ficoco_vllm.server.explain.served_model import ServedModel
 from ficoco_vllm.server.request_field.resolve import UNBOUNDED, Bounds
 from ficoco_vllm.tracing.chain import Step, read_steps
-from ficoco_vllm.tracing.store import MAX_TRACE_ID, TRACE
 
 # A worker only hands over recorded data; one that takes longer does not answer at all.
 _RPC_SECONDS = 60.0

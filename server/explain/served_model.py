@@ -4,9 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ficoco_vllm.config import FicocoConfig
-from ficoco_vllm.kv.admission import planner_of
-from ficoco_vllm.planning.tower import VisionPlanner
+from ficoco_vllm.planning.server import ServerPlan
 from ficoco_vllm.planning.tower_shape import TowerShape
 from ficoco_vllm.reduction import get
 from ficoco_vllm.reduction.pipeline import PIPELINES
@@ -51,15 +49,13 @@ class ServedModel:
         from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 
         model = vllm_config.model_config
-        config = FicocoConfig.of(model.hf_config)
-        shape = TowerShape.from_hf_config(model.hf_config)
-        tower = VisionPlanner.shared(config, shape)
+        plan = ServerPlan.served(model.hf_config)
+        config, tower = plan.config, plan.tower
         assert config.method is not None
-        if config.decoder_method is None:
+        if plan.decoder is None:
             names, keep = tower.methods, tower.default.keep
         else:
-            decoder = planner_of(vllm_config)
-            names, keep = decoder.methods, decoder.keep
+            names, keep = plan.decoder.methods, plan.decoder.keep
         if config.method in PIPELINES:
             pipeline = PIPELINES[config.method]
             choices = [MethodChoice(name=pipeline.name, title=pipeline.title, site="decoder")]
@@ -70,15 +66,15 @@ class ServedModel:
             ]
         dtype = kv_cache_dtype_str_to_dtype(vllm_config.cache_config.cache_dtype, model)
         return cls(
-            shape=shape,
-            num_layers=model.hf_config.get_text_config().num_hidden_layers,
+            shape=tower.shape,
+            num_layers=plan.num_layers,
             token_bytes=2 * model.get_total_num_kv_heads() * model.get_head_size() * dtype.itemsize,
             central_square=central_square(cached_image_processor_from_config(model)),
             method=config.method,
             keep=keep,
             methods=tuple(choices),
             in_tower=tower.active,
-            in_decoder=config.decoder_method is not None,
+            in_decoder=plan.decoder is not None,
         )
 
     def visual_tokens(self, steps: Sequence[Step]) -> tuple[int, int]:

@@ -7,9 +7,9 @@ from functools import cached_property
 from statistics import fmean
 from typing import Any, Literal
 
-from ficoco_vllm.planning.decoder import KEEP, METHOD
-from ficoco_vllm.planning.server import Sites
+from ficoco_vllm.planning.server import ServerPlan
 from ficoco_vllm.reduction.pipeline import PIPELINES
+from ficoco_vllm.request_fields import KEEP, METHOD
 from ficoco_vllm.server.request_field.schema import FIELD, OFF, FicocoRequest
 
 
@@ -74,28 +74,28 @@ class Resolver:
     """Resolves the requests of one server.
 
     Attributes:
-        sites: where the server's method reduces.
+        plan: where the server's method reduces.
         bounds: the operator's bounds.
     """
 
-    sites: Sites
+    plan: ServerPlan
     bounds: Bounds
 
     @property
     def max_keep(self) -> int:
         """Visual tokens of an image without reduction, or of a tile where a budget counts these."""
-        return self.sites.most
+        return self.plan.most
 
     @cached_property
     def methods(self) -> tuple[str, ...]:
         """Methods that a request may name."""
-        config = self.sites.config
+        config = self.plan.config
         if config.method in PIPELINES:
             names: tuple[str, ...] = (str(config.method),)
-        elif self.sites.decoder is not None:
-            names = self.sites.decoder.methods
+        elif self.plan.decoder is not None:
+            names = self.plan.decoder.methods
         else:
-            names = self.sites.tower.methods
+            names = self.plan.tower.methods
         return tuple(name for name in names if self.bounds.methods is None or name in self.bounds.methods)
 
     def resolve(self, requested: FicocoRequest | Literal["off"]) -> Resolved:
@@ -107,7 +107,7 @@ class Resolver:
         Raises:
             ValueError: starting with the field, then its value and what is allowed.
         """
-        tower, decoder = self.sites.tower, self.sites.decoder
+        tower, decoder = self.plan.tower, self.plan.decoder
         if isinstance(requested, str):
             self.bounds.check_method(FIELD, OFF)
             return Resolved(
@@ -120,7 +120,7 @@ class Resolver:
                 f"{FIELD}.method = {requested.method!r} is not allowed; allowed: {', '.join(allowed)}"
             )
         # A pipeline has its own methods; its name selects nothing in a request.
-        method = None if self.sites.config.method in PIPELINES else requested.method
+        method = None if self.plan.config.method in PIPELINES else requested.method
         named = {} if method is None else {METHOD: method}
         keep = requested.keep
         if requested.kv_budget is not None:
@@ -153,22 +153,22 @@ class Resolver:
         if isinstance(keep, int | float) and 1 <= keep < min_keep:
             self.bounds.check_keep(f"{name}.{KEEP}", keep, self.max_keep)
         method = values.get(METHOD)
-        config = self.sites.config
+        config = self.plan.config
         own = (config.method, config.decoder_method.name if config.decoder_method else None)
         if method is not None and method not in own:
             self.bounds.check_method(f"{name}.{METHOD}", method)
 
     def _entering(self, keep: int) -> tuple[int, dict[str, Any]]:
         """Visual tokens that enter the decoder for a budget, and the arguments of the tower that lead there."""
-        sites = self.sites
-        if not sites.tower_follows:
-            return sites.tower.num_output_tokens(sites.tower.default), {}
-        tower_keep = sites.tower_keep(keep)
-        return sites.tower.num_output_tokens(sites.tower.budget(None, tower_keep)), {KEEP: tower_keep}
+        plan = self.plan
+        if not plan.tower_follows:
+            return plan.tower.num_output_tokens(plan.tower.default), {}
+        tower_keep = plan.tower_keep(keep)
+        return plan.tower.num_output_tokens(plan.tower.budget(None, tower_keep)), {KEEP: tower_keep}
 
     def _keep_of(self, method: str | None, kv_budget: float) -> int:
         """The largest `keep` whose KV cache, averaged over the layers, is no larger than the budget."""
-        decoder = self.sites.decoder
+        decoder = self.plan.decoder
 
         def mean(keep: int) -> float:
             if decoder is None:

@@ -11,6 +11,7 @@ from PIL import Image
 from tests.decoder import calls
 from tests.decoder.calls import Ask
 from tests.support.engine import PROMPT, TEXT_ONLY, TWO_IMAGES, Answer
+from tests.support.planned import kv_tokens
 from tests.support.remote import Remote, remote_engine
 
 # float32; the order of sums depends on the shapes of a batch, see test_reference.py
@@ -129,14 +130,21 @@ def test_400_requests_leave_no_block_behind(engine: Remote, images: list[Image.I
     ],
 )
 def test_slots_written_and_blocks_held_are_the_plans(
-    engine: Remote, images: list[Image.Image], extra: dict[str, Any], counts: tuple[int, ...]
+    engine: Remote,
+    small_llava: Path,
+    images: list[Image.Image],
+    extra: dict[str, Any],
+    counts: tuple[int, ...],
 ) -> None:
-    """Counted in the cache itself, layer by layer; with one image and with two."""
+    """Counted in the cache itself, layer by layer, and planned by `ficoco-vllm plan`; with one image and with two."""
+    method, keep = extra.get("ficoco_method", "ficoco-l"), str(extra.get("ficoco_keep", 16))
     for prompt, count in ((PROMPT, 1), (TWO_IMAGES, 2)):
         one = Ask(prompt, images[:count], num_tokens=5, extra=extra)
         written, blocks, num_tokens = engine.call(calls.written_slots, one)
         expected = [num_tokens + count * (left - 144) for left in counts]
         assert written == expected
+        options = ("--method", method, "--keep", keep, "--images", str(count))
+        assert kv_tokens(small_llava, num_tokens - count * 144, *options) == expected
         assert blocks == [-(-tokens // 32) for tokens in expected]
 
 

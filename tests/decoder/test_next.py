@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.decoder.calls import Ask, ask, refusal
+from tests.decoder.calls import Ask, ask, refusal, written_slots
 from tests.decoder.test_reference import left
 from tests.reference.algorithm2 import Shown
 from tests.reference.tiles import TiledDecoder
 from tests.support.compare import NUM_TOKENS, TOLERANCE, assert_equal
 from tests.support.engine import PROMPT, TEXT_ONLY, TWO_IMAGES, Answer
 from tests.support.pictures import noise
+from tests.support.planned import kv_tokens
 from tests.support.random_llava import build_next
 from tests.support.remote import Remote, remote_engine
 
@@ -108,6 +109,14 @@ def test_tower_then_decoder(model: Path, reference: TiledDecoder, pictures: list
     asks.append(Ask(TWO_IMAGES, pictures[:2], NUM_TOKENS))
     with remote_engine(model, {"method": "ficoco-vl", "keep": 16}, block_size=32) as engine:
         answers = engine.call(ask, asks)
+        held = [engine.call(written_slots, one) for one in asks[:-1]]
+    for one, (_, blocks, num_tokens) in zip(asks, held, strict=False):
+        (image,) = one.images
+        num_text_tokens = num_tokens - len(reference.features(image, tile_keep))
+        size = ("--image-size", f"{image.width}x{image.height}")
+        planned = kv_tokens(model, num_text_tokens, "--method", "ficoco-vl", "--keep", "16", *size)
+        per_segment = planned[:: len(planned) // len(blocks)]
+        assert blocks == [-(-tokens // 32) for tokens in per_segment]
     for one, answer in zip(asks, answers, strict=True):
         shown = []
         for image in one.images:

@@ -9,7 +9,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from ficoco_vllm.hooks import admission
 from ficoco_vllm.hooks.admission import FrontEnd, hook_admission
-from ficoco_vllm.planning.decoder import KEEP
+from ficoco_vllm.request_fields import KEEP
 from tests.kv.test_admission import config, request
 
 pytestmark = pytest.mark.compat

@@ -8,42 +8,29 @@ import numpy as np
 import pytest
 import torch
 from prometheus_client import CollectorRegistry, Histogram
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.metrics.families import observe_all
 from ficoco_vllm.metrics.savings import Account, Accountant
 from ficoco_vllm.metrics.stopwatch import Stopwatch
-from ficoco_vllm.planning.decoder import DecoderPlanner
-from ficoco_vllm.planning.tower import Budget, VisionPlanner
-from ficoco_vllm.planning.tower_shape import TowerShape
+from ficoco_vllm.planning.server import ServerPlan
+from ficoco_vllm.planning.tower import Budget
 from ficoco_vllm.reduction import cost
 from ficoco_vllm.server.commands.serve_options import counts_savings
 from ficoco_vllm.server.lifecycle.shared_metrics import MULTIPROC, shared_metrics
 
-LLAVA = cost.KNOWN_MODELS["llava-hf/llava-1.5-7b-hf"]
-
-
-class Config:
-    """Stands for transformers' configuration of LLaVA-1.5-7B."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return dict(LLAVA)
+LLAVA = cost.model_shape(cost.KNOWN_MODELS["llava-hf/llava-1.5-7b-hf"])
 
 
 def accountant(method: str, **settings: Any) -> Accountant:
-    config = FicocoConfig.parse({"method": method, **settings})
-    shape = TowerShape((24, 24), num_layers=24, num_executed_layers=23, with_cls=False)
-    tower = VisionPlanner.shared(config, shape)
-    decoder = None
-    if config.decoder_method is not None:
-        decoder = DecoderPlanner.shared(config, 32, tower.num_output_tokens(tower.default))
-    return Accountant(config, Config(), tower, decoder)
+    return Accountant(ServerPlan.for_model(FicocoConfig.parse({"method": method, **settings}), LLAVA), LLAVA)
 
 
 def account(of: Accountant, num_text: int, *lengths: int, **kwargs: Any) -> Account:
     """Of a prompt with images of these lengths, then text."""
     images = [(sum(lengths[:index]), length) for index, length in enumerate(lengths)]
-    budget = kwargs.get("budget", of.tower.default)
+    budget = kwargs.get("budget", of.plan.tower.default)
     return of.account(num_text + sum(lengths), images, budget, kwargs.get("extra_args"))
 
 
@@ -51,17 +38,16 @@ def account(of: Accountant, num_text: int, *lengths: int, **kwargs: Any) -> Acco
 @pytest.mark.parametrize("num_text", [1, 2, 3, 60, 1000])
 @pytest.mark.parametrize("num_images", [1, 3])
 def test_tower(method: str, num_text: int, num_images: int) -> None:
-    """Against the planner, which is asked for each length of text of its own."""
+    """Against the cost of the plan at each length of text."""
     of = accountant(method, keep=64)
     found = account(of, num_text, *[64] * num_images)
     assert found.method == method
     assert (found.visual_tokens_in, found.visual_tokens_kept) == (num_images * 576, num_images * 64)
     assert found.budgets == (64,) * num_images
     assert found.missing == (num_images * 512,)
-    shape = cost.model_shape(LLAVA)
-    plans = (cost.unreduced(shape), cost.plan_tokens(shape, method, cost.Budget(keep=64)))
     stock, reduced = (
-        cost.estimate(shape, plan, num_text_tokens=num_text, num_images=num_images) for plan in plans
+        cost.estimate(LLAVA, plan, num_text_tokens=num_text, num_images=num_images)
+        for plan in (cost.unreduced(LLAVA), of.plan.image_tokens())
     )
     assert found.flops_avoided == stock.total_flops - reduced.total_flops > 0
 
@@ -80,30 +66,28 @@ def test_tower_keeps_all_or_text_only() -> None:
 def test_decoder(schedule: str) -> None:
     of = accountant("ficoco-l", keep=64, schedule=schedule)
     found = account(of, 60, 576, 576)
-    assert of.decoder is not None
-    counts = of.decoder.counts("ficoco-l", 576, 64)
+    assert of.plan.decoder is not None
+    counts = of.plan.decoder.counts("ficoco-l", 576, 64)
     assert found.method == "ficoco-l"
     assert found.missing == tuple(2 * (576 - count) for count in counts)
     assert (found.visual_tokens_in, found.visual_tokens_kept) == (1152, 128)
-    # The same against the planner, told where the segments' ends let tokens leave.
-    shape = cost.model_shape(LLAVA)
-    ends = [(of.decoder.segments.end(index), count) for index, count in enumerate(counts[1:])]
-    plan = cost.plan_tokens(shape, "ficoco-l", cost.Budget(schedule=ends))
+    # Tokens leave between attention and MLP of a segment's last layer, which the cost model counts by layers.
+    plan = cost.TokenPlan.whole((576,) * 24, (*np.repeat(counts, 4).tolist(), counts[-1]))
+    assert of.plan.image_tokens() == plan
     stock, reduced = (
-        cost.estimate(shape, tokens, num_text_tokens=60, num_images=2)
-        for tokens in (cost.unreduced(shape), plan)
+        cost.estimate(LLAVA, tokens, num_text_tokens=60, num_images=2)
+        for tokens in (cost.unreduced(LLAVA), plan)
     )
     assert found.flops_avoided == stock.total_flops - reduced.total_flops > 0
 
 
-def test_decoder_token_plan_is_what_is_served() -> None:
-    """Tokens leave between attention and MLP of a segment's last layer; layers of the cost model say so too."""
-    of = accountant("ficoco-l", keep=64)
-    assert of.decoder is not None
-    counts = of.decoder.counts("ficoco-l", 576, 64)
-    plan = of.token_plan(of.tower.default, counts)
-    assert plan.encoder == (576,) * 24
-    assert plan.decoder == (*np.repeat(counts, 4).tolist(), counts[-1])
+def test_one_accountant_serves_api_and_metrics() -> None:
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(image_size=336, patch_size=14, num_hidden_layers=24),
+        text_config=LlamaConfig(),
+    )
+    config.ficoco = {"method": "ficoco-l", "keep": 64}
+    assert Accountant.of(config) is Accountant.of(config)
 
 
 def test_both() -> None:
@@ -202,9 +186,8 @@ def test_the_switch_alone_chooses_no_method() -> None:
 
 
 def test_the_switch_changes_no_cache_entry() -> None:
-    shape = TowerShape((24, 24), 24, 23, False)
     on, off = (
-        VisionPlanner.shared(FicocoConfig.parse({"keep": 64, "metrics": value}), shape).fingerprint
+        ServerPlan.for_model(FicocoConfig.parse({"keep": 64, "metrics": value}), LLAVA).tower.fingerprint
         for value in (True, False)
     )
     assert on == off

@@ -9,6 +9,7 @@ from PIL import Image
 from vllm import LLM, SamplingParams
 
 from tests.support.engine import PROMPT, ask, make_engine, request, scheduler_of
+from tests.support.planned import kv_tokens
 
 pytestmark = pytest.mark.engine
 
@@ -23,8 +24,10 @@ def engine(random_llava: Path) -> Iterator[LLM]:
 
 
 @pytest.mark.parametrize("keep", [576, 192, 64, 1])
-def test_blocks_follow_the_prompt(engine: LLM, images: list[Image.Image], keep: int) -> None:
-    """Blocks after the prefill of one image, and after the request has ended."""
+def test_blocks_follow_the_prompt(
+    engine: LLM, random_llava: Path, images: list[Image.Image], keep: int
+) -> None:
+    """Blocks after the prefill of one image, as `ficoco-vllm plan` has them, and after the request has ended."""
     scheduler = scheduler_of(engine)
     pool = scheduler.kv_cache_manager.block_pool
     engine.reset_prefix_cache()
@@ -40,6 +43,7 @@ def test_blocks_follow_the_prompt(engine: LLM, images: list[Image.Image], keep: 
     text_tokens = len(engine.get_tokenizer()(PROMPT, add_special_tokens=False).input_ids) - 1
     num_tokens = text_tokens + keep
     assert held.num_prompt_tokens == num_tokens
+    assert set(kv_tokens(random_llava, text_tokens, "--keep", str(keep))) == {num_tokens}
     assert free - pool.get_num_free_blocks() == math.ceil(num_tokens / BLOCK_SIZE)
     while steps.has_unfinished_requests():
         steps.step()

@@ -4,25 +4,24 @@ import pytest
 
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.planning.decoder import DecoderPlanner
-from ficoco_vllm.planning.tower import VisionPlanner
-from ficoco_vllm.planning.tower_shape import TowerShape
-from ficoco_vllm.reduction.cost import KNOWN_MODELS, Budget, model_shape, plan_tokens
+from ficoco_vllm.planning.server import ServerPlan
+from ficoco_vllm.reduction.cost import KNOWN_MODELS, estimate, model_shape
+from ficoco_vllm.reduction.cost.paper_schedule import tower_tokens
 
 SHAPE = model_shape(KNOWN_MODELS["llava-hf/llava-1.5-13b-hf"])
 NUM_LAYERS, NUM_PATCHES = SHAPE.decoder.num_layers, SHAPE.tower.num_patches
-TOWER = TowerShape(
-    grid=(24, 24),
-    num_layers=SHAPE.tower.num_layers,
-    num_executed_layers=SHAPE.tower.num_executed,
-    with_cls=False,
-)
+
+
+def server_plan(**settings: object) -> ServerPlan:
+    """The plan of a server of the model."""
+    return ServerPlan.for_model(FicocoConfig.parse(settings), SHAPE)
 
 
 def planner(**settings: object) -> DecoderPlanner:
-    """Of the decoder, behind the tower."""
-    config = FicocoConfig.parse(settings)
-    tower = VisionPlanner.shared(config, TOWER)
-    return DecoderPlanner.shared(config, NUM_LAYERS, tower.num_output_tokens(tower.default))
+    """The decoder's planner of a server of the model."""
+    decoder = server_plan(**settings).decoder
+    assert decoder is not None
+    return decoder
 
 
 @pytest.mark.parametrize(
@@ -42,6 +41,8 @@ def test_rows_of_table_9_are_served_as_planned(
     assert plan.counts == ((entering,),) + ((left,),) * 9
     slots = sum(plan.num_kv_tokens(segment, entering + 512) * 4 for segment in range(10))
     assert slots * 2 * SHAPE.decoder.kv_width * 2 / 1e6 == pytest.approx(megabytes, abs=0.05)
+    tokens = server_plan(**settings).image_tokens()
+    assert estimate(SHAPE, tokens, num_text_tokens=512).kv_bytes == slots * 2 * SHAPE.decoder.kv_width * 2
 
 
 @pytest.mark.parametrize("method", ["fastv", "pyramiddrop", "sparsevlm", "fitprune"])
@@ -58,10 +59,5 @@ def test_segments_must_divide_40_layers() -> None:
 
 
 def test_the_tower_serves_the_row_of_ficoco_v() -> None:
-    """84 tokens, layer by layer as the planner counts them."""
-    tower = VisionPlanner.shared(FicocoConfig(method="ficoco-v", keep=84), TOWER)
-    removals = tower.plan(tower.default).removals
-    counts = [NUM_PATCHES]
-    for layer in range(TOWER.num_executed_layers):
-        counts.append(counts[-1] - removals.get(layer, 0))
-    assert tuple(counts) == plan_tokens(SHAPE, "ficoco-v", Budget(keep=84)).encoder
+    """84 tokens, layer by layer by the paper's schedule."""
+    assert server_plan(method="ficoco-v", keep=84).image_tokens().encoder == tower_tokens(SHAPE, 84)

@@ -16,6 +16,7 @@ from ficoco_vllm.planning.decoder import DecoderPlanner
 from ficoco_vllm.planning.segments import Segments
 from ficoco_vllm.reduction import Method, get, registry
 from ficoco_vllm.reduction.stages import COMPRESSIONS, CORRELATIONS, FILTERS
+from ficoco_vllm.request_fields import find_unknown, unknown_field
 
 PATCHES = 576
 
@@ -114,7 +115,6 @@ def test_a_prompt_that_is_reduced_is_never_split() -> None:
         ({"ficoco_keep": 3.5}, ["ficoco_keep = 3.5", "an integer"]),
         ({"ficoco_keep": True}, ["ficoco_keep = True", "an integer"]),
         ({"ficoco_method": "ficoco-v"}, ["ficoco_method = 'ficoco-v'", "ficoco-l", "fastv"]),
-        ({"ficoco_kep": 3}, ["ficoco_kep", "ficoco_keep"]),
     ],
 )
 def test_requests_that_are_refused(extra: dict[str, Any], parts: list[str]) -> None:
@@ -170,14 +170,21 @@ def test_the_tower_of_a_pipeline() -> None:
     assert FicocoConfig.parse({"method": "fastv"}).tower_part(PATCHES).method is None
 
 
-def test_a_trace_is_for_servers_that_explain() -> None:
+def test_a_trace_changes_no_plan() -> None:
     image = [(1, PATCHES)]
     plain = planner().plan(PATCHES + 9, image, {"ficoco_keep": 64})
     assert planner(explain=True).plan(PATCHES + 9, image, {"ficoco_keep": 64, "ficoco_trace": 5}) == plain
-    with pytest.raises(ValueError, match="ficoco_trace is not a field of this server"):
-        planner().plan(PATCHES + 9, image, {"ficoco_trace": 5})
-    with pytest.raises(ValueError, match="ficoco_trace = -1 is not allowed"):
-        planner(explain=True).plan(PATCHES + 9, image, {"ficoco_trace": -1})
+
+
+def test_fields_that_a_server_does_not_know() -> None:
+    """Checked where a request comes in, by processor and admission."""
+    assert find_unknown(["other", "ficoco_keep", "ficoco_method"], explain=False) is None
+    assert find_unknown(["ficoco_kep"], explain=True) == "ficoco_kep"
+    assert find_unknown(["ficoco_trace"], explain=False) == "ficoco_trace"
+    assert find_unknown(["ficoco_trace"], explain=True) is None
+    assert unknown_field("ficoco_kep").startswith(
+        "ficoco_kep is not a field of this server; allowed: ficoco_keep"
+    )
 
 
 def test_all_that_enters_may_be_kept() -> None:

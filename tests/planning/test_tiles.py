@@ -5,11 +5,12 @@ from typing import Any
 import pytest
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 from vllm.model_executor.models.llava_next import LlavaNextProcessingInfo
 
 from ficoco_vllm.config import FicocoConfig
-from ficoco_vllm.planning.tiles import layout, shared_out
-from ficoco_vllm.planning.tiling import Crop, Tiling
+from ficoco_vllm.planning.tiles import shared_out
+from ficoco_vllm.planning.tiling import Crop, Tiling, best_resolution, unpadded
 from ficoco_vllm.planning.tower import Budget, VisionPlanner
 from ficoco_vllm.planning.tower_shape import TowerShape
 from ficoco_vllm.vision.packing import Kept, pack
@@ -60,7 +61,7 @@ def test_counts(height: int, width: int) -> None:
     served = planner()
     assert served.num_image_tokens(served.default, height=height, width=width) == stock
     served = planner(method="ficoco-v", keep=64)
-    found = layout(served, height, width, served.default)
+    found = served.layout(served.default, height, width)
     assert found.num_before == stock
     assert found.tiles[0].place.crop == Crop(0, 0, 24, 24)
     assert [tile.keep for tile in found.tiles] == [
@@ -73,9 +74,24 @@ def test_counts(height: int, width: int) -> None:
     assert sum(place.crop.num_patches for place in places) + lines == stock
 
 
+@pytest.mark.parametrize("step", [7, 11, 13, 17])
+def test_the_grid_and_the_crop_are_those_of_transformers(step: int) -> None:
+    """Sizes from lines of a pixel to 4,000 x 4,000."""
+    pinpoints = config().image_grid_pinpoints
+    lengths = [1, 2, 3, *range(4, 336, step), *range(336, 4000, 12 * step)]
+    for height in lengths:
+        for width in lengths:
+            rows, columns = get_anyres_image_grid_shape((height, width), pinpoints, 336)
+            best = best_resolution(height, width, tuple(map(tuple, pinpoints)))
+            assert best == (rows * 336, columns * 336), (height, width)
+            canvas = torch.empty((1, rows * 24, columns * 24), device="meta")
+            shown = tuple(unpad_image(canvas, (height, width)).shape[1:])
+            assert unpadded(height, width, rows * 24, columns * 24) == shown, (height, width)
+
+
 def test_the_crop_of_a_wide_image() -> None:
     """2000 x 300 is laid into 1008 x 336: of 24 rows of patches the middle 10 show it."""
-    found = layout(planner(keep=64), 300, 2000, Budget("ficoco-v", 64))
+    found = planner(keep=64).layout(Budget("ficoco-v", 64), 300, 2000)
     assert [tile.place.crop for tile in found.tiles[1:]] == [Crop(7, 0, 10, 24)] * 3
     assert found.num_tokens == 4 * 64 + 1
 
@@ -83,12 +99,12 @@ def test_the_crop_of_a_wide_image() -> None:
 @pytest.mark.parametrize(("height", "width", "before"), [(1, 4000, 576), (4000, 1, 576 + 24)])
 def test_a_line_of_pixels_has_a_base_view_only(height: int, width: int, before: int) -> None:
     """Scaled it is thinner than a patch, and stock vLLM crops all of it away; of a tall one it leaves the newlines."""
-    found = layout(planner(keep=64), height, width, Budget("ficoco-v", 64))
+    found = planner(keep=64).layout(Budget("ficoco-v", 64), height, width)
     assert (found.num_tokens, found.num_before, found.newline_rows) == (64, before, ())
 
 
 def test_a_tile_with_fewer_patches_than_its_budget_keeps_them() -> None:
-    found = layout(planner(keep=300), 300, 2000, Budget("ficoco-v", 300))
+    found = planner(keep=300).layout(Budget("ficoco-v", 300), 300, 2000)
     assert [tile.keep for tile in found.tiles] == [300, 240, 240, 240]
 
 
@@ -96,7 +112,7 @@ def test_a_tile_with_fewer_patches_than_its_budget_keeps_them() -> None:
 def test_a_budget_of_an_image(keep: int) -> None:
     """The image of 300 x 2000 has 576 + 3 x 240 patches; all of them are stock vLLM's way, with its newlines."""
     served = planner(method="ficoco-v", keep=320, keep_per="image")
-    found = layout(served, 300, 2000, Budget("ficoco-v", keep))
+    found = served.layout(Budget("ficoco-v", keep), 300, 2000)
     if keep >= 1296:
         assert (found.reduces, found.num_tokens) == (False, 1296 + 10)
         return
@@ -137,9 +153,8 @@ def test_models_that_cannot_be_reduced() -> None:
 def test_packing() -> None:
     """Two rows of two tiles of 2 x 2 patches: line by line across the tiles, a fused token last, then the newline."""
     small = TowerShape((2, 2), 24, 23, False, Tiling(((4, 4),), 2, 2))
-    found = layout(
-        VisionPlanner.shared(FicocoConfig(method="topk-cls", keep=2), small), 4, 4, Budget("topk-cls", 2)
-    )
+    planner = VisionPlanner.shared(FicocoConfig(method="topk-cls", keep=2), small)
+    found = planner.layout(Budget("topk-cls", 2), 4, 4)
     positions = [[0, 1], [1, 2], [0, -1], [0, 3], [2, 3]]
     kept = [
         Kept(torch.tensor([[10.0 * tile + place] for place in places]), torch.tensor(places))

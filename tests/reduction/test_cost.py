@@ -1,4 +1,4 @@
-"""The planner's counts against hand arithmetic, against Hugging Face's LLaVA, and against the paper."""
+"""The cost model against hand arithmetic, against Hugging Face's LLaVA, and against the paper."""
 
 import json
 import subprocess
@@ -11,22 +11,19 @@ import pytest
 
 from ficoco_vllm.reduction.cost import (
     KNOWN_MODELS,
-    Budget,
+    TilePlan,
     TokenPlan,
     constant,
-    decoder_tokens,
-    encoder_tokens,
     estimate,
+    estimate_prompt,
     model_shape,
     paper,
-    plan_tokens,
     speedup,
     unreduced,
 )
-from ficoco_vllm.reduction.cost.budget import Traits
 from ficoco_vllm.reduction.cost.llm_viewer import footprint_bytes, traffic_bytes
 from ficoco_vllm.reduction.cost.memory import num_parameters, to_bytes
-from ficoco_vllm.reduction.pipeline import PIPELINES
+from ficoco_vllm.reduction.cost.paper_schedule import decoder_tokens, tower_tokens
 
 LLAVA_7B = model_shape(KNOWN_MODELS["llava-hf/llava-1.5-7b-hf"])
 LLAVA_13B = model_shape(KNOWN_MODELS["llava-hf/llava-1.5-13b-hf"])
@@ -78,7 +75,7 @@ def test_counts_what_hugging_face_computes() -> None:
 def test_flops_of_a_reduced_prefill_by_hand() -> None:
     shape = model_shape(TINY)
     # 16 patches; the second tower layer drops 6, the first decoder layer 4 more; 3 text tokens.
-    plan = TokenPlan(encoder=(16, 16, 10, 10), decoder=(10, 6, 6))
+    plan = TokenPlan.whole(encoder=(16, 16, 10, 10), decoder=(10, 6, 6))
     cost = estimate(shape, plan, num_text_tokens=3)
     patches = 16 * (3 * 4 * 4) * 32
     projections = (17 + 17 + 11) * 4 * 32 * 32
@@ -100,12 +97,36 @@ def test_flops_of_a_reduced_prefill_by_hand() -> None:
 
 def test_images_are_reduced_alone_and_share_the_prompt() -> None:
     shape = model_shape(TINY)
-    plan = TokenPlan(encoder=(16, 16, 10, 10), decoder=(10, 6, 6))
+    plan = TokenPlan.whole(encoder=(16, 16, 10, 10), decoder=(10, 6, 6))
     one = estimate(shape, plan, num_text_tokens=3)
     two = estimate(shape, plan, num_text_tokens=3, num_images=2)
     assert two.tower_flops == 2 * one.tower_flops
     assert two.reduction_flops == 2 * one.reduction_flops
     assert two.kv_bytes_per_layer == ((2 * 10 + 3) * 128, (2 * 6 + 3) * 128)
+
+
+def test_images_of_different_plans_add_up() -> None:
+    shape = model_shape(TINY)
+    plan, stock = TokenPlan.whole((16, 16, 10, 10), (10, 6, 6)), unreduced(shape)
+    mixed = estimate_prompt(shape, {plan: 2, stock: 1}, num_text_tokens=3)
+    reduced, whole = (estimate(shape, one, num_text_tokens=3) for one in (plan, stock))
+    assert mixed.tower_flops == 2 * reduced.tower_flops + whole.tower_flops
+    assert mixed.reduction_flops == 2 * reduced.reduction_flops
+    assert mixed.kv_bytes_per_layer == ((2 * 10 + 16 + 3) * 128, (2 * 6 + 16 + 3) * 128)
+
+
+def test_an_image_in_tiles() -> None:
+    """A tile with padding: the tower sees all 16 patches up to the first layer that reduces, then the 12 that count."""
+    tile = TilePlan.of(16, (12, 12, 8, 8), 8)
+    assert tile.layers == ((16, 16), (12, 8), (8, 8))
+    assert TilePlan.of(16, (12,) * 4, 12).layers == ((16, 16),) * 3
+    shape = model_shape(TINY)
+    whole = TokenPlan.whole((16, 16, 8, 8), (8, 8, 8))
+    two = estimate(shape, TokenPlan((tile, whole.tiles[0]), 16, (17, 17, 17)), num_text_tokens=3)
+    one = estimate(shape, whole, num_text_tokens=3)
+    assert one.tower_flops < two.tower_flops < 2 * one.tower_flops
+    assert two.projector_flops == 2 * one.projector_flops
+    assert two.kv_bytes_per_layer == ((17 + 3) * 128,) * 2
 
 
 def test_memory_of_llava_7b() -> None:
@@ -158,51 +179,33 @@ def test_equations_as_printed(N: int, S: int, M: int, D: int, H: int) -> None:
 
 def test_tower_counts_of_the_paper() -> None:
     """64 of 576: twelve reductions from the 12th layer on, eight of 43 and four of 42."""
-    counts = encoder_tokens(LLAVA_7B, Budget(64))
+    counts = tower_tokens(LLAVA_7B, 64)
     assert counts == (576,) * 12 + (533, 490, 447, 404, 361, 318, 275, 232, 190, 148, 106, 64)
 
 
-@pytest.mark.parametrize("keep", [1, 64, 300, 576])
-def test_ficoco_vl_splits_its_budget_as_the_pipeline_does(keep: int) -> None:
-    plan = plan_tokens(LLAVA_7B, "ficoco-vl", Budget(keep))
-    assert plan.encoder[-1] == plan.decoder[0] == PIPELINES["ficoco-vl"].encoder_keep(576, keep)
-    assert plan.decoder[-1] == keep
-
-
 @pytest.mark.parametrize(
-    ("budget", "counts"),
+    ("keep", "schedule", "counts"),
     [
-        (Budget(16, schedule="one-shot"), (32, 32, 32, 32, 16, 16, 16, 16, 16)),
-        (Budget(22, schedule="even"), (32, 32, 32, 32, 30, 28, 26, 24, 22)),
-        (Budget(2, schedule="geometric", start_layer=4), (32, 32, 32, 32, 32, 16, 8, 4, 2)),
-        (Budget(schedule=[(1, 20), (5, 3)]), (32, 32, 20, 20, 20, 20, 3, 3, 3)),
-        (Budget(3, schedule=[(1, 20), (5, 3)]), (32, 32, 20, 20, 20, 20, 3, 3, 3)),
-        (Budget(32, schedule="even"), (32,) * 9),
-        # 4 x 32 + 4 x 8 = 8 x 20; with 9 left the average would be 20.5.
-        (Budget(kv_budget=20.2, schedule="one-shot"), (32, 32, 32, 32, 8, 8, 8, 8, 8)),
+        (16, "one-shot", (32, 32, 32, 32, 16, 16, 16, 16, 16)),
+        (22, "even", (32, 32, 32, 32, 30, 28, 26, 24, 22)),
+        (1, "geometric", (32, 32, 32, 32, 16, 8, 4, 2, 1)),
+        (32, "even", (32,) * 9),
     ],
 )
-def test_decoder_counts(budget: Budget, counts: tuple[int, ...]) -> None:
+def test_decoder_counts_of_the_paper(keep: int, schedule: str, counts: tuple[int, ...]) -> None:
     shape = replace(LLAVA_7B, decoder=replace(LLAVA_7B.decoder, num_layers=8))
-    assert decoder_tokens(shape, 32, budget) == counts
+    assert decoder_tokens(shape, 32, keep, schedule) == counts
 
 
-@pytest.mark.parametrize("schedule", ["one-shot", "even", "geometric"])
-@pytest.mark.parametrize("kv_budget", [330.0, 401.5, 575.9, 576.0])
-def test_kv_budget_is_met_by_the_largest_keep(schedule: str, kv_budget: float) -> None:
-    def mean(counts: tuple[int, ...]) -> float:
-        return sum(counts[:-1]) / 32
-
-    counts = decoder_tokens(LLAVA_7B, 576, Budget(kv_budget=kv_budget, schedule=schedule))
-    assert mean(counts) <= kv_budget
-    if counts[-1] < 576:
-        assert mean(decoder_tokens(LLAVA_7B, 576, Budget(counts[-1] + 1, schedule=schedule))) > kv_budget
+def in_tower(keep: int) -> TokenPlan:
+    """FiCoCo-V."""
+    return TokenPlan.whole(tower_tokens(LLAVA_7B, keep), (keep,) * 33)
 
 
 def test_cost_falls_with_keep() -> None:
     previous = None
     for keep in (576, 575, 300, 64, 63, 2, 1):
-        cost = estimate(LLAVA_7B, plan_tokens(LLAVA_7B, "ficoco-v", Budget(keep)), num_text_tokens=60)
+        cost = estimate(LLAVA_7B, in_tower(keep), num_text_tokens=60)
         if previous is not None:
             for name in ("tower_flops", "projector_flops", "decoder_flops", "kv_bytes", "llm_traffic_bytes"):
                 assert getattr(cost, name) < getattr(previous, name), (keep, name)
@@ -219,7 +222,7 @@ def test_cost_falls_with_keep() -> None:
     ("keep", "tflops", "tolerance"), [(64, 1.5, 0.08), (128, 2.4, 0.03), (192, 3.3, 0.01)]
 )
 def test_flops_settings_of_table_3(keep: int, tflops: float, tolerance: float) -> None:
-    cost = estimate(LLAVA_7B, plan_tokens(LLAVA_7B, "ficoco-v", Budget(keep)), num_text_tokens=60)
+    cost = estimate(LLAVA_7B, in_tower(keep), num_text_tokens=60)
     assert cost.decoder_flops / 1e12 == pytest.approx(tflops, rel=tolerance)
 
 
@@ -270,46 +273,6 @@ def test_what_the_document_says_of_mixed_widths() -> None:
     assert round(_viewer(LLAVA_7B.decoder, 124, 8, 16, 8)[0], 1) == 7.8
     assert round(_viewer(LLAVA_7B.decoder, 124, 4, 16, 4)[0], 1) == 4.4
     assert round(_viewer(LLAVA_7B.decoder, 636, 4, 4, 16)[0], 1) == 6.2
-
-
-def test_limits_of_a_method_reach_the_schedule() -> None:
-    """A method that appends a fused token still ends at `keep`; one that halves cannot get there at once."""
-    fusing = Traits(num_extra=1, schedule="one-shot")
-    assert encoder_tokens(LLAVA_7B, Budget(64), fusing)[-3:] == (64, 64, 64)
-    halving = Traits(max_removed=lambda num_tokens: num_tokens // 2)
-    assert encoder_tokens(LLAVA_7B, Budget(64), halving)[-1] == 64
-    with pytest.raises(ValueError, match="512 of 576"):
-        encoder_tokens(LLAVA_7B, Budget(64, schedule="one-shot"), halving)
-    with pytest.raises(ValueError, match="got 64 left after layer 11, allowed: 288 to 576"):
-        encoder_tokens(LLAVA_7B, Budget(schedule=[(11, 64)]), halving)
-    early = Traits(schedule="one-shot", start_layer=2)
-    assert decoder_tokens(LLAVA_7B, 576, Budget(9), early)[2:5] == (576, 9, 9)
-
-
-@pytest.mark.parametrize(
-    ("budget", "message"),
-    [
-        (Budget(), r"keep: got None, allowed: 1 to 576"),
-        (Budget(0), r"keep: got 0, allowed: 1 to 576"),
-        (Budget(577), r"keep: got 577, allowed: 1 to 576"),
-        (Budget(9, schedule="odd"), r"schedule: got 'odd', allowed: even, one-shot, geometric"),
-        (Budget(9, start_layer=32), r"start_layer: got 32, allowed: 0 to 31"),
-        (Budget(9, start_layer=-1), r"start_layer: got -1, allowed: 0 to 31"),
-        (Budget(schedule=[(3, 9), (3, 8)]), r"schedule: got layer 3, allowed: 4 to 31, ascending"),
-        (Budget(schedule=[(32, 9)]), r"schedule: got layer 32, allowed: 0 to 31"),
-        (Budget(schedule=[(3, 9), (4, 10)]), r"schedule: got 10 left after layer 4, allowed: 1 to 9"),
-        (Budget(8, schedule=[(3, 9)]), r"keep: got 8, allowed: 9"),
-        (
-            Budget(kv_budget=62.5, schedule="one-shot"),
-            r"kv_budget: got 62.5, allowed: 72.88 \(keep = 1\) to 576",
-        ),
-        (Budget(kv_budget=577), r"kv_budget: got 577, allowed: .* to 576"),
-        (Budget(9, kv_budget=100), r"kv_budget: allowed without keep"),
-    ],
-)
-def test_errors_of_a_budget_name_field_value_and_range(budget: Budget, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        decoder_tokens(LLAVA_7B, 576, budget)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,9 @@ from openai import OpenAI
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
-from ficoco_vllm.reduction.cost import Budget, estimate, model_shape, plan_tokens, unreduced
+from ficoco_vllm.config import FicocoConfig
+from ficoco_vllm.planning.server import ServerPlan
+from ficoco_vllm.reduction.cost import estimate, model_shape, unreduced
 from ficoco_vllm.server.commands.plan import read_config
 from tests.support.prometheus import (
     Prometheus,
@@ -163,7 +165,7 @@ def kv_token_bytes() -> int:
 
 def test_flops_are_the_planner_s(traffic: Traffic) -> None:
     shape = model_shape(read_config("demo"))
-    plan = plan_tokens(shape, "ficoco-v", Budget(keep=DEMO_KEEP))
+    plan = ServerPlan.for_model(FicocoConfig(method="ficoco-v", keep=DEMO_KEEP), shape).image_tokens()
     assert len(set(traffic.prompt_tokens)) == 1
     num_text_tokens = traffic.prompt_tokens[0] - DEMO_KEEP
     costs = [estimate(shape, tokens, num_text_tokens=num_text_tokens) for tokens in (unreduced(shape), plan)]

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from ficoco_vllm.config import FicocoConfig
-from ficoco_vllm.planning.server import Sites
+from ficoco_vllm.planning.server import ServerPlan
 from ficoco_vllm.server.cli import main
 from ficoco_vllm.server.request_field.resolve import UNBOUNDED, Resolved, Resolver
 from ficoco_vllm.server.request_field.schema import FicocoRequest
@@ -139,7 +139,7 @@ def test_arguments_of_processor_and_decoder(
 ) -> None:
     """LLaVA-NeXT-7B: all of a tile, of an image's patches, of an image's tokens. 415 is the mean of 576 and 300."""
     served = FicocoConfig.parse(settings)
-    resolver = Resolver(Sites.of(served, config()), UNBOUNDED)
+    resolver = Resolver(ServerPlan.of(served, config()), UNBOUNDED)
     assert resolver.resolve("off") == off
     assert resolver.resolve(FicocoRequest(keep=300)) == keep
     with pytest.raises(ValueError, match=f"keep = {most + 1} .* 1 to {most}"):

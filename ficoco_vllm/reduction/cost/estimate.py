@@ -1,6 +1,6 @@
 """What one prefill costs under a token plan: FLOPs, KV cache and memory, and the gain over no reduction."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -8,14 +8,14 @@ from ficoco_vllm.reduction.cost import flops, paper
 from ficoco_vllm.reduction.cost.llm_viewer import traffic_bytes
 from ficoco_vllm.reduction.cost.memory import activation_bytes, kv_bytes, num_parameters, to_bytes
 from ficoco_vllm.reduction.cost.shapes import ModelShape
-from ficoco_vllm.reduction.cost.tokens import TokenPlan
+from ficoco_vllm.reduction.cost.tokens import TilePlan, TokenPlan
 
 
 @dataclass(frozen=True)
 class Estimate:
     """The cost of one prefill. FLOPs count a multiply-add as 2 and do not depend on the data type.
 
-    What the reductions cost themselves is counted by Eqs. 18 and 19, those of FiCoCo, for every method.
+    For every method, the reduction itself is counted by Eqs. 18 and 19, those of FiCoCo.
     """
 
     tower_flops: int
@@ -59,11 +59,11 @@ class Speedup:
 def estimate(
     shape: ModelShape, plan: TokenPlan, *, num_text_tokens: int, num_images: int = 1, dtype: str = "fp16"
 ) -> Estimate:
-    """Adds up one prefill.
+    """Add up one prefill with images that follow one plan.
 
     Args:
-        shape: the model.
-        plan: patch and visual tokens of one image, layer by layer.
+        shape: of the model.
+        plan: of each image.
         num_text_tokens: M, text tokens of the prompt.
         num_images: images in the prompt, each reduced alone.
         dtype: of weights, activations and KV cache.
@@ -74,19 +74,44 @@ def estimate(
     Raises:
         ValueError: the plan does not fit the model, or a number is out of range.
 
-    Source: arXiv:2411.17686, Section 9 and Tables 8 and 9.
+    Source: arXiv:2411.17686, Section 9 and Tables 8 to 10.
     """
-    check_counts(num_text_tokens, num_images)
-    plan.check(shape)
-    decoder_tokens = [num_images * visual + num_text_tokens for visual in plan.decoder]
+    return estimate_prompt(shape, {plan: num_images}, num_text_tokens=num_text_tokens, dtype=dtype)
+
+
+def estimate_prompt(
+    shape: ModelShape, images: Mapping[TokenPlan, int], *, num_text_tokens: int, dtype: str = "fp16"
+) -> Estimate:
+    """Add up one prefill; see `estimate`.
+
+    Args:
+        shape: of the model.
+        images: the plans of the prompt's images, each with the number of images that follow it.
+        num_text_tokens: M.
+        dtype: of weights, activations and KV cache.
+    """
+    if num_text_tokens < 1:
+        raise ValueError(f"num_text_tokens: got {num_text_tokens}, allowed: at least 1")
+    for plan, count in images.items():
+        if count < 1:
+            raise ValueError(f"num_images: got {count}, allowed: at least 1")
+        plan.check(shape)
+
+    def total(values: Iterable[int]) -> int:
+        return sum(count * value for count, value in zip(images.values(), values, strict=True))
+
+    decoder_layers = zip(*(plan.decoder for plan in images), strict=True)
+    decoder_tokens = [num_text_tokens + total(layer) for layer in decoder_layers]
+    tower_layers = zip(*(plan.tower_tokens for plan in images), strict=True)
+    tower_tokens = [(total(n for n, _ in layer), total(m for _, m in layer)) for layer in tower_layers]
     return Estimate(
-        tower_flops=num_images * _tower_flops(shape, plan),
-        projector_flops=flops.projector(shape, num_images * plan.decoder[0]),
-        decoder_flops=decoder_flops(shape, decoder_tokens),
-        reduction_flops=num_images * _reduction_flops(shape, plan),
+        tower_flops=total(sum(_tower_flops(shape, tile) for tile in plan.tiles) for plan in images),
+        projector_flops=flops.projector(shape, total(plan.projected for plan in images)),
+        decoder_flops=_decoder_flops(shape, decoder_tokens),
+        reduction_flops=total(_reduction_flops(shape, plan) for plan in images),
         kv_bytes_per_layer=kv_bytes(shape.decoder, decoder_tokens[:-1], dtype),
         weight_bytes=to_bytes(num_parameters(shape), dtype),
-        activation_bytes=activation_bytes(shape, plan.encoder, decoder_tokens, num_images, dtype),
+        activation_bytes=activation_bytes(shape, tower_tokens, decoder_tokens, dtype),
         llm_traffic_bytes=traffic_bytes(shape.decoder, decoder_tokens, dtype, fused_attention=True),
     )
 
@@ -109,37 +134,21 @@ def speedup(reduced: Estimate, unreduced: Estimate) -> Speedup:
     )
 
 
-def check_counts(num_text_tokens: int, num_images: int) -> None:
-    """Refuse a prompt without text or images.
-
-    Raises:
-        ValueError: naming the count and what is allowed.
-    """
-    if num_text_tokens < 1:
-        raise ValueError(f"num_text_tokens: got {num_text_tokens}, allowed: at least 1")
-    if num_images < 1:
-        raise ValueError(f"num_images: got {num_images}, allowed: at least 1")
-
-
-def _tower_flops(shape: ModelShape, plan: TokenPlan) -> int:
-    layers = sum(flops.tower_layer(shape.tower, *counts).total for counts in pairwise(plan.encoder))
+def _tower_flops(shape: ModelShape, tile: TilePlan) -> int:
+    layers = sum(flops.tower_layer(shape.tower, *counts).total for counts in tile.layers)
     return flops.patch_embedding(shape.tower) + layers
 
 
-def decoder_flops(shape: ModelShape, tokens: Sequence[int]) -> int:
-    """FLOPs of the decoder and the language head.
-
-    Args:
-        shape: the model.
-        tokens: visual and text tokens that enter each layer, and those that leave the last.
-    """
+def _decoder_flops(shape: ModelShape, tokens: Sequence[int]) -> int:
     layers = sum(flops.decoder_layer(shape.decoder, *counts).total for counts in pairwise(tokens))
     return layers + flops.language_head(shape.decoder)
 
 
-def _reduction_flops(shape: ModelShape, plan: TokenPlan) -> int:
-    # The step from what leaves the tower to what enters the decoder is a reduction at the feature site.
-    vision = pairwise((*plan.encoder, plan.decoder[0]))
-    encoder = sum(paper.encoder_overhead(n, n - m, shape.tower.hidden) for n, m in vision)
-    decoder = sum(paper.decoder_overhead(n, n - m, shape.decoder.hidden) for n, m in pairwise(plan.decoder))
-    return encoder + decoder
+def _reduction_flops(shape: ModelShape, image: TokenPlan) -> int:
+    tower = 0
+    for tile in image.tiles:
+        # The step from what leaves the tower to what is kept is a reduction at the feature site.
+        steps = [*tile.layers, (tile.layers[-1][1], tile.kept)] if tile.kept != tile.entering else []
+        tower += sum(paper.encoder_overhead(n, n - m, shape.tower.hidden) for n, m in steps)
+    decoder = pairwise(image.decoder)
+    return tower + sum(paper.decoder_overhead(n, n - m, shape.decoder.hidden) for n, m in decoder)

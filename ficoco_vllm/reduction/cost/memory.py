@@ -77,24 +77,19 @@ def num_parameters(shape: ModelShape) -> int:
 
 
 def activation_bytes(
-    shape: ModelShape,
-    encoder_tokens: Sequence[int],
-    decoder_tokens: Sequence[int],
-    num_images: int,
-    dtype: str,
+    shape: ModelShape, tower_tokens: Sequence[tuple[int, int]], decoder_tokens: Sequence[int], dtype: str
 ) -> int:
-    """Peak of the activations of one prefill, under attention kernels that keep no score matrix.
+    """Peak of the activations of one prefill, with attention kernels that keep no score matrix.
 
     A layer holds its residual stream beside either query, key, value and output, or the MLP's inner tensors
     (one of width H in CLIP, three in Llama's gated MLP). The peak is that of the widest layer of tower and
     decoder.
 
     Args:
-        shape: the model.
-        encoder_tokens: patch tokens of one image that enter each executed layer, and one entry for what
-            leaves.
+        shape: of the model.
+        tower_tokens: patch and [CLS] tokens of all tiles, which run as one batch, that enter each executed layer, and
+            those that its MLP works on.
         decoder_tokens: visual and text tokens that enter each layer, and one entry for what leaves.
-        num_images: images that run through the tower as one batch.
         dtype: of the activations.
 
     Returns:
@@ -103,10 +98,7 @@ def activation_bytes(
     Source: arXiv:2205.14135 (attention without the score matrix).
     """
     tower, decoder = shape.tower, shape.decoder
-    peaks = [0]
-    for tokens_in, tokens_out in pairwise(encoder_tokens):
-        n, m = num_images * (tokens_in + 1), num_images * (tokens_out + 1)
-        peaks.append(max(5 * n * tower.hidden, m * (tower.hidden + tower.mlp)))
+    peaks = [max(5 * n * tower.hidden, m * (tower.hidden + tower.mlp)) for n, m in tower_tokens]
     for n, m in pairwise(decoder_tokens):
         attention = n * (decoder.hidden + 2 * decoder.query_width + 2 * decoder.kv_width)
         peaks.append(max(attention, m * (decoder.hidden + 3 * decoder.mlp)))

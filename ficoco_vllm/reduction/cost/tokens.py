@@ -1,9 +1,44 @@
 """How many visual tokens each layer sees: the part of a plan that no image and no weight can change."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 from ficoco_vllm.reduction.cost.shapes import ModelShape
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """One tile in the tower, which is the whole image unless the model cuts images into tiles.
+
+    Attributes:
+        layers: patch tokens that enter each executed layer, and those that its MLP works on.
+        entering: patches that show the image; the others, padding, leave before the first layer that reduces.
+        kept: tokens that are left after the tower and any reduction on its features.
+    """
+
+    layers: tuple[tuple[int, int], ...]
+    entering: int
+    kept: int
+
+    @classmethod
+    def of(cls, num_patches: int, counts: Sequence[int], kept: int) -> "TilePlan":
+        """A tile from the counts of its patches that show the image.
+
+        Args:
+            num_patches: of a whole tile, padding included.
+            counts: patch tokens that enter each executed layer if there were no padding, and those that leave the last.
+            kept: what is left after a reduction on the features, otherwise the last of `counts`.
+        """
+        num_layers = len(counts) - 1
+        first = next(
+            (index for index in range(num_layers) if counts[index] != counts[index + 1]), num_layers - 1
+        )
+        if kept == counts[0]:
+            first = num_layers  # a tile that loses no patch goes through whole
+        whole = ((num_patches, num_patches),) * first
+        return cls((*whole, *list(pairwise(counts))[first:]), counts[0], kept)
 
 
 @dataclass(frozen=True)
@@ -14,14 +49,38 @@ class TokenPlan:
     already works on the count that enters the next layer.
 
     Attributes:
-        encoder: patch tokens that enter each executed layer of the tower, and one entry for what leaves the
-            last.
-        decoder: visual tokens that enter each decoder layer, and one entry for what leaves the last. It
-            starts below `encoder[-1]` if tokens are dropped between tower and projector.
+        tiles: of the image in the tower.
+        projected: tokens that go through the projector.
+        decoder: visual tokens that enter each decoder layer, and one entry for what leaves the last.
     """
 
-    encoder: tuple[int, ...]
+    tiles: tuple[TilePlan, ...]
+    projected: int
     decoder: tuple[int, ...]
+
+    @classmethod
+    def whole(cls, encoder: Iterable[int], decoder: Iterable[int]) -> "TokenPlan":
+        """An image that the tower sees as one tile.
+
+        Args:
+            encoder: patch tokens that enter each executed layer of the tower, and one entry for what leaves the last.
+            decoder: see the attributes. It starts below the last of `encoder` if tokens are dropped between tower and
+                projector.
+        """
+        layers, decoder = tuple(pairwise(encoder)), tuple(decoder)
+        return cls((TilePlan(layers, layers[0][0], decoder[0]),), decoder[0], decoder)
+
+    @property
+    def encoder(self) -> tuple[int, ...]:
+        """Patch tokens of the first tile that enter each executed layer, and those that leave the last."""
+        layers = self.tiles[0].layers
+        return (*(entering for entering, _ in layers), layers[-1][1])
+
+    @cached_property
+    def tower_tokens(self) -> tuple[tuple[int, int], ...]:
+        """Patch and [CLS] tokens of all tiles that enter each executed layer, and those that its MLP works on."""
+        layers = zip(*(tile.layers for tile in self.tiles), strict=True)
+        return tuple((sum(n + 1 for n, _ in tiles), sum(m + 1 for _, m in tiles)) for tiles in layers)
 
     @property
     def mean_visual_tokens(self) -> float:
@@ -29,33 +88,28 @@ class TokenPlan:
         return sum(self.decoder[:-1]) / (len(self.decoder) - 1)
 
     def check(self, shape: ModelShape) -> None:
-        """Make sure that the plan fits a model.
+        """Raise unless the plan fits a model.
 
         Args:
-            shape: the model.
+            shape: of the model.
 
         Raises:
             ValueError: there is not one count for each layer and one for the exit, or a count grows.
         """
-        depths = (
-            ("encoder", self.encoder, shape.tower.num_executed),
-            ("decoder", self.decoder, shape.decoder.num_layers),
-        )
-        for name, counts, num_layers in depths:
-            if len(counts) != num_layers + 1:
-                raise ValueError(
-                    f"{name}: got {len(counts)} counts, allowed: {num_layers + 1} (layers and exit)"
-                )
-        for before, after in pairwise((shape.tower.num_patches, *self.encoder, *self.decoder)):
-            if not 0 <= after <= before:
-                raise ValueError(f"token counts: got {after} after {before}, allowed: 0 to {before}")
+        depths = [("encoder", len(tile.layers), shape.tower.num_executed) for tile in self.tiles]
+        for name, got, num_layers in (*depths, ("decoder", len(self.decoder) - 1, shape.decoder.num_layers)):
+            if got != num_layers:
+                raise ValueError(f"{name}: got {got + 1} counts, allowed: {num_layers + 1} (layers and exit)")
+        for tile in self.tiles:
+            _check_falling((shape.tower.num_patches, *(n for pair in tile.layers for n in pair), tile.kept))
+        _check_falling(self.decoder)
 
 
 def unreduced(shape: ModelShape) -> TokenPlan:
     """The plan of the model as it is.
 
     Args:
-        shape: the model.
+        shape: of the model.
 
     Returns:
         All patches in every layer.
@@ -69,8 +123,8 @@ def constant(shape: ModelShape, num_visual_tokens: int) -> TokenPlan:
     """A full tower whose output is cut to a number of tokens, the same in every decoder layer.
 
     Args:
-        shape: the model.
-        num_visual_tokens: visual tokens of an image in the decoder.
+        shape: of the model.
+        num_visual_tokens: of an image in the decoder.
 
     Returns:
         The plan.
@@ -78,4 +132,10 @@ def constant(shape: ModelShape, num_visual_tokens: int) -> TokenPlan:
     Source: arXiv:2402.16363 (the one token count that LLM-Viewer knows).
     """
     tower = (shape.tower.num_patches,) * (shape.tower.num_executed + 1)
-    return TokenPlan(tower, (num_visual_tokens,) * (shape.decoder.num_layers + 1))
+    return TokenPlan.whole(tower, (num_visual_tokens,) * (shape.decoder.num_layers + 1))
+
+
+def _check_falling(counts: Sequence[int]) -> None:
+    for before, after in pairwise(counts):
+        if not 0 <= after <= before:
+            raise ValueError(f"token counts: got {after} after {before}, allowed: 0 to {before}")

@@ -18,6 +18,7 @@ Source: arXiv:2411.17686, Eqs. 13-15, Alg. 2.
 """
 
 from ficoco_vllm.reduction.method import Method
+from ficoco_vllm.reduction.schedule import DECODER_START_LAYER
 from ficoco_vllm.reduction.settings import AttentionSettings, Count, DecoderSettings
 from ficoco_vllm.reduction.stages import COMPRESSIONS, CORRELATIONS, FILTERS
 
@@ -25,7 +26,7 @@ from ficoco_vllm.reduction.stages import COMPRESSIONS, CORRELATIONS, FILTERS
 class FicocoLKnobs(DecoderSettings, AttentionSettings):
     """Settings of FiCoCo-L beyond its stages: it starts at the 4th layer (Sec. 10)."""
 
-    start_layer: Count | None = 3
+    start_layer: Count | None = DECODER_START_LAYER
 
 
 FICOCO_L = Method(

@@ -143,16 +143,16 @@ def test_every_method_has_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
             [576] * 24,
             [576] * 8 + [288] * 8 + [144] * 8 + [72] * 9,
         ),
-        # PyramidDrop reduces at layers of its own, unless told otherwise.
+        # PyramidDrop reduces at layers of its own, in which segments end, unless a start layer is given.
         (
             ["--method", "pyramiddrop", "--keep", "72"],
             [576] * 24,
-            [576] * 9 + [288] * 8 + [144] * 8 + [72] * 8,
+            [576] * 8 + [288] * 8 + [144] * 8 + [72] * 9,
         ),
         (
-            ["--method", "pyramiddrop", "--keep", "72", "--start-layer", "31"],
+            ["--method", "pyramiddrop", "--keep", "72", "--start-layer", "27"],
             [576] * 24,
-            [576] * 32 + [72],
+            [576] * 28 + [72] * 5,
         ),
         # Without --encoder-keep, both parts shrink by the same ratio: 576, 192, 64.
         (
@@ -205,6 +205,27 @@ def test_the_tower_does_what_is_planned(capsys: pytest.CaptureFixture[str], meth
     assert parsed["encoder_tokens"] == counts
 
 
+@pytest.mark.parametrize("method", ["ficoco-v", "ficoco-l", "ficoco-vl"])
+def test_without_a_budget_it_is_the_server_s(capsys: pytest.CaptureFixture[str], method: str) -> None:
+    """A ninth of what enters."""
+    keep = "21" if method == "ficoco-vl" else "64"  # the tower leaves 192
+    default = report(capsys, LLAVA_7B, "--method", method)
+    assert default["decoder_visual_tokens"][-1] == int(keep)
+
+
+@pytest.mark.parametrize(
+    ("method", "megabytes"), [("ficoco-v", 65.0), ("ficoco-l", 199.0), ("ficoco-vl", 98.2)]
+)
+def test_the_kv_cache_is_the_served_one(
+    capsys: pytest.CaptureFixture[str], method: str, megabytes: float
+) -> None:
+    """README's figures, by segments of four layers in the decoder."""
+    planned = report(capsys, LLAVA_7B, "--method", method, "--keep", "64")
+    assert planned["reduced"]["kv_bytes"] / 1e6 == pytest.approx(megabytes, abs=0.05)
+    per_layer = planned["reduced"]["kv_bytes_per_layer"]
+    assert all(len(set(per_layer[first : first + 4])) == 1 for first in range(0, 32, 4))
+
+
 def test_a_configuration_on_disk_is_read(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(KNOWN_MODELS[LLAVA_7B]))
     known = report(capsys, LLAVA_7B, "--keep", "64")
@@ -232,8 +253,7 @@ def test_the_demo_model_is_found(
             ["no/such", "--keep", "64"],
             "model: got 'no/such', but there is no file no/such, allowed: a folder",
         ),
-        ([LLAVA_7B], "keep: got None, allowed: 1 to 576"),
-        ([LLAVA_7B, "--keep", "577"], "keep: got 577, allowed: 1 to 576"),
+        ([LLAVA_7B, "--keep", "577"], "ficoco.keep = 577 is not allowed; allowed: an integer from 1 to 576"),
         ([LLAVA_7B, "--keep", "64", "--method", "nope"], "method: got 'nope', allowed: "),
         ([LLAVA_7B, "--keep", "64", "--dtype", "fp8"], "dtype: got 'fp8', allowed: fp16, int8, int4"),
         ([LLAVA_7B, "--keep", "64", "--images", "0"], "num_images: got 0, allowed: at least 1"),
@@ -247,13 +267,16 @@ def test_the_demo_model_is_found(
             "schedule: got '3:x', allowed: even, one-shot, geometric, or LAYER:KEEP",
         ),
         ([LLAVA_7B, "--schedule", "3:4:5"], "schedule: got '3:4:5', allowed"),
-        ([LLAVA_7B, "--keep", "64", "--start-layer", "23"], "start_layer: got 23, allowed: 0 to 22"),
+        (
+            [LLAVA_7B, "--keep", "64", "--start-layer", "23"],
+            "start_layer = 23 is not allowed; allowed: an integer from 0 to 22",
+        ),
         (
             [LLAVA_7B, "--keep", "64", "--encoder-keep", "9"],
             "encoder_keep, encoder_schedule, encoder_start_layer",
         ),
         ([LLAVA_7B, "--keep", "64", "--kv-budget", "64"], "kv_budget: allowed without keep"),
-        ([LLAVA_7B, "--keep", "0"], "keep: got 0, allowed: 1 to 576"),
+        ([LLAVA_7B, "--keep", "0"], "ficoco.keep = 0 is not allowed"),
         ([LLAVA_7B, "--keep", "64", "--text-tokens", "-3"], "num_text_tokens: got -3, allowed: at least 1"),
         ([LLAVA_7B, "--schedule", "11:64,11:9"], "schedule: got layer 11, allowed: 12 to 22, ascending"),
         ([LLAVA_7B, "--schedule", "11:0"], "schedule: got 0 left after layer 11, allowed: 1 to 576"),
@@ -263,20 +286,37 @@ def test_the_demo_model_is_found(
             [LLAVA_7B, "--method", "tome", "--keep", "9", "--start-layer", "22"],
             "keep = 9: 1 reducing layer can reach 288 of 576 at least",
         ),
-        ([LLAVA_7B, "--method", "ficoco-vl"], "keep: got None"),
-        ([LLAVA_7B, "--method", "ficoco-vl", "--keep", "0"], "keep = 0: allowed is 1 to 576"),
+        ([LLAVA_7B, "--method", "ficoco-vl", "--keep", "0"], "ficoco.keep = 0 is not allowed"),
+        (
+            [LLAVA_7B, "--keep", "9", "--schedule", "11:64"],
+            "keep: got 9, allowed: 64, where the schedule ends",
+        ),
+        # The served decoder saves nothing after its last layer.
+        (
+            [LLAVA_7B, "--method", "ficoco-l", "--keep", "64", "--start-layer", "31"],
+            "ficoco.start_layer = 31 is not allowed; allowed: layers 0 to 30",
+        ),
+        (
+            [LLAVA_7B, "--method", "ficoco-l", "--schedule", "31:64"],
+            "schedule: got layer 31, allowed: 0 to 30, ascending",
+        ),
+        # Both layers are nearest to the end of one segment.
+        (
+            [LLAVA_7B, "--method", "ficoco-l", "--schedule", "4:300,5:64"],
+            "ficoco_keep = 64: schedule = [276, 236]: 1 reducing layers need as many counts",
+        ),
         ([LLAVA_7B, "--method", "ficoco-vl", "--schedule", "3:0"], "schedule: got 0 left after layer 3"),
         (
             [LLAVA_7B, "--method", "ficoco-vl", "--keep", "64", "--encoder-keep", "63"],
-            "keep: got 64, allowed: 1 to 63, the visual tokens that enter",
+            "ficoco_keep = 64 is not allowed; allowed: an integer from 1 to 63",
         ),
         (
             [LLAVA_7B, "--method", "ficoco-l", "--kv-budget", "62.5", "--schedule", "one-shot"],
-            "kv_budget: got 62.5, allowed: 72.88",
+            "ficoco.kv_budget = 62.5 is not allowed; allowed: 72.88",
         ),
         (
             [LLAVA_7B, "--method", "topk-cls", "--keep", "64", "--schedule", "even"],
-            "schedule, start_layer: allowed for methods that reduce inside tower or decoder",
+            "ficoco: schedule is not a setting of topk-cls; allowed: none",
         ),
     ],
 )
@@ -334,16 +374,17 @@ def test_numbers_beyond_all_bounds(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "ficoco-vllm: error: a number is too large to plan with\n"
 
 
-def test_runs_without_vllm(tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", [LLAVA_7B, "llava-hf/llava-v1.6-vicuna-7b-hf"])
+def test_runs_without_vllm(tmp_path: Path, model: str) -> None:
     """In a process of its own, where importing vLLM, transformers or Triton fails."""
     script = f"""
 import sys
 for name in ("vllm", "transformers", "triton"):
     sys.modules[name] = None
 from ficoco_vllm.server.cli import main
-sys.exit(main(["plan", {LLAVA_7B!r}, "--keep", "64", "--json"]))
+sys.exit(main(["plan", {model!r}, "--method", "ficoco-vl", "--keep", "64", "--json"]))
 """
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["decoder_visual_tokens"][0] == 64
+    assert json.loads(done.stdout)["decoder_visual_tokens"][-1] == 64

@@ -6,7 +6,7 @@ import pytest
 
 from ficoco_vllm import demo_model
 from ficoco_vllm.config import FicocoConfig
-from ficoco_vllm.planning.server import Sites
+from ficoco_vllm.planning.server import ServerPlan
 from ficoco_vllm.server.request_field.resolve import UNBOUNDED, Bounds, Resolver
 from ficoco_vllm.server.request_field.schema import parse
 
@@ -16,7 +16,7 @@ def resolver(settings: dict[str, Any], bounds: Bounds = UNBOUNDED) -> Resolver:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(demo_model.path())
-    return Resolver(Sites.of(FicocoConfig.parse(settings), config), bounds)
+    return Resolver(ServerPlan.of(FicocoConfig.parse(settings), config), bounds)
 
 
 def resolve(resolver: Resolver, ficoco: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -49,7 +49,7 @@ def test_decoder() -> None:
 
 def test_kv_budget_is_met_from_below() -> None:
     decoder = resolver({"method": "ficoco-l", "keep": 64})
-    planner = decoder.sites.decoder
+    planner = decoder.plan.decoder
     assert planner is not None
 
     def mean(keep: int) -> float:

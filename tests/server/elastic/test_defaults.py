@@ -1,4 +1,4 @@
-"""Where the current budget goes, for methods of the tower, of the decoder, and of both."""
+"""The default budget that follows the load, for methods of the tower, of the decoder, and of both."""
 
 import asyncio
 import time
@@ -12,8 +12,9 @@ from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.kv.admission import fill_budget
-from ficoco_vllm.planning.server import DecoderBudget, Sites, TowerBudget, check_elastic
+from ficoco_vllm.planning.server import ServerPlan
 from ficoco_vllm.server.elastic.budget import ElasticBudget, LoadRecorder, install
+from ficoco_vllm.server.elastic.defaults import DecoderBudget, TowerBudget, check_elastic
 from ficoco_vllm.server.elastic.settings import ElasticSettings
 
 # 576 patches, towers and decoders of LLaVA-1.5's depth.
@@ -26,9 +27,9 @@ HF_CONFIG = LlavaConfig(
 SETTINGS = ElasticSettings(floor=64, ceiling=288)
 
 
-def sites(**ficoco: Any) -> Sites:
-    """Of a model of LLaVA-1.5's shape."""
-    return Sites.of(FicocoConfig.parse(ficoco), HF_CONFIG)
+def server_plan(**ficoco: Any) -> ServerPlan:
+    """The plan of a server of LLaVA-1.5's shape."""
+    return ServerPlan.of(FicocoConfig.parse(ficoco), HF_CONFIG)
 
 
 def check(settings: ElasticSettings, min_keep: int = 1, **ficoco: Any) -> None:
@@ -74,7 +75,7 @@ def test_what_the_operator_and_the_model_do_not_allow() -> None:
 
 @pytest.mark.parametrize("level", range(5))
 def test_the_tower_gets_the_level(level: int) -> None:
-    served = sites(method="ficoco-v")
+    served = server_plan(method="ficoco-v")
     budget = SETTINGS.budgets[level]
     assert served.tower_follows
     assert TowerBudget(Fixed(level), served)(None) == budget
@@ -83,7 +84,7 @@ def test_the_tower_gets_the_level(level: int) -> None:
 
 def test_a_method_that_cannot_reach_the_level_gets_the_next_one_that_it_can() -> None:
     settings = ElasticSettings(floor=1, ceiling=512, levels=10)
-    served = sites(method="tome", keep=300, start_layer=22)
+    served = server_plan(method="tome", keep=300, start_layer=22)
     reached = [TowerBudget(Fixed(level, settings), served)("tome") for level in range(10)]
     assert reached == [512] * 10
     assert TowerBudget(Fixed(3, settings), served)("topk-cls") == 8
@@ -92,7 +93,7 @@ def test_a_method_that_cannot_reach_the_level_gets_the_next_one_that_it_can() ->
 
 
 def test_the_decoder_gets_the_level_but_no_more_than_enters() -> None:
-    served = sites(method="ficoco-l")
+    served = server_plan(method="ficoco-l")
     assert not served.tower_follows
     assert DecoderBudget(Fixed(2), served)(None, 576) == 136
     assert DecoderBudget(Fixed(2), served)("fastv", 576) == 136
@@ -100,14 +101,14 @@ def test_the_decoder_gets_the_level_but_no_more_than_enters() -> None:
 
 
 def test_of_a_method_that_reduces_twice_both_parts_follow_together() -> None:
-    served = sites(method="ficoco-vl", keep=64)
+    served = server_plan(method="ficoco-vl", keep=64)
     tower, decoder = TowerBudget(Fixed(4), served), DecoderBudget(Fixed(0), served)
     entering = tower(None)
     assert entering == 407  # the geometric mean of 576 and 288
     # The load has changed since the prompt was sized; the tower's budget says for which level it was.
     assert decoder(None, entering) == 288
     assert decoder(None, 200) == 64
-    fixed = sites(method="ficoco-vl", encoder={"keep": 192})
+    fixed = server_plan(method="ficoco-vl", encoder={"keep": 192})
     assert not fixed.tower_follows
     assert DecoderBudget(Fixed(4), fixed)(None, 192) == 192
 
@@ -119,7 +120,7 @@ def request(extra_args: dict[str, Any] | None, *lengths: int) -> Any:
 
 
 def test_an_explicit_budget_in_the_decoder_wins_and_others_are_filled() -> None:
-    budget = DecoderBudget(Fixed(1), sites(method="ficoco-l"))
+    budget = DecoderBudget(Fixed(1), server_plan(method="ficoco-l"))
     for extra_args, lengths, expected in (
         ({"ficoco_keep": 500}, (576,), {"ficoco_keep": 500}),
         ({"ficoco_method": "fastv"}, (576,), {"ficoco_method": "fastv", "ficoco_keep": 93}),
