@@ -6,7 +6,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ficoco_vllm.reduction.ops import TORCH, Ops
+from ficoco_vllm import kernels
+from ficoco_vllm.kernels import Backend
 
 # Where a signal counts the visual tokens, if not along its second axis; 0 where it does not count them.
 TOKEN_AXIS = {"text_attention": 2, "text_features": 0}
@@ -126,20 +127,20 @@ class WrittenMap:
         return self.values
 
 
-def partition(redundancy: Tensor, num_removed: int, ops: Ops = TORCH) -> Partition:
+def partition(redundancy: Tensor, num_removed: int, backend: Backend = "torch") -> Partition:
     """Let the `num_removed` most redundant tokens leave.
 
     Args:
         redundancy: (B, N) fp32 or fp64, higher leaves first, -inf protects; equal scores leave in index order.
         num_removed: R, 0 <= R <= N.
-        ops: the implementation.
+        backend: implementation of the fused op.
 
     Returns:
         Source and target indices, both ascending, so that the order of the tokens is kept.
 
     Source: arXiv:2411.17686, Alg. 1, lines 4-5.
     """
-    return Partition(*ops.partition(redundancy, num_removed))
+    return Partition(*kernels.partition(redundancy, num_removed, backend=backend))
 
 
 def take(values: Tensor, index: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ficoco_vllm import kernels
-from ficoco_vllm.kernels import Backend, Mask
+from ficoco_vllm.kernels import Backend
+from ficoco_vllm.reduction.logits import LogitMap, mean_logits
 from ficoco_vllm.reduction.signals import AttentionMap, via_text
-from ficoco_vllm.scoring import LogitMap, mean_logits
 
 
 def attention_with_lse(
@@ -125,7 +125,7 @@ class ClipHeads:
             self.scale,
             row_index=row_index,
             column_index=column_index,
-            mask=Mask(self.bias),
+            bias=self.bias,
             num_heads=self.num_heads,
             backend=self.backend,
         )
@@ -140,10 +140,7 @@ class ClipHeads:
         return self._normalisers(self.query) if self.given_lse is None else self.given_lse
 
     def _normalisers(self, query: Tensor) -> Tensor:
-        lse, _ = kernels.softmax_stats(
-            query, self.key, self.scale, mask=Mask(self.bias), backend=self.backend
-        )
-        return lse
+        return kernels.softmax_stats(query, self.key, self.scale, bias=self.bias, backend=self.backend)[0]
 
     @cached_property
     def sums(self) -> Tensor:
@@ -204,8 +201,7 @@ class ClipAttention:
             heads.key,
             heads.lse[:, :, 1:],
             heads.scale,
-            axis=1,
-            mask=Mask(heads.bias),
+            bias=heads.bias,
             num_heads=heads.num_heads,
             backend=heads.backend,
         )

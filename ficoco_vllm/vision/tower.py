@@ -13,7 +13,6 @@ from ficoco_vllm.metrics.stopwatch import Lap
 from ficoco_vllm.planning.tiling import Crop
 from ficoco_vllm.planning.tower import VisionPlan
 from ficoco_vllm.reduction import Observer, Signals
-from ficoco_vllm.scoring import FusedOps
 from ficoco_vllm.vision.attention import ClipHeads, attention_with_lse
 from ficoco_vllm.vision.rows import plain_layer
 
@@ -169,6 +168,5 @@ def _reduce(
         grid=grid,
     )
     cls, patches = tokens.hidden[:, :1], tokens.hidden[:, 1:]
-    ops = FusedOps(plan.backend)
-    reduced = plan.reducer(patches, signals, num_removed, tokens.size, ops, observer)
+    reduced = plan.reducer(patches, signals, num_removed, tokens.size, plan.backend, observer)
     return Tokens(torch.cat([cls, reduced.tokens], dim=1), reduced.size, reduced.position)

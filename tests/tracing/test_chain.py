@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from ficoco_vllm.reduction import Signals, get
+from ficoco_vllm.reduction.testing import make_signals, make_tokens
 from ficoco_vllm.tracing.chain import Step, destinations, read_steps
 from ficoco_vllm.tracing.store import MAX_TRACE_ID, Traces, check_trace_id
-from tests.reduction.inputs import make_signals, make_tokens
 
 NUM_PATCHES = 36
 TRACE_ID = 7
