@@ -88,7 +88,7 @@ def attention_via_text(signals: Signals, partition: Partition, settings: ViaText
     """C_ij = gamma * A_ij + (1 - gamma) * sum_k A_ki * A_kj, with k over the text tokens.
 
     The direct term is the causal A_ij: zero where target j comes after source i. Both factors of the indirect
-    term are what the text gives, for the reason given at `local_text`.
+    term are the attention that the text pays, for the reason given at `local_text`.
 
     Args:
         signals: `visual_attention` (B, N, N) and `text_attention` (B, M, N).

@@ -119,7 +119,7 @@ def fuse_mean(
 
 
 def _append(tokens: Tensor, size: Tensor, partition: Partition, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The targets, and behind them the weighted sum of the sources."""
+    """The targets, followed by the weighted sum of the sources."""
     extra = torch.bmm(weight[:, None], take(tokens, partition.source).float())
     total = take(size, partition.source).sum(dim=-1, keepdim=True)
     kept = torch.cat([take(tokens, partition.target), extra.to(tokens.dtype)], dim=1)

@@ -1,4 +1,4 @@
-"""Kept tokens as cluster centres that draw in their nearest discarded neighbours."""
+"""Kept tokens as cluster centres that absorb their nearest discarded neighbours."""
 
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ class Neighbours(Settings):
     """Settings of PruMerge.
 
     Attributes:
-        num_neighbours: how many discarded tokens each centre draws in.
+        num_neighbours: how many discarded tokens each centre absorbs.
     """
 
     num_neighbours: int = Field(default=32, ge=1)
@@ -97,7 +97,7 @@ def roles(signals: Signals, settings: Recovery, num_kept: int) -> Roles:
 
 
 def text_recovery(signals: Signals, settings: Recovery, num_removed: int) -> Tensor:
-    """Keep what [CLS] looks at, what the text asks for, and centres for the rest.
+    """Keep the tokens that [CLS] attends to, those relevant for the text, and centres for the rest.
 
     Args:
         signals: `cls_attention` (B, N) and `text_relevance` (B, N).

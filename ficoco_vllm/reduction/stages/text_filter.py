@@ -1,4 +1,4 @@
-"""Filters that look at the text: what the question does not ask for leaves first."""
+"""Filters that read the text: tokens that the question does not need leave first."""
 
 from typing import Literal
 
@@ -38,7 +38,7 @@ def local_text_signals(settings: LocalText) -> frozenset[str]:
 def local_text(signals: Signals, settings: LocalText, backend: Backend = "torch") -> Tensor:
     """s_i = beta / N * sum_j A_ij - (1 - beta) * sum_k A_ki, with k over the text tokens.
 
-    The second term is what token i receives from the text: the paper writes A_ik, but in a causal decoder the
+    The second term is the attention that token i receives from the text: the paper writes A_ik, but in a causal decoder the
     visual tokens come first and attend to no text.
 
     Args:
