@@ -1,10 +1,9 @@
-"""Fused ops of the reduction: tensors in, tensors out, each with a torch and a Triton implementation.
+"""Fused ops of the reduction: pure functions of tensors, each with a torch and a Triton implementation.
 
-Importing this needs neither Triton nor a GPU; Triton is imported when a kernel first runs.
+Importing this package needs neither Triton nor a GPU; Triton is imported when a kernel first runs.
 """
 
 from ficoco_vllm.kernels.attention_scores import (
-    Mask,
     attention_block,
     attention_sums,
     cls_scores,
@@ -17,7 +16,6 @@ from ficoco_vllm.kernels.quantile_merge import quantile_merge
 
 __all__ = [
     "Backend",
-    "Mask",
     "attention_block",
     "attention_sums",
     "cls_scores",

@@ -1,4 +1,4 @@
-"""Which implementation of an op runs."""
+"""Choice between the torch and the Triton implementation of an op."""
 
 from typing import Literal
 
@@ -11,7 +11,7 @@ def uses_triton(backend: Backend, tensor: Tensor) -> bool:
     """Decide between the two implementations of an op.
 
     Args:
-        backend: "triton" or "torch" is taken at its word and never falls back; "auto" takes Triton for
+        backend: "triton" and "torch" are used as given, without a fallback; "auto" takes Triton for
             tensors on a CUDA (or ROCm) device and torch elsewhere.
         tensor: any input of the op.
 

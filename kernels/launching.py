@@ -1,4 +1,4 @@
-"""What the launchers of all kernels share."""
+"""Helpers of all kernel launchers."""
 
 import struct
 
@@ -12,10 +12,10 @@ def rows_contiguous(values: Tensor) -> Tensor:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """How `tl.dot` multiplies.
+    """The `input_precision` of `tl.dot`.
 
     Single precision is emulated by three products in TF32, which keeps about 21 bits of the 24 and runs on
-    the tensor cores; ROCm knows no such mode and multiplies as it stands.
+    the tensor cores; ROCm has no such mode and multiplies in single precision.
     """
     return "tf32x3" if dtype == torch.float32 and torch.version.hip is None else "ieee"
 

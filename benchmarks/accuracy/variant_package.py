@@ -37,8 +37,10 @@ def with_defaults(name: str, base: str, settings: Mapping[str, Any]) -> Method:
     defaults = {key: getattr(reducer.settings, key) for key in settings if key not in stages}
     fields = reducer.method.settings.model_fields
     changed: dict[str, Any] = {key: (fields[key].annotation, value) for key, value in defaults.items()}
-    knobs = create_model(f"Settings of {name}", __base__=reducer.method.settings, **changed)
-    return replace(reducer.method, name=name, title=f"{reducer.method.title} {dict(settings)}", knobs=knobs)
+    own_settings = create_model(f"Settings of {name}", __base__=reducer.method.settings, **changed)
+    return replace(
+        reducer.method, name=name, title=f"{reducer.method.title} {dict(settings)}", own_settings=own_settings
+    )
 
 
 def write_package(folder: Path, variants: Iterable[Variant]) -> dict[str, str]:

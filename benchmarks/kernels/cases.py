@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from ficoco_vllm import kernels
 from ficoco_vllm.benchmarks.kernels import naive
 from ficoco_vllm.benchmarks.kernels.workloads import DECODER, TOWER, VISUAL_START, Shape, indices
-from ficoco_vllm.kernels import Backend, Mask
+from ficoco_vllm.kernels import Backend
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,9 @@ def _merge_case(name: str, shape: Shape, B: int, dtype: torch.dtype, device: str
     size = torch.ones((B, num_visual), device=device)
     return Case(
         name,
-        lambda: kernels.quantile_merge(tokens, size, correlation, source, target, backend=backend),
+        lambda: kernels.quantile_merge(
+            tokens, size, correlation, source, target, epsilon=0.998, backend=backend
+        ),
         lambda: naive.merge(tokens, size, correlation, source, target),
         None,
     )
@@ -96,14 +98,13 @@ def decoder(B: int, dtype: torch.dtype, device: str, backend: Backend) -> list[C
     column_weight = visual.float().expand(B, -1).contiguous()
     text_rows = order[~visual].expand(B, -1).contiguous()
     part = slice(VISUAL_START, VISUAL_START + num_visual)
-    causal = Mask(causal=True)
 
     def scores() -> tuple[Tensor, ...]:
-        lse, drawn = kernels.softmax_stats(
-            query, key, scale, mask=causal, column_weight=column_weight, backend=backend
+        lse, row_sum = kernels.softmax_stats(
+            query, key, scale, causal=True, column_weight=column_weight, backend=backend
         )
         text = kernels.attention_block(
-            query, key, lse, scale, row_index=text_rows, mask=causal, backend=backend
+            query, key, lse, scale, row_index=text_rows, causal=True, backend=backend
         )
         correlation = kernels.attention_block(
             query,
@@ -112,12 +113,12 @@ def decoder(B: int, dtype: torch.dtype, device: str, backend: Backend) -> list[C
             scale,
             row_index=source,
             column_index=target,
-            mask=causal,
+            causal=True,
             text=text,
             gamma=0.6,
             backend=backend,
         )
-        return drawn[:, part], text.sum(1)[:, part], correlation
+        return row_sum[:, part], text.sum(1)[:, part], correlation
 
     return [
         Case(

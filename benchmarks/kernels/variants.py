@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from ficoco_vllm.kernels import Mask
 from ficoco_vllm.kernels.attention_scores import triton_block, triton_cls, triton_stats, triton_sums
 from ficoco_vllm.kernels.filter_scores import triton as triton_filter
 from ficoco_vllm.kernels.partition import triton as triton_partition
@@ -13,55 +12,45 @@ from ficoco_vllm.kernels.quantile_merge import triton as triton_merge
 
 
 def attention(d: int, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
-    """Grouped queries, bias, causal with offsets and lengths, other head sizes; no divisible lengths."""
+    """Grouped queries, bias, causal with offsets and lengths, other head sizes; lengths that no tile divides."""
     B, H, Hk, M, N = 3, 6, 2, 37, 301
     query = torch.empty((B, H, M, d), dtype=dtype, device="meta")
     key = torch.empty((B, Hk, N, d), dtype=dtype, device="meta")
     lse = torch.empty((B, H, M), device="meta")
     bias = torch.empty((B, N), dtype=dtype, device="meta")
-    per_item = torch.empty(B, dtype=torch.int32, device="meta")
-    wide = torch.empty(B, dtype=torch.int64, device="meta")
+    length = torch.empty(B, dtype=torch.int32, device="meta")
+    offset = torch.empty(B, dtype=torch.int64, device="meta")
     rows = torch.empty((B, 5), dtype=torch.int32, device="meta")
     text = torch.empty((B, 7, N), device="meta")
-    full = Mask(bias, True, wide, per_item, wide)
-    narrow = Mask(None, False, None, wide, per_item)
     weight = torch.empty((B, N), dtype=dtype, device="meta")
     label = f"d={d},{str(dtype).removeprefix('torch.')}"
     return {
-        f"stats({label})": lambda: triton_stats.softmax_stats(query, key, 0.1, full, weight, H),
-        f"rows({label})": lambda: triton_sums.attention_sums(query, key, lse, 0.1, 2, None, full, H),
-        f"columns({label})": lambda: triton_sums.attention_sums(query, key, lse, 0.1, 1, None, full, H),
-        f"columns, lengths({label})": lambda: triton_sums.attention_sums(
-            query, key, lse, 0.1, 1, None, narrow, H
+        f"stats({label})": lambda: triton_stats.softmax_stats(
+            query, key, 0.1, bias, True, offset, length, weight, H
         ),
+        f"sums({label})": lambda: triton_sums.attention_sums(query, key, lse, 0.1, bias, True, H),
         f"block({label})": lambda: triton_block.attention_block(
-            query, key, lse, 0.1, rows, None, full, text, 0.6, H
+            query, key, lse, 0.1, rows, None, bias, True, text, 0.6, H
         ),
         f"whole map({label})": lambda: triton_block.attention_block(
-            query, key, lse, 0.1, None, None, narrow, None, 1.0, H
+            query, key, lse, 0.1, None, None, None, False, None, 1.0, H
         ),
-        f"cls({label})": lambda: triton_cls.cls_scores(
-            query, key[:, :, :M], lse, 0.1, 1, bias[:, :M], True, H
-        ),
+        f"cls({label})": lambda: triton_cls.cls_scores(query, key[:, :, :M], lse, 0.1, bias[:, :M], True, H),
     }
 
 
 def others() -> dict[str, Callable[[], Any]]:
-    """Protection, lengths, layouts, fixed K and averages, few and many targets."""
+    """One term of the filter, fp32 scores, fixed K and averages, few and many targets."""
     B, N = 3, 301
     scores = torch.empty((B, N), device="meta")
     position = torch.empty((B, N), dtype=torch.int64, device="meta")
-    protect = torch.empty((B, N), dtype=torch.bool, device="meta")
-    length = torch.empty(B, dtype=torch.int32, device="meta")
     calls: dict[str, Callable[[], Any]] = {
-        "filter": lambda: triton_filter.filter_scores(
-            scores, None, 0.4, position, (24, 24), (3, 2), 1.5, protect, length
-        ),
+        "filter": lambda: triton_filter.filter_scores(scores, None, 0.4, position, (24, 24), (3, 2), 1.5),
         "filter, no penalty": lambda: triton_filter.filter_scores(
-            None, scores, 0.4, position, (24, 24), None, 2.0, None, None
+            None, scores, 0.4, position, (24, 24), None, 2.0
         ),
-        "partition": lambda: triton_partition.partition(scores, 50, 270, length, length),
-        "partition, fp64": lambda: triton_partition.partition(scores.double(), 50, 270, length, None),
+        "partition": lambda: triton_partition.partition(scores, 50),
+        "partition, fp64": lambda: triton_partition.partition(scores.double(), 50),
     }
     for R, K, D in ((1, 1, 24), (512, 64, 1024), (2000, 880, 4096)):
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
@@ -75,15 +64,15 @@ def _merges(R: int, K: int, D: int, dtype: torch.dtype) -> dict[str, Callable[[]
     size = torch.empty((B, N), device="meta")
     source = torch.empty((B, R), dtype=torch.int32, device="meta")
     target = torch.empty((B, K), dtype=torch.int64, device="meta")
-    cut, rows = torch.empty((B, R, K), device="meta"), torch.empty((B, R, N), dtype=dtype, device="meta")
-    whole = torch.empty((B, N, N), device="meta")
+    wide = torch.empty((B, R, K), device="meta")
+    narrow = torch.empty((B, R, K), dtype=dtype, device="meta")
     merge = triton_merge.quantile_merge
     label = f"R={R},K={K},D={D},{str(dtype).removeprefix('torch.')}"
     return {
-        f"merge({label})": lambda: merge(tokens, size, cut, source, target, "cut", 0.998, None, False),
-        f"merge, rows({label})": lambda: merge(tokens, size, rows, source, target, "rows", 0.0, None, True),
-        f"merge, map({label})": lambda: merge(tokens, size, whole, source, target, "map", 0.0, 3, False),
-        f"merge, prune({label})": lambda: merge(tokens, size, cut, source, target, "cut", 0.5, 0, True),
+        f"merge({label})": lambda: merge(tokens, size, wide, source, target, 0.998, None, False),
+        f"merge, average({label})": lambda: merge(tokens, size, narrow, source, target, 0.0, None, True),
+        f"merge, fixed({label})": lambda: merge(tokens, size, wide, source, target, 0.0, 3, False),
+        f"merge, prune({label})": lambda: merge(tokens, size, wide, source, target, 0.5, 0, True),
     }
 
 

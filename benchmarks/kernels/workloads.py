@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ficoco_vllm.kernels import Mask
 from ficoco_vllm.kernels.attention_scores import triton_block, triton_cls, triton_stats, triton_sums
 from ficoco_vllm.kernels.filter_scores import triton as triton_filter
 from ficoco_vllm.kernels.partition import triton as triton_partition
@@ -87,7 +86,7 @@ def tower(B: int, dtype: torch.dtype = torch.float16, device: str = "meta") -> l
     query, key, lse = heads(shape, B, dtype, device)
     scale = d**-0.5
     source, target = indices(B, P, R, 1, device)
-    drawn = torch.randn((B, P), dtype=torch.float64, device=device)
+    row_sum = torch.randn((B, P), dtype=torch.float64, device=device)
     position = torch.arange(P).expand(B, P).contiguous().to(device)
     tokens = torch.randn((B, N, D), dtype=dtype, device=device)[:, 1:]
     size, correlation = torch.ones((B, P), device=device), torch.rand((B, R, K), device=device)
@@ -97,21 +96,21 @@ def tower(B: int, dtype: torch.dtype = torch.float16, device: str = "meta") -> l
             "softmax_stats/tower",
             2 * N * map_bytes + 4 * B * N * (H + 1),
             2 * B * H * N * N * d,
-            lambda: triton_stats.softmax_stats(query, key, scale, Mask(), None, H),
+            lambda: triton_stats.softmax_stats(query, key, scale, None, False, None, None, None, H),
             True,
         ),
         Workload(
-            "attention_sums(columns)/tower",
+            "attention_sums/tower",
             2 * N * map_bytes + 4 * B * N * (H + 1),
             2 * B * H * N * N * d,
-            lambda: triton_sums.attention_sums(query, key, lse, scale, 1, None, Mask(), H),
+            lambda: triton_sums.attention_sums(query, key, lse, scale, None, False, H),
             True,
         ),
         Workload(
             "cls_scores/tower",
             2 * N * map_bytes + 4 * B * N * (H + 2),
             4 * B * H * N * d,
-            lambda: triton_cls.cls_scores(query, key, lse, scale, 0, None, False, H),
+            lambda: triton_cls.cls_scores(query, key, lse, scale, None, False, H),
             False,
         ),
         Workload(
@@ -119,7 +118,7 @@ def tower(B: int, dtype: torch.dtype = torch.float16, device: str = "meta") -> l
             (R + K) * map_bytes + B * (4 * R * H + 8 * (R + K) + 4 * R * K),
             2 * B * H * R * K * d,
             lambda: triton_block.attention_block(
-                query, key, lse, scale, source, target, Mask(), None, 1.0, H
+                query, key, lse, scale, source, target, None, False, None, 1.0, H
             ),
             True,
         ),
@@ -127,16 +126,14 @@ def tower(B: int, dtype: torch.dtype = torch.float16, device: str = "meta") -> l
             "filter_scores/tower",
             B * P * (8 + 4 + 8 + 8),
             0,
-            lambda: triton_filter.filter_scores(
-                drawn, size, 0.35, position, (24, 24), (2, 2), 2.0, None, None
-            ),
+            lambda: triton_filter.filter_scores(row_sum, size, 0.35, position, (24, 24), (2, 2), 2.0),
             False,
         ),
         Workload(
             "partition/tower",
             B * P * (8 + 8),
             0,
-            lambda: triton_partition.partition(drawn, R, K, None, None),
+            lambda: triton_partition.partition(row_sum, R),
             False,
         ),
         Workload(
@@ -144,7 +141,7 @@ def tower(B: int, dtype: torch.dtype = torch.float16, device: str = "meta") -> l
             B * (P * D * width + K * D * width + 4 * R * K + 4 * (P + K) + 8 * (R + K)),
             2 * B * R * K * D,
             lambda: triton_merge.quantile_merge(
-                tokens, size, correlation, source - 1, target - 1, "cut", 0.998, None, False
+                tokens, size, correlation, source - 1, target - 1, 0.998, None, False
             ),
             True,
         ),
@@ -177,21 +174,20 @@ def decoder(B: int, dtype: torch.dtype = torch.float16, device: str = "meta") ->
     text = torch.rand((B, T, N), device=device)
     tokens = torch.randn((B, N, D), dtype=dtype, device=device)
     size, correlation = torch.ones((B, N), device=device), torch.rand((B, R, K), device=device)
-    causal = Mask(causal=True)
     map_bytes = B * H * d * width
     return [
         Workload(
             "softmax_stats/decoder",
             2 * N * map_bytes + 4 * B * N * (H + 2),
             B * H * N * (N + 1) * d,
-            lambda: triton_stats.softmax_stats(query, key, scale, causal, weight, H),
+            lambda: triton_stats.softmax_stats(query, key, scale, None, True, None, None, weight, H),
             True,
         ),
         Workload(
-            "attention_sums(rows)/decoder",
-            2 * N * map_bytes + 4 * B * N * (H + 2),
+            "attention_sums/decoder",
+            2 * N * map_bytes + 4 * B * N * (H + 1),
             B * H * N * (N + 1) * d,
-            lambda: triton_sums.attention_sums(query, key, lse, scale, 2, weight, causal, H),
+            lambda: triton_sums.attention_sums(query, key, lse, scale, None, True, H),
             True,
         ),
         Workload(
@@ -199,7 +195,7 @@ def decoder(B: int, dtype: torch.dtype = torch.float16, device: str = "meta") ->
             (T + N) * map_bytes + B * (4 * T * H + 8 * T + 4 * T * N),
             2 * B * H * int((order[~visual] + 1).sum()) * d,
             lambda: triton_block.attention_block(
-                query, key, lse, scale, text_rows, None, causal, None, 1.0, H
+                query, key, lse, scale, text_rows, None, None, True, None, 1.0, H
             ),
             True,
         ),
@@ -208,7 +204,7 @@ def decoder(B: int, dtype: torch.dtype = torch.float16, device: str = "meta") ->
             (R + K) * map_bytes + B * (4 * R * H + 8 * (R + K) + 4 * R * K + 4 * T * P),
             2 * B * (pairs * H * d + R * K * T),
             lambda: triton_block.attention_block(
-                query, key, lse, scale, source, target, causal, text, 0.6, H
+                query, key, lse, scale, source, target, None, True, text, 0.6, H
             ),
             True,
         ),
@@ -217,7 +213,7 @@ def decoder(B: int, dtype: torch.dtype = torch.float16, device: str = "meta") ->
             B * (P * D * width + K * D * width + 4 * R * K + 4 * (P + K) + 8 * (R + K)),
             2 * B * R * K * D,
             lambda: triton_merge.quantile_merge(
-                tokens, size, correlation, source, target, "cut", 0.998, None, False
+                tokens, size, correlation, source, target, 0.998, None, False
             ),
             True,
         ),

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ficoco_vllm import kernels
 from ficoco_vllm.decoder.boundary import ImageGroup, Index
-from ficoco_vllm.kernels import Backend, Mask
+from ficoco_vllm.kernels import Backend
+from ficoco_vllm.reduction.logits import LogitMap, mean_logits
 from ficoco_vllm.reduction.signals import AttentionMap, via_text
-from ficoco_vllm.scoring import LogitMap, mean_logits
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class ImageAttention:
             logits = mean_logits(query, self.key, heads.scale, heads.num_heads, heads.all_reduce)
             return logits.masked_fill_((self.text_index < 0)[..., None], 0.0)
         # Text after an image sees all of it: nothing is masked.
-        return heads.reduced(self._block(self.query, self.lse, self.text_index, None, Mask()))
+        return heads.reduced(self._block(self.query, self.lse, self.text_index, None, causal=False))
 
     def visual_attention(self) -> AttentionMap:
         """Head-mean causal attention among the tokens of each image, computed on access."""
@@ -144,7 +144,9 @@ class ImageAttention:
             self.query,
             self.context_key,
             heads.scale,
-            mask=Mask(causal=True, offset=self.first, query_length=self.length),
+            causal=True,
+            offset=self.first,
+            query_length=self.length,
             column_weight=weight,
             num_heads=heads.num_heads,
             backend=heads.backend,
@@ -155,8 +157,7 @@ class ImageAttention:
     ) -> Tensor:
         """Chosen rows and columns among the visual tokens, of this worker's heads, (B, R, K) fp32."""
         assert self.visual_query is not None
-        mask = Mask(causal=True)
-        return self._block(self.visual_query, self.visual_lse, source, target, mask, text, gamma)
+        return self._block(self.visual_query, self.visual_lse, source, target, True, text, gamma)
 
     def _block(
         self,
@@ -164,7 +165,7 @@ class ImageAttention:
         lse: Tensor,
         rows: Tensor | None,
         columns: Tensor | None,
-        mask: Mask,
+        causal: bool,
         text: Tensor | None = None,
         gamma: float = 1.0,
     ) -> Tensor:
@@ -176,7 +177,7 @@ class ImageAttention:
             heads.scale,
             row_index=rows,
             column_index=columns,
-            mask=mask,
+            causal=causal,
             text=text,
             gamma=gamma,
             num_heads=heads.num_heads,
@@ -219,8 +220,7 @@ class VisualAttention:
             images.key,
             images.visual_lse,
             heads.scale,
-            axis=1,
-            mask=Mask(causal=True),
+            causal=True,
             num_heads=heads.num_heads,
             backend=heads.backend,
         )

@@ -10,7 +10,6 @@ from ficoco_vllm.decoder.attention import DecoderHeads, ImageAttention
 from ficoco_vllm.decoder.boundary import Boundary, ImageGroup
 from ficoco_vllm.planning.decoder import DecoderPlanner
 from ficoco_vllm.reduction import Observer, Reducer, Signals
-from ficoco_vllm.scoring import FusedOps
 
 
 @dataclass(frozen=True)
@@ -85,8 +84,7 @@ def _reduce_group(
     N = visual.shape[1]
     signals = _measure(rows, heads, group, visual, reducer, grid)
     num_removed = N - group.kept.shape[1]
-    ops = FusedOps(heads.backend)
-    reduced = reducer(rows.hidden[visual], signals, num_removed, rows.size[visual], ops, observer)
+    reduced = reducer(rows.hidden[visual], signals, num_removed, rows.size[visual], heads.backend, observer)
     # `position` counts the image's tokens in this segment, so it names those that stayed.
     return visual.gather(1, reduced.position), reduced.tokens, reduced.size
 

@@ -16,7 +16,6 @@ from ficoco_vllm.planning.segments import Segments, scaled
 from ficoco_vllm.reduction import Reducer, available, get
 from ficoco_vllm.reduction.method import SITES
 from ficoco_vllm.reduction.schedule import DECODER_START_LAYER, make_schedule
-from ficoco_vllm.reduction.stages import spatial
 from ficoco_vllm.request_fields import KEEP, METHOD
 
 
@@ -231,9 +230,7 @@ def _why_not(reducer: Reducer) -> str | None:
             f"ficoco.method = {reducer.method.name!r}: its fused extra tokens have no place in the prompt, "
             "which the decoder's KV cache needs; choose another `compress`"
         )
-    stages = (reducer.method.filter, reducer.method.correlate)
-    by_place = any(stage.function.__module__ == spatial.__name__ for stage in stages)
-    if by_place or getattr(reducer.settings, "local_penalty", False):
+    if reducer.needs_grid or getattr(reducer.settings, "local_penalty", False):
         return (
             "ficoco.filter and ficoco.correlate by places in the image and ficoco.local_penalty are not allowed "
             "in the decoder, where only the order of the tokens is known"

@@ -5,18 +5,18 @@
     signals = Signals(visual_attention=..., cls_attention=..., position=..., grid=(24, 24))
     tokens, size, position = reduce("ficoco-v", tokens, signals, num_removed=43, lam=0.35)
 
-Where the same method runs often, fix its settings once: `reducer = get("ficoco-v").configure(lam=0.35)`.
+To call the same method often, fix its settings once: `reducer = get("ficoco-v").configure(lam=0.35)`.
 """
 
 from typing import Any
 
 from torch import Tensor
 
-from ficoco_vllm.reduction.method import Method
+from ficoco_vllm.reduction.method import Method, Reduced, Reducer
 from ficoco_vllm.reduction.observation import Observation, Observer
-from ficoco_vllm.reduction.reducer import Reduced, Reducer
 from ficoco_vllm.reduction.registry import available, get
 from ficoco_vllm.reduction.signals import Partition, Signals, partition
+from ficoco_vllm.reduction.stage import Compression, Correlation, Filter
 
 
 def reduce(
@@ -27,18 +27,18 @@ def reduce(
     size: Tensor | None = None,
     **settings: Any,
 ) -> Reduced:
-    """Remove `num_removed` visual tokens and merge what they knew into the rest, as the method says.
+    """Remove `num_removed` visual tokens, and merge their information into the rest if the method merges.
 
     Args:
-        method: a name out of `available()`, or a method.
+        method: a name from `available()`, or a method.
         tokens: (B, N, D), any floating dtype.
         signals: of this layer, N tokens.
         num_removed: R. Zero is the identity.
         size: (B, N) fp32, how many original patches each token stands for; None means one each.
-        **settings: of the method; the rest keep their defaults.
+        **settings: of the method; the others keep their defaults.
 
     Returns:
-        N - R tokens in their order, and behind them what the method fuses (`num_extra`).
+        N - R tokens in their order, followed by the fused ones that the method appends (`num_extra`).
 
     Raises:
         ValueError: unknown method or setting, a missing signal, a shape that does not fit, or R out of range.
@@ -50,6 +50,9 @@ def reduce(
 
 
 __all__ = [
+    "Compression",
+    "Correlation",
+    "Filter",
     "Method",
     "Observation",
     "Observer",

@@ -1,4 +1,4 @@
-"""What one reduction did, for who wants to show it: which tokens left, and where each one's information went."""
+"""Record of one reduction for tracing: which tokens left, and where the information of each went."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from ficoco_vllm.reduction.signals import Partition
 
 @dataclass(frozen=True)
 class Observation:
-    """One reduction, seen from beside it. It holds what the reduction worked with and computes only when asked.
+    """Record of one reduction. It holds references to the tensors of the reduction; weights are computed on demand.
 
     Attributes:
         partition: which of the N tokens left and which stayed.
@@ -31,10 +31,10 @@ class Observation:
     compress: Callable[[Tensor, Tensor, Partition, Tensor], tuple[Tensor, Tensor]]
 
     def weights(self, index: int) -> Tensor:
-        """How every token that came out was mixed from those that went in.
+        """The weight of every input token in every output token.
 
-        A compression is linear in the tokens, so what it makes of the unit vectors are its weights: they are read
-        off the method's own function and the scores that served the request, whatever the method is.
+        A compression is linear in the tokens, so applied to the unit vectors it returns its weights. This holds for
+        every method, with the scores that served the request.
 
         Args:
             index: of the image in the batch.
@@ -51,7 +51,7 @@ class Observation:
         return mixed[0]
 
     def shares(self, index: int) -> Tensor:
-        """Where the information of every token that left went.
+        """The share of every token that left in every token that stayed.
 
         Args:
             index: of the image in the batch.

@@ -1,4 +1,4 @@
-"""Name to method: the built-in ones, third-party ones by entry point, and compositions of stages."""
+"""Methods by name: the built-in ones, and third-party ones by entry point."""
 
 import logging
 import sys
@@ -75,5 +75,5 @@ def _entry_points() -> Mapping[str, EntryPoint]:
 
 @lru_cache(maxsize=4)
 def _installed(search_path: tuple[str, ...]) -> Mapping[str, EntryPoint]:
-    """What the packages on a search path offer. The scan opens the metadata of each of them: not for every request."""
+    """Entry points of the packages on a search path. Cached: a scan opens the metadata of every package."""
     return {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}

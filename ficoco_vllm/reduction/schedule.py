@@ -4,7 +4,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-from ficoco_vllm.reduction.stages.stage import all_but_one
+from ficoco_vllm.reduction.stage import all_but_one
 
 KINDS = ("even", "one-shot", "geometric")
 # The paper's first reducing decoder layer, the "4-th layer of the LLM" (arXiv:2411.17686, Sec. 10), counted from 0.

@@ -1,4 +1,4 @@
-"""Base of all settings of methods and stages: frozen, closed, and with errors that say what is allowed."""
+"""Base of all settings of methods and stages: frozen, without extra fields, errors name the allowed values."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -16,10 +16,10 @@ class Settings(BaseModel):
 
 
 class ScheduleSettings(Settings):
-    """When a method reduces. The model reads these, not the stages.
+    """Where and how fast a method reduces. The model reads these settings, not the stages.
 
     Attributes:
-        start_layer: index of the first reducing layer, from 0; None leaves it to the model.
+        start_layer: index of the first reducing layer, from 0; None takes the default of the model.
         schedule: how the loss is spread over the reducing layers, or the number removed at each of them.
     """
 
@@ -79,7 +79,7 @@ def parse(model: type[S], values: Mapping[str, Any], owner: str) -> S:
     Args:
         model: the settings model.
         values: field name to value.
-        owner: who is being configured, for the message.
+        owner: name of the method, for the message.
 
     Returns:
         The frozen settings.

@@ -1,4 +1,4 @@
-"""What a reduction method may look at, and how tokens are split into those that leave and those that stay."""
+"""The signals that a reduction method may read, and the partition of tokens into sources and targets."""
 
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -6,12 +6,13 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ficoco_vllm.reduction.ops import TORCH, Ops
+from ficoco_vllm import kernels
+from ficoco_vllm.kernels import Backend
 
 # Where a signal counts the visual tokens, if not along its second axis; 0 where it does not count them.
 TOKEN_AXIS = {"text_attention": 2, "text_features": 0}
 
-# Why a LLaVA cannot measure a signal everywhere, for who asks for it where it is not to be had.
+# Error texts for signals that a site cannot provide.
 WHY_ABSENT = {
     "text_relevance": "it takes another model's text encoder, which a LLaVA checkpoint does not carry",
     "text_attention": "the text is seen in the decoder only",
@@ -21,9 +22,9 @@ WHY_ABSENT = {
 
 
 class AttentionMap(Protocol):
-    """An attention map that is computed only where it is looked at, so that no (B, N, N) is ever written.
+    """An attention map of which only parts are computed, so that no (B, N, N) is ever written.
 
-    It stands wherever `Signals.visual_attention` does; see there for what its entries are.
+    It takes the place of the tensor `Signals.visual_attention`; see there for the entries.
     """
 
     @property
@@ -94,7 +95,7 @@ class Partition(NamedTuple):
 
 @dataclass(frozen=True)
 class WrittenMap:
-    """A map that is there already, as an `AttentionMap`.
+    """A tensor as an `AttentionMap`.
 
     Attributes:
         values: (B, N, N), any floating dtype.
@@ -126,20 +127,20 @@ class WrittenMap:
         return self.values
 
 
-def partition(redundancy: Tensor, num_removed: int, ops: Ops = TORCH) -> Partition:
-    """Let the `num_removed` most redundant tokens leave.
+def partition(redundancy: Tensor, num_removed: int, backend: Backend = "torch") -> Partition:
+    """Split off the `num_removed` most redundant tokens.
 
     Args:
         redundancy: (B, N) fp32 or fp64, higher leaves first, -inf protects; equal scores leave in index order.
         num_removed: R, 0 <= R <= N.
-        ops: the implementation.
+        backend: implementation of the fused op.
 
     Returns:
         Source and target indices, both ascending, so that the order of the tokens is kept.
 
     Source: arXiv:2411.17686, Alg. 1, lines 4-5.
     """
-    return Partition(*ops.partition(redundancy, num_removed))
+    return Partition(*kernels.partition(redundancy, num_removed, backend=backend))
 
 
 def take(values: Tensor, index: Tensor) -> Tensor:
@@ -171,7 +172,7 @@ def ranks(values: Tensor) -> Tensor:
 
 
 def require(signals: Signals, name: str) -> Tensor:
-    """One signal that must be there.
+    """A signal, as a tensor; it must be given.
 
     Raises:
         ValueError: the signal is None.
@@ -183,7 +184,7 @@ def require(signals: Signals, name: str) -> Tensor:
 
 
 def attention_map(signals: Signals) -> AttentionMap:
-    """`visual_attention`, which is asked for parts of it and so never written where it is given lazily.
+    """`visual_attention` as an `AttentionMap`, which is never written where it is lazy.
 
     Raises:
         ValueError: the signal is None.
@@ -199,7 +200,7 @@ def via_text(direct: Tensor, text: Tensor, source: Tensor, target: Tensor, gamma
 
     Args:
         direct: (B, R, K) fp32, A_ij; overwritten.
-        text: (B, M, N) attention that the text gives, any floating dtype.
+        text: (B, M, N) attention that the text pays, any floating dtype.
         source: (B, R) int64.
         target: (B, K) int64.
         gamma: weight of the direct term.

@@ -1,4 +1,4 @@
-"""Attention of a reducing layer: its output, and what the methods want to know of it, without an (H, N, N) map."""
+"""Attention of a reducing layer: its output, and the signals measured from it without an (H, N, N) map."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,15 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ficoco_vllm import kernels
-from ficoco_vllm.kernels import Backend, Mask
+from ficoco_vllm.kernels import Backend
+from ficoco_vllm.reduction.logits import LogitMap, mean_logits
 from ficoco_vllm.reduction.signals import AttentionMap, via_text
-from ficoco_vllm.scoring import LogitMap, mean_logits
 
 
 def attention_with_lse(
     query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Softmax attention, and the logarithm of its normalisers where it hands them out.
+    """Softmax attention, and the logarithm of its normalisers where the kernel returns them.
 
     Args:
         query: (B, H, N, d), any floating dtype; `key` and `value` alike.
@@ -34,7 +34,7 @@ def attention_with_lse(
     """
     mask = None if bias is None else bias[:, None, None, :]
     if query.device.type == "cpu":
-        # The kernel that scaled_dot_product_attention runs on a CPU; it hands out the normalisers for free.
+        # The kernel that scaled_dot_product_attention runs on a CPU; it returns the normalisers at no cost.
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, False, attn_mask=mask, scale=scale
         )
@@ -44,21 +44,21 @@ def attention_with_lse(
 
 @dataclass(frozen=True)
 class ClipHeads:
-    """Queries and keys of one CLIP layer, and what the methods measure of them.
+    """Queries and keys of one CLIP layer, and the signals measured from them.
 
-    Token 0 is [CLS] and takes part in every softmax, but in no row and no column that is handed out.
+    Token 0 is [CLS] and takes part in every softmax, but not in the rows and columns that are returned.
 
     Attributes:
         query: (B, H, 1 + N, d) the heads of this rank.
         key: (B, H, 1 + N, d).
-        given_lse: (B, H, 1 + N) fp32 log-sum-exp of each query's logits, where the attention has handed it out; else
-            None, and it is found for the queries that are looked at.
+        given_lse: (B, H, 1 + N) fp32 log-sum-exp of each query's logits, where the attention returned it; None computes
+            it for the queries that are needed.
         scale: factor of the logits.
         bias: (B, 1 + N) added to the logits of each key, or None.
         num_heads: of the whole model.
         all_reduce: sums over the ranks, under tensor parallelism; else None.
-        needed: the signals that will be asked for, so that one pass serves several.
-        logits: hand out logits before the softmax, as the authors' release of FiCoCo does, instead of
+        needed: the signals that the method reads, so that one pass serves several.
+        logits: measure logits before the softmax, as the authors' release of FiCoCo does, instead of
             probabilities.
         backend: of the fused ops.
     """
@@ -75,7 +75,7 @@ class ClipHeads:
     backend: Backend = "auto"
 
     def visual_attention(self) -> AttentionMap:
-        """Head-mean attention among the patch tokens, (B, N, N), computed where it is looked at."""
+        """Head-mean attention among the patch tokens, (B, N, N), computed on demand."""
         if not self.logits:
             return ClipAttention(self)
         query, key = self.query[:, :, 1:], self.key[:, :, 1:]
@@ -125,13 +125,13 @@ class ClipHeads:
             self.scale,
             row_index=row_index,
             column_index=column_index,
-            mask=Mask(self.bias),
+            bias=self.bias,
             num_heads=self.num_heads,
             backend=self.backend,
         )
 
     def reduced(self, head_sum: Tensor) -> Tensor:
-        """Under tensor parallelism a rank sees its own heads only; all must come to the same choice."""
+        """Sum over the ranks: each sees its own heads only, and all must choose the same tokens."""
         return head_sum if self.all_reduce is None else self.all_reduce(head_sum.contiguous())
 
     @cached_property
@@ -140,10 +140,7 @@ class ClipHeads:
         return self._normalisers(self.query) if self.given_lse is None else self.given_lse
 
     def _normalisers(self, query: Tensor) -> Tensor:
-        lse, _ = kernels.softmax_stats(
-            query, self.key, self.scale, mask=Mask(self.bias), backend=self.backend
-        )
-        return lse
+        return kernels.softmax_stats(query, self.key, self.scale, bias=self.bias, backend=self.backend)[0]
 
     @cached_property
     def sums(self) -> Tensor:
@@ -176,22 +173,22 @@ class ClipAttention:
 
     @property
     def shape(self) -> torch.Size:
-        """(B, N, N), as the map would have if it were written."""
+        """(B, N, N)."""
         B, _, N, _ = self.heads.query.shape
         return torch.Size((B, N - 1, N - 1))
 
     def row_sum(self) -> Tensor:
-        """What each token draws from the patches: one minus its attention to [CLS].
+        """Attention of each token to all patches: one minus its attention to [CLS].
 
         Returns:
-            (B, N) fp64: next to 1 fp32 would round away what tells the tokens apart.
+            (B, N) fp64: close to 1 fp32 rounds away the differences between tokens.
 
         Source: arXiv:2411.17686, Eq. 11, first term, times N.
         """
         return 1.0 - self.heads.sums[0, :, 1:].double()
 
     def column_sum(self) -> Tensor:
-        """What each token receives from the patches.
+        """Attention that each token receives from all patches.
 
         Returns:
             (B, N) fp32.
@@ -204,8 +201,7 @@ class ClipAttention:
             heads.key,
             heads.lse[:, :, 1:],
             heads.scale,
-            axis=1,
-            mask=Mask(heads.bias),
+            bias=heads.bias,
             num_heads=heads.num_heads,
             backend=heads.backend,
         )

@@ -13,17 +13,16 @@ from ficoco_vllm.metrics.stopwatch import Lap
 from ficoco_vllm.planning.tiling import Crop
 from ficoco_vllm.planning.tower import VisionPlan
 from ficoco_vllm.reduction import Observer, Signals
-from ficoco_vllm.scoring import FusedOps
 from ficoco_vllm.vision.attention import ClipHeads, attention_with_lse
-from ficoco_vllm.vision.rows import plain_layer
+from ficoco_vllm.vision.cpu_layer import plain_layer
 
-# Site and index of a layer to who wants to see what is reduced there.
+# Site and index of a layer to the observer of the reduction there, or None.
 Watch = Callable[[str, int], Observer | None]
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """What flows through the tower.
+    """Tokens between two layers of the tower.
 
     Attributes:
         hidden: (B, 1 + N, D), [CLS] first.
@@ -52,13 +51,13 @@ def encode(
         pixels: (B, 3, height, width).
         plan: which layer removes how many tokens, and how.
         grid: rows and columns of patches.
-        lap: takes the time of the reductions.
-        watch: who is shown each reduction, for requests that are traced.
+        lap: times the reductions.
+        watch: returns the observer of a reduction, for requests that are traced.
         crop: of tiles with padding, the patches that show the image. The others leave, merged into nothing, before
             the first layer whose attention the method looks at; from there on the crop is the whole grid.
 
     Returns:
-        What is kept: `hidden` (B, 1 + keep, D) in the tower's dtype, patch tokens in raster order, with `position` in
+        The kept tokens: `hidden` (B, 1 + keep, D) in the tower's dtype, patch tokens in raster order, `position` in
         the grid or the crop.
 
     Source: arXiv:2411.17686, Alg. 1.
@@ -125,7 +124,7 @@ def _timed(lap: Lap | None) -> AbstractContextManager[None]:
 def _attend(
     layer: CLIPEncoderLayer, tokens: Tokens, weighted: bool, plan: VisionPlan
 ) -> tuple[Tokens, ClipHeads]:
-    """The first half of an encoder layer, with a hold on its attention."""
+    """The first half of an encoder layer, and its queries and keys for measuring attention."""
     module: CLIPAttention = layer.self_attn
     qkv, _ = module.qkv_proj(layer.layer_norm1(tokens.hidden))
     B, N, _ = qkv.shape
@@ -159,7 +158,7 @@ def _reduce(
     grid: tuple[int, int],
     observer: Observer | None,
 ) -> Tokens:
-    """One reduction of the patch tokens; [CLS] stays in front."""
+    """One reduction of the patch tokens; [CLS] stays first."""
     needed = plan.reducer.signals
     signals = Signals(
         visual_attention=attention.visual_attention() if "visual_attention" in needed else None,
@@ -169,6 +168,5 @@ def _reduce(
         grid=grid,
     )
     cls, patches = tokens.hidden[:, :1], tokens.hidden[:, 1:]
-    ops = FusedOps(plan.backend)
-    reduced = plan.reducer(patches, signals, num_removed, tokens.size, ops, observer)
+    reduced = plan.reducer(patches, signals, num_removed, tokens.size, plan.backend, observer)
     return Tokens(torch.cat([cls, reduced.tokens], dim=1), reduced.size, reduced.position)

@@ -6,8 +6,6 @@ The launchers are imported inside the ops: a machine without Triton can import t
 import torch
 from torch import Tensor
 
-from ficoco_vllm.kernels.attention_scores.mask import Mask
-
 
 @torch.library.custom_op("ficoco::softmax_stats", mutates_args=())
 def softmax_stats(
@@ -18,19 +16,19 @@ def softmax_stats(
     causal: bool,
     offset: Tensor | None,
     query_length: Tensor | None,
-    key_length: Tensor | None,
     column_weight: Tensor | None,
     num_heads: int,
 ) -> tuple[Tensor, Tensor]:
     """See `ops.softmax_stats`."""
     from ficoco_vllm.kernels.attention_scores import triton_stats
 
-    mask = Mask(bias, causal, offset, query_length, key_length)
-    return triton_stats.softmax_stats(query, key, scale, mask, column_weight, num_heads)
+    return triton_stats.softmax_stats(
+        query, key, scale, bias, causal, offset, query_length, column_weight, num_heads
+    )
 
 
 @softmax_stats.register_fake
-def _(query, key, scale, bias, causal, offset, query_length, key_length, column_weight, num_heads):  # type: ignore[no-untyped-def]
+def _(query, key, *_rest):  # type: ignore[no-untyped-def]
     B, H, M, _d = query.shape
     return query.new_empty((B, H, M), dtype=torch.float32), query.new_empty((B, M), dtype=torch.float32)
 
@@ -45,9 +43,6 @@ def attention_block(
     column_index: Tensor | None,
     bias: Tensor | None,
     causal: bool,
-    offset: Tensor | None,
-    query_length: Tensor | None,
-    key_length: Tensor | None,
     text: Tensor | None,
     gamma: float,
     num_heads: int,
@@ -55,9 +50,8 @@ def attention_block(
     """See `ops.attention_block`."""
     from ficoco_vllm.kernels.attention_scores import triton_block
 
-    mask = Mask(bias, causal, offset, query_length, key_length)
     return triton_block.attention_block(
-        query, key, lse, scale, row_index, column_index, mask, text, gamma, num_heads
+        query, key, lse, scale, row_index, column_index, bias, causal, text, gamma, num_heads
     )
 
 
@@ -74,26 +68,19 @@ def attention_sums(
     key: Tensor,
     lse: Tensor,
     scale: float,
-    axis: int,
-    weight: Tensor | None,
     bias: Tensor | None,
     causal: bool,
-    offset: Tensor | None,
-    query_length: Tensor | None,
-    key_length: Tensor | None,
     num_heads: int,
 ) -> Tensor:
     """See `ops.attention_sums`."""
     from ficoco_vllm.kernels.attention_scores import triton_sums
 
-    mask = Mask(bias, causal, offset, query_length, key_length)
-    return triton_sums.attention_sums(query, key, lse, scale, axis, weight, mask, num_heads)
+    return triton_sums.attention_sums(query, key, lse, scale, bias, causal, num_heads)
 
 
 @attention_sums.register_fake
-def _(query, key, lse, scale, axis, *_rest):  # type: ignore[no-untyped-def]
-    left = query if axis == 2 else key
-    return query.new_empty((query.shape[0], left.shape[2]), dtype=torch.float32)
+def _(query, key, *_rest):  # type: ignore[no-untyped-def]
+    return query.new_empty((query.shape[0], key.shape[2]), dtype=torch.float32)
 
 
 @torch.library.custom_op("ficoco::cls_scores", mutates_args=())
@@ -102,7 +89,6 @@ def cls_scores(
     key: Tensor,
     lse: Tensor,
     scale: float,
-    cls_index: int,
     bias: Tensor | None,
     with_keys: bool,
     num_heads: int,
@@ -110,11 +96,11 @@ def cls_scores(
     """See `ops.cls_scores`."""
     from ficoco_vllm.kernels.attention_scores import triton_cls
 
-    return triton_cls.cls_scores(query, key, lse, scale, cls_index, bias, with_keys, num_heads)
+    return triton_cls.cls_scores(query, key, lse, scale, bias, with_keys, num_heads)
 
 
 @cls_scores.register_fake
-def _(query, key, lse, scale, cls_index, bias, with_keys, num_heads):  # type: ignore[no-untyped-def]
+def _(query, key, lse, scale, bias, with_keys, num_heads):  # type: ignore[no-untyped-def]
     B, _, N, d = query.shape
     scores = query.new_empty((B, N), dtype=torch.float32)
     keys = query.new_empty((B, N, d) if with_keys else (0,), dtype=torch.float32)

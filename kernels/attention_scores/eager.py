@@ -1,7 +1,7 @@
-"""Attention scores in torch, so that no (B, H, M, N) map exists.
+"""Attention scores in torch, without a (B, H, M, N) map.
 
 A single item takes as many heads at a time as fit into a processor's cache. Several items are batched and take one
-head at a time: queries and keys are views of one projection, and only within a head do their strides suit a batched
+head at a time: queries and keys are views of one projection, and only within a head do their strides allow a batched
 product without a copy. Half-precision inputs are widened as they are used.
 """
 
@@ -10,21 +10,36 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ficoco_vllm.kernels.attention_scores.mask import Mask
-
-# Scratch space of the heads of one item that are worked on together, and of a tile of a softmax, which is passed over
+# Scratch space for the heads of one item that are processed together, and for a tile of a softmax, which is read
 # several times.
 _HEADS_BYTES = 4 * 2**20
 _TILE_BYTES = 2**20
 
 
 def softmax_stats(
-    query: Tensor, key: Tensor, scale: float, mask: Mask, column_weight: Tensor | None, num_heads: int
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    causal: bool,
+    offset: Tensor | None,
+    query_length: Tensor | None,
+    column_weight: Tensor | None,
+    num_heads: int,
 ) -> tuple[Tensor, Tensor]:
     """See `ops.softmax_stats`."""
     B, H, M, _ = query.shape
     N = key.shape[2]
-    extra = _extra(B, M, N, mask, query.device)
+    extra = None if bias is None else bias.float()[:, None]  # added to the logits; broadcasts to (B, M, N)
+    hidden = _hidden(query, key, None, None, offset) if causal else None
+    if query_length is not None:
+        row = torch.arange(M, device=query.device)[None, :, None]
+        absent = row >= query_length[:, None, None]
+        hidden = absent if hidden is None else absent | hidden
+    if hidden is not None:
+        extra = torch.where(
+            hidden, -torch.inf, torch.zeros((), device=query.device) if extra is None else extra
+        )
     lse = query.new_empty((B, H, M), dtype=torch.float32)
     row_sum = query.new_zeros((B, M), dtype=torch.float32)
     weight = None if column_weight is None else column_weight.float()[:, :, None]
@@ -32,8 +47,8 @@ def softmax_stats(
     for part, queries, keys in _parts(query, key, min(tile, M) * N, _TILE_BYTES):
         for start in range(0, M, tile):
             rows = slice(start, min(start + tile, M))
-            # Of a causal map these rows see no key behind their last one.
-            seen = N if not mask.causal or mask.offset is not None else min(N, rows.stop)
+            # In a causal map these rows see no key after their last one.
+            seen = N if not causal or offset is not None else min(N, rows.stop)
             logits = _products(queries[:, :, rows] * scale, keys[:, :, :seen])
             if extra is not None:
                 logits.add_((extra[:, rows] if extra.shape[1] > 1 else extra)[:, None, :, :seen])
@@ -41,10 +56,10 @@ def softmax_stats(
             highest = torch.where(highest == -torch.inf, 0.0, highest)
             weights = logits.sub_(highest).exp_()
             total = weights.sum(dim=-1)
-            drawn = total
+            weighted = total
             if weight is not None:
-                drawn = torch.bmm(weights.flatten(1, 2), weight[:, :seen])[..., 0].view_as(total)
-            row_sum[:, rows] += torch.where(total > 0, drawn / total, 0.0).sum(dim=1)
+                weighted = torch.bmm(weights.flatten(1, 2), weight[:, :seen])[..., 0].view_as(total)
+            row_sum[:, rows] += torch.where(total > 0, weighted / total, 0.0).sum(dim=1)
             lse[:, part, rows] = total.log().add_(highest[..., 0])
     return lse, row_sum.div_(num_heads)
 
@@ -56,17 +71,16 @@ def attention_block(
     scale: float,
     row_index: Tensor | None,
     column_index: Tensor | None,
-    mask: Mask,
+    bias: Tensor | None,
+    causal: bool,
     text: Tensor | None,
     gamma: float,
     num_heads: int,
 ) -> Tensor:
     """See `ops.attention_block`."""
-    B, M = query.shape[0], query.shape[2]
-    hidden = _hidden(B, M, key.shape[2], mask, query.device, row_index, column_index)
-    result = _head_sum(query, key, lse, scale, row_index, column_index, mask.bias).div_(num_heads)
-    if hidden is not None:
-        result.masked_fill_(hidden, 0.0)
+    result = _head_sum(query, key, lse, scale, row_index, column_index, bias).div_(num_heads)
+    if causal:
+        result.masked_fill_(_hidden(query, key, row_index, column_index), 0.0)
     if text is not None:
         source, target = _columns(text, row_index).float(), _columns(text, column_index).float()
         result.baddbmm_(source.transpose(1, 2), target, beta=gamma, alpha=1.0 - gamma)
@@ -74,26 +88,13 @@ def attention_block(
 
 
 def attention_sums(
-    query: Tensor,
-    key: Tensor,
-    lse: Tensor,
-    scale: float,
-    axis: int,
-    weight: Tensor | None,
-    mask: Mask,
-    num_heads: int,
+    query: Tensor, key: Tensor, lse: Tensor, scale: float, bias: Tensor | None, causal: bool, num_heads: int
 ) -> Tensor:
     """See `ops.attention_sums`."""
-    B, _, M, _ = query.shape
-    hidden = _hidden(B, M, key.shape[2], mask, query.device)
-    attention = _head_sum(query, key, lse, scale, None, None, mask.bias)
-    if hidden is not None:
-        attention.masked_fill_(hidden, 0.0)
-    if weight is None:
-        return attention.sum(dim=axis).div_(num_heads)
-    if axis == 2:
-        return torch.bmm(attention, weight.float()[..., None])[..., 0].div_(num_heads)
-    return torch.bmm(weight.float()[:, None], attention)[:, 0].div_(num_heads)
+    attention = _head_sum(query, key, lse, scale, None, None, bias)
+    if causal:
+        attention.masked_fill_(_hidden(query, key), 0.0)
+    return attention.sum(dim=1).div_(num_heads)
 
 
 def cls_scores(
@@ -101,7 +102,6 @@ def cls_scores(
     key: Tensor,
     lse: Tensor,
     scale: float,
-    cls_index: int,
     bias: Tensor | None,
     with_keys: bool,
     num_heads: int,
@@ -111,18 +111,15 @@ def cls_scores(
     to_cls = from_cls = query.new_zeros((B, N), dtype=torch.float32)
     mean = query.new_zeros((B, N, d) if with_keys else (0,), dtype=torch.float32)
     own_bias = None if bias is None else bias.float()
-    absent = lse == -torch.inf  # a token without a normaliser is padding
-    outward, inward = _opposite(lse, absent), -lse[:, :, cls_index, None]
-    cls = slice(cls_index, cls_index + 1)
     for part, queries, keys in _parts(query, key, N * d):
-        logits = _products(queries, keys[:, :, cls] * scale, outward[:, part, :, None])[..., 0]
+        logits = _products(queries, keys[:, :, :1] * scale, -lse[:, part, :, None])[..., 0]
         if own_bias is not None:
-            logits.add_(own_bias[:, None, cls])
+            logits.add_(own_bias[:, None, :1])
         to_cls = to_cls + logits.exp_().sum(dim=1)
-        logits = _products(keys, queries[:, :, cls] * scale, inward[:, part, :, None])[..., 0]
+        logits = _products(keys, queries[:, :, :1] * scale, -lse[:, part, :1, None])[..., 0]
         if own_bias is not None:
             logits.add_(own_bias[:, None])
-        from_cls = from_cls + logits.exp_().masked_fill_(absent[:, part], 0.0).sum(dim=1)
+        from_cls = from_cls + logits.exp_().sum(dim=1)
         if with_keys:
             mean += keys.sum(dim=1)
     return to_cls.div_(num_heads), from_cls.div_(num_heads), mean.div_(num_heads)
@@ -131,13 +128,13 @@ def cls_scores(
 def _parts(
     query: Tensor, key: Tensor, head_size: int, num_bytes: int = _HEADS_BYTES
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Heads that are worked on together.
+    """Heads that are processed together.
 
     Args:
         query: (B, H, M, d).
         key: (B, Hk, N, d).
-        head_size: fp32 numbers of scratch space that one head of one item takes.
-        num_bytes: scratch space of heads that are worked on together.
+        head_size: fp32 numbers of scratch space for one head of one item.
+        num_bytes: scratch space for heads that are processed together.
 
     Yields:
         The heads, their queries (B, g, M, d) fp32 and keys (B, g, N, d) fp32.
@@ -172,14 +169,14 @@ def _head_sum(
         rows = row_index.clamp_min(0).long()
         query, lse = _take(query, rows), lse.gather(2, rows[:, None].expand(-1, lse.shape[1], -1))
         absent = (lse == -torch.inf) | (row_index < 0)[:, None]
-    columns = None if column_index is None else column_index.clamp_min(0).long()
+    columns = None if column_index is None else column_index.long()
     # Most columns: cheaper to compute all than to move the keys. Few: their keys are moved.
     cut = columns is not None and 2 * columns.shape[1] > key.shape[2]
     if columns is not None and not cut:
         key, bias = _take(key, columns), None if bias is None else bias.gather(1, columns)
     B, R, K = query.shape[0], query.shape[2], key.shape[2]
     result = query.new_zeros((B, R, K), dtype=torch.float32)
-    negative = _opposite(lse, absent)[..., None]
+    negative = torch.where(absent, -torch.inf, -lse)[..., None]  # a query that sees nothing has no attention
     for part, queries, keys in _parts(query, key, R * K):
         logits = _products(queries * scale, keys, negative[:, part])
         if bias is not None:
@@ -191,13 +188,8 @@ def _head_sum(
     return result
 
 
-def _opposite(lse: Tensor, absent: Tensor) -> Tensor:
-    """The normalisers to add to the logits; a query that sees nothing has no attention."""
-    return torch.where(absent, -torch.inf, -lse)
-
-
 def _products(query: Tensor, key: Tensor, start: Tensor | None = None) -> Tensor:
-    """Products q . k of the heads of one item or of one head of several items, and what is added to them.
+    """Products q . k of the heads of one item or of one head of several items, plus `start`.
 
     Args:
         query: (B, g, R, d) fp32, B or g 1, so that one batched product takes any strides of the other.
@@ -229,41 +221,16 @@ def _columns(values: Tensor, index: Tensor | None) -> Tensor:
     return values.gather(2, spread.clamp_min(0)).masked_fill_(spread < 0, 0.0)
 
 
-def _extra(B: int, M: int, N: int, mask: Mask, device: torch.device) -> Tensor | None:
-    """What is added to the logits, broadcastable to (B, M, N) fp32, -inf where hidden; None for nothing."""
-    hidden = _hidden(B, M, N, mask, device)
-    bias = None if mask.bias is None else mask.bias.float()[:, None]
-    if hidden is None:
-        return bias
-    if bias is None:
-        bias = torch.zeros((), device=device)
-    return torch.where(hidden, -torch.inf, bias)
-
-
 def _hidden(
-    B: int,
-    M: int,
-    N: int,
-    mask: Mask,
-    device: torch.device,
+    query: Tensor,
+    key: Tensor,
     row_index: Tensor | None = None,
     column_index: Tensor | None = None,
-) -> Tensor | None:
-    """Pairs without attention, broadcastable to (B, R, K) bool, or None; rows that are no rows are not told."""
-    row = torch.arange(M, device=device)[None] if row_index is None else row_index
-    column = torch.arange(N, device=device)[None] if column_index is None else column_index
-    row, column = row[:, :, None], column[:, None, :]
-    parts = []
-    if column_index is not None:
-        parts.append(column < 0)
-    if mask.query_length is not None:
-        parts.append(row >= mask.query_length[:, None, None])
-    if mask.key_length is not None:
-        parts.append(column >= mask.key_length[:, None, None])
-    if mask.causal:
-        last = row if mask.offset is None else row + mask.offset[:, None, None]
-        parts.append(column > last)
-    hidden = None
-    for part in parts:
-        hidden = part if hidden is None else hidden | part
-    return hidden
+    offset: Tensor | None = None,
+) -> Tensor:
+    """Pairs that a causal map hides, broadcastable to (B, R, K) bool."""
+    device = query.device
+    row = torch.arange(query.shape[2], device=device)[None] if row_index is None else row_index
+    column = torch.arange(key.shape[2], device=device)[None] if column_index is None else column_index
+    last = row if offset is None else row + offset[:, None]
+    return column[:, None, :] > last[:, :, None]

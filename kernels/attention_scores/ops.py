@@ -1,9 +1,8 @@
-"""The doors to the attention scores: each checks its arguments and chooses the implementation."""
+"""Public entry points of the attention scores: they validate arguments and dispatch to torch or Triton."""
 
 from torch import Tensor
 
 from ficoco_vllm.kernels.attention_scores import custom, eager
-from ficoco_vllm.kernels.attention_scores.mask import Mask
 from ficoco_vllm.kernels.backend import Backend, uses_triton
 
 
@@ -12,12 +11,15 @@ def softmax_stats(
     key: Tensor,
     scale: float,
     *,
-    mask: Mask = Mask(),  # noqa: B008  (an immutable tuple)
+    bias: Tensor | None = None,
+    causal: bool = False,
+    offset: Tensor | None = None,
+    query_length: Tensor | None = None,
     column_weight: Tensor | None = None,
     num_heads: int | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Normalisers of the attention, and how much each query draws from chosen keys, in one pass.
+    """Normalisers of the attention, and row sums over weighted keys, in one pass.
 
     lse_hi = log sum_j exp(logit_hij);  row_sum_i = 1/H sum_h sum_j weight_j A_hij.
 
@@ -25,10 +27,13 @@ def softmax_stats(
         query: (B, H, M, d), fp16, bf16 or fp32, any strides, d up to 128.
         key: (B, Hk, N, d), the dtype of `query`; Hk divides H (grouped queries).
         scale: factor of the products.
-        mask: which keys a query sees.
-        column_weight: (B, N) any floating dtype, how much each key counts in `row_sum`: 1 for the visual
-            tokens, 0 for others. None counts all.
-        num_heads: what the sum over the heads given is divided by; None divides by their number.
+        bias: (B, N) any floating dtype, added to the scaled logits of each key; -inf hides it.
+        causal: whether query i sees only the keys j <= i + offset.
+        offset: (B,) int32 or int64, position of each item's first query among its keys; None means 0.
+        query_length: (B,) int32 or int64, how many queries of each item count; None means all.
+        column_weight: (B, N) any floating dtype, weight of each key in `row_sum`: 1 for the visual tokens, 0 for
+            others. None counts all.
+        num_heads: divisor of the sum over the given heads; None divides by their number.
         backend: see `ficoco_vllm.kernels.backend`.
 
     Returns:
@@ -39,11 +44,12 @@ def softmax_stats(
 
     Source: arXiv:2411.17686, Eqs. 2, 11 and 14.
     """
-    heads = _checked(query, key, mask, num_heads)
+    heads = _checked(query, key, bias, num_heads)
+    arguments = (query, key, scale, bias, causal, offset, query_length, column_weight, heads)
     if not uses_triton(backend, query):
-        return eager.softmax_stats(query, key, scale, mask, column_weight, heads)
-    found: tuple[Tensor, Tensor] = custom.softmax_stats(query, key, scale, *mask, column_weight, heads)
-    return found
+        return eager.softmax_stats(*arguments)
+    stats: tuple[Tensor, Tensor] = custom.softmax_stats(*arguments)
+    return stats
 
 
 def attention_block(
@@ -54,7 +60,8 @@ def attention_block(
     *,
     row_index: Tensor | None = None,
     column_index: Tensor | None = None,
-    mask: Mask = Mask(),  # noqa: B008
+    bias: Tensor | None = None,
+    causal: bool = False,
     text: Tensor | None = None,
     gamma: float = 1.0,
     num_heads: int | None = None,
@@ -68,34 +75,32 @@ def attention_block(
     Args:
         query: (B, H, M, d), fp16, bf16 or fp32, any strides, d up to 128.
         key: (B, Hk, N, d), the dtype of `query`; Hk divides H.
-        lse: (B, H, M) fp32 normalisers of the attention that ran, over all keys that it saw.
+        lse: (B, H, M) fp32 normalisers of the layer's attention, over all keys that it saw.
         scale: factor of the products.
         row_index: (B, R) int32 or int64 into the M queries, -1 where an item has fewer rows; None means all.
-        column_index: (B, K) int32 or int64 into the N keys, -1 likewise; None means all.
-        mask: as in the attention that ran.
-        text: (B, T, N) attention that each text token gives, in the numbering of the keys (and of the
-            queries, which must then be the same tokens); None leaves the second term out.
+        column_index: (B, K) int32 or int64 into the N keys; None means all.
+        bias: (B, N) any floating dtype, added to the logits of each key, or None.
+        causal: whether query i sees only the keys j <= i.
+        text: (B, T, N) attention that each text token pays, in the numbering of the keys (and of the queries, which
+            must then be the same tokens); None leaves the second term out.
         gamma: weight of the direct term where `text` is given.
-        num_heads: what the sum over the heads given is divided by; None divides by their number.
+        num_heads: divisor of the sum over the given heads; None divides by their number.
         backend: see `ficoco_vllm.kernels.backend`.
 
     Returns:
-        (B, R, K) fp32, 0 where an index is -1 or (the direct term) the query does not see the key.
+        (B, R, K) fp32, 0 where a row is -1 or (the direct term) the query does not see the key.
 
     Raises:
         ValueError: shapes do not fit.
 
     Source: arXiv:2411.17686, Eqs. 12 and 15.
     """
-    heads = _checked(query, key, mask, num_heads)
+    heads = _checked(query, key, bias, num_heads)
+    arguments = (query, key, lse, scale, row_index, column_index, bias, causal, text, gamma, heads)
     if not uses_triton(backend, query):
-        return eager.attention_block(
-            query, key, lse, scale, row_index, column_index, mask, text, gamma, heads
-        )
-    found: Tensor = custom.attention_block(
-        query, key, lse, scale, row_index, column_index, *mask, text, gamma, heads
-    )
-    return found
+        return eager.attention_block(*arguments)
+    block: Tensor = custom.attention_block(*arguments)
+    return block
 
 
 def attention_sums(
@@ -104,41 +109,37 @@ def attention_sums(
     lse: Tensor,
     scale: float,
     *,
-    axis: int,
-    weight: Tensor | None = None,
-    mask: Mask = Mask(),  # noqa: B008
+    bias: Tensor | None = None,
+    causal: bool = False,
     num_heads: int | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Row sums (what each query draws) or column sums (what each key receives) of the head-mean attention.
+    """Column sums of the head-mean attention: how much each key receives from all queries.
 
     Args:
         query: (B, H, M, d), fp16, bf16 or fp32, any strides, d up to 128.
         key: (B, Hk, N, d), the dtype of `query`; Hk divides H.
-        lse: (B, H, M) fp32 normalisers of the attention that ran.
+        lse: (B, H, M) fp32 normalisers of the layer's attention.
         scale: factor of the products.
-        axis: what is summed over: 2, the keys, or 1, the queries.
-        weight: (B, N) for axis 2, (B, M) for axis 1, any floating dtype: how much each summand counts; None
-            counts all.
-        mask: as in the attention that ran.
-        num_heads: what the sum over the heads given is divided by; None divides by their number.
+        bias: (B, N) any floating dtype, added to the logits of each key, or None.
+        causal: whether query i sees only the keys j <= i.
+        num_heads: divisor of the sum over the given heads; None divides by their number.
         backend: see `ficoco_vllm.kernels.backend`.
 
     Returns:
-        (B, M) fp32 for axis 2, (B, N) fp32 for axis 1.
+        (B, N) fp32.
 
     Raises:
-        ValueError: shapes do not fit, or `axis` is neither 1 nor 2.
+        ValueError: shapes do not fit.
 
-    Source: arXiv:2411.17686, Eqs. 5, 11 and 14.
+    Source: arXiv:2411.17686, Eq. 5.
     """
-    heads = _checked(query, key, mask, num_heads)
-    if axis not in (1, 2):
-        raise ValueError(f"axis = {axis} is not allowed; allowed: 1 (over the queries), 2 (over the keys)")
+    heads = _checked(query, key, bias, num_heads)
+    arguments = (query, key, lse, scale, bias, causal, heads)
     if not uses_triton(backend, query):
-        return eager.attention_sums(query, key, lse, scale, axis, weight, mask, heads)
-    found: Tensor = custom.attention_sums(query, key, lse, scale, axis, weight, *mask, heads)
-    return found
+        return eager.attention_sums(*arguments)
+    sums: Tensor = custom.attention_sums(*arguments)
+    return sums
 
 
 def cls_scores(
@@ -147,7 +148,6 @@ def cls_scores(
     lse: Tensor,
     scale: float,
     *,
-    cls_index: int = 0,
     bias: Tensor | None = None,
     with_keys: bool = False,
     num_heads: int | None = None,
@@ -155,53 +155,44 @@ def cls_scores(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of each token to [CLS], of [CLS] to each token, and head-mean keys, in one pass.
 
-    Where [CLS] is the only token that is no patch, what a patch draws from the patches is one minus what it
-    gives to [CLS]: Eq. 11 needs no map at all.
+    [CLS] is token 0. Where it is the only token that is not a patch, the row sum of a patch over the patches is one
+    minus its attention to [CLS]: Eq. 11 needs no map at all.
 
     Args:
         query: (B, H, N, d), fp16, bf16 or fp32, any strides, d up to 128.
         key: (B, Hk, N, d), the dtype of `query`; Hk divides H.
-        lse: (B, H, N) fp32 normalisers of the attention that ran; -inf marks padding.
+        lse: (B, H, N) fp32 normalisers of the layer's attention.
         scale: factor of the products.
-        cls_index: which token is [CLS].
         bias: (B, N) any floating dtype, added to the logits of each key, or None.
-        with_keys: whether the keys are asked for.
-        num_heads: what the sum over the heads given is divided by; None divides by their number.
+        with_keys: whether the head-mean keys are computed.
+        num_heads: divisor of the sum over the given heads; None divides by their number.
         backend: see `ficoco_vllm.kernels.backend`.
 
     Returns:
-        to_cls (B, N) fp32; from_cls (B, N) fp32; keys (B, N, d) fp32, or an empty tensor. All still hold
-        the entry of [CLS] itself.
+        to_cls (B, N) fp32; from_cls (B, N) fp32; keys (B, N, d) fp32, or an empty tensor. All include the entry of
+        [CLS] itself.
 
     Raises:
         ValueError: shapes do not fit.
 
     Source: arXiv:2411.17686, Eqs. 4, 6 and 11.
     """
-    heads = _checked(query, key, Mask(bias), num_heads)
-    if not 0 <= cls_index < query.shape[2]:
-        raise ValueError(f"cls_index = {cls_index} is not allowed; allowed: 0 to {query.shape[2] - 1}")
+    heads = _checked(query, key, bias, num_heads)
+    arguments = (query, key, lse, scale, bias, with_keys, heads)
     if not uses_triton(backend, query):
-        return eager.cls_scores(query, key, lse, scale, cls_index, bias, with_keys, heads)
-    found: tuple[Tensor, Tensor, Tensor] = custom.cls_scores(
-        query, key, lse, scale, cls_index, bias, with_keys, heads
-    )
-    return found
+        return eager.cls_scores(*arguments)
+    scores: tuple[Tensor, Tensor, Tensor] = custom.cls_scores(*arguments)
+    return scores
 
 
-def _checked(query: Tensor, key: Tensor, mask: Mask, num_heads: int | None) -> int:
-    """The divisor of the head mean, after a look at the shapes."""
+def _checked(query: Tensor, key: Tensor, bias: Tensor | None, num_heads: int | None) -> int:
+    """Check the shapes and return the divisor of the head mean."""
     B, H, _, d = query.shape
-    if (
-        key.shape[0] != B
-        or key.shape[3] != d
-        or key.shape[1] == 0
-        or H % key.shape[1]
-        or key.dtype != query.dtype
-    ):
+    Hk, N = key.shape[1:3]
+    if key.shape != (B, Hk, N, d) or Hk == 0 or H % Hk or key.dtype != query.dtype:
         raise ValueError(
             f"key {tuple(key.shape)} of {key.dtype} does not fit query {tuple(query.shape)} of {query.dtype}"
         )
-    if mask.bias is not None and mask.bias.shape != (B, key.shape[2]):
-        raise ValueError(f"bias has shape {tuple(mask.bias.shape)}; needed: {(B, key.shape[2])}")
+    if bias is not None and bias.shape != (B, N):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; needed: {(B, N)}")
     return H if num_heads is None else num_heads

@@ -1,37 +1,21 @@
-"""Attention scores as the equations have them, in float64 and with the whole (B, H, M, N) map."""
+"""Attention scores as in the equations, in float64 and with the whole (B, H, M, N) map."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ficoco_vllm.kernels.attention_scores.mask import Mask
 
-
-def visible(B: int, M: int, N: int, mask: Mask) -> Tensor:
-    """Which query sees which key.
-
-    Returns:
-        (B, M, N) bool.
-    """
-    query, key = torch.arange(M)[None, :, None], torch.arange(N)[None, None, :]
-    seen = torch.ones((B, M, N), dtype=torch.bool)
-    if mask.query_length is not None:
-        seen &= query < mask.query_length[:, None, None]
-    if mask.key_length is not None:
-        seen &= key < mask.key_length[:, None, None]
-    if mask.causal:
-        offset = torch.zeros(B, dtype=torch.int64) if mask.offset is None else mask.offset
-        seen &= key <= query + offset[:, None, None]
-    return seen
-
-
-def logits(query: Tensor, key: Tensor, scale: float, mask: Mask) -> Tensor:
-    """Logits scale * q_i . k_j + bias_j, and -inf where i does not see j.
-
-    Args:
-        query: (B, H, M, d), any floating dtype.
-        key: (B, Hk, N, d), Hk divides H.
-        scale: factor of the products.
-        mask: see `Mask`.
+def logits(
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    bias: Tensor | None = None,
+    causal: bool = False,
+    offset: Tensor | None = None,
+    query_length: Tensor | None = None,
+) -> Tensor:
+    """Logits scale * q_i . k_j + bias_j, and -inf where i does not see j; arguments as of `ops.softmax_stats`.
 
     Returns:
         (B, H, M, N) fp64.
@@ -39,27 +23,32 @@ def logits(query: Tensor, key: Tensor, scale: float, mask: Mask) -> Tensor:
     B, H, M, _ = query.shape
     key = key.double().repeat_interleave(H // key.shape[1], dim=1)
     result = scale * query.double() @ key.transpose(-1, -2)
-    if mask.bias is not None:
-        result = result + mask.bias.double()[:, None, None, :]
-    return result.masked_fill(~visible(B, M, key.shape[2], mask)[:, None], -torch.inf)
+    if bias is not None:
+        result = result + bias.double()[:, None, None, :]
+    i, j = torch.arange(M)[:, None], torch.arange(key.shape[2])
+    seen = torch.ones((B, M, key.shape[2]), dtype=torch.bool)
+    if query_length is not None:
+        seen &= i < query_length[:, None, None]
+    if causal:
+        seen &= j <= i + (torch.zeros(B, dtype=torch.int64) if offset is None else offset)[:, None, None]
+    return result.masked_fill(~seen[:, None], -torch.inf)
 
 
-def log_sum_exp(query: Tensor, key: Tensor, scale: float, mask: Mask) -> Tensor:
+def log_sum_exp(query: Tensor, key: Tensor, scale: float, **mask: Any) -> Tensor:
     """Normalisers log sum_j exp(logit_ij), (B, H, M) fp64; -inf for a query that sees nothing."""
-    return logits(query, key, scale, mask).logsumexp(dim=-1)
+    return logits(query, key, scale, **mask).logsumexp(dim=-1)
 
 
-def attention(query: Tensor, key: Tensor, scale: float, mask: Mask, num_heads: int | None = None) -> Tensor:
-    """Softmax attention, summed over the heads given and divided by `num_heads` (all those given, if None).
+def attention(query: Tensor, key: Tensor, scale: float, **mask: Any) -> Tensor:
+    """Head-mean softmax attention.
 
     Returns:
         (B, M, N) fp64; a query that sees nothing has a row of zeros.
 
     Source: arXiv:2411.17686, Eq. 2.
     """
-    raw = logits(query, key, scale, mask)
-    probabilities = torch.softmax(raw, dim=-1).masked_fill(raw == -torch.inf, 0.0)
-    return probabilities.sum(dim=1) / (num_heads or query.shape[1])
+    raw = logits(query, key, scale, **mask)
+    return torch.softmax(raw, dim=-1).masked_fill(raw == -torch.inf, 0.0).mean(dim=1)
 
 
 def pick(values: Tensor, index: Tensor | None, dim: int) -> Tensor:

@@ -5,7 +5,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ficoco_vllm.kernels.attention_scores.mask import Mask
 from ficoco_vllm.kernels.launching import dot_precision, rows_contiguous
 from ficoco_vllm.kernels.tuning import config
 
@@ -21,9 +20,6 @@ def attention_block_kernel(
     row_index,
     column_index,
     bias,
-    offset,
-    query_length,
-    key_length,
     text,
     query_stride_b,
     query_stride_h,
@@ -66,20 +62,11 @@ def attention_block_kernel(
     if row_index is not None:
         row = tl.load(row_index + item * R + i, mask=i < R, other=-1).to(tl.int64)
     if column_index is not None:
-        column = tl.load(column_index + item * K + j, mask=j < K, other=-1).to(tl.int64)
-    listed_row = (i < R) & (row >= 0)
-    listed_column = (j < K) & (column >= 0)
-    row_seen, column_seen = listed_row, listed_column
-    if query_length is not None:
-        row_seen = row_seen & (row < tl.load(query_length + item))
-    if key_length is not None:
-        column_seen = column_seen & (column < tl.load(key_length + item))
+        column = tl.load(column_index + item * K + j, mask=j < K, other=0).to(tl.int64)
+    row_seen, column_seen = (i < R) & (row >= 0), j < K
     seen = row_seen[:, None] & column_seen[None, :]
     if CAUSAL:
-        last = row
-        if offset is not None:
-            last = last + tl.load(offset + item)
-        seen = seen & (column[None, :] <= last[:, None])
+        seen = seen & (column[None, :] <= row[:, None])
 
     d = tl.arange(0, BLOCK_D)
     query_tile = query + item * query_stride_b + row[:, None] * query_stride_m + d[None, :]
@@ -92,7 +79,7 @@ def attention_block_kernel(
         )
     query_mask = row_seen[:, None] & (d[None, :] < D)
     key_mask = column_seen[None, :] & (d[:, None] < D)
-    # A tile that nobody sees (the upper triangle of a causal map) costs no head.
+    # A tile that no query sees (the upper triangle of a causal map) reads no head.
     heads = tl.where(tl.max(tl.max(seen.to(tl.int32), 1), 0) > 0, H, 0)
     total = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
     # Within one item 32 bits are enough; the bases above are 64 bits wide.
@@ -112,9 +99,9 @@ def attention_block_kernel(
         for start in range(0, T, BLOCK_T):
             t = start + tl.arange(0, BLOCK_T)
             base = text + item * text_stride_b + t[:, None].to(tl.int64) * text_stride_t
-            to_source = tl.load(base + row[None, :], mask=(t < T)[:, None] & listed_row[None, :], other=0.0)
+            to_source = tl.load(base + row[None, :], mask=(t < T)[:, None] & row_seen[None, :], other=0.0)
             to_target = tl.load(
-                base + column[None, :], mask=(t < T)[:, None] & listed_column[None, :], other=0.0
+                base + column[None, :], mask=(t < T)[:, None] & column_seen[None, :], other=0.0
             )
             indirect = tl.dot(tl.trans(to_source), to_target, input_precision=TEXT_PRECISION)
             total += (1.0 - gamma) * indirect
@@ -129,7 +116,8 @@ def attention_block(
     scale: float,
     row_index: Tensor | None,
     column_index: Tensor | None,
-    mask: Mask,
+    bias: Tensor | None,
+    causal: bool,
     text: Tensor | None,
     gamma: float,
     num_heads: int,
@@ -144,7 +132,7 @@ def attention_block(
         return out
     row_index = None if row_index is None else row_index.contiguous()
     column_index = None if column_index is None else column_index.contiguous()
-    bias = None if mask.bias is None else rows_contiguous(mask.bias)
+    bias = None if bias is None else rows_contiguous(bias)
     text = None if text is None else rows_contiguous(text.float())
     if query.dtype == torch.float32 or D & (D - 1):
         default = 3  # an operand is held as two TF32 numbers, or padded to the next power of two
@@ -160,9 +148,6 @@ def attention_block(
         row_index,
         column_index,
         bias,
-        mask.offset,
-        mask.query_length,
-        mask.key_length,
         text,
         *query.stride()[:3],
         *key.stride()[:3],
@@ -179,7 +164,7 @@ def attention_block(
         scale,
         1.0 / num_heads,
         gamma,
-        CAUSAL=mask.causal,
+        CAUSAL=causal,
         BLOCK_D=triton.next_power_of_2(D),
         BLOCK_T=32,
         PRECISION=dot_precision(query.dtype),

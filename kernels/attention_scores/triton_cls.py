@@ -1,4 +1,4 @@
-"""What FiCoCo-V's filter asks of the attention, in one pass over queries and keys."""
+"""The attention scores that FiCoCo-V's filter needs, in one pass over queries and keys."""
 
 import torch
 import triton
@@ -34,7 +34,6 @@ def cls_scores_kernel(
     D,
     H,
     group,
-    cls_index,
     scale,
     one_head,
     BLOCK_N: tl.constexpr,
@@ -43,7 +42,7 @@ def cls_scores_kernel(
 ):
     """Attention of each token to [CLS] and of [CLS] to each token, and the head-mean keys.
 
-    Two dot products a token and head: memory sets the time, so BLOCK_H heads are in flight at once. Grid:
+    Two dot products a token and head: memory bandwidth sets the time, so BLOCK_H heads are in flight at once. Grid:
     (tiles of the tokens, B); the sum over the heads runs in one program, in a fixed order.
     """
     item = tl.program_id(1).to(tl.int64)
@@ -53,9 +52,9 @@ def cls_scores_kernel(
     cls_bias = tl.zeros((), tl.float32)
     if bias is not None:
         own_bias = tl.load(bias + item * bias_stride_b + n, mask=n < N, other=0.0).to(tl.float32)
-        cls_bias = tl.load(bias + item * bias_stride_b + cls_index).to(tl.float32)
-    draws = tl.zeros((BLOCK_N,), tl.float32)
-    gives = tl.zeros((BLOCK_N,), tl.float32)
+        cls_bias = tl.load(bias + item * bias_stride_b).to(tl.float32)
+    to_sum = tl.zeros((BLOCK_N,), tl.float32)
+    from_sum = tl.zeros((BLOCK_N,), tl.float32)
     keys = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for start in range(0, H, BLOCK_H):
         h = start + tl.arange(0, BLOCK_H).to(tl.int64)
@@ -65,21 +64,20 @@ def cls_scores_kernel(
         key_head = key + item * key_stride_b + (h // group)[:, None, None] * key_stride_h + d[None, None, :]
         q = tl.load(query_head + n[None, :, None] * query_stride_n, mask=rows, other=0.0).to(tl.float32)
         k = tl.load(key_head + n[None, :, None] * key_stride_n, mask=rows, other=0.0).to(tl.float32)
-        cls_q = tl.load(query_head + cls_index * query_stride_n, mask=at, other=0.0).to(tl.float32)
-        cls_k = tl.load(key_head + cls_index * key_stride_n, mask=at, other=0.0).to(tl.float32)
+        cls_q = tl.load(query_head, mask=at, other=0.0).to(tl.float32)
+        cls_k = tl.load(key_head, mask=at, other=0.0).to(tl.float32)
         lse_head = lse + item * lse_stride_b + h[:, None] * lse_stride_h
-        there = (h < H)[:, None] & (n < N)[None, :]
-        own = tl.load(lse_head + n[None, :] * lse_stride_n, mask=there, other=float("-inf"))
-        cls = tl.load(lse_head + cls_index * lse_stride_n, mask=(h < H)[:, None], other=0.0)
-        there = own != float("-inf")  # a token without a normaliser is padding
-        outward = tl.sum(q * cls_k, 2) * scale + cls_bias - tl.where(there, own, 0.0)
+        valid = (h < H)[:, None] & (n < N)[None, :]
+        own = tl.load(lse_head + n[None, :] * lse_stride_n, mask=valid, other=0.0)
+        cls = tl.load(lse_head, mask=(h < H)[:, None], other=0.0)
+        outward = tl.sum(q * cls_k, 2) * scale + cls_bias - own
         inward = tl.sum(k * cls_q, 2) * scale + own_bias[None, :] - cls
-        draws += tl.sum(tl.where(there, tl.exp2(outward * LOG2E), 0.0), 0)
-        gives += tl.sum(tl.where(there, tl.exp2(inward * LOG2E), 0.0), 0)
+        to_sum += tl.sum(tl.where(valid, tl.exp2(outward * LOG2E), 0.0), 0)
+        from_sum += tl.sum(tl.where(valid, tl.exp2(inward * LOG2E), 0.0), 0)
         if mean is not None:
             keys += tl.sum(k, 0)
-    tl.store(to_cls + item * N + n, draws * one_head, mask=n < N)
-    tl.store(from_cls + item * N + n, gives * one_head, mask=n < N)
+    tl.store(to_cls + item * N + n, to_sum * one_head, mask=n < N)
+    tl.store(from_cls + item * N + n, from_sum * one_head, mask=n < N)
     if mean is not None:
         address = mean + (item * N + n[:, None]) * D + d[None, :]
         tl.store(address, keys * one_head, mask=(n < N)[:, None] & (d < D)[None, :])
@@ -90,7 +88,6 @@ def cls_scores(
     key: Tensor,
     lse: Tensor,
     scale: float,
-    cls_index: int,
     bias: Tensor | None,
     with_keys: bool,
     num_heads: int,
@@ -120,7 +117,6 @@ def cls_scores(
             D,
             H,
             H // key.shape[1],
-            cls_index,
             scale,
             1.0 / num_heads,
             BLOCK_D=triton.next_power_of_2(D),

@@ -5,7 +5,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ficoco_vllm.kernels.attention_scores.mask import Mask
 from ficoco_vllm.kernels.launching import dot_precision, rows_contiguous
 from ficoco_vllm.kernels.tuning import config
 
@@ -17,12 +16,11 @@ def softmax_stats_kernel(
     query,
     key,
     lse,
-    drawn,
+    row_sum,
     weight,
     bias,
     offset,
     query_length,
-    key_length,
     query_stride_b,
     query_stride_h,
     query_stride_m,
@@ -43,7 +41,7 @@ def softmax_stats_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """lse_hi = log sum_j exp(logit_hij) and drawn_hi = sum_j weight_j softmax_hij, in one pass over the keys.
+    """lse_hi = log sum_j exp(logit_hij) and row_sum_hi = sum_j weight_j softmax_hij, in one pass over the keys.
 
     Grid: (tiles of the queries, H, B). The softmax is the online one in fp32; every sum runs in one program.
     """
@@ -54,8 +52,6 @@ def softmax_stats_kernel(
     num_keys = N
     if query_length is not None:
         row_seen = row_seen & (i < tl.load(query_length + item))
-    if key_length is not None:
-        num_keys = tl.minimum(tl.load(key_length + item).to(tl.int32), N)
     last = i
     if offset is not None:
         last = last + tl.load(offset + item)
@@ -86,7 +82,7 @@ def softmax_stats_kernel(
             seen = seen & (j[None, :] <= last[:, None])
         logits = tl.where(seen, logits, float("-inf"))
         above = tl.maximum(highest, tl.max(logits, 1))
-        # As long as a row has seen nothing its maximum is -inf, and -inf - -inf would be NaN.
+        # Until a row has seen a key its maximum is -inf, and -inf - -inf would be NaN.
         anchor = tl.where(above == float("-inf"), 0.0, above)
         weights = tl.exp2(logits - anchor[:, None])
         shrink = tl.exp2(highest - anchor)
@@ -102,18 +98,26 @@ def softmax_stats_kernel(
     some = total > 0
     result = tl.where(some, (anchor + tl.log2(tl.where(some, total, 1.0))) / LOG2E, float("-inf"))
     tl.store(lse + address, result, mask=i < M)
-    tl.store(drawn + address, tl.where(some, part / tl.where(some, total, 1.0), 0.0), mask=i < M)
+    tl.store(row_sum + address, tl.where(some, part / tl.where(some, total, 1.0), 0.0), mask=i < M)
 
 
 def softmax_stats(
-    query: Tensor, key: Tensor, scale: float, mask: Mask, column_weight: Tensor | None, num_heads: int
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    causal: bool,
+    offset: Tensor | None,
+    query_length: Tensor | None,
+    column_weight: Tensor | None,
+    num_heads: int,
 ) -> tuple[Tensor, Tensor]:
     """See `ops.softmax_stats`."""
     query, key = rows_contiguous(query), rows_contiguous(key)
     B, H, M, D = query.shape
     lse = torch.empty((B, H, M), dtype=torch.float32, device=query.device)
-    drawn = torch.empty_like(lse)
-    bias = None if mask.bias is None else rows_contiguous(mask.bias)
+    row_sum = torch.empty_like(lse)
+    bias = None if bias is None else rows_contiguous(bias)
     weight = None if column_weight is None else rows_contiguous(column_weight)
     # Single precision takes four times the shared memory: narrower tiles.
     chosen = config("softmax_stats", query.device, 1 if query.dtype == torch.float32 else 0)
@@ -122,12 +126,11 @@ def softmax_stats(
             query,
             key,
             lse,
-            drawn,
+            row_sum,
             weight,
             bias,
-            mask.offset,
-            mask.query_length,
-            mask.key_length,
+            offset,
+            query_length,
             *query.stride()[:3],
             *key.stride()[:3],
             0 if bias is None else bias.stride(0),
@@ -138,9 +141,9 @@ def softmax_stats(
             H,
             H // key.shape[1],
             scale,
-            CAUSAL=mask.causal,
+            CAUSAL=causal,
             BLOCK_D=triton.next_power_of_2(D),
             PRECISION=dot_precision(query.dtype),
             **chosen.arguments,
         )
-    return lse, drawn.sum(dim=1).div_(num_heads)
+    return lse, row_sum.sum(dim=1).div_(num_heads)

@@ -5,15 +5,13 @@ from torch import Tensor
 
 
 def filter_scores(
-    drawn: Tensor | None,
+    row_sum: Tensor | None,
     task: Tensor | None,
     weight: float,
     position: Tensor,
     grid: tuple[int, int],
     window: tuple[int, int] | None,
     coefficient: float,
-    protect: Tensor | None,
-    length: Tensor | None,
 ) -> Tensor:
     """See `ops.filter_scores`.
 
@@ -21,19 +19,14 @@ def filter_scores(
         (B, N) fp64.
     """
     B, N = position.shape
-    result = torch.full((B, N), -torch.inf, dtype=torch.float64)
+    result = torch.zeros((B, N), dtype=torch.float64)
     for b in range(B):
-        num_tokens = N if length is None else int(length[b])
-        scores = torch.zeros(num_tokens, dtype=torch.float64)
-        if drawn is not None:
-            scores += weight / max(num_tokens, 1) * drawn[b, :num_tokens].double()
+        if row_sum is not None:
+            result[b] += weight / N * row_sum[b].double()
         if task is not None:
-            scores -= (1.0 - weight) * task[b, :num_tokens].double()
-        if protect is not None:
-            scores[protect[b, :num_tokens]] = -torch.inf
+            result[b] -= (1.0 - weight) * task[b].double()
         if window is not None:
-            scores = _penalised(scores, position[b, :num_tokens].tolist(), grid[1], window, coefficient)
-        result[b, :num_tokens] = scores
+            result[b] = _penalised(result[b], position[b].tolist(), grid[1], window, coefficient)
     return result
 
 

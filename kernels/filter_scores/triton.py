@@ -10,15 +10,13 @@ from ficoco_vllm.kernels.tuning import config
 
 
 @triton.jit
-def _scores(drawn, task, protect, item, i, seen, N, share, task_weight):
-    """The scores share * drawn_i - task_weight * task_i in fp64; -inf where protected."""
+def _scores(row_sum, task, item, i, seen, N, share, task_weight):
+    """The scores share * row_sum_i - task_weight * task_i in fp64."""
     scores = tl.zeros(i.shape, tl.float64)
-    if drawn is not None:
-        scores += share * tl.load(drawn + item * N + i, mask=seen, other=0.0).to(tl.float64)
+    if row_sum is not None:
+        scores += share * tl.load(row_sum + item * N + i, mask=seen, other=0.0).to(tl.float64)
     if task is not None:
         scores -= task_weight * tl.load(task + item * N + i, mask=seen, other=0.0).to(tl.float64)
-    if protect is not None:
-        scores = tl.where(tl.load(protect + item * N + i, mask=seen, other=0) != 0, float("-inf"), scores)
     return scores
 
 
@@ -32,11 +30,9 @@ def _cells(position, item, i, seen, N, columns, window_rows, window_columns, acr
 
 @triton.jit(do_not_specialize=["weight_bits", "coefficient_bits"])
 def filter_scores_kernel(
-    drawn,
+    row_sum,
     task,
-    protect,
     position,
-    length,
     out,
     N,
     weight_bits,
@@ -49,30 +45,27 @@ def filter_scores_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
-    """s_i = weight / N * drawn_i - (1 - weight) * task_i, then the local penalty.
+    """s_i = weight / N * row_sum_i - (1 - weight) * task_i, then the local penalty.
 
-    A token is the peak of its window if no other token of the window is higher, nor equal and before it: each
-    tile of tokens is compared with all of its image, so nothing is scattered and nothing depends on an order
-    of execution. Grid: (tiles of the tokens, B).
+    A token is the peak of its window if no other token of the window is higher, or equal and before it. Each tile of
+    tokens is compared with all tokens of its image, so nothing is scattered and the result does not depend on the
+    order of execution. Grid: (tiles of the tokens, B).
     """
     item = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    num_tokens = N
-    if length is not None:
-        num_tokens = tl.load(length + item).to(tl.int32)
     weight = weight_bits.to(tl.int64).to(tl.float64, bitcast=True)
-    share = weight / tl.maximum(num_tokens, 1).to(tl.float64)
+    share = weight / (tl.zeros((), tl.int32) + N).to(tl.float64)
     task_weight = 1.0 - weight
-    seen = i < num_tokens
-    scores = _scores(drawn, task, protect, item, i, seen, N, share, task_weight)
+    seen = i < N
+    scores = _scores(row_sum, task, item, i, seen, N, share, task_weight)
     if PENALTY:
         coefficient = coefficient_bits.to(tl.int64).to(tl.float64, bitcast=True)
         cells = _cells(position, item, i, seen, N, columns, window_rows, window_columns, across)
         beaten = tl.zeros((BLOCK_N,), tl.int32)
-        for start in range(0, num_tokens, BLOCK_J):
+        for start in range(0, N, BLOCK_J):
             j = start + tl.arange(0, BLOCK_J)
-            others_seen = j < num_tokens
-            others = _scores(drawn, task, protect, item, j, others_seen, N, share, task_weight)
+            others_seen = j < N
+            others = _scores(row_sum, task, item, j, others_seen, N, share, task_weight)
             theirs = _cells(position, item, j, others_seen, N, columns, window_rows, window_columns, across)
             same = (cells[:, None] == theirs[None, :]) & (cells >= 0)[:, None]
             before = (others[None, :] == scores[:, None]) & (j[None, :] < i[:, None])
@@ -81,19 +74,17 @@ def filter_scores_kernel(
         peak = (cells >= 0) & (beaten == 0)
         lifted = tl.where(scores > 0, scores * coefficient, scores / coefficient)
         scores = tl.where(peak, lifted, scores)
-    tl.store(out + item * N + i, tl.where(seen, scores, float("-inf")), mask=i < N)
+    tl.store(out + item * N + i, scores, mask=seen)
 
 
 def filter_scores(
-    drawn: Tensor | None,
+    row_sum: Tensor | None,
     task: Tensor | None,
     weight: float,
     position: Tensor,
     grid: tuple[int, int],
     window: tuple[int, int] | None,
     coefficient: float,
-    protect: Tensor | None,
-    length: Tensor | None,
 ) -> Tensor:
     """See `ops.filter_scores`."""
     B, N = position.shape
@@ -103,11 +94,9 @@ def filter_scores(
     sides = window or (1, 1)
     chosen = config("filter_scores", position.device)
     filter_scores_kernel[(triton.cdiv(N, chosen.tiles["BLOCK_N"]), B)](
-        None if drawn is None else drawn.contiguous(),
+        None if row_sum is None else row_sum.contiguous(),
         None if task is None else task.contiguous(),
-        None if protect is None else protect.contiguous().view(torch.int8),
         position.contiguous(),
-        length,
         out,
         N,
         bits_of(weight),
@@ -120,6 +109,6 @@ def filter_scores(
         **chosen.tiles,
         num_warps=chosen.num_warps,
         num_stages=chosen.num_stages,
-        enable_fp_fusion=False,  # scores round as torch's do, so that what is equal there is equal here
+        enable_fp_fusion=False,  # round as torch does, so that equal scores stay equal
     )
     return out

@@ -5,8 +5,6 @@ import math
 import torch
 from torch import Tensor
 
-from ficoco_vllm.kernels.quantile_merge.layout import Layout
-
 
 def quantile_merge(
     tokens: Tensor,
@@ -14,23 +12,14 @@ def quantile_merge(
     correlation: Tensor,
     source: Tensor,
     target: Tensor,
-    layout: Layout,
     epsilon: float,
     fixed_k: int | None,
     average: bool,
-    ragged: bool,
 ) -> tuple[Tensor, Tensor]:
     """See `ops.quantile_merge`."""
-    absent_source = source < 0 if ragged else None
-    absent_target = target < 0 if ragged else None
-    if ragged:
-        source, target = source.clamp_min(0), target.clamp_min(0)
     if fixed_k == 0:
-        merged, new_size = _kept(tokens, target), size.gather(1, target)
-        return _without(merged, new_size, absent_target)
-    share = _weights(
-        _cut(correlation, source, target, layout), absent_source, absent_target, epsilon, fixed_k
-    )
+        return _rows(tokens, target), size.gather(1, target)
+    share = _weights(correlation.float(), epsilon, fixed_k)
     if average:
         share = (share > 0).float()
         alpha = share
@@ -41,60 +30,27 @@ def quantile_merge(
         share = share.div_(torch.where(total > 0, total, 1.0))
         alpha = share
     moved = torch.bmm(size.gather(1, source).float()[:, None], share)[:, 0]
-    new_size = moved.add_(size.gather(1, target))
-    merged = weighted_mean(tokens, alpha, source, target)
-    return _without(merged, new_size, absent_target)
+    return weighted_mean(tokens, alpha, source, target), moved.add_(size.gather(1, target))
 
 
-def _without(merged: Tensor, new_size: Tensor, absent: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Zeros where a target is none."""
-    if absent is not None:
-        merged.masked_fill_(absent[..., None], 0.0)
-        new_size.masked_fill_(absent, 0.0)
-    return merged, new_size
-
-
-def _kept(tokens: Tensor, index: Tensor) -> Tensor:
+def _rows(tokens: Tensor, index: Tensor) -> Tensor:
     """Rows (B, K, D) of the tokens (B, N, D)."""
     return tokens[torch.arange(tokens.shape[0], device=tokens.device)[:, None], index]
 
 
-def _cut(correlation: Tensor, source: Tensor, target: Tensor, layout: Layout) -> Tensor:
-    """The correlation of the sources with the targets, (B, R, K) fp32."""
-    if layout == "map":
-        correlation = correlation.gather(1, source[..., None].expand(-1, -1, correlation.shape[2]))
-    if layout != "cut":
-        correlation = correlation.gather(2, target[:, None].expand(-1, correlation.shape[1], -1))
-    return correlation.float()
-
-
-def _weights(
-    correlation: Tensor,
-    absent_source: Tensor | None,
-    absent_target: Tensor | None,
-    epsilon: float,
-    fixed_k: int | None,
-) -> Tensor:
+def _weights(correlation: Tensor, epsilon: float, fixed_k: int | None) -> Tensor:
     """Selected correlations, zero elsewhere and where negative, (B, R, K) fp32."""
-    if absent_target is not None:
-        # Behind every finite value, and of equals in the last place, as padding is.
-        correlation = correlation.masked_fill(absent_target[:, None], -torch.inf)
-    K = correlation.shape[-1]
     if fixed_k is None:
-        if absent_target is None:
-            threshold = row_quantile(correlation, epsilon)
-        else:
-            threshold = _ragged_quantile(correlation, epsilon, (~absent_target).sum(dim=1))
-        chosen = correlation >= threshold
+        chosen = correlation >= row_quantile(correlation, epsilon)
     else:
+        K = correlation.shape[-1]
         order = correlation.sort(dim=-1, descending=True, stable=True).indices[..., : min(fixed_k, K)]
         chosen = torch.zeros_like(correlation, dtype=torch.bool).scatter_(-1, order, True)
-    weight = correlation.clamp_min(0.0).masked_fill_(chosen.logical_not_(), 0.0)
-    return weight if absent_source is None else weight.masked_fill_(absent_source[..., None], 0.0)
+    return correlation.clamp_min(0.0).masked_fill_(chosen.logical_not_(), 0.0)
 
 
 def row_quantile(values: Tensor, epsilon: float) -> Tensor:
-    """Quantile of each row by linear interpolation, exact, from the few largest entries alone.
+    """Exact quantile of each row by linear interpolation, computed from its few largest entries.
 
     Args:
         values: (..., K) fp32.
@@ -114,18 +70,8 @@ def row_quantile(values: Tensor, epsilon: float) -> Tensor:
     return torch.lerp(low, high, rank - below)
 
 
-def _ragged_quantile(values: Tensor, epsilon: float, count: Tensor) -> Tensor:
-    """The same with `count` (B,) entries of each row, (B, R, 1) fp32."""
-    rank = epsilon * (count - 1).clamp_min(0).double()
-    below = rank.floor()
-    place = (count - 1 - below.long()).clamp_min(0)[:, None, None].expand(-1, values.shape[1], 1)
-    ordered = values.sort(dim=-1, descending=True).values
-    low, high = ordered.gather(2, place), ordered.gather(2, (place - 1).clamp_min(0))
-    return torch.lerp(low, high, (rank - below).float()[:, None, None].expand_as(low))
-
-
 def weighted_mean(tokens: Tensor, alpha: Tensor, source: Tensor, target: Tensor) -> Tensor:
-    """Weighted mean of every target (weight 1) with what flows in.
+    """Weighted mean of every target (weight 1) and the sources that flow into it.
 
     Args:
         tokens: (B, N, D), any floating dtype; sums are taken in fp32.
@@ -140,5 +86,5 @@ def weighted_mean(tokens: Tensor, alpha: Tensor, source: Tensor, target: Tensor)
     """
     flow = alpha.transpose(1, 2)
     # In place: indexing has made a copy, and a second one costs a third of the time.
-    sums = _kept(tokens, target).float().baddbmm_(flow, _kept(tokens, source).float())
+    sums = _rows(tokens, target).float().baddbmm_(flow, _rows(tokens, source).float())
     return sums.div_(1.0 + flow.sum(dim=-1, keepdim=True)).to(tokens.dtype)

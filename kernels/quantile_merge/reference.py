@@ -35,11 +35,10 @@ def quantile_merge(
 ) -> tuple[Tensor, Tensor]:
     """X_j = (X_j + sum_i alpha_ij X_i) / (1 + sum_i alpha_ij), alpha_ij = C_ij / sum_j C_ij.
 
-    The sums run over the selected pairs. Arguments are those of `ops.quantile_merge` with the layout "cut";
-    thresholds are taken in the correlation's own precision.
+    The sums run over the selected pairs. Thresholds are taken in the correlation's own precision.
 
     Returns:
-        Tokens (B, K, D) fp64 and size (B, K) fp64, zeros where the target index is -1.
+        Tokens (B, K, D) fp64 and size (B, K) fp64.
 
     Source: arXiv:2411.17686, Eq. 13; Alg. 1, lines 9-12.
     """
@@ -47,15 +46,10 @@ def quantile_merge(
     merged = torch.zeros((B, K, tokens.shape[2]), dtype=torch.float64)
     new_size = torch.zeros((B, K), dtype=torch.float64)
     for b in range(B):
-        there = target[b] >= 0
-        kept = target[b][there]
-        total = tokens[b, kept].double()
-        count = torch.ones(len(kept), dtype=torch.float64)
-        mass = size[b, kept].double()
-        for r, i in enumerate(source[b].tolist()):
-            if i < 0 or not len(kept):
-                continue
-            row = correlation[b, r][there]
+        total = tokens[b, target[b]].double()
+        count = torch.ones(K, dtype=torch.float64)
+        new_size[b] = size[b, target[b]].double()
+        for row, i in zip(correlation[b], source[b].tolist(), strict=True):
             chosen = selected(row, epsilon, fixed_k) & (row > 0)
             weight = torch.where(chosen, 1.0 if average else row.double(), 0.0)
             if weight.sum() == 0:
@@ -64,7 +58,6 @@ def quantile_merge(
             alpha = weight if average else share
             total += alpha[:, None] * tokens[b, i].double()
             count += alpha
-            mass += share * size[b, i].double()
-        merged[b, : len(kept)] = total / count[:, None]
-        new_size[b, : len(kept)] = mass
+            new_size[b] += share * size[b, i].double()
+        merged[b] = total / count[:, None]
     return merged, new_size

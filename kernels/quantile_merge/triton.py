@@ -7,15 +7,12 @@ from torch import Tensor
 
 from ficoco_vllm.kernels.launching import bits_of, dot_precision, rows_contiguous
 from ficoco_vllm.kernels.ordering import floats_of, kth_largest, ordered_bits
-from ficoco_vllm.kernels.quantile_merge.layout import Layout
 from ficoco_vllm.kernels.tuning import config
 
 
 @triton.jit(do_not_specialize=["epsilon_bits", "fixed_k"])
 def row_statistics_kernel(
     correlation,
-    source,
-    target,
     tau,
     last,
     total,
@@ -25,8 +22,6 @@ def row_statistics_kernel(
     K,
     epsilon_bits,
     fixed_k,
-    ROW_INDEXED: tl.constexpr,
-    COLUMN_INDEXED: tl.constexpr,
     FIXED: tl.constexpr,
     AVERAGE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -40,16 +35,9 @@ def row_statistics_kernel(
     item = tl.program_id(1).to(tl.int64)
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     j = tl.arange(0, BLOCK_K)
-    row = tl.load(source + item * R + r, mask=r < R, other=-1).to(tl.int64)
-    column = tl.load(target + item * K + j, mask=j < K, other=-1).to(tl.int64)
-    there = column >= 0
-    count = tl.sum(there.to(tl.int32), 0)
-    seen = (row >= 0)[:, None] & there[None, :]
-    if not ROW_INDEXED:
-        row = r.to(tl.int64)
-    if not COLUMN_INDEXED:
-        column = j.to(tl.int64)
-    address = correlation + item * stride_b + row[:, None] * stride_r + column[None, :]
+    count = tl.zeros((), tl.int32) + K
+    seen = (r < R)[:, None] & (j < K)[None, :]
+    address = correlation + item * stride_b + r.to(tl.int64)[:, None] * stride_r + j.to(tl.int64)[None, :]
     values = tl.load(address, mask=seen, other=0.0).to(tl.float32)
     bits = tl.where(seen, ordered_bits(values), -2147483648)
 
@@ -66,14 +54,14 @@ def row_statistics_kernel(
     else:
         # In double precision: the rank decides which two neighbours are taken.
         epsilon = epsilon_bits.to(tl.int64).to(tl.float64, bitcast=True)
-        rank = epsilon * tl.maximum(count - 1, 0).to(tl.float64)
+        rank = epsilon * (count - 1).to(tl.float64)
         below = tl.floor(rank)
         fraction = (rank - below).to(tl.float32)
         needed = tl.zeros((ROWS,), tl.int32) + (count - below.to(tl.int32))
         low_bits = kth_largest(bits, needed)
         above = bits > low_bits[:, None]
         next_bits = tl.min(tl.where(above, bits, 2147483647), 1)
-        # The entry one place higher is another one equal to `low`, unless `low` is the last of its equals.
+        # The entry one place higher equals `low`, unless `low` is the last of its equals.
         alone = (tl.sum(above.to(tl.int32), 1) == needed - 1) & (needed > 1)
         low = floats_of(low_bits)
         high = tl.where(alone, floats_of(next_bits), low)
@@ -110,8 +98,6 @@ def merge_kernel(
     R,
     K,
     D,
-    ROW_INDEXED: tl.constexpr,
-    COLUMN_INDEXED: tl.constexpr,
     AVERAGE: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -126,30 +112,22 @@ def merge_kernel(
     item = tl.program_id(2).to(tl.int64)
     j = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     f = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    kept = tl.load(target + item * K + j, mask=j < K, other=-1).to(tl.int64)
-    there = kept >= 0
-    column = kept
-    if not COLUMN_INDEXED:
-        column = j.to(tl.int64)
+    staying = j < K
+    kept = tl.load(target + item * K + j, mask=staying, other=0).to(tl.int64)
     base = tokens + item * tokens_stride_b + f[None, :]
     sums = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     weight_sum = tl.zeros((BLOCK_K,), tl.float32)
     moved = tl.zeros((BLOCK_K,), tl.float32)
     for start in range(0, R, BLOCK_R):
         i = start + tl.arange(0, BLOCK_R)
-        left = tl.load(source + item * R + i, mask=i < R, other=-1).to(tl.int64)
-        gone = left >= 0
-        row = left
-        if not ROW_INDEXED:
-            row = i.to(tl.int64)
-        seen = gone[:, None] & there[None, :]
-        address = (
-            correlation + item * correlation_stride_b + row[:, None] * correlation_stride_r + column[None, :]
-        )
-        values = tl.load(address, mask=seen, other=0.0).to(tl.float32)
-        threshold = tl.load(tau + item * R + i, mask=gone, other=0.0)[:, None]
-        end = tl.load(last + item * R + i, mask=gone, other=-1)[:, None]
-        normaliser = tl.load(total + item * R + i, mask=gone, other=0.0)
+        leaving = i < R
+        left = tl.load(source + item * R + i, mask=leaving, other=0).to(tl.int64)
+        seen = leaving[:, None] & staying[None, :]
+        row = correlation + item * correlation_stride_b + i.to(tl.int64)[:, None] * correlation_stride_r
+        values = tl.load(row + j.to(tl.int64)[None, :], mask=seen, other=0.0).to(tl.float32)
+        threshold = tl.load(tau + item * R + i, mask=leaving, other=0.0)[:, None]
+        end = tl.load(last + item * R + i, mask=leaving, other=-1)[:, None]
+        normaliser = tl.load(total + item * R + i, mask=leaving, other=0.0)
         chosen = (values > threshold) | ((values == threshold) & (j[None, :] <= end))
         weight = tl.where(seen & chosen & (values > 0.0), values, 0.0)
         if AVERAGE:
@@ -159,22 +137,24 @@ def merge_kernel(
         if AVERAGE:
             alpha = weight
         weight_sum += tl.sum(alpha, 0)
-        sizes = tl.load(size + item * size_stride_b + left, mask=gone, other=0.0)
+        sizes = tl.load(size + item * size_stride_b + left, mask=leaving, other=0.0)
         moved += tl.sum(share * sizes[:, None], 0)
-        x = tl.load(base + left[:, None] * tokens_stride_n, mask=gone[:, None] & (f < D)[None, :], other=0.0)
+        x = tl.load(
+            base + left[:, None] * tokens_stride_n, mask=leaving[:, None] & (f < D)[None, :], other=0.0
+        )
         flow = tl.trans(alpha)
         high = flow.to(x.dtype)
         sums += tl.dot(high, x, input_precision=PRECISION)
         if x.dtype != tl.float32:
-            # What the narrow type cut off the weights, as a second product: about twice its digits.
+            # A second product with the part of the weights that the narrow type cut off: about twice its digits.
             sums += tl.dot((flow - high.to(tl.float32)).to(x.dtype), x, input_precision=PRECISION)
-    own = tl.load(base + kept[:, None] * tokens_stride_n, mask=there[:, None] & (f < D)[None, :], other=0.0)
+    own = tl.load(base + kept[:, None] * tokens_stride_n, mask=staying[:, None] & (f < D)[None, :], other=0.0)
     result = (own.to(tl.float32) + sums) / (1.0 + weight_sum)[:, None]
     address = merged + (item * K + j[:, None]) * D + f[None, :]
-    tl.store(address, tl.where(there[:, None], result, 0.0), mask=(j < K)[:, None] & (f < D)[None, :])
+    tl.store(address, result, mask=staying[:, None] & (f < D)[None, :])
     if tl.program_id(0) == 0:
-        own_size = tl.load(size + item * size_stride_b + kept, mask=there, other=0.0)
-        tl.store(new_size + item * K + j, tl.where(there, own_size + moved, 0.0), mask=j < K)
+        own_size = tl.load(size + item * size_stride_b + kept, mask=staying, other=0.0)
+        tl.store(new_size + item * K + j, own_size + moved, mask=staying)
 
 
 def quantile_merge(
@@ -183,7 +163,6 @@ def quantile_merge(
     correlation: Tensor,
     source: Tensor,
     target: Tensor,
-    layout: Layout,
     epsilon: float,
     fixed_k: int | None,
     average: bool,
@@ -202,15 +181,12 @@ def quantile_merge(
     new_size = torch.empty((B, K), dtype=torch.float32, device=tokens.device)
     if not merged.numel():
         return merged, new_size
-    indexed = {"ROW_INDEXED": layout == "map", "COLUMN_INDEXED": layout != "cut"}
     if R:
         block = triton.next_power_of_2(K)
         chosen = config("row_statistics", tokens.device)
         rows = max(1, chosen.tiles["TILE"] // block)
         row_statistics_kernel[(triton.cdiv(R, rows), B)](
             correlation,
-            source,
-            target,
             tau,
             last,
             total,
@@ -220,7 +196,6 @@ def quantile_merge(
             K,
             bits_of(epsilon),
             0 if fixed_k is None else fixed_k,
-            **indexed,
             FIXED=fixed_k is not None,
             AVERAGE=average,
             ROWS=rows,
@@ -249,7 +224,6 @@ def quantile_merge(
         R,
         K,
         D,
-        **indexed,
         AVERAGE=average,
         PRECISION=dot_precision(tokens.dtype),
         **chosen.arguments,

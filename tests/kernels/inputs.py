@@ -1,11 +1,11 @@
 """Inputs of the attention ops, and how far single precision may be from the truth."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ficoco_vllm.kernels import Mask
 from ficoco_vllm.kernels.attention_scores import reference
 from tests.kernels.conftest import DEVICE
 
@@ -54,29 +54,29 @@ class Case:
         return query.to(self.dtype), key.to(self.dtype)
 
 
-def tolerance(query: Tensor, key: Tensor, scale: float, mask: Mask) -> float:
+def tolerance(query: Tensor, key: Tensor, scale: float, **mask: Any) -> float:
     """Absolute tolerance of an attention weight or a normaliser.
 
     A logit of size L carries a rounding error of about L * 2^-23 per step of its dot product; the
     exponential turns it into the same relative error of a weight, which is at most 1. Eight steps' worth:
     errors of a sum of d products grow as sqrt(d), and d is at most 128.
     """
-    logits = reference.logits(query, key, scale, mask)
+    logits = reference.logits(query, key, scale, **mask)
     finite = logits[logits.isfinite()]
     largest = float(finite.abs().max()) if finite.numel() else 0.0
     return 8 * 2**-23 * (4.0 + largest)
 
 
-def on_device(mask: Mask) -> Mask:
+def on_device(mask: dict[str, Any]) -> dict[str, Any]:
     """The same mask where the kernels run."""
-    return Mask(*(part.to(DEVICE) if isinstance(part, Tensor) else part for part in mask))
+    return {name: part.to(DEVICE) if isinstance(part, Tensor) else part for name, part in mask.items()}
 
 
-def with_bias(mask: Mask, B: int, N: int) -> Mask:
-    """The mask with a bias that hides every fifth key."""
+def biased(B: int, N: int) -> Tensor:
+    """A bias (B, N) that hides every fifth key."""
     bias = torch.linspace(-2, 2, B * N).reshape(B, N)
     bias[:, ::5] = -torch.inf
-    return mask._replace(bias=bias)
+    return bias
 
 
 CASES = [

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ficoco_vllm import kernels
-from ficoco_vllm.kernels import Backend, Mask
+from ficoco_vllm.kernels import Backend
 from ficoco_vllm.kernels.attention_scores import custom
 from ficoco_vllm.kernels.backend import uses_triton
 from ficoco_vllm.kernels.filter_scores.ops import _filter_scores
@@ -46,24 +46,24 @@ def calls(x: dict[str, Tensor]) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     """Every custom op with arguments."""
     q, k, lse, bias, weight, length = (x[n] for n in ("query", "key", "lse", "bias", "weight", "length"))
     return {
-        "softmax_stats": (custom.softmax_stats, (q, k, 0.2, bias, True, length, None, length, weight, H)),
+        "softmax_stats": (custom.softmax_stats, (q, k, 0.2, bias, True, length, None, weight, H)),
         "attention_block": (
             custom.attention_block,
-            (q, k, lse, 0.2, x["source"], None, None, True, None, None, None, x["text"], 0.6, H),
+            (q, k, lse, 0.2, x["source"], None, None, True, x["text"], 0.6, H),
         ),
         "attention_sums": (
             custom.attention_sums,
-            (q, k, lse, 0.2, 1, weight, bias, False, None, length, None, H),
+            (q, k, lse, 0.2, bias, False, H),
         ),
-        "cls_scores": (custom.cls_scores, (q, k, lse, 0.2, 0, bias, True, H)),
+        "cls_scores": (custom.cls_scores, (q, k, lse, 0.2, bias, True, H)),
         "filter_scores": (
             _filter_scores,
-            (weight, weight, 0.35, x["position"], [4, 5], [2, 2], 2.0, weight > 0.5, length),
+            (weight, weight, 0.35, x["position"], [4, 5], [2, 2], 2.0),
         ),
-        "partition": (_partition, (weight, 5, 15, length, None)),
+        "partition": (_partition, (weight, 5)),
         "quantile_merge": (
             _quantile_merge,
-            (x["tokens"], weight, x["correlation"], x["source"], x["target"], "cut", 0.9, None, False),
+            (x["tokens"], weight, x["correlation"], x["source"], x["target"], 0.9, None, False),
         ),
     }
 
@@ -81,11 +81,11 @@ def reduction(backend: Backend) -> Callable[..., Tensor]:
     def reduce(
         query: Tensor, key: Tensor, tokens: Tensor, size: Tensor, position: Tensor, text: Tensor
     ) -> Tensor:
-        lse, drawn = kernels.softmax_stats(query, key, 0.2, backend=backend)
+        lse, row_sum = kernels.softmax_stats(query, key, 0.2, backend=backend)
         _, from_cls, _ = kernels.cls_scores(query, key, lse, 0.2, backend=backend)
-        received = kernels.attention_sums(query, key, lse, 0.2, axis=1, backend=backend)
+        received = kernels.attention_sums(query, key, lse, 0.2, backend=backend)
         redundancy = kernels.filter_scores(
-            drawn + received, from_cls, 0.35, position=position, grid=(4, 5), backend=backend
+            row_sum + received, from_cls, 0.35, position=position, grid=(4, 5), backend=backend
         )
         source, target = kernels.partition(redundancy, 6, backend=backend)
         correlation = kernels.attention_block(
@@ -95,7 +95,7 @@ def reduction(backend: Backend) -> Callable[..., Tensor]:
             0.2,
             row_index=source,
             column_index=target,
-            mask=Mask(causal=True),
+            causal=True,
             text=text,
             gamma=0.6,
             backend=backend,

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from ficoco_vllm.kernels import Backend, partition
 from ficoco_vllm.kernels.partition import reference
-from ficoco_vllm.reduction.signals import partition as partition_of_the_reduction
 from tests.kernels.conftest import DEVICE
 
 
@@ -43,43 +42,18 @@ KINDS = ["random", "ties", "equal", "signed zeros", "protected", "extreme"]
 def test_against_plain_python(kind: str, N: int, share: float, backend: Backend) -> None:
     values, num_removed = scores(kind, 2, N), round(share * N)
     source, target = partition(values.to(DEVICE), num_removed, backend=backend)
-    expected = reference.partition(values, num_removed, N - num_removed, None, None)
+    expected = reference.partition(values, num_removed)
     assert torch.equal(source.cpu(), expected[0])
     assert torch.equal(target.cpu(), expected[1])
-    stage = partition_of_the_reduction(values, num_removed)
-    assert torch.equal(source.cpu(), stage.source)
-    assert torch.equal(target.cpu(), stage.target)
 
 
 def test_nan_is_the_most_redundant(backend: Backend) -> None:
     values = torch.tensor([[0.0, torch.nan, torch.inf, -torch.nan, 1.0]])
     source, _ = partition(values.to(DEVICE), 2, backend=backend)
     assert source.tolist() == [[1, 3]]
-    assert torch.equal(partition_of_the_reduction(values, 2).source, source.cpu())
-
-
-@pytest.mark.parametrize("kind", ["random", "equal", "protected", "fp64 nearly equal"])
-def test_items_of_different_length(kind: str, backend: Backend) -> None:
-    values = scores(kind, 4, 50)
-    length, removed = torch.tensor([50, 30, 7, 0]), torch.tensor([20, 5, 7, 0])
-    source, target = partition(
-        values.to(DEVICE),
-        20,
-        num_kept=33,
-        length=length.to(DEVICE),
-        removed=removed.to(DEVICE),
-        backend=backend,
-    )
-    expected = reference.partition(values, 20, 33, length, removed)
-    assert torch.equal(source.cpu(), expected[0])
-    assert torch.equal(target.cpu(), expected[1])
 
 
 def test_what_cannot_be_is_refused() -> None:
     values = torch.zeros((1, 4))
     with pytest.raises(ValueError, match="num_removed = 5"):
         partition(values, 5)
-    with pytest.raises(ValueError, match="num_kept is needed"):
-        partition(values, 1, length=torch.tensor([3]))
-    with pytest.raises(ValueError, match="num_kept = 9"):
-        partition(values, 1, num_kept=9)

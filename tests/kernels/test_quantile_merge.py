@@ -1,16 +1,13 @@
-"""Eq. 13 against plain loops in float64, and against the reduction's own stage."""
+"""Eq. 13 against plain loops in float64."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from ficoco_vllm.kernels import Backend, quantile_merge
-from ficoco_vllm.kernels.quantile_merge import Layout, reference
-from ficoco_vllm.reduction.signals import Partition
-from ficoco_vllm.reduction.stages.compress import QuantileMerge
-from ficoco_vllm.reduction.stages.compress import quantile_merge as stage
+from ficoco_vllm.kernels.quantile_merge import reference
 from tests.kernels.conftest import DEVICE
 
 HALF = torch.float16
@@ -22,24 +19,13 @@ ATOL = {HALF: 2**-9, BFLOAT: 2**-6, SINGLE: 2**-17}
 
 @dataclass(frozen=True)
 class Problem:
-    """What one merge is given, on the CPU."""
+    """Arguments of one merge, on the CPU."""
 
     tokens: Tensor
     size: Tensor
     correlation: Tensor
     source: Tensor
     target: Tensor
-
-    def cut(self, layout: Layout) -> Tensor:
-        """The correlation as the reference takes it, (B, R, K)."""
-        correlation = self.correlation
-        if layout == "map":
-            rows = self.source.clamp_min(0)[..., None]
-            correlation = correlation.gather(1, rows.expand(-1, -1, correlation.shape[2]))
-        if layout != "cut":
-            columns = self.target.clamp_min(0)[:, None]
-            correlation = correlation.gather(2, columns.expand(-1, correlation.shape[1], -1))
-        return correlation
 
     def run(self, backend: Backend, **settings: object) -> tuple[Tensor, Tensor]:
         """The op where the kernels run, back on the CPU."""
@@ -48,16 +34,13 @@ class Problem:
         return tokens.cpu(), size.cpu()
 
 
-def problem(
-    R: int, K: int, D: int = 24, dtype: torch.dtype = SINGLE, layout: Layout = "cut", B: int = 2
-) -> Problem:
+def problem(R: int, K: int, D: int = 24, dtype: torch.dtype = SINGLE, B: int = 2) -> Problem:
     """R sources and K targets, spread at random; the correlation has rows of every awkward kind."""
     generator = torch.Generator().manual_seed(R * 1000 + K)
     N = R + K + 1
     order = torch.stack([torch.randperm(N, generator=generator) for _ in range(B)])
     source, target = order[:, :R].sort().values, order[:, R : R + K].sort().values
-    shape = {"cut": (B, R, K), "rows": (B, R, N), "map": (B, N, N)}[layout]
-    correlation = torch.rand(shape, generator=generator) ** 4
+    correlation = torch.rand((B, R, K), generator=generator) ** 4
     kinds = [
         lambda row: row,
         torch.zeros_like,
@@ -69,7 +52,7 @@ def problem(
         lambda row: row * 1e36,
         lambda row: torch.where(row > 0.3, 0.0, -0.0),
     ]
-    for i in range(shape[1]):
+    for i in range(R):
         correlation[:, i] = kinds[i % len(kinds)](correlation[:, i])
     tokens = torch.randn((B, N, D), generator=generator).to(dtype)
     size = torch.randint(1, 5, (B, N), generator=generator).float()
@@ -77,23 +60,14 @@ def problem(
 
 
 def check(
-    made: Problem, backend: Backend, layout: Layout = "cut", ragged: bool = False, **settings: object
+    made: Problem,
+    backend: Backend,
+    epsilon: float = 0.998,
+    fixed_k: int | None = None,
+    average: bool = False,
 ) -> None:
-    epsilon, fixed_k, average = (
-        settings.get(name, default)
-        for name, default in (("epsilon", 0.998), ("fixed_k", None), ("average", False))
-    )
-    tokens, size = made.run(backend, layout=layout, ragged=ragged, **settings)
-    expected = reference.quantile_merge(
-        made.tokens,
-        made.size,
-        made.cut(layout),
-        made.source,
-        made.target,
-        epsilon,
-        fixed_k,
-        average,  # type: ignore[arg-type]
-    )
+    tokens, size = made.run(backend, epsilon=epsilon, fixed_k=fixed_k, average=average)
+    expected = reference.quantile_merge(*vars(made).values(), epsilon, fixed_k, average)
     atol = ATOL[made.tokens.dtype]
     assert tokens.dtype == made.tokens.dtype
     torch.testing.assert_close(tokens.double(), expected[0], rtol=atol, atol=atol)
@@ -123,26 +97,8 @@ def test_average(epsilon: float, backend: Backend) -> None:
     check(problem(20, 33), backend, epsilon=epsilon, average=True)
 
 
-@pytest.mark.parametrize("layout", ["rows", "map"])
-@pytest.mark.parametrize("fixed_k", [None, 3])
-def test_correlations_by_index(layout: Layout, fixed_k: int | None, backend: Backend) -> None:
-    check(problem(19, 35, layout=layout), backend, layout=layout, epsilon=0.9, fixed_k=fixed_k)
-
-
 def test_the_first_reduction_of_the_tower(backend: Backend) -> None:
     check(problem(42, 534, D=64, dtype=HALF, B=1), backend)
-
-
-@pytest.mark.parametrize("layout", ["cut", "map"])
-@pytest.mark.parametrize(
-    "settings", [{"epsilon": 0.9}, {"fixed_k": 2}, {"epsilon": 0.5, "average": True}], ids=str
-)
-def test_items_of_different_length(layout: Layout, settings: dict[str, object], backend: Backend) -> None:
-    made = problem(20, 33, layout=layout, B=3)
-    made.source[0, 11:], made.target[0, 20:] = -1, -1
-    made.source[1, :], made.target[1, 5:] = -1, -1
-    made.target[2, 1:] = -1
-    check(made, backend, layout=layout, ragged=True, **settings)
 
 
 def test_an_item_does_not_depend_on_its_neighbours(backend: Backend) -> None:
@@ -155,32 +111,11 @@ def test_an_item_does_not_depend_on_its_neighbours(backend: Backend) -> None:
         torch.testing.assert_close(all_of_them[1:2], single, rtol=0, atol=0 if backend == "triton" else 1e-6)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"epsilon": 0.5},
-        {"fixed_k": 0},
-        {"fixed_k": 3},
-        {"average": True},
-        {"fixed_k": 4, "average": True},
-    ],
-    ids=str,
-)
-def test_as_the_stage_has_it(settings: dict[str, object], backend: Backend) -> None:
-    made = problem(21, 40)
-    tokens, size = made.run(backend, **settings)
-    parts = Partition(made.source, made.target)
-    expected = stage(made.tokens, made.size, parts, made.correlation, QuantileMerge(**settings))  # type: ignore[arg-type]
-    torch.testing.assert_close(tokens, expected[0], rtol=ATOL[SINGLE], atol=ATOL[SINGLE])
-    torch.testing.assert_close(size, expected[1], rtol=2**-18, atol=2**-18)
-
-
 def test_what_does_not_fit_is_refused() -> None:
     made = problem(3, 4)
     with pytest.raises(ValueError, match=r"epsilon = 1\.5"):
         made.run("torch", epsilon=1.5)
     with pytest.raises(ValueError, match="fixed_k = -1"):
-        made.run("torch", fixed_k=-1)
-    with pytest.raises(ValueError, match="layout 'map'"):
-        made.run("torch", layout="map")
+        made.run("torch", epsilon=0.9, fixed_k=-1)
+    with pytest.raises(ValueError, match=r"correlation has shape \(2, 2, 4\); needed: \(2, 3, 4\)"):
+        replace(made, correlation=made.correlation[:, 1:]).run("torch", epsilon=0.9)

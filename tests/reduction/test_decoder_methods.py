@@ -5,8 +5,9 @@ import torch
 
 from ficoco_vllm.reduction import Signals, get, reduce
 from ficoco_vllm.reduction.pipeline import PIPELINES
+from ficoco_vllm.reduction.testing import make_signals, make_tokens
 from tests.reduction import reference
-from tests.reduction.inputs import make_signals, make_tokens
+from tests.reduction.transcription import transcribes
 
 N, R, M = 30, 11, 5
 
@@ -35,6 +36,7 @@ ABLATIONS = [
 ]
 
 
+@transcribes("ficoco-l")
 @pytest.mark.parametrize("settings", ABLATIONS, ids=str)
 def test_ficoco_l(settings: dict) -> None:
     """Eqs. 14, 15 and 13."""
@@ -90,11 +92,13 @@ def pruned_to(scores: list[float], name: str, signals: Signals, **settings: obje
     assert torch.equal(got.tokens[0], tokens[0, target])
 
 
+@transcribes("pyramiddrop")
 def test_pyramiddrop() -> None:
     signals = causal()
     pruned_to([-float(value) for value in signals.text_attention[0, -1]], "pyramiddrop", signals)
 
 
+@transcribes("fitprune")
 def test_fitprune() -> None:
     signals = causal()
     visual, text = signals.visual_attention[0].double(), signals.text_attention[0].double()
@@ -105,6 +109,7 @@ def test_fitprune() -> None:
     pruned_to(scores, "fitprune", signals)
 
 
+@transcribes("sparsevlm")
 @pytest.mark.parametrize(("share", "per_cluster"), [(0.3, 10), (0.5, 4), (0.0, 10), (1.0, 3)])
 def test_sparsevlm(share: float, per_cluster: int) -> None:
     signals, tokens, K = causal(), make_tokens(1, N), N - R

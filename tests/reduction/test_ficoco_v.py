@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from ficoco_vllm.kernels.quantile_merge.eager import row_quantile
+from ficoco_vllm.kernels import filter_scores
+from ficoco_vllm.kernels.quantile_merge import row_quantile
 from ficoco_vllm.reduction import Signals, get, reduce
-from ficoco_vllm.reduction.ops import TORCH
+from ficoco_vllm.reduction.testing import make_signals, make_tokens
 from tests.reduction import reference
-from tests.reduction.inputs import make_signals, make_tokens
+from tests.reduction.transcription import transcribes
 
 ABLATIONS = [
     {},
@@ -24,6 +25,7 @@ ABLATIONS = [
 ]
 
 
+@transcribes("ficoco-v")
 @pytest.mark.parametrize("settings", ABLATIONS, ids=str)
 def test_equations(settings: dict) -> None:
     B, N, R = 2, 30, 9
@@ -65,7 +67,7 @@ def test_penalty_first_of_equals_and_fused_tokens() -> None:
     scores = torch.tensor([[1.0, 3.0, 3.0, 2.0, -4.0, 9.0, -9.0]])
     # Window 0 holds 0, 1, 4, 5: of the two maxima only the first is enhanced. 2 is alone in window 1.
     want = torch.tensor([[1.0, 6.0, 3.0, 2.0, -2.0, 9.0, -9.0]])
-    found = TORCH.filter_scores(None, -scores, 0.0, position, (4, 4), (2, 2), 2.0)
+    found = filter_scores(None, -scores, 0.0, position=position, grid=(4, 4))
     assert torch.equal(found, want.double())
 
 

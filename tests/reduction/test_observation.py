@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from ficoco_vllm.reduction import Method, Observation, available, get
+from ficoco_vllm.reduction.testing import make_signals, make_tokens
 from tests.reduction import reference
-from tests.reduction.inputs import make_signals, make_tokens
 
 
 @pytest.fixture(params=available())

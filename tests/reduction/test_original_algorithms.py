@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ficoco_vllm.reduction import Signals, reduce
-from tests.reduction.inputs import make_signals, make_tokens
+from ficoco_vllm.reduction.testing import make_signals, make_tokens
+from tests.reduction.transcription import transcribes
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -98,6 +99,7 @@ def original_fastv(attention: Tensor, image: slice, num_kept: int) -> list[int]:
     return sorted(sorted(range(len(last_query)), key=lambda index: -float(last_query[index]))[:num_kept])
 
 
+@transcribes("fastv")
 def test_fastv_on_a_causal_prompt() -> None:
     system, N, text, R = 4, 25, 6, 12
     L = system + N + text

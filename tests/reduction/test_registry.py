@@ -3,7 +3,11 @@
 import itertools
 import json
 import logging
+import os
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -12,9 +16,11 @@ import torch
 
 from ficoco_vllm.reduction import available, get, reduce, registry
 from ficoco_vllm.reduction.method import SITES
+from ficoco_vllm.reduction.methods import BUILTIN
 from ficoco_vllm.reduction.signals import WHY_ABSENT
 from ficoco_vllm.reduction.stages import COMPRESSIONS, CORRELATIONS, FILTERS
-from tests.reduction.inputs import make_signals, make_tokens
+from ficoco_vllm.reduction.testing import make_signals, make_tokens
+from tests.reduction.transcription import transcribed
 
 GUIDE = Path(__file__).parents[2] / "docs" / "adding-a-method.md"
 TEXT_GUIDED = {"cdpruner", "trim", "recoverable"}
@@ -241,6 +247,62 @@ def test_the_guide_followed_to_the_letter(tmp_path: Path, monkeypatch: pytest.Mo
     get(name).configure().check_signals(SITES["encoder"])
     with pytest.raises(ValueError, match=r"power = 0.0 is not allowed for small-norm"):
         get(name).configure(power=0.0)
+
+
+def test_the_guides_contract_holds_against_the_installed_package(tmp_path: Path) -> None:
+    """As a researcher runs it: pytest on a test file of three lines, from another folder."""
+    value = tomllib.loads(blocks()["toml"])["project"]["entry-points"]["ficoco_vllm.reductions"]["small-norm"]
+    install(tmp_path, "small-norm", value.split(":")[0], blocks()["python"], f"small-norm = {value}")
+    (tmp_path / "test_small_norm.py").write_text(blocks()["py"])
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error", "."]
+    paths = os.pathsep.join([str(tmp_path), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    done = subprocess.run(
+        command,
+        check=False,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"^\d\d passed", done.stdout, re.MULTILINE), done.stdout
+
+
+NEW_METHOD = """
+from dataclasses import replace
+from ficoco_vllm.reduction.methods.topk_cls import TOPK_CLS
+
+NEW = replace(TOPK_CLS, name="new-2")
+"""
+
+
+def test_a_method_file_is_all_that_a_new_method_takes(tmp_path: Path) -> None:
+    """In a copy of the package: the file is found, and the missing transcription is noticed."""
+    package = Path(registry.__file__).parents[1]
+    for part in ("__init__.py", "_version.py"):
+        (tmp_path / "ficoco_vllm").mkdir(exist_ok=True)
+        shutil.copy(package / part, tmp_path / "ficoco_vllm")
+    for part in ("reduction", "kernels"):
+        shutil.copytree(package / part, tmp_path / "ficoco_vllm" / part)
+    (tmp_path / "ficoco_vllm" / "reduction" / "methods" / "new_method.py").write_text(NEW_METHOD)
+    code = (
+        # Neither the editable installation nor what it has imported already.
+        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f)]\n"
+        "for name in [name for name in sys.modules if name.startswith('ficoco_vllm')]: del sys.modules[name]\n"
+        f"sys.path.insert(0, {str(tmp_path)!r})\n"
+        "for name in ('vllm', 'triton', 'transformers'): sys.modules[name] = None  # an import of them raises\n"
+        "from ficoco_vllm.reduction import available; print(*available('features'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    names = set(done.stdout.split())
+    assert names - set(available("features")) == {"new-2"}
+    assert names - transcribed() == {"new-2"}
+
+
+def test_every_method_has_a_transcription() -> None:
+    assert transcribed() == set(BUILTIN)
 
 
 def test_the_guides_composition_is_valid() -> None:

@@ -7,8 +7,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ficoco_vllm.reduction.schedule import KINDS, default_start_layer, make_schedule
+from ficoco_vllm.reduction.stage import all_but_one
 from ficoco_vllm.reduction.stages.bipartite import half
-from ficoco_vllm.reduction.stages.stage import all_but_one
 
 LIMITS: dict[str, Callable[[int], int]] = {
     "all but one": all_but_one,

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ficoco_vllm.reduction import Reduced, Signals, reduce
+from ficoco_vllm.reduction.testing import make_signals, make_tokens
 from tests.reduction import reference
-from tests.reduction.inputs import make_signals, make_tokens
+from tests.reduction.transcription import transcribes
 
 N, R = 36, 20
 K = N - R
@@ -41,6 +42,7 @@ def lowest(values: Tensor) -> list[int]:
     return reference.split([-float(value) for value in values], R)[1]
 
 
+@transcribes("tome", "turbo")
 @pytest.mark.parametrize("alpha", [None, 10.0, 2.0])
 def test_tome_and_turbo(signals: Signals, tokens: Tensor, alpha: float | None) -> None:
     """Eqs. 3, 6, 9 as printed: a plain mean. Turbo subtracts alpha times the [CLS] attention."""
@@ -58,6 +60,7 @@ def test_tome_and_turbo(signals: Signals, tokens: Tensor, alpha: float | None) -
     check(got, signals, target, want)
 
 
+@transcribes("evit")
 def test_evit(signals: Signals, tokens: Tensor) -> None:
     """Eqs. 4, 7, 10."""
     attention = signals.cls_attention[0]
@@ -68,11 +71,13 @@ def test_evit(signals: Signals, tokens: Tensor) -> None:
     )
 
 
+@transcribes("topk-cls")
 def test_topk_cls(signals: Signals, tokens: Tensor) -> None:
     target = lowest(signals.cls_attention[0])
     check(reduce("topk-cls", tokens, signals, R), signals, target, tokens[0, target].double())
 
 
+@transcribes("random")
 @pytest.mark.parametrize("seed", [0, 7])
 def test_random(signals: Signals, tokens: Tensor, seed: int) -> None:
     scores = []
@@ -123,6 +128,7 @@ def test_spatial_pool_keeps_what_has_no_place() -> None:
     assert got.position[0, 0] == 0
 
 
+@transcribes("spatial-pool")
 def test_spatial_pool_on_what_is_alive(signals: Signals, tokens: Tensor) -> None:
     rows, columns = signals.grid
     bands = max(1, min(rows, K, round(math.sqrt(K * rows / columns))), math.ceil(K / columns))
@@ -137,6 +143,7 @@ def test_spatial_pool_on_what_is_alive(signals: Signals, tokens: Tensor) -> None
     check(reduce("spatial-pool", tokens, signals, R), signals, [group[0] for group in groups], want)
 
 
+@transcribes("prumerge")
 def test_prumerge(signals: Signals, tokens: Tensor) -> None:
     attention = [float(a) for a in signals.cls_attention[0].double()]
     source, target = reference.split([-a for a in attention], R)
@@ -149,6 +156,7 @@ def test_prumerge(signals: Signals, tokens: Tensor) -> None:
     torch.testing.assert_close(got.size[0], torch.tensor(size), rtol=1e-5, atol=0)
 
 
+@transcribes("prumerge-plus")
 @pytest.mark.parametrize("num_kept", [2, 9, 16, 30])
 def test_prumerge_plus(signals: Signals, tokens: Tensor, num_kept: int) -> None:
     # Seven values above the fence, of which three lie close above it.
@@ -178,6 +186,7 @@ def test_prumerge_plus(signals: Signals, tokens: Tensor, num_kept: int) -> None:
     check(reduce("prumerge-plus", tokens, signals, N - num_kept), signals, target, want)
 
 
+@transcribes("visionzip")
 @pytest.mark.parametrize("share", [10 / 64, 0.5, 1.0])
 def test_visionzip(signals: Signals, tokens: Tensor, share: float) -> None:
     contextual_count = round(K * share)
@@ -214,11 +223,13 @@ def farthest(features: Tensor) -> list[int]:
     return sorted(picks)
 
 
+@transcribes("divprune")
 def test_divprune(signals: Signals, tokens: Tensor) -> None:
     target = farthest(signals.features[0])
     check(reduce("divprune", tokens, signals, R), signals, target, tokens[0, target].double())
 
 
+@transcribes("best")
 @pytest.mark.parametrize("epsilon", [0.998, 0.7])
 def test_best(signals: Signals, tokens: Tensor, epsilon: float) -> None:
     """DivPrune's choice, the cosines of the keys, Eq. 13."""
@@ -235,6 +246,7 @@ def test_best(signals: Signals, tokens: Tensor, epsilon: float) -> None:
     check(reduce("best", tokens, signals, R, epsilon=epsilon), signals, target, want)
 
 
+@transcribes("cdpruner")
 @pytest.mark.parametrize("negate", [True, False])
 def test_cdpruner(signals: Signals, tokens: Tensor, negate: bool) -> None:
     """Greedy by the determinant itself, computed anew for every candidate."""
@@ -252,6 +264,7 @@ def test_cdpruner(signals: Signals, tokens: Tensor, negate: bool) -> None:
     check(got, signals, target, tokens[0, target].double())
 
 
+@transcribes("trim")
 @pytest.mark.parametrize("negate", [True, False])
 def test_trim(signals: Signals, tokens: Tensor, negate: bool) -> None:
     relevance = signals.text_relevance[0] * (-1 if negate else 1)
@@ -261,6 +274,7 @@ def test_trim(signals: Signals, tokens: Tensor, negate: bool) -> None:
     check(reduce("trim", tokens, signals, R, negate=negate), signals, target, want)
 
 
+@transcribes("recoverable")
 def test_recoverable(signals: Signals, tokens: Tensor) -> None:
     attention = [float(a) for a in signals.cls_attention[0].double()]
     relevance = [float(r) for r in signals.text_relevance[0].double()]

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from ficoco_vllm.reduction import Signals, get
+from ficoco_vllm.reduction.testing import make_signals, make_tokens
 from ficoco_vllm.request_fields import MAX_TRACE_ID, check_trace_id
 from ficoco_vllm.tracing.chain import Step, destinations, read_steps
 from ficoco_vllm.tracing.store import Traces
-from tests.reduction.inputs import make_signals, make_tokens
 
 NUM_PATCHES = 36
 TRACE_ID = 7

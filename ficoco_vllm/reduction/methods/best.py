@@ -24,5 +24,5 @@ BEST = Method(
     filter=FILTERS["max_min_distance"],
     correlate=CORRELATIONS["key_cosine"],
     compress=COMPRESSIONS["quantile_merge"],
-    knobs=EncoderSettings,
+    own_settings=EncoderSettings,
 )

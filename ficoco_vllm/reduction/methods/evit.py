@@ -24,5 +24,5 @@ EVIT = Method(
     filter=FILTERS["cls_attention"],
     correlate=CORRELATIONS["cls_weight"],
     compress=COMPRESSIONS["fuse"],
-    knobs=EncoderSettings,
+    own_settings=EncoderSettings,
 )

@@ -20,7 +20,7 @@ from ficoco_vllm.reduction.settings import Count, DecoderSettings
 from ficoco_vllm.reduction.stages import COMPRESSIONS, CORRELATIONS, FILTERS
 
 
-class FastVKnobs(DecoderSettings):
+class FastVSettings(DecoderSettings):
     """Settings of FastV beyond its stages: once, after two layers (K = 2)."""
 
     start_layer: Count | None = 1
@@ -35,5 +35,5 @@ FASTV = Method(
     filter=FILTERS["received_attention"],
     correlate=CORRELATIONS["none"],
     compress=COMPRESSIONS["prune"],
-    knobs=FastVKnobs,
+    own_settings=FastVSettings,
 )

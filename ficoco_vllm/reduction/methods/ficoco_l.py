@@ -23,7 +23,7 @@ from ficoco_vllm.reduction.settings import AttentionSettings, Count, DecoderSett
 from ficoco_vllm.reduction.stages import COMPRESSIONS, CORRELATIONS, FILTERS
 
 
-class FicocoLKnobs(DecoderSettings, AttentionSettings):
+class FicocoLSettings(DecoderSettings, AttentionSettings):
     """Settings of FiCoCo-L beyond its stages: it starts at the 4th layer (Sec. 10)."""
 
     start_layer: Count | None = DECODER_START_LAYER
@@ -37,5 +37,5 @@ FICOCO_L = Method(
     filter=FILTERS["local_text"],
     correlate=CORRELATIONS["attention_via_text"],
     compress=COMPRESSIONS["quantile_merge"],
-    knobs=FicocoLKnobs,
+    own_settings=FicocoLSettings,
 )

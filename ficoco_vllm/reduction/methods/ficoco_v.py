@@ -20,7 +20,7 @@ from ficoco_vllm.reduction.settings import AttentionSettings, EncoderSettings
 from ficoco_vllm.reduction.stages import COMPRESSIONS, CORRELATIONS, FILTERS
 
 
-class FicocoVKnobs(EncoderSettings, AttentionSettings):
+class FicocoVSettings(EncoderSettings, AttentionSettings):
     """Settings of FiCoCo-V beyond its stages."""
 
 
@@ -32,5 +32,5 @@ FICOCO_V = Method(
     filter=FILTERS["local_task"],
     correlate=CORRELATIONS["attention"],
     compress=COMPRESSIONS["quantile_merge"],
-    knobs=FicocoVKnobs,
+    own_settings=FicocoVSettings,
 )

@@ -27,5 +27,5 @@ FITPRUNE = Method(
     filter=FILTERS["self_cross"],
     correlate=CORRELATIONS["none"],
     compress=COMPRESSIONS["prune"],
-    knobs=DecoderSettings,
+    own_settings=DecoderSettings,
 )

@@ -20,7 +20,7 @@ from ficoco_vllm.reduction.settings import Count, DecoderSettings
 from ficoco_vllm.reduction.stages import COMPRESSIONS, CORRELATIONS, FILTERS
 
 
-class PyramidDropKnobs(DecoderSettings):
+class PyramidDropSettings(DecoderSettings):
     """Settings of PyramidDrop beyond its stages."""
 
     layers: tuple[Count, ...] | None = (8, 16, 24)
@@ -35,5 +35,5 @@ PYRAMIDDROP = Method(
     filter=FILTERS["received_attention"],
     correlate=CORRELATIONS["none"],
     compress=COMPRESSIONS["prune"],
-    knobs=PyramidDropKnobs,
+    own_settings=PyramidDropSettings,
 )

@@ -30,7 +30,7 @@ from ficoco_vllm.reduction.settings import Count, DecoderSettings
 from ficoco_vllm.reduction.stages import COMPRESSIONS, CORRELATIONS, FILTERS
 
 
-class SparseVLMKnobs(DecoderSettings):
+class SparseVLMSettings(DecoderSettings):
     """Settings of SparseVLM beyond its stages: the layers of the authors' code."""
 
     layers: tuple[Count, ...] | None = (2, 6, 15)
@@ -45,5 +45,5 @@ SPARSEVLM = Method(
     filter=FILTERS["rate_and_recycle"],
     correlate=CORRELATIONS["cluster_likeness"],
     compress=COMPRESSIONS["nearest_merge"],
-    knobs=SparseVLMKnobs,
+    own_settings=SparseVLMSettings,
 )

@@ -19,7 +19,7 @@ from ficoco_vllm.reduction.settings import EncoderSettings
 from ficoco_vllm.reduction.stages import COMPRESSIONS, CORRELATIONS, FILTERS
 
 
-class BipartiteKnobs(EncoderSettings):
+class BipartiteSettings(EncoderSettings):
     """Settings of ToMe and of what builds on it, beyond the stages."""
 
     proportional_attention: bool = True
@@ -33,5 +33,5 @@ TOME = Method(
     filter=FILTERS["key_similarity"],
     correlate=CORRELATIONS["bipartite_cosine"],
     compress=COMPRESSIONS["nearest_merge"],
-    knobs=BipartiteKnobs,
+    own_settings=BipartiteSettings,
 )

@@ -13,7 +13,7 @@ Source: arXiv:2407.11717, Sec. 3.
 """
 
 from ficoco_vllm.reduction.method import Method
-from ficoco_vllm.reduction.methods.tome import BipartiteKnobs
+from ficoco_vllm.reduction.methods.tome import BipartiteSettings
 from ficoco_vllm.reduction.stages import COMPRESSIONS, CORRELATIONS, FILTERS
 
 TURBO = Method(
@@ -24,5 +24,5 @@ TURBO = Method(
     filter=FILTERS["informativity"],
     correlate=CORRELATIONS["bipartite_cosine"],
     compress=COMPRESSIONS["nearest_merge"],
-    knobs=BipartiteKnobs,
+    own_settings=BipartiteSettings,
 )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ficoco_vllm.reduction.settings import Settings
 from ficoco_vllm.reduction.signals import Partition, Signals, require
+from ficoco_vllm.reduction.stage import Correlation, Filter
 from ficoco_vllm.reduction.stages.correlate import NOWHERE, key_cosine
 
 
@@ -37,7 +38,7 @@ def key_similarity(signals: Signals, settings: Settings) -> Tensor:
 
 
 class Informativity(Settings):
-    """Knobs of Turbo's information degree.
+    """Settings of Turbo's information degree.
 
     Attributes:
         alpha: weight of the semantic value against the mutual redundancy.
@@ -76,3 +77,10 @@ def bipartite_cosine(signals: Signals, partition: Partition, settings: Settings)
     """
     odd = partition.target[:, None] % 2 == 1
     return torch.where(odd, key_cosine(signals, partition, settings), NOWHERE)
+
+
+STAGES = (
+    Filter(key_similarity, frozenset({"keys"}), max_removed=half),
+    Filter(informativity, frozenset({"keys", "cls_attention"}), Informativity, max_removed=half),
+    Correlation(bipartite_cosine, frozenset({"keys"}), partners=(key_similarity, informativity), signed=True),
+)

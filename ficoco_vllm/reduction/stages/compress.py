@@ -8,14 +8,16 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ficoco_vllm.kernels.quantile_merge.eager import weighted_mean
-from ficoco_vllm.reduction.ops import TORCH, Ops
+from ficoco_vllm import kernels
+from ficoco_vllm.kernels import Backend
+from ficoco_vllm.kernels.quantile_merge import weighted_mean
 from ficoco_vllm.reduction.settings import Settings
 from ficoco_vllm.reduction.signals import Partition, take
+from ficoco_vllm.reduction.stage import Compression
 
 
 class QuantileMerge(Settings):
-    """Knobs of Eq. 13.
+    """Settings of Eq. 13.
 
     Attributes:
         epsilon: which quantile of a source's correlations is its threshold.
@@ -40,7 +42,7 @@ def quantile_merge(
     partition: Partition,
     correlation: Tensor,
     settings: QuantileMerge,
-    ops: Ops = TORCH,
+    backend: Backend = "torch",
 ) -> tuple[Tensor, Tensor]:
     """X_j = (X_j + sum_i alpha_ij X_i) / (1 + sum_i alpha_ij), alpha_ij = C_ij / sum_j C_ij.
 
@@ -54,7 +56,7 @@ def quantile_merge(
         partition: R sources and K targets.
         correlation: (B, R, K) fp32.
         settings: see `QuantileMerge`.
-        ops: the implementation.
+        backend: implementation of the fused op.
 
     Returns:
         Tokens (B, K, D) and size (B, K).
@@ -65,8 +67,16 @@ def quantile_merge(
     Source: arXiv:2411.17686, Eq. 13.
     """
     source, target = partition
-    return ops.quantile_merge(
-        tokens, size, correlation, source, target, settings.epsilon, settings.fixed_k, settings.average
+    return kernels.quantile_merge(
+        tokens,
+        size,
+        correlation,
+        source,
+        target,
+        epsilon=settings.epsilon,
+        fixed_k=settings.fixed_k,
+        average=settings.average,
+        backend=backend,
     )
 
 
@@ -110,3 +120,9 @@ def prune(
     Source: arXiv:2411.17686, Sec. 2.3.3, FastV.
     """
     return take(tokens, partition.target), take(size, partition.target)
+
+
+STAGES = (
+    Compression(quantile_merge, settings=QuantileMerge, merges=spreads, positive=True, correlated=spreads),
+    Compression(prune, correlated=False),
+)

@@ -6,11 +6,12 @@ from torch import Tensor
 
 from ficoco_vllm.reduction.settings import Settings
 from ficoco_vllm.reduction.signals import Partition, Signals, ranks, require, take
+from ficoco_vllm.reduction.stage import Correlation, Filter
 from ficoco_vllm.reduction.stages.correlate import NOWHERE, key_cosine
 
 
 class Contextual(Settings):
-    """Knobs of VisionZip.
+    """Settings of VisionZip.
 
     Attributes:
         contextual_share: part of the kept tokens that are contextual; the authors' is 10 of 64, 20 of 128 and
@@ -65,3 +66,15 @@ def contextual_cosine(signals: Signals, partition: Partition, settings: Contextu
     place = take(ranks(require(signals, "cls_attention").float()), partition.target)
     contextual = place >= K - settings.num_contextual(K)
     return torch.where(contextual[:, None], key_cosine(signals, partition, settings), NOWHERE)
+
+
+STAGES = (
+    Filter(dominant_contextual, frozenset({"cls_attention"}), Contextual),
+    Correlation(
+        contextual_cosine,
+        frozenset({"keys", "cls_attention"}),
+        Contextual,
+        partners=(dominant_contextual,),
+        signed=True,
+    ),
+)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ficoco_vllm.reduction.settings import Settings
 from ficoco_vllm.reduction.signals import Partition, Signals, attention_map, require, take
+from ficoco_vllm.reduction.stage import Correlation
 
 # Marks a pair that must not merge: below every cosine, yet finite, so that quantiles stay numbers.
 NOWHERE = -2.0
@@ -64,7 +65,7 @@ def cls_weight(signals: Signals, partition: Partition, settings: Settings) -> Te
 
 
 class ViaText(Settings):
-    """Knobs of Eq. 15.
+    """Settings of Eq. 15.
 
     Attributes:
         gamma: weight of the direct against the indirect correlation.
@@ -87,7 +88,7 @@ def attention_via_text(signals: Signals, partition: Partition, settings: ViaText
     """C_ij = gamma * A_ij + (1 - gamma) * sum_k A_ki * A_kj, with k over the text tokens.
 
     The direct term is the causal A_ij: zero where target j comes after source i. Both factors of the indirect
-    term are what the text gives, for the reason given at `local_text`.
+    term are the attention that the text pays, for the reason given at `local_text`.
 
     Args:
         signals: `visual_attention` (B, N, N) and `text_attention` (B, M, N).
@@ -127,3 +128,12 @@ def key_cosine(signals: Signals, partition: Partition, settings: Settings) -> Te
     """
     keys = torch.nn.functional.normalize(require(signals, "keys").float(), dim=-1)
     return take(keys, partition.source) @ take(keys, partition.target).transpose(1, 2)
+
+
+STAGES = (
+    Correlation(none, partners=()),
+    Correlation(attention, frozenset({"visual_attention"})),
+    Correlation(attention_via_text, via_text_signals, ViaText),
+    Correlation(cls_weight, frozenset({"cls_attention"})),
+    Correlation(key_cosine, frozenset({"keys"}), signed=True),
+)

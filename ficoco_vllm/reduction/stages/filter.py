@@ -5,9 +5,10 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
-from ficoco_vllm.reduction.ops import TORCH, Ops
+from ficoco_vllm.kernels import Backend, filter_scores
 from ficoco_vllm.reduction.settings import Settings
 from ficoco_vllm.reduction.signals import Signals, attention_map, require
+from ficoco_vllm.reduction.stage import Filter
 
 
 def _square(value: Any) -> Any:
@@ -19,7 +20,7 @@ Window = Annotated[tuple[Side, Side], BeforeValidator(_square)]
 
 
 class LocalPenalty(Settings):
-    """Knobs of the local penalty.
+    """Settings of the local penalty.
 
     Attributes:
         window: rows and columns of a window; one number means a square.
@@ -31,7 +32,7 @@ class LocalPenalty(Settings):
 
 
 class LocalTask(LocalPenalty):
-    """Knobs of Eq. 11.
+    """Settings of Eq. 11.
 
     Attributes:
         lam: weight of the local redundancy against the task redundancy (lambda).
@@ -52,7 +53,7 @@ def local_task_signals(settings: LocalTask) -> frozenset[str]:
     return frozenset(name for name, on in used.items() if on)
 
 
-def local_task(signals: Signals, settings: LocalTask, ops: Ops = TORCH) -> Tensor:
+def local_task(signals: Signals, settings: LocalTask, backend: Backend = "torch") -> Tensor:
     """s_i = lam / N * sum_j A_ij - (1 - lam) * a_i^CLS, then the local penalty.
 
     Windows of the penalty lie on the original grid; tokens that left earlier are blanks, fused tokens (position -1)
@@ -64,21 +65,22 @@ def local_task(signals: Signals, settings: LocalTask, ops: Ops = TORCH) -> Tenso
     Args:
         signals: `visual_attention` (B, N, N) and `cls_attention` (B, N).
         settings: see `LocalTask`.
-        ops: the implementation.
+        backend: implementation of the fused op.
 
     Returns:
         (B, N) fp64 redundancy.
 
     Source: arXiv:2411.17686, Eq. 11.
     """
-    return ops.filter_scores(
+    return filter_scores(
         attention_map(signals).row_sum() if settings.local_redundancy else None,
         require(signals, "cls_attention") if settings.task_redundancy else None,
         settings.lam,
-        signals.position,
-        signals.grid,
-        settings.window if settings.local_penalty else None,
-        settings.coefficient,
+        position=signals.position,
+        grid=signals.grid,
+        window=settings.window if settings.local_penalty else None,
+        coefficient=settings.coefficient,
+        backend=backend,
     )
 
 
@@ -95,3 +97,9 @@ def cls_attention(signals: Signals, settings: Settings) -> Tensor:
     Source: arXiv:2411.17686, Eq. 4.
     """
     return -require(signals, "cls_attention").float()
+
+
+STAGES = (
+    Filter(local_task, local_task_signals, LocalTask),
+    Filter(cls_attention, frozenset({"cls_attention"})),
+)

@@ -5,12 +5,13 @@ from torch import Tensor
 
 from ficoco_vllm.reduction.settings import Settings
 from ficoco_vllm.reduction.signals import Partition, take
+from ficoco_vllm.reduction.stage import Compression
 from ficoco_vllm.reduction.stages.compress import merge
 from ficoco_vllm.reduction.stages.correlate import NOWHERE
 
 
 class NearestMerge(Settings):
-    """Knobs of Eq. 9.
+    """Settings of Eq. 9.
 
     Attributes:
         size_weighted: weigh tokens by how many patches they stand for, so that a merged token is the mean
@@ -118,8 +119,16 @@ def fuse_mean(
 
 
 def _append(tokens: Tensor, size: Tensor, partition: Partition, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The targets, and behind them the weighted sum of the sources."""
+    """The targets, followed by the weighted sum of the sources."""
     extra = torch.bmm(weight[:, None], take(tokens, partition.source).float())
     total = take(size, partition.source).sum(dim=-1, keepdim=True)
     kept = torch.cat([take(tokens, partition.target), extra.to(tokens.dtype)], dim=1)
     return kept, torch.cat([take(size, partition.target), total], dim=1)
+
+
+STAGES = (
+    Compression(nearest_merge, settings=NearestMerge, merges=True),
+    Compression(add),
+    Compression(fuse, num_extra=1, merges=True),
+    Compression(fuse_mean, num_extra=1, merges=True, correlated=False),
+)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ficoco_vllm.reduction.settings import Settings
 from ficoco_vllm.reduction.signals import Signals, require
+from ficoco_vllm.reduction.stage import Filter
 from ficoco_vllm.reduction.stages.text_filter import Relevance
 
 # A gain of the determinantal process below this part of where it began is a rounding error of fp64.
@@ -97,3 +98,9 @@ def conditional_dpp(signals: Signals, settings: Relevance, num_removed: int) -> 
         redundancy = redundancy.scatter(1, pick, 0.0)
         gain = gain - factor[:, step].square()
     return redundancy
+
+
+STAGES = (
+    Filter(max_min_distance, frozenset({"features"})),
+    Filter(conditional_dpp, frozenset({"features", "text_relevance"}), Relevance),
+)

@@ -1,4 +1,4 @@
-"""Kept tokens as cluster centres that draw in their nearest discarded neighbours."""
+"""Kept tokens as cluster centres that absorb their nearest discarded neighbours."""
 
 from typing import NamedTuple
 
@@ -8,14 +8,15 @@ from torch import Tensor
 
 from ficoco_vllm.reduction.settings import Settings
 from ficoco_vllm.reduction.signals import Partition, Signals, ranks, require, take
+from ficoco_vllm.reduction.stage import Correlation, Filter
 from ficoco_vllm.reduction.stages.correlate import key_cosine
 
 
 class Neighbours(Settings):
-    """Knobs of PruMerge.
+    """Settings of PruMerge.
 
     Attributes:
-        num_neighbours: how many discarded tokens each centre draws in.
+        num_neighbours: how many discarded tokens each centre absorbs.
     """
 
     num_neighbours: int = Field(default=32, ge=1)
@@ -52,7 +53,7 @@ def _weigh(near: Tensor, signals: Signals, partition: Partition) -> Tensor:
 
 
 class Recovery(Neighbours):
-    """Knobs of Recoverable Compression, besides the number of neighbours of a centre.
+    """Settings of Recoverable Compression, besides the number of neighbours of a centre.
 
     Attributes:
         visual_share: part of the kept tokens that [CLS] chooses.
@@ -96,7 +97,7 @@ def roles(signals: Signals, settings: Recovery, num_kept: int) -> Roles:
 
 
 def text_recovery(signals: Signals, settings: Recovery, num_removed: int) -> Tensor:
-    """Keep what [CLS] looks at, what the text asks for, and centres for the rest.
+    """Keep the tokens that [CLS] attends to, those relevant for the text, and centres for the rest.
 
     Args:
         signals: `cls_attention` (B, N) and `text_relevance` (B, N).
@@ -132,3 +133,10 @@ def recovery_attention(signals: Signals, partition: Partition, settings: Recover
     likeness = key_cosine(signals, partition, settings) + settings.text_weight * relevance[..., None]
     near = _nearest(likeness, settings.num_neighbours) & take(role.centre, partition.target)[:, None]
     return _weigh(near, signals, partition)
+
+
+STAGES = (
+    Filter(text_recovery, frozenset({"cls_attention", "text_relevance"}), Recovery),
+    Correlation(neighbour_attention, frozenset({"keys", "cls_attention"}), Neighbours),
+    Correlation(recovery_attention, frozenset({"keys", "cls_attention", "text_relevance"}), Recovery),
+)

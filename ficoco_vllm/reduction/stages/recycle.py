@@ -6,11 +6,12 @@ from torch import Tensor
 
 from ficoco_vllm.reduction.settings import Settings
 from ficoco_vllm.reduction.signals import Partition, Signals, ranks, require, take
+from ficoco_vllm.reduction.stage import Correlation, Filter
 from ficoco_vllm.reduction.stages.correlate import NOWHERE
 
 
 class Recycling(Settings):
-    """Knobs of SparseVLM.
+    """Settings of SparseVLM.
 
     Attributes:
         recycled_share: part of the discarded tokens, the best of them, that is recycled.
@@ -108,3 +109,11 @@ def cluster_likeness(signals: Signals, partition: Partition, settings: Recycling
     source, target = take(features, partition.source).float(), take(features, partition.target).float()
     likeness = 1.0 / (1.0 + torch.cdist(source, target) / source.shape[-1] ** 0.5)
     return torch.where(recycled[..., None] & centre[:, None], likeness, NOWHERE)
+
+
+_RATERS = frozenset({"text_attention", "features", "text_features"})
+
+STAGES = (
+    Filter(rate_and_recycle, _RATERS, Recycling),
+    Correlation(cluster_likeness, _RATERS, Recycling, partners=()),
+)

@@ -6,9 +6,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ficoco_vllm.kernels.quantile_merge.eager import row_quantile
+from ficoco_vllm.kernels.quantile_merge import row_quantile
 from ficoco_vllm.reduction.settings import Settings
 from ficoco_vllm.reduction.signals import Partition, Signals, ranks, require, take
+from ficoco_vllm.reduction.stage import Correlation, Filter
 from ficoco_vllm.reduction.stages.correlate import NOWHERE
 
 _MASK = 0xFFFFFFFF  # 32 bits
@@ -16,7 +17,7 @@ _MIX = 0x045D9F3B  # an odd 27-bit multiplier: products of 32-bit numbers with i
 
 
 class Seed(Settings):
-    """Knobs of the random order.
+    """Settings of the random order.
 
     Attributes:
         seed: another seed, another order.
@@ -135,3 +136,11 @@ def same_cell(signals: Signals, partition: Partition, settings: Settings) -> Ten
     cell = cells(signals.position, signals.grid, partition.target.shape[1])
     source, target = take(cell, partition.source), take(cell, partition.target)
     return torch.where(source[..., None] == target[:, None], 1.0, NOWHERE)
+
+
+STAGES = (
+    Filter(random_order, settings=Seed, needs_grid=True),
+    Filter(outlier_then_even, frozenset({"cls_attention"})),
+    Filter(one_per_cell, needs_grid=True),
+    Correlation(same_cell, partners=(one_per_cell,), needs_grid=True),
+)

@@ -1,4 +1,4 @@
-"""Filters that look at the text: what the question does not ask for leaves first."""
+"""Filters that read the text: tokens that the question does not need leave first."""
 
 from typing import Literal
 
@@ -6,14 +6,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ficoco_vllm.reduction.ops import TORCH, Ops
+from ficoco_vllm.kernels import Backend, filter_scores
 from ficoco_vllm.reduction.settings import Settings
 from ficoco_vllm.reduction.signals import Signals, attention_map, require
+from ficoco_vllm.reduction.stage import Filter
 from ficoco_vllm.reduction.stages.filter import LocalPenalty
 
 
 class LocalText(LocalPenalty):
-    """Knobs of Eq. 14.
+    """Settings of Eq. 14.
 
     Attributes:
         beta: weight of the local redundancy against the task redundancy.
@@ -34,16 +35,16 @@ def local_text_signals(settings: LocalText) -> frozenset[str]:
     return frozenset(name for name, on in used.items() if on)
 
 
-def local_text(signals: Signals, settings: LocalText, ops: Ops = TORCH) -> Tensor:
+def local_text(signals: Signals, settings: LocalText, backend: Backend = "torch") -> Tensor:
     """s_i = beta / N * sum_j A_ij - (1 - beta) * sum_k A_ki, with k over the text tokens.
 
-    The second term is what token i receives from the text: the paper writes A_ik, but in a causal decoder the
-    visual tokens come first and attend to no text.
+    The second term is the attention that token i receives from the text: the paper writes A_ik, but in a causal decoder
+    the visual tokens come first and attend to no text.
 
     Args:
         signals: `visual_attention` (B, N, N) and `text_attention` (B, M, N).
         settings: see `LocalText`.
-        ops: the implementation.
+        backend: implementation of the fused op.
 
     Returns:
         (B, N) fp64 redundancy.
@@ -53,19 +54,20 @@ def local_text(signals: Signals, settings: LocalText, ops: Ops = TORCH) -> Tenso
     received = None
     if settings.task_redundancy:
         received = require(signals, "text_attention").sum(dim=1, dtype=torch.float32)
-    return ops.filter_scores(
+    return filter_scores(
         attention_map(signals).row_sum() if settings.local_redundancy else None,
         received,
         settings.beta,
-        signals.position,
-        signals.grid,
-        settings.window if settings.local_penalty else None,
-        settings.coefficient,
+        position=signals.position,
+        grid=signals.grid,
+        window=settings.window if settings.local_penalty else None,
+        coefficient=settings.coefficient,
+        backend=backend,
     )
 
 
 class Received(Settings):
-    """Knobs of Eq. 5.
+    """Settings of Eq. 5.
 
     Attributes:
         queries: whose attention counts: "last", that of the last prompt token; "all", that of all tokens.
@@ -115,7 +117,7 @@ def self_cross(signals: Signals, settings: Settings) -> Tensor:
 
 
 class Relevance(Settings):
-    """Knobs of what reads `text_relevance`.
+    """Settings of stages that read `text_relevance`.
 
     Attributes:
         negate: take the negated relevance. CLIP's patch tokens are most alike to a text where the image
@@ -140,3 +142,11 @@ def text_relevance(signals: Signals, settings: Relevance) -> Tensor:
     """
     relevance = require(signals, "text_relevance").float()
     return relevance if settings.negate else -relevance
+
+
+STAGES = (
+    Filter(local_text, local_text_signals, LocalText),
+    Filter(received_attention, received_signals, Received),
+    Filter(self_cross, frozenset({"visual_attention", "text_attention"})),
+    Filter(text_relevance, frozenset({"text_relevance"}), Relevance),
+)

@@ -1,11 +1,70 @@
-"""The attention of a small CPU: how exact it is, and when it is used."""
+"""The CPU fast path against the layer itself, and how exact its attention is."""
+
+from typing import cast
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from vllm.model_executor.models.clip import CLIPEncoderLayer
 
-from ficoco_vllm.vision.centred import centred_attention, is_faster
+from ficoco_vllm.vision.cpu_layer import centred_attention, is_faster, plain_layer
+
+HEADS, WIDTH = 2, 64
+# float32 sums of 64 products; the product of other row counts may sum in another order.
+TOLERANCE = 1e-5
+
+
+class Linear(nn.Linear):
+    """Returns a pair as vLLM's linear layers do, and notes its rows."""
+
+    rows = 0
+
+    def forward(self, values: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        self.rows = values.numel() // values.shape[-1]
+        return super().forward(values), None
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv_proj, self.out_proj = Linear(WIDTH, 3 * WIDTH), Linear(WIDTH, WIDTH)
+
+    def attn(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        heads = [part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in (query, key, value)]
+        return scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.out_proj(self.attn(*self.qkv_proj(hidden)[0].chunk(3, dim=-1)))[0]
+
+
+class Layer(nn.Module):
+    """An encoder layer with the names of vLLM's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.self_attn = Attention()
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.SiLU(), nn.Linear(2 * WIDTH, WIDTH))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = hidden + self.self_attn(self.layer_norm1(hidden))
+        return hidden + self.mlp(self.layer_norm2(hidden))
+
+
+@pytest.mark.parametrize(
+    ("images", "tokens", "rows"), [(1, 577, 580), (1, 1, 4), (3, 11, 36), (2, 577, 1154), (1, 64, 64)]
+)
+@torch.inference_mode()
+def test_equals_the_layer(images: int, tokens: int, rows: int) -> None:
+    torch.manual_seed(0)
+    layer, hidden = Layer(), torch.randn(images, tokens, WIDTH)
+    before = hidden.clone()
+    expected = layer(hidden)
+    found = plain_layer(cast(CLIPEncoderLayer, layer), hidden)
+    torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
+    assert layer.self_attn.qkv_proj.rows == rows
+    assert torch.equal(hidden, before)
 
 
 def heads(images: int, tokens: int, offset: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,7 +105,7 @@ def test_the_offset_of_the_keys_costs_nothing() -> None:
 
 
 def test_only_for_bfloat16_on_few_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ficoco_vllm.vision.centred._has_products", lambda: True)
+    monkeypatch.setattr("ficoco_vllm.vision.cpu_layer._has_products", lambda: True)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert is_faster(torch.zeros(1, dtype=torch.bfloat16))
     assert not is_faster(torch.zeros(1))
@@ -58,5 +117,5 @@ def test_only_for_bfloat16_on_few_threads(monkeypatch: pytest.MonkeyPatch) -> No
 def test_not_where_the_cpu_has_no_products_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """There one head after the other takes twenty times as long as the fused kernel."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr("ficoco_vllm.vision.centred._has_products", lambda: False)
+    monkeypatch.setattr("ficoco_vllm.vision.cpu_layer._has_products", lambda: False)
     assert not is_faster(torch.zeros(1, dtype=torch.bfloat16))

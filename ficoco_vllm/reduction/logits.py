@@ -1,7 +1,7 @@
-"""Head-mean logits, which some methods take instead of attention.
+"""Head-mean logits, an alternative to attention for some methods.
 
 The mean over the heads of q_h . k_h is one product of the heads laid side by side: no softmax stands between, so no
-head has to be looked at by itself and no kernel is needed.
+head has to be computed separately and no kernel is needed.
 """
 
 from collections.abc import Callable
@@ -49,7 +49,7 @@ def mean_logits(
 
 @dataclass(frozen=True)
 class LogitMap:
-    """Head-mean logits among the visual tokens, in the place of a map of attention (`AttentionMap`).
+    """Head-mean logits among the visual tokens, as an `AttentionMap`.
 
     Attributes:
         query: (B, H, N, d), the heads of this worker.
