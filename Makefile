@@ -126,9 +126,9 @@ bench-accuracy-decoder: $(DEV)  ## the same of the decoder's methods
 bench-composition: $(DEV)  ## search the composition of stages that loses least, and test it on questions it never saw
 	@$(BIN)/python -m benchmarks.composition $(ARGS)
 
-figures: $(DEV)  ## write README.md's table and pictures and docs/accuracy.md anew, out of benchmarks/results/
+figures: $(DEV)  ## write the generated tables and pictures of README.md and docs/ anew, from benchmarks/results/
 	@$(BIN)/python -m ficoco_vllm.benchmarks.accuracy.tables
-	@$(BIN)/python -m benchmarks.overview
+	@$(BIN)/python -m ficoco_vllm.benchmarks.overview
 
 bench-smoke: $(DEV)  ## every benchmark in miniature, and that planted regressions are noticed
 	@$(BIN)/python -m pytest tests/benchmarks tests/server/elastic/test_overload.py $(ARGS)

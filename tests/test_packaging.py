@@ -84,7 +84,18 @@ def test_sdist_has_what_an_install_without_a_gpu_needs(release: Release) -> None
     with tarfile.open(release.sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     tracked = subprocess.run(
-        ["git", "ls-files", "docker", "docs", "requirements", "tests", "benchmarks", "kernels", "server"],
+        [
+            "git",
+            "ls-files",
+            "docker",
+            "docs",
+            "examples",
+            "requirements",
+            "tests",
+            "benchmarks",
+            "kernels",
+            "server",
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,
