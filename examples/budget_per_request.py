@@ -16,7 +16,12 @@ def main() -> None:
     example = examples()[0]
     for budget in ({}, {"keep": 192}, {"method": "tome", "keep": 128}, {"method": "off"}):
         answer = ask(example.image, example.question, url, **budget)
-        print(budget or "server's default", answer.choices[0].message.content, answer.usage.ficoco, sep="\t")
+        print(
+            budget or "server's default",
+            (answer.choices[0].message.content or "").strip(),
+            answer.usage.ficoco,
+            sep="\t",
+        )
 
 
 if __name__ == "__main__":
