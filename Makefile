@@ -126,7 +126,8 @@ bench-accuracy-decoder: $(DEV)  ## the same of the decoder's methods
 bench-composition: $(DEV)  ## search the composition of stages that loses least, and test it on questions it never saw
 	@$(BIN)/python -m benchmarks.composition $(ARGS)
 
-figures: $(DEV)  ## write the generated tables and pictures of README.md and docs/ anew, from benchmarks/results/
+# Benchmarks write to build/. To publish a result, copy its JSON to benchmarks/results/ before.
+figures: $(DEV)  ## write the README's table and pictures and docs/accuracy.md from benchmarks/results/
 	@$(BIN)/python -m ficoco_vllm.benchmarks.accuracy.tables
 	@$(BIN)/python -m ficoco_vllm.benchmarks.overview
 
