@@ -16,6 +16,7 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
     "SECURITY.md": "security.md",
+    "examples/README.md": "examples.md",
     "ficoco_vllm/demo_model/MODEL_CARD.md": "demo-model.md",
     "kernels/README.md": "kernels.md",
     "kernels/attention_scores/README.md": "kernels-attention-scores.md",
@@ -42,7 +43,7 @@ def on_nav(nav: Any, config: Any, files: Files) -> None:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Let links lead to pages: in the repository they are relative to the file that has them."""
+    """Rewrite links, which are relative to the file in the repository: to pages, or to the repository's host."""
     source = SOURCES.get(page.file.src_uri, f"docs/{page.file.src_uri}")
 
     def to_page(match: re.Match[str]) -> str:
@@ -50,7 +51,12 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         if "://" in target:
             return match[0]
         path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
-        # What is neither a page nor in docs/ stays as it is, and fails the strict build.
-        return match[1] + PAGES.get(path, path.removeprefix("docs/") if path.startswith("docs/") else target)
+        if path in PAGES:
+            return match[1] + PAGES[path]
+        if path.startswith("docs/"):
+            return match[1] + path.removeprefix("docs/")
+        if (ROOT / path).is_file():
+            return f"{match[1]}{config.repo_url}/blob/main/{path}"
+        return match[0]  # a file that is missing fails the strict build
 
     return LINK.sub(to_page, markdown)

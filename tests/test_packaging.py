@@ -89,6 +89,7 @@ def test_sdist_has_what_an_install_without_a_gpu_needs(release: Release) -> None
             "ls-files",
             "docker",
             "docs",
+            "examples",
             "requirements",
             "tests",
             "benchmarks",

@@ -1,1 +1,1 @@
-"""The README's results: one table and two pictures out of the committed JSON."""
+"""Generated tables and pictures of the README and docs/, from the committed results."""

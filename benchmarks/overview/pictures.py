@@ -1,14 +1,12 @@
-"""The README's pictures."""
+"""Pictures of docs/accuracy.md and docs/benchmarks.md."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ficoco_vllm.benchmarks.accuracy.variants import site_of
 from ficoco_vllm.benchmarks.harness.plots import COLOURS, as_svg
-from ficoco_vllm.benchmarks.overview.settings import Measured, Results, Setting, collect, shallowest
+from ficoco_vllm.benchmarks.overview.rows import Results, accuracies, full_accuracy, shallowest
 
 _MARKERS, _STYLES = "osD^vP*X<>ph", ("-", "--", "-.")
 _PANEL_WIDTH, _HEIGHT = 4.2, 3.3
@@ -20,31 +18,23 @@ def pictures(results: Results) -> dict[str, str]:
     Args:
         results: name of each benchmark to its committed JSON.
     """
-    found = collect(results)
-    return {"accuracy.svg": _accuracy(found), "serving.svg": _serving(found, results)}
+    return {"accuracy.svg": _accuracy(results), "serving.svg": _serving(results)}
 
 
-def _accuracy(found: dict[Setting, Measured]) -> str:
-    """Accuracy over the budget, a line a method; methods of the tower and of the decoder apart."""
-    methods = [s.method for s, row in found.items() if row.accuracy and s.method]
+def _accuracy(results: Results) -> str:
+    """Accuracy over the budget, a line for each method; methods of the tower and of the decoder apart."""
+    rows = accuracies(results)
     panels = [
-        (title, [name for name in dict.fromkeys(methods) if (site_of(name) == "tower") == in_tower])
+        (title, [row for row in rows if (row["site"] == "tower") == in_tower])
         for title, in_tower in (("in the tower", True), ("in the decoder, or both", False))
     ]
-    shown = [(title, names) for title, names in panels if names]
-    full = found[Setting()].accuracy
 
     def paint(figure: Figure) -> None:
-        columns: Sequence[Axes] = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
-        for axes, (title, names) in zip(columns, shown, strict=True):
-            if full is not None:
-                axes.axhline(full["accuracy"], color="#555", linewidth=1, linestyle=":", label="all tokens")
-            for index, name in enumerate(names):
-                points = sorted(
-                    (s.keep, row.accuracy["accuracy"])
-                    for s, row in found.items()
-                    if s.method == name and row.accuracy and not s.schedule
-                )
+        columns: Sequence[Axes] = figure.subplots(1, len(panels), sharey=True)
+        for axes, (title, shown) in zip(columns, panels, strict=True):
+            axes.axhline(full_accuracy(results), color="#555", linewidth=1, linestyle=":", label="all tokens")
+            for index, name in enumerate(dict.fromkeys(row["method"] for row in shown)):
+                points = sorted((row["keep"], row["accuracy"]) for row in shown if row["method"] == name)
                 axes.plot(
                     *zip(*points, strict=True),
                     label=name,
@@ -54,45 +44,46 @@ def _accuracy(found: dict[Setting, Measured]) -> str:
                     markersize=4,
                     linewidth=2.2 if name.startswith("ficoco") else 1,
                 )
-            _tokens(axes, [s.keep for s, row in found.items() if s.method in names and row.accuracy])
+            _tokens(axes, [row["keep"] for row in shown])
             axes.set_title(title, fontsize=9)
             axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.02))
-        columns[0].set_ylabel("questions answered right, %")
+        columns[0].set_ylabel("correct answers, %")
 
-    return as_svg((_PANEL_WIDTH * len(shown), _HEIGHT), paint)
+    return as_svg((_PANEL_WIDTH * len(panels), _HEIGHT), paint)
 
 
-def _serving(found: dict[Setting, Measured], results: Results) -> str:
-    """Speed-up of the first token over the budget, beside what FLOPs say; requests at once."""
-    layers = shallowest(results["ttft"])["layers"]
-    timed = [
-        (f"{layers} layers, measured", {s.keep: row.ttft for s, row in found.items() if _timed(s, row)}),
-        ("32 layers, extrapolated", {s.keep: row.ttft_whole for s, row in found.items() if _timed(s, row)}),
-    ]
-    fit = [(setting, row.concurrency) for setting, row in found.items() if row.concurrency]
+def _serving(results: Results) -> str:
+    """Speed-up of the first token over FiCoCo-V's budget, and concurrent requests."""
+    run = shallowest(results)
+    timed = {
+        f"{run['layers']} layers, measured": run["kinds"],
+        "32 layers, extrapolated": results["ttft"]["whole_model"],
+    }
+    counted = results["concurrency"]["kinds"]
 
     def paint(figure: Figure) -> None:
         left, right = figure.subplots(1, 2)
-        for colour, (label, rows) in zip(COLOURS, timed, strict=False):
-            keeps = sorted(keep for keep, row in rows.items() if row)
-            for key, style, more in (("speedup", "-", ""), ("predicted_speedup", ":", "; FLOPs say")):
-                values: list[Any] = [(rows[keep] or {})[key] for keep in keeps]
-                left.plot(keeps, values, style, color=colour, marker="o", markersize=3, label=label + more)
-        _tokens(left, [keep for _, rows in timed for keep in rows])
-        left.set_title("first token, times as fast, FiCoCo-V", fontsize=9)
+        for colour, (label, kinds) in zip(COLOURS, timed.items(), strict=False):
+            rows = {
+                int(name.removeprefix("keep-")): kinds[name] for name in kinds if name.startswith("keep-")
+            }
+            for key, style, suffix in (
+                ("speedup", "-", ""),
+                ("predicted_speedup", ":", "; predicted from FLOPs"),
+            ):
+                keeps = sorted(rows)
+                values = [rows[keep][key] for keep in keeps]
+                left.plot(keeps, values, style, color=colour, marker="o", markersize=3, label=label + suffix)
+            _tokens(left, list(rows))
+        left.set_title("speed-up of the first token, FiCoCo-V", fontsize=9)
         left.set_ylim(bottom=0)
         left.legend(frameon=False, fontsize=7)
-        names = [setting.label for setting, _ in fit]
-        bars = right.barh(names, [row["num_running"] for _, row in fit], color=COLOURS[0])
+        bars = right.barh(list(counted), [row["num_running"] for row in counted.values()], color=COLOURS[0])
         right.bar_label(bars, fontsize=8, padding=2)
         right.invert_yaxis()
-        right.set_title("requests at once in the same KV memory", fontsize=9)
+        right.set_title("concurrent requests in the same KV memory", fontsize=9)
 
     return as_svg((2 * _PANEL_WIDTH, _HEIGHT), paint)
-
-
-def _timed(setting: Setting, row: Measured) -> bool:
-    return setting.method == "ficoco-v" and row.ttft is not None
 
 
 def _tokens(axes: Axes, keeps: Sequence[int]) -> None:
