@@ -19,52 +19,21 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from openai import OpenAI
-from PIL import Image
 
 from ficoco_vllm.compat import INTERPRETER_FOLDER
-from tests.support.pictures import noise
-from tests.support.release import Release, build, install
-from tests.support.server import API_KEY, DEMO_KEEP, Server, serve
 
-# The contract tests: what says that a seam of vLLM moved (docs/decoder-kv.md, docs/metrics.md, docs/llava-next.md, the
-# endpoint's wrappers). `make compat` runs them against other versions.
-COMPAT = (
-    "test_compat.py",
-    "hooks/test_request_metrics.py",
-    "metrics/test_files.py",
-    "metrics/test_metrics.py",
-    "test_seams.py",
-    "benchmarks/test_soak.py",
-    "decoder/test_batches.py",
-    "decoder/test_capture.py",
-    "decoder/test_next.py",
-    "decoder/test_quantization_configs.py",
-    "decoder/test_reference.py",
-    "decoder/test_refusals.py",
-    "decoder/test_replicas.py",
-    "decoder/test_server.py",
-    "decoder/test_workers.py",
-    "kv/test_admission.py",
-    "models/test_kv_blocks.py",
-    "models/test_lora.py",
-    "models/test_next.py",
-    "models/test_stock.py",
-    "models/test_verify.py",
-    "server/elastic/test_overload.py",
-    "server/test_bad_requests.py",
-    "server/request_field/test_request_field.py",
-    "server/test_data_parallel.py",
-    "server/lifecycle/test_drain.py",
-    "server/media/test_media.py",
-    "server/test_metrics.py",
-    "server/test_next.py",
-    "server/test_serving.py",
-    "server/lifecycle/test_survival.py",
-    "planning/test_tiles.py",
-)
+# The tests of kernels run where torch and Triton are installed and nothing else: the rest is imported by the fixtures.
+if TYPE_CHECKING:
+    from openai import OpenAI
+    from PIL import Image
+
+    from tests.support.engine import Engines
+    from tests.support.release import Release
+    from tests.support.remote import Host
+    from tests.support.server import Server
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -81,13 +50,6 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         if not alone:
             fcntl.flock(turn, fcntl.LOCK_UN)
         return (yield)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the contract tests."""
-    for item in items:
-        if str(item.path.relative_to(Path(__file__).parent)) in COMPAT:
-            item.add_marker(pytest.mark.compat)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -126,7 +88,7 @@ def demo_model() -> Path:
 
 @pytest.fixture(scope="module", params=("int8", "int4"))
 def kind(request: pytest.FixtureRequest) -> str:
-    """Of quantized weights: W8A8 with a scale for each channel and token; W4A16 in groups of 32."""
+    """Scheme of quantized weights: W8A8 with a scale for each channel and token; W4A16 in groups of 32."""
     from tests.support import quantized
 
     quantized.needs(request.param)
@@ -134,15 +96,37 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
-def images() -> list[Image.Image]:
+def images() -> "list[Image.Image]":
     """Eight different images, not all square."""
+    from tests.support.pictures import noise
+
     sizes = [(192, 192), (300, 200), (64, 64), (192, 400), (192, 192), (500, 500), (193, 191), (224, 224)]
     return noise(sizes, seed=0)
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def engines() -> "Iterator[Engines]":
+    """Engines of this process, one of each kind, which reduce in the tower."""
+    from tests.support.engine import Engines
+
+    with Engines() as engines:
+        yield engines
+
+
+@pytest.fixture(scope="session")
+def host() -> "Iterator[Host]":
+    """Engines that reduce in the decoder, one of each kind, in a process with Triton's interpreter."""
+    from tests.support.remote import run_host
+
+    with run_host() as host:
+        yield host
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Server]":
     """The demo model as `make serve` serves it, with budgets of their own allowed to requests."""
+    from tests.support.server import API_KEY, DEMO_KEEP, serve
+
     log = tmp_path_factory.mktemp("server") / "log"
     arguments = ["--ficoco-method", "ficoco-v", "--ficoco-keep", str(DEMO_KEEP), "--trust-request-mm-kwargs"]
     arguments += ["--api-key", API_KEY, "--ficoco-explain", "--ficoco-explain-rate", "0"]
@@ -151,19 +135,23 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture
-def client(server: Server) -> Iterator[OpenAI]:
-    """The official client of that server; closed, so that no connection is left to whoever collects garbage."""
-    with server.client() as found:
-        yield found
+def client(server: "Server") -> "Iterator[OpenAI]":
+    """The official client of that server, closed at the end: an open connection would warn when it is collected."""
+    with server.client() as client:
+        yield client
 
 
 @pytest.fixture(scope="session")
-def release(tmp_path_factory: pytest.TempPathFactory) -> Release:
+def release(tmp_path_factory: pytest.TempPathFactory) -> "Release":
     """Wheel and sdist of these sources."""
+    from tests.support.release import build
+
     return build(tmp_path_factory.mktemp("release"))
 
 
 @pytest.fixture(scope="session")
-def installed(release: Release, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def installed(release: "Release", tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Python that has the wheel and not the repository."""
+    from tests.support.release import install
+
     return install(release.wheel, tmp_path_factory.mktemp("installed") / "venv")

@@ -12,6 +12,8 @@ from benchmarks.soak.__main__ import ENGINE, RESULTS, bars
 from tests.support.engine import scheduler_of
 from tests.support.remote import Remote, remote_engine
 
+pytestmark = pytest.mark.compat
+
 # Takes more requests than a test has.
 RARE = ("soak-preemptions", "soak-aborts")
 LOOK = {"num_free_blocks": 320, "num_held_blocks": [0] * 8, "num_plans": 0}

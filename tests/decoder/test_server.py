@@ -19,7 +19,7 @@ from ficoco_vllm.planning.decoder import DecoderPlanner
 from ficoco_vllm.server.explain.schema import Explanation
 from tests.support.server import DTYPE, VALUE_BYTES, Server, data_url, message, serve
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.compat, pytest.mark.server]
 
 
 @pytest.fixture(scope="module")

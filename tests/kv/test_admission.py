@@ -11,6 +11,8 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from ficoco_vllm.kv.admission import check_request, hook_admission
 
+pytestmark = pytest.mark.compat
+
 
 def config(**ficoco: Any) -> Any:
     """A vLLM configuration with our settings on the model's."""

@@ -1,9 +1,10 @@
-"""An engine in this process, and what tests ask of it."""
+"""Engines in this process, and what tests ask of them."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from PIL import Image
@@ -14,10 +15,12 @@ from vllm.v1.request import RequestStatus
 PROMPT = "<s>USER: <image>\nwhat number is on the sign? ASSISTANT:"
 TWO_IMAGES = "<s>USER: <image>\n<image>\nhow many signs are there? ASSISTANT:"
 TEXT_ONLY = "<s>USER: is there a red sign? ASSISTANT:"
+# At least 16,000 tokens of any model of the tests.
+KV_CACHE_BYTES = 2**27
 
 
 def make_engine(model: Path, ficoco: dict[str, Any] | None = None, **options: Any) -> LLM:
-    """Start an engine in float32, small enough that several fit beside each other."""
+    """Start an engine in float32, small enough that many fit beside each other."""
     defaults: dict[str, Any] = {
         "dtype": "float32",
         "enforce_eager": True,
@@ -26,10 +29,35 @@ def make_engine(model: Path, ficoco: dict[str, Any] | None = None, **options: An
         "max_num_seqs": 16,
         "max_logprobs": -1,
         "limit_mm_per_prompt": {"image": 2},
+        "kv_cache_memory_bytes": KV_CACHE_BYTES,
         "seed": 0,
         "disable_log_stats": True,
     }
     return LLM(str(model), additional_config={"ficoco": ficoco} if ficoco else {}, **(defaults | options))
+
+
+class Engines:
+    """The engines of a process, one of each kind, which live as long as it.
+
+    None ends before the others: vLLM's shutdown of an engine in the caller's process takes what all of them share.
+    """
+
+    def __init__(self) -> None:
+        self.of: dict[str, LLM] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def get(self, model: Path, ficoco: dict[str, Any] | None = None, **options: Any) -> LLM:
+        """The engine of this kind, started at the first call; arguments as of `make_engine`."""
+        kind = json.dumps([str(model), ficoco, options], sort_keys=True)
+        if kind not in self.of:
+            self.of[kind] = make_engine(model, ficoco, **options)
+        return self.of[kind]
+
+    def __exit__(self, *_: object) -> None:
+        for engine in self.of.values():
+            engine.llm_engine.engine_core.shutdown()
 
 
 @dataclass
@@ -39,6 +67,18 @@ class Answer:
     tokens: list[int]
     num_prompt_tokens: int
     logprobs: Tensor
+
+
+# A request with its prompt, indices of its images, and its `mm_processor_kwargs`.
+Question = tuple[str, list[int], dict[str, Any]]
+
+
+@dataclass
+class Answers:
+    """Answers to questions, and the full name of the class of the model that gave them."""
+
+    model_class: str
+    answers: list[Answer]
 
 
 def request(prompt: str, images: Sequence[Image.Image] = (), **kwargs: Any) -> dict[str, Any]:
@@ -55,6 +95,12 @@ def ask(engine: LLM, requests: Sequence[dict[str, Any]], num_tokens: int = 6) ->
     """Send requests together, greedy, all log-probabilities."""
     params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, logprobs=-1)
     return [_answer(output) for output in engine.generate(list(requests), params, use_tqdm=False)]
+
+
+def ask_all(engine: LLM, images: Sequence[Image.Image], questions: Sequence[Question]) -> Answers:
+    """Ask questions together, as `ask`."""
+    requests = [request(prompt, [images[i] for i in indices], **more) for prompt, indices, more in questions]
+    return Answers(engine.apply_model(model_class)[0], ask(engine, requests))
 
 
 def _answer(output: RequestOutput) -> Answer:

@@ -1,4 +1,4 @@
-"""An engine in a process of its own that answers calls: what reduces in the decoder needs another environment."""
+"""Engines in another process, since reducing in the decoder needs another environment."""
 
 import multiprocessing
 import os
@@ -16,25 +16,40 @@ ENVIRONMENT = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
 
 
 class Remote:
-    """The other end of the pipe."""
+    """An engine in another process.
 
-    def __init__(self, pipe: Connection) -> None:
-        self.pipe = pipe
+    Attributes:
+        pipe: to the process.
+        kind: of the engine, as the process knows it.
+    """
+
+    def __init__(self, pipe: Connection, *kind: Any) -> None:
+        self.pipe, self.kind = pipe, kind
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Run `function(engine, *args)` there and give back what it returns.
+        """Run `function(engine, *args)` there and return its result.
 
         Raises:
             RuntimeError: with the traceback of the other side.
         """
-        self.pipe.send((function, args))
-        return self._receive()
-
-    def _receive(self) -> Any:
+        self.pipe.send((self.kind, function, args))
         succeeded, value = self.pipe.recv()
         if not succeeded:
             raise RuntimeError(value)
         return value
+
+
+class Host:
+    """A process that holds one engine of each kind, so that vLLM is imported once for all of them."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self.pipe = pipe
+
+    def get(self, model: Path, ficoco: dict[str, Any], **options: Any) -> Remote:
+        """The engine of this kind, started at the first call; arguments as of `make_engine`."""
+        remote = Remote(self.pipe, model, ficoco, options)
+        remote.call(_nothing)
+        return remote
 
 
 def without_amx() -> None:
@@ -48,20 +63,21 @@ def without_amx() -> None:
 
 
 @contextmanager
-def remote_engine(
-    model: Path,
-    ficoco: dict[str, Any],
-    environment: dict[str, str] | None = None,
-    prepare: Callable[[], None] | None = None,
-    **options: Any,
-) -> Iterator[Remote]:
-    """Start an engine; it ends with the block. `prepare` is called in its process before."""
+def run_host(
+    environment: dict[str, str] | None = None, prepare: Callable[[], None] | None = None
+) -> Iterator[Host]:
+    """Run a process for engines; it ends with the block.
+
+    Args:
+        environment: variables beside those of this process.
+        prepare: called there first.
+    """
     changed = {**ENVIRONMENT, **(environment or {})}
     before = {name: os.environ.get(name) for name in changed}
     os.environ.update(changed)
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    process = context.Process(target=_serve, args=(there, model, ficoco, prepare, options))
+    process = context.Process(target=_serve, args=(there, prepare))
     process.start()
     for name, value in before.items():
         if value is None:
@@ -69,10 +85,8 @@ def remote_engine(
         else:
             os.environ[name] = value
     there.close()
-    remote = Remote(here)
     try:
-        remote._receive()
-        yield remote
+        yield Host(here)
     finally:
         here.close()
         process.join(60)
@@ -81,31 +95,36 @@ def remote_engine(
             process.join()
 
 
-def _serve(
-    pipe: Connection,
+@contextmanager
+def remote_engine(
     model: Path,
     ficoco: dict[str, Any],
-    prepare: Callable[[], None] | None,
-    options: dict[str, Any],
-) -> None:
-    hook_interpreter()
-    try:
-        from tests.support.engine import make_engine
+    environment: dict[str, str] | None = None,
+    prepare: Callable[[], None] | None = None,
+    **options: Any,
+) -> Iterator[Remote]:
+    """Start an engine in a process of its own; arguments as of `run_host` and `make_engine`."""
+    with run_host(environment, prepare) as host:
+        yield host.get(model, ficoco, **options)
 
-        if prepare is not None:
-            prepare()
-        engine = make_engine(model, ficoco, **options)
-    except Exception:
-        pipe.send((False, traceback.format_exc()))
-        return
-    pipe.send((True, None))
-    while True:
-        try:
-            function, args = pipe.recv()
-        except EOFError:
-            break
-        try:
-            pipe.send((True, function(engine, *args)))
-        except Exception:
-            pipe.send((False, traceback.format_exc()))
-    engine.llm_engine.engine_core.shutdown()
+
+def _nothing(_: Any) -> None:
+    """Called to start an engine."""
+
+
+def _serve(pipe: Connection, prepare: Callable[[], None] | None) -> None:
+    hook_interpreter()
+    from tests.support.engine import Engines
+
+    if prepare is not None:
+        prepare()
+    with Engines() as engines:
+        while True:
+            try:
+                (model, ficoco, options), function, args = pipe.recv()
+            except EOFError:
+                break
+            try:
+                pipe.send((True, function(engines.get(model, ficoco, **options), *args)))
+            except Exception:
+                pipe.send((False, traceback.format_exc()))

@@ -14,6 +14,8 @@ from fastapi.responses import StreamingResponse
 from ficoco_vllm.server.lifecycle.death import has_died, watch_engine
 from ficoco_vllm.server.lifecycle.drain import RETRY_SECONDS, Drain, DrainGate
 
+pytestmark = pytest.mark.compat
+
 
 class Engine:
     """vLLM's client, as far as it is touched."""
