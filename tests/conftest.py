@@ -19,7 +19,7 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from tests.support.release import Release
     from tests.support.remote import Host
     from tests.support.server import Server
+
+# Reasons of the marker `needs` that hold here.
+MISSING = pytest.StashKey[set[str]]()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -50,6 +53,49 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         if not alone:
             fcntl.flock(turn, fcntl.LOCK_UN)
         return (yield)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out tests whose tools are missing, and bring modules that share servers to the same worker."""
+    needs = {item: [mark for mark in item.iter_markers("needs") if not mark.args[0]] for item in items}
+    missing = {mark.args[1] for marks in needs.values() for mark in marks}
+    config.stash[MISSING] |= missing
+    config.hook.pytest_deselected(items=[item for item in items if needs[item]])
+    items[:] = [item for item in items if not needs[item]]
+    sharing = {item.path for item in items if any(is_shared(item, name) for name in ("server", "bounded"))}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("servers" if item.path in sharing else str(item.path)))
+
+
+def is_shared(item: pytest.Item, name: str) -> bool:
+    """Whether a test uses the fixture of that name that lives as long as the worker, not one of its module's."""
+    fixtures = getattr(item, "_fixtureinfo", None)
+    definitions = fixtures.name2fixturedefs.get(name) if fixtures else None
+    return bool(definitions) and definitions[-1].scope == "session"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make room for what `pytest_terminal_summary` says."""
+    config.stash[MISSING] = set()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Send what is missing from a worker to the controller."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["missing"] = sorted(session.config.stash[MISSING])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Receive it."""
+    node.config.stash[MISSING] |= set(getattr(node, "workeroutput", {}).get("missing", ()))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Name the tools whose tests were left out."""
+    for reason in sorted(config.stash[MISSING]):
+        terminalreporter.write_line(f"left out: {reason}")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -68,6 +68,7 @@ def soaked(engine: LLM, num_requests: int, seed: int) -> dict[str, Any]:
     return drive(engine, Settings(num_requests, num_requests // 2, num_open=8, abort_share=0.5, seed=seed))
 
 
+@pytest.mark.long
 @pytest.mark.engine
 def test_miniature_run(engine: Remote) -> None:
     record = engine.call(soaked, 20, 0)
@@ -76,6 +77,7 @@ def test_miniature_run(engine: Remote) -> None:
     assert len(record["rounds"]) == 2
 
 
+@pytest.mark.long
 @pytest.mark.engine
 @pytest.mark.parametrize(
     ("break_it", "failing"),

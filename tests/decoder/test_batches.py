@@ -104,6 +104,7 @@ def test_aborts_in_every_phase_give_everything_back(
         assert tokens == alone[index].tokens
 
 
+@pytest.mark.long
 def test_400_requests_leave_no_block_behind(engine: Remote, images: list[Image.Image]) -> None:
     """`make soak-decoder` sends 2,000."""
     free = engine.call(calls.free_blocks)

@@ -58,7 +58,7 @@ def left(
     return dict(zip(layers, counts, strict=True))
 
 
-@pytest.fixture(scope="module", params=["small_llava", "demo_model"])
+@pytest.fixture(scope="module", params=["small_llava", pytest.param("demo_model", marks=pytest.mark.long)])
 def model(request: pytest.FixtureRequest) -> Path:
     """Random weights with 144 visual tokens, and trained ones with 576; both have eight decoder layers."""
     folder: Path = request.getfixturevalue(request.param)

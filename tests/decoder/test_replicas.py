@@ -36,7 +36,7 @@ COUNTED: list[tuple[str, dict[str, str]]] = [
     ("ficoco:reduction_seconds_count", {"site": "decoder"}),
 ]
 
-pytestmark = [pytest.mark.compat, pytest.mark.server]
+pytestmark = [pytest.mark.compat, pytest.mark.server, pytest.mark.long]
 
 
 @pytest.fixture(scope="module")

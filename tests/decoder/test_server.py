@@ -262,6 +262,7 @@ def test_blocks_of_segments_while_a_request_runs(server: Server, images: list[Im
         time.sleep(0.5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["ficoco-l", "ficoco-vl"])
 def test_the_demo_model_as_make_serve_starts_it(
     method: str, tmp_path_factory: pytest.TempPathFactory

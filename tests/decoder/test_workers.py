@@ -15,7 +15,7 @@ from tests.support.remote import Host, Remote, remote_engine
 TOLERANCE = 1e-4
 FICOCO: dict[str, Any] = {"method": "ficoco-l", "keep": 16, "num_segments": 4}
 
-pytestmark = [pytest.mark.compat, pytest.mark.engine]
+pytestmark = [pytest.mark.compat, pytest.mark.engine, pytest.mark.long]
 
 
 def asks(images: list[Image.Image]) -> list[Ask]:

@@ -55,6 +55,7 @@ def test_a_reduction_is_told_apart(
     assert torch.equal(ours.answers[1].logprobs, stock.answers[1].logprobs)  # text only
 
 
+@pytest.mark.long
 def test_two_tensor_parallel_workers_equal_one(engines: Engines, tmp_path: Path, demo_model: Path) -> None:
     """Each worker sees half of the heads; both must remove the same tokens."""
     questions = demo_questions()

@@ -18,11 +18,9 @@ from ficoco_vllm.server.lifecycle.process import free_port, running
 
 ROOT = Path(__file__).parents[2]
 DASHBOARD = ROOT / "docker" / "grafana" / "dashboards" / "ficoco.json"
-MISSING = "Debian's package prometheus (prometheus, promtool) is not installed: apt-get install prometheus"
+MISSING = "the dashboard's tests: no prometheus or promtool (Debian's package prometheus)"
 
-needs_prometheus = pytest.mark.skipif(
-    shutil.which("prometheus") is None or shutil.which("promtool") is None, reason=MISSING
-)
+needs_prometheus = pytest.mark.needs(bool(shutil.which("prometheus") and shutil.which("promtool")), MISSING)
 
 Labels = tuple[tuple[str, str], ...]
 
