@@ -17,7 +17,7 @@ METHOD ?= ficoco-v
 KEEP   ?= 64
 MODEL  ?=
 ARGS   ?=
-# Of `make test`: files of tests that run at once.
+# Of `make test`: workers.
 JOBS   ?= 2
 
 # Of `make charts-check`: a folder with the chart of vLLM's production stack.
@@ -26,7 +26,7 @@ PRODUCTION_STACK ?=
 RUNTIME := $(VENV)/.installed
 DEV     := $(VENV)/.installed-dev
 
-.PHONY: help install serve test test-kernels check format lint types imports kernels-aot bench-kernels bench-ttft \
+.PHONY: help install serve test test-long test-kernels check format lint types imports kernels-aot bench-kernels bench-ttft \
     bench-efficiency bench-concurrency soak soak-engine bench-metrics bench-elastic bench-load bench-cpu-mode \
     bench-accuracy bench-accuracy-decoder bench-smoke figures lmms dist release-check container-check \
     charts-check ray-check compat docs clean
@@ -63,8 +63,14 @@ serve: $(RUNTIME)  ## serve on PORT; METHOD, KEEP, MODEL, ARGS (default: the dem
 	@exec $(BIN)/ficoco-vllm serve $(MODEL) --port $(PORT) \
 	    --ficoco-method $(METHOD) --ficoco-keep $(KEEP) $(ARGS)
 
-test: $(DEV)  ## run the tests
-	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+
+test: $(DEV)  ## run the tests, then the kernels' in Triton's interpreter; ARGS replaces the second run
+	@status=0; $(PYTEST) -m 'not long and not interpreter' $(ARGS) || status=$$?; \
+	    $(if $(ARGS),,$(MAKE) --no-print-directory test-kernels || status=$$?;) exit $$status
+
+test-long: $(DEV) $(LMMS)/.installed  ## run the long forms: load, restarts, several processes, trained weights, lmms-eval
+	@$(PYTEST) -m 'long and not interpreter' $(ARGS)
 
 check: lint types imports  ## ruff, mypy, import-linter
 
@@ -83,8 +89,8 @@ format: $(DEV)  ## let ruff rewrite the code
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-test-kernels: $(DEV)  ## every fused op against its reference, in Triton's interpreter
-	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels $(ARGS)
+test-kernels: $(DEV)  ## run every fused op against its reference in Triton's interpreter
+	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m interpreter tests/kernels $(ARGS)
 
 kernels-aot: $(DEV)  ## compile the kernels for GPUs that are not here, with bars
 	@OMP_NUM_THREADS=1 $(BIN)/python -m ficoco_vllm.benchmarks.kernels.aot --json build/kernels-aot.json $(ARGS)

@@ -57,7 +57,8 @@ def main() -> None:
     given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
     answer = ask(**given)
     print((answer.choices[0].message.content or "").strip())
-    print(answer.usage.prompt_tokens, "prompt tokens", getattr(answer.usage, "ficoco", None))
+    usage = answer.usage
+    print(usage and usage.prompt_tokens, "prompt tokens", getattr(usage, "ficoco", None))
 
 
 if __name__ == "__main__":

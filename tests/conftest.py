@@ -19,52 +19,24 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from openai import OpenAI
-from PIL import Image
 
 from ficoco_vllm.compat import INTERPRETER_FOLDER
-from tests.support.pictures import noise
-from tests.support.release import Release, build, install
-from tests.support.server import API_KEY, DEMO_KEEP, Server, serve
 
-# The contract tests: what says that a seam of vLLM moved (docs/decoder-kv.md, docs/metrics.md, docs/llava-next.md, the
-# endpoint's wrappers). `make compat` runs them against other versions.
-COMPAT = (
-    "test_compat.py",
-    "hooks/test_request_metrics.py",
-    "metrics/test_files.py",
-    "metrics/test_metrics.py",
-    "test_seams.py",
-    "benchmarks/test_soak.py",
-    "decoder/test_batches.py",
-    "decoder/test_capture.py",
-    "decoder/test_next.py",
-    "decoder/test_quantization_configs.py",
-    "decoder/test_reference.py",
-    "decoder/test_refusals.py",
-    "decoder/test_replicas.py",
-    "decoder/test_server.py",
-    "decoder/test_workers.py",
-    "kv/test_admission.py",
-    "models/test_kv_blocks.py",
-    "models/test_lora.py",
-    "models/test_next.py",
-    "models/test_stock.py",
-    "models/test_verify.py",
-    "server/elastic/test_overload.py",
-    "server/test_bad_requests.py",
-    "server/request_field/test_request_field.py",
-    "server/test_data_parallel.py",
-    "server/lifecycle/test_drain.py",
-    "server/media/test_media.py",
-    "server/test_metrics.py",
-    "server/test_next.py",
-    "server/test_serving.py",
-    "server/lifecycle/test_survival.py",
-    "planning/test_tiles.py",
-)
+# The tests of kernels run where torch and Triton are installed and nothing else: the rest is imported by the fixtures.
+if TYPE_CHECKING:
+    from openai import OpenAI
+    from PIL import Image
+
+    from tests.support.engine import Engines
+    from tests.support.release import Release
+    from tests.support.remote import Host
+    from tests.support.server import Server
+
+# Reasons of the marker `needs` that hold here.
+MISSING = pytest.StashKey[set[str]]()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -83,11 +55,47 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         return (yield)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the contract tests."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out tests whose tools are missing, and bring modules that share servers to the same worker."""
+    needs = {item: [mark for mark in item.iter_markers("needs") if not mark.args[0]] for item in items}
+    missing = {mark.args[1] for marks in needs.values() for mark in marks}
+    config.stash[MISSING] |= missing
+    config.hook.pytest_deselected(items=[item for item in items if needs[item]])
+    items[:] = [item for item in items if not needs[item]]
+    sharing = {item.path for item in items if any(is_shared(item, name) for name in ("server", "bounded"))}
     for item in items:
-        if str(item.path.relative_to(Path(__file__).parent)) in COMPAT:
-            item.add_marker(pytest.mark.compat)
+        item.add_marker(pytest.mark.xdist_group("servers" if item.path in sharing else str(item.path)))
+
+
+def is_shared(item: pytest.Item, name: str) -> bool:
+    """Whether a test uses the fixture of that name that lives as long as the worker, not one of its module's."""
+    fixtures = getattr(item, "_fixtureinfo", None)
+    definitions = fixtures.name2fixturedefs.get(name) if fixtures else None
+    return bool(definitions) and definitions[-1].scope == "session"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make room for what `pytest_terminal_summary` says."""
+    config.stash[MISSING] = set()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Send what is missing from a worker to the controller."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["missing"] = sorted(session.config.stash[MISSING])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Receive it."""
+    node.config.stash[MISSING] |= set(getattr(node, "workeroutput", {}).get("missing", ()))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Name the tools whose tests were left out."""
+    for reason in sorted(config.stash[MISSING]):
+        terminalreporter.write_line(f"left out: {reason}")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -126,7 +134,7 @@ def demo_model() -> Path:
 
 @pytest.fixture(scope="module", params=("int8", "int4"))
 def kind(request: pytest.FixtureRequest) -> str:
-    """Of quantized weights: W8A8 with a scale for each channel and token; W4A16 in groups of 32."""
+    """Scheme of quantized weights: W8A8 with a scale for each channel and token; W4A16 in groups of 32."""
     from tests.support import quantized
 
     quantized.needs(request.param)
@@ -134,15 +142,37 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
-def images() -> list[Image.Image]:
+def images() -> "list[Image.Image]":
     """Eight different images, not all square."""
+    from tests.support.pictures import noise
+
     sizes = [(192, 192), (300, 200), (64, 64), (192, 400), (192, 192), (500, 500), (193, 191), (224, 224)]
     return noise(sizes, seed=0)
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def engines() -> "Iterator[Engines]":
+    """Engines of this process, one of each kind, which reduce in the tower."""
+    from tests.support.engine import Engines
+
+    with Engines() as engines:
+        yield engines
+
+
+@pytest.fixture(scope="session")
+def host() -> "Iterator[Host]":
+    """Engines that reduce in the decoder, one of each kind, in a process with Triton's interpreter."""
+    from tests.support.remote import run_host
+
+    with run_host() as host:
+        yield host
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Server]":
     """The demo model as `make serve` serves it, with budgets of their own allowed to requests."""
+    from tests.support.server import API_KEY, DEMO_KEEP, serve
+
     log = tmp_path_factory.mktemp("server") / "log"
     arguments = ["--ficoco-method", "ficoco-v", "--ficoco-keep", str(DEMO_KEEP), "--trust-request-mm-kwargs"]
     arguments += ["--api-key", API_KEY, "--ficoco-explain", "--ficoco-explain-rate", "0"]
@@ -151,19 +181,23 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture
-def client(server: Server) -> Iterator[OpenAI]:
-    """The official client of that server; closed, so that no connection is left to whoever collects garbage."""
-    with server.client() as found:
-        yield found
+def client(server: "Server") -> "Iterator[OpenAI]":
+    """The official client of that server, closed at the end: an open connection would warn when it is collected."""
+    with server.client() as client:
+        yield client
 
 
 @pytest.fixture(scope="session")
-def release(tmp_path_factory: pytest.TempPathFactory) -> Release:
+def release(tmp_path_factory: pytest.TempPathFactory) -> "Release":
     """Wheel and sdist of these sources."""
+    from tests.support.release import build
+
     return build(tmp_path_factory.mktemp("release"))
 
 
 @pytest.fixture(scope="session")
-def installed(release: Release, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def installed(release: "Release", tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Python that has the wheel and not the repository."""
+    from tests.support.release import install
+
     return install(release.wheel, tmp_path_factory.mktemp("installed") / "venv")

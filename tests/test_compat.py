@@ -10,6 +10,8 @@ import torch
 
 from ficoco_vllm.compat import INTERPRETER_FOLDER, hook_interpreter
 
+pytestmark = pytest.mark.compat
+
 IMPORT = "import torchvision; from torchvision.transforms.v2 import functional; print('imported')"
 HOOKED = f"import ficoco_vllm.compat; ficoco_vllm.compat.hook_torchvision(); {IMPORT}"
 

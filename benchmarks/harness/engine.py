@@ -8,7 +8,8 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,14 +61,26 @@ def make_engine(model: Path | str, ficoco: Mapping[str, Any] | None = None, **op
     return LLM(str(model), additional_config=settings, **(defaults | options))
 
 
+@contextmanager
+def running_engine(
+    model: Path | str, ficoco: Mapping[str, Any] | None = None, **options: Any
+) -> Iterator["LLM"]:
+    """An engine in this process that is shut down with the block; see `make_engine` for the arguments."""
+    engine = make_engine(model, ficoco, **options)
+    try:
+        yield engine
+    finally:
+        engine.llm_engine.engine_core.shutdown()
+
+
 class Remote:
-    """An engine in a process of its own."""
+    """An object in a process of its own, usually an engine."""
 
     def __init__(self, pipe: Connection) -> None:
         self._pipe = pipe
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Run `function(engine, *args)` in its process and return the result.
+        """Run `function(object, *args)` in its process and return the result.
 
         Raises:
             RuntimeError: with the traceback of the other process.
@@ -76,7 +89,11 @@ class Remote:
         return self.receive()
 
     def receive(self) -> Any:
-        """The result of the last call, or None once the engine has started."""
+        """The result of the last call, or None once the process has started.
+
+        Raises:
+            RuntimeError: with the traceback of the other process.
+        """
         succeeded, value = self._pipe.recv()
         if not succeeded:
             raise RuntimeError(value)
@@ -84,41 +101,48 @@ class Remote:
 
 
 @contextmanager
-def remote_engine(
-    model: Path | str,
-    ficoco: Mapping[str, Any] | None,
+def remote(
+    make: Callable[[], AbstractContextManager[Any]],
     environment: Mapping[str, str | None],
     prepare: Callable[[], None] | None = None,
-    **options: Any,
 ) -> Iterator[Remote]:
-    """Start an engine in a process of its own, which ends with the block.
+    """Start a process that holds one object; both end with the block.
 
     Args:
-        model: folder.
-        ficoco: our settings; None for vLLM alone.
+        make: called in the process; opens the object.
         environment: variables of the process beside those of this one; None takes one away.
-        prepare: called in that process before the engine starts.
-        **options: of the engine; see `make_engine`.
+        prepare: called in the process before `make`.
 
     Raises:
-        RuntimeError: the engine does not start.
+        RuntimeError: the object cannot be opened.
     """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    process = context.Process(target=_serve, args=(there, str(model), ficoco, prepare, options))
+    process = context.Process(target=_serve, args=(there, make, prepare))
     with _environment(environment):
         process.start()
     there.close()
-    remote = Remote(here)
+    held = Remote(here)
     try:
-        remote.receive()
-        yield remote
+        held.receive()
+        yield held
     finally:
         here.close()
         process.join(60)
         if process.is_alive():
             process.terminate()
             process.join()
+
+
+def remote_engine(
+    model: Path | str,
+    ficoco: Mapping[str, Any] | None,
+    environment: Mapping[str, str | None],
+    prepare: Callable[[], None] | None = None,
+    **options: Any,
+) -> AbstractContextManager[Remote]:
+    """An engine in a process of its own; see `remote` and `make_engine` for the arguments."""
+    return remote(partial(running_engine, str(model), ficoco, **options), environment, prepare)
 
 
 def bench_engine(
@@ -159,31 +183,27 @@ def _environment(values: Mapping[str, str | None]) -> Iterator[None]:
 
 
 def _serve(
-    pipe: Connection,
-    model: str,
-    ficoco: Mapping[str, Any] | None,
-    prepare: Callable[[], None] | None,
-    options: dict[str, Any],
+    pipe: Connection, make: Callable[[], AbstractContextManager[Any]], prepare: Callable[[], None] | None
 ) -> None:
     hook_interpreter()
-    try:
-        if prepare is not None:
-            prepare()
-        engine = make_engine(model, ficoco, **options)
-    except Exception:
-        pipe.send((False, traceback.format_exc()))
-        return
-    pipe.send((True, None))
-    while True:
+    with ExitStack() as stack:
         try:
-            function, args = pipe.recv()
-        except EOFError:
-            break
-        try:
-            pipe.send((True, function(engine, *args)))
+            if prepare is not None:
+                prepare()
+            held = stack.enter_context(make())
         except Exception:
             pipe.send((False, traceback.format_exc()))
-    engine.llm_engine.engine_core.shutdown()
+            return
+        pipe.send((True, None))
+        while True:
+            try:
+                function, args = pipe.recv()
+            except EOFError:
+                return
+            try:
+                pipe.send((True, function(held, *args)))
+            except Exception:
+                pipe.send((False, traceback.format_exc()))
 
 
 def request(prompt: str | list[int], images: Sequence[Image.Image] = (), **kwargs: Any) -> dict[str, Any]:

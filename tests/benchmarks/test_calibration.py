@@ -69,6 +69,7 @@ def reports(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return found
 
 
+@pytest.mark.long
 @pytest.mark.server
 def test_easy_and_hard_workloads_get_different_budgets(reports: dict[str, dict[str, Any]]) -> None:
     safe = {name: report["methods"][0]["safe"] for name, report in reports.items()}
@@ -80,6 +81,7 @@ def test_easy_and_hard_workloads_get_different_budgets(reports: dict[str, dict[s
         assert figures["serve"].endswith(f"--ficoco-method {METHOD} --ficoco-keep {figures['keep']}")
 
 
+@pytest.mark.long
 @pytest.mark.server
 @pytest.mark.parametrize(("name", "kinds"), [("easy", EASY), ("hard", HARD)])
 def test_the_promise_holds_on_fresh_data(
@@ -97,6 +99,7 @@ def test_the_promise_holds_on_fresh_data(
     assert agreeing / len(items) >= TARGET
 
 
+@pytest.mark.long
 @pytest.mark.server
 def test_report_shows_the_worst_disagreements(
     server: Server, reports: dict[str, dict[str, Any]], tmp_path: Path
@@ -142,6 +145,7 @@ def test_darkened_patches_lie_where_they_were() -> None:
     assert drawn.count("<svg") == drawn.count("start the server with --ficoco-explain") == 1
 
 
+@pytest.mark.long
 @pytest.mark.server
 @pytest.mark.parametrize(
     ("change", "warned"),

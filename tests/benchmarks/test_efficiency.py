@@ -17,6 +17,7 @@ from ficoco_vllm.reduction.cost import model_shape
 TABLE_8, TABLE_9 = TABLES
 
 
+@pytest.mark.long
 @pytest.mark.engine
 def test_every_row_multiplies_and_holds_what_is_planned(demo_model: Path) -> None:
     shape = model_shape(json.loads((demo_model / "config.json").read_text()))

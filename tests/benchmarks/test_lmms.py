@@ -21,7 +21,9 @@ from tests.support.server import API_KEY, Server, data_url, message
 
 ROOT = Path(__file__).parents[2]
 PYTHON = Path(os.environ.get("FICOCO_LMMS_PYTHON", ROOT / ".venv-lmms/bin/python"))
-needs_lmms = pytest.mark.skipif(not PYTHON.exists(), reason="no lmms-eval: `make lmms` installs it")
+needs_lmms = pytest.mark.needs(
+    PYTHON.exists(), "the tests of `bench lmms`: no lmms-eval (`make lmms` installs it)"
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +47,7 @@ def task(tmp_path_factory: pytest.TempPathFactory, questions: list[Item]) -> Pat
     return folder / "signs.yaml"
 
 
+@pytest.mark.long
 @needs_lmms
 @pytest.mark.server
 def test_a_local_task_scores_what_the_server_answers(
@@ -121,6 +124,7 @@ def test_a_server_that_tells_what_it_does_not_do_is_noticed(
     assert "log-probabilities are those without" in probe(server.url, API_KEY, "fastv", 64)[0]
 
 
+@pytest.mark.long
 @needs_lmms
 @pytest.mark.server
 def test_a_question_without_an_answer_is_no_wrong_answer(server: Server, task: Path) -> None:
@@ -140,6 +144,7 @@ def test_a_question_without_an_answer_is_no_wrong_answer(server: Server, task: P
         )
 
 
+@pytest.mark.long
 @needs_lmms
 def test_every_benchmark_is_a_task_of_lmms_eval() -> None:
     folder = tasks_folder(PYTHON)

@@ -217,6 +217,7 @@ def test_a_server_of_another_method_or_budget_is_noticed(server: RunningServer, 
         assert found == ([] if doubt is None else [f"{asked.name}, concurrency 2: the server {doubt}"])
 
 
+@pytest.mark.long
 @pytest.mark.alone
 @pytest.mark.server
 def test_miniature_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,8 @@ from ficoco_vllm.benchmarks.soak.engine.run import Settings, run
 from tests.support.engine import scheduler_of
 from tests.support.remote import Remote, remote_engine
 
+pytestmark = pytest.mark.compat
+
 # Takes more requests than a test has.
 RARE = ("soak-engine-preemptions", "soak-engine-aborts")
 LOOK = {"num_free_blocks": 320, "num_held_blocks": [0] * 8, "num_plans": 0}
@@ -65,6 +67,7 @@ def soaked(engine: LLM, num_requests: int, seed: int) -> dict[str, Any]:
     return run(engine, Settings(num_requests, num_requests // 2, num_open=8, abort_share=0.5, seed=seed))
 
 
+@pytest.mark.long
 @pytest.mark.engine
 def test_miniature_run(engine: Remote) -> None:
     record = engine.call(soaked, 20, 0)
@@ -73,6 +76,7 @@ def test_miniature_run(engine: Remote) -> None:
     assert len(record["rounds"]) == 2
 
 
+@pytest.mark.long
 @pytest.mark.engine
 @pytest.mark.parametrize(
     ("break_it", "failing"),

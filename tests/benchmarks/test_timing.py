@@ -16,7 +16,7 @@ from ficoco_vllm.benchmarks.ttft.__main__ import bars as ttft_bars
 from ficoco_vllm.benchmarks.ttft.__main__ import engine, summarise, take_turns
 from ficoco_vllm.benchmarks.ttft.kinds import ENCODER_KINDS, STOCK, Kind
 
-pytestmark = [pytest.mark.engine, pytest.mark.alone]
+pytestmark = [pytest.mark.engine, pytest.mark.alone, pytest.mark.long]
 
 LAYERS = 8  # of the demo model's decoder
 TURNS = [kind for kind in ENCODER_KINDS if kind.keep in (576, 64)]

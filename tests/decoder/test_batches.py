@@ -1,6 +1,5 @@
 """Many requests in one engine: each as if it were alone, and every block comes back."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from tests.decoder import calls
 from tests.decoder.calls import Ask
 from tests.support.engine import PROMPT, TEXT_ONLY, TWO_IMAGES, Answer
 from tests.support.planned import kv_tokens
-from tests.support.remote import Remote, remote_engine
+from tests.support.remote import Host, Remote
 
 # float32; the order of sums depends on the shapes of a batch, see test_reference.py
 TOLERANCE = 1e-4
@@ -31,7 +30,7 @@ XARGS: list[dict[str, Any]] = [
     {"ficoco_keep": 144},
 ]
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.compat, pytest.mark.engine]
 
 
 def mixed(images: list[Image.Image], count: int) -> list[Ask]:
@@ -52,7 +51,7 @@ def mixed(images: list[Image.Image], count: int) -> list[Ask]:
 
 
 @pytest.fixture(scope="module")
-def engine(small_llava: Path) -> Iterator[Remote]:
+def engine(host: Host, small_llava: Path) -> Remote:
     """So few blocks that requests must give theirs back; with the fewest that start, too few run at once for that."""
     options = {
         "block_size": 32,
@@ -60,8 +59,7 @@ def engine(small_llava: Path) -> Iterator[Remote]:
         "max_num_seqs": 16,
         "num_gpu_blocks_override": BLOCKS + 11,
     }
-    with remote_engine(small_llava, {"method": "ficoco-l", "keep": 16}, **options) as engine:
-        yield engine
+    return host.get(small_llava, {"method": "ficoco-l", "keep": 16}, **options)
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +105,7 @@ def test_aborts_in_every_phase_give_everything_back(
         assert tokens == alone[index].tokens
 
 
+@pytest.mark.long
 def test_400_requests_leave_no_block_behind(engine: Remote, images: list[Image.Image]) -> None:
     """`make soak-engine` sends 2,000."""
     free = engine.call(calls.free_blocks)

@@ -1,17 +1,16 @@
 """CUDA graphs of decoding read the same memory at every replay: as much of it as a CPU can show."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 from vllm import LLM
 
 from tests.support.engine import worker_of
-from tests.support.remote import remote_engine
+from tests.support.remote import Remote
 
 READ = ("slot_mapping", "seq_lens", "block_table", "query_start_loc")
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.compat, pytest.mark.engine]
 
 
 def captured(engine: LLM) -> dict[str, Any]:
@@ -51,9 +50,8 @@ def captured(engine: LLM) -> dict[str, Any]:
     return {"capture": seen[0], "replay": seen[1]}
 
 
-def test_capture_and_replay_share_their_buffers(small_llava: Path) -> None:
-    with remote_engine(small_llava, {"method": "ficoco-l", "keep": 16}, block_size=32) as engine:
-        found = engine.call(captured)
+def test_capture_and_replay_share_their_buffers(small_engine: Remote) -> None:
+    found = small_engine.call(captured)
     assert found["capture"] == found["replay"]
     assert found["capture"]["layers"] == found["capture"]["segments"] == 8
     assert all(set(read) == set(READ) for read in found["capture"]["read"])

@@ -1,7 +1,6 @@
 """LLaVA-NeXT's images, of any number of tokens, reduced in the decoder: against Algorithm 2 written plainly."""
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,9 +15,9 @@ from tests.support.engine import PROMPT, TEXT_ONLY, TWO_IMAGES, Answer
 from tests.support.pictures import noise
 from tests.support.planned import kv_tokens
 from tests.support.random_llava import build_next
-from tests.support.remote import Remote, remote_engine
+from tests.support.remote import Host, Remote
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.compat, pytest.mark.engine]
 
 # Width and height, tiles are 48 pixels wide: four tiles, three with padding, two with padding in both, an image that is
 # smaller than a patch of them and a sliver.
@@ -45,10 +44,9 @@ def reference(model: Path) -> TiledDecoder:
 
 
 @pytest.fixture(scope="module")
-def engine(model: Path) -> Iterator[Remote]:
+def engine(host: Host, model: Path) -> Remote:
     """FiCoCo-L with the default budget: a ninth of an image's tokens, whatever their number."""
-    with remote_engine(model, {"method": "ficoco-l"}, block_size=32) as engine:
-        yield engine
+    return host.get(model, {"method": "ficoco-l"}, block_size=32)
 
 
 def check(
@@ -102,14 +100,16 @@ def test_any_image_may_name_the_budget_of_the_largest(engine: Remote, pictures: 
     assert f"an integer from 1 to {largest}" in message
 
 
-def test_tower_then_decoder(model: Path, reference: TiledDecoder, pictures: list[Image.Image]) -> None:
+def test_tower_then_decoder(
+    host: Host, model: Path, reference: TiledDecoder, pictures: list[Image.Image]
+) -> None:
     """FiCoCo-VL: each tile down to the geometric mean of its patches and the budget, then the image down to that."""
     tile_keep = math.isqrt(PATCHES * 16)
     asks = [Ask(PROMPT, [image], NUM_TOKENS) for image in pictures]
     asks.append(Ask(TWO_IMAGES, pictures[:2], NUM_TOKENS))
-    with remote_engine(model, {"method": "ficoco-vl", "keep": 16}, block_size=32) as engine:
-        answers = engine.call(ask, asks)
-        held = [engine.call(written_slots, one) for one in asks[:-1]]
+    engine = host.get(model, {"method": "ficoco-vl", "keep": 16}, block_size=32)
+    answers = engine.call(ask, asks)
+    held = [engine.call(written_slots, one) for one in asks[:-1]]
     for one, (_, blocks, num_tokens) in zip(asks, held, strict=False):
         (image,) = one.images
         num_text_tokens = num_tokens - len(reference.features(image, tile_keep))

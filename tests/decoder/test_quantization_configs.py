@@ -6,7 +6,6 @@ And an fp8 KV cache, which vLLM's CPU build has too, in use.
 import json
 import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -24,9 +23,9 @@ from tests.decoder.test_reference import left
 from tests.reference.algorithm2 import ReferenceDecoder, Shown
 from tests.support.engine import PROMPT
 from tests.support.quantized import HAS_FP8_CACHE, needs_fp8_cache, to_e4m3
-from tests.support.remote import Remote, remote_engine
+from tests.support.remote import Host, Remote
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.compat, pytest.mark.engine]
 
 V = {"method": "ficoco-v", "keep": 16}
 L = {"method": "ficoco-l", "keep": 16}
@@ -76,11 +75,10 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.fixture(scope="module")
-def engine(small_llava: Path) -> Iterator[Remote]:
+def engine(host: Host, small_llava: Path) -> Remote:
     """FiCoCo-L over an fp8 KV cache, where there can be one; most tests only need its process."""
     cache = "fp8" if HAS_FP8_CACHE else "auto"
-    with remote_engine(small_llava, L, block_size=32, kv_cache_dtype=cache) as engine:
-        yield engine
+    return host.get(small_llava, L, block_size=32, kv_cache_dtype=cache)
 
 
 def quantized_as(model: Path, folder: Path, config: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from tests.support import quantized
 from tests.support.compare import TOLERANCE
 from tests.support.engine import PROMPT, Answer
 from tests.support.quantized import DTYPES, Kind
-from tests.support.remote import Remote, remote_engine, without_amx
+from tests.support.remote import Host, Remote, run_host, without_amx
 
 pytestmark = pytest.mark.engine
 
@@ -30,12 +30,18 @@ ENTERING = {"ficoco-l": NUM_PATCHES, "ficoco-vl": math.isqrt(NUM_PATCHES * KEEP)
 
 
 @pytest.fixture(scope="module")
-def engine(small_llava: Path, kind: Kind, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Remote]:
+def host() -> Iterator[Host]:
+    """A process for both engines."""
+    with run_host(prepare=without_amx) as host:
+        yield host
+
+
+@pytest.fixture(scope="module")
+def engine(host: Host, small_llava: Path, kind: Kind, tmp_path_factory: pytest.TempPathFactory) -> Remote:
     """FiCoCo-VL, whose part in the tower a request may leave out."""
     model = quantized.build(small_llava, tmp_path_factory.mktemp("quantized") / kind, kind)
     settings = {"method": "ficoco-vl", "keep": KEEP}
-    with remote_engine(model, settings, prepare=without_amx, block_size=32, dtype=DTYPES[kind]) as engine:
-        yield engine
+    return host.get(model, settings, block_size=32, dtype=DTYPES[kind])
 
 
 def asking(method: str, image: Image.Image, num_tokens: int = 1) -> Ask:

@@ -1,7 +1,7 @@
 """The served decoder against Algorithm 2 and its relatives written plainly on Hugging Face's model, in float64."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -18,7 +18,7 @@ from tests.reference.decoder_rules import RULES
 from tests.support.compare import NUM_TOKENS, TOLERANCE, assert_equal, demo_questions
 from tests.support.engine import PROMPT, TEXT_ONLY, TWO_IMAGES, Answer
 from tests.support.oracle import Spy, assert_same_story
-from tests.support.remote import Remote, remote_engine
+from tests.support.remote import Host, Remote
 
 # Of eight decoder layers in segments of one: FiCoCo-L from the 4th on; FastV behind the 2nd; PyramidDrop's layers
 # 8, 16 and 24 of 32; SparseVLM's 2, 6 and 15 of 32, scaled to eight. The last layer saves nothing.
@@ -41,7 +41,7 @@ GEOMETRIC = ("pyramiddrop", "sparsevlm")
 # So many tokens that a block of 32 slots is filled while they are written.
 LONG_ANSWER = 40
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.compat, pytest.mark.engine]
 
 
 def left(
@@ -58,7 +58,7 @@ def left(
     return dict(zip(layers, counts, strict=True))
 
 
-@pytest.fixture(scope="module", params=["small_llava", "demo_model"])
+@pytest.fixture(scope="module", params=["small_llava", pytest.param("demo_model", marks=pytest.mark.long)])
 def model(request: pytest.FixtureRequest) -> Path:
     """Random weights with 144 visual tokens, and trained ones with 576; both have eight decoder layers."""
     folder: Path = request.getfixturevalue(request.param)
@@ -79,10 +79,10 @@ def questions(trained: bool, images: list[Image.Image]) -> list[tuple[str, Image
 
 
 @pytest.fixture(scope="module")
-def pair(model: Path) -> Iterator[tuple[Remote, ReferenceDecoder]]:
+def pair(host: Host, model: Path) -> tuple[Remote, ReferenceDecoder]:
     """The engine and the oracle on the same weights."""
-    with remote_engine(model, {"method": "ficoco-l", "keep": 16, "explain": True}, block_size=32) as engine:
-        yield engine, ReferenceDecoder(model)
+    settings = {"method": "ficoco-l", "keep": 16, "explain": True}
+    return host.get(model, settings, block_size=32), ReferenceDecoder(model)
 
 
 def check(
@@ -121,7 +121,7 @@ def test_equals_reference(
         check(reference, method, one, answer, [shown], trained)
 
 
-def test_segments_of_two_layers(small_llava: Path, images: list[Image.Image]) -> None:
+def test_segments_of_two_layers(host: Host, small_llava: Path, images: list[Image.Image]) -> None:
     """A residual stream that goes on within a segment, two layers in each group of the cache, and a long answer."""
     reference = ReferenceDecoder(small_llava)
     num_patches = reference.num_patches
@@ -135,8 +135,7 @@ def test_segments_of_two_layers(small_llava: Path, images: list[Image.Image]) ->
         for index, (method, keep) in enumerate(product(LAYERS_OF_TWO, (64, 9)))
     ]
     settings = {"method": "ficoco-l", "keep": 16, "num_segments": 4}
-    with remote_engine(small_llava, settings, block_size=32) as engine:
-        answers = engine.call(ask, asks)
+    answers = host.get(small_llava, settings, block_size=32).call(ask, asks)
     for one, answer in zip(asks, answers, strict=True):
         method, keep = one.extra["ficoco_method"], one.extra["ficoco_keep"]
         shown = Shown(one.images[0], num_patches, left(method, num_patches, keep, LAYERS_OF_TWO))
@@ -203,7 +202,9 @@ def test_the_check_can_fail(
     assert (answer.logprobs - logprobs).abs().max() > 10 * TOLERANCE
 
 
-def test_tower_then_decoder(model: Path, questions: list[tuple[str, Image.Image]], trained: bool) -> None:
+def test_tower_then_decoder(
+    host: Host, model: Path, questions: list[tuple[str, Image.Image]], trained: bool
+) -> None:
     """FiCoCo-VL: Algorithm 1 down to the geometric mean, then Algorithm 2."""
     reference = ReferenceDecoder(model)
     num_patches = reference.num_patches
@@ -223,8 +224,7 @@ def test_tower_then_decoder(model: Path, questions: list[tuple[str, Image.Image]
             )
         )
         budgets.append((entering, keep))
-    with remote_engine(model, {"method": "ficoco-vl", "keep": 16}, block_size=32) as engine:
-        answers = engine.call(ask, asks)
+    answers = host.get(model, {"method": "ficoco-vl", "keep": 16}, block_size=32).call(ask, asks)
     for one, answer, (entering, keep) in zip(asks, answers, budgets, strict=True):
         shown = Shown(one.images[0], entering, left("ficoco-l", entering, keep))
         check(reference, "ficoco-vl", one, answer, [shown], trained)

@@ -1,6 +1,5 @@
 """What cannot be served is refused: at start-up by the configuration, later by the request, never half answered."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +12,9 @@ from ficoco_vllm.decoder.startup import SCHEDULER, find_refusal
 from tests.decoder import calls
 from tests.decoder.calls import Ask
 from tests.support.engine import PROMPT, TEXT_ONLY, TWO_IMAGES
-from tests.support.remote import Remote, remote_engine
+from tests.support.remote import Host, Remote
+
+pytestmark = pytest.mark.compat
 
 FICOCO = {"method": "ficoco-l", "keep": 16}
 
@@ -92,12 +93,9 @@ def test_model_runner_v1_is_named_with_its_reason(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.fixture(scope="module")
-def engine(small_llava: Path) -> Iterator[Remote]:
+def engine(host: Host, small_llava: Path) -> Remote:
     """With a budget of tokens that is too small for the longest prompt, which start-up mends."""
-    with remote_engine(
-        small_llava, FICOCO, block_size=32, max_model_len=1024, max_num_batched_tokens=300
-    ) as engine:
-        yield engine
+    return host.get(small_llava, FICOCO, block_size=32, max_model_len=1024, max_num_batched_tokens=300)
 
 
 @pytest.mark.engine

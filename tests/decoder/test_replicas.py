@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.decoder.calls import Ask, ask
-from tests.support.remote import remote_engine
+from tests.support.remote import Remote
 from tests.support.server import Server, data_url, message, serve
 
 # float32 on both sides; the server answers one request at a time, the engine all at once (see test_batches.py)
@@ -20,7 +20,6 @@ NUM_IMAGES, LONGEST = 3, 512
 # A block: keys and values of 32 tokens in float32, 2 heads of 32. The longest prompt takes 16 blocks in each of eight
 # groups, and one block is vLLM's own.
 KV_BYTES = (8 * LONGEST // 32 + 1) * 32 * 2 * 2 * 32 * 4
-FICOCO = {"method": "ficoco-l", "keep": 16}
 QUESTION = "what is this?"
 # images, vllm_xargs
 ASKED: list[tuple[int, dict[str, Any]]] = [
@@ -37,7 +36,7 @@ COUNTED: list[tuple[str, dict[str, str]]] = [
     ("ficoco:reduction_seconds_count", {"site": "decoder"}),
 ]
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.compat, pytest.mark.server, pytest.mark.long]
 
 
 @pytest.fixture(scope="module")
@@ -75,14 +74,13 @@ def by_engine(server: Server, name: str, **labels: str) -> dict[str, float]:
 
 
 def test_each_replica_answers_as_one_engine_alone(
-    server: Server, small_llava: Path, images: list[Image.Image]
+    server: Server, small_engine: Remote, images: list[Image.Image]
 ) -> None:
     asks = [
         Ask("USER: " + "<image>\n" * count + f"{QUESTION} ASSISTANT:", images[:count], 3, extra)
         for count, extra in ASKED
     ]
-    with remote_engine(small_llava, FICOCO, block_size=32) as engine:
-        expected = engine.call(ask, asks)
+    expected = small_engine.call(ask, asks)
     before = [by_engine(server, name, **labels) for name, labels in COUNTED]
     for replica in range(2):
         for (count, extra), one in zip(ASKED, expected, strict=True):

@@ -19,7 +19,7 @@ from ficoco_vllm.planning.decoder import DecoderPlanner
 from ficoco_vllm.server.explain.schema import Explanation
 from tests.support.server import DTYPE, VALUE_BYTES, Server, data_url, message, serve
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.compat, pytest.mark.server]
 
 
 @pytest.fixture(scope="module")
@@ -261,6 +261,7 @@ def test_blocks_of_segments_while_a_request_runs(server: Server, images: list[Im
         time.sleep(0.5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["ficoco-l", "ficoco-vl"])
 def test_the_demo_model_as_make_serve_starts_it(
     method: str, tmp_path_factory: pytest.TempPathFactory

@@ -9,13 +9,13 @@ from PIL import Image
 
 from tests.decoder.calls import Ask, ask, compiled_units
 from tests.support.engine import PROMPT, TEXT_ONLY, TWO_IMAGES, Answer
-from tests.support.remote import remote_engine
+from tests.support.remote import Host, Remote, remote_engine
 
 # float32; fused loops and sums over heads and columns that are split between workers
 TOLERANCE = 1e-4
 FICOCO: dict[str, Any] = {"method": "ficoco-l", "keep": 16, "num_segments": 4}
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.compat, pytest.mark.engine, pytest.mark.long]
 
 
 def asks(images: list[Image.Image]) -> list[Ask]:
@@ -32,10 +32,9 @@ def asks(images: list[Image.Image]) -> list[Ask]:
 
 
 @pytest.fixture(scope="module")
-def expected(small_llava: Path, images: list[Image.Image]) -> list[Answer]:
+def expected(host: Host, small_llava: Path, images: list[Image.Image]) -> list[Answer]:
     """One worker, eager."""
-    with remote_engine(small_llava, FICOCO, block_size=32) as engine:
-        answers: list[Answer] = engine.call(ask, asks(images))
+    answers: list[Answer] = host.get(small_llava, FICOCO, block_size=32).call(ask, asks(images))
     return answers
 
 
@@ -66,12 +65,11 @@ def test_equal(
         torch.testing.assert_close(answer.logprobs, one.logprobs, atol=TOLERANCE, rtol=0)
 
 
-def test_tower_and_decoder_over_two_workers(small_llava: Path, images: list[Image.Image]) -> None:
+def test_tower_and_decoder_over_two_workers(host: Host, small_llava: Path, images: list[Image.Image]) -> None:
     """Compiled, so that both are split and both are compiled at once."""
     both: dict[str, Any] = {"method": "ficoco-vl", "keep": 16, "num_segments": 4}
     mixture = [*asks(images)[:2], Ask(TWO_IMAGES, images[1:3], extra={"ficoco_keep": 30})]
-    with remote_engine(small_llava, both, block_size=32) as engine:
-        expected = engine.call(ask, mixture)
+    expected = host.get(small_llava, both, block_size=32).call(ask, mixture)
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "OMP_NUM_THREADS": "1"}
     options: dict[str, Any] = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
     with remote_engine(
@@ -83,8 +81,7 @@ def test_tower_and_decoder_over_two_workers(small_llava: Path, images: list[Imag
         torch.testing.assert_close(answer.logprobs, one.logprobs, atol=TOLERANCE, rtol=0)
 
 
-def test_the_check_can_fail(small_llava: Path, images: list[Image.Image], expected: list[Answer]) -> None:
-    """Negative control: other segments reduce in other layers."""
-    with remote_engine(small_llava, FICOCO | {"num_segments": 8}, block_size=32) as engine:
-        (answer,) = engine.call(ask, [Ask(PROMPT, [images[0]])])
+def test_the_check_can_fail(small_engine: Remote, images: list[Image.Image], expected: list[Answer]) -> None:
+    """Negative control: eight segments reduce in other layers."""
+    (answer,) = small_engine.call(ask, [Ask(PROMPT, [images[0]])])
     assert (answer.logprobs - expected[0].logprobs).abs().max() > 10 * TOLERANCE

@@ -29,11 +29,11 @@ def client() -> list[str] | None:
     return ["docker-compose"] if shutil.which("docker-compose") else None
 
 
+@pytest.mark.needs(client() is not None, "compose's tests: no docker compose (or Debian's docker-compose)")
 @pytest.mark.parametrize("profile", ["cpu", "gpu"])
 def test_the_client_accepts_compose(profile: str, tmp_path: Path) -> None:
     compose = client()
-    if compose is None:
-        pytest.skip("no compose client (docker compose, or Debian's docker-compose)")
+    assert compose is not None
 
     def config(file: Path) -> subprocess.CompletedProcess[str]:
         command = [*compose, "-f", str(file), "--profile", profile, "config"]

@@ -13,6 +13,8 @@ from ficoco_vllm.metrics.counting import BatchOutputs, CountedRequest, RequestCo
 from ficoco_vllm.metrics.families import Metrics
 from ficoco_vllm.metrics.savings import Account
 
+pytestmark = pytest.mark.compat
+
 BLOCK_SIZE = 16
 
 

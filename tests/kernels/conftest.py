@@ -1,10 +1,11 @@
 """Both implementations of every op, against references in float64.
 
-The Triton kernels run on a GPU, or in Triton's interpreter where TRITON_INTERPRET=1 (`make test-kernels`).
+The Triton kernels run on a GPU, or in Triton's interpreter where TRITON_INTERPRET=1: the second run of `make test`.
 """
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,16 @@ import torch
 from ficoco_vllm.kernels import Backend
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+FOLDER = Path(__file__).parent
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what the run in Triton's interpreter is for."""
+    for item in items:
+        if item.path.parent == FOLDER and not item.get_closest_marker("compiler"):
+            item.add_marker(pytest.mark.interpreter)
 
 
 def needs_triton() -> None:

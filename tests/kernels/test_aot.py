@@ -7,7 +7,10 @@ import pytest
 from tests.kernels.conftest import INTERPRETED
 
 pytest.importorskip("triton", reason="kernels are written in Triton, which is not installed")
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter replaces the compiler")
+pytestmark = [
+    pytest.mark.compiler,
+    pytest.mark.skipif(INTERPRETED, reason="the interpreter replaces the compiler"),
+]
 
 
 def test_items_of_a_batch_are_no_new_kernel() -> None:

@@ -7,6 +7,7 @@ from tests.kernels.conftest import INTERPRETED
 from tests.kernels.test_custom_ops import inputs, reduction
 
 pytestmark = [
+    pytest.mark.compiler,
     pytest.mark.gpu,
     pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a GPU"),
 ]

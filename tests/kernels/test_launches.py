@@ -5,7 +5,10 @@ import pytest
 from tests.kernels.conftest import INTERPRETED
 
 pytest.importorskip("triton", reason="kernels are written in Triton, which is not installed")
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter replaces the launcher")
+pytestmark = [
+    pytest.mark.compiler,
+    pytest.mark.skipif(INTERPRETED, reason="the interpreter replaces the launcher"),
+]
 
 
 @pytest.mark.parametrize("B", [1, 32])

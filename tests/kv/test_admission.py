@@ -10,6 +10,8 @@ from vllm.v1.engine import EngineCoreRequest
 
 from ficoco_vllm.kv.admission import check_request
 
+pytestmark = pytest.mark.compat
+
 
 def config(**ficoco: Any) -> Any:
     """A vLLM configuration with our settings on the model's."""

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.compat
+
 HOOK = "from ficoco_vllm.hooks.metric_files import hook_metric_files; hook_metric_files()"
 COUNT = """
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess

@@ -20,6 +20,8 @@ from ficoco_vllm.reduction import cost
 from ficoco_vllm.server.commands.serve_options import counts_savings
 from ficoco_vllm.server.lifecycle.shared_metrics import MULTIPROC, shared_metrics
 
+pytestmark = pytest.mark.compat
+
 LLAVA = cost.model_shape(cost.KNOWN_MODELS["llava-hf/llava-1.5-7b-hf"])
 
 

@@ -1,30 +1,27 @@
 """Engines that the tests of the served tower share, each beside the oracle on the same weights."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from vllm import LLM
 
 from tests.reference.algorithm1 import ReferenceLlava
-from tests.support.engine import make_engine
+from tests.support.engine import Engines
 
 Pair = tuple[LLM, ReferenceLlava]
 
 
-def _pair(folder: Path) -> Iterator[Pair]:
-    engine = make_engine(folder, {"method": "ficoco-v", "keep": 64, "explain": True})
-    yield engine, ReferenceLlava(folder)
-    engine.llm_engine.engine_core.shutdown()
+def _pair(engines: Engines, folder: Path) -> Pair:
+    return engines.get(folder, {"method": "ficoco-v", "keep": 64, "explain": True}), ReferenceLlava(folder)
 
 
 @pytest.fixture(scope="package")
-def random_pair(random_llava: Path) -> Iterator[Pair]:
+def random_pair(engines: Engines, random_llava: Path) -> Pair:
     """Random weights."""
-    yield from _pair(random_llava)
+    return _pair(engines, random_llava)
 
 
 @pytest.fixture(scope="package")
-def demo_pair(demo_model: Path) -> Iterator[Pair]:
+def demo_pair(engines: Engines, demo_model: Path) -> Pair:
     """Trained weights."""
-    yield from _pair(demo_model)
+    return _pair(engines, demo_model)

@@ -1,26 +1,23 @@
 """The saving is real: blocks held for a request are what its shorter prompt predicts, and all come back."""
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from vllm import LLM, SamplingParams
 
-from tests.support.engine import PROMPT, ask, make_engine, request, scheduler_of
+from tests.support.engine import PROMPT, Engines, ask, request, scheduler_of
 from tests.support.planned import kv_tokens
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.compat, pytest.mark.engine]
 
 BLOCK_SIZE = 32
 
 
 @pytest.fixture(scope="module")
-def engine(random_llava: Path) -> Iterator[LLM]:
-    engine = make_engine(random_llava, {"method": "ficoco-v", "keep": 64}, block_size=BLOCK_SIZE)
-    yield engine
-    engine.llm_engine.engine_core.shutdown()
+def engine(engines: Engines, random_llava: Path) -> LLM:
+    return engines.get(random_llava, {"method": "ficoco-v", "keep": 64}, block_size=BLOCK_SIZE)
 
 
 @pytest.mark.parametrize("keep", [576, 192, 64, 1])

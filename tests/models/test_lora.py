@@ -1,7 +1,7 @@
 """Adapters of the language model on a server that reduces in the tower: against weights with the adapter added."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ from vllm.lora.request import LoRARequest
 
 from tests.reference.algorithm1 import ReferenceLlava
 from tests.support.compare import NUM_TOKENS, TOLERANCE, assert_equal
-from tests.support.engine import PROMPT, TEXT_ONLY, make_engine, request
+from tests.support.engine import PROMPT, TEXT_ONLY, Engines, request
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.compat, pytest.mark.engine]
 
 RANK, ALPHA = 8, 16
 TARGETS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
@@ -84,13 +84,11 @@ def adapters(oracles: list[ReferenceLlava], tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="module")
-def engine(random_llava: Path) -> Iterator[LLM]:
+def engine(engines: Engines, random_llava: Path) -> LLM:
     """FiCoCo-V with 64 of 576 tokens."""
-    engine = make_engine(
+    return engines.get(
         random_llava, {"method": "ficoco-v", "keep": 64}, enable_lora=True, max_loras=2, max_lora_rank=RANK
     )
-    yield engine
-    engine.llm_engine.engine_core.shutdown()
 
 
 def answers(

@@ -1,6 +1,5 @@
 """Every vision-side method is served as it is defined, by the server's settings or by a request's."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from vllm.exceptions import VLLMValidationError
 from ficoco_vllm.reduction import available, get
 from ficoco_vllm.reduction.method import SITES
 from tests.reference.dense_tower import DenseLlava
-from tests.support.engine import PROMPT, ask, make_engine, request
+from tests.support.engine import PROMPT, Engines, ask, request
 
 # float32 against float64, see test_reference.py
 TOLERANCE = 1e-4
@@ -29,10 +28,8 @@ pytestmark = pytest.mark.engine
 
 
 @pytest.fixture(scope="module")
-def engine(random_llava: Path) -> Iterator[LLM]:
-    engine = make_engine(random_llava, {"method": "ficoco-v", "keep": 64})
-    yield engine
-    engine.llm_engine.engine_core.shutdown()
+def engine(engines: Engines, random_llava: Path) -> LLM:
+    return engines.get(random_llava, {"method": "ficoco-v", "keep": 64})
 
 
 @pytest.fixture(scope="module")
@@ -85,14 +82,15 @@ def test_a_trace_is_for_servers_that_explain(engine: LLM, images: list[Image.Ima
 
 @pytest.mark.parametrize("settings", COMPOSED, ids=["composed", "logits", "proportional"])
 def test_settings_and_composition(
-    random_llava: Path, reference: DenseLlava, images: list[Image.Image], settings: dict[str, Any]
+    engines: Engines,
+    random_llava: Path,
+    reference: DenseLlava,
+    images: list[Image.Image],
+    settings: dict[str, Any],
 ) -> None:
     """Stages exchanged by name, and settings that the tower reads."""
-    engine = make_engine(random_llava, {"method": "ficoco-v", "keep": 64, **settings})
-    try:
-        (answer,) = ask(engine, [request(PROMPT, [images[3]])], 3)
-    finally:
-        engine.llm_engine.engine_core.shutdown()
+    engine = engines.get(random_llava, {"method": "ficoco-v", "keep": 64, **settings})
+    (answer,) = ask(engine, [request(PROMPT, [images[3]])], 3)
     reference.method, reference.settings = "ficoco-v", settings
     tokens, logprobs = reference.generate(PROMPT, [(images[3], 64)], 3)
     assert answer.tokens == tokens

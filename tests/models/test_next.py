@@ -1,6 +1,5 @@
 """LLaVA-NeXT as served against each tile reduced plainly on Hugging Face's model, in float64."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,21 @@ from vllm.exceptions import VLLMValidationError
 
 from tests.reference.tiles import TiledDense, TiledLlava
 from tests.support.compare import NUM_TOKENS, TOLERANCE, assert_equal
-from tests.support.engine import PROMPT, TEXT_ONLY, TWO_IMAGES, ask, make_engine, request
+from tests.support.engine import (
+    PROMPT,
+    TEXT_ONLY,
+    TWO_IMAGES,
+    Answers,
+    Engines,
+    Question,
+    ask,
+    ask_all,
+    request,
+)
 from tests.support.pictures import noise
 from tests.support.subprocess_engine import answers
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.compat, pytest.mark.engine]
 
 # Width and height; tiles are 96 pixels wide. Exactly four tiles and exactly three; very wide, very tall, a line of
 # pixels, tiny, and sizes that leave padding in one tile or in several.
@@ -31,11 +40,9 @@ def pictures() -> list[Image.Image]:
 
 
 @pytest.fixture(scope="module")
-def engine(random_next: Path) -> Iterator[LLM]:
+def engine(engines: Engines, random_next: Path) -> LLM:
     """FiCoCo-V with 16 tokens a tile."""
-    engine = make_engine(random_next, {"method": "ficoco-v", "keep": 16})
-    yield engine
-    engine.llm_engine.engine_core.shutdown()
+    return engines.get(random_next, {"method": "ficoco-v", "keep": 16})
 
 
 @pytest.fixture(scope="module")
@@ -112,23 +119,23 @@ def test_budgets_out_of_range_are_refused(
 
 
 def test_a_budget_for_the_image_is_shared_by_its_tiles(
-    random_next: Path, reference: TiledLlava, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+    engines: Engines,
+    random_next: Path,
+    reference: TiledLlava,
+    pictures: list[Image.Image],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """200 tokens; 3, so that some tiles keep none; and 280, all of what the smallest images have.
-
-    The last test that uses an engine: when this one's ends, that of the others has ended too.
-    """
+    """200 tokens; 3, so that some tiles keep none; and 280, all of what the smallest images have."""
     monkeypatch.setattr(reference, "per_image", True)
-    engine = make_engine(random_next, {"method": "ficoco-v", "keep": 200, "keep_per": "image"})
+    engine = engines.get(random_next, {"method": "ficoco-v", "keep": 200, "keep_per": "image"})
     for keep in (200, 3, 280):
         found = ask(engine, [request(PROMPT, [image], ficoco_keep=keep) for image in pictures], NUM_TOKENS)
         for image, answer in zip(pictures, found, strict=True):
             tokens, logprobs = reference.generate(PROMPT, [(image, keep)], NUM_TOKENS)
             assert_equal(answer.tokens, answer.logprobs, tokens, logprobs, ends=False)
-    engine.llm_engine.engine_core.shutdown()
 
 
-ASKED: list[tuple[str, list[int], dict[str, Any]]] = [
+ASKED: list[Question] = [
     *((PROMPT, [index], {}) for index in range(len(SIZES))),
     (TEXT_ONLY, [], {}),
     (TWO_IMAGES, [1, 3], {}),
@@ -138,7 +145,7 @@ ASKED: list[tuple[str, list[int], dict[str, Any]]] = [
 @pytest.fixture(scope="module")
 def stock(
     random_next: Path, pictures: list[Image.Image], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Any]:
+) -> Answers:
     """Answers of vLLM without any plugin."""
     folder = tmp_path_factory.mktemp("stock-next")
     return answers(folder, random_next, pictures, ASKED, environment={"VLLM_PLUGINS": ""}, dtype="bfloat16")
@@ -150,17 +157,18 @@ def stock(
     ids=["no settings", "keep all", "keep one less"],
 )
 def test_equals_stock_bit_for_bit(
-    stock: dict[str, Any],
+    stock: Answers,
+    engines: Engines,
     random_next: Path,
     pictures: list[Image.Image],
-    tmp_path: Path,
     ficoco: dict[str, Any] | None,
 ) -> None:
     """With one token less in each tile it does not, or the check could not fail."""
-    ours = answers(tmp_path, random_next, pictures, ASKED, ficoco=ficoco, dtype="bfloat16")
-    assert stock["model_class"] == "vllm.model_executor.models.llava_next.LlavaNextForConditionalGeneration"
-    assert ours["model_class"] == "ficoco_vllm.models.llava_next.FicocoLlavaNext"
-    for index, (answer, expected) in enumerate(zip(ours["answers"], stock["answers"], strict=True)):
+    ours = ask_all(engines.get(random_next, ficoco, dtype="bfloat16"), pictures, ASKED)
+    assert stock.model_class == "vllm.model_executor.models.llava_next.LlavaNextForConditionalGeneration"
+    assert ours.model_class == "ficoco_vllm.models.llava_next.FicocoLlavaNext"
+    for index, (answer, expected) in enumerate(zip(ours.answers, stock.answers, strict=True)):
         reduced = ficoco is not None and ficoco["keep"] == 143 and ASKED[index][1]
-        same = list(answer[:2]) == list(expected[:2]) and torch.equal(answer[2], expected[2])
+        same = answer.tokens == expected.tokens and torch.equal(answer.logprobs, expected.logprobs)
+        assert answer.num_prompt_tokens == expected.num_prompt_tokens or reduced
         assert same is not bool(reduced)

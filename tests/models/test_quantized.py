@@ -3,7 +3,6 @@
 And a KV cache in fp8.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 
@@ -16,7 +15,7 @@ from tests.reference.algorithm1 import ReferenceLlava
 from tests.reference.algorithm2 import ReferenceDecoder, Shown
 from tests.support import quantized
 from tests.support.compare import TOLERANCE
-from tests.support.engine import PROMPT, Answer, ask, make_engine, request
+from tests.support.engine import PROMPT, Answer, Engines, ask, request
 from tests.support.quantized import DTYPES, Kind, needs_fp8_cache, to_e4m3
 
 pytestmark = pytest.mark.engine
@@ -28,15 +27,13 @@ SHARES: dict[Kind, float] = {"int8": 0.5, "int4": 0.8}
 
 
 @pytest.fixture(scope="module")
-def engine(random_llava: Path, kind: Kind, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+def engine(engines: Engines, random_llava: Path, kind: Kind, tmp_path_factory: pytest.TempPathFactory) -> LLM:
     """FiCoCo-V with 64 of 576 tokens."""
     model = quantized.build(random_llava, tmp_path_factory.mktemp("quantized") / kind, kind)
     with pytest.MonkeyPatch.context() as patch:
         # As `without_amx`, but in this process, and no longer than the weights are prepared.
         patch.setattr(scaled_mm_cpu, "check_cpu_sgl_kernel", lambda *_: False)
-        engine = make_engine(model, {"method": "ficoco-v", "keep": 64}, dtype=DTYPES[kind])
-    yield engine
-    engine.llm_engine.engine_core.shutdown()
+        return engines.get(model, {"method": "ficoco-v", "keep": 64}, dtype=DTYPES[kind])
 
 
 def distances(
@@ -66,16 +63,13 @@ def test_equals_an_oracle_that_rounds(
 
 
 @needs_fp8_cache
-def test_an_fp8_cache(random_llava: Path, images: list[Image.Image]) -> None:
+def test_an_fp8_cache(engines: Engines, random_llava: Path, images: list[Image.Image]) -> None:
     """Against an oracle whose attention reads rounded keys and values; what the tower keeps, no cache touches."""
     exact, rounded = ReferenceDecoder(random_llava), ReferenceDecoder(random_llava)
     rounded.stored = to_e4m3
     shown = images[:4]
-    engine = make_engine(random_llava, {"method": "ficoco-v", "keep": 64}, kv_cache_dtype="fp8")
-    try:
-        answers = ask(engine, [request(PROMPT, [image]) for image in shown], 2)
-    finally:
-        engine.llm_engine.engine_core.shutdown()
+    engine = engines.get(random_llava, {"method": "ficoco-v", "keep": 64}, kv_cache_dtype="fp8")
+    answers = ask(engine, [request(PROMPT, [image]) for image in shown], 2)
 
     def distance(reference: ReferenceDecoder, keep: int) -> float:
         return fmean(

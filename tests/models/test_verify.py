@@ -11,7 +11,7 @@ from vllm.engine.arg_utils import EngineArgs
 from ficoco_vllm.config import NAME, FicocoConfig
 from ficoco_vllm.tracing.worker import QUALIFIED_NAME as TRACING_WORKER
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.compat, pytest.mark.engine]
 
 
 def configure(model: Path, ficoco: dict[str, Any] | None, **options: Any) -> Any:

@@ -15,6 +15,8 @@ from ficoco_vllm.planning.tower import Budget, VisionPlanner
 from ficoco_vllm.planning.tower_shape import TowerShape
 from ficoco_vllm.vision.packing import Kept, pack
 
+pytestmark = pytest.mark.compat
+
 SIZES = [
     *(
         (height, width)

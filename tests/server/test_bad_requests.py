@@ -13,7 +13,7 @@ from tests.support.server import Server, budget, data_url, message
 
 MODEL = "ficoco-demo"
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.compat, pytest.mark.server]
 
 
 def refused(client: OpenAI, url: str, **extra_body: Any) -> dict[str, Any]:

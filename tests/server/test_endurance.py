@@ -99,6 +99,7 @@ def another_s(body: bytes) -> tuple[int, bytes]:
     return 200, body.replace(body[start : body.index(b'"', start)], b"chatcmpl-another")
 
 
+@pytest.mark.long
 @pytest.mark.server
 @pytest.mark.parametrize(
     ("tamper", "failing"),
@@ -211,6 +212,7 @@ def test_memory_of_a_tree_of_processes() -> None:
     assert 60 < after - before < 90
 
 
+@pytest.mark.long
 @pytest.mark.server
 def test_scrapers_that_go_away(server: Server) -> None:
     """Prometheus dies in the middle of its scrapes: requests are answered, the next scrape is whole."""

@@ -226,6 +226,7 @@ def test_the_command_refuses(
     assert not (tmp_path / "picture.png").exists()
 
 
+@pytest.mark.long
 def test_the_command_with_a_server_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     example, out = examples()[2], tmp_path / "picture.jpg"
     assert main(["explain", str(example.image), example.question, "--out", str(out), "--method", "tome"]) == 0

@@ -31,7 +31,7 @@ MODEL = "ficoco-demo"
 NUM_PATCHES = 576
 NUM_REDUCED, NUM_OFF, NUM_TEXT, NUM_REFUSED, NUM_STREAMS = 8, 4, 3, 4, 3
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.compat, pytest.mark.server]
 
 Labels = tuple[tuple[str, str], ...]
 

@@ -16,6 +16,8 @@ from tests.planning.test_tiles import config
 from tests.support.pictures import noise
 from tests.support.server import DTYPE, VALUE_BYTES, Server, data_url, message, serve
 
+pytestmark = pytest.mark.compat
+
 # Width and height to the visual tokens without reduction: 96 pixels are 12 patches. Four tiles and 24 newlines; three
 # tiles of which 4 lines of patches show the image, with as many newlines.
 SIZES = {(192, 192): 5 * 144 + 24, (300, 40): 144 + 3 * 48 + 4}

@@ -14,7 +14,7 @@ from ficoco_vllm.demo_model import examples
 from tests.support.router import route
 from tests.support.server import API_KEY, DEMO_KEEP, Server, data_url, message, serve
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.long]
 
 PATCHES = 576
 KEPT, IMAGES_IN = "ficoco:visual_tokens_kept_total", "ficoco:visual_tokens_in_total"

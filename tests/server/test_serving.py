@@ -16,7 +16,7 @@ from tests.support.server import DEMO_KEEP as KEEP
 MODEL = "ficoco-demo"
 NUM_PATCHES = 576
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.compat, pytest.mark.server]
 
 
 def ask(client: OpenAI, example: Example, keep: int | None = None) -> tuple[str, int]:

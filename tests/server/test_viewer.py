@@ -21,7 +21,8 @@ LEFT, KEPT = 30, 1  # of the example: a patch that leaves and one that stays
 
 pytestmark = [
     pytest.mark.server,
-    pytest.mark.skipif(why_missing() is not None, reason=str(why_missing())),
+    pytest.mark.long,
+    pytest.mark.needs(why_missing() is None, f"the page's tests: {why_missing()}"),
 ]
 
 

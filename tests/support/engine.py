@@ -1,20 +1,55 @@
-"""An engine in this process, and what tests ask of it."""
+"""Engines in this process, and what tests ask of them."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
+from PIL import Image
 from torch import Tensor
 from vllm import LLM, RequestOutput, SamplingParams
 
-from ficoco_vllm.benchmarks.harness.engine import make_engine, phase_of, request, scheduler_of, worker_of
+from ficoco_vllm.benchmarks.harness import engine as harness
+from ficoco_vllm.benchmarks.harness.engine import phase_of, request, scheduler_of, worker_of
 
-__all__ = ["make_engine", "phase_of", "request", "scheduler_of", "worker_of"]
+__all__ = ["phase_of", "request", "scheduler_of", "worker_of"]
 
 PROMPT = "<s>USER: <image>\nwhat number is on the sign? ASSISTANT:"
 TWO_IMAGES = "<s>USER: <image>\n<image>\nhow many signs are there? ASSISTANT:"
 TEXT_ONLY = "<s>USER: is there a red sign? ASSISTANT:"
+# At least 16,000 tokens of any model of the tests.
+KV_CACHE_BYTES = 2**27
+
+
+def make_engine(model: Path, ficoco: dict[str, Any] | None = None, **options: Any) -> LLM:
+    """Start an engine, small enough that many fit beside each other; see `harness.engine.make_engine`."""
+    return harness.make_engine(model, ficoco, **({"kv_cache_memory_bytes": KV_CACHE_BYTES} | options))
+
+
+class Engines:
+    """The engines of a process, one of each kind, which live as long as it.
+
+    None ends before the others: vLLM's shutdown of an engine in the caller's process takes what all of them share.
+    """
+
+    def __init__(self) -> None:
+        self.of: dict[str, LLM] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def get(self, model: Path, ficoco: dict[str, Any] | None = None, **options: Any) -> LLM:
+        """The engine of this kind, started at the first call; arguments as of `make_engine`."""
+        kind = json.dumps([str(model), ficoco, options], sort_keys=True)
+        if kind not in self.of:
+            self.of[kind] = make_engine(model, ficoco, **options)
+        return self.of[kind]
+
+    def __exit__(self, *_: object) -> None:
+        for engine in self.of.values():
+            engine.llm_engine.engine_core.shutdown()
 
 
 @dataclass
@@ -26,10 +61,28 @@ class Answer:
     logprobs: Tensor
 
 
+# A request with its prompt, indices of its images, and its `mm_processor_kwargs`.
+Question = tuple[str, list[int], dict[str, Any]]
+
+
+@dataclass
+class Answers:
+    """Answers to questions, and the full name of the class of the model that gave them."""
+
+    model_class: str
+    answers: list[Answer]
+
+
 def ask(engine: LLM, requests: Sequence[dict[str, Any]], num_tokens: int = 6) -> list[Answer]:
     """Send requests together, greedy, all log-probabilities."""
     params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, logprobs=-1)
     return [_answer(output) for output in engine.generate(list(requests), params, use_tqdm=False)]
+
+
+def ask_all(engine: LLM, images: Sequence[Image.Image], questions: Sequence[Question]) -> Answers:
+    """Ask questions together, as `ask`."""
+    requests = [request(prompt, [images[i] for i in indices], **more) for prompt, indices, more in questions]
+    return Answers(engine.apply_model(model_class)[0], ask(engine, requests))
 
 
 def _answer(output: RequestOutput) -> Answer:

@@ -1,4 +1,4 @@
-"""Run as a program: answers of one engine, with all log-probabilities, written to a file."""
+"""Run as a program: answers of one engine to questions, written to a file."""
 
 import json
 import sys
@@ -10,27 +10,16 @@ from PIL import Image
 
 
 def main(job: dict[str, Any]) -> None:
-    """Start an engine and answer requests.
+    """Start an engine and ask.
 
     Args:
-        job: `model`, `ficoco` (or None), `options` of the engine, `images` (paths), `requests` as
-            [prompt, indices of images, mm_processor_kwargs] and `out`.
+        job: `model`, `ficoco` (or None), `options` of the engine, `images` (paths), `questions` and `out`.
     """
-    from tests.support.engine import ask, make_engine, model_class, request
+    from tests.support.engine import ask_all, make_engine
 
     engine = make_engine(Path(job["model"]), job["ficoco"], **job["options"])
     images = [Image.open(path).convert("RGB") for path in job["images"]]
-    requests = [
-        request(prompt, [images[i] for i in indices], **kwargs) for prompt, indices, kwargs in job["requests"]
-    ]
-    answers = ask(engine, requests)
-    torch.save(
-        {
-            "model_class": engine.apply_model(model_class)[0],
-            "answers": [(answer.tokens, answer.num_prompt_tokens, answer.logprobs) for answer in answers],
-        },
-        job["out"],
-    )
+    torch.save(ask_all(engine, images, job["questions"]), job["out"])
 
 
 if __name__ == "__main__":

@@ -10,11 +10,9 @@ import pytest
 from ficoco_vllm.benchmarks.metrics.prometheus import DASHBOARD, ROOT, Labels, Prometheus, filled_in, scrape
 
 __all__ = ["DASHBOARD", "ROOT", "Labels", "Prometheus", "filled_in", "scrape"]
-MISSING = "Debian's package prometheus (prometheus, promtool) is not installed: apt-get install prometheus"
+MISSING = "the dashboard's tests: no prometheus or promtool (Debian's package prometheus)"
 
-needs_prometheus = pytest.mark.skipif(
-    shutil.which("prometheus") is None or shutil.which("promtool") is None, reason=MISSING
-)
+needs_prometheus = pytest.mark.needs(bool(shutil.which("prometheus") and shutil.which("promtool")), MISSING)
 
 
 def panels() -> dict[str, list[str]]:

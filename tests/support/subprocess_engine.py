@@ -4,54 +4,53 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
+from tests.support.engine import Answers, Question
+
 
 def answers(
     folder: Path,
     model: Path,
-    images: list[Image.Image],
-    requests: list[tuple[str, list[int], dict[str, Any]]],
+    images: Sequence[Image.Image],
+    questions: Sequence[Question],
     *,
+    environment: dict[str, str],
     ficoco: dict[str, Any] | None = None,
-    environment: dict[str, str] | None = None,
     **options: Any,
-) -> dict[str, Any]:
-    """Answer requests in a new process.
+) -> Answers:
+    """Ask questions in a new process.
 
     Args:
         folder: for the files that pass between the processes.
         model: folder of the model.
-        images: that the requests refer to by index.
-        requests: prompt, indices of images, mm_processor_kwargs.
+        images: that the questions refer to by index.
+        questions: asked together.
+        environment: variables beside those of this process.
         ficoco: settings, or None.
-        environment: beside that of this process.
         **options: of the engine.
-
-    Returns:
-        What `tests.support.logprobs` saved.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for index, image in enumerate(images):
-        paths.append(str(folder / f"{index}.png"))
-        image.save(paths[-1])
+    paths = [folder / f"{index}.png" for index in range(len(images))]
+    for image, path in zip(images, paths, strict=True):
+        image.save(path)
     out = folder / "out.pt"
     job = {
         "model": str(model),
         "ficoco": ficoco,
         "options": options,
-        "images": paths,
-        "requests": requests,
+        "images": [str(path) for path in paths],
+        "questions": questions,
         "out": str(out),
     }
     result = subprocess.run(
         [sys.executable, "-m", "tests.support.logprobs", json.dumps(job)],
-        env=os.environ | (environment or {}) | {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"},
+        env=os.environ | environment | {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"},
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
@@ -59,5 +58,5 @@ def answers(
         check=False,
     )
     assert result.returncode == 0, result.stderr[-5000:]
-    loaded: dict[str, Any] = torch.load(out)
+    loaded: Answers = torch.load(out, weights_only=False)
     return loaded

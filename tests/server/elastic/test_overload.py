@@ -14,7 +14,7 @@ from ficoco_vllm.benchmarks.elastic.__main__ import run
 from ficoco_vllm.benchmarks.elastic.overload import CEILING, FLOOR, SHORT, Result, arguments
 from tests.support.server import API_KEY, Server, budget, data_url, message, serve
 
-pytestmark = [pytest.mark.server, pytest.mark.alone]
+pytestmark = [pytest.mark.compat, pytest.mark.server, pytest.mark.alone, pytest.mark.long]
 
 
 @pytest.fixture(scope="module")

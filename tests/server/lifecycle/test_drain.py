@@ -13,6 +13,8 @@ from fastapi.responses import StreamingResponse
 
 from ficoco_vllm.server.lifecycle.shutdown import RETRY_SECONDS, Shutdown, ShutdownGate
 
+pytestmark = pytest.mark.compat
+
 
 class Engine:
     """vLLM's client, as far as it is touched."""

@@ -19,7 +19,7 @@ from ficoco_vllm.benchmarks.soak.server.state import read_gauges
 from ficoco_vllm.server.lifecycle.cleanup import SHARED_MEMORY
 from tests.support.server import Server, serve
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.compat, pytest.mark.server, pytest.mark.long]
 
 # Starts its arguments again unless they end with 0, like `Restart=on-failure`; hands SIGTERM on.
 SUPERVISOR = """

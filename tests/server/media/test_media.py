@@ -24,6 +24,8 @@ from ficoco_vllm.server.media.connector import FicocoMediaConnector
 from ficoco_vllm.server.media.fetching import GuardedConnection, is_public
 from tests.support.site import LARGE_BYTES, Site, loopback_site
 
+pytestmark = pytest.mark.compat
+
 
 @pytest.fixture
 def site() -> Iterator[Site]:

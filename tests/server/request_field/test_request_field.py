@@ -17,7 +17,7 @@ MODEL = "ficoco-demo"
 NUM_PATCHES = 576
 TOKEN_BYTES = 8 * 2 * 4 * 32 * VALUE_BYTES  # layers, keys and values, heads, head size
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.compat, pytest.mark.server]
 
 
 def body(ficoco: Any, num_images: int = 1, **more: Any) -> dict[str, Any]:
