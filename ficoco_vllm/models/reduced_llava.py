@@ -109,9 +109,9 @@ class ReducingLlava(nn.Module):
         # Not the made-up images with which vLLM profiles before it allocates the KV cache.
         stopwatch = self.watch if self._has_kv_cache() else None
         lap = None if stopwatch is None else stopwatch.lap(plan.reducer.method.name, pixels.device)
-        watch = partial(self.traces.observer, traced=traced) if traced else None
+        observers = partial(self.traces.observer, traced=traced) if traced else None
         tower, grid = self.vision_tower.vision_model, self.planner.shape.grid
-        tokens = encode(tower, pixels, plan, grid, lap, watch, crop)
+        tokens = encode(tower, pixels, plan, grid, lap, observers, crop)
         if stopwatch is not None and lap is not None:
             stopwatch.hand_in(lap)
         return tokens
