@@ -112,9 +112,9 @@ class ReducingLlava(nn.Module):
         # The dummy images with which vLLM profiles, before it allocates the KV cache, are not timed.
         stopwatch = self.stopwatch if self._has_kv_cache() else None
         lap = None if stopwatch is None else stopwatch.lap(plan.reducer.method.name, pixels.device)
-        observer = partial(self.traces.observer, traced=traced) if traced else None
+        observers = partial(self.traces.observer, traced=traced) if traced else None
         tower, grid = self.vision_tower.vision_model, self.planner.shape.grid
-        tokens = encode(tower, pixels, plan, grid, lap, observer, crop)
+        tokens = encode(tower, pixels, plan, grid, lap, observers, crop)
         if stopwatch is not None and lap is not None:
             stopwatch.hand_in(lap)
         return tokens

@@ -1,4 +1,4 @@
-"""The signals that a reduction method may read, and the partition of tokens into sources and targets."""
+"""Signals that a reduction method may read, and the partition of tokens into those that leave and those that stay."""
 
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol

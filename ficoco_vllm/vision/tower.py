@@ -16,8 +16,8 @@ from ficoco_vllm.reduction import Observer, Signals
 from ficoco_vllm.vision.attention import ClipHeads, attention_with_lse
 from ficoco_vllm.vision.cpu_layer import plain_layer
 
-# Site and index of a layer to the observer of the reduction there, or None.
-Watch = Callable[[str, int], Observer | None]
+# Returns the observer of the reduction at a site and a layer index, or None.
+Observers = Callable[[str, int], Observer | None]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def encode(
     plan: VisionPlan,
     grid: tuple[int, int],
     lap: Lap | None = None,
-    watch: Watch | None = None,
+    observers: Observers | None = None,
     crop: Crop | None = None,
 ) -> Tokens:
     """Features of images that all follow one plan.
@@ -52,7 +52,7 @@ def encode(
         plan: which layer removes how many tokens, and how.
         grid: rows and columns of patches.
         lap: times the reductions.
-        watch: returns the observer of a reduction, for requests that are traced.
+        observers: the observer of each reduction, for requests that are traced.
         crop: of tiles with padding, the patches that show the image. The others leave, merged into nothing, before
             the first layer whose attention the method looks at; from there on the crop is the whole grid.
 
@@ -80,12 +80,15 @@ def encode(
             continue
         tokens, attention = _attend(layer, tokens, weighted, plan)
         if num_removed:
-            observer = watch and watch("encoder", index)
+            observer = observers and observers("encoder", index)
             with _timed(lap):
                 tokens = _reduce(tokens, attention, plan, num_removed, grid, observer)
         tokens = replace(tokens, hidden=tokens.hidden + layer.mlp(layer.layer_norm2(tokens.hidden)))
         if on_features and plan.keep < N:
-            num_removed, observer = N - plan.keep + plan.reducer.num_extra, watch and watch("features", index)
+            num_removed, observer = (
+                N - plan.keep + plan.reducer.num_extra,
+                observers and observers("features", index),
+            )
             with _timed(lap):
                 tokens = _reduce(tokens, attention, plan, num_removed, grid, observer)
     return tokens

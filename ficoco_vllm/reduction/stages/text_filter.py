@@ -38,8 +38,8 @@ def local_text_signals(settings: LocalText) -> frozenset[str]:
 def local_text(signals: Signals, settings: LocalText, backend: Backend = "torch") -> Tensor:
     """s_i = beta / N * sum_j A_ij - (1 - beta) * sum_k A_ki, with k over the text tokens.
 
-    The second term is the attention that token i receives from the text: the paper writes A_ik, but in a causal decoder
-    the visual tokens come first and attend to no text.
+    The second term is the attention that token i receives from the text. The paper writes A_ik, but in a causal
+    decoder the visual tokens come first and attend to no text.
 
     Args:
         signals: `visual_attention` (B, N, N) and `text_attention` (B, M, N).
