@@ -146,7 +146,7 @@ def test_what_a_command_started_ends_with_it(tmp_path: Path) -> None:
 import sys, time
 from pathlib import Path
 from ficoco_vllm.server import cli
-    from ficoco_vllm.server.commands import bench
+from ficoco_vllm.server.commands import bench
 from ficoco_vllm.server.lifecycle.process import running
 
 def run(args):
