@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ficoco_vllm.kernels import Backend
+from ficoco_vllm.kernels.backend import Backend
 from ficoco_vllm.reduction import Method, available, get
 from ficoco_vllm.reduction.pipeline import PIPELINES
 

@@ -7,7 +7,7 @@ from functools import cache, cached_property, lru_cache, partial
 from typing import Any, NamedTuple
 
 from ficoco_vllm.config import FicocoConfig, default_keep
-from ficoco_vllm.kernels import Backend
+from ficoco_vllm.kernels.backend import Backend
 from ficoco_vllm.planning.tiles import Layout, Tile
 from ficoco_vllm.planning.tower_shape import TowerShape
 from ficoco_vllm.reduction import Reducer, available, get
