@@ -78,12 +78,12 @@ def test_methods(seam: str, parameters: str) -> None:
     ("module", "function", "attribute"), ATTRIBUTES, ids=[f"{item[1]}-{item[2]}" for item in ATTRIBUTES]
 )
 def test_attributes(module: str, function: str, attribute: str) -> None:
-    found: Any = import_module(module)
+    result: Any = import_module(module)
     for name in function.split("."):
-        found = getattr(found, name, None)
-        assert found is not None, f"{module}.{function} is gone"
+        result = getattr(result, name, None)
+        assert result is not None, f"{module}.{function} is gone"
     tree = ast.parse(
-        dedent(inspect.getsource(inspect.unwrap(found)))
+        dedent(inspect.getsource(inspect.unwrap(result)))
     )  # a test of this process may have wrapped it
     used = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     assert attribute in used, f"{module}.{function} has no {attribute} any more"

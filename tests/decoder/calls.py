@@ -97,12 +97,12 @@ def held(engine: LLM) -> list[dict[str, int]]:
     """Blocks that each request holds, group by group; and what else is remembered of requests."""
     scheduler = scheduler_of(engine)
     groups = scheduler.kv_cache_manager.coordinator.single_type_managers
-    found = [
+    result = [
         {request_id: len(blocks) for request_id, blocks in group.req_to_blocks.items() if blocks}
         for group in groups
     ]
     runner = worker_of(engine).model_runner
-    return [*found, dict.fromkeys(scheduler.plans, 1), dict.fromkeys(runner.model_state.plans, 1)]
+    return [*result, dict.fromkeys(scheduler.plans, 1), dict.fromkeys(runner.model_state.plans, 1)]
 
 
 def abort_in(engine: LLM, asks: list[Ask], phase: str, every: int) -> tuple[list[int], dict[int, list[int]]]:

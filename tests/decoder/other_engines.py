@@ -32,12 +32,12 @@ def layers_of(
         Name of each layer to the classes of its method and, where the method has several, its scheme.
     """
     _, built = _build(model, ficoco, options, LlavaForConditionalGeneration if stock else None)
-    found = {}
+    result = {}
     for name, module in built.named_modules():
         method = getattr(module, "quant_method", None)
         if method is not None:
-            found[name] = f"{type(method).__name__} {type(getattr(module, 'scheme', None)).__name__}"
-    return found
+            result[name] = f"{type(method).__name__} {type(getattr(module, 'scheme', None)).__name__}"
+    return result
 
 
 @dataclass
@@ -63,11 +63,11 @@ def cache_of(engine: LLM, model: str, ficoco: dict[str, Any], options: dict[str,
         for name, layer in layers.items()
         if name.startswith("language_model.")
     }
-    (found,) = get_kv_cache_configs(config, [specs], [2**26])
-    groups = [group.kv_cache_spec for group in found.kv_cache_groups]
+    (result,) = get_kv_cache_configs(config, [specs], [2**26])
+    groups = [group.kv_cache_spec for group in result.kv_cache_groups]
     return Cache(
         token_layer_bytes(config),
-        found.num_blocks,
+        result.num_blocks,
         [getattr(spec, "segment", None) for spec in groups],
         [spec.page_size_bytes for spec in groups],
     )

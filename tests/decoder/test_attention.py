@@ -11,7 +11,7 @@ from ficoco_vllm.decoder.attention import DecoderHeads, ImageAttention
 from ficoco_vllm.decoder.boundary import ImageGroup
 
 H, KV, d, T, N = 6, 2, 32, 23, 5
-# Of two requests behind one another: rows of each, place of its image, and places of the text behind it (in the
+# Of two requests one after the other: rows of each, place of its image, and places of the text after it (in the
 # second request with another image between).
 LENGTHS = (T, T - 4)
 IMAGES = (3, 6)
@@ -20,9 +20,9 @@ TEXTS = (range(8, T), (11, 12, 16, 17, 18))
 CLOSE = {"atol": 1e-6, "rtol": 1e-5}
 
 
-def close(found: Tensor, expected: Tensor) -> None:
+def close(result: Tensor, expected: Tensor) -> None:
     """The same but for rounding."""
-    torch.testing.assert_close(found.double(), expected.double(), **CLOSE)
+    torch.testing.assert_close(result.double(), expected.double(), **CLOSE)
 
 
 @pytest.fixture
@@ -123,13 +123,13 @@ def test_two_workers_sum_to_the_whole(heads: DecoderHeads) -> None:
     alone = ImageAttention(replace(heads, all_reduce=other_rank), where, visual=True)
     assert torch.equal(alone.text_attention(), whole.text_attention())
     for name in ("row_sum", "column_sum", "dense"):
-        found, expected = (getattr(one.visual_attention(), name)() for one in (alone, whole))
-        assert torch.equal(found, expected)
+        result, expected = (getattr(one.visual_attention(), name)() for one in (alone, whole))
+        assert torch.equal(result, expected)
     source, target, text = torch.tensor([[1], [2]]), torch.tensor([[0], [1]]), whole.text_attention()
     other = maps[1].block(source, target)
     summed = replace(halves[0], all_reduce=lambda part: part + other)
-    found = ImageAttention(summed, where, visual=True).visual_attention().block(source, target, text, 0.6)
-    close(found, whole.visual_attention().block(source, target, text, 0.6))
+    result = ImageAttention(summed, where, visual=True).visual_attention().block(source, target, text, 0.6)
+    close(result, whole.visual_attention().block(source, target, text, 0.6))
     rows = torch.tensor([[0, 5]])
     torch.testing.assert_close(
         halves[0].mean_key(rows) + halves[1].mean_key(rows), heads.key[rows].mean(dim=2)

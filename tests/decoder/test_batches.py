@@ -71,8 +71,8 @@ def alone(engine: Remote, images: list[Image.Image]) -> list[Answer]:
 def test_a_cache_without_room_for_the_longest_request_does_not_start(engine: Remote) -> None:
     """In every group, unreduced; then nothing that is accepted can wait for ever."""
     assert engine.call(calls.cache_error, BLOCKS) == ""
-    found = engine.call(calls.cache_error, BLOCKS - 1)
-    assert "To serve at least one request with the model's max seq len (512)" in found
+    result = engine.call(calls.cache_error, BLOCKS - 1)
+    assert "To serve at least one request with the model's max seq len (512)" in result
 
 
 def test_40_mixed_requests_with_preemption_equal_each_alone(
@@ -123,7 +123,7 @@ def test_400_requests_leave_no_block_behind(engine: Remote, images: list[Image.I
         ({"ficoco_method": "fastv", "ficoco_keep": 9}, (144, 144, 9, 9, 9, 9, 9, 9)),
         ({"ficoco_keep": 144}, (144,) * 8),
         ({"ficoco_method": "fitprune"}, (144, 144, 144, 144, 112, 80, 48, 16)),
-        # by the same ratio behind the layers 2, 4 and 6, and behind 0, 1 and 3
+        # by the same ratio after the layers 2, 4 and 6, and after 0, 1 and 3
         ({"ficoco_method": "pyramiddrop"}, (144, 144, 144, 69, 69, 33, 33, 16)),
         ({"ficoco_method": "sparsevlm"}, (144, 69, 33, 33, 16, 16, 16, 16)),
     ],

@@ -26,12 +26,12 @@ QUERY_START = [0, 20, 21, 36]
 def tokens_of(segment: int) -> list[tuple[int, int]]:
     """(request, place in the prompt) of each row, where the first tokens of an image are those that stay."""
     rows = []
-    for index, found in enumerate(PLANS):
+    for index, result in enumerate(PLANS):
         for place in range(QUERY_START[index + 1] - QUERY_START[index]):
             inside = [
                 (place - offset) < count
                 for (offset, length), count in (
-                    zip(found.images, found.counts[segment], strict=True) if found else ()
+                    zip(result.images, result.counts[segment], strict=True) if result else ()
                 )
                 if offset <= place < offset + length
             ]
@@ -42,14 +42,14 @@ def tokens_of(segment: int) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("segment", [0, 1])
 def test_boundary(segment: int) -> None:
-    found = boundary(QUERY_START, PLANS, segment, lambda method: False)
+    result = boundary(QUERY_START, PLANS, segment, lambda method: False)
     before, after = tokens_of(segment), tokens_of(segment + 1)
     assert [len(before), len(after)] == [sum(num_rows(QUERY_START, PLANS, segment + i)) for i in (0, 1)]
     # Filled with the first tokens of each image, the template is the shortened list.
-    assert [before[row] for row in found.source] == after
+    assert [before[row] for row in result.source] == after
     starts = [0, *accumulate(num_rows(QUERY_START, PLANS, segment))]
     seen = []
-    for group in found.groups:
+    for group in result.groups:
         for b in range(len(group.visual)):
             (request,) = {before[row][0] for row in group.visual[b]}
             plan_ = PLANS[request]
@@ -67,7 +67,7 @@ def test_boundary(segment: int) -> None:
             assert text == [
                 (request, place) for place in range(end, plan_.num_prompt_tokens) if place not in inside
             ]
-            assert not group.has_text[b][: -len(text)].any()  # filled up in front
+            assert not group.has_text[b][: -len(text)].any()  # padded on the left
             np.testing.assert_array_equal(group.visual[b] - starts[request], group.visual_place[b])
             np.testing.assert_array_equal(
                 (group.text[b] - starts[request])[group.has_text[b]], group.text_place[b][group.has_text[b]]

@@ -39,7 +39,7 @@ def captured(engine: LLM) -> dict[str, Any]:
                 "layers": len(metadata),
                 # What the kernels of each layer read, by the metadata that they get.
                 "read": [
-                    {name: found.data_ptr() for name, found in vars(group).items() if name in READ}
+                    {name: result.data_ptr() for name, result in vars(group).items() if name in READ}
                     for group in metadata.values()
                 ],
                 "segments": len({group.seq_lens.data_ptr() for group in metadata.values()}),
@@ -51,9 +51,9 @@ def captured(engine: LLM) -> dict[str, Any]:
 
 
 def test_capture_and_replay_share_their_buffers(small_engine: Remote) -> None:
-    found = small_engine.call(captured)
-    assert found["capture"] == found["replay"]
-    assert found["capture"]["layers"] == found["capture"]["segments"] == 8
-    assert all(set(read) == set(READ) for read in found["capture"]["read"])
-    assert found["capture"]["rows"] == {3}
-    assert found["capture"]["reduction"] is None
+    result = small_engine.call(captured)
+    assert result["capture"] == result["replay"]
+    assert result["capture"]["layers"] == result["capture"]["segments"] == 8
+    assert all(set(read) == set(READ) for read in result["capture"]["read"])
+    assert result["capture"]["rows"] == {3}
+    assert result["capture"]["reduction"] is None

@@ -85,7 +85,7 @@ def test_other_methods_equal_reference(
 
 
 def test_the_check_can_fail(engine: Remote, reference: TiledDecoder, pictures: list[Image.Image]) -> None:
-    """Negative control: one token more in the end is told apart."""
+    """Negative control: one token more in the end is noticed."""
     (answer,) = engine.call(ask, [Ask(PROMPT, pictures[:1], 1, {"ficoco_keep": 20})])
     entering = len(reference.features(pictures[0], PATCHES))
     shown = Shown(pictures[0], PATCHES, left("ficoco-l", entering, 21))
@@ -94,7 +94,7 @@ def test_the_check_can_fail(engine: Remote, reference: TiledDecoder, pictures: l
 
 
 def test_any_image_may_name_the_budget_of_the_largest(engine: Remote, pictures: list[Image.Image]) -> None:
-    largest = 5 * PATCHES + 12  # four tiles, and a newline behind each of their 12 rows of patches
+    largest = 5 * PATCHES + 12  # four tiles, and a newline after each of their 12 rows of patches
     assert engine.call(refusal, Ask(PROMPT, [pictures[2]], 1, {"ficoco_keep": largest})) == ""
     message = engine.call(refusal, Ask(PROMPT, [pictures[2]], 1, {"ficoco_keep": largest + 1}))
     assert f"an integer from 1 to {largest}" in message

@@ -104,12 +104,12 @@ def test_layers_are_those_of_stock_vllm(
     options = {"dtype": "bfloat16"}
     ours = engine.call(layers_of, model, ficoco, options, False)
     assert ours == engine.call(layers_of, model, {}, options, True)
-    projections = {layer: found for layer, found in ours.items() if layer.endswith("_proj")}
-    decoder = [found for layer, found in projections.items() if layer.startswith("language_model.")]
+    projections = {layer: result for layer, result in ours.items() if layer.endswith("_proj")}
+    decoder = [result for layer, result in projections.items() if layer.startswith("language_model.")]
     assert len(decoder) == 8 * 4  # of each layer: qkv, o, gate_up, down
-    assert all(found.startswith((method, f"Auto{method}")) for found in decoder), decoder
-    tower = [found for layer, found in projections.items() if layer.startswith("vision_tower.")]
-    assert {is_quantized(found) for found in tower} == {name in ("GPTQ", "FP8")}
+    assert all(result.startswith((method, f"Auto{method}")) for result in decoder), decoder
+    tower = [result for layer, result in projections.items() if layer.startswith("vision_tower.")]
+    assert {is_quantized(result) for result in tower} == {name in ("GPTQ", "FP8")}
 
 
 @pytest.mark.parametrize("ours", [FicocoLlava, FicocoLlavaNext])
@@ -129,8 +129,8 @@ def test_vllm_knows_no_bitsandbytes(
     config = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     model = quantized_as(small_llava, tmp_path / "model", config)
     for settings in (ficoco, {}):
-        found = engine.call(calls.start_up_error, model, settings, {"dtype": "bfloat16"})
-        assert "Unknown quantization method: bitsandbytes" in found
+        result = engine.call(calls.start_up_error, model, settings, {"dtype": "bfloat16"})
+        assert "Unknown quantization method: bitsandbytes" in result
 
 
 @pytest.mark.parametrize("ficoco", [V, L], ids=["V", "L"])
@@ -148,23 +148,23 @@ def test_an_fp8_cache_has_twice_the_blocks(
         model = quantized_as(small_llava, tmp_path / "model", config | {"kv_cache_scheme": scheme})
     else:
         options["kv_cache_dtype"] = cache_dtype
-    found = engine.call(cache_of, model, ficoco, options)
+    result = engine.call(cache_of, model, ficoco, options)
     # 2 KV heads of size 32, keys and values; eight segments of one layer, or one group of eight layers.
-    assert (stock.token_bytes, found.token_bytes) == (2 * 2 * 32 * 2, 2 * 2 * 32)
-    assert found.page_bytes == [32 * found.token_bytes] * (8 if ficoco is L else 1)
-    assert found.segments == (list(range(8)) if ficoco is L else [None])
-    assert found.num_blocks == 2 * stock.num_blocks
+    assert (stock.token_bytes, result.token_bytes) == (2 * 2 * 32 * 2, 2 * 2 * 32)
+    assert result.page_bytes == [32 * result.token_bytes] * (8 if ficoco is L else 1)
+    assert result.segments == (list(range(8)) if ficoco is L else [None])
+    assert result.num_blocks == 2 * stock.num_blocks
 
 
 @pytest.mark.parametrize("ficoco", [V, L], ids=["V", "L"])
 def test_layers_left_out_of_an_fp8_cache(engine: Remote, small_llava: Path, ficoco: dict[str, Any]) -> None:
     """Blocks of all segments come out of one pool."""
     options = {"dtype": "bfloat16", "kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["0", "7"]}
-    found = engine.call(calls.start_up_error, str(small_llava), ficoco, options)
-    assert ("--kv-cache-dtype-skip-layers 0 7 (with --kv-cache-dtype fp8) is not allowed" in found) == (
+    result = engine.call(calls.start_up_error, str(small_llava), ficoco, options)
+    assert ("--kv-cache-dtype-skip-layers 0 7 (with --kv-cache-dtype fp8) is not allowed" in result) == (
         ficoco is L
-    ), found
-    assert ficoco is L or found == ""
+    ), result
+    assert ficoco is L or result == ""
 
 
 @needs_fp8_cache

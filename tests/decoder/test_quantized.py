@@ -54,11 +54,11 @@ def distances(
     answers: list[Answer], reference: ReferenceDecoder, rule: str, shown: list[Shown]
 ) -> list[float]:
     """Root mean square differences of the first token's log-probabilities."""
-    found = []
+    result = []
     for answer, one in zip(answers, shown, strict=True):
         expected = reference.judge(rule, PROMPT, [one], answer.tokens)
-        found.append(float((answer.logprobs[0] - expected[0]).square().mean().sqrt()))
-    return found
+        result.append(float((answer.logprobs[0] - expected[0]).square().mean().sqrt()))
+    return result
 
 
 @pytest.mark.parametrize("method", list(ENTERING))

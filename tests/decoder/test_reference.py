@@ -20,7 +20,7 @@ from tests.support.engine import PROMPT, TEXT_ONLY, TWO_IMAGES, Answer
 from tests.support.oracle import Spy, assert_same_story
 from tests.support.remote import Host, Remote
 
-# Of eight decoder layers in segments of one: FiCoCo-L from the 4th on; FastV behind the 2nd; PyramidDrop's layers
+# Of eight decoder layers in segments of one: FiCoCo-L from the 4th on; FastV after the 2nd; PyramidDrop's layers
 # 8, 16 and 24 of 32; SparseVLM's 2, 6 and 15 of 32, scaled to eight. The last layer saves nothing.
 LAYERS = {
     "ficoco-l": (3, 4, 5, 6),
@@ -47,7 +47,7 @@ pytestmark = [pytest.mark.compat, pytest.mark.engine]
 def left(
     method: str, entering: int, keep: int, layers_of: Mapping[str, tuple[int, ...]] = LAYERS
 ) -> dict[int, int]:
-    """Tokens left behind each reducing layer, spread as the method's authors do."""
+    """Tokens left after each reducing layer, spread as the method's authors do."""
     layers = layers_of[method]
     steps = len(layers)
     if method in GEOMETRIC:
@@ -190,7 +190,7 @@ def test_a_trace_tells_what_the_reference_does(
 def test_the_check_can_fail(
     pair: tuple[Remote, ReferenceDecoder], questions: list[tuple[str, Image.Image]], method: str
 ) -> None:
-    """Negative control: one token more in the end is told apart by far more than the tolerance."""
+    """Negative control: one token more in the end differs by far more than the tolerance."""
     engine, reference = pair
     text, image = questions[0]
     (answer,) = engine.call(

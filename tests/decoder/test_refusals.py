@@ -21,7 +21,7 @@ FICOCO = {"method": "ficoco-l", "keep": 16}
 
 def config(**changed: Any) -> Any:
     """As much of a vLLM configuration as the check reads, all of it allowed; `changed` by dotted path."""
-    found = SimpleNamespace(
+    result = SimpleNamespace(
         parallel_config=SimpleNamespace(
             pipeline_parallel_size=1,
             decode_context_parallel_size=1,
@@ -56,11 +56,11 @@ def config(**changed: Any) -> Any:
     )
     for path, value in changed.items():
         *parents, name = path.split("__")
-        target = found
+        target = result
         for parent in parents:
             target = getattr(target, parent)
         setattr(target, name, value)
-    return found
+    return result
 
 
 def test_what_is_allowed() -> None:
@@ -72,9 +72,9 @@ def test_what_is_allowed() -> None:
 @pytest.mark.parametrize("mode", list(CUDAGraphMode))
 def test_graphs_of_decoding_alone_are_allowed(mode: CUDAGraphMode) -> None:
     """The CPU build drops the option, so it is held against vLLM's own modes here."""
-    found = find_refusal(config(compilation_config__cudagraph_mode=mode))
-    assert (found is not None) == (mode is CUDAGraphMode.FULL)
-    assert found is None or "cudagraph_mode = 'FULL'" in found
+    result = find_refusal(config(compilation_config__cudagraph_mode=mode))
+    assert (result is not None) == (mode is CUDAGraphMode.FULL)
+    assert result is None or "cudagraph_mode = 'FULL'" in result
 
 
 def test_breakable_graphs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,9 +129,9 @@ def test_options_that_are_refused_at_start_up(
     engine: Remote, small_llava: Path, options: dict[str, Any], part: str
 ) -> None:
     """By vLLM's own configuration, as an engine or a server makes it; without our settings it passes."""
-    found = engine.call(calls.start_up_error, str(small_llava), FICOCO, options)
-    assert "ficoco.method = 'ficoco-l': " in found
-    assert part in found
+    result = engine.call(calls.start_up_error, str(small_llava), FICOCO, options)
+    assert "ficoco.method = 'ficoco-l': " in result
+    assert part in result
     assert "ficoco" not in engine.call(calls.start_up_error, str(small_llava), {}, options)
 
 
@@ -149,14 +149,14 @@ def test_options_that_are_refused_at_start_up(
 def test_settings_that_are_refused_at_start_up(
     engine: Remote, small_llava: Path, ficoco: dict[str, Any], parts: list[str]
 ) -> None:
-    found = engine.call(calls.start_up_error, str(small_llava), ficoco, {})
-    assert all(part in found for part in parts), found
+    result = engine.call(calls.start_up_error, str(small_llava), ficoco, {})
+    assert all(part in result for part in parts), result
 
 
 @pytest.mark.engine
 def test_model_runner_v1_is_refused_at_start_up(engine: Remote, small_llava: Path) -> None:
-    found = engine.call(start_up_error_with_runner_v1, str(small_llava))
-    assert "VLLM_USE_V2_MODEL_RUNNER=0 is not allowed" in found
+    result = engine.call(start_up_error_with_runner_v1, str(small_llava))
+    assert "VLLM_USE_V2_MODEL_RUNNER=0 is not allowed" in result
 
 
 def start_up_error_with_runner_v1(engine: Any, model: str) -> str:
@@ -166,9 +166,9 @@ def start_up_error_with_runner_v1(engine: Any, model: str) -> str:
     envs.disable_envs_cache()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
-        found = calls.start_up_error(engine, model, FICOCO, {})
+        result = calls.start_up_error(engine, model, FICOCO, {})
     envs.enable_envs_cache()
-    return found
+    return result
 
 
 ROOM = {
@@ -216,8 +216,8 @@ def test_refused_requests(
     mm: dict[str, Any],
     parts: list[str],
 ) -> None:
-    found = engine.call(refusal_with, Ask(prompt, [images[0]], extra=extra, mm=mm), more)
-    assert all(part in found for part in parts), found
+    result = engine.call(refusal_with, Ask(prompt, [images[0]], extra=extra, mm=mm), more)
+    assert all(part in result for part in parts), result
     (answer,) = engine.call(calls.ask, [Ask(PROMPT, [images[0]], num_tokens=1)])  # and the engine lives on
     assert answer.tokens
 

@@ -65,12 +65,12 @@ def chat(server: Server, images: list[Image.Image], replica: int, text: str = QU
 
 def by_engine(server: Server, name: str, **labels: str) -> dict[str, float]:
     """A metric, added up for each engine."""
-    found: dict[str, float] = {}
+    result: dict[str, float] = {}
     for line in httpx.get(f"{server.url}/metrics", timeout=30).text.splitlines():
         if line.startswith(f"{name}{{") and all(f'{key}="{value}"' in line for key, value in labels.items()):
             engine = line.split('engine="')[1].split('"')[0]
-            found[engine] = found.get(engine, 0.0) + float(line.rsplit(" ", 1)[1])
-    return found
+            result[engine] = result.get(engine, 0.0) + float(line.rsplit(" ", 1)[1])
+    return result
 
 
 def test_each_replica_answers_as_one_engine_alone(
@@ -88,8 +88,8 @@ def test_each_replica_answers_as_one_engine_alone(
             answer = chat(server, images[:count], replica, logprobs=True, extra_body=body)
             assert answer.usage.prompt_tokens == one.num_prompt_tokens
             assert answer.choices[0].model_extra["token_ids"] == one.tokens
-            found = [entry.logprob for entry in answer.choices[0].logprobs.content]
-            assert found == pytest.approx(one.logprobs.max(dim=-1).values.tolist(), abs=TOLERANCE)
+            result = [entry.logprob for entry in answer.choices[0].logprobs.content]
+            assert result == pytest.approx(one.logprobs.max(dim=-1).values.tolist(), abs=TOLERANCE)
     grown = [
         {engine: value - old.get(engine, 0.0) for engine, value in by_engine(server, name, **labels).items()}
         for (name, labels), old in zip(COUNTED, before, strict=True)
@@ -151,7 +151,7 @@ def test_log_probabilities_of_a_prompt_of_text(server: Server) -> None:
 
 
 def complete(server: Server, prompt: list[int], echo: bool) -> Any:
-    """One token behind a prompt of text, with log-probabilities."""
+    """One token after a prompt of text, with log-probabilities."""
     with server.client() as client:
         answer = client.completions.create(
             model="small",

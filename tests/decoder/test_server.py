@@ -1,4 +1,4 @@
-"""The decoder behind the OpenAI server: budgets of requests, and refusals as HTTP 400."""
+"""The decoder through the OpenAI server: budgets of requests, and refusals as HTTP 400."""
 
 import json
 import time
@@ -104,13 +104,13 @@ def test_the_field_reaches_tower_and_decoder(
     server: Server, images: list[Image.Image], ficoco: Any, kept: int, entering: int
 ) -> None:
     answer = complete(server, images[:1], **({} if ficoco is None else {"ficoco": ficoco}))
-    told = answer.usage.model_extra["ficoco"]
-    assert (told["visual_tokens"], told["visual_tokens_kept"]) == (144, kept)
-    assert told["method"] == ("off" if ficoco == "off" else "ficoco-vl")
+    reported = answer.usage.model_extra["ficoco"]
+    assert (reported["visual_tokens"], reported["visual_tokens_kept"]) == (144, kept)
+    assert reported["method"] == ("off" if ficoco == "off" else "ficoco-vl")
     config = FicocoConfig.parse({"method": "ficoco-l", "keep": kept})
     counts = DecoderPlanner.shared(config, 8, entering).counts("ficoco-l", entering, kept)
     assert (
-        told["kv_bytes_saved"] == sum(144 - count for count in counts) * 2 * 2 * 32 * VALUE_BYTES
+        reported["kv_bytes_saved"] == sum(144 - count for count in counts) * 2 * 2 * 32 * VALUE_BYTES
     )  # 2 heads
     full = complete(server, images[:1], ficoco="off").usage.prompt_tokens
     assert answer.usage.prompt_tokens == full - 144 + entering
@@ -154,19 +154,19 @@ def test_an_explanation_goes_through_tower_and_decoder(server: Server, images: l
     assert (low.status_code, low.json()["error"]["param"]) == (400, "keep")
     answer = httpx.post(f"{server.url}/ficoco/explain", json=body, timeout=300)
     assert answer.status_code == 200, answer.text
-    found = Explanation.model_validate_json(answer.content)
-    assert (found.method, found.keep, found.grid) == ("ficoco-vl", 15, (12, 12))
-    sites = [layer.site for layer in found.layers]
+    result = Explanation.model_validate_json(answer.content)
+    assert (result.method, result.keep, result.grid) == ("ficoco-vl", 15, (12, 12))
+    sites = [layer.site for layer in result.layers]
     assert sites == sorted(sites, reverse=True), "first the tower, then the decoder"
     assert set(sites) == {"encoder", "decoder"}
     # The tower's budget follows the load, which is that of 16 in the end.
-    assert (found.reduced.visual_tokens, found.reduced.last_visual_tokens) == (48, 15)
-    assert found.full is not None
-    assert (found.full.visual_tokens, found.full.last_visual_tokens) == (144, 144)
-    assert found.full.prompt_tokens - found.reduced.prompt_tokens == 144 - 48
-    kept = found.layers[-1].kept
+    assert (result.reduced.visual_tokens, result.reduced.last_visual_tokens) == (48, 15)
+    assert result.full is not None
+    assert (result.full.visual_tokens, result.full.last_visual_tokens) == (144, 144)
+    assert result.full.prompt_tokens - result.reduced.prompt_tokens == 144 - 48
+    kept = result.layers[-1].kept
     held = dict.fromkeys(kept, 1.0)
-    for item in found.destinations:
+    for item in result.destinations:
         for token, share in item.targets:
             held[token] += share
     # Nothing is lost on the whole way, though the decoder counts anew.
@@ -212,7 +212,7 @@ def test_metrics_by_segment_over_two_servers(server: Server, images: list[Image.
     for name, old in zip(names, before, strict=True):
         new = samples(server, name, **method)
         grown.append({key: value - old.get(key, 0.0) for key, value in new.items()})
-    # 144 patches, 48 behind the tower; the decoder's 8 segments of one layer go from there to 16.
+    # 144 patches, 48 after the tower; the decoder's 8 segments of one layer go from there to 16.
     config = FicocoConfig.parse({"method": "ficoco-l", "keep": 16})
     counts = DecoderPlanner.shared(config, 8, 48).counts("ficoco-l", 48, 16)
     assert len(set(counts)) > 3
@@ -276,7 +276,7 @@ def test_the_demo_model_as_make_serve_starts_it(
                 messages=[message(example.question, [data_url(example.image.read_bytes())])],
                 temperature=0,
             )
-            told = answer.usage.model_extra["ficoco"] if answer.usage else {}
-            assert (told["method"], told["visual_tokens_kept"]) == (method, 64)
+            reported = answer.usage.model_extra["ficoco"] if answer.usage else {}
+            assert (reported["method"], reported["visual_tokens_kept"]) == (method, 64)
             right += (answer.choices[0].message.content or "").strip() == example.answer
     assert right >= len(examples()) - 2

@@ -47,8 +47,8 @@ def test_is_tested(test: str) -> None:
 def test_nothing_else_is_patched() -> None:
     listed = {Patch(hook.owner, hook.attribute) for hook in HOOKS}
     of_objects = {Patch(None, hook.attribute) for hook in HOOKS} | {Patch(None, None)}
-    found = {path: patches(source) for path, source in SOURCES.items()}
-    assert {path: extra for path, made in found.items() if (extra := {*made} - listed - of_objects)} == {}
+    result = {path: patches(source) for path, source in SOURCES.items()}
+    assert {path: extra for path, made in result.items() if (extra := {*made} - listed - of_objects)} == {}
     loose = {path: loose_patches(source) for path, source in SOURCES.items()}
     del loose["ficoco_vllm/hooks/wrapping.py"]
     assert {path: statements for path, statements in loose.items() if statements} == {}

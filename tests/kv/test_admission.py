@@ -30,9 +30,9 @@ def request(
 ) -> Any:
     """One image of 36 tokens after four of text."""
     position = SimpleNamespace(offset=4, length=36)
-    found = {"extra_args": extra, "prompt_logprobs": None, **params}
+    result = {"extra_args": extra, "prompt_logprobs": None, **params}
     return SimpleNamespace(
-        sampling_params=SimpleNamespace(**found),
+        sampling_params=SimpleNamespace(**result),
         mm_features=[SimpleNamespace(mm_position=position)],
         prompt_token_ids=[0] * num_tokens,
         resumable=resumable,

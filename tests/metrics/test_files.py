@@ -76,16 +76,16 @@ def test_a_disk_that_is_full(small_disk: Path) -> None:
 
 
 def test_with_room_nothing_changes(tmp_path: Path) -> None:
-    told = []
+    reported = []
     for hooked in (False, True):
         folder = tmp_path / str(hooked)
         folder.mkdir()
         result = run(folder, hooked)
         assert result.returncode == 0, result.stderr
         assert not result.stderr
-        told.append(sorted(result.stdout.splitlines()))
-        assert 'count_total{name="all"} 2000.0' in told[-1]
-    assert told[0] == told[1]
+        reported.append(sorted(result.stdout.splitlines()))
+        assert 'count_total{name="all"} 2000.0' in reported[-1]
+    assert reported[0] == reported[1]
 
 
 def test_a_folder_that_nobody_may_write(tmp_path: Path) -> None:

@@ -42,16 +42,16 @@ def account(of: Accountant, num_text: int, *lengths: int, **kwargs: Any) -> Acco
 def test_tower(method: str, num_text: int, num_images: int) -> None:
     """Against the cost of the plan at each length of text."""
     of = accountant(method, keep=64)
-    found = account(of, num_text, *[64] * num_images)
-    assert found.method == method
-    assert (found.visual_tokens_in, found.visual_tokens_kept) == (num_images * 576, num_images * 64)
-    assert found.budgets == (64,) * num_images
-    assert found.missing == (num_images * 512,)
+    result = account(of, num_text, *[64] * num_images)
+    assert result.method == method
+    assert (result.visual_tokens_in, result.visual_tokens_kept) == (num_images * 576, num_images * 64)
+    assert result.budgets == (64,) * num_images
+    assert result.missing == (num_images * 512,)
     stock, reduced = (
         cost.estimate(LLAVA, plan, num_text_tokens=num_text, num_images=num_images)
         for plan in (cost.unreduced(LLAVA), of.plan.image_tokens())
     )
-    assert found.flops_avoided == stock.total_flops - reduced.total_flops > 0
+    assert result.flops_avoided == stock.total_flops - reduced.total_flops > 0
 
 
 def test_tower_keeps_all_or_text_only() -> None:
@@ -67,12 +67,12 @@ def test_tower_keeps_all_or_text_only() -> None:
 @pytest.mark.parametrize("schedule", ["even", "one-shot"])
 def test_decoder(schedule: str) -> None:
     of = accountant("ficoco-l", keep=64, schedule=schedule)
-    found = account(of, 60, 576, 576)
+    result = account(of, 60, 576, 576)
     assert of.plan.decoder is not None
     counts = of.plan.decoder.counts("ficoco-l", 576, 64)
-    assert found.method == "ficoco-l"
-    assert found.missing == tuple(2 * (576 - count) for count in counts)
-    assert (found.visual_tokens_in, found.visual_tokens_kept) == (1152, 128)
+    assert result.method == "ficoco-l"
+    assert result.missing == tuple(2 * (576 - count) for count in counts)
+    assert (result.visual_tokens_in, result.visual_tokens_kept) == (1152, 128)
     # Tokens leave between attention and MLP of a segment's last layer, which the cost model counts by layers.
     plan = cost.TokenPlan.whole((576,) * 24, (*np.repeat(counts, 4).tolist(), counts[-1]))
     assert of.plan.image_tokens() == plan
@@ -80,7 +80,7 @@ def test_decoder(schedule: str) -> None:
         cost.estimate(LLAVA, tokens, num_text_tokens=60, num_images=2)
         for tokens in (cost.unreduced(LLAVA), plan)
     )
-    assert found.flops_avoided == stock.total_flops - reduced.total_flops > 0
+    assert result.flops_avoided == stock.total_flops - reduced.total_flops > 0
 
 
 def test_one_accountant_serves_api_and_metrics() -> None:
@@ -94,12 +94,12 @@ def test_one_accountant_serves_api_and_metrics() -> None:
 
 def test_both() -> None:
     of = accountant("ficoco-vl", keep=64)
-    found = account(of, 60, 192)
-    assert found.method == "ficoco-vl"
-    assert (found.visual_tokens_in, found.visual_tokens_kept) == (576, 64)
-    assert found.missing[0] == 576 - 192
-    assert found.missing[-1] == 576 - 64
-    assert found.flops_avoided > account(of, 60, 192, extra_args={"ficoco_keep": 192}).flops_avoided > 0
+    result = account(of, 60, 192)
+    assert result.method == "ficoco-vl"
+    assert (result.visual_tokens_in, result.visual_tokens_kept) == (576, 64)
+    assert result.missing[0] == 576 - 192
+    assert result.missing[-1] == 576 - 64
+    assert result.flops_avoided > account(of, 60, 192, extra_args={"ficoco_keep": 192}).flops_avoided > 0
     assert account(of, 60, 192, extra_args={"ficoco_keep": 192}).method == "ficoco-v"
     other = account(of, 60, 192, budget=Budget("tome", 192), extra_args={"ficoco_method": "fastv"})
     assert other.method == "tome+fastv"
@@ -124,23 +124,23 @@ def test_bulk_observation_equals_one_by_one() -> None:
 
 
 def test_stopwatch_adds_up() -> None:
-    told: list[tuple[str, float]] = []
-    watch = Stopwatch(lambda label, seconds: told.append((label, seconds)))
+    reported: list[tuple[str, float]] = []
+    watch = Stopwatch(lambda label, seconds: reported.append((label, seconds)))
     lap = watch.lap("tome", torch.device("cpu"))
     for _ in range(2):
         with lap.running():
             time.sleep(0.02)
         time.sleep(0.05)
-    assert told == []
+    assert reported == []
     watch.hand_in(lap)
-    assert [label for label, _ in told] == ["tome"]
-    assert 0.04 <= told[0][1] < 0.09  # without the time between
+    assert [label for label, _ in reported] == ["tome"]
+    assert 0.04 <= reported[0][1] < 0.09  # without the time between
 
 
 def test_stopwatch_never_waits_for_the_device() -> None:
-    """A lap whose events have not passed is told later, and laps are told in order."""
-    told: list[str] = []
-    watch = Stopwatch(lambda label, seconds: told.append(label))
+    """A lap whose events have not passed is reported later, and laps are reported in order."""
+    reported: list[str] = []
+    watch = Stopwatch(lambda label, seconds: reported.append(label))
     laps = [watch.lap(label, torch.device("cpu")) for label in ("first", "second")]
 
     class Event:
@@ -157,27 +157,27 @@ def test_stopwatch_never_waits_for_the_device() -> None:
     laps[0].events.append((event, event))
     for lap in laps:
         watch.hand_in(lap)
-    assert told == []
+    assert reported == []
     event.passed = True
     watch.hand_in(watch.lap("third", torch.device("cpu")))
-    assert told == ["first", "second", "third"]
+    assert reported == ["first", "second", "third"]
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_stopwatch_on_cuda() -> None:
-    told: list[float] = []
-    watch = Stopwatch(lambda label, seconds: told.append(seconds))
+    reported: list[float] = []
+    watch = Stopwatch(lambda label, seconds: reported.append(seconds))
     lap = watch.lap("tome", torch.device("cuda"))
     with lap.running():
         torch.cuda._sleep(200_000_000)  # cycles: about a tenth of a second
     start = time.perf_counter()
     watch.hand_in(lap)
     assert time.perf_counter() - start < 0.02
-    assert told == []
+    assert reported == []
     torch.cuda.synchronize()
     watch.hand_in(watch.lap("tome", torch.device("cuda")))
-    assert told[0] == pytest.approx(0.1, rel=0.6)
+    assert reported[0] == pytest.approx(0.1, rel=0.6)
 
 
 def test_the_switch_alone_chooses_no_method() -> None:

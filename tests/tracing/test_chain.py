@@ -18,7 +18,7 @@ TRACE_ID = 7
 def layers_of(
     method: str, removals: list[int], site: str = "encoder", **settings: Any
 ) -> list[dict[str, Any]]:
-    """The trace of several reductions one behind the other, of the second image of a batch."""
+    """The trace of several reductions one after the other, of the second image of a batch."""
     traces = Traces()
     reducer = get(method).configure(**settings)
     tokens, size, position = make_tokens(2, NUM_PATCHES), None, torch.arange(NUM_PATCHES).expand(2, -1)
@@ -61,13 +61,13 @@ def total_by_matrices(steps: list[Step]) -> torch.Tensor:
 def test_shares_over_all_layers(method: str, removals: list[int], settings: dict[str, Any]) -> None:
     steps = read_steps(layers_of(method, removals, **settings), NUM_PATCHES)
     assert [step.layer for step in steps] == list(range(len(removals)))
-    found = destinations(steps)
+    result = destinations(steps)
     fused = {name for step in steps for name in step.kept if name >= NUM_PATCHES}
     last = steps[-1].kept
     gone = set(range(NUM_PATCHES)) | fused
-    assert [item.token for item in found] == sorted(gone - set(last))
+    assert [item.token for item in result] == sorted(gone - set(last))
     expected = total_by_matrices(steps)
-    for item in found:
+    for item in result:
         row = torch.zeros(len(last), dtype=torch.float64)
         for name, share in item.targets:
             row[last.index(name)] = share
@@ -95,7 +95,7 @@ def test_names_are_the_positions_of_the_engine() -> None:
 
 
 def test_a_trace_goes_on_in_the_decoder() -> None:
-    """There the tokens are those that left the tower, perhaps behind a [CLS]."""
+    """There the tokens are those that left the tower, perhaps after a [CLS]."""
     tower = layers_of("ficoco-v", [NUM_PATCHES - 9])
     decoder = {"site": "decoder", "layer": 3, "rows": [0], "columns": [1], "values": [1.0]}
     without = {**decoder, "source": [2], "target": [0, 1, *range(3, 9)], "size": [1.0] * 8, "position": []}
