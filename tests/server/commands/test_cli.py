@@ -13,6 +13,7 @@ import pytest
 from ficoco_vllm import __version__
 from ficoco_vllm.reduction import available
 from ficoco_vllm.server.cli import main
+from ficoco_vllm.server.commands.methods import _source
 from ficoco_vllm.server.commands.serve import _use_demo_model
 from ficoco_vllm.server.commands.serve_options import read_settings
 
@@ -45,6 +46,14 @@ def test_methods_shows_settings(capsys: pytest.CaptureFixture[str]) -> None:
     assert "0.35" in rows["lam"]
     assert "<= 1.0" in rows["lam"]
     assert "0.998" in rows["epsilon"]
+
+
+@pytest.mark.parametrize(
+    ("source", "printed"),
+    [("2411.17686", "arXiv:2411.17686"), ("none", "none"), ("https://x.org/y", "https://x.org/y")],
+)
+def test_only_papers_are_printed_as_papers(source: str, printed: str) -> None:
+    assert _source(source) == printed
 
 
 def test_methods_refuses_unknown(capsys: pytest.CaptureFixture[str]) -> None:
