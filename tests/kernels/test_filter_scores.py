@@ -59,8 +59,6 @@ def run(
 def test_against_loops(
     N: int, grid: tuple[int, int], weight: float, window: tuple[int, int] | None, backend: Backend
 ) -> None:
-    if N > 500 and window not in (None, (2, 2)):
-        pytest.skip("the long one is slow in the interpreter; the paper's window is enough")
     B = 1 if N > 500 else 2
     position, (drawn, task) = places(B, N, grid), signals(B, N)
     found = run(backend, drawn, task, weight, position=position, grid=grid, window=window, coefficient=3.0)
