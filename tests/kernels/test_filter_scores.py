@@ -59,8 +59,6 @@ def run(
 def test_against_loops(
     N: int, grid: tuple[int, int], weight: float, window: tuple[int, int] | None, backend: Backend
 ) -> None:
-    if N > 500 and window not in (None, (2, 2)):
-        return  # slow in the interpreter; the paper's window is enough
     B = 1 if N > 500 else 2
     position, (row_sum, task) = places(B, N, grid), signals(B, N)
     scores = run(backend, row_sum, task, weight, position=position, grid=grid, window=window, coefficient=3.0)
