@@ -1,5 +1,169 @@
-"""Servers that benchmarks start."""
+"""Subprocesses that run while a block does, above all a server on a free port of this machine."""
 
-from ficoco_vllm.server.lifecycle.process import OURS, STOCK, Served, serving
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
-__all__ = ["OURS", "STOCK", "Served", "serving"]
+HOST = "127.0.0.1"
+# Below the ports that Linux gives to outgoing connections: a server binds its port seconds after the probe.
+_PORTS = range(20_000, 32_768)
+OURS = ("-m", "ficoco_vllm.server.cli", "serve")
+# vLLM's own server; its command `vllm` does not start in the CPU build.
+STOCK = ("-m", "vllm.entrypoints.openai.api_server")
+START_SECONDS = 600.0
+STOP_SECONDS = 60.0
+Process = subprocess.Popen[bytes]
+
+
+class StartError(RuntimeError):
+    """A process ended or was not ready in time. The message ends with its log."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """A running server.
+
+    Attributes:
+        port: its port on 127.0.0.1.
+        process: its first process.
+    """
+
+    port: int
+    process: Process
+
+    @property
+    def url(self) -> str:
+        """Base URL, without a path."""
+        return f"http://{HOST}:{self.port}"
+
+
+@contextmanager
+def serving(
+    arguments: Sequence[str],
+    log: Path,
+    environment: Mapping[str, str | None] | None = None,
+    program: Sequence[str] = OURS,
+    python: Path = Path(sys.executable),
+    folder: Path | None = None,
+) -> Iterator[Served]:
+    """Run a server on a free port until the block ends.
+
+    Args:
+        arguments: command line of the program, without host and port.
+        log: file for the server's output.
+        environment: variables added to those of this process; None removes one.
+        program: arguments of `python` that start the server: `ficoco-vllm serve`, or vLLM's own server.
+        python: interpreter; its packages are the ones that serve.
+        folder: working directory; None means that of this process.
+
+    Yields:
+        The server.
+
+    Raises:
+        StartError: the server ends or does not answer in time.
+    """
+    port = free_port()
+    command = [str(python), *program, *arguments, "--host", HOST, "--port", str(port)]
+    address = f"http://{HOST}:{port}"
+    with running(command, log, lambda: is_healthy(address), environment, folder) as process:
+        yield Served(port, process)
+
+
+@contextmanager
+def running(
+    command: Sequence[str],
+    log: Path,
+    is_ready: Callable[[], bool],
+    environment: Mapping[str, str | None] | None = None,
+    folder: Path | None = None,
+) -> Iterator[Process]:
+    """Run a command until the block ends.
+
+    Args:
+        command: program and arguments.
+        log: file for its output.
+        is_ready: whether it has started up.
+        environment: variables added to those of this process; None removes one.
+        folder: working directory; None means that of this process.
+
+    Yields:
+        The process.
+
+    Raises:
+        StartError: it ends or is not ready in time.
+    """
+    variables = {**os.environ, **(environment or {})}
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            list(command),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={name: value for name, value in variables.items() if value is not None},
+            cwd=folder,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while not is_ready():
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise StartError(f"the process did not start: {' '.join(command)}\n{_tail(log)}")
+            time.sleep(0.3)
+        yield process
+    finally:
+        _stop(process)
+
+
+def free_port() -> int:
+    """Find a port that nothing listens on and that Linux gives to no outgoing connection.
+
+    Raises:
+        OSError: there is none.
+    """
+    # A generator of the system: vLLM seeds the module's own one alike in several processes.
+    for port in random.SystemRandom().sample(_PORTS, len(_PORTS)):
+        with socket.socket() as probe:
+            try:
+                probe.bind((HOST, port))
+            except OSError:
+                continue
+            return port
+    raise OSError(f"no port of {HOST} from {_PORTS.start} to {_PORTS.stop - 1} is free")
+
+
+def is_healthy(url: str) -> bool:
+    """Whether /health of a server answers 200.
+
+    Args:
+        url: base URL, without a path.
+    """
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return False
+
+
+def _stop(process: Process) -> None:
+    if process.poll() is not None:
+        return
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # the process and its children share this group with nobody
+        process.wait()
+
+
+def _tail(log: Path, num_bytes: int = 5000) -> str:
+    return log.read_bytes()[-num_bytes:].decode(errors="replace")

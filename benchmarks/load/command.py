@@ -19,7 +19,6 @@ from ficoco_vllm.benchmarks.load.settings import STOCK, Server, Traffic, Turn, m
 from ficoco_vllm.benchmarks.load.summary import as_csv, as_table, ratio, summarise
 from ficoco_vllm.compat import multiplies_bfloat16
 from ficoco_vllm.reduction.cost import model_shape
-from ficoco_vllm.server.commands.arguments import fail
 
 DEMO = "demo"
 WIDE = "llava-1.5-7b-width"
@@ -69,20 +68,18 @@ def run(args: argparse.Namespace) -> int:
     """Measure, write JSON, CSV and HTML, print the table and the bars.
 
     Returns:
-        0; 1 if a bar fails or a server does not reduce as configured; 2 for options that are not allowed.
+        0; 1 if a bar fails or a server does not reduce as configured.
+
+    Raises:
+        ValueError: an option is not allowed.
+        RuntimeError: a server failed.
     """
-    try:
-        servers, points = _read(args)
-    except ValueError as error:
-        return fail(str(error))
+    servers, points = _read(args)
     from ficoco_vllm.benchmarks.load.report import as_html  # needs packages of the extra `bench`
 
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # of the client's own import of vLLM
     turns = make_turns(servers, points, args.rounds, args.seed)
-    try:
-        rows = _measure(args, turns)
-    except RuntimeError as error:
-        return fail(str(error), 1)
+    rows = _measure(args, turns)
     warnings = [] if args.url is not None else check(rows, servers, _visual_tokens(args))
     result = {
         "model": f"{args.model}, {args.layers} layers" if args.model == WIDE else args.model,

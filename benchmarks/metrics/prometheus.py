@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ficoco_vllm.server.lifecycle.process import free_port, running
+from ficoco_vllm.benchmarks.harness.serving import free_port, running
 
 ROOT = Path(__file__).resolve().parents[2]
 DASHBOARD = ROOT / "docker" / "grafana" / "dashboards" / "ficoco.json"

@@ -122,6 +122,10 @@ def _load(args: argparse.Namespace) -> int:
         return load.run(args)
     except ModuleNotFoundError as error:
         return fail(f"{error}; {NEEDS}")
+    except ValueError as error:
+        return fail(str(error))
+    except RuntimeError as error:
+        return fail(str(error), 1)
 
 
 def _accuracy(args: argparse.Namespace) -> int:

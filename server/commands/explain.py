@@ -19,10 +19,10 @@ from typing import Any
 from PIL import Image, ImageOps
 from pydantic import ValidationError
 
+from ficoco_vllm.benchmarks.harness.serving import StartError, serving
 from ficoco_vllm.server.commands.arguments import base_url, fail
 from ficoco_vllm.server.explain.picture import draw
 from ficoco_vllm.server.explain.schema import Explanation
-from ficoco_vllm.server.lifecycle.process import StartError, serving
 
 ANSWER_SECONDS = 600
 DEFAULT_METHOD = "ficoco-v"

@@ -13,8 +13,8 @@ from PIL import Image
 from ray import init, serve, shutdown
 from ray.serve.llm import LLMConfig, build_openai_app
 
+from ficoco_vllm.benchmarks.harness.serving import free_port
 from ficoco_vllm.demo_model import examples, path
-from ficoco_vllm.server.lifecycle.process import free_port
 from tests.support.release import ROOT
 from tests.support.server import DEMO_KEEP, data_url, message
 

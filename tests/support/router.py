@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from ficoco_vllm.server.lifecycle.process import free_port
+from ficoco_vllm.benchmarks.harness.serving import free_port
 from tests.support.server import Server
 
 START_SECONDS = 60

@@ -10,8 +10,8 @@ from typing import Any
 from openai import OpenAI
 
 from ficoco_vllm.benchmarks.harness.http import data_url, message, metric
+from ficoco_vllm.benchmarks.harness.serving import OURS, Process, is_healthy, serving
 from ficoco_vllm.environment import ALLOW_PRIVATE_MEDIA, MAX_BODY_BYTES, MAX_IMAGE_BYTES, MAX_PIXELS
-from ficoco_vllm.server.lifecycle.process import OURS, Process, is_healthy, serving
 
 __all__ = ["data_url", "message"]
 

@@ -156,7 +156,7 @@ import sys, time
 from pathlib import Path
 from ficoco_vllm.server import cli
 from ficoco_vllm.server.commands import bench
-from ficoco_vllm.server.lifecycle.process import running
+from ficoco_vllm.benchmarks.harness.serving import running
 
 def run(args):
     sleeper = [sys.executable, "-c", "import time; time.sleep(600)"]

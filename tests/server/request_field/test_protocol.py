@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from ficoco_vllm.server.lifecycle.process import STOCK
+from ficoco_vllm.benchmarks.harness.serving import STOCK
 from ficoco_vllm.server.request_field.routes import ROUTES
 from tests.support.pictures import noise
 from tests.support.server import API_KEY, DTYPE, Server, data_url, message, serve
