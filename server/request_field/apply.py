@@ -71,12 +71,12 @@ class FieldApplier:
             if handler is not None:
                 wrap(handler, method, self._handle)
         renderer = state.online_renderer
+        setattr(renderer, READ, True)  # before the copy, which takes it over
         trusting = copy(renderer)
         trusting.trust_request_mm_kwargs = True
         # All routes render their prompts through these two methods.
         for name in ("preprocess_chat", "preprocess_cmpl"):
             wrap(renderer, name, partial(self._render, getattr(trusting, name)))
-        setattr(renderer, READ, True)
         # Arguments of the decoder pass the input processor on every route, also where no prompt is rendered.
         FrontEnd.of(self.processor).bounds = partial(self.resolver.check_raw, _DECODER_FIELD)
 
