@@ -14,8 +14,8 @@ from ficoco_vllm.hooks.unread_field import READ
 from ficoco_vllm.hooks.wrapping import wrap
 from ficoco_vllm.metrics.families import count_refusal
 from ficoco_vllm.metrics.savings import Account, Accountant
+from ficoco_vllm.planning.decoder import KEEP, METHOD
 from ficoco_vllm.processing import BUDGET, SIZES
-from ficoco_vllm.request_fields import KEEP, METHOD
 from ficoco_vllm.server.request_field.report import add_usage
 from ficoco_vllm.server.request_field.resolve import Resolver
 from ficoco_vllm.server.request_field.routes import HANDLERS
@@ -71,7 +71,7 @@ class FieldApplier:
             if handler is not None:
                 wrap(handler, method, self._handle)
         renderer = state.online_renderer
-        setattr(renderer, READ, True)
+        setattr(renderer, READ, True)  # before the copy, which takes it over
         trusting = copy(renderer)
         trusting.trust_request_mm_kwargs = True
         # All routes render their prompts through these two methods.
