@@ -1,6 +1,5 @@
 """The load test: order, arithmetic, report, and a miniature run against real servers."""
 
-import argparse
 import csv
 import json
 from io import StringIO
@@ -10,7 +9,6 @@ from xml.etree import ElementTree
 
 import pytest
 
-from ficoco_vllm.benchmarks.load import command
 from ficoco_vllm.benchmarks.load.checks import check
 from ficoco_vllm.benchmarks.load.report import as_html
 from ficoco_vllm.benchmarks.load.run import Target, run_turn, run_turns
@@ -18,6 +16,7 @@ from ficoco_vllm.benchmarks.load.sampling import read_avoided, read_figures
 from ficoco_vllm.benchmarks.load.settings import Server, Traffic, Turn, make_points, make_turns
 from ficoco_vllm.benchmarks.load.summary import FIGURES, as_csv, as_table, ratio, summarise
 from ficoco_vllm.demo_model import path
+from ficoco_vllm.server.cli import main
 from tests.support.server import API_KEY
 from tests.support.server import Server as RunningServer
 
@@ -114,9 +113,7 @@ def test_options_that_are_not_allowed(
 
 def load(out: Path, *options: str) -> int:
     """Run the command."""
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return command.run(parser.parse_args(["--out", str(out), *options]))
+    return main(["bench", "load", "--out", str(out), *options])
 
 
 def test_metrics_of_several_engines() -> None:

@@ -1,6 +1,9 @@
 """Engines in this process, and what tests ask of them."""
 
+import ctypes
+import gc
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +24,8 @@ TWO_IMAGES = "<s>USER: <image>\n<image>\nhow many signs are there? ASSISTANT:"
 TEXT_ONLY = "<s>USER: is there a red sign? ASSISTANT:"
 # At least 16,000 tokens of any model of the tests.
 KV_CACHE_BYTES = 2**27
+# Of a process. Each takes some hundred megabytes, and two test workers have two such processes each.
+MAX_ENGINES = 3
 
 
 def make_engine(model: Path, ficoco: dict[str, Any] | None = None, **options: Any) -> LLM:
@@ -29,10 +34,7 @@ def make_engine(model: Path, ficoco: dict[str, Any] | None = None, **options: An
 
 
 class Engines:
-    """The engines of a process, one of each kind, which live as long as it.
-
-    None ends before the others: vLLM's shutdown of an engine in the caller's process takes what all of them share.
-    """
+    """The engines of a process, one of each kind; the few that were used last live on."""
 
     def __init__(self) -> None:
         self.of: dict[str, LLM] = {}
@@ -41,11 +43,23 @@ class Engines:
         return self
 
     def get(self, model: Path, ficoco: dict[str, Any] | None = None, **options: Any) -> LLM:
-        """The engine of this kind, started at the first call; arguments as of `make_engine`."""
+        """The engine of this kind, started where it does not live; arguments as of `make_engine`."""
         kind = json.dumps([str(model), ficoco, options], sort_keys=True)
-        if kind not in self.of:
-            self.of[kind] = make_engine(model, ficoco, **options)
-        return self.of[kind]
+        engine = self.of.pop(kind, None)
+        if engine is None:
+            while len(self.of) >= MAX_ENGINES:
+                self._drop(next(iter(self.of)))
+            engine = make_engine(model, ficoco, **options)
+        self.of[kind] = engine
+        return engine
+
+    def _drop(self, kind: str) -> None:
+        """Free an engine's memory. vLLM's own shutdown would also take what all engines of a process share."""
+        del self.of[kind]
+        gc.unfreeze()  # vLLM freezes what an engine has made
+        gc.collect()
+        if sys.platform == "linux":
+            ctypes.CDLL(None).malloc_trim(0)
 
     def __exit__(self, *_: object) -> None:
         for engine in self.of.values():
