@@ -43,7 +43,7 @@ class ReducingStep:
 
 
 class SegmentedDecoder:
-    """A view of vLLM's decoder: it owns no weights."""
+    """View of vLLM's decoder, cut into segments. It owns no weights."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class SegmentedDecoder:
             grid: rows and columns of an unreduced image.
             compiled: whether each segment is compiled, as one unit.
             stopwatch: takes the time of the reductions.
-            traces: where requests that ask for it are traced.
+            traces: store of the traces that requests ask for.
         """
         self.planner = planner
         self.stopwatch = stopwatch

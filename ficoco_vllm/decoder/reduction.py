@@ -20,7 +20,7 @@ class Rows:
         hidden: (rows, D) residual stream.
         origin: (rows,) int64, the row of each in the first segment; kept tokens of an image keep theirs, and with it
             their position.
-        size: (rows,) fp32, the number of tokens of the first segment that each stands for.
+        size: (rows,) fp32, the number of tokens of the first segment that each represents.
     """
 
     hidden: Tensor
@@ -85,7 +85,7 @@ def _reduce_group(
     signals = _measure(rows, heads, group, visual, reducer, grid)
     num_removed = N - group.kept.shape[1]
     reduced = reducer(rows.hidden[visual], signals, num_removed, rows.size[visual], heads.backend, observer)
-    # `position` counts the image's tokens in this segment, so it names those that stayed.
+    # `position` counts the image's tokens in this segment, so it indexes the tokens that stayed.
     return visual.gather(1, reduced.position), reduced.tokens, reduced.size
 
 

@@ -1,4 +1,4 @@
-"""vLLM's attention layers of a decoder, each with the KV cache of its segment."""
+"""KV cache specifications for vLLM's attention layers: one length per decoder segment."""
 
 from functools import partial
 from typing import Any

@@ -1,4 +1,4 @@
-"""Every method and attribute of another package that ours wraps or replaces: what an upgrade of vLLM has to keep.
+"""Table of every method and attribute of other packages that we wrap or replace. An upgrade of vLLM must keep them.
 
 `tests/hooks/test_table.py` checks that each exists with the parameters named here, that its test exists, and that
 nothing is patched that is not listed.
@@ -66,7 +66,7 @@ HOOKS = (
         _OUTPUT,
         "add_request",
         "request",
-        "attaches what a request saves to vLLM's state of it",
+        "attaches the savings of a request to vLLM's state of it",
         "tests/server/test_metrics.py::test_tokens_and_kv",
     ),
     Hook(
@@ -108,7 +108,7 @@ HOOKS = (
         _RENDERER,
         "preprocess_chat",
         "request messages",
-        "reads the request field `ficoco` of chats, or refuses it where no endpoint of ours does",
+        "reads the request field `ficoco` of chats, or refuses it without an endpoint of ours",
         "tests/hooks/test_unread_field.py::test_refused_only_where_nobody_reads_it",
     ),
     Hook(
@@ -129,7 +129,7 @@ HOOKS = (
         "prometheus_client.values",
         "MmapedDict",
         "filename read_mode",
-        "lets a full disk cost metrics, not the process that counts",
+        "makes a full disk lose metrics instead of ending the process",
         "tests/metrics/test_files.py::test_a_disk_that_becomes_full",
     ),
     Hook(

@@ -1,4 +1,4 @@
-"""Prometheus metrics of what the reduction saves and costs; docs/metrics.md is their table.
+"""Prometheus metrics of the reduction's savings and costs; docs/metrics.md lists them.
 
 Every process counts its own part: the front end requests, the engine core KV blocks, a worker seconds. With
 `PROMETHEUS_MULTIPROC_DIR` (`ficoco-vllm serve` sets it) prometheus_client adds them up at `/metrics`.

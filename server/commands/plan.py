@@ -148,7 +148,7 @@ def as_text(report: Mapping[str, Any]) -> str:
 
 
 def read_config(model: str) -> Mapping[str, Any]:
-    """The content of the config.json that `model` stands for.
+    """The content of the config.json that `model` represents.
 
     Args:
         model: a known name, "demo", a folder or a file.

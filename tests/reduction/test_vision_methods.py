@@ -278,12 +278,12 @@ def test_trim(signals: Signals, tokens: Tensor, negate: bool) -> None:
 def test_recoverable(signals: Signals, tokens: Tensor) -> None:
     attention = [float(a) for a in signals.cls_attention[0].double()]
     relevance = [float(r) for r in signals.text_relevance[0].double()]
-    num_seen, num_asked = round(K * 0.5), round(K * 0.3)
-    seen = sorted(range(N), key=lambda i: -attention[i])[:num_seen]
-    asked = sorted((i for i in range(N) if i not in seen), key=lambda i: -relevance[i])[:num_asked]
-    rest = [i for i in range(N) if i not in seen and i not in asked]
-    centres = sorted(rest, key=lambda i: -attention[i])[: K - num_seen - num_asked]
-    target = sorted(seen + asked + centres)
+    num_attended, num_relevant = round(K * 0.5), round(K * 0.3)
+    attended = sorted(range(N), key=lambda i: -attention[i])[:num_attended]
+    relevant = sorted((i for i in range(N) if i not in attended), key=lambda i: -relevance[i])[:num_relevant]
+    rest = [i for i in range(N) if i not in attended and i not in relevant]
+    centres = sorted(rest, key=lambda i: -attention[i])[: K - num_attended - num_relevant]
+    target = sorted(attended + relevant + centres)
     source = [i for i in range(N) if i not in target]
     likeness = [
         [value + 1.8 * relevance[i] for value in row]

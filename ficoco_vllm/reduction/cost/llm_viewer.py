@@ -1,8 +1,8 @@
-"""LLM-Viewer's accounting of one decoder prefill, the tool behind the paper's efficiency tables.
+"""LLM-Viewer's accounting of one decoder prefill; the paper's efficiency tables were made with that tool.
 
 It has two figures that may be called memory. *Traffic* is every byte that the prefill's operators load or
-store, layer after layer, without operator fusion and with the score matrix written out. *Footprint* is what
-must be held at once: weights, KV cache and what one layer stores. The vision tower, the projector and the
+store, layer after layer, without operator fusion and with the score matrix written out. *Footprint* is the memory
+held at once: weights, KV cache and the outputs of one layer. The vision tower, the projector and the
 input embeddings are in neither. docs/paper-tables.md shows which of the paper's figures are which.
 """
 

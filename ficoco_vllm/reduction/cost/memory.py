@@ -12,7 +12,7 @@ def to_bytes(num_elements: int, dtype: str) -> int:
     """Size of `num_elements` stored one after another.
 
     Args:
-        num_elements: how many numbers.
+        num_elements: count of numbers.
         dtype: "fp16", "int8" or "int4"; scales and zero points of quantisation are not counted.
 
     Returns:
@@ -52,7 +52,7 @@ def num_parameters(shape: ModelShape) -> int:
         shape: the model.
 
     Returns:
-        How many, biases, norms and embeddings included.
+        The number, biases, norms and embeddings included.
 
     Source: arXiv:2310.03744.
     """

@@ -1,4 +1,4 @@
-"""How many visual tokens each layer sees: the part of a plan that no image and no weight can change."""
+"""Visual token counts of each layer: the part of a plan that depends on no image and no weight."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class TilePlan:
         Args:
             num_patches: of a whole tile, padding included.
             counts: patch tokens that enter each executed layer if there were no padding, and those that leave the last.
-            kept: what is left after a reduction on the features, otherwise the last of `counts`.
+            kept: tokens after a reduction on the features, otherwise the last of `counts`.
         """
         num_layers = len(counts) - 1
         first = next(

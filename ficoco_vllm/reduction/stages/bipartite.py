@@ -1,6 +1,6 @@
 """Bipartite soft matching: even tokens may leave, into odd ones.
 
-Even and odd are indices among the tokens at hand. Half of the tokens can leave at most.
+Even and odd count the tokens of the call. At most half of them can leave.
 """
 
 import torch

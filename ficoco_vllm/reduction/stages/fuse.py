@@ -41,8 +41,8 @@ def nearest_merge(
     Source: arXiv:2411.17686, Eq. 9; arXiv:2210.09461, Sec. 3 (weighted by size).
     """
     best = correlation.argmax(dim=-1, keepdim=True)
-    found = (correlation.gather(-1, best) > NOWHERE).float()
-    share = torch.zeros_like(correlation).scatter(-1, best, found)
+    has_target = (correlation.gather(-1, best) > NOWHERE).float()
+    share = torch.zeros_like(correlation).scatter(-1, best, has_target)
     if not settings.size_weighted:
         return merge(tokens, size, partition, share, share)
     ratio = take(size, partition.source)[..., None] / take(size, partition.target)[:, None]

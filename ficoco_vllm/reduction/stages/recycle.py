@@ -1,4 +1,4 @@
-"""Text raters score the visual tokens; part of what they discard is recycled into clusters."""
+"""Scores of the visual tokens by text raters; part of the discarded tokens is recycled into clusters."""
 
 import torch
 from pydantic import Field
@@ -22,7 +22,7 @@ class Recycling(Settings):
     tokens_per_cluster: int = Field(default=10, ge=1)
 
     def counts(self, num_tokens: int, num_kept: int) -> tuple[int, int, int]:
-        """How many tokens are selected, recycled, and clusters: the first and the last make up `num_kept`."""
+        """Numbers of selected tokens, recycled tokens, and clusters: the first and the last make up `num_kept`."""
         for selected in range(num_kept, -1, -1):
             discarded = num_tokens - selected
             recycled = min(discarded, int(discarded * self.recycled_share) + 1)
@@ -33,9 +33,9 @@ class Recycling(Settings):
 
 
 def rating(signals: Signals) -> Tensor:
-    """Mean attention of the text raters: the text tokens that the image is more alike to than average.
+    """Mean attention of the text raters: the text tokens whose similarity to the image is above average.
 
-    Alikeness of text token k is the mean over visual tokens of softmax_k(features . text_features).
+    The similarity of text token k is the mean over visual tokens of softmax_k(features . text_features).
 
     Args:
         signals: `text_attention` (B, M, N), `features` (B, N, Df) and `text_features` (B, M, Df).
