@@ -15,7 +15,7 @@ from typing import Any
 from ficoco_vllm.server.elastic.controller import Load, State, start, step
 from ficoco_vllm.server.elastic.settings import ElasticSettings
 
-# An engine that has not reported for so long counts as idle, and a process as ended.
+# Time without a report after which an engine counts as idle, and a process as ended.
 EXPIRY_SECONDS = 30.0
 
 
@@ -34,7 +34,7 @@ class EngineReport:
 
 @dataclass
 class Observations:
-    """What one process has observed since its last update.
+    """Observations of one process since its last update.
 
     Attributes:
         reports: latest report of each engine, by index.

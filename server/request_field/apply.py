@@ -1,4 +1,4 @@
-"""Applies the field `ficoco` to requests: writes it where processor and decoder read it, and records its effect."""
+"""Application of the field `ficoco`: written where processor and decoder read it, with its effect recorded."""
 
 from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar

@@ -14,8 +14,8 @@ class NearestMerge(Settings):
     """Settings of Eq. 9.
 
     Attributes:
-        size_weighted: weigh tokens by how many patches they stand for, so that a merged token is the mean
-            of its patches; False weighs all tokens alike, as Eq. 9 is printed.
+        size_weighted: weigh tokens by the number of patches that they represent, so that a merged token is the mean of
+            its patches; False weighs all tokens alike, as Eq. 9 is printed.
     """
 
     size_weighted: bool = True
