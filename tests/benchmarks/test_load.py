@@ -192,9 +192,9 @@ def test_a_server_that_does_something_else_is_doubted(
     name: str, change: dict[str, Any], doubt: str | None
 ) -> None:
     rows = [measured | (change if measured["server"] == name else {}) for measured in ROWS]
-    found = check(rows, SERVERS, 576)
-    assert len(found) == (doubt is not None)
-    assert doubt is None or doubt in found[0]
+    matches = check(rows, SERVERS, 576)
+    assert len(matches) == (doubt is not None)
+    assert doubt is None or doubt in matches[0]
 
 
 def test_a_decoder_method_that_takes_all_blocks_is_doubted() -> None:
@@ -211,10 +211,12 @@ def test_a_server_of_another_method_or_budget_is_noticed(server: RunningServer, 
     headers = {"Authorization": f"Bearer {API_KEY}"}
     traffic = Traffic(concurrency=2, num_requests=2, num_answer_tokens=2)
     for text, doubt in (("ficoco-v:64", None), ("random:64", "reduces by ficoco-v, not by random")):
-        asked = Server.parse(text)
-        rows = run_turn(Turn(0, asked, ((traffic, 1),)), server.url, target, headers, 0.5, lambda line: None)
-        found = check(rows, [asked], 576)
-        assert found == ([] if doubt is None else [f"{asked.name}, concurrency 2: the server {doubt}"])
+        requested = Server.parse(text)
+        rows = run_turn(
+            Turn(0, requested, ((traffic, 1),)), server.url, target, headers, 0.5, lambda line: None
+        )
+        matches = check(rows, [requested], 576)
+        assert matches == ([] if doubt is None else [f"{requested.name}, concurrency 2: the server {doubt}"])
 
 
 @pytest.mark.long

@@ -29,13 +29,13 @@ class Simulated:
 
 
 def test_halving_asks_less_than_a_grid_and_finds_the_neighbourhood() -> None:
-    asked, found = [], []
+    asked, result = [], []
     for seed in range(100):
         simulated = Simulated(TRUTH, 128, seed)
         candidate, _ = search(BUDGETS, TARGET, 128, simulated)
-        found.append(candidate)
+        result.append(candidate)
         asked.append(sum(simulated.asked.values()))
-    assert np.mean([keep in (32, 48, 64) for keep in found]) > 0.95
+    assert np.mean([keep in (32, 48, 64) for keep in result]) > 0.95
     assert np.mean(asked) < 0.6 * 128 * len(BUDGETS)
 
 

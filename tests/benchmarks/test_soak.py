@@ -95,7 +95,7 @@ def keep_a_block(engine: LLM) -> None:
 
 
 class Keeping(dict[str, Any]):
-    """What goes in stays in."""
+    """A dictionary that keeps its entries when they are popped."""
 
     def pop(self, *args: Any) -> None:
         """Do nothing."""

@@ -165,7 +165,7 @@ def test_a_trace_tells_what_the_reference_does(
     questions: list[tuple[str, Image.Image]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of the very request, not of its neighbours in the step."""
+    """A trace belongs to its request, not to its neighbours in the step."""
     engine, reference = pair
     rule = RULES["ficoco-l"]
     spy = Spy(lambda tokens, seen, removed: rule(replace(seen, tokens=tokens), removed))

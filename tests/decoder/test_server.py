@@ -139,7 +139,7 @@ def test_the_field_reaches_tower_and_decoder(
 def test_what_the_operator_does_not_allow(
     server: Server, images: list[Image.Image], extra_body: dict[str, Any], param: str, words: str
 ) -> None:
-    """Our field opens no door for other keyword arguments of the processor."""
+    """Our field does not allow other keyword arguments of the processor."""
     with pytest.raises(openai.BadRequestError) as caught:
         complete(server, images[:1], **extra_body)
     body = caught.value.body

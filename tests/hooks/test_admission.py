@@ -1,4 +1,4 @@
-"""What happens to a request between vLLM's input processor and the engine."""
+"""Admission of requests between vLLM's input processor and the engine."""
 
 from types import SimpleNamespace
 from typing import Any

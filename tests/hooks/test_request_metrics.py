@@ -1,4 +1,4 @@
-"""How vLLM's front end is counted, without an engine."""
+"""Metrics of vLLM's front end, without an engine."""
 
 from types import SimpleNamespace
 from typing import Any

@@ -35,7 +35,7 @@ def needs_triton() -> None:
 
 @pytest.fixture(autouse=True)
 def hidden_overflows() -> Iterator[None]:
-    """What a mask hides may overflow before it is hidden: NumPy warns of that, a GPU does not."""
+    """Masked values may overflow before the mask: NumPy warns of that, a GPU does not."""
     before = np.seterr(over="ignore", invalid="ignore")
     yield
     np.seterr(**before)

@@ -1,4 +1,4 @@
-"""What float32 can hold, on images that the demo model was not made for: noise.
+"""Precision of float32 on images that the demo model was not trained for: noise.
 
 There the trained decoder answers something, and magnifies the tower's rounding (1e-5 of features near 3) up to a
 hundredfold. Stock vLLM is as far off as we are: with all tokens kept we are stock vLLM bit for bit (test_stock.py).

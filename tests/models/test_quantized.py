@@ -40,11 +40,11 @@ def distances(
     answers: list[Answer], reference: ReferenceLlava, images: list[Image.Image], keep: int
 ) -> list[float]:
     """Root mean square differences of the first token's log-probabilities."""
-    found = []
+    result = []
     for answer, image in zip(answers, images, strict=True):
         _, expected = reference.generate(PROMPT, [(image, keep)], 1)
-        found.append(float((answer.logprobs[0] - expected[0]).square().mean().sqrt()))
-    return found
+        result.append(float((answer.logprobs[0] - expected[0]).square().mean().sqrt()))
+    return result
 
 
 @pytest.mark.parametrize("keep", [64, 9])

@@ -18,15 +18,15 @@ pytestmark = pytest.mark.engine
 
 @pytest.fixture(params=["random", "demo"])
 def weights(request: pytest.FixtureRequest) -> str:
-    """Of the served model."""
+    """Oracle of the served model."""
     return str(request.param)
 
 
 @pytest.fixture
 def pair(request: pytest.FixtureRequest, weights: str) -> Pair:
     """The engine and the oracle on the same weights."""
-    found: Pair = request.getfixturevalue(f"{weights}_pair")
-    return found
+    result: Pair = request.getfixturevalue(f"{weights}_pair")
+    return result
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_batched_equals_alone(pair: Pair, weights: str, questions: list[tuple[st
 def test_a_trace_tells_what_the_reference_does(
     pair: Pair, questions: list[tuple[str, Image.Image]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the very request: beside it another one of the same budget is served without a trace."""
+    """A trace belongs to its request: another one with the same budget runs in the same step without a trace."""
     engine, reference = pair
     (text, image), (other_text, other) = questions[2], questions[3]
     spy = Spy(algorithm1.reduce_layer)

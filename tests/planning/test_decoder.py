@@ -39,8 +39,8 @@ def planner(num_layers: int = 32, **values: Any) -> DecoderPlanner:
     ],
 )
 def test_reducing_layers_of_a_32_layer_decoder(method: str, ends: list[int]) -> None:
-    found = planner(method=method)
-    assert [found.segments.end(segment) for segment in found.reducing_segments(method)] == ends
+    result = planner(method=method)
+    assert [result.segments.end(segment) for segment in result.reducing_segments(method)] == ends
 
 
 def test_even_one_shot_geometric_and_explicit() -> None:
@@ -61,10 +61,10 @@ def test_an_explicit_schedule_fits_one_budget() -> None:
 
 def test_kv_budget_is_the_average_over_the_layers() -> None:
     """All 576 in the first of 16 segments, so that what is left to the other 15 is (16 * 64 - 576) / 15."""
-    found = planner(method="fastv", kv_budget=64, start_layer=1)
-    counts = found.counts("fastv", PATCHES, found.keep)
-    assert fmean(counts) <= 64 < fmean(found.counts("fastv", PATCHES, found.keep + 1))
-    assert found.keep == 29
+    result = planner(method="fastv", kv_budget=64, start_layer=1)
+    counts = result.counts("fastv", PATCHES, result.keep)
+    assert fmean(counts) <= 64 < fmean(result.counts("fastv", PATCHES, result.keep + 1))
+    assert result.keep == 29
     # What docs/decoder-kv.md names for the paper's 64 with FiCoCo-L.
     early = planner(kv_budget=64, schedule="one-shot", start_layer=0, num_segments=32)
     assert early.counts("ficoco-l", 576, early.keep) == (576, *[47] * 31)
@@ -189,12 +189,12 @@ def test_fields_that_a_server_does_not_know() -> None:
 
 def test_all_that_enters_may_be_kept() -> None:
     """A request whose tower keeps more than the server's may keep all of it in the decoder too."""
-    found = DecoderPlanner.shared(FicocoConfig.parse({"method": "ficoco-vl", "keep": 64}), 32, 192)
-    assert not found.plan(PATCHES + 9, [(1, PATCHES)], {"ficoco_keep": PATCHES}).reduces
+    result = DecoderPlanner.shared(FicocoConfig.parse({"method": "ficoco-vl", "keep": 64}), 32, 192)
+    assert not result.plan(PATCHES + 9, [(1, PATCHES)], {"ficoco_keep": PATCHES}).reduces
     with pytest.raises(
         ValueError, match="ficoco_keep = 193 is not allowed; allowed: an integer from 1 to 192"
     ):
-        found.plan(200, [(1, 192)], {"ficoco_keep": 193})
+        result.plan(200, [(1, 192)], {"ficoco_keep": 193})
 
 
 # The settings of FiCoCo-L's filter, with the penalty by windows of the image on.
@@ -221,11 +221,11 @@ def test_a_method_of_another_package_is_held_to_the_same_rules(monkeypatch: pyte
     entries = {name: EntryPoint(name, name, "ficoco_vllm.reductions") for name in THIRD_PARTY}
     monkeypatch.setattr(EntryPoint, "load", lambda entry: THIRD_PARTY[entry.name])
     monkeypatch.setattr(registry, "_entry_points", lambda: entries)
-    found = planner(keep=63)  # a configuration of its own: planners are kept
+    result = planner(keep=63)  # a configuration of its own: planners are kept
     image = [(4, PATCHES)]
-    assert found.plan(600, image, {"ficoco_method": "by-attention"}).counts[-1] == (63,)
+    assert result.plan(600, image, {"ficoco_method": "by-attention"}).counts[-1] == (63,)
     for name in THIRD_PARTY.keys() - {"by-attention"}:
         with pytest.raises(ValueError, match=f"ficoco_method = '{name}' is not a method .* by-attention"):
-            found.plan(600, image, {"ficoco_method": name})
+            result.plan(600, image, {"ficoco_method": name})
         with pytest.raises(ValueError, match=r"by places|fused extra|cls_attention"):
             planner(method=name)

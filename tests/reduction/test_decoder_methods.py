@@ -13,7 +13,7 @@ N, R, M = 30, 11, 5
 
 
 def causal(seed: int = 0) -> Signals:
-    """Signals whose visual attention is causal, as in a decoder, behind a system prompt of four tokens."""
+    """Signals whose visual attention is causal, as in a decoder, after a system prompt of four tokens."""
     signals = make_signals(1, N, seed=seed, M=M, grid=(6, 6))
     scores = torch.randn(1, 4 + N, 4 + N, generator=torch.Generator().manual_seed(seed))
     attention = (2 * scores + torch.full((4 + N, 4 + N), -torch.inf).triu(1)).softmax(dim=-1)

@@ -1,4 +1,4 @@
-"""What an observer is shown is what the reduction did."""
+"""An observer receives the actual reduction."""
 
 import pytest
 import torch

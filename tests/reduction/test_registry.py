@@ -214,13 +214,13 @@ def test_a_composition_names_the_signal_that_it_lacks() -> None:
 
 def blocks() -> dict[str, str]:
     """The code blocks of the guide, one of each language."""
-    found = re.findall(r"```(\w+)\n(.*?)```", GUIDE.read_text(), re.DOTALL)
-    assert len(found) == len(dict(found))
-    return dict(found)
+    result = re.findall(r"```(\w+)\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    assert len(result) == len(dict(result))
+    return dict(result)
 
 
 def install(folder: Path, name: str, module: str, code: str, entry: str) -> None:
-    """What pip leaves behind: a module, and a dist-info folder with its entry points."""
+    """Files of an installation by pip: a module, and a dist-info folder with its entry points."""
     info = folder / f"{name.replace('-', '_')}-1.0.dist-info"
     info.mkdir()
     (folder / f"{module}.py").write_text(code)
@@ -277,7 +277,7 @@ NEW = replace(TOPK_CLS, name="new-2")
 
 
 def test_a_method_file_is_all_that_a_new_method_takes(tmp_path: Path) -> None:
-    """In a copy of the package: the file is found, and the missing transcription is noticed."""
+    """In a copy of the package the file is discovered, and the missing transcription is reported."""
     package = Path(registry.__file__).parents[1]
     for part in ("__init__.py", "_version.py"):
         (tmp_path / "ficoco_vllm").mkdir(exist_ok=True)

@@ -203,7 +203,7 @@ def test_visionzip(signals: Signals, tokens: Tensor, share: float) -> None:
 
 @pytest.mark.parametrize(("keep", "dominant"), [(64, 54), (128, 108), (192, 162)])
 def test_visionzip_as_its_authors_set_it(keep: int, dominant: int) -> None:
-    """54 + 10, 108 + 20 and 162 + 30: the dominant tokens are those that [CLS] looks at most, as they are."""
+    """54 + 10, 108 + 20 and 162 + 30: the dominant tokens, unchanged, are those that [CLS] attends to most."""
     full, tokens = make_signals(1, 576, grid=(24, 24)), make_tokens(1, 576)
     got = reduce("visionzip", tokens, full, 576 - keep)
     most = full.cls_attention[0].topk(dominant).indices

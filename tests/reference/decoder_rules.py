@@ -11,11 +11,11 @@ RECYCLED_SHARE, TOKENS_PER_CLUSTER = 0.3, 10
 
 @dataclass
 class Seen:
-    """What a rule may look at, float64.
+    """Inputs of a rule, float64.
 
     Attributes:
         tokens: (N, D) hidden states of the visual tokens.
-        size: (N,) how many tokens each stands for.
+        size: (N,) number of tokens that each represents.
         attention: (N, N) among them, head mean.
         text: (M, N) from the text tokens behind the image, head mean.
         text_tokens: (M, D) hidden states of these.

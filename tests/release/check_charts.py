@@ -41,9 +41,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     best = finder.find_best_match(f"vllm=={VLLM}").best
     assert best is not None
     finder.download_and_unpack(best.link, out / "sources", out)
-    found = list(out.rglob(f"{CHART}/Chart.yaml"))
-    assert len(found) == 1
-    return found[0].parent
+    matches = list(out.rglob(f"{CHART}/Chart.yaml"))
+    assert len(matches) == 1
+    return matches[0].parent
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def values() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def manifests(chart: Chart, values: dict[str, Any]) -> dict[str, Manifest]:
-    """What Helm makes of them, by kind."""
+    """Objects that Helm renders, by kind."""
     documents = rendered(chart, values)
     kinds = [document["kind"] for document in documents]
     assert len(kinds) == len(set(kinds))

@@ -103,7 +103,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def configuration(image: str) -> dict[str, Any]:
-    """What the image tells an engine."""
+    """Configuration of the image."""
     inspected: dict[str, Any] = json.loads(buildah("inspect", "--type=image", image))["Docker"]["config"]
     return inspected
 

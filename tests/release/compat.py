@@ -41,7 +41,7 @@ def next_minor(allowed: SpecifierSet) -> SpecifierSet:
 
 
 def index() -> PackageFinder:
-    """Where pip looks."""
+    """Index URL of pip."""
     configured = subprocess.run(
         [sys.executable, "-m", "pip", "config", "get", "global.index-url"],
         capture_output=True,
@@ -53,8 +53,8 @@ def index() -> PackageFinder:
 
 def released(finder: PackageFinder, name: str, within: SpecifierSet) -> list[str]:
     """Versions, oldest first."""
-    found = finder.find_all_packages(name)
-    return sorted({str(p.version) for p in found if within.contains(str(p.version))}, key=Version)
+    result = finder.find_all_packages(name)
+    return sorted({str(p.version) for p in result if within.contains(str(p.version))}, key=Version)
 
 
 def environment(wanted: str, folder: Path) -> Path:

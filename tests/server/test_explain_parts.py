@@ -51,7 +51,7 @@ def test_kv_bytes_of_a_tower_method_are_those_of_its_prompt() -> None:
 
 
 def test_kv_bytes_of_a_decoder_method_shrink_from_layer_to_layer() -> None:
-    """16 tokens enter; the layer that reduces has written all of them, those behind it what stays."""
+    """16 tokens enter; the reducing layer writes all of them, later layers the kept ones."""
     steps = [step("decoder", 1, 10), step("decoder", 5, 4)]
     assert served().visual_tokens(steps) == (16, 4)
     tokens = [20, 20, 14, 14, 14, 14, 8, 8]

@@ -1,4 +1,4 @@
-"""A server of LLaVA-NeXT: what its requests may ask, what answers and metrics tell."""
+"""A server of LLaVA-NeXT: allowed requests, reported usage and metrics."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a client may make the server read, through HTTP: where from, how much, and for whom."""
+"""Limits of the media that a client can make the server read, through HTTP: sources, sizes, and API keys."""
 
 import base64
 import struct
@@ -38,7 +38,7 @@ def refused(answer: httpx.Response, status: int) -> str:
 
 @pytest.fixture(autouse=True)
 def lives_on(bounded: Bounded) -> Iterator[None]:
-    """After every refusal the server is there, and has fetched nothing behind our back."""
+    """After every refusal the server still answers, and has fetched nothing."""
     bounded.site.paths.clear()
     yield
     assert bounded.server.is_healthy()

@@ -67,7 +67,7 @@ def to_layer(browser: Browser, index: int) -> None:
 
 @pytest.fixture(scope="module")
 def page(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    """A desktop browser that has asked about the example."""
+    """A desktop browser with the answers about the example."""
     with chromium(tmp_path_factory.mktemp("profile")) as browser:
         open_page(browser, server)
         ask(browser)

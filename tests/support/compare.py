@@ -1,4 +1,4 @@
-"""How an answer is held against an oracle's."""
+"""Comparison of an answer with an oracle's."""
 
 from collections.abc import Callable, Sequence
 
@@ -20,7 +20,7 @@ NUM_TOKENS = 6
 
 
 def demo_questions() -> list[tuple[str, Image.Image]]:
-    """What the demo model can answer: each of its example images with its own question, as a prompt."""
+    """Prompts that the demo model can answer: each of its example images with its own question."""
     return [
         (f"<s>USER: <image>\n{example.question} ASSISTANT:", Image.open(example.image).convert("RGB"))
         for example in examples()

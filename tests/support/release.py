@@ -1,4 +1,4 @@
-"""What `make dist` builds, and a Python that has it without the repository."""
+"""Distributions of `make dist`, and a Python that has them without the repository."""
 
 import os
 import shutil

@@ -150,7 +150,7 @@ def test_the_command_line_does_not_import_prometheus() -> None:
 
 
 def test_what_a_command_started_ends_with_it(tmp_path: Path) -> None:
-    """A benchmark that is told to stop leaves no server behind."""
+    """A benchmark that is stopped also stops its server."""
     code = f"""
 import sys, time
 from pathlib import Path
@@ -178,17 +178,21 @@ sys.exit(cli.main())
 
 
 @pytest.mark.parametrize(
-    ("asked", "on_cpu", "expected"),
+    ("requested", "on_cpu", "expected"),
     [("auto", True, "float32"), ("auto", False, "auto"), ("bfloat16", True, "bfloat16")],
 )
 def test_the_demo_model_is_computed_in_float32_on_cpus(
-    monkeypatch: pytest.MonkeyPatch, asked: str, on_cpu: bool, expected: str
+    monkeypatch: pytest.MonkeyPatch, requested: str, on_cpu: bool, expected: str
 ) -> None:
     """Its weights are bfloat16, whose products are slow on one CPU and rounded otherwise on another."""
     monkeypatch.setattr("ficoco_vllm.server.commands.serve.is_cpu_build", lambda: on_cpu)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     args = argparse.Namespace(
-        model_tag=None, served_model_name=None, kv_cache_memory_bytes=None, enforce_eager=False, dtype=asked
+        model_tag=None,
+        served_model_name=None,
+        kv_cache_memory_bytes=None,
+        enforce_eager=False,
+        dtype=requested,
     )
     _use_demo_model(args)
     assert args.dtype == expected

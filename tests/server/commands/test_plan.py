@@ -110,7 +110,7 @@ def test_what_cannot_be_served_is_said(capsys: pytest.CaptureFixture[str], metho
 
 
 def test_every_method_has_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
-    """What stays is `keep` whatever the method; where tokens leave is its site."""
+    """Every method keeps `keep` tokens, and removes tokens at its own site."""
     for name in available():
         parsed = report(capsys, LLAVA_7B, "--method", name, "--keep", "64")
         in_tower, in_decoder = parsed["encoder_tokens"], parsed["decoder_visual_tokens"]

@@ -1,4 +1,4 @@
-"""The gate of a server that is told to stop, without a model."""
+"""The shutdown gate of a stopping server, without a model."""
 
 import asyncio
 import threading

@@ -1,4 +1,4 @@
-"""The engine is killed in mid-load, and the server told to stop in mid-load; a supervisor as systemd's or compose's."""
+"""A killed engine and a stop signal under load, with a supervisor like systemd's or compose's."""
 
 import asyncio
 import json
@@ -54,7 +54,7 @@ class Supervised:
     num_tokens: int
 
     def processes(self) -> list[psutil.Process]:
-        """Of the server, without the supervisor."""
+        """Processes of the server, without the supervisor."""
         return psutil.Process(self.server.process.pid).children(recursive=True)
 
 
@@ -63,7 +63,7 @@ class Supervised:
 def supervised(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Supervised]:
-    """The demo model, with time for requests that run when it is told to stop."""
+    """The demo model, with time for running requests when it stops."""
     method, num_tokens = request.param
     folder = tmp_path_factory.mktemp("supervised")
     arguments = ["--ficoco-method", method, "--ficoco-keep", "64", "--shutdown-timeout", "60"]
@@ -119,10 +119,10 @@ async def under_load(
 def shared_memory_of(processes: list[psutil.Process]) -> set[Path]:
     """Files of the shared memory that they have mapped."""
     return {
-        Path(found.path)
+        Path(matches.path)
         for process in processes
-        for found in process.memory_maps()
-        if found.path.startswith(f"{SHARED_MEMORY}/") and Path(found.path).exists()
+        for matches in process.memory_maps()
+        if matches.path.startswith(f"{SHARED_MEMORY}/") and Path(matches.path).exists()
     }
 
 

@@ -1,4 +1,4 @@
-"""What the loader of media fetches and reads, without an engine; over HTTP: `test_safety.py`."""
+"""Tests of the media loader without an engine; `test_safety.py` tests it over HTTP."""
 
 import asyncio
 import base64
@@ -30,8 +30,8 @@ pytestmark = pytest.mark.compat
 @pytest.fixture
 def site() -> Iterator[Site]:
     """Counts what is fetched."""
-    with loopback_site() as found:
-        yield found
+    with loopback_site() as result:
+        yield result
 
 
 def data_url(content: bytes) -> str:
@@ -45,7 +45,7 @@ def png(side: int, mode: str = "L") -> bytes:
 
 
 def fetch(connector: FicocoMediaConnector, url: str, waits: bool, kind: str = "image") -> Any:
-    """Through the asynchronous door, which the server takes, or the other."""
+    """By the asynchronous method, which the server calls, or by the synchronous one."""
     if not waits:
         return getattr(connector, f"fetch_{kind}")(url)
 
@@ -101,7 +101,7 @@ def test_a_name_that_leads_into_the_private_network(
 
 
 def test_a_redirect_does_not_lead_there_either(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where redirects are followed at all; the first address is one that the operator has named."""
+    """With redirects enabled; the operator has named the first address."""
     monkeypatch.setenv("VLLM_MEDIA_URL_ALLOW_REDIRECTS", "1")
     connector = FicocoMediaConnector(allowed_media_domains=["127.0.0.1"])
     with pytest.raises(VLLMValidationError, match="not on the public internet"):
