@@ -69,7 +69,7 @@ class Metrics:
         )
         self.kv_blocks_saved = gauge(
             "kv_blocks_saved",
-            "KV blocks that running requests would hold besides in a segment without reduction: their missing "
+            "KV blocks that running requests would additionally hold in a segment without reduction: their missing "
             "tokens by the size of a block, not rounded.",
             "sum",
             "segment",

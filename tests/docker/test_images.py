@@ -42,7 +42,7 @@ def test_the_client_accepts_compose(profile: str, tmp_path: Path) -> None:
     rendered = config(COMPOSE)
     assert rendered.returncode == 0, rendered.stderr
     services = yaml.safe_load(rendered.stdout)["services"]
-    # Debian's client renders every profile, the plugin the one that is asked for.
+    # Debian's client renders every profile, the plugin only the requested one.
     assert {f"server-{profile}", "prometheus", "grafana"} <= set(services)
     mistyped = tmp_path / "compose.yaml"
     mistyped.write_text(COMPOSE.read_text().replace("read_only:", "readonly:"))

@@ -59,20 +59,20 @@ class Projection(nn.Linear):
 
 
 class Layer(nn.Module):
-    """A layer in front of the reducing ones changes nothing here, where the tower calls it whole, as on a GPU."""
+    """A layer before the reducing ones changes nothing here, where the tower calls it whole, as on a GPU."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         return hidden
 
 
 def mixed(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Queries, keys and values as in vLLM's attention module: (B, N, H * d) each."""
+    """Output of vLLM's attention module for query, key and value, (B, N, H * d) each."""
     heads = (x.unflatten(-1, (H, d)).transpose(1, 2) for x in (query, key, value))
     return scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
 
 
 def layer() -> Any:
-    """Signals that the tower reads from a CLIP layer."""
+    """The parts of a CLIP layer that the tower reads."""
     module = SimpleNamespace(
         qkv_proj=Projection(WIDTH, 3 * H * d),
         out_proj=Projection(H * d, WIDTH),

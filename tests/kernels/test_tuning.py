@@ -1,4 +1,4 @@
-"""Tile sizes: defaults, measured ones, and how they are found."""
+"""Tile sizes: defaults, measured ones, and their lookup."""
 
 import json
 from collections.abc import Iterator

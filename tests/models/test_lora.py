@@ -109,7 +109,7 @@ def test_adapters_and_budgets_mixed_in_one_step(
 ) -> None:
     """Two adapters, budgets of server and requests, with an image and without; then the same without an adapter.
 
-    The prompts are the same, so that a cache that did not tell adapters and budgets apart would show.
+    The prompts are the same, so that a cache that confused adapters or budgets would be detected.
     """
     prompts = [(PROMPT, images[0], 64), (PROMPT, images[0], 9), (TEXT_ONLY, None, 64)]
     requests = [
@@ -124,7 +124,7 @@ def test_adapters_and_budgets_mixed_in_one_step(
         expected, expected_logprobs = oracles[index // 3].generate(text, shown, NUM_TOKENS)
         assert_equal(tokens, logprobs, expected, expected_logprobs, ends=False)
         seen.append(logprobs[0])
-    # An adapter that did nothing, or a budget that was another's, would be told apart.
+    # An adapter without effect, or the budget of another request, would be detected.
     for index, first in enumerate(seen):
         for second in seen[:index]:
             assert (first - second).abs().max() > 100 * TOLERANCE

@@ -97,7 +97,7 @@ def test_other_methods_equal_reference(
 
 
 def test_the_check_can_fail(engine: LLM, reference: TiledLlava, pictures: list[Image.Image]) -> None:
-    """Negative control: one token more in each tile is told apart."""
+    """Negative control: one more token in each tile is detected."""
     (answer,) = ask(engine, [request(PROMPT, [pictures[0]])], 1)
     _, logprobs = reference.generate(PROMPT, [(pictures[0], 17)], 1)
     assert (answer.logprobs - logprobs).abs().max() > 10 * TOLERANCE

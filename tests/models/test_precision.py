@@ -2,7 +2,7 @@
 
 There the trained decoder answers something, and magnifies the tower's rounding (1e-5 of features near 3) up to a
 hundredfold. Stock vLLM is as far off as we are: with all tokens kept we are stock vLLM bit for bit (test_stock.py).
-So here the features are held against Algorithm 1 directly, and the log-probabilities against stock's own error.
+So here the features are compared with Algorithm 1 directly, and the log-probabilities with stock's own error.
 """
 
 import pytest

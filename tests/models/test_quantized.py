@@ -1,4 +1,4 @@
-"""Quantized decoders behind a tower that reduces: against an oracle that rounds as the checkpoint's scheme does.
+"""Quantized decoders after a reducing tower, compared with an oracle that rounds as the checkpoint's scheme does.
 
 And a KV cache in fp8.
 """

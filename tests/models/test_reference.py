@@ -18,7 +18,7 @@ pytestmark = pytest.mark.engine
 
 @pytest.fixture(params=["random", "demo"])
 def weights(request: pytest.FixtureRequest) -> str:
-    """Oracle of the served model."""
+    """Kind of the served model's weights."""
     return str(request.param)
 
 
@@ -96,7 +96,7 @@ def test_a_trace_tells_what_the_reference_does(
 
 
 def test_the_check_can_fail(pair: Pair, questions: list[tuple[str, Image.Image]]) -> None:
-    """Negative control: one token more is told apart by far more than the tolerance."""
+    """Negative control: one more token changes the answer by far more than the tolerance."""
     engine, reference = pair
     text, image = questions[0]
     (answer,) = ask(engine, [request(text, [image], ficoco_keep=64)], num_tokens=1)

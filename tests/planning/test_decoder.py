@@ -29,7 +29,7 @@ def planner(num_layers: int = 32, **values: Any) -> DecoderPlanner:
 @pytest.mark.parametrize(
     ("method", "ends"),
     [
-        # Layers 3, 7, ..., 27 of 32: FiCoCo-L starts at the 4th layer; the last segment has nothing behind it.
+        # Layers 3, 7, ..., 27 of 32: FiCoCo-L starts at the 4th layer; the last segment has no successor.
         ("ficoco-l", [3, 7, 11, 15, 19, 23, 27]),
         # exactly as its authors, at the price of 16 segments; its schedule takes all in the first
         ("fastv", list(range(1, 31, 2))),

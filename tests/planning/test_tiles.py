@@ -47,7 +47,7 @@ class StockInfo(LlavaNextProcessingInfo):
         pass
 
     def get_hf_config(self) -> Any:
-        """Tiling of the model."""
+        """Configuration of the model."""
         return config()
 
 

@@ -17,7 +17,7 @@ class Seen:
         tokens: (N, D) hidden states of the visual tokens.
         size: (N,) number of tokens that each represents.
         attention: (N, N) among them, head mean.
-        text: (M, N) from the text tokens behind the image, head mean.
+        text: (M, N) from the text tokens after the image, head mean.
         text_tokens: (M, D) hidden states of these.
     """
 

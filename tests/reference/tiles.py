@@ -14,7 +14,7 @@ from tests.reference.dense_tower import DenseLlava
 
 
 class Tiled(ReferenceLlava):
-    """Mixin before an oracle whose tower sees an image whole."""
+    """Mixin for an oracle whose tower sees an image whole; the first base class."""
 
     model_class = LlavaNextForConditionalGeneration
     per_image = False
@@ -78,7 +78,7 @@ class Tiled(ReferenceLlava):
         return keeps
 
     def _tile(self, pixels: Tensor, keep: int, shown: Shown) -> list[tuple[int, int, Tensor]]:
-        """Line, place in it and projected token, of each that is kept; the line behind the last for fused ones."""
+        """Line, place in it and projected token of each kept one; fused ones have the line after the last."""
         if not keep:
             return []
         hidden, position = self.encode(pixels[None], keep, shown)

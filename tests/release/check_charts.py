@@ -27,7 +27,7 @@ CHART = "examples/deployment/chart-helm"
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """VLLM's chart, out of its sdist.
 
-    pip is asked for its index in a process of its own: whoever imports pip loses setuptools' `distutils`, which vLLM
+    pip's index is read in a separate process: importing pip removes setuptools' `distutils`, which vLLM
     needs later.
     """
     out = tmp_path_factory.mktemp("vllm")

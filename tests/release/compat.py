@@ -35,13 +35,13 @@ def pin() -> SpecifierSet:
 
 
 def next_minor(allowed: SpecifierSet) -> SpecifierSet:
-    """The minor behind the pin's upper end."""
+    """The minor version after the pin's upper end."""
     (upper,) = (Version(spec.version) for spec in allowed if spec.operator == "<")
     return SpecifierSet(f">={upper},<{upper.major}.{upper.minor + 1}")
 
 
 def index() -> PackageFinder:
-    """Index URL of pip."""
+    """Package finder of pip's configured index."""
     configured = subprocess.run(
         [sys.executable, "-m", "pip", "config", "get", "global.index-url"],
         capture_output=True,

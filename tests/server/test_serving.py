@@ -56,7 +56,7 @@ def test_two_images_in_one_chat(client: OpenAI, images: list[Image.Image]) -> No
         return completion.usage.prompt_tokens
 
     one, two = prompt_tokens(1), prompt_tokens(2)
-    assert KEEP <= two - one <= KEEP + 2  # the second image and the line break behind it
+    assert KEEP <= two - one <= KEEP + 2  # the second image and the line break after it
 
 
 def test_streaming_equals_not_streaming(client: OpenAI) -> None:

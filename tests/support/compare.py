@@ -15,7 +15,7 @@ TOLERANCE = 1e-4
 # Where the trained weights magnify rounding beyond that: ours may be so many times as far off as the oracle itself is
 # when it computes in float32. Measured: 1.3e-4 against 0.7e-4, where FiCoCo-L leaves a digit hard to read.
 ROUNDINGS = 3
-# How many tokens are asked for. An answer of the demo model ends before; what it says behind its end it never learnt.
+# Requested number of tokens. An answer of the demo model ends before; it was not trained to continue after its end.
 NUM_TOKENS = 6
 
 

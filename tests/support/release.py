@@ -36,7 +36,7 @@ def build(folder: Path) -> Release:
 def install(wheel: Path, folder: Path) -> Path:
     """A virtual environment with the wheel, on top of the packages that the tests run with.
 
-    A path in a `.pth` file puts those packages behind the environment's own and reads none of their `.pth` files, so
+    A path in a `.pth` file puts those packages after the environment's own and reads none of their `.pth` files, so
     the editable install of the repository is not among them.
 
     Returns:

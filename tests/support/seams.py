@@ -98,7 +98,7 @@ class Tree:
 
         Returns:
             The defining module and the node; None if there is no such name. A submodule and a lazily loaded name
-            (`__getattr__`, as in `vllm.envs`) are found as the module itself.
+            (`__getattr__`, as in `vllm.envs`) resolve to the module itself.
         """
         tree = self.module(module)
         if tree is None:

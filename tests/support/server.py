@@ -21,7 +21,7 @@ DTYPE, VALUE_BYTES = "float32", 4
 DEMO_KEEP = 64
 # Also what the README's client sends.
 API_KEY = "none"
-# What conftest.py sets for engines inside the test process, and what the command line leaves behind in the tests that
+# What conftest.py sets for engines inside the test process, and what the command line leaves in the tests that
 # call it there.
 _ONLY_IN_PROCESS = (
     "VLLM_ENABLE_V1_MULTIPROCESSING",

@@ -102,7 +102,7 @@ def made_up_image(rng: random.Random, course: Course) -> tuple[NDArray[np.int64]
         for edge in (x, x + width - 1):
             if rng.random() < 0.3:
                 labels[:, row, edge] = 0
-        # A lone digit takes any place, lest "first" come to mean "a digit" and bar the way to the others.
+        # A single digit takes any place; otherwise "first" would come to mean "a digit".
         first = rng.randrange(len(PLACES)) if short else 0
         for index, digit in enumerate(number):
             labels[DIGIT, row, x + 1 + index] = int(digit) + 1

@@ -31,7 +31,7 @@ def start(code: str, *arguments: str) -> subprocess.Popen[str]:
 
 
 def name_of(process: subprocess.Popen[str]) -> str:
-    """Its first line of output."""
+    """Name that a process prints in its first line."""
     assert process.stdout is not None
     return process.stdout.readline().strip()
 

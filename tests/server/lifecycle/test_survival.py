@@ -137,7 +137,7 @@ def test_a_killed_engine_is_an_error_and_a_new_server(supervised: Supervised) ->
     (engine,) = (process for process in processes if "EngineCore" in process.name())
     segments = shared_memory_of(processes)
     assert segments
-    time.sleep(6)  # what is left of processes can be told only if they were seen, every five seconds
+    time.sleep(6)  # processes are scanned every five seconds, and only scanned ones are cleaned up
     outcomes, seconds = asyncio.run(under_load(server, 2000, engine, 9))
     kinds = {outcome.kind for outcome in outcomes}
     assert kinds <= {SERVER_ERROR, LOST}, outcomes

@@ -45,7 +45,7 @@ def png(side: int, mode: str = "L") -> bytes:
 
 
 def fetch(connector: FicocoMediaConnector, url: str, waits: bool, kind: str = "image") -> Any:
-    """By the asynchronous method, which the server calls, or by the synchronous one."""
+    """Fetch by the asynchronous method, which the server calls, or by the synchronous one."""
     if not waits:
         return getattr(connector, f"fetch_{kind}")(url)
 

@@ -76,7 +76,7 @@ def in_one(events: list[Any]) -> list[Any]:
 
 
 def _is_chunk(event: Any) -> bool:
-    """Chunks with text; the first of a chat has only the role, the last only the usage."""
+    """Whether an event has text; the first chunk of a chat has only the role, the last only the usage."""
     choices = event.get("choices") if isinstance(event, dict) else None
     return bool(choices) and not any("role" in choice.get("delta", {}) for choice in choices)
 

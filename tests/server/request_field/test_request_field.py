@@ -128,7 +128,7 @@ def test_batch_route_and_completions(server: Server, client: OpenAI) -> None:
         model=MODEL, prompt="what is", max_tokens=2, extra_body={"ficoco": {"keep": 9}}
     )
     assert text.usage is not None
-    assert not text.usage.model_extra  # no image: nothing to tell
+    assert not text.usage.model_extra  # no image: nothing to report
     with pytest.raises(openai.BadRequestError, match=r"ficoco\.keep = 0"):
         client.completions.create(
             model=MODEL, prompt="what is", max_tokens=2, extra_body={"ficoco": {"keep": 0}}
