@@ -117,7 +117,7 @@ def test_report_shows_the_worst_disagreements(
     assert entry["worst"], "without a disagreement nothing is shown"
     for row in entry["worst"]:
         assert len(row["patches"]["kept"]) == entry["safe"]["keep"]
-        # Traced in a chat of its own, which no cache knew: the same answer.
+        # Traced in a separate chat, which hits no cache: the same answer.
         assert row["patches"]["answer"] == row["reduced"]
     assert [row["divergence"] for row in entry["worst"]] == sorted(
         (row["divergence"] for row in entry["worst"]), reverse=True

@@ -245,7 +245,7 @@ def test_miniature_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert 0 < ours["kv_cache_usage_max"] < 0.5 * stock["kv_cache_usage_max"]
     assert result["warnings"] == []
     servers = [Server.parse("stock"), Server.parse("ficoco-v:9")]
-    # What a server that secretly does not reduce would have measured is what stock vLLM did.
+    # A server that silently does not reduce would have the measurements of stock vLLM.
     secretly_off = {**stock, "server": "ficoco-v-9"}
     assert "reduces by nothing" in check([stock, secretly_off], servers, 576)[0]
     pretending = {**secretly_off, "reduced_by": ["ficoco-v"]}

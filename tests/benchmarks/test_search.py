@@ -1,4 +1,4 @@
-"""The search and its certificate, simulated: what it costs, what it finds, how often it errs."""
+"""Simulation of the search and its certificate: cost, results and error rate."""
 
 from collections.abc import Mapping, Sequence
 

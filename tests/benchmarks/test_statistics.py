@@ -1,4 +1,4 @@
-"""Intervals and tests against their textbook values, and against what they claim."""
+"""Intervals and tests compared with their textbook values and their nominal error rates."""
 
 import numpy as np
 import pytest

@@ -63,7 +63,7 @@ def test_requests_at_once_in_a_small_cache(tmp_path: Path) -> None:
     assert rows["stock"]["num_running"] == 4
     (bar,) = concurrency_bars(rows)
     assert bar.passed, rows
-    # What an engine that secretly does not reduce would have counted is what stock vLLM did.
+    # An engine that silently does not reduce would have the counts of stock vLLM.
     rows["V 64"] |= {key: rows["stock"][key] for key in ("num_running", "ratio")}
     (bar,) = concurrency_bars(rows)
     assert not bar.passed

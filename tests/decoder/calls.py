@@ -89,12 +89,12 @@ def ask_noting_preemptions(engine: LLM, asks: list[Ask]) -> tuple[list[Answer], 
 
 
 def free_blocks(engine: LLM) -> int:
-    """Blocks of the shared pool that nobody holds."""
+    """Free blocks of the shared pool."""
     return int(scheduler_of(engine).kv_cache_manager.block_pool.get_num_free_blocks())
 
 
 def held(engine: LLM) -> list[dict[str, int]]:
-    """Blocks that each request holds, group by group; and what else is remembered of requests."""
+    """Blocks that each request holds, group by group, and the other state kept for requests."""
     scheduler = scheduler_of(engine)
     groups = scheduler.kv_cache_manager.coordinator.single_type_managers
     result = [

@@ -82,7 +82,7 @@ def engine(host: Host, small_llava: Path) -> Remote:
 
 
 def quantized_as(model: Path, folder: Path, config: dict[str, Any]) -> str:
-    """A copy of a model whose configuration says so. Nobody looks at its weights."""
+    """A copy of a model with a quantization config. Its weights are not read."""
     shutil.copytree(model, folder)
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(values | {"quantization_config": config}))
@@ -90,7 +90,7 @@ def quantized_as(model: Path, folder: Path, config: dict[str, Any]) -> str:
 
 
 def is_quantized(layer: str) -> bool:
-    """Whether what computes a layer, as `layers_of` names it, has quantized weights."""
+    """Whether a layer's implementation, as named by `layers_of`, has quantized weights."""
     return not layer.startswith("Unquantized")
 
 
@@ -169,7 +169,7 @@ def test_layers_left_out_of_an_fp8_cache(engine: Remote, small_llava: Path, fico
 
 @needs_fp8_cache
 def test_an_fp8_cache_in_use(engine: Remote, small_llava: Path, images: list[Image.Image]) -> None:
-    """Against an oracle whose attention reads rounded keys and values, while the reduction looks at exact ones."""
+    """Comparison with an oracle whose attention reads rounded keys and values, and its reduction exact ones."""
     exact, rounded = ReferenceDecoder(small_llava), ReferenceDecoder(small_llava)
     rounded.stored = to_e4m3
     shown = [Shown(image, 144, left("ficoco-l", 144, 16)) for image in images]

@@ -229,7 +229,7 @@ def refusal_with(engine: Any, one: Ask, more: dict[str, Any]) -> str:
 
 @pytest.mark.engine
 def test_a_search_by_beams_is_refused(engine: Remote, images: list[Image.Image]) -> None:
-    """Offline; `test_server.py` has it over HTTP."""
+    """Offline; `test_server.py` tests it over HTTP."""
     assert "use_beam_search = True" in engine.call(search, Ask(PROMPT, [images[0]]))
 
 

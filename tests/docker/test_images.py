@@ -1,4 +1,4 @@
-"""Dockerfiles and compose: pinned, not root, healthy by their own word, and true to what else is in docker/."""
+"""Dockerfiles and compose: pinned, not root, with health checks, and consistent with the other files in docker/."""
 
 import json
 import re
@@ -111,7 +111,7 @@ def test_options_of_the_commands_exist() -> None:
 
 
 def test_the_context_has_what_the_images_copy() -> None:
-    """`.dockerignore` lets in what the wheel is built from."""
+    """`.dockerignore` includes the sources of the wheel."""
     allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     assert {"LICENSE", "README.md", "pyproject.toml", "requirements"} <= allowed
     mapped = re.findall(

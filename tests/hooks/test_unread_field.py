@@ -1,4 +1,4 @@
-"""The field `ficoco` where no endpoint of ours reads it."""
+"""The field `ficoco` without an endpoint of ours that reads it."""
 
 import asyncio
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ class ReachedError(Exception):
 
 @pytest.fixture
 def renderer(monkeypatch: pytest.MonkeyPatch) -> OnlineRenderer:
-    """One whose own methods only say that they were reached."""
+    """A renderer whose methods only report that they were called."""
 
     async def reach(self: Any, *_: Any, **__: Any) -> None:
         raise ReachedError

@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty place for the file, and nothing remembered of another."""
+    """An empty path for the file, with cleared caches."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     tuning._measured.cache_clear()
     yield tmp_path

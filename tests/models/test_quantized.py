@@ -64,7 +64,7 @@ def test_equals_an_oracle_that_rounds(
 
 @needs_fp8_cache
 def test_an_fp8_cache(engines: Engines, random_llava: Path, images: list[Image.Image]) -> None:
-    """Against an oracle whose attention reads rounded keys and values; what the tower keeps, no cache touches."""
+    """Comparison with an oracle whose attention reads rounded keys and values; the tower uses no cache."""
     exact, rounded = ReferenceDecoder(random_llava), ReferenceDecoder(random_llava)
     rounded.stored = to_e4m3
     shown = images[:4]

@@ -31,7 +31,7 @@ def pair(request: pytest.FixtureRequest, weights: str) -> Pair:
 
 @pytest.fixture
 def questions(weights: str, images: list[Image.Image]) -> list[tuple[str, Image.Image]]:
-    """Noise for random weights; for trained ones what they know (what noise does: test_precision.py)."""
+    """Noise for random weights; for trained ones known images (for noise see test_precision.py)."""
     return demo_questions() if weights == "demo" else [(PROMPT, image) for image in images[:6]]
 
 

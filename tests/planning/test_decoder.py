@@ -1,4 +1,4 @@
-"""Plans: integers that scheduler and workers must agree on, and what is refused."""
+"""Plans: integers that scheduler and workers must agree on, and refused settings."""
 
 import re
 from dataclasses import replace
@@ -60,7 +60,7 @@ def test_an_explicit_schedule_fits_one_budget() -> None:
 
 
 def test_kv_budget_is_the_average_over_the_layers() -> None:
-    """All 576 in the first of 16 segments, so that what is left to the other 15 is (16 * 64 - 576) / 15."""
+    """All 576 in the first of 16 segments, so that (16 * 64 - 576) / 15 remain for the other 15."""
     result = planner(method="fastv", kv_budget=64, start_layer=1)
     counts = result.counts("fastv", PATCHES, result.keep)
     assert fmean(counts) <= 64 < fmean(result.counts("fastv", PATCHES, result.keep + 1))
@@ -177,7 +177,7 @@ def test_a_trace_changes_no_plan() -> None:
 
 
 def test_fields_that_a_server_does_not_know() -> None:
-    """Checked where a request comes in, by processor and admission."""
+    """Checked by processor and admission when a request arrives."""
     assert find_unknown(["other", "ficoco_keep", "ficoco_method"], explain=False) is None
     assert find_unknown(["ficoco_kep"], explain=True) == "ficoco_kep"
     assert find_unknown(["ficoco_trace"], explain=False) == "ficoco_trace"
@@ -221,7 +221,7 @@ def test_a_method_of_another_package_is_held_to_the_same_rules(monkeypatch: pyte
     entries = {name: EntryPoint(name, name, "ficoco_vllm.reductions") for name in THIRD_PARTY}
     monkeypatch.setattr(EntryPoint, "load", lambda entry: THIRD_PARTY[entry.name])
     monkeypatch.setattr(registry, "_entry_points", lambda: entries)
-    result = planner(keep=63)  # a configuration of its own: planners are kept
+    result = planner(keep=63)  # a separate configuration: planners are cached
     image = [(4, PATCHES)]
     assert result.plan(600, image, {"ficoco_method": "by-attention"}).counts[-1] == (63,)
     for name in THIRD_PARTY.keys() - {"by-attention"}:

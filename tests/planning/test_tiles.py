@@ -58,7 +58,7 @@ def planner(**settings: Any) -> VisionPlanner:
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
 def test_counts(height: int, width: int) -> None:
-    """Without reduction vLLM's count; with it what each tile can keep, and a newline for each row of tiles."""
+    """Without reduction vLLM's count; with it the kept tokens of each tile, and a newline for each row of tiles."""
     stock = StockInfo().get_num_image_tokens(image_height=height, image_width=width)
     served = planner()
     assert served.num_image_tokens(served.default, height=height, width=width) == stock

@@ -156,7 +156,7 @@ def test_sparsevlm(share: float, per_cluster: int) -> None:
 
 
 def test_sparsevlm_where_one_text_token_is_all_there_is() -> None:
-    """It is no more alike to the image than the average, yet it rates."""
+    """Its similarity to the image is not above average, yet it rates."""
     signals = make_signals(1, 12, M=1)
     got = reduce("sparsevlm", make_tokens(1, 12), signals, 5, recycled_share=0.0)
     best = reference.split([-float(value) for value in signals.text_attention[0, 0]], 5)[1]

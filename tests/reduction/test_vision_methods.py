@@ -101,7 +101,7 @@ def test_random_spreads_and_depends_on_the_seed() -> None:
 
 
 def test_spatial_pool_on_the_full_grid() -> None:
-    """64 of 24 x 24 patches: cells of 3 x 3, whatever the order of arithmetic."""
+    """64 of 24 x 24 patches: cells of 3 x 3, independent of the order of arithmetic."""
     full = Signals(position=torch.arange(576)[None], grid=(24, 24))
     tokens = make_tokens(1, 576)
     got = reduce("spatial-pool", tokens, full, 512)

@@ -67,7 +67,7 @@ def reduce_layer(
 
 
 def plain_norm(module: LlamaRMSNorm, hidden: Tensor) -> Tensor:
-    """Hugging Face's norm of Llama, which goes through float32 whatever it is given."""
+    """Hugging Face's norm of Llama, which always computes in float32."""
     squares = hidden.square().mean(dim=-1, keepdim=True)
     return module.weight * hidden / torch.sqrt(squares + module.variance_epsilon)
 

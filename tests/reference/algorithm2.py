@@ -50,7 +50,7 @@ class ReferenceDecoder(ReferenceLlava):
 
     @torch.no_grad()
     def judge(self, method: str, prompt: str, images: list[Shown], answer: list[int]) -> Tensor:
-        """Log-probabilities of what could stand at each place of an answer.
+        """Log-probabilities of the candidates at each place of an answer.
 
         Whether the answer is the greedy one shows in their maxima: up to the first place where it is not, they are
         those of the greedy one.

@@ -1,4 +1,4 @@
-"""`make charts-check`: vLLM's plain chart, as vLLM's sdist has it, rendered by Helm with our values.
+"""`make charts-check`: the plain chart in vLLM's sdist, rendered by Helm with our values.
 
 The chart's own schema checks the values, Kubernetes' schemas what comes out.
 """

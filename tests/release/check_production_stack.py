@@ -71,7 +71,7 @@ def of_kind(manifests: dict[str, Manifest], kind: str) -> list[Manifest]:
 
 
 def selects(selector: dict[str, str], manifest: Manifest) -> bool:
-    """Whether labels select what carries those of `manifest`."""
+    """Whether labels select objects with the labels of `manifest`."""
     labels: dict[str, str] = manifest["metadata"]["labels"]
     return selector.items() <= labels.items()
 

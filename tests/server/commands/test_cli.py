@@ -1,4 +1,4 @@
-"""The command line: what it lists, and what it refuses before anything is loaded."""
+"""The command line: its lists, and its refusals before anything is loaded."""
 
 import argparse
 import json
@@ -112,7 +112,7 @@ def test_serve_refuses_in_one_line(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # The command writes to both what later tests must not find.
+    # The command changes both, which later tests must not see.
     monkeypatch.setattr(os, "environ", dict(os.environ))
     monkeypatch.setattr(sys, "path", list(sys.path))
     assert main(["serve", *arguments]) == 2
@@ -121,7 +121,7 @@ def test_serve_refuses_in_one_line(
 
 @pytest.mark.server
 def test_serve_refuses_an_unknown_architecture(tmp_path: Path) -> None:
-    """In a process of its own, as a user runs it: status 2, one line, no traceback."""
+    """In a separate process, as a user runs it: status 2, one line, no traceback."""
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     result = subprocess.run(
@@ -137,7 +137,7 @@ def test_serve_refuses_an_unknown_architecture(tmp_path: Path) -> None:
 
 
 def check_line(stderr: str, parts: list[str]) -> None:
-    """One line says what is wrong."""
+    """The error is one line."""
     (line,) = [line for line in stderr.splitlines() if line.startswith("ficoco-vllm: error: ")]
     for part in parts:
         assert part in line
@@ -184,7 +184,7 @@ sys.exit(cli.main())
 def test_the_demo_model_is_computed_in_float32_on_cpus(
     monkeypatch: pytest.MonkeyPatch, requested: str, on_cpu: bool, expected: str
 ) -> None:
-    """Its weights are bfloat16, whose products are slow on one CPU and rounded otherwise on another."""
+    """Its weights are bfloat16, whose products are slow on some CPUs and rounded differently on others."""
     monkeypatch.setattr("ficoco_vllm.server.commands.serve.is_cpu_build", lambda: on_cpu)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     args = argparse.Namespace(

@@ -1,4 +1,4 @@
-"""`plan` for LLaVA-NeXT: what is planned is what is served."""
+"""`plan` for LLaVA-NeXT equals the served plan."""
 
 import argparse
 import json

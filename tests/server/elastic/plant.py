@@ -69,7 +69,7 @@ class Run:
         return {budget for time, budget in self.budgets if begin <= time < end}
 
     def longest_queue(self, begin: float, end: float) -> int:
-        """The most requests that waited at once in a span of time."""
+        """The most requests that waited at the same time in a span of time."""
         return max(waiting for time, waiting in self.waiting if begin <= time < end)
 
     def ttft(self, begin: float, end: float) -> list[float]:

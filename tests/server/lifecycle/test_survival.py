@@ -163,7 +163,7 @@ def test_a_killed_engine_is_an_error_and_a_new_server(supervised: Supervised) ->
 
 
 def test_told_to_stop_it_answers_what_it_has_accepted(supervised: Supervised) -> None:
-    """By vLLM's `--shutdown-timeout`; nothing of it is left then."""
+    """The timeout is vLLM's `--shutdown-timeout`, which is used up then."""
     server = supervised.server
     processes = supervised.processes()
     segments = shared_memory_of(processes)

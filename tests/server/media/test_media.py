@@ -29,7 +29,7 @@ pytestmark = pytest.mark.compat
 
 @pytest.fixture
 def site() -> Iterator[Site]:
-    """Counts what is fetched."""
+    """Counts fetches."""
     with loopback_site() as result:
         yield result
 
@@ -90,7 +90,7 @@ def test_only_allowed_domains_are_fetched_from(site: Site, waits: bool) -> None:
 def test_a_name_that_leads_into_the_private_network(
     site: Site, monkeypatch: pytest.MonkeyPatch, waits: bool
 ) -> None:
-    """It is allowed, but what it resolves to is not, unless the operator says so."""
+    """The name is allowed, but its address is not, unless the operator allows it."""
     connector = FicocoMediaConnector(allowed_media_domains=["localhost"])
     with pytest.raises(VLLMValidationError, match=r"not on the public internet; .*--ficoco-allow-private"):
         fetch(connector, site.url("/a", "localhost"), waits)
@@ -167,7 +167,7 @@ def test_redirects(
 def test_an_image_of_too_many_bytes(
     site: Site, monkeypatch: pytest.MonkeyPatch, path: str, waits: bool
 ) -> None:
-    """Also one that the site packs small: what counts is what would be held in memory."""
+    """Also a body that the site compresses: the unpacked size counts."""
     monkeypatch.setenv(MAX_IMAGE_BYTES, str(LARGE_BYTES // 2))
     connector = FicocoMediaConnector(allowed_media_domains=["127.0.0.1"])
     for url in (site.url(path), data_url(bytes(LARGE_BYTES))):
@@ -209,12 +209,12 @@ def test_the_operator_s_limit_of_pixels(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "WEBP", "AVIF", "DDS", "TIFF", "ICO", "BMP"])
 def test_broken_files_are_the_client_s_error(form: str) -> None:
-    """Bytes changed at random, seeded: whatever Pillow's readers raise, the answer is no HTTP 500."""
+    """Bytes changed at random, seeded: no exception of Pillow's readers leads to HTTP 500."""
     generator, buffer = random.Random(form), io.BytesIO()
     Image.radial_gradient("L").resize((48, 64)).convert("RGB").save(buffer, form)
     connector, num_broken = FicocoMediaConnector(), 0
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Pillow, over what it reads
+        warnings.simplefilter("ignore")  # Pillow's, about broken files
         for _ in range(150):
             content = bytearray(buffer.getvalue())
             for _ in range(generator.randint(1, 6)):

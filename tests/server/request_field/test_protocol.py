@@ -1,4 +1,4 @@
-"""Beside what is documented, nothing of vLLM's protocol changes: a plain vLLM server and ours, side by side."""
+"""Except for documented additions vLLM's protocol is unchanged: a plain vLLM server compared with ours."""
 
 import copy
 import json
@@ -45,7 +45,7 @@ def send(server: Server, method: str, path: str, content: Any = None) -> httpx.R
 
 
 def reported(value: Any) -> Any:
-    """An answer without what differs from one to the next."""
+    """An answer without the fields that differ between requests."""
     if isinstance(value, dict):
         return {key: reported(item) for key, item in value.items() if key not in OF_THE_MOMENT}
     return [reported(item) for item in value] if isinstance(value, list) else value
@@ -216,7 +216,7 @@ def test_an_image_that_keeps_its_tokens(server: Server, plain: Server, stream: b
 
 
 def test_metrics_are_all_there(server: Server, plain: Server) -> None:
-    """Every family of vLLM's; ours beside them. `process_` and `python_` are documented to be left out."""
+    """All of vLLM's families, and ours. `process_` and `python_` are documented to be left out."""
     ours, theirs = (
         {
             line.split(" ")[2]

@@ -164,7 +164,7 @@ def test_responses(client: OpenAI) -> None:
 
 
 def test_tokens_of_a_chat(server: Server) -> None:
-    """`/tokenize` counts what the same chat would be sized to."""
+    """`/tokenize` returns the prompt length of the same chat."""
     counts = [
         post(server, "/tokenize", body(ficoco)).json()["count"] for ficoco in ("off", None, {"keep": 9})
     ]
