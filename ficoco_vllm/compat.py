@@ -98,7 +98,7 @@ def multiplies_bfloat16() -> bool:
 
 
 def set_cpu_defaults() -> None:
-    """Set the environment that vLLM's CPU build needs on a small machine; what the user has set stays.
+    """Set the environment that vLLM's CPU build needs on a small machine. Variables set by the user are kept.
 
     Without the thread setting vLLM's CPU worker pins threads to NUMA nodes, which fails in most containers. One core is
     left to the front end and the scheduler, as vLLM does when it pins: waiting threads spin.

@@ -28,7 +28,7 @@ class FicocoConfig(BaseModel):
             vLLM.
         keep: visual tokens of an image after the reduction where the request names no budget; None means a ninth of
             the patches.
-        keep_per: what `keep` counts for a method of the tower that cuts images into tiles (LLaVA-NeXT): the tokens
+        keep_per: unit of `keep` for a method of the tower that cuts images into tiles (LLaVA-NeXT): the tokens
             of each tile, or those of the image, which its tiles share.
         settings: hyperparameters of the method, by name; of one that reduces twice, those of its decoder part.
         kv_budget: for methods of the decoder, instead of `keep`: visual tokens of an image in the KV cache,
@@ -58,7 +58,7 @@ class FicocoConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _gather_settings(cls, values: Any) -> Any:
-        """Move hyperparameters beside `method` and `keep` into `settings`, and fill in the default method."""
+        """Move top-level hyperparameters into `settings`, and fill in the default method."""
         if not isinstance(values, Mapping):
             raise ValueError(f"{NAME} = {values!r} is not a mapping of settings")
         fields = {key: value for key, value in values.items() if key in cls.model_fields}

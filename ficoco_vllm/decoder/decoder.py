@@ -62,7 +62,7 @@ class SegmentedDecoder:
             grid: rows and columns of an unreduced image.
             compiled: whether each segment is compiled, as one unit.
             stopwatch: takes the time of the reductions.
-            traces: store of the traces that requests ask for.
+            traces: store of the requested traces.
         """
         self.planner = planner
         self.stopwatch = stopwatch
@@ -118,7 +118,7 @@ class SegmentedDecoder:
         return result
 
     def warm_up(self, positions: Tensor, hidden: Tensor) -> None:
-        """Compile the segments and allocate what a reducing step needs, while vLLM profiles memory.
+        """Compile the segments and allocate the memory of a reducing step, while vLLM profiles memory.
 
         Args:
             positions: (tokens,) int64.

@@ -1,4 +1,4 @@
-"""One reduction between attention and MLP of a segment's last layer, for all requests of a step at once."""
+"""One reduction between attention and MLP of a segment's last layer, for all requests of a step."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ def reduce_rows(
         rows: after the attention of a segment's last layer.
         heads: queries and keys of that layer.
         boundary: from this segment to the next.
-        planner: knows the methods.
+        planner: provides the methods.
         grid: rows and columns of an unreduced image.
         observer_of: the observer of a group's reduction, for requests that are traced.
 

@@ -119,7 +119,7 @@ class DecoderModelState(DefaultModelState):
             positions, slots = input_batch.positions, slot_mappings
             if missing.any():
                 # The first token of a prompt that is prefilled now is at place 0; after a reduced prompt every token
-                # has moved forward by what is missing.
+                # has moved forward by the number of removed tokens.
                 moved_by = np.where(computed == 0, 0, missing[:num_reqs])
                 positions, slots = self._slots(
                     input_batch, rows[:num_reqs], moved_by, block_tables, slot_mappings, groups, shrinks

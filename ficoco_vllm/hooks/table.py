@@ -15,7 +15,7 @@ class Hook:
         owner: module, or module and class.
         attribute: the method, or the name in the module or class.
         parameters: the first ones after `self`, as far as we pass or read them.
-        reason: what the hook is for.
+        reason: purpose of the hook.
         test: fails when vLLM no longer calls it, or calls it for something else.
     """
 

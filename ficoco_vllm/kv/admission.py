@@ -15,7 +15,7 @@ def images_of(request: Any) -> list[tuple[int, int]]:
     """Offset in the prompt and number of tokens of each image.
 
     Args:
-        request: as vLLM's front end, scheduler or worker knows it, with `mm_features`.
+        request: object of vLLM's front end, scheduler or worker with `mm_features`.
     """
     return [(feature.mm_position.offset, feature.mm_position.length) for feature in request.mm_features or ()]
 

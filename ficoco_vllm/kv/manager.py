@@ -14,7 +14,7 @@ class SegmentManager(FullAttentionManager):
     """vLLM's manager with token counts translated into those of its segment.
 
     Attributes:
-        count_tokens: set by the scheduler, which knows the requests.
+        count_tokens: set by the scheduler.
         num_held: blocks that requests hold in this segment.
     """
 

@@ -18,7 +18,7 @@ class CountedRequest:
     """State of one request in the front end.
 
     Attributes:
-        account: what it saves.
+        account: its savings.
         counter: of its server.
         engine: label, known from the first output on.
         prefilled: whether its prefill has been counted.

@@ -29,7 +29,7 @@ ITL_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3,
 
 
 class Metrics:
-    """The metric families of one registry; their help texts say what they count."""
+    """The metric families of one registry."""
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
         def counter(name: str, text: str, *more: str) -> Counter:

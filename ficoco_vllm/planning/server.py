@@ -16,7 +16,7 @@ from ficoco_vllm.request_fields import KEEP
 
 @dataclass(frozen=True, eq=False)
 class ServerPlan:
-    """All plans of one server; every part of it, and `ficoco-vllm plan`, asks this for token counts.
+    """All plans of one server: the only source of token counts, also for `ficoco-vllm plan`.
 
     Attributes:
         config: settings of the server.

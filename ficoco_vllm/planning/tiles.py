@@ -57,7 +57,7 @@ class Layout:
             width: of the image in pixels.
             keep: tokens of each tile or of the image. Padding is never kept: a tile that has fewer patches than its
                 budget keeps those.
-            keep_per: what `keep` counts.
+            keep_per: unit of `keep`.
         """
         places = tiling.places(height, width)
         sizes = [place.crop.num_patches for place in places]

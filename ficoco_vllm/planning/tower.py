@@ -125,9 +125,9 @@ class VisionPlanner:
 
     @property
     def decoder_most(self) -> int:
-        """A budget that requests may always name in the decoder, whatever the tower leaves by default.
+        """A budget that requests may always name in the decoder, independent of the tower's default.
 
-        An image in tiles may have any number of tokens, and a request does not know how many its image has.
+        An image in tiles may have any number of tokens, which its request does not know.
         """
         return 0 if self.shape.tiling is None else self.num_input_tokens
 
@@ -232,7 +232,7 @@ class VisionPlanner:
             tile: of the image.
 
         Raises:
-            ValueError: the method's schedule cannot reach what the tile keeps.
+            ValueError: the method's schedule cannot reach the tile's budget.
         """
         if tile.is_whole:
             return None

@@ -227,7 +227,7 @@ class Reducer:
                     correlation=correlation,
                     new_size=new_size,
                     position=position,
-                    # In torch, whatever `backend` served: kernels are not tuned for unit vectors.
+                    # Always in torch: kernels are not tuned for unit vectors.
                     compress=lambda *given: method.compress.function(*given, settings),
                 )
             )

@@ -60,8 +60,8 @@ class Filter(Stage):
     """Choice of the tokens to remove: `function(signals, settings)` returns the redundancy (B, N), higher leaves first.
 
     Attributes:
-        max_removed: the most tokens that it can remove at once, as a function of their number.
-        needs_grid: whether it reads places in the image's grid, which the decoder does not know.
+        max_removed: the most tokens that one call can remove, as a function of their number.
+        needs_grid: whether it reads positions in the image's grid, which are unknown in the decoder.
     """
 
     max_removed: Callable[[int], int] = all_but_one
@@ -80,7 +80,7 @@ class Correlation(Stage):
     """Targets of the information: `function(signals, partition, settings)` returns C (B, R, K).
 
     Attributes:
-        needs_grid: whether it reads places in the image's grid, which the decoder does not know.
+        needs_grid: whether it reads positions in the image's grid, which are unknown in the decoder.
         partners: the filters with which every source has a target; None means all. With any other filter a source
             may have none, and is lost.
         signed: whether it may be negative.

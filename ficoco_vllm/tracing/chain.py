@@ -91,7 +91,7 @@ def read_steps(trace: Sequence[Mapping[str, Any]], num_patches: int) -> list[Ste
 def destinations(steps: Sequence[Step]) -> list[Departure]:
     """Final location of the information of every removed token.
 
-    A token that leaves goes into others by its shares; when those leave later, what they hold moves on with them.
+    A token that leaves goes into others by its shares; when those leave later, their content moves on with them.
 
     Args:
         steps: of `read_steps`.

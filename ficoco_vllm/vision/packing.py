@@ -41,7 +41,7 @@ def pack(layout: Layout, kept: Sequence[Kept], newline: Tensor, side: int) -> Te
     the pixels, while the prompt is sized before any pixel is read.
     """
     rows = layout.newline_rows
-    # A place in the image as one number: line of patches, then column; two columns more for what has no place.
+    # A place in the image as one number: line of patches, then column; two more columns for tokens without a place.
     width = side * (1 + max((tile.place.column for tile in layout.tiles), default=0)) + 2
     pieces, keys = (
         [newline.expand(len(rows), -1)],

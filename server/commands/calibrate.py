@@ -47,7 +47,7 @@ def add_parser(subparsers: Any) -> None:
     add("--max-tokens", type=int, default=16, help="limit of an answer (default: %(default)s)")
     add("--concurrency", type=int, default=16, help="concurrent questions (default: %(default)s)")
     add("--seed", type=int, default=0, help="seed of the order of the questions")
-    add("--answers", type=Path, help="JSONL of all answers, to continue from (default: beside --out)")
+    add("--answers", type=Path, help="JSONL of all answers, to continue from (default: next to --out)")
     add("--out", type=Path, default=Path("build/calibration.html"), help="the report (default: %(default)s)")
 
 

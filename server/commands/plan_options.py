@@ -26,7 +26,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = subparsers.add_parser(
         "plan",
         help="compute the cost of a method and a budget on a model: tokens, TFLOPs, KV cache, memory, speed-up",
-        description="Plan what a server with these settings does, from a model's configuration alone: no weights, no "
+        description="Plan a server with these settings from a model's configuration alone: no weights, no "
         "vLLM, no GPU.",
     )
     known, names = ", ".join(KNOWN_MODELS), ", ".join(KINDS)

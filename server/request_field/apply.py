@@ -83,7 +83,7 @@ class FieldApplier:
     async def _handle(
         self, handler: Callable[..., Awaitable[Any]], request: Any, raw_request: Any = None
     ) -> Any:
-        """Answer one request through vLLM's handler and report what was applied."""
+        """Answer one request through vLLM's handler and report the applied method and budget."""
         try:
             state = RequestState(parse((request.model_extra or {}).get(FIELD)))
         except VLLMValidationError:

@@ -20,7 +20,7 @@ def traffic_bytes(
 
     Args:
         shape: the decoder.
-        tokens: visual and text tokens that enter each layer, and one entry for what leaves the last one.
+        tokens: visual and text tokens that enter each layer, and one entry for the last one's output.
         dtype: of weights, activations and KV cache.
         fused_attention: leave out the score matrix, which fused attention kernels never write.
 
@@ -28,7 +28,7 @@ def traffic_bytes(
         Bytes.
 
     Source: arXiv:2402.16363, Section 2.
-    Deviation: the tool knows only one token count for all layers; here the attention's and the MLP's may
+    Deviation: the tool has a single token count for all layers; here the attention's and the MLP's may
     differ.
     """
     # Scores are stored by the first product and the softmax, loaded by the softmax and the second product.
@@ -42,11 +42,11 @@ def traffic_bytes(
 
 
 def footprint_bytes(shape: DecoderShape, tokens: Sequence[int], dtype: str) -> int:
-    """Bytes held at once: weights of all layers, KV cache, and what the busiest layer stores.
+    """Bytes held at once: weights of all layers, KV cache, and the largest output of a layer.
 
     Args:
         shape: the decoder.
-        tokens: visual and text tokens that enter each layer, and one entry for what leaves the last one.
+        tokens: visual and text tokens that enter each layer, and one entry for the last one's output.
         dtype: of weights, activations and KV cache.
 
     Returns:

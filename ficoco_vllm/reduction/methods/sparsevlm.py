@@ -1,4 +1,4 @@
-"""SparseVLM: text raters score the visual tokens; the best of what is dropped is recycled into clusters.
+"""SparseVLM: text raters score the visual tokens; the best discarded tokens are recycled into clusters.
 
 Filter: raters are the text tokens whose similarity to the image is above average; s_i = minus their mean
 attention to token i. Of the discarded tokens the best 30% are clustered around density peaks, ten to a

@@ -14,7 +14,7 @@ from ficoco_vllm.reduction.stages.correlate import NOWHERE, key_cosine
 
 
 def half(num_tokens: int) -> int:
-    """The most tokens that can leave at once: as many as there are odd ones."""
+    """The most tokens that one call can remove: the number of odd ones."""
     return num_tokens // 2
 
 

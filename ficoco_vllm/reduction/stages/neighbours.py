@@ -40,7 +40,7 @@ def neighbour_attention(signals: Signals, partition: Partition, settings: Neighb
 
 
 def _nearest(likeness: Tensor, count: int) -> Tensor:
-    """Mark the `count` highest entries of every column, and what equals the last of them: (B, R, K) bool."""
+    """Mark the `count` highest entries of every column, and entries equal to the last of them: (B, R, K) bool."""
     columns = likeness.transpose(1, 2).contiguous()
     lowest = columns.topk(min(count, columns.shape[-1]), dim=-1).values[..., -1]
     return likeness >= lowest[:, None]
@@ -57,7 +57,7 @@ class Recovery(Neighbours):
 
     Attributes:
         visual_share: part of the kept tokens that [CLS] chooses.
-        text_share: part that the text recovers; the rest are centres of what is merged.
+        text_share: part that the text recovers; the rest are centres of merged tokens.
         text_weight: weight of the relevance for the text in the choice of neighbours.
     """
 

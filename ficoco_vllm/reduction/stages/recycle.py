@@ -46,8 +46,8 @@ def rating(signals: Signals) -> Tensor:
     Source: arXiv:2410.04417, Sec. 3.
     """
     visual, text = require(signals, "features").float(), require(signals, "text_features").float()
-    alike = (visual @ text.transpose(1, 2)).softmax(dim=-1).mean(dim=1)
-    rater = (alike > alike.mean(dim=-1, keepdim=True)).float()
+    similarity = (visual @ text.transpose(1, 2)).softmax(dim=-1).mean(dim=1)
+    rater = (similarity > similarity.mean(dim=-1, keepdim=True)).float()
     rater = torch.where(rater.sum(dim=-1, keepdim=True) > 0, rater, 1.0)
     rated = torch.bmm(rater[:, None], require(signals, "text_attention").float())[:, 0]
     return rated / rater.sum(dim=-1, keepdim=True)
