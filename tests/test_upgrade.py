@@ -96,7 +96,7 @@ def changed(installed: Tree, module: str, old: str, new: str, folder: Path) -> T
         ),
     ],
 )
-def test_what_moves_is_told(
+def test_moved_seams_are_reported(
     module: str,
     old: str,
     new: str,

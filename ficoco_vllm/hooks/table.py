@@ -172,7 +172,7 @@ HOOKS = (
         "shutdown",
         "timeout",
         "waits for open requests before the shutdown, and notes whether the engine had died",
-        "tests/server/lifecycle/test_survival.py::test_told_to_stop_it_answers_what_it_has_accepted",
+        "tests/server/lifecycle/test_survival.py::test_a_stopping_server_answers_accepted_requests",
     ),
     Hook(
         "vllm.multimodal.media.image.ImageMediaIO",

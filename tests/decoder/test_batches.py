@@ -106,7 +106,7 @@ def test_aborts_in_every_phase_give_everything_back(
 
 
 @pytest.mark.long
-def test_400_requests_leave_no_block_behind(engine: Remote, images: list[Image.Image]) -> None:
+def test_400_requests_free_all_blocks(engine: Remote, images: list[Image.Image]) -> None:
     """`make soak-engine` sends 2,000."""
     free = engine.call(calls.free_blocks)
     batch = mixed(images, 10) + [Ask(TEXT_ONLY)] * 30

@@ -160,7 +160,7 @@ def test_two_images_and_text_in_one_step(
         check(reference, "ficoco-l", one, answer, shown, trained)
 
 
-def test_a_trace_tells_what_the_reference_does(
+def test_a_trace_matches_the_reference(
     pair: tuple[Remote, ReferenceDecoder],
     questions: list[tuple[str, Image.Image]],
     monkeypatch: pytest.MonkeyPatch,

@@ -62,7 +62,7 @@ def test_yes_and_no_are_balanced_even_given_the_phrasing(kind):
         assert answers.count("yes") == answers.count("no")
 
 
-def test_labels_tell_where_a_digit_was_drawn():
+def test_labels_mark_the_patches_of_a_digit():
     scene = render_signs(random.Random(3), 192, 192, TRAINING_NUMBERS, 3)
     assert len(scene.signs) == 3
     for sign in scene.signs:

@@ -73,7 +73,7 @@ def test_batched_equals_alone(pair: Pair, weights: str, questions: list[tuple[st
         assert_equal(answer.tokens, answer.logprobs, alone.tokens, alone.logprobs, ends=weights == "demo")
 
 
-def test_a_trace_tells_what_the_reference_does(
+def test_a_trace_matches_the_reference(
     pair: Pair, questions: list[tuple[str, Image.Image]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A trace belongs to its request: another one with the same budget runs in the same step without a trace."""

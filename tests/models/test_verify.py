@@ -33,7 +33,7 @@ def test_settings_are_part_of_the_compile_hash(random_llava: Path) -> None:
     assert len(hashes) == 2
 
 
-def test_workers_hand_traces_out_only_where_that_is_asked_for(random_llava: Path) -> None:
+def test_workers_return_traces_only_if_enabled(random_llava: Path) -> None:
     with_traces = configure(random_llava, {"keep": 64, "explain": True})
     without = configure(random_llava, {"keep": 64})
     assert with_traces.parallel_config.worker_extension_cls == TRACING_WORKER

@@ -57,7 +57,7 @@ def reported(method: str, keep: int, num_images: int = 1) -> dict[str, Any]:
         ({"method": "fastv"}, "fastv", KEEP),
     ],
 )
-def test_asked_and_told(bounded: Bounded, ficoco: Any, method: str, keep: int) -> None:
+def test_requested_and_reported(bounded: Bounded, ficoco: Any, method: str, keep: int) -> None:
     with bounded.server.client() as client:
         answer = client.chat.completions.create(**chat(**({} if ficoco is None else {"ficoco": ficoco})))
         whole = client.chat.completions.create(**chat())

@@ -102,7 +102,7 @@ def test_nothing_is_reduced(server: Server) -> None:
     assert result.reduced.visual_tokens == NUM_PATCHES
 
 
-def test_asked_twice_it_says_the_same(server: Server) -> None:
+def test_a_repeated_explanation_is_the_same(server: Server) -> None:
     """No cache answers in place of the tower: the trace is there again."""
     first, second = (explain(server, examples()[3], compare=False) for _ in range(2))
     assert first.layers == second.layers
@@ -135,7 +135,7 @@ def test_bad_requests(server: Server, change: dict[str, Any], parts: list[str]) 
     assert server.is_healthy()
 
 
-def test_a_trace_cannot_be_asked_for_by_a_wrong_mark(server: Server) -> None:
+def test_a_wrong_trace_id_is_refused(server: Server) -> None:
     body = {
         "model": "ficoco-demo",
         "messages": [
@@ -156,7 +156,7 @@ def test_a_trace_cannot_be_asked_for_by_a_wrong_mark(server: Server) -> None:
     assert "ficoco_trace = 'x'" in answer.json()["error"]["message"]
 
 
-def test_the_key_is_asked_for(server: Server) -> None:
+def test_the_key_is_required(server: Server) -> None:
     assert post(server, question(examples()[0]), key="wrong").status_code == 401
     assert httpx.get(f"{server.url}/ficoco/options").status_code == 401
 

@@ -144,7 +144,7 @@ def test_keys() -> None:
         assert caught.value.status_code == 401
 
 
-def test_off_unless_asked_for() -> None:
+def test_off_unless_enabled() -> None:
     app = FastAPI()
     before = len(app.routes)
     app.state.args = Namespace(ficoco_explain=False)

@@ -57,7 +57,7 @@ def test_no_other_domain(bounded: Bounded) -> None:
     assert bounded.site.paths == []
 
 
-def test_no_private_address_behind_an_allowed_name(bounded: Bounded) -> None:
+def test_an_allowed_name_with_a_private_address(bounded: Bounded) -> None:
     message = refused(ask(bounded, bounded.site.url("/a", "localhost")), 400)
     assert "not on the public internet" in message
     assert "--ficoco-allow-private-media" in message

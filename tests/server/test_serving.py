@@ -145,7 +145,7 @@ def test_completions_endpoint_and_models(client: OpenAI) -> None:
     assert [model.id for model in client.models.list().data] == [MODEL]
 
 
-def test_api_key_is_asked_for(server: Server) -> None:
+def test_api_key_is_required(server: Server) -> None:
     with pytest.raises(openai.AuthenticationError):
         OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0).models.list()
 

@@ -59,7 +59,7 @@ def test_equals_dense(N: int, logits: bool, biased: bool, handed_out: bool) -> N
     )
 
 
-def test_row_sums_tell_apart_what_fp32_rounds_away() -> None:
+def test_row_sums_resolve_more_than_fp32() -> None:
     """If [CLS] receives almost no attention, the sums differ from 1 by less than fp32 resolves."""
     heads, _ = make(20)
     key = heads.key.clone()
@@ -77,7 +77,7 @@ def test_row_sums_tell_apart_what_fp32_rounds_away() -> None:
 
 @pytest.mark.parametrize("needed", [{"cls_attention"}, {"keys"}, {"keys", "cls_attention"}])
 @pytest.mark.parametrize("handed_out", [True, False])
-def test_whatever_is_asked_for_together(needed: set[str], handed_out: bool) -> None:
+def test_any_combination_of_signals(needed: set[str], handed_out: bool) -> None:
     """The [CLS] row and the keys are the same whether one pass serves several signals or not."""
     heads, dense = make(10)
     heads = replace(heads, needed=frozenset(needed), given_lse=heads.given_lse if handed_out else None)

@@ -162,7 +162,7 @@ def test_a_killed_engine_is_an_error_and_a_new_server(supervised: Supervised) ->
     assert asyncio.run(ask()).kind == ANSWERED
 
 
-def test_told_to_stop_it_answers_what_it_has_accepted(supervised: Supervised) -> None:
+def test_a_stopping_server_answers_accepted_requests(supervised: Supervised) -> None:
     """The timeout is vLLM's `--shutdown-timeout`, which is used up then."""
     server = supervised.server
     processes = supervised.processes()

@@ -62,7 +62,7 @@ def reported(method: str, kept: int, num_images: int = 1) -> dict[str, Any]:
         ({"method": "off"}, "off", NUM_PATCHES),
     ],
 )
-def test_asked_and_told(server: Server, ficoco: Any, method: str, kept: int) -> None:
+def test_requested_and_reported(server: Server, ficoco: Any, method: str, kept: int) -> None:
     answer = post(server, "/v1/chat/completions", body(ficoco))
     assert answer.status_code == 200, answer.text
     usage = answer.json()["usage"]
@@ -111,10 +111,10 @@ def test_official_client_sync_async_and_streaming(server: Server, client: OpenAI
                 async for chunk in await asynchronous.chat.completions.create(**chat, **extra, **options)
             ]
 
-    told_at_last = asyncio.run(stream_all())
-    assert [chunk.usage.model_extra for chunk in told_at_last if chunk.usage] == [{"ficoco": expected}]
-    assert told_at_last[-1].usage is not None
-    words = [chunk.choices[0].delta.content or "" for chunk in told_at_last if chunk.choices]
+    final_chunks = asyncio.run(stream_all())
+    assert [chunk.usage.model_extra for chunk in final_chunks if chunk.usage] == [{"ficoco": expected}]
+    assert final_chunks[-1].usage is not None
+    words = [chunk.choices[0].delta.content or "" for chunk in final_chunks if chunk.choices]
     assert "".join(words) == text
 
 
