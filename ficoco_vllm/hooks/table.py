@@ -109,14 +109,14 @@ HOOKS = (
         "preprocess_chat",
         "request messages",
         "reads the request field `ficoco` of chats, or refuses it without an endpoint of ours",
-        "tests/hooks/test_unread_field.py::test_refused_only_where_nobody_reads_it",
+        "tests/hooks/test_unread_field.py::test_refused_unless_an_endpoint_reads_it",
     ),
     Hook(
         _RENDERER,
         "preprocess_cmpl",
         "request prompts",
         "the same for completions",
-        "tests/hooks/test_unread_field.py::test_refused_only_where_nobody_reads_it",
+        "tests/hooks/test_unread_field.py::test_refused_unless_an_endpoint_reads_it",
     ),
     Hook(
         "vllm.model_executor.layers.attention.Attention",

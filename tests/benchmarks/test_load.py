@@ -206,7 +206,7 @@ def test_a_decoder_method_that_takes_all_blocks_is_doubted() -> None:
 
 @pytest.mark.server
 def test_a_server_of_another_method_or_budget_is_noticed(server: RunningServer, tmp_path: Path) -> None:
-    """The server that the tests share runs FiCoCo-V with 64 tokens, whatever the load test believes."""
+    """The server that the tests share runs FiCoCo-V with 64 tokens, independent of the tested settings."""
     target = Target("", "ficoco-demo", str(path()), (), tmp_path)
     headers = {"Authorization": f"Bearer {API_KEY}"}
     traffic = Traffic(concurrency=2, num_requests=2, num_answer_tokens=2)

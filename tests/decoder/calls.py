@@ -111,7 +111,7 @@ def abort_in(engine: LLM, asks: list[Ask], phase: str, every: int) -> tuple[list
     Args:
         engine: in this process.
         asks: to be sent together.
-        phase: "waiting", "prefilled" (its prompt has been computed, and nobody has seen the first token),
+        phase: "waiting", "prefilled" (its prompt has been computed, but no token returned),
             "decoding" or "preempted".
         every: which of the requests are to be aborted: each so-manieth.
 

@@ -69,7 +69,7 @@ def test_images_are_pinned() -> None:
     assert bases[0].endswith(":v0.32.0")  # the minor that pyproject.toml pins
 
 
-def test_nobody_is_root() -> None:
+def test_images_do_not_run_as_root() -> None:
     for file in DOCKERFILES:
         assert re.findall(r"^USER (\S+)", file.read_text(), re.MULTILINE)[-1].isdigit()
     for service in PULLED.values():

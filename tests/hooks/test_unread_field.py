@@ -30,7 +30,7 @@ def renderer(monkeypatch: pytest.MonkeyPatch) -> OnlineRenderer:
 
 
 @pytest.mark.parametrize("name", ["preprocess_chat", "preprocess_cmpl"])
-def test_refused_only_where_nobody_reads_it(renderer: OnlineRenderer, name: str) -> None:
+def test_refused_unless_an_endpoint_reads_it(renderer: OnlineRenderer, name: str) -> None:
     messages = [{"role": "user", "content": "hi"}]
     with_field = ChatCompletionRequest.model_validate({"messages": messages, "ficoco": {"keep": 9}})
     without = ChatCompletionRequest.model_validate({"messages": messages, "other": 1})

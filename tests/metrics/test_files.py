@@ -88,7 +88,7 @@ def test_with_room_nothing_changes(tmp_path: Path) -> None:
     assert reported[0] == reported[1]
 
 
-def test_a_folder_that_nobody_may_write(tmp_path: Path) -> None:
+def test_a_read_only_folder(tmp_path: Path) -> None:
     """As for `/metrics` it is there, and empty."""
     folder = Path("/proc/self/fdinfo")  # not even root makes a file here
     result = run(folder, hooked=True, number=3)

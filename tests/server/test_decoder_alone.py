@@ -64,7 +64,7 @@ def test_requested_and_reported(bounded: Bounded, ficoco: Any, method: str, keep
     assert answer.usage is not None
     assert whole.usage is not None
     assert answer.usage.model_extra == {"ficoco": reported(method, keep)}
-    # The prompt is whole, whatever is left in the decoder.
+    # The prompt has all tokens, independent of the decoder.
     assert answer.usage.prompt_tokens == whole.usage.prompt_tokens > NUM_PATCHES
 
 

@@ -266,7 +266,7 @@ def test_the_command_s_own_errors(
     assert not Path("out.png").exists()
 
 
-def test_the_command_says_that_nobody_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_reports_a_missing_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
     arguments = [str(tmp_path / "image.png"), "?", "--out", str(tmp_path / "out.png")]
     assert main(["explain", *arguments, "--url", "http://127.0.0.1:9"]) == 1

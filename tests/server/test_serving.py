@@ -80,7 +80,7 @@ def test_streaming_equals_not_streaming(client: OpenAI) -> None:
 
 
 def test_32_concurrent_requests_with_mixed_budgets(server: Server, client: OpenAI) -> None:
-    """Each gets its own answer and its own budget, whatever ran beside it."""
+    """Each gets its own answer and budget, independent of concurrent requests."""
     shown = examples()
     cases = [(shown[index % len(shown)], (64, 576, 192, 9)[index % 4]) for index in range(32)]
     alone = {(example.question, keep): ask(client, example, keep) for example, keep in cases}

@@ -45,7 +45,7 @@ def assert_equal(
     ends: bool,
     in_float32: Callable[[], Tensor] | None = None,
 ) -> None:
-    """Equal greedy tokens, and log-probabilities within `TOLERANCE` whatever their size.
+    """Equal greedy tokens, and log-probabilities within `TOLERANCE`, independent of their size.
 
     Args:
         tokens: of the answer.

@@ -45,7 +45,7 @@ class Supervised:
 
     Attributes:
         server: its first process is the supervisor.
-        folder: of its temporary files, and of nobody else's.
+        folder: of its temporary files alone.
         num_tokens: of answers that take it several seconds.
     """
 
