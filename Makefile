@@ -1,4 +1,4 @@
-# `make serve` and `make test` install what they need first; a second call does not install again.
+# `make serve` and `make test` install their dependencies once.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -11,16 +11,16 @@ DOCS   := .venv-docs
 TOOLS  := .venv-release
 RAY    := .venv-ray
 
-# Of `make serve`:
+# Options of `make serve`:
 PORT   ?= 8000
 METHOD ?= ficoco-v
 KEEP   ?= 64
 MODEL  ?=
 ARGS   ?=
-# Of `make test`: workers.
+# Workers of `make test`:
 JOBS   ?= 2
 
-# Of `make charts-check`: a folder with the chart of vLLM's production stack.
+# Folder with the chart of vLLM's production stack, for `make charts-check`:
 PRODUCTION_STACK ?=
 
 RUNTIME := $(VENV)/.installed
@@ -48,7 +48,7 @@ $(DEV): requirements/dev.lock $(RUNTIME)
 	@requirements/install.sh $(BIN)/python requirements/dev.lock
 	@touch $@
 
-# The environment whose mark is the target: packages of the lock on top of those that serve.
+# Environment of the target `FOLDER/.installed`: the packages of a lock on top of the serving environment.
 define on_top
 @$(BIN)/python -m venv $(@D)
 @echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
@@ -92,7 +92,7 @@ format: $(DEV)  ## let ruff rewrite the code
 test-kernels: $(DEV)  ## run every fused op against its reference in Triton's interpreter
 	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m interpreter tests/kernels $(ARGS)
 
-kernels-aot: $(DEV)  ## compile the kernels for GPUs that are not here, with bars
+kernels-aot: $(DEV)  ## compile the kernels ahead of time for several GPUs and check registers, spills and shared memory
 	@OMP_NUM_THREADS=1 $(BIN)/python -m ficoco_vllm.benchmarks.kernels.aot --json build/kernels-aot.json $(ARGS)
 
 bench-kernels: $(DEV)  ## time the fused ops (on a GPU the kernels, else the torch versions)
@@ -107,52 +107,52 @@ bench-efficiency: $(DEV)  ## the rows of the paper's Tables 8 and 9 on whole mod
 bench-concurrency: $(DEV)  ## concurrent requests in the same KV memory: stock, V, L, VL
 	@$(BIN)/python -m ficoco_vllm.benchmarks.concurrency $(ARGS)
 
-soak: $(DEV)  ## 10,000 mixed requests to a server that reduces in the tower and to one that does in the decoder (45 minutes)
+soak: $(DEV)  ## send 10,000 mixed requests to a server that reduces in the tower and to one in the decoder (45 minutes)
 	@$(BIN)/python -m ficoco_vllm.benchmarks.soak.server $(ARGS)
 
-soak-engine: $(DEV)  ## 2,000 mixed requests to a decoder-reducing engine, some aborted: KV blocks come back, memory does not grow
+soak-engine: $(DEV)  ## send 2,000 mixed requests to a decoder-reducing engine: check for leaked KV blocks and memory
 	@$(BIN)/python -m ficoco_vllm.benchmarks.soak.engine $(ARGS)
 
-bench-metrics: $(DEV)  ## the cost of our metrics in the front end, as a share of a request
+bench-metrics: $(DEV)  ## time our metrics in the front end, as a share of a request
 	@$(BIN)/python -m ficoco_vllm.benchmarks.metrics $(ARGS)
 
 bench-elastic: $(DEV)  ## overload a small KV cache: time to first token at a fixed budget and with --ficoco-elastic
 	@$(BIN)/python -m ficoco_vllm.benchmarks.elastic $(ARGS)
 
-bench-accuracy: $(DEV)  ## accuracy of the tower's methods by budget, ablations, sensitivity
+bench-accuracy: $(DEV)  ## measure the accuracy of the tower's methods by budget, ablations, sensitivity
 	@$(BIN)/ficoco-vllm bench accuracy --sites tower --count 19 --few-count 19 $(ARGS)
 
 bench-accuracy-decoder: $(DEV)  ## the same for the decoder's methods
 	@$(BIN)/ficoco-vllm bench accuracy --sites decoder,both --count 19 --few-count 19 --concurrency 32 \
 	    --answers build/accuracy-decoder.jsonl --out build/accuracy-decoder.json $(ARGS)
 
-# Benchmarks write to build/. To publish a result, copy its JSON to benchmarks/results/ before.
+# Benchmarks write to build/. To publish a result, copy its JSON to benchmarks/results/ first.
 figures: $(DEV)  ## write the README's table and pictures and docs/accuracy.md from benchmarks/results/
 	@$(BIN)/python -m ficoco_vllm.benchmarks.accuracy.tables
 	@$(BIN)/python -m ficoco_vllm.benchmarks.overview
 
-bench-smoke: $(DEV)  ## every benchmark in miniature, and that planted regressions are noticed
+bench-smoke: $(DEV)  ## run every benchmark in miniature, and check that planted regressions are detected
 	@$(BIN)/python -m pytest tests/benchmarks tests/server/elastic/test_overload.py $(ARGS)
 
 $(LMMS)/.installed: requirements/lmms.lock $(RUNTIME)
 	$(on_top)
 
-lmms: $(LMMS)/.installed  ## an environment with lmms-eval on top of the serving one, for `ficoco-vllm bench lmms`
+lmms: $(LMMS)/.installed  ## install lmms-eval on top of the serving environment, for `ficoco-vllm bench lmms`
 
-bench-load: $(DEV)  ## stock and reducing servers under the same load, in turns, at LLaVA-1.5-7B's width
+bench-load: $(DEV)  ## load stock and reducing servers equally, in turns, at LLaVA-1.5-7B's width
 	@$(BIN)/ficoco-vllm bench load --model llava-1.5-7b-width --layers 2 --servers stock ficoco-v:64 best:64 \
 	    --concurrency 8 --requests 8 --answer-tokens 16 --bar 1.0 --out build/load $(ARGS)
 
-bench-cpu-mode: $(DEV)  ## the cost of the decoder's methods without a GPU: one client; stock, tower and decoder in turns
+bench-cpu-mode: $(DEV)  ## time the decoder's methods without a GPU: one client; stock, tower and decoder in turns
 	@$(BIN)/ficoco-vllm bench load --servers stock ficoco-v:64 ficoco-l:576 --concurrency 1 --requests 16 \
 	    --rounds 2 --out build/cpu-mode $(ARGS)
 
-dist: $(DEV)  ## build sdist and wheel into dist/ (the wheel from the sdist), and the checksums beside them
+dist: $(DEV)  ## build sdist, wheel (from the sdist) and checksums into dist/
 	@rm -rf dist
 	@$(BIN)/python -m build --no-isolation --outdir dist .
 	@cd dist && sha256sum ficoco_vllm-* > SHA256SUMS
 
-release-check: dist  ## install dist/ into a clean environment outside of the repository, serve, ask (minutes)
+release-check: dist  ## install dist/ into a clean environment outside of the repository, serve, query (minutes)
 	@$(BIN)/python -m pytest tests/release/check_install.py $(ARGS)
 
 $(DOCS)/.installed: requirements/docs.lock
@@ -160,26 +160,26 @@ $(DOCS)/.installed: requirements/docs.lock
 	@$(DOCS)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --requirement requirements/docs.lock
 	@touch $@
 
-docs: $(DOCS)/.installed  ## build the documentation into build/site; a link that leads nowhere is an error
+docs: $(DOCS)/.installed  ## build the documentation into build/site; a broken link is an error
 	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build $(ARGS)
 
-container-check: $(DEV)  ## build docker/Dockerfile.cpu with buildah, run it, ask it (root, Debian packages buildah and debootstrap)
+container-check: $(DEV)  ## build docker/Dockerfile.cpu with buildah, run and query it (root, Debian packages buildah and debootstrap)
 	@$(BIN)/python -m pytest tests/release/check_container.py $(ARGS)
 
 $(TOOLS)/.installed: requirements/release.lock $(DEV)
 	$(on_top)
 
-charts-check: $(TOOLS)/.installed  ## render vLLM's Helm charts with our values, by Helm, against Kubernetes' schemas; PRODUCTION_STACK
+charts-check: $(TOOLS)/.installed  ## render vLLM's Helm charts with our values and check Kubernetes' schemas; PRODUCTION_STACK
 	@PRODUCTION_STACK="$(PRODUCTION_STACK)" $(TOOLS)/bin/python -m pytest \
 	    tests/release/check_charts.py tests/release/check_production_stack.py $(ARGS)
 
 $(RAY)/.installed: requirements/ray.lock $(DEV)
 	$(on_top)
 
-ray-check: $(RAY)/.installed  ## the Ray Serve recipe on a Ray of this machine: two replicas, the README's questions (minutes)
+ray-check: $(RAY)/.installed  ## run the Ray Serve recipe on this machine: two replicas, the README's questions (minutes)
 	@$(RAY)/bin/python -m pytest -W default tests/release/check_ray.py $(ARGS)
 
-compat: $(TOOLS)/.installed  ## contract tests against every vLLM that the pin allows at its ends, and what the next minor moved
+compat: $(TOOLS)/.installed  ## run contract tests against the oldest and newest vLLM in the pinned range, and report changes in the next minor
 	@$(TOOLS)/bin/python -m tests.release.compat $(ARGS)
 
 clean:  ## remove the environment and everything built

@@ -1,4 +1,4 @@
-"""Shims for versions and platforms that we depend on; `tests/test_compat.py` fails once one is not needed."""
+"""Shims for versions and platforms that we depend on; `tests/test_compat.py` fails once one is obsolete."""
 
 import os
 import sys
@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import Any
 
-# In site-packages; requirements/install.sh puts the package of requirements/interpreter there.
+# Folder in site-packages; requirements/install.sh puts the package of requirements/interpreter there.
 INTERPRETER_FOLDER = "ficoco_interpreter_path"
 # Keeps the definitions alive: a torch.library.Library that is collected takes its schemas with it.
 _LIBRARIES: list[Any] = []
@@ -63,8 +63,8 @@ def declare_torchvision_schemas() -> bool:
 def hook_interpreter() -> None:
     """Let Triton find the backend `cpu` if the environment enables its interpreter. Imports nothing heavy.
 
-    The CPU install keeps that backend in a folder of its own. If Triton always found it, vLLM's CPU build would take
-    model runner V2 for every model, and none of its kernels would run.
+    The CPU install keeps that backend in a separate folder: if it were always visible to Triton, vLLM's CPU build would
+    choose model runner V2 for every model, and none of its kernels would run.
     """
     folder = os.path.join(sysconfig.get_path("purelib"), INTERPRETER_FOLDER)
     if os.environ.get("TRITON_INTERPRET") == "1" and os.path.isdir(folder) and folder not in sys.path:
@@ -90,7 +90,7 @@ def is_cpu_build() -> bool:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware; otherwise that is ten times as slow as float32."""
+    """Whether this CPU multiplies bfloat16 in hardware; without, bfloat16 is ten times as slow as float32."""
     import torch
 
     mkldnn: Any = torch.backends.mkldnn  # not annotated by torch
@@ -98,10 +98,10 @@ def multiplies_bfloat16() -> bool:
 
 
 def set_cpu_defaults() -> None:
-    """Set the environment that vLLM's CPU build needs on a small machine; what the user has set stays.
+    """Set the environment that vLLM's CPU build needs on a small machine. Variables set by the user are kept.
 
-    Without the thread setting vLLM's CPU worker pins threads to NUMA nodes, which fails in most containers. The front
-    end and the scheduler keep one core, as where vLLM pins: threads that wait for each other spin.
+    Without the thread setting vLLM's CPU worker pins threads to NUMA nodes, which fails in most containers. One core is
+    left to the front end and the scheduler, as vLLM does when it pins: waiting threads spin.
     """
     if not is_cpu_build():
         return

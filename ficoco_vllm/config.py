@@ -1,4 +1,4 @@
-"""The one place where settings are read and checked."""
+"""The settings of the server, and their validation."""
 
 import json
 from collections.abc import Mapping
@@ -16,19 +16,19 @@ DEFAULT_METHOD = "ficoco-v"
 
 
 def default_keep(num_tokens: int) -> int:
-    """The budget where a method is named and no `keep`: a ninth of the tokens, the paper's smallest (64 of 576)."""
+    """The budget without `keep`: a ninth of the tokens, the paper's smallest (64 of 576)."""
     return max(1, round(num_tokens / 9))
 
 
 class FicocoConfig(BaseModel):
-    """Settings of the server; `additional_config["ficoco"]` of vLLM.
+    """Settings of the server: `additional_config["ficoco"]` of vLLM.
 
     Attributes:
-        method: name of a method of the registry, or of one that reduces twice, or None: no reduction, as stock
+        method: name of a method of the registry, or of one that reduces twice; None means no reduction, as in stock
             vLLM.
         keep: visual tokens of an image after the reduction where the request names no budget; None means a ninth of
             the patches.
-        keep_per: what `keep` counts for a method of the tower that cuts images into tiles (LLaVA-NeXT): the tokens
+        keep_per: unit of `keep` for a method of the tower that cuts images into tiles (LLaVA-NeXT): the tokens
             of each tile, or those of the image, which its tiles share.
         settings: hyperparameters of the method, by name; of one that reduces twice, those of its decoder part.
         kv_budget: for methods of the decoder, instead of `keep`: visual tokens of an image in the KV cache,
@@ -36,10 +36,10 @@ class FicocoConfig(BaseModel):
         num_segments: for methods of the decoder: runs of layers with a KV length of their own; None chooses the
             number that fits the method's layers.
         encoder: for a method that reduces twice: `keep` and settings of its part in the tower.
-        backend: which implementation of the fused ops runs: "triton", "torch", or "auto", Triton where there is a GPU
-            and torch elsewhere. One that is named never falls back to another.
-        metrics: whether `/metrics` reports what the reduction saves and costs.
-        explain: whether a request may ask for a trace of its own reduction, which the viewer shows.
+        backend: implementation of the fused ops: "triton", "torch", or "auto": Triton on a GPU and torch elsewhere. A
+            named implementation never falls back to another.
+        metrics: whether `/metrics` reports the reduction's savings and costs.
+        explain: whether a request may request a trace of its reduction, for the viewer.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -58,7 +58,7 @@ class FicocoConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _gather_settings(cls, values: Any) -> Any:
-        """Move hyperparameters beside `method` and `keep` into `settings`, and fill in the default method."""
+        """Move top-level hyperparameters into `settings`, and fill in the default method."""
         if not isinstance(values, Mapping):
             raise ValueError(f"{NAME} = {values!r} is not a mapping of settings")
         fields = {key: value for key, value in values.items() if key in cls.model_fields}
@@ -108,7 +108,7 @@ class FicocoConfig(BaseModel):
 
     @property
     def decoder_method(self) -> Method | None:
-        """The method that reduces in the decoder, if any does."""
+        """The method that reduces in the decoder, or None."""
         if self.method is None:
             return None
         if self.method in PIPELINES:
@@ -117,7 +117,7 @@ class FicocoConfig(BaseModel):
         return method if method.site == "decoder" else None
 
     def tower_part(self, num_patches: int) -> "FicocoConfig":
-        """The settings as they concern the vision tower alone.
+        """The vision tower's part of the settings.
 
         Args:
             num_patches: of an image.
@@ -150,7 +150,7 @@ class FicocoConfig(BaseModel):
         """Read settings from JSON text or from a JSON file.
 
         Args:
-            text: an object in JSON, or the path of a file that holds one.
+            text: a JSON object, or the path of a file that holds one.
 
         Returns:
             The settings, not yet validated.

@@ -1,4 +1,4 @@
-"""Prompt length and per-request budget: how many placeholders an image takes, decided before any pixel is seen."""
+"""Per-request budget and number of placeholders of an image, decided before any pixel is read."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -35,7 +35,7 @@ from ficoco_vllm.request_fields import (
     unknown_field,
 )
 
-# Part of the multimodal hash beside budget and method, so that servers that share a cache never mix settings.
+# Part of the multimodal hash, with budget and method, so that servers that share a cache never mix settings.
 SETTINGS = "ficoco_settings"
 # Keys under which a processed prompt carries its `Budget`, and height and width of its images in pixels.
 BUDGET = "ficoco_budget"
@@ -204,7 +204,7 @@ class ReducingProcessor(BaseLlavaMultiModalProcessor[Any]):
 
         def replacement(item_index: int) -> list[int]:
             images = mm_items.get_items("image", (ImageEmbeddingItems, ImageProcessorItems))
-            if isinstance(images, ImageEmbeddingItems):  # their sender chose whether to reduce
+            if isinstance(images, ImageEmbeddingItems):  # the client decides whether these are reduced
                 return [image_token_id] * images.get_feature_size(item_index)
             size = images.get_image_size(item_index)
             num_tokens = planner.num_image_tokens(budget, height=size.height, width=size.width)

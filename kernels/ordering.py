@@ -1,4 +1,4 @@
-"""Exact order statistics inside a kernel, by building the bits of the answer from the highest down."""
+"""Exact order statistics inside a kernel: the bits of the result are determined from the highest down."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def least_bits(WIDE: tl.constexpr):
-    """The least integer: what no float maps to, and what does not take part in an order."""
+    """The least integer. No float maps to it; it marks entries outside of the order."""
     if WIDE:
         least = tl.full((), -9223372036854775808, tl.int64)
     else:
@@ -16,7 +16,7 @@ def least_bits(WIDE: tl.constexpr):
 
 @triton.jit
 def ordered_bits(values):
-    """Integers in the order of floats: -0 equals 0, and NaN stands above +inf, as `torch.sort` has it.
+    """Integers in the order of floats: -0 equals 0, and NaN is above +inf, as in `torch.sort`.
 
     Args:
         values: any shape, fp32 or fp64.
@@ -51,22 +51,22 @@ def floats_of(bits):
 
 @triton.jit
 def kth_largest(bits, count, WIDE: tl.constexpr = False):
-    """The `count`-th largest integer of each row, in as many counts of the row as it has bits.
+    """The `count`-th largest integer of each row, by one counting pass over the row for each bit.
 
     Args:
-        bits: (rows, columns) int32, or int64 if `WIDE`; the least integer marks what does not take part.
+        bits: (rows, columns) int32, or int64 if `WIDE`; the least integer marks entries that do not take part.
         count: (rows,) int32, 1 for the largest, at most the number of columns that take part.
         WIDE: whether the integers have 64 bits.
 
     Returns:
         (rows,), an entry of the row.
     """
-    found = tl.zeros(count.shape, bits.dtype) + least_bits(WIDE)
+    result = tl.zeros(count.shape, bits.dtype) + least_bits(WIDE)
     enough = tl.sum((bits >= 0).to(tl.int32), 1) >= count
-    found = tl.where(enough, tl.zeros(count.shape, bits.dtype), found)
+    result = tl.where(enough, tl.zeros(count.shape, bits.dtype), result)
     HIGHEST: tl.constexpr = 62 if WIDE else 30
     for step in range(HIGHEST + 1):
-        candidate = found | (tl.full((), 1, bits.dtype) << (HIGHEST - step))
+        candidate = result | (tl.full((), 1, bits.dtype) << (HIGHEST - step))
         enough = tl.sum((bits >= candidate[:, None]).to(tl.int32), 1) >= count
-        found = tl.where(enough, candidate, found)
-    return found
+        result = tl.where(enough, candidate, result)
+    return result

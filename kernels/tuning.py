@@ -1,7 +1,7 @@
 """Tile sizes of the kernels: defaults that need no tuning, and measured ones where a file has them.
 
-No request pays for tuning: `Config`s come from this table, or from the file that
-`python -m ficoco_vllm.benchmarks.kernels.tune` writes on the machine that serves.
+Nothing is tuned while serving: `Config`s come from this table, or from the file that
+`python -m ficoco_vllm.benchmarks.kernels.tune` writes on the serving machine.
 """
 
 import json
@@ -15,7 +15,7 @@ import torch
 
 
 class Config(NamedTuple):
-    """How one kernel is launched.
+    """Launch configuration of one kernel.
 
     Attributes:
         tiles: name of each tile argument to its size, powers of two.
@@ -29,9 +29,9 @@ class Config(NamedTuple):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """As keyword arguments of a launch.
+        """Keyword arguments of a launch.
 
-        Fused multiply-adds are asked for by name: Triton is about to change its default.
+        Fused multiply-adds are set explicitly: Triton is about to change its default.
         """
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
         return {**self.tiles, **options}
@@ -81,10 +81,10 @@ def config(op: str, device: torch.device, default: int = 0) -> Config:
     Args:
         op: a key of `CANDIDATES`.
         device: where the kernel runs.
-        default: which candidate to take where nothing was measured; it names the class of shapes, too.
+        default: index of the candidate without a measurement; it also names the class of shapes.
 
     Returns:
-        What was measured to be the fastest for this class on this kind of device, or the default.
+        The fastest measured configuration for this class on this kind of device, or the default.
     """
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return CANDIDATES[op][_measured().get(kind, {}).get(f"{op}/{default}", default)]
@@ -101,5 +101,5 @@ def _measured() -> dict[str, dict[str, int]]:
     path = measured_path()
     if not path.is_file():
         return {}
-    found: dict[str, dict[str, int]] = json.loads(path.read_text())
-    return found
+    measured: dict[str, dict[str, int]] = json.loads(path.read_text())
+    return measured

@@ -21,8 +21,8 @@ shift
 torch=torch==2.13.0+cpu
 pytorch_index=${PYTORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}
 
-# Where pip's own configuration already offers the CPU wheel of torch, no other index is asked. Otherwise
-# PyTorch's index gives it, and the matching torchvision with it.
+# If pip's own configuration offers the CPU wheel of torch, no other index is used. Otherwise PyTorch's index provides
+# it, with the matching torchvision.
 index=()
 if ! "$python" -m pip install --quiet --dry-run --ignore-installed --no-deps "$torch" >/dev/null 2>&1; then
     index=(--extra-index-url "$pytorch_index")
@@ -37,14 +37,14 @@ if [ ${#package[@]} -gt 0 ]; then
     "$python" -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation "${package[@]}"
 fi
 
-# In every process of this environment: a torchvision built for CUDA is made importable, if that is what came. The
-# environment may have the dependencies only.
+# Runs in every process of this environment and makes a torchvision built for CUDA importable. The environment may have
+# the dependencies only.
 site=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 needed='import importlib.util as u; u.find_spec("ficoco_vllm") and __import__("ficoco_vllm.compat").compat'
 echo "$needed.hook_torchvision()" > "$site/ficoco_vllm_torchvision.pth"
 
-# Reducing in the decoder needs a Triton backend for the CPU. It is kept in a folder of its own, which is put on the
-# path only where the environment asks for Triton's interpreter (TRITON_INTERPRET=1).
+# Reducing in the decoder needs a Triton backend for the CPU. It is kept in a separate folder, which is put on the path
+# only if the environment enables Triton's interpreter (TRITON_INTERPRET=1).
 rm -rf "$site/ficoco_interpreter_path"
 "$python" -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation \
     --target "$site/ficoco_interpreter_path" requirements/interpreter

@@ -1,1 +1,1 @@
-"""The command line and what belongs to the HTTP endpoint."""
+"""The command line and the HTTP endpoint."""

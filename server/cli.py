@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        arguments: command line without the program's name; None means that of this process.
+        arguments: command line without the program's name; None takes the process's own.
 
     Returns:
         The exit status: 0, or 2 for bad input (with one line on stderr).
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     is_program = arguments is None
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(
-        prog="ficoco-vllm", description="LLaVA with a fraction of its visual tokens."
+        prog="ficoco-vllm", description="Serves LLaVA with a fraction of its visual tokens."
     )
     parser.add_argument("-v", "--version", action="version", version=f"ficoco-vllm {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")

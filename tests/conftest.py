@@ -11,7 +11,7 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Threads of several engines would wait for each other, and they spin. Set, as a worker inherits what is below.
+    # Threads of several engines would spin while they wait for each other. Workers inherit the setting.
     os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -76,7 +76,7 @@ def is_shared(item: pytest.Item, name: str) -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make room for what `pytest_terminal_summary` says."""
+    """Create the set that `pytest_terminal_summary` reads."""
     config.stash[MISSING] = set()
 
 

@@ -116,9 +116,7 @@ def test_gpu_build_gets_no_cpu_settings(monkeypatch: pytest.MonkeyPatch) -> None
     assert "VLLM_CPU_OMP_THREADS_BIND" not in os.environ
 
 
-def test_interpreter_is_found_only_where_it_is_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interpreter_is_visible_only_if_enabled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Were it always there, the CPU build of vLLM would take model runner V2 for every model."""
     folder = tmp_path / INTERPRETER_FOLDER
     folder.mkdir()

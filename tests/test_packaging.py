@@ -1,4 +1,4 @@
-"""What is shipped, that it works without the repository, and that the version is written once."""
+"""Content of the packages, their use without the repository, and the single version."""
 
 import re
 import subprocess
@@ -19,7 +19,7 @@ FOLDERS: dict[str, str] = PROJECT["tool"]["setuptools"]["package-dir"]
 
 
 def folder_of(package: str) -> Path:
-    """Where the modules of a shipped package lie in the repository."""
+    """Folder of a packaged module in the repository."""
     start = max((name for name in FOLDERS if f"{package}.".startswith(f"{name}.")), key=len)
     return ROOT.joinpath(FOLDERS[start], *package.removeprefix(start).split("."))
 
@@ -36,14 +36,14 @@ def modules() -> set[str]:
 
 def packages_on_disk() -> set[str]:
     """Folders of the package, the server and the kernels that hold Python."""
-    found = set()
+    matches = set()
     for package, folder in FOLDERS.items():
         if package == "ficoco_vllm.benchmarks":  # of these only what the command line runs
             continue
         for file in (ROOT / folder).rglob("*.py"):
             if not any(parent.is_symlink() for parent in file.parents):
-                found.add(".".join([package, *file.parent.relative_to(ROOT / folder).parts]))
-    return found
+                matches.add(".".join([package, *file.parent.relative_to(ROOT / folder).parts]))
+    return matches
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def transcript_of(url: str) -> tuple[str, str]:
-    """What the README's client prints when it asks the server at `url`, and what the README says it prints."""
+    """Output of the README's client for the server at `url`, and the output that the README shows."""
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     (transcript,) = re.findall(r"```text\n(.*?)```", README, re.DOTALL)
     printed = io.StringIO()
@@ -36,7 +36,7 @@ def transcript_of(url: str) -> tuple[str, str]:
 
 
 def run_example(name: str, *arguments: str, **environment: str) -> str:
-    """What an example prints, run as its page says."""
+    """Output of an example, run as its page says."""
     command = [sys.executable, f"examples/{name}", *arguments]
     variables = {**os.environ, **environment}
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""What we call and read of vLLM is where it was, and takes what it took; a failure names the seam.
+"""The parts of vLLM that we call and read still exist with the same parameters; a failure names the seam.
 
 `test_upgrade.py` finds in our sources what we import and override, `hooks/test_table.py` checks what we wrap. Other
 tests would fail too, but late and by effects: a wrapped method that vLLM no longer calls counts nothing.

@@ -24,7 +24,7 @@ def installed() -> Tree:
 
 @pytest.fixture(scope="module")
 def needed(installed: Tree) -> dict[Seam, set[str]]:
-    """What our sources need."""
+    """Requirements of our sources."""
     return seams(installed)
 
 
@@ -80,7 +80,7 @@ def changed(installed: Tree, module: str, old: str, new: str, folder: Path) -> T
 
 
 @pytest.mark.parametrize(
-    ("module", "old", "new", "told"),
+    ("module", "old", "new", "reported"),
     [
         (
             "vllm.v1.core.single_type_kv_cache_manager",
@@ -96,14 +96,14 @@ def changed(installed: Tree, module: str, old: str, new: str, folder: Path) -> T
         ),
     ],
 )
-def test_what_moves_is_told(
+def test_moved_seams_are_reported(
     module: str,
     old: str,
     new: str,
-    told: set[str],
+    reported: set[str],
     installed: Tree,
     needed: dict[Seam, set[str]],
     tmp_path: Path,
 ) -> None:
     tree = changed(installed, module, old, new, tmp_path)
-    assert {seam.name for seam in moved(tree, needed)} == told
+    assert {seam.name for seam in moved(tree, needed)} == reported

@@ -1,1 +1,1 @@
-"""Programs of this repository that are not shipped; run them from its root as `python -m tools.X`."""
+"""Programs of this repository that are not packaged; run them from its root as `python -m tools.X`."""

@@ -1,8 +1,8 @@
-"""Attention of a reducing decoder layer, as far as a method needs it.
+"""The parts of a reducing decoder layer's attention that a method needs.
 
-The fused ops take all images of a group together, over several requests: one pass computes the softmax normalisers of
-the needed queries and the row sums among the visual tokens; the few rows and columns that a method needs follow from
-these. No (H, N, N) tensor is written.
+The fused ops process all images of a group together, over several requests: one pass computes the softmax normalisers
+of the needed queries and the row sums among the visual tokens, which yield the few rows and columns that a method
+needs. No (H, N, N) tensor is written.
 """
 
 from collections.abc import Callable
@@ -45,7 +45,7 @@ class DecoderHeads:
         return part if self.all_reduce is None else self.all_reduce(part.contiguous())
 
     def mean_key(self, rows: Tensor) -> Tensor:
-        """Head-mean keys, every key head counted once for each of its query heads.
+        """Head-mean keys, each key head weighted by its number of query heads.
 
         Args:
             rows: (B, N) int64.
@@ -60,7 +60,7 @@ class DecoderHeads:
 class ImageAttention:
     """Attention of B images of one shape, among their tokens and from the text after them.
 
-    The queries are those of the whole prompt, or, where no visual one is needed, those after the image.
+    The queries are those of the whole prompt, or only those after the image if no visual one is needed.
     """
 
     def __init__(self, heads: DecoderHeads, group: ImageGroup, visual: bool, logits: bool = False) -> None:
@@ -190,7 +190,7 @@ class VisualAttention:
     """Head-mean causal attention among the tokens of each of B images (`AttentionMap`).
 
     Attributes:
-        images: whose attention it is.
+        images: measured attention of the images.
     """
 
     images: ImageAttention

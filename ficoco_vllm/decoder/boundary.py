@@ -1,8 +1,8 @@
 """Row indices between the segments of a step, built on the host before the step runs.
 
 The rows of a step are the tokens of its requests, one request after the other. A request whose prompt is reduced has
-fewer rows from segment to segment; its plan gives their number and the place of every row. Only which visual tokens
-fill the places of an image depends on the data.
+fewer rows from segment to segment; its plan gives their number and the place of every row. Only the choice of the
+visual tokens that fill the places of an image depends on the data.
 """
 
 from collections import defaultdict

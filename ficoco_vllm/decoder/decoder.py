@@ -43,7 +43,7 @@ class ReducingStep:
 
 
 class SegmentedDecoder:
-    """A view of vLLM's decoder: it owns no weights."""
+    """View of vLLM's decoder, cut into segments. It owns no weights."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class SegmentedDecoder:
             grid: rows and columns of an unreduced image.
             compiled: whether each segment is compiled, as one unit.
             stopwatch: takes the time of the reductions.
-            traces: where requests that ask for it are traced.
+            traces: store of the requested traces.
         """
         self.planner = planner
         self.stopwatch = stopwatch
@@ -118,7 +118,7 @@ class SegmentedDecoder:
         return result
 
     def warm_up(self, positions: Tensor, hidden: Tensor) -> None:
-        """Compile the segments and allocate what a reducing step needs, while vLLM profiles memory.
+        """Compile the segments and allocate the memory of a reducing step, while vLLM profiles memory.
 
         Args:
             positions: (tokens,) int64.

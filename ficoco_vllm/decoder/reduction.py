@@ -1,4 +1,4 @@
-"""One reduction between attention and MLP of a segment's last layer, for all requests of a step at once."""
+"""One reduction between attention and MLP of a segment's last layer, for all requests of a step."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Rows:
         hidden: (rows, D) residual stream.
         origin: (rows,) int64, the row of each in the first segment; kept tokens of an image keep theirs, and with it
             their position.
-        size: (rows,) fp32, the number of tokens of the first segment that each stands for.
+        size: (rows,) fp32, the number of tokens of the first segment that each represents.
     """
 
     hidden: Tensor
@@ -42,7 +42,7 @@ def reduce_rows(
         rows: after the attention of a segment's last layer.
         heads: queries and keys of that layer.
         boundary: from this segment to the next.
-        planner: knows the methods.
+        planner: provides the methods.
         grid: rows and columns of an unreduced image.
         observer_of: the observer of a group's reduction, for requests that are traced.
 
@@ -85,7 +85,7 @@ def _reduce_group(
     signals = _measure(rows, heads, group, visual, reducer, grid)
     num_removed = N - group.kept.shape[1]
     reduced = reducer(rows.hidden[visual], signals, num_removed, rows.size[visual], heads.backend, observer)
-    # `position` counts the image's tokens in this segment, so it names those that stayed.
+    # `position` counts the image's tokens in this segment, so it indexes the tokens that stayed.
     return visual.gather(1, reduced.position), reduced.tokens, reduced.size
 
 

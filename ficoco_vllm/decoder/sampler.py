@@ -1,4 +1,4 @@
-"""Greedy sampling without Triton's interpreter, which stands in for a GPU on a CPU."""
+"""Greedy sampling on a CPU without Triton's interpreter."""
 
 from typing import Any
 
@@ -8,9 +8,10 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 
 
 class GreedySampler(Sampler):
-    """vLLM's sampler for a CPU: takes each request's likeliest token by torch where no request samples at random.
+    """vLLM's sampler, with the most likely tokens computed by torch if no request of the batch samples at random.
 
-    vLLM takes it by the Triton kernel that samples, and interpreting that costs as much as layers of the decoder.
+    vLLM uses its Triton sampling kernel for greedy requests too; interpreted, it takes as long as several decoder
+    layers.
     """
 
     def __init__(self, sampler: Sampler) -> None:
@@ -30,5 +31,5 @@ class GreedySampler(Sampler):
                 processed_logits, expanded_idx_mapping, idx_mapping_np, *args
             )
             return sampled
-        # vLLM has taken top-k and top-p from greedy requests, so it would return the same logits.
+        # vLLM ignores top-k and top-p of greedy requests, so it would return the same logits.
         return processed_logits.argmax(dim=-1), processed_logits

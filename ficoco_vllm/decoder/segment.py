@@ -62,8 +62,8 @@ class Segment(nn.Module):
 def compile_unit(segment: Segment, index: int) -> Unit:
     """Compile one segment for any number of rows.
 
-    Each segment gets a code object of its own: torch.compile keeps what it has compiled by code object, and all
-    segments share one `forward` while every one has its own layers.
+    Each segment gets a separate code object, the key of torch.compile's cache: all segments share one `forward`, but
+    have different layers.
 
     Args:
         segment: to compile.

@@ -1,4 +1,4 @@
-"""Start-up of a method that works in the decoder: refused options, and settings that it changes."""
+"""Start-up checks of a method in the decoder: refused options, and settings of vLLM that it changes."""
 
 from multiprocessing import current_process
 from typing import Any
@@ -18,7 +18,7 @@ logger = init_logger("vllm.ficoco.decoder")
 
 
 def prepare_decoder(vllm_config: Any, config: FicocoConfig) -> None:
-    """Refuse options that exclude a KV length per segment, and set those that it needs.
+    """Refuse options that exclude a KV length per segment, and set required ones.
 
     Args:
         vllm_config: vLLM's configuration, with our settings left on the model's.
@@ -101,7 +101,7 @@ def find_refusal(vllm_config: Any) -> str | None:
         "--kv-transfer-config is not allowed: other instances do not know the KV lengths": (
             vllm_config.kv_transfer_config is not None
         ),
-        # vLLM makes a KV connector of it, but only after this check.
+        # vLLM turns it into a KV connector, but only after this check.
         "--kv-offloading-size is not allowed: what a block holds depends on the whole prompt": (
             cache.kv_offloading_size is not None
         ),
@@ -151,7 +151,7 @@ def replays_prefills(vllm_config: Any) -> bool:
 
 
 def _why_not_v2(vllm_config: Any) -> str:
-    """The reason why vLLM would take its model runner V1, which has one KV length for all layers."""
+    """Reason why vLLM would choose its model runner V1, which has one KV length for all layers."""
     from vllm.triton_utils import HAS_TRITON
 
     if envs.VLLM_USE_V2_MODEL_RUNNER is False:

@@ -27,19 +27,19 @@ Counts = npt.NDArray[np.int32]
 class DecoderModelState(DefaultModelState):
     """vLLM's model state, with the token counts of each segment instead of one for all layers.
 
-    Decoding leaves the number of rows as it is: slots are rewritten in place and sequence lengths live in buffers
-    that stay, so that CUDA graphs captured for decoding stay valid. Only the step that prefills a prompt which is
-    reduced has fewer rows from segment to segment; it takes a `ReducingStep` to the model.
+    Decoding does not change the number of rows: slots are rewritten in place and sequence lengths live in persistent
+    buffers, so that CUDA graphs captured for decoding stay valid. Only a step that prefills a reduced prompt has fewer
+    rows from segment to segment; it passes a `ReducingStep` to the model.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # Other settings of the compiler can lead to it after the first check.
+        # Other compiler settings can select this mode after the first check.
         if replays_prefills(self.vllm_config):
             raise ValueError("cudagraph_mode = 'FULL' is not allowed where the decoder reduces")
         self.planner = decoder_planner(self.vllm_config.model_config.hf_config)
         self.plans: dict[str, RequestPlan] = {}
-        self.traced: dict[str, int] = {}  # of the requests that asked for a trace
+        self.traced: dict[str, int] = {}  # request to trace id
         self.step: ReducingStep | None = None
         shape = (self.planner.segments.num_segments, self.max_num_reqs)
         self.seq_lens = torch.zeros(shape, dtype=torch.int32, device=self.device)
@@ -51,7 +51,7 @@ class DecoderModelState(DefaultModelState):
         return GreedySampler(sampler), None
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
-        """Plan a request; the scheduler has come to the same plan."""
+        """Plan a request; the scheduler computes the same plan."""
         super().add_request(req_index, new_req_data)
         params = new_req_data.sampling_params
         num_tokens = len(new_req_data.prompt_token_ids)
@@ -119,7 +119,7 @@ class DecoderModelState(DefaultModelState):
             positions, slots = input_batch.positions, slot_mappings
             if missing.any():
                 # The first token of a prompt that is prefilled now is at place 0; after a reduced prompt every token
-                # has moved forward by what is missing.
+                # has moved forward by the number of removed tokens.
                 moved_by = np.where(computed == 0, 0, missing[:num_reqs])
                 positions, slots = self._slots(
                     input_batch, rows[:num_reqs], moved_by, block_tables, slot_mappings, groups, shrinks

@@ -1,4 +1,4 @@
-"""A LLaVA of 3.5 million parameters, so that the first answer needs no download."""
+"""Bundled LLaVA of 3.5 million parameters, which needs no download."""
 
 import json
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Example:
-    """A held-out image with a question that the model answers right.
+    """A held-out image with a question that the model answers correctly.
 
     Attributes:
         image: path of the PNG file, 192 x 192.
@@ -26,7 +26,7 @@ def path() -> Path:
 
 
 def examples() -> list[Example]:
-    """Example images with questions and right answers."""
+    """Example images with questions and correct answers."""
     folder = path() / "examples"
     listed = json.loads((folder / "examples.json").read_text())["examples"]
     return [Example(folder / item["image"], item["question"], item["answer"]) for item in listed]

@@ -1,8 +1,8 @@
 """Admission: each request is checked, gets its budget and is announced to the metrics before it goes to the engine.
 
 No hook of vLLM sees a request's prompt, its sampling parameters and the server's configuration together, so the method
-that turns them into the engine's request is wrapped. Beam search resolves its watermarks first, and only there do its
-parameters arrive as what they are.
+that turns them into the engine's request is wrapped. Beam search resolves its watermarks first; only that method
+receives its parameters unchanged.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -28,7 +28,7 @@ class FrontEnd:
     Attributes:
         counter: counts its requests; None where nothing is counted.
         default_keep: budget in the decoder of requests that name none, where it follows the load; see `fill_budget`.
-        bounds: what the operator lets requests ask for in `vllm_xargs`; see `check_bounds`.
+        bounds: the operator's bounds on `vllm_xargs`; see `check_bounds`.
     """
 
     counter: RequestCounter | None
@@ -45,7 +45,7 @@ class FrontEnd:
 
 
 def hook_admission() -> None:
-    """Let vLLM's front end admit requests through `_process_inputs` and `_resolve_watermarking`. Idempotent."""
+    """Make vLLM's front end admit requests through `_process_inputs` and `_resolve_watermarking`. Idempotent."""
     hook_processor_cache()
     wrap(InputProcessor, "process_inputs", _process_inputs)
     wrap(InputProcessor, "resolve_watermarking", _resolve_watermarking)

@@ -1,4 +1,4 @@
-"""The files in which prometheus_client's processes count together."""
+"""Files through which prometheus_client adds up the metrics of several processes."""
 
 from importlib import import_module
 
@@ -7,7 +7,7 @@ from ficoco_vllm.metrics.files import ReservedMmapedDict
 
 
 def hook_metric_files() -> None:
-    """Let a full disk cost metrics, not the process that counts; see `ReservedMmapedDict`.
+    """Make a full disk lose metrics instead of ending the process; see `ReservedMmapedDict`.
 
     prometheus_client up to 0.26 does not reserve the space of its files; `tests/metrics/test_files.py` fails once it
     does.

@@ -16,7 +16,7 @@ _MAX_SENT = 100_000
 
 
 def hook_processor_cache() -> None:
-    """Let the cache tell sent images from processed ones. Idempotent."""
+    """Make the cache distinguish sent images from processed ones. Idempotent."""
     wrap(Cache, "is_cached_item", _is_cached_item)
     wrap(Cache, "get_and_update_item", _get_and_update_item)
 
@@ -33,7 +33,7 @@ def _get_and_update_item(original: Any, self: Any, mm_item: Any, mm_hash: str) -
 
 
 def _sent(cache: Any) -> set[str]:
-    """Hashes of the images that the engine has got, on the cache itself."""
+    """Hashes of the images that the engine has received, stored on the cache itself."""
     sent: set[str] = vars(cache).setdefault("ficoco", set())
     return sent
 

@@ -1,4 +1,4 @@
-"""What vLLM's front end measures of requests, counted by reduction method.
+"""Request statistics of vLLM's front end, counted by reduction method.
 
 vLLM's own statistics name no request, and a stat logger plugin would turn them on even where they were switched off
 (`--disable-log-stats`). So the methods through which every request leaves the front end are wrapped: vLLM's state of a
@@ -31,7 +31,7 @@ def _add_request(original: Any, self: Any, request: Any, *args: Any, **kwargs: A
     admitted = _ours(request.sampling_params)
     state = self.request_states.get(request.request_id)
     if admitted is not None and self.log_stats and state is not None and _ours(state) is None:
-        state.ficoco = replace(admitted)  # each answer of a request with several is counted for itself
+        state.ficoco = replace(admitted)  # several answers to one request are counted separately
 
 
 def _update_from_output(

@@ -1,4 +1,4 @@
-"""vLLM's attention layers of a decoder, each with the KV cache of its segment."""
+"""KV cache specifications for vLLM's attention layers: one length per decoder segment."""
 
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ from ficoco_vllm.planning.segments import Segments
 def hook_kv_cache_specs(decoder: Any, segments: Segments) -> None:
     """Give the layers of each segment a KV cache of their own length.
 
-    vLLM builds the layers from the model's configuration alone and asks each for its specification.
+    vLLM builds the layers from the model's configuration alone and reads each one's specification.
 
     Args:
         decoder: vLLM's LlamaModel, whole on this worker.

@@ -1,4 +1,4 @@
-"""Every method and attribute of another package that ours wraps or replaces: what an upgrade of vLLM has to keep.
+"""Table of every method and attribute of other packages that we wrap or replace. An upgrade of vLLM must keep them.
 
 `tests/hooks/test_table.py` checks that each exists with the parameters named here, that its test exists, and that
 nothing is patched that is not listed.
@@ -15,7 +15,7 @@ class Hook:
         owner: module, or module and class.
         attribute: the method, or the name in the module or class.
         parameters: the first ones after `self`, as far as we pass or read them.
-        reason: what the hook is for.
+        reason: purpose of the hook.
         test: fails when vLLM no longer calls it, or calls it for something else.
     """
 
@@ -66,7 +66,7 @@ HOOKS = (
         _OUTPUT,
         "add_request",
         "request",
-        "attaches what a request saves to vLLM's state of it",
+        "attaches the savings of a request to vLLM's state of it",
         "tests/server/test_metrics.py::test_tokens_and_kv",
     ),
     Hook(
@@ -108,15 +108,15 @@ HOOKS = (
         _RENDERER,
         "preprocess_chat",
         "request messages",
-        "reads the request field `ficoco` of chats, or refuses it where no endpoint of ours does",
-        "tests/hooks/test_unread_field.py::test_refused_only_where_nobody_reads_it",
+        "reads the request field `ficoco` of chats, or refuses it without an endpoint of ours",
+        "tests/hooks/test_unread_field.py::test_refused_unless_an_endpoint_reads_it",
     ),
     Hook(
         _RENDERER,
         "preprocess_cmpl",
         "request prompts",
         "the same for completions",
-        "tests/hooks/test_unread_field.py::test_refused_only_where_nobody_reads_it",
+        "tests/hooks/test_unread_field.py::test_refused_unless_an_endpoint_reads_it",
     ),
     Hook(
         "vllm.model_executor.layers.attention.Attention",
@@ -129,7 +129,7 @@ HOOKS = (
         "prometheus_client.values",
         "MmapedDict",
         "filename read_mode",
-        "lets a full disk cost metrics, not the process that counts",
+        "makes a full disk lose metrics instead of ending the process",
         "tests/metrics/test_files.py::test_a_disk_that_becomes_full",
     ),
     Hook(
@@ -172,7 +172,7 @@ HOOKS = (
         "shutdown",
         "timeout",
         "waits for open requests before the shutdown, and notes whether the engine had died",
-        "tests/server/lifecycle/test_survival.py::test_told_to_stop_it_answers_what_it_has_accepted",
+        "tests/server/lifecycle/test_survival.py::test_a_stopping_server_answers_accepted_requests",
     ),
     Hook(
         "vllm.multimodal.media.image.ImageMediaIO",

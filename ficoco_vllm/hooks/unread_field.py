@@ -1,6 +1,6 @@
-"""The request field `ficoco` where no endpoint of ours reads it: refused, since vLLM drops unknown fields silently.
+"""Refusal of the request field `ficoco` where no endpoint of ours reads it: vLLM drops unknown fields silently.
 
-That is plain `vllm serve` without our endpoint plugin, and the offline `run-batch`, which loads no such plugins.
+This concerns `vllm serve` without our endpoint plugin, and the offline `run-batch`, which loads no such plugins.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ READ = "ficoco_read"
 
 
 def hook_renderer() -> None:
-    """Let vLLM's renderer refuse the field where nobody reads it. Idempotent."""
+    """Make vLLM's renderer refuse the field unless an endpoint of ours reads it. Idempotent."""
     wrap(OnlineRenderer, "preprocess_chat", _preprocess)
     wrap(OnlineRenderer, "preprocess_cmpl", _preprocess)
 

@@ -1,4 +1,4 @@
-"""Checks of what a request asks of the decoder, before it reaches the engine."""
+"""Checks of a request's decoder settings before it reaches the engine."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,7 +15,7 @@ def images_of(request: Any) -> list[tuple[int, int]]:
     """Offset in the prompt and number of tokens of each image.
 
     Args:
-        request: as vLLM's front end, scheduler or worker knows it, with `mm_features`.
+        request: object of vLLM's front end, scheduler or worker with `mm_features`.
     """
     return [(feature.mm_position.offset, feature.mm_position.length) for feature in request.mm_features or ()]
 
@@ -80,8 +80,8 @@ def check_request(vllm_config: Any, request: Any) -> None:
 def check_search(vllm_config: Any, params: Any) -> None:
     """Refuse beam search where the decoder reduces.
 
-    vLLM sends each beam as a prompt of its own, ending in the tokens found so far, and without the request's
-    `vllm_xargs`: the text after the image, which decides what stays, would change from token to token.
+    vLLM sends each beam as a separate prompt that ends in the tokens generated so far, and without the request's
+    `vllm_xargs`: the text after the image, which decides which tokens stay, would change from token to token.
 
     Args:
         vllm_config: vLLM's configuration.
@@ -119,7 +119,7 @@ def fill_budget(default_keep: Callable[[str | None, int], int], request: Any) ->
 
 
 def check_bounds(bounds: Callable[[Mapping[str, Any], int], None], request: Any) -> None:
-    """Check what a request asks of the decoder against the operator's bounds.
+    """Check a request's decoder settings against the operator's bounds.
 
     Args:
         bounds: called with the request's `vllm_xargs` and the visual tokens of its largest image; raises ValueError.

@@ -1,4 +1,4 @@
-"""Block manager of one segment, which allocates what the plan needs."""
+"""Block manager of one segment, which allocates the blocks that the plan needs."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ class SegmentManager(FullAttentionManager):
     """vLLM's manager with token counts translated into those of its segment.
 
     Attributes:
-        count_tokens: set by the scheduler, which knows the requests.
+        count_tokens: set by the scheduler.
         num_held: blocks that requests hold in this segment.
     """
 
@@ -60,7 +60,7 @@ class SegmentManager(FullAttentionManager):
         return blocks
 
     def cache_blocks(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: what a block holds depends on the whole prompt, so no later prompt may find it."""
+        """Do nothing: the content of a block depends on the whole prompt, so no later prompt may reuse it."""
 
     def _held(self, request_id: str, num_tokens: int) -> int:
         assert self.count_tokens is not None, "bound by SegmentScheduler"

@@ -38,7 +38,7 @@ class SegmentScheduler(AsyncScheduler):
         super().add_request(request)
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        """Schedule as vLLM, then report how many blocks are held."""
+        """Schedule as vLLM, then report the number of held blocks."""
         scheduled = super().schedule(*args, **kwargs)
         self._report_blocks_held()
         return scheduled
@@ -66,7 +66,7 @@ class SegmentScheduler(AsyncScheduler):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Schedule as vLLM, except that a prompt waits whose images do not all fit into this step."""
+        """Schedule as vLLM, except that a prompt waits if its images do not all fit into this step."""
         scheduled = super()._try_schedule_encoder_inputs(
             request, num_computed_tokens, num_new_tokens, encoder_compute_budget, *args, **kwargs
         )

@@ -42,6 +42,6 @@ def register_spec() -> None:
     """Register the specification and its manager with vLLM in this process. Idempotent."""
     from ficoco_vllm.kv.manager import SegmentManager
 
-    # The built-in ones first: vLLM registers them only where the registry is still empty.
+    # Built-in specifications first: vLLM registers them only if the registry is still empty.
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(SegmentSpec, SegmentManager, uniform_type_base_spec=SegmentSpec)

@@ -1,1 +1,1 @@
-"""Prometheus metrics of what the reduction saves and costs."""
+"""Prometheus metrics of the reduction's savings and costs."""

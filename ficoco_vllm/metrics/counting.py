@@ -18,7 +18,7 @@ class CountedRequest:
     """State of one request in the front end.
 
     Attributes:
-        account: what it saves.
+        account: its savings.
         counter: of its server.
         engine: label, known from the first output on.
         prefilled: whether its prefill has been counted.
@@ -45,7 +45,7 @@ class RequestCounter:
     """Counts the requests of one server."""
 
     def __init__(self, vllm_config: Any) -> None:
-        """Read what does not change.
+        """Read the server's configuration.
 
         Args:
             vllm_config: vLLM's configuration, with a reduction method.
@@ -63,7 +63,7 @@ class RequestCounter:
         self.only_engine = "0" if parallel.data_parallel_size == 1 else NO_ENGINE
 
     def __deepcopy__(self, memo: Any) -> "RequestCounter":
-        """Itself: vLLM may copy the sampling parameters that carry it."""
+        """The counter itself: vLLM may copy the sampling parameters that carry it."""
         return self
 
     @classmethod
@@ -154,7 +154,7 @@ class RequestCounter:
         if self.accountant.plan.decoder is not None:
             return
         total = self.vllm_config.cache_config.num_gpu_blocks or 0
-        per_engine = total // self.num_engines  # vLLM adds up those of the engines that it talks to
+        per_engine = total // self.num_engines  # vLLM adds up the blocks of its engines
         held = round(usage * max(0, per_engine - 1))  # one block is vLLM's null block
         self.metrics.kv_blocks_held.labels(self.model_name, engine, self.method, "0").set(held)
 

@@ -1,4 +1,4 @@
-"""Prometheus metrics of what the reduction saves and costs; docs/metrics.md is their table.
+"""Prometheus metrics of the reduction's savings and costs; docs/metrics.md lists them.
 
 Every process counts its own part: the front end requests, the engine core KV blocks, a worker seconds. With
 `PROMETHEUS_MULTIPROC_DIR` (`ficoco-vllm serve` sets it) prometheus_client adds them up at `/metrics`.
@@ -29,7 +29,7 @@ ITL_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3,
 
 
 class Metrics:
-    """The metric families of one registry; their help texts say what they count."""
+    """The metric families of one registry."""
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
         def counter(name: str, text: str, *more: str) -> Counter:
@@ -69,7 +69,7 @@ class Metrics:
         )
         self.kv_blocks_saved = gauge(
             "kv_blocks_saved",
-            "KV blocks that running requests would hold besides in a segment without reduction: their missing "
+            "KV blocks that running requests would additionally hold in a segment without reduction: their missing "
             "tokens by the size of a block, not rounded.",
             "sum",
             "segment",

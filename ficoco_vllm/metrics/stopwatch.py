@@ -48,8 +48,8 @@ class Lap:
 class Stopwatch:
     """Makes laps and reports them once they are finished.
 
-    On the CPU that is at once. On CUDA a lap is a pair of events in the stream, reported when a later lap is handed in
-    and its events have passed, so nothing ever waits for the device.
+    On the CPU a lap is finished at once. On CUDA it is a pair of events in the stream, reported when a later lap is
+    handed in and the events have passed, so nothing ever waits for the device.
     """
 
     def __init__(self, observe: Observe) -> None:

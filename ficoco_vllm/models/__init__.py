@@ -1,7 +1,6 @@
 """LLaVA models that keep the visual tokens a reduction method selects."""
 
-# Architectures that are served with reduction, and the classes that replace vLLM's; vLLM imports a class when it is
-# served.
+# Architectures with reduction, and the classes that replace vLLM's; vLLM imports a class when it serves it.
 ARCHITECTURES = {
     "LlavaForConditionalGeneration": "ficoco_vllm.models.llava:FicocoLlava",
     "LlavaNextForConditionalGeneration": "ficoco_vllm.models.llava_next:FicocoLlavaNext",

@@ -101,7 +101,7 @@ class FicocoLlavaNext(ReducingLlava, LlavaNextForConditionalGeneration):
             budgets: of the images.
 
         Returns:
-            Image to what is left of each tile of its layout.
+            Image to the kept tokens of each tile of its layout.
         """
         groups: dict[tuple[str | None, int, Crop], _Jobs] = defaultdict(list)
         for image, (layout, budget) in enumerate(zip(layouts, budgets, strict=True)):

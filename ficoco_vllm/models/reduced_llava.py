@@ -49,7 +49,7 @@ class ReducingLlava(nn.Module):
         plan = ServerPlan.served(self.config)
         shape = plan.tower.shape
         if plan.decoder is not None:
-            from ficoco_vllm.decoder.state import DecoderModelState  # imports Triton, which V1 does without
+            from ficoco_vllm.decoder.state import DecoderModelState  # imports Triton, which V1 does not need
 
             hook_kv_cache_specs(self.language_model.model, plan.decoder.segments)
             self.decoder = SegmentedDecoder(
@@ -65,7 +65,7 @@ class ReducingLlava(nn.Module):
         if plan.tower.active:
             self.planner = plan.tower
             self.stopwatch = _stopwatch(vllm_config, str(plan.tower.default.method), "tower")
-            # As many at once as stock vLLM would take, so that a burst of small budgets needs no more memory.
+            # As many at a time as in stock vLLM, so that many small budgets need no more memory.
             at_once = vllm_config.scheduler_config.max_num_batched_tokens // shape.num_patches
             self.max_images = max(1 if shape.tiling is None else shape.tiling.most_tiles, at_once)
 
@@ -109,7 +109,7 @@ class ReducingLlava(nn.Module):
             crop: of tiles with padding, the patches that show the image.
         """
         assert self.planner is not None
-        # The dummy images with which vLLM profiles, before it allocates the KV cache, are not timed.
+        # vLLM's dummy images, which it profiles before it allocates the KV cache, are not timed.
         stopwatch = self.stopwatch if self._has_kv_cache() else None
         lap = None if stopwatch is None else stopwatch.lap(plan.reducer.method.name, pixels.device)
         observers = partial(self.traces.observer, traced=traced) if traced else None
@@ -144,5 +144,5 @@ def _stopwatch(vllm_config: VllmConfig, method: str, site: str) -> Stopwatch | N
     family = metrics().reduction_seconds
     engine = str(vllm_config.parallel_config.data_parallel_index)
     model_name = vllm_config.model_config.served_model_name
-    family.labels(model_name, engine, method, site)  # at zero before the first image, so that rates see it
+    family.labels(model_name, engine, method, site)  # zero before the first image, so that rates include it
     return Stopwatch(lambda method, seconds: family.labels(model_name, engine, method, site).observe(seconds))

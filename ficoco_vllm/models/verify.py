@@ -1,4 +1,4 @@
-"""Start-up: validates settings before anything is loaded, and stores them where processor and workers find them."""
+"""Start-up validation of the settings, which are then stored where processor and workers read them."""
 
 import os
 
@@ -26,7 +26,7 @@ class FicocoModelConfig(VerifyAndUpdateConfig):
         Raises:
             ValueError: naming the field, its value and what is allowed.
         """
-        # These import vLLM's engine, which a process that only loads plugins does without.
+        # These import vLLM's engine, which a process that only loads plugins does not need.
         from ficoco_vllm.decoder.startup import prepare_decoder
         from ficoco_vllm.hooks.admission import hook_admission
         from ficoco_vllm.hooks.request_metrics import hook_request_metrics
@@ -49,7 +49,7 @@ class FicocoModelConfig(VerifyAndUpdateConfig):
         planner = VisionPlanner.shared(config, shape)
         if config.explain:
             _allow_traces(vllm_config)
-        # The processor gets the model's configuration only, so the settings travel with it to every process.
+        # The processor receives the model's configuration only, so the settings travel with it to every process.
         setattr(hf_config, NAME, config.model_dump(mode="json"))
         hook_admission()
         hook_renderer()
@@ -97,10 +97,10 @@ def _allow_traces(vllm_config: VllmConfig) -> None:
 
 
 def _bound_encoder_batch(vllm_config: VllmConfig, planner: VisionPlanner) -> None:
-    """Let a step encode as many images as stock vLLM would.
+    """Limit the images that a step encodes to the number in stock vLLM.
 
     vLLM counts the tokens that the encoder emits, while the tower runs all patches: with 64 of 576 it would put
-    nine times as many images into one step. The largest budget that a request may ask for must still fit.
+    nine times as many images into one step. The largest allowed budget must still fit.
     """
     scheduler = vllm_config.scheduler_config
     most = planner.num_input_tokens

@@ -1,1 +1,1 @@
-"""How many visual tokens each layer and each KV segment holds: integers, no tensors."""
+"""Visual token counts of every layer and KV segment: integers, no tensors."""

@@ -1,7 +1,7 @@
-"""How many visual tokens of a request each segment of the decoder holds: integers, the same in every process.
+"""Visual token counts of a request in each decoder segment: integers, the same in every process.
 
-How many tokens leave is a pure function of prompt and budget; only which ones leave is data. Scheduler and workers
-each compute the plan, so nothing is communicated and nothing waits for the device.
+The number of removed tokens is a pure function of prompt and budget; only their choice depends on the data. Scheduler
+and workers each compute the plan, so nothing is communicated and nothing waits for the device.
 """
 
 from bisect import bisect_right
@@ -224,7 +224,7 @@ def _layers(reducer: Reducer, num_layers: int) -> tuple[int, ...]:
 
 
 def _why_not(reducer: Reducer) -> str | None:
-    """Why a method cannot run in the decoder, whatever its signals; None if it can."""
+    """Reason why a method cannot run in the decoder, regardless of its signals; None if it can."""
     if reducer.num_extra:
         return (
             f"ficoco.method = {reducer.method.name!r}: its fused extra tokens have no place in the prompt, "

@@ -1,4 +1,4 @@
-"""The plan of one server: what its method and budgets come to in the vision tower, in the decoder, or in both."""
+"""Plan of one server: token counts of its method and budgets in the vision tower, in the decoder, or in both."""
 
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -16,7 +16,7 @@ from ficoco_vllm.request_fields import KEEP
 
 @dataclass(frozen=True, eq=False)
 class ServerPlan:
-    """All plans of one server; every part of it, and `ficoco-vllm plan`, asks this for token counts.
+    """All plans of one server: the only source of token counts, also for `ficoco-vllm plan`.
 
     Attributes:
         config: settings of the server.
@@ -91,7 +91,7 @@ class ServerPlan:
         return self.tower.active and "keep" not in self.config.encoder
 
     def tower_keep(self, budget: int) -> int:
-        """Visual tokens of an image after the tower, for a budget of the whole."""
+        """Visual tokens of an image after the tower, for a budget of the whole model."""
         if self.config.method not in PIPELINES:
             return budget
         num_patches = self.tower.shape.num_patches
@@ -108,7 +108,7 @@ class ServerPlan:
             tower_budget = self.tower.budget(None, self.tower_keep(budget))
             entering = self.tower.num_output_tokens(tower_budget)
         if self.decoder is not None:
-            # Where the tower leaves fewer than the budget they all stay.
+            # If the tower leaves fewer tokens than the budget, all of them stay.
             self.decoder.plan(entering + 1, [(0, entering)], {KEEP: min(budget, entering)})
 
     def image_tokens(

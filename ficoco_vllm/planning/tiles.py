@@ -1,4 +1,4 @@
-"""How an image in tiles shares out its budget: integers, no pixels."""
+"""Distribution of a budget over the tiles of an image: integers, no pixels."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ class Layout:
     def of(
         cls, tiling: Tiling, height: int, width: int, keep: int, keep_per: Literal["tile", "image"]
     ) -> "Layout":
-        """Share a budget out.
+        """Distribute a budget over the tiles of an image.
 
         Args:
             tiling: of the model.
@@ -57,7 +57,7 @@ class Layout:
             width: of the image in pixels.
             keep: tokens of each tile or of the image. Padding is never kept: a tile that has fewer patches than its
                 budget keeps those.
-            keep_per: what `keep` counts.
+            keep_per: unit of `keep`.
         """
         places = tiling.places(height, width)
         sizes = [place.crop.num_patches for place in places]

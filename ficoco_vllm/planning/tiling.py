@@ -1,4 +1,4 @@
-"""How LLaVA-NeXT cuts an image into tiles, and which patches of each show the image: integers, no pixels."""
+"""Tiles of a LLaVA-NeXT image, and the patches of each that show the image: integers, no pixels."""
 
 from dataclasses import dataclass
 from functools import lru_cache

@@ -1,4 +1,4 @@
-"""Which layer of the vision tower removes how many tokens for which budget: integers, no tensors."""
+"""Token removals of each vision tower layer for a budget: integers, no tensors."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ VISION_SITES = ("encoder", "features")
 
 
 class Budget(NamedTuple):
-    """The method that reduces an image, and how many tokens it keeps of the image or of each tile."""
+    """The method that reduces an image, and the tokens that it keeps of the image or of each tile."""
 
     method: str | None
     keep: int
@@ -27,14 +27,14 @@ class Budget(NamedTuple):
 
 @dataclass(frozen=True)
 class VisionPlan:
-    """How the tower meets one budget.
+    """Removals of the tower for one budget.
 
     Attributes:
         reducer: the method with its settings.
         keep: patch tokens at the end.
         removals: index of each reducing layer to the number of tokens removed there; empty for a method that
             works on the features.
-        proportional: whether later layers weigh each key by the patches that it stands for.
+        proportional: whether later layers weigh each key by the patches that it represents.
         logits: whether the method reads attention logits instead of probabilities.
         backend: which implementation of the fused ops runs.
     """
@@ -62,14 +62,14 @@ class VisionPlan:
 
 @dataclass(frozen=True, eq=False)
 class VisionPlanner:
-    """All plans of one tower under one configuration; the processor and the tower compute the same from it."""
+    """All plans of one tower under one configuration, the same in the processor and in the tower."""
 
     config: FicocoConfig
     shape: TowerShape
 
     @classmethod
     def shared(cls, config: FicocoConfig, shape: TowerShape) -> "VisionPlanner":
-        """The cached planner of the settings as they concern the tower, validated once.
+        """The cached planner of the tower's part of the settings, validated once.
 
         Raises:
             ValueError: the settings do not fit the tower.
@@ -125,14 +125,14 @@ class VisionPlanner:
 
     @property
     def decoder_most(self) -> int:
-        """A budget that requests may always name in the decoder, whatever the tower leaves by default.
+        """A budget that requests may always name in the decoder, independent of the tower's default.
 
-        An image in tiles may have any number of tokens, and a request does not know how many its image has.
+        An image in tiles may have any number of tokens, which its request does not know.
         """
         return 0 if self.shape.tiling is None else self.num_input_tokens
 
     def method_index(self, method: str | None) -> int:
-        """A method as an integer, which is what travels with an image to the workers."""
+        """Index of a method, which travels with an image to the workers."""
         return -1 if method is None else self.methods.index(method)
 
     def budget(self, method: Any, keep: Any) -> Budget:
@@ -173,7 +173,7 @@ class VisionPlanner:
         return budget
 
     def reduces(self, budget: Budget) -> bool:
-        """Whether fewer tokens come out than patches go in; of an image in tiles, of the largest one."""
+        """Whether the tower removes tokens; of the largest image where images are cut into tiles."""
         return budget.keep < self.most_keep
 
     def num_output_tokens(self, budget: Budget) -> int:
@@ -212,7 +212,7 @@ class VisionPlanner:
         return self.shape.num_patches if tiling is None else tiling.num_tokens(height, width)
 
     def layout(self, budget: Budget, height: int, width: int) -> Layout:
-        """How an image in tiles meets a budget.
+        """Layout of an image in tiles under a budget.
 
         Args:
             budget: of each tile, or of the image where the settings say so.
@@ -225,14 +225,14 @@ class VisionPlanner:
         return _layout(self, budget, height, width)
 
     def tile_plan(self, budget: Budget, tile: Tile) -> VisionPlan | None:
-        """How the tower reduces a tile, None where all of its patches but the padding stay.
+        """Plan of a tile, None where only its padding leaves.
 
         Args:
             budget: of the image; its method.
             tile: of the image.
 
         Raises:
-            ValueError: the method's schedule cannot reach what the tile keeps.
+            ValueError: the method's schedule cannot reach the tile's budget.
         """
         if tile.is_whole:
             return None
@@ -252,7 +252,7 @@ class VisionPlanner:
             self.num_output_tokens(budget)
 
     def plan(self, budget: Budget) -> VisionPlan:
-        """How a budget is met.
+        """Plan for a budget.
 
         Raises:
             ValueError: the method's schedule cannot reach it.
@@ -294,7 +294,7 @@ def _layout(planner: VisionPlanner, budget: Budget, height: int, width: int) -> 
 
 @lru_cache(maxsize=1024)
 def _of_grid(planner: VisionPlanner, grid: tuple[int, int]) -> VisionPlanner:
-    """Plans of a tile of which only so many rows and columns of patches show the image; the padding leaves first."""
+    """Plans of a tile in which only `grid` rows and columns of patches show the image; the padding leaves first."""
     return VisionPlanner(planner.config, replace(planner.shape, grid=grid, tiling=None))
 
 

@@ -34,7 +34,7 @@ def reduce(
         tokens: (B, N, D), any floating dtype.
         signals: of this layer, N tokens.
         num_removed: R. Zero is the identity.
-        size: (B, N) fp32, how many original patches each token stands for; None means one each.
+        size: (B, N) fp32, number of original patches that each token represents; None means one each.
         **settings: of the method; the others keep their defaults.
 
     Returns:

@@ -64,7 +64,7 @@ class Method:
 
     @property
     def num_extra(self) -> int:
-        """E, how many fused tokens one call appends (none where nothing is removed)."""
+        """E, the number of fused tokens that one call appends (none where nothing is removed)."""
         return self.compress.num_extra
 
     @property
@@ -74,7 +74,7 @@ class Method:
 
     @property
     def default_schedule(self) -> str:
-        """How removals are spread over the reducing layers unless the settings say otherwise."""
+        """Default distribution of the removals over the reducing layers."""
         known = self.settings.model_fields.get("schedule")
         return "one-shot" if known is None else str(known.default)
 
@@ -111,7 +111,7 @@ class Reduced(NamedTuple):
 
     Attributes:
         tokens: (B, K + E, D), the dtype that came in.
-        size: (B, K + E) fp32, how many original patches each token stands for.
+        size: (B, K + E) fp32, number of original patches that each token represents.
         position: (B, K + E) int64 index in the original grid, -1 for a fused token.
     """
 
@@ -157,7 +157,7 @@ class Reducer:
 
     @property
     def needs_grid(self) -> bool:
-        """Whether a stage reads places in the image's grid."""
+        """Whether a stage reads positions in the image's grid."""
         return self.method.filter.needs_grid or self.method.correlate.needs_grid
 
     def max_removed(self, num_tokens: int) -> int:
@@ -194,7 +194,7 @@ class Reducer:
             tokens: (B, N, D), any floating dtype.
             signals: of this layer, N tokens.
             num_removed: R. Zero is the identity.
-            size: (B, N) fp32, how many original patches each token stands for; None means one each.
+            size: (B, N) fp32, number of original patches that each token represents; None means one each.
             backend: implementation of the fused ops.
             observer: called with an observation of the reduction, where tokens are removed.
 
@@ -227,7 +227,7 @@ class Reducer:
                     correlation=correlation,
                     new_size=new_size,
                     position=position,
-                    # In torch, whatever `backend` served: kernels are not tuned for unit vectors.
+                    # Always in torch: kernels are not tuned for unit vectors.
                     compress=lambda *given: method.compress.function(*given, settings),
                 )
             )

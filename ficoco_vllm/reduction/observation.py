@@ -1,4 +1,4 @@
-"""Record of one reduction for tracing: which tokens left, and where the information of each went."""
+"""Record of one reduction for tracing: the removed tokens and the destinations of their information."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ class Observation:
 
     Attributes:
         partition: which of the N tokens left and which stayed.
-        size: (B, N) fp32, how many patches each token stood for.
+        size: (B, N) fp32, patches that each token represented before.
         correlation: (B, R, K) fp32.
-        new_size: (B, K + E) fp32, how many patches each token stands for now.
-        position: (B, K + E) int64 index in the grid of each token now, -1 for a fused one.
+        new_size: (B, K + E) fp32, patches that each token represents after the reduction.
+        position: (B, K + E) int64 index in the grid of each token after the reduction, -1 for a fused one.
         compress: the compression that ran, with its settings, in torch: tokens, size, partition and correlation to
             tokens and size.
     """

@@ -17,8 +17,8 @@ class Pipeline:
         name: as users write it.
         title: as its authors write it.
         source: arXiv identifier.
-        encoder: what reduces in the vision encoder.
-        decoder: what reduces the survivors in the decoder.
+        encoder: method in the vision encoder.
+        decoder: method in the decoder, for the tokens that the encoder keeps.
     """
 
     name: str
@@ -28,9 +28,9 @@ class Pipeline:
     decoder: Method
 
     def encoder_keep(self, num_tokens: int, keep: int) -> int:
-        """How many tokens leave the encoder where only the final count is given: both parts halve alike.
+        """Number of tokens that leave the encoder if only the final count is given.
 
-        The geometric mean of what goes in and what is to be left. The source fixes no split.
+        It is the geometric mean of N and `keep`: both parts keep the same share. The source fixes no split.
 
         Args:
             num_tokens: N, patches that enter.

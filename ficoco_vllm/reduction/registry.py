@@ -19,9 +19,8 @@ def available(site: str | None = None) -> tuple[str, ...]:
     """Names of the methods, sorted.
 
     Args:
-        site: only those that work there: "encoder", "features" or "decoder". Third-party methods are
-            imported to find out; one that fails is left out with a warning. Without a site nothing is
-            imported.
+        site: only methods of this site: "encoder", "features" or "decoder". This imports third-party methods; one that
+            fails is left out with a warning. Without a site nothing is imported.
 
     Raises:
         ValueError: there is no such site.
@@ -42,10 +41,10 @@ def available(site: str | None = None) -> tuple[str, ...]:
 
 
 def get(name: str) -> Method:
-    """A method by name. Built-in names cannot be taken over.
+    """A method by name. Third-party methods cannot replace built-in ones.
 
     Raises:
-        ValueError: no such method, or the package that offers it fails to give one.
+        ValueError: no such method, or its package fails to provide it.
     """
     if name in BUILTIN:
         return BUILTIN[name]

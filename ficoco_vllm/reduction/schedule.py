@@ -1,4 +1,4 @@
-"""How many tokens each reducing layer removes: host-side integers only."""
+"""Schedules: number of tokens that each reducing layer removes. Host-side integers only."""
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -18,8 +18,7 @@ def default_start_layer(num_layers: int) -> int:
     state before the last layer, so of 24 layers the first 23 run and those at 11 to 22 reduce: 12 reductions.
 
     Args:
-        num_layers: depth of the whole encoder, including layers behind the one that the features are read
-            from.
+        num_layers: depth of the whole encoder, including layers after the feature layer.
 
     Raises:
         ValueError: fewer than one layer.
@@ -39,7 +38,7 @@ def make_schedule(
     num_extra: int = 0,
     max_removed: Callable[[int], int] = all_but_one,
 ) -> dict[int, int]:
-    """How many tokens leave at each layer, so that exactly `keep` are there in the end.
+    """Number of tokens that leave at each layer, so that exactly `keep` remain.
 
     A layer that removes r > 0 tokens also appends E fused ones, which later layers count like any other.
 
@@ -48,10 +47,10 @@ def make_schedule(
             42); "one-shot" takes all at the first layer; "geometric" shrinks by the same ratio at each
             layer (PyramidDrop); or the counts r themselves, one a layer.
         num_tokens: N, before the first layer.
-        keep: how many tokens, fused ones included, are there after the last layer.
+        keep: tokens after the last layer, fused ones included.
         layers: indices of the reducing layers, ascending.
         num_extra: E of the method.
-        max_removed: the most tokens that one call of the method may remove out of so many.
+        max_removed: the most tokens that one call of the method may remove, as a function of their number.
 
     Returns:
         Layer index to r, for every layer given.
@@ -91,7 +90,7 @@ def make_schedule(
 def _losses(
     kind: str, num_tokens: int, keep: int, num_layers: int, most: Callable[[int], int]
 ) -> Sequence[int]:
-    """How many fewer tokens there are after each layer than before it; `most` says how many fewer can be."""
+    """Net loss of tokens at each layer; `most` returns the largest possible one."""
     total = num_tokens - keep
     if kind == "even":
         return _even(num_tokens, keep, num_layers, most)
@@ -105,18 +104,17 @@ def _losses(
 
 
 def _even(num_tokens: int, keep: int, num_layers: int, most: Callable[[int], int]) -> Sequence[int]:
-    """The same loss at every layer, the remainder first; more at the earlier ones where the later ones cannot.
+    """The same loss at every layer, the remainder first; more at earlier layers if later ones cannot lose as much.
 
-    A layer may have to lose more than `most` allows it, for the fewer tokens are left, the fewer can go. Then
-    the ceilings are an even split of more than what must go: of the least that reaches `keep`. Losses never
-    grow from layer to layer.
+    The fewer tokens are left, the fewer can leave, so an even split may exceed `most` at a layer. The ceilings are then
+    an even split of a larger total, the least one that reaches `keep`. Losses never grow from layer to layer.
 
     Raises:
         ValueError: no schedule reaches `keep`.
     """
 
     def under(ceilings: int) -> Sequence[int]:
-        """Losses, as large as they can be, under an even split of so many."""
+        """The largest possible losses below an even split of `ceilings`."""
         each, rest = divmod(ceilings, max(num_layers, 1))
         left, losses = num_tokens, []
         for index in range(num_layers):

@@ -1,4 +1,4 @@
-"""Base of all settings of methods and stages: frozen, without extra fields, errors name the allowed values."""
+"""Settings of methods and stages: frozen models without extra fields, whose errors name the allowed values."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -16,11 +16,11 @@ class Settings(BaseModel):
 
 
 class ScheduleSettings(Settings):
-    """Where and how fast a method reduces. The model reads these settings, not the stages.
+    """Layers and schedule of a method, read by the model, not by the stages.
 
     Attributes:
         start_layer: index of the first reducing layer, from 0; None takes the default of the model.
-        schedule: how the loss is spread over the reducing layers, or the number removed at each of them.
+        schedule: distribution of the loss over the reducing layers, or the number removed at each of them.
     """
 
     start_layer: Count | None = None
@@ -31,8 +31,8 @@ class EncoderSettings(ScheduleSettings):
     """Settings of a method in the vision encoder that the tower reads.
 
     Attributes:
-        proportional_attention: add log(size) to the attention logits of later layers, so that a merged token
-            counts for as many patches as it stands for (arXiv:2210.09461, Eq. 1).
+        proportional_attention: add log(size) to the attention logits of later layers, so that a merged token counts
+            as all the patches that it represents (arXiv:2210.09461, Eq. 1).
     """
 
     proportional_attention: bool = False
@@ -49,11 +49,11 @@ class DecoderSettings(ScheduleSettings):
 
 
 class AttentionSettings(Settings):
-    """What the model measures attention as.
+    """Definition of the attention that the model measures.
 
     Attributes:
-        attention: "probs" are softmax probabilities; "logits" the scaled products before softmax and mask, as
-            in the release of arXiv:2411.17686.
+        attention: "probs" for softmax probabilities; "logits" for the scaled products before softmax and mask, as in
+            the release of arXiv:2411.17686.
     """
 
     attention: Literal["probs", "logits"] = "probs"
@@ -63,7 +63,7 @@ S = TypeVar("S", bound=Settings)
 
 
 def combine(name: str, *models: type[Settings]) -> type[Settings]:
-    """One model with the fields of several; of two with the same field, the earlier model's counts."""
+    """One model with the fields of several; for a field of two models, the earlier one applies."""
     distinct = dict.fromkeys(models)
     bases = tuple(
         model

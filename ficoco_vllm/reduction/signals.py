@@ -9,7 +9,7 @@ from torch import Tensor
 from ficoco_vllm import kernels
 from ficoco_vllm.kernels import Backend
 
-# Where a signal counts the visual tokens, if not along its second axis; 0 where it does not count them.
+# Axis of the visual tokens of a signal, if not the second one; 0 for signals without such an axis.
 TOKEN_AXIS = {"text_attention": 2, "text_features": 0}
 
 # Error texts for signals that a site cannot provide.
@@ -22,9 +22,9 @@ WHY_ABSENT = {
 
 
 class AttentionMap(Protocol):
-    """An attention map of which only parts are computed, so that no (B, N, N) is ever written.
+    """An attention map of which only parts are computed, so that no (B, N, N) tensor is written.
 
-    It takes the place of the tensor `Signals.visual_attention`; see there for the entries.
+    It replaces the tensor `Signals.visual_attention`; see there for the entries.
     """
 
     @property
@@ -46,20 +46,19 @@ class AttentionMap(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Signals:
-    """Measurements of one reducing layer, rebuilt after every reduction so that they are never stale.
+    """Measurements of one reducing layer, recomputed after every reduction.
 
     B images, N visual tokens still alive, M text tokens. Any floating dtype; decisions are taken in float32.
     A signal that a method does not name as required may be None (or hold anything).
 
     Attributes:
-        visual_attention: (B, N, N) head-mean attention, query i to key j, cut to the visual tokens out of the
-            softmax over all keys ([CLS] included), so that a row sums to one minus what it spends elsewhere.
+        visual_attention: (B, N, N) head-mean attention, query i to key j. The softmax runs over all keys ([CLS]
+            included), of which only the visual tokens are returned, so that a row sums to less than one.
         cls_attention: (B, N) head-mean attention of [CLS] to each visual token.
         text_attention: (B, M, N) head-mean attention, text query k to visual key j. The last row is the last
             token of the prompt.
         keys: (B, N, Dk) head-mean keys.
-        features: (B, N, Df) what similarity is measured on; `reduce` fills in the tokens themselves when
-            None.
+        features: (B, N, Df) vectors whose similarity is measured; `reduce` takes the tokens themselves if None.
         text_features: (B, M, Df) hidden states of the text tokens, in the space of `features`.
         text_relevance: (B, N) how well each visual token fits the question by another model, for example the
             cosine between CLIP's projected patch and its projected text. LLaVA carries no text encoder of
@@ -82,7 +81,7 @@ class Signals:
 
 
 class Partition(NamedTuple):
-    """Which tokens leave and which stay, as indices into the N tokens.
+    """Partition of the N tokens, as indices.
 
     Attributes:
         source: (B, R) int64, ascending: the tokens that leave.
@@ -158,7 +157,7 @@ def take(values: Tensor, index: Tensor) -> Tensor:
 
 
 def ranks(values: Tensor) -> Tensor:
-    """Place of each value in its row, from the highest; of equals the first is the higher.
+    """Rank of each value in its row, from the highest; of equal values the first ranks higher.
 
     Args:
         values: (B, N) fp32.
@@ -172,7 +171,7 @@ def ranks(values: Tensor) -> Tensor:
 
 
 def require(signals: Signals, name: str) -> Tensor:
-    """A signal, as a tensor; it must be given.
+    """A required signal, as a tensor.
 
     Raises:
         ValueError: the signal is None.
@@ -184,7 +183,7 @@ def require(signals: Signals, name: str) -> Tensor:
 
 
 def attention_map(signals: Signals) -> AttentionMap:
-    """`visual_attention` as an `AttentionMap`, which is never written where it is lazy.
+    """`visual_attention` as an `AttentionMap`; a lazy map stays unwritten.
 
     Raises:
         ValueError: the signal is None.
@@ -200,7 +199,7 @@ def via_text(direct: Tensor, text: Tensor, source: Tensor, target: Tensor, gamma
 
     Args:
         direct: (B, R, K) fp32, A_ij; overwritten.
-        text: (B, M, N) attention that the text pays, any floating dtype.
+        text: (B, M, N) attention of the text tokens, any floating dtype.
         source: (B, R) int64.
         target: (B, K) int64.
         gamma: weight of the direct term.

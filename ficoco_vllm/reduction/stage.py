@@ -27,7 +27,7 @@ class Stage:
     """Base of the three kinds.
 
     Attributes:
-        function: what the stage computes. Its name is the name of the stage.
+        function: computes the stage. Its name is the name of the stage.
         signals: names of the signals that it reads, or a function of the settings that returns them.
         settings: the model of its settings.
     """
@@ -57,11 +57,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class Filter(Stage):
-    """Which tokens leave: `function(signals, settings)` returns the redundancy (B, N), higher leaves first.
+    """Choice of the tokens to remove: `function(signals, settings)` returns the redundancy (B, N), higher leaves first.
 
     Attributes:
-        max_removed: the most tokens that it can remove at once, as a function of their number.
-        needs_grid: whether it reads places in the image's grid, which the decoder does not know.
+        max_removed: the most tokens that one call can remove, as a function of their number.
+        needs_grid: whether it reads positions in the image's grid, which are unknown in the decoder.
     """
 
     max_removed: Callable[[int], int] = all_but_one
@@ -77,10 +77,10 @@ class Filter(Stage):
 
 @dataclass(frozen=True)
 class Correlation(Stage):
-    """Where information belongs: `function(signals, partition, settings)` returns C (B, R, K).
+    """Targets of the information: `function(signals, partition, settings)` returns C (B, R, K).
 
     Attributes:
-        needs_grid: whether it reads places in the image's grid, which the decoder does not know.
+        needs_grid: whether it reads positions in the image's grid, which are unknown in the decoder.
         partners: the filters with which every source has a target; None means all. With any other filter a source
             may have none, and is lost.
         signed: whether it may be negative.
@@ -100,13 +100,13 @@ class Correlation(Stage):
 
 @dataclass(frozen=True)
 class Compression(Stage):
-    """How information moves: `function(tokens, size, partition, correlation, settings)` returns tokens and sizes.
+    """Merge of sources into targets: `function(tokens, size, partition, correlation, settings)` returns tokens, sizes.
 
     Attributes:
-        num_extra: E, how many fused tokens it appends.
+        num_extra: E, number of fused tokens that it appends.
         merges: whether the sizes of the tokens keep their sum, given that every source has a target. A bool or a
             function of the settings.
-        positive: whether a source flows into targets of positive correlation alone, and is lost where it has none.
+        positive: whether a source flows only into targets of positive correlation, and is lost without any.
         correlated: whether it reads the correlation. If not, none is computed and the signals of the correlation are
             not needed. A bool or a function of the settings.
     """

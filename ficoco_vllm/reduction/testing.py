@@ -101,7 +101,7 @@ class LazyMap:
 
 
 class MethodContract:
-    """What every method must hold. Subclass it as a class `Test...` and set `method`.
+    """Contract tests of a method. Subclass it as a class `Test...` and set `method`.
 
     Attributes:
         method: the method, or its name in the registry.

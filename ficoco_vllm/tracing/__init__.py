@@ -1,1 +1,1 @@
-"""Traces of reductions: recorded in the worker, fetched by the server, chained over the layers."""
+"""Traces of reductions: recorded in the worker, fetched by the server, and chained over the layers."""

@@ -40,7 +40,7 @@ class Step:
         layer: index of the layer.
         kept: names of the tokens after it, in order; fused ones come last.
         num_fused: number of new tokens.
-        sizes: patches that each of `kept` stands for.
+        sizes: patches that each of `kept` represents.
     """
 
     site: Site
@@ -89,9 +89,9 @@ def read_steps(trace: Sequence[Mapping[str, Any]], num_patches: int) -> list[Ste
 
 
 def destinations(steps: Sequence[Step]) -> list[Departure]:
-    """Where the information of every token is after the last step.
+    """Final location of the information of every removed token.
 
-    A token that leaves goes into others by its shares; when those leave later, what they hold moves on with them.
+    A token that leaves goes into others by its shares; when those leave later, their content moves on with them.
 
     Args:
         steps: of `read_steps`.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ficoco_vllm.reduction import Observation, Observer
 
-# Traces that a worker holds, about 1 MB each for LLaVA-1.5; new ones evict those that nobody fetches.
+# Traces that a worker holds, about 1 MB each for LLaVA-1.5; new ones evict those that are never fetched.
 MAX_TRACES = 16
 
 
@@ -20,7 +20,7 @@ class LayerTrace:
         source: (R,) int64 indices into the N tokens that came in, of those that left.
         target: (K,) int64 indices of those that stayed.
         share: (R, K + E) fp32 part of each source that each outgoing token took.
-        size: (K + E,) fp32 patches that each outgoing token stands for.
+        size: (K + E,) fp32 patches that each outgoing token represents.
         position: (K + E,) int64 index of each outgoing token in the grid, -1 for a fused one.
     """
 

@@ -34,7 +34,7 @@ def attention_with_lse(
     """
     mask = None if bias is None else bias[:, None, None, :]
     if query.device.type == "cpu":
-        # The kernel that scaled_dot_product_attention runs on a CPU; it returns the normalisers at no cost.
+        # The CPU kernel of scaled_dot_product_attention also returns the normalisers, at no cost.
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, False, attn_mask=mask, scale=scale
         )
@@ -96,7 +96,7 @@ class ClipHeads:
             return mean_logits(query, key, self.scale, self.num_heads, self.all_reduce, bias)[:, 0]
         if self.needed & {"visual_attention", "keys"}:
             return self.sums[1][:, 1:]
-        # One row of the map reads the keys and no other query.
+        # One row of the map needs all keys, but no other query.
         cls = self.query[:, :, :1]
         lse = self._normalisers(cls) if self.given_lse is None else self.given_lse[:, :, :1]
         return self.reduced(self.map_block(cls, lse, None, None))[:, 0, 1:]

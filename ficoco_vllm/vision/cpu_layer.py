@@ -9,11 +9,11 @@ from vllm.model_executor.models.clip import CLIPAttention, CLIPEncoderLayer
 
 from ficoco_vllm.compat import multiplies_bfloat16
 
-# oneDNN cuts a product into blocks of rows. A last block of a single row, which the 577 tokens of one image leave,
-# costs almost as much as a full one; with four rows in it the whole product takes 6 to 8% less time.
+# oneDNN cuts a product into blocks of rows. The 577 tokens of one image leave a last block of a single row, which costs
+# almost as much as a full one; with four rows in it the whole product takes 6 to 8% less time.
 _BLOCK_ROWS = 16
 _FILLED_UP = 3
-# With more threads the heads of scaled_dot_product_attention share them better than one product after the other does.
+# With more threads, scaled_dot_product_attention, parallel over heads, uses them better than consecutive products.
 _MOST_THREADS = 4
 
 
@@ -73,7 +73,7 @@ def centred_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -
     """Softmax attention head by head, with the logits of one head at a time in the cache.
 
     Unlike in a fused kernel the logits are rounded to bfloat16 between the products. Subtracting the mean of the keys,
-    which does not change the softmax, makes them smaller, so that they round finer and the precision is kept.
+    which does not change the softmax, makes them smaller and thereby their rounding errors.
 
     Args:
         query: (B, H, N, d) bfloat16; `key` and `value` alike.

@@ -10,11 +10,11 @@ from ficoco_vllm.planning.tiles import Layout
 
 
 class Kept(NamedTuple):
-    """What is left of a tile.
+    """Kept tokens of a tile.
 
     Attributes:
         tokens: (K, D) projected.
-        position: (K,) int64 index in the tile's crop, ascending; -1 for a fused token, behind the others.
+        position: (K,) int64 index in the tile's crop, ascending; -1 for a fused token, after the others.
     """
 
     tokens: Tensor
@@ -22,11 +22,11 @@ class Kept(NamedTuple):
 
 
 def pack(layout: Layout, kept: Sequence[Kept], newline: Tensor, side: int) -> Tensor:
-    """Put the tiles of an image together.
+    """Join the tokens of an image's tiles.
 
     The base view comes first, in raster order. Then come the rows of tiles from above. Within a row of tiles the tokens
-    stand as their patches do in the image, line by line across the tiles, as in stock vLLM; fused tokens, which have no
-    place, come behind them, then one newline.
+    are ordered as their patches are in the image, line by line across the tiles, as in stock vLLM; fused tokens, which
+    have no place, follow, then one newline.
 
     Args:
         layout: of the image.
@@ -37,11 +37,11 @@ def pack(layout: Layout, kept: Sequence[Kept], newline: Tensor, side: int) -> Te
     Returns:
         (num_tokens of the layout, D).
 
-    Deviation: stock LLaVA-NeXT has a newline behind each row of patches. Which of these keep a token is known from the
-    pixels only, and so is how many do, while the prompt is sized before any pixel is looked at.
+    Deviation: stock LLaVA-NeXT has a newline after each row of patches. The number of rows that keep a token depends on
+    the pixels, while the prompt is sized before any pixel is read.
     """
     rows = layout.newline_rows
-    # A place in the image as one number: line of patches, then column; two columns more for what has no place.
+    # A place in the image as one number: line of patches, then column; two more columns for tokens without a place.
     width = side * (1 + max((tile.place.column for tile in layout.tiles), default=0)) + 2
     pieces, keys = (
         [newline.expand(len(rows), -1)],

@@ -1,4 +1,4 @@
-"""The CLIP tower of vLLM, run with fewer tokens from layer to layer. Its modules and weights stay vLLM's own."""
+"""vLLM's CLIP tower, run with fewer tokens from layer to layer. Its modules and weights remain vLLM's."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -26,7 +26,7 @@ class Tokens:
 
     Attributes:
         hidden: (B, 1 + N, D), [CLS] first.
-        size: (B, N) fp32 patches that each token stands for.
+        size: (B, N) fp32 patches that each token represents.
         position: (B, N) int64 index in the grid, -1 for a fused token.
     """
 
@@ -53,8 +53,8 @@ def encode(
         grid: rows and columns of patches.
         lap: times the reductions.
         observers: the observer of each reduction, for requests that are traced.
-        crop: of tiles with padding, the patches that show the image. The others leave, merged into nothing, before
-            the first layer whose attention the method looks at; from there on the crop is the whole grid.
+        crop: of tiles with padding, the patches that show the image. The others are dropped before the first layer
+            whose attention the method reads; from there on the crop is the whole grid.
 
     Returns:
         The kept tokens: `hidden` (B, 1 + keep, D) in the tower's dtype, patch tokens in raster order, `position` in
@@ -134,7 +134,7 @@ def _attend(
     heads = qkv.view(B, N, 3, module.num_heads_per_partition, module.head_dim)
     query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)
     bias = None
-    if weighted:  # [CLS] stands for itself
+    if weighted:  # [CLS] has size one
         bias = torch.cat([tokens.size.new_zeros((B, 1)), tokens.size.log()], dim=1).to(query.dtype)
     output, lse = attention_with_lse(query, key, value, module.scale, bias)
     projected, _ = module.out_proj(output.transpose(1, 2).reshape(B, N, -1))

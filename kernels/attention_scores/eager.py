@@ -170,7 +170,7 @@ def _head_sum(
         query, lse = _take(query, rows), lse.gather(2, rows[:, None].expand(-1, lse.shape[1], -1))
         absent = (lse == -torch.inf) | (row_index < 0)[:, None]
     columns = None if column_index is None else column_index.long()
-    # Most columns: cheaper to compute all than to move the keys. Few: their keys are moved.
+    # For most of the columns computing all is cheaper than copying keys; for a few the keys are copied.
     cut = columns is not None and 2 * columns.shape[1] > key.shape[2]
     if columns is not None and not cut:
         key, bias = _take(key, columns), None if bias is None else bias.gather(1, columns)

@@ -81,8 +81,8 @@ def attention_block(
         column_index: (B, K) int32 or int64 into the N keys; None means all.
         bias: (B, N) any floating dtype, added to the logits of each key, or None.
         causal: whether query i sees only the keys j <= i.
-        text: (B, T, N) attention that each text token pays, in the numbering of the keys (and of the queries, which
-            must then be the same tokens); None leaves the second term out.
+        text: (B, T, N) attention of each text token, in the numbering of the keys (and of the queries, which must then
+            be the same tokens); None omits the second term.
         gamma: weight of the direct term where `text` is given.
         num_heads: divisor of the sum over the given heads; None divides by their number.
         backend: see `ficoco_vllm.kernels.backend`.
@@ -114,7 +114,7 @@ def attention_sums(
     num_heads: int | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Column sums of the head-mean attention: how much each key receives from all queries.
+    """Column sums of the head-mean attention: the attention that each key receives from all queries.
 
     Args:
         query: (B, H, M, d), fp16, bf16 or fp32, any strides, d up to 128.

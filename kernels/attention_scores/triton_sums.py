@@ -40,7 +40,7 @@ def attention_sums_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out_hj = sum_i exp(scale q_hi . k_hj + bias_j - lse_hi): what each key receives, given the normalisers.
+    """out_hj = sum_i exp(scale q_hi . k_hj + bias_j - lse_hi): attention that each key receives.
 
     Tiles have BLOCK_M keys and BLOCK_N queries. Grid: (tiles of the keys, H, B); every sum runs in one program.
     """

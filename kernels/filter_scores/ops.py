@@ -20,8 +20,8 @@ def filter_scores(
 ) -> Tensor:
     """s_i = weight / N * row_sum_i - (1 - weight) * task_i, then the local penalty.
 
-    Eq. 11: `task` is the [CLS] row, `weight` lambda. Eq. 14: `task` is the attention that the text pays, `weight`
-    beta, `window` None.
+    Eq. 11: `task` is the [CLS] row, `weight` lambda. Eq. 14: `task` is the attention of the text, `weight` beta,
+    `window` None.
 
     Args:
         row_sum: (B, N) sums of the attention rows over the visual tokens, any floating dtype, or None. Sums close

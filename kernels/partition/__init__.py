@@ -1,4 +1,4 @@
-"""Which tokens leave and which stay."""
+"""Partition of the tokens into those that leave and those that stay."""
 
 from ficoco_vllm.kernels.partition.ops import partition
 

@@ -27,7 +27,7 @@ def quantile_merge(
 
     Args:
         tokens: (B, N, D), fp16, bf16 or fp32; sums are taken in fp32.
-        size: (B, N) fp32, how many original patches each token stands for.
+        size: (B, N) fp32, number of original patches that each token represents.
         correlation: (B, R, K), any floating dtype.
         source: (B, R) int32 or int64 into N, tokens that leave.
         target: (B, K) int32 or int64 into N, tokens that stay.

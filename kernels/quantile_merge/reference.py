@@ -16,7 +16,7 @@ def quantile(values: Tensor, epsilon: float) -> Tensor:
 
 
 def selected(row: Tensor, epsilon: float, fixed_k: int | None) -> Tensor:
-    """Which targets one source flows into, (K,) bool."""
+    """Mask of the targets that one source flows into, (K,) bool."""
     if fixed_k is None:
         return row >= quantile(row, epsilon)
     first = row.sort(descending=True, stable=True).indices[:fixed_k]

@@ -104,10 +104,10 @@ def merge_kernel(
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """X_j = (X_j + sum_i alpha_ij X_i) / (1 + sum_i alpha_ij), the weights made anew in each tile.
+    """X_j = (X_j + sum_i alpha_ij X_i) / (1 + sum_i alpha_ij), with the weights recomputed in each tile.
 
-    Every target is owned by one program, which gathers: no atomics, the same bits in every run. Grid: (tiles
-    of the features, tiles of the targets, B).
+    One program gathers each target: no atomics, the same bits in every run. Grid: (tiles of the features, tiles of the
+    targets, B).
     """
     item = tl.program_id(2).to(tl.int64)
     j = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -146,7 +146,7 @@ def merge_kernel(
         high = flow.to(x.dtype)
         sums += tl.dot(high, x, input_precision=PRECISION)
         if x.dtype != tl.float32:
-            # A second product with the part of the weights that the narrow type cut off: about twice its digits.
+            # A second product with the rounding error of the narrow weights about doubles the digits.
             sums += tl.dot((flow - high.to(tl.float32)).to(x.dtype), x, input_precision=PRECISION)
     own = tl.load(base + kept[:, None] * tokens_stride_n, mask=staying[:, None] & (f < D)[None, :], other=0.0)
     result = (own.to(tl.float32) + sums) / (1.0 + weight_sum)[:, None]

@@ -62,7 +62,12 @@ def _add_accuracy(benchmarks: Any) -> None:
     add("--kinds", type=names, metavar="A,B", help="types of question (default: all but colour_by_number)")
     add("--count", type=int, default=100, help="questions of each type (default: %(default)s)")
     add("--few-count", type=int, default=100, help="the same for all but the method comparison")
-    add("--visual-tokens", type=int, default=576, help="of an image without reduction (default: %(default)s)")
+    add(
+        "--visual-tokens",
+        type=int,
+        default=576,
+        help="visual tokens of an unreduced image (default: %(default)s)",
+    )
     add("--seed", type=int, default=0, help="seed of the questions")
     add("--concurrency", type=int, default=16, help="concurrent questions (default: %(default)s)")
     add("--reference", type=Path, help="JSON of an earlier run; warn where this one is worse")
@@ -83,8 +88,8 @@ def _add_accuracy(benchmarks: Any) -> None:
 def _add_lmms(benchmarks: Any) -> None:
     parser = benchmarks.add_parser(
         "lmms",
-        help="one of the paper's ten benchmarks through lmms-eval, beside the paper's figure",
-        description="Starts a server (or takes --url) and runs lmms-eval against it, in an environment of its own "
+        help="one of the paper's ten benchmarks through lmms-eval, compared with the paper's figure",
+        description="Starts a server (or uses --url) and runs lmms-eval against it, in a separate environment "
         "(`make lmms`). lmms-eval downloads the data sets. Without BENCHMARK: the table of all results in --out.",
     )
     parser.set_defaults(command_function=_lmms)
@@ -102,7 +107,11 @@ def _add_lmms(benchmarks: Any) -> None:
     add("--api-key", default="none", help="API key of the server")
     add("--limit", type=int, help="number of questions (default: all)")
     add("--concurrency", type=int, default=16, help="concurrent questions (default: %(default)s)")
-    add("--lmms-python", type=Path, help="of the environment with lmms-eval (default: .venv-lmms/bin/python)")
+    add(
+        "--lmms-python",
+        type=Path,
+        help="Python of the lmms-eval environment (default: .venv-lmms/bin/python)",
+    )
     add("--out", type=Path, default=Path("build/lmms"), help="folder of results (default: %(default)s)")
 
 

@@ -14,7 +14,7 @@ def add_parser(subparsers: Any) -> None:
     """Add the command's options."""
     parser = subparsers.add_parser(
         "calibrate",
-        help="find the smallest budget that still answers your own questions as the full model does",
+        help="find the smallest budget that answers your own questions as the full model does",
         description="Replays images and prompts against the full model and reduced ones; no labels are needed. Prints "
         "the smallest safe setting of each method and writes a report as HTML, and as JSON beside it.",
     )
@@ -38,11 +38,16 @@ def add_parser(subparsers: Any) -> None:
     add("--model", help="folder of the model to serve, with config.json (default: the demo model)")
     add("--url", type=base_url, help="a running server instead; --model still describes it")
     add("--api-key", default="none", help="API key of the server")
-    add("--visual-tokens", type=int, default=576, help="of an image without reduction (default: %(default)s)")
-    add("--max-tokens", type=int, default=16, help="of an answer (default: %(default)s)")
+    add(
+        "--visual-tokens",
+        type=int,
+        default=576,
+        help="visual tokens of an unreduced image (default: %(default)s)",
+    )
+    add("--max-tokens", type=int, default=16, help="limit of an answer (default: %(default)s)")
     add("--concurrency", type=int, default=16, help="concurrent questions (default: %(default)s)")
     add("--seed", type=int, default=0, help="seed of the order of the questions")
-    add("--answers", type=Path, help="JSONL of all answers, to continue from (default: beside --out)")
+    add("--answers", type=Path, help="JSONL of all answers, to continue from (default: next to --out)")
     add("--out", type=Path, default=Path("build/calibration.html"), help="the report (default: %(default)s)")
 
 

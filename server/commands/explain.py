@@ -1,4 +1,4 @@
-"""`ficoco-vllm explain`: a picture of the kept patches of an image, and of where the information of the others went."""
+"""`ficoco-vllm explain`: a picture of the kept patches of an image, and of the destinations of the others."""
 
 import argparse
 import base64

@@ -1,4 +1,4 @@
-"""`ficoco-vllm plan`: what a method and a budget cost on a model, as it is served, from its configuration alone."""
+"""`ficoco-vllm plan`: the cost of a method and a budget on a served model, from its configuration alone."""
 
 import argparse
 import json
@@ -30,7 +30,7 @@ from ficoco_vllm.server.commands.plan_options import DEMO, add_parser, parse_siz
 
 __all__ = ["DEMO", "add_parser", "as_text", "make_report", "read_config", "run"]
 
-# Raised whenever a field of the JSON output is renamed, removed or changes its meaning.
+# Incremented when a field of the JSON output is renamed, removed or changes its meaning.
 JSON_SCHEMA = 1
 _ROWS = (
     ("vision tower, TFLOPs", "tower_flops", 1e12),
@@ -148,7 +148,7 @@ def as_text(report: Mapping[str, Any]) -> str:
 
 
 def read_config(model: str) -> Mapping[str, Any]:
-    """The content of the config.json that `model` stands for.
+    """Content of the config.json that `model` names.
 
     Args:
         model: a known name, "demo", a folder or a file.
@@ -178,7 +178,7 @@ def read_config(model: str) -> Mapping[str, Any]:
 
 
 def _obstacle(method: str) -> str | None:
-    """Why a LLaVA cannot measure a signal that the method needs, if so; it can be planned for all the same."""
+    """Reason why a LLaVA cannot serve a method, or None; the method can be planned all the same."""
     if method in PIPELINES:
         return None
     try:
@@ -193,7 +193,7 @@ def _server_plan(
 ) -> ServerPlan:
     assert config.method is not None
     if config.decoder_method is None and _obstacle(config.method):
-        # No server has this plan, whose counts are known nevertheless.
+        # No server can run this plan, but its counts are known.
         tower = VisionPlanner(config, TowerShape.from_model_shape(shape, pinpoints))
         tower.check(tower.default)
         return ServerPlan(config, tower, None, shape.decoder.num_layers)

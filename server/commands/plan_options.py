@@ -25,8 +25,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """
     parser = subparsers.add_parser(
         "plan",
-        help="what a method and a budget cost on a model: tokens, TFLOPs, KV cache, memory, speed-up",
-        description="Plan what a server with these settings does, from a model's configuration alone: no weights, no "
+        help="compute the cost of a method and a budget on a model: tokens, TFLOPs, KV cache, memory, speed-up",
+        description="Plan a server with these settings from a model's configuration alone: no weights, no "
         "vLLM, no GPU.",
     )
     known, names = ", ".join(KNOWN_MODELS), ", ".join(KINDS)
@@ -52,14 +52,14 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--kv-budget",
         type=float,
         metavar="N",
-        help="instead of --keep: visual tokens a decoder layer, on average",
+        help="instead of --keep: visual tokens in a decoder layer, on average",
     )
     add("--text-tokens", type=int, default=60, metavar="M", help="text tokens (default: %(default)s)")
     add("--images", type=int, default=1, metavar="I", help="images (default: %(default)s)")
     add(
         "--image-size",
         metavar="WIDTHxHEIGHT",
-        help="of the images of a LLaVA-NeXT, which cuts them into tiles (default: one of those with most tokens); "
+        help="size of the images of a LLaVA-NeXT, which cuts them into tiles (default: one with most tokens); "
         "methods of the tower keep N tokens of each tile, those of the decoder N of each image",
     )
     add("--schedule", help=f"{names}, or LAYER:KEEP,LAYER:KEEP,... with layers counted from 0")
@@ -70,7 +70,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add(
         "--dtype",
         default="fp16",
-        help=f"of weights, activations and KV cache: {', '.join(BITS)} (default: fp16)",
+        help=f"data type of weights, activations and KV cache: {', '.join(BITS)} (default: fp16)",
     )
     add("--json", action="store_true", help="print JSON instead of a table")
 
@@ -84,7 +84,7 @@ def settings(args: argparse.Namespace, shape: ModelShape, *, tiled: bool) -> Fic
         tiled: whether the model cuts its images into tiles.
 
     Raises:
-        ValueError: an option is wrong, or asks for what no server can do.
+        ValueError: an option is wrong, or no server supports it.
     """
     if args.method not in available() and args.method not in PIPELINES:
         known = ", ".join(sorted({*available(), *PIPELINES}))
@@ -121,7 +121,7 @@ def settings(args: argparse.Namespace, shape: ModelShape, *, tiled: bool) -> Fic
             raise ValueError(f"kv_budget: got {args.kv_budget}, allowed: a number of at least 1")
         if "keep" in values:
             raise ValueError("kv_budget: allowed without keep, and with a named schedule only")
-        # What leaves the tower is in every decoder layer, so that budget and average are one number.
+        # The tower's output is in every decoder layer, so budget and average are equal.
         in_decoder = method.site == "decoder"
         values |= {"kv_budget": args.kv_budget} if in_decoder else {"keep": floor(args.kv_budget)}
     return FicocoConfig.parse(values)
@@ -139,7 +139,7 @@ class Site:
 
     @property
     def pairs(self) -> Pairs:
-        """Reducing layers and what each leaves, if the schedule names them."""
+        """Reducing layers and the tokens left after each, if the schedule names them."""
         return () if isinstance(self.schedule, str | None) else self.schedule
 
     @property
@@ -177,7 +177,7 @@ class Site:
 
 
 def _removed(name: str, pairs: Pairs, entering: int, last: int, num_extra: int) -> dict[int, int]:
-    """Tokens that each layer removes, from what is left after it."""
+    """Tokens that each layer removes, from the number left after it."""
     removed: dict[int, int] = {}
     before = entering
     for layer, left in pairs:

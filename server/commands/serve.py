@@ -1,4 +1,4 @@
-"""`ficoco-vllm serve`: vLLM's own OpenAI server, with our settings where the plugins read them."""
+"""`ficoco-vllm serve`: vLLM's OpenAI server, with our settings where the plugins read them."""
 
 import argparse
 import os
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     """
     set_cpu_defaults()
     if reduces_in_decoder(arguments):
-        use_interpreter()  # vLLM looks for Triton as it is imported
+        use_interpreter()  # vLLM detects Triton when it is imported
     os.environ.setdefault("VLLM_MEDIA_CONNECTOR", MEDIA_CONNECTOR)
     # A redirect could lead out of the allowed domains.
     os.environ.setdefault("VLLM_MEDIA_URL_ALLOW_REDIRECTS", "0")
@@ -91,7 +91,7 @@ def _serve(arguments: Sequence[str], metrics_folder: str | None, elastic_folder:
     configure_logging_from_args(args)
     command.validate(args)
     command.cmd(args)
-    # A supervisor takes vLLM's exit status 0 for an intended stop. (Several API servers raise an error instead.)
+    # A supervisor treats vLLM's exit status 0 as an intended stop. (Several API servers raise an error instead.)
     return int(bool(args.ficoco_shutdown.engine_died))
 
 
@@ -144,7 +144,7 @@ def _use_demo_model(args: argparse.Namespace) -> None:
         args.enforce_eager = True
         if args.kv_cache_memory_bytes is None and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
             args.kv_cache_memory_bytes = 2**30
-        # bfloat16, the type of its weights, rounds differently from CPU to CPU, which decides nearly tied answers.
+        # bfloat16, the type of its weights, rounds differently from CPU to CPU, which changes nearly tied answers.
         if args.dtype == "auto":
             args.dtype = "float32"
 

@@ -135,7 +135,7 @@ class LoadRecorder(AggregateStatLoggerBase):
         self._budget.record(engine_idx, scheduler_stats, num_preempted)
 
     def log_engine_initialized(self) -> None:
-        """Nothing to log."""
+        """Do nothing."""
 
 
 def install(

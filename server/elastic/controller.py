@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 
 from ficoco_vllm.server.elastic.settings import ElasticSettings
 
-# Upper limit of the pressure. The length of an overload must count, not the depth of its queue, or the budget stays low
-# long after.
+# Upper limit of the pressure: only the duration of an overload counts, not its queue length, or the budget would stay
+# low long after it.
 MAX_PRESSURE = 4.0
 
 

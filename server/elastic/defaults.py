@@ -10,7 +10,7 @@ from ficoco_vllm.planning.tower_shape import TowerShape
 from ficoco_vllm.request_fields import KEEP, METHOD
 from ficoco_vllm.server.elastic.settings import OPTION, ElasticSettings
 
-if TYPE_CHECKING:  # it imports vLLM, which the command line sets the environment for first
+if TYPE_CHECKING:  # it imports vLLM, which needs the environment that the command line sets
     from ficoco_vllm.server.elastic.budget import ElasticBudget
 
 
@@ -71,7 +71,7 @@ class DecoderBudget:
 
     @cached_property
     def _levels(self) -> dict[int, int]:
-        """From the number of tokens that the tower leaves to the budget of the whole that it was chosen for."""
+        """Map from the tokens that the tower leaves to the budget of the whole model that they belong to."""
         if not self.plan.tower_follows:
             return {}
         return {self.plan.tower_keep(budget): budget for budget in self.budget.settings.budgets}

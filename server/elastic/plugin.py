@@ -31,10 +31,10 @@ class ElasticEndpoint:
         self.task: asyncio.Task[None] | None = None
 
     def attach_router(self, app: Any) -> None:
-        """Nothing to attach."""
+        """Do nothing."""
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
-        """Give requests that name no budget the one that follows the load.
+        """Give requests that name no budget the load-following one.
 
         Args:
             engine_client: vLLM's `AsyncLLM`.

@@ -15,7 +15,7 @@ from typing import Any
 from ficoco_vllm.server.elastic.controller import Load, State, start, step
 from ficoco_vllm.server.elastic.settings import ElasticSettings
 
-# An engine that has not reported for so long counts as idle, and a process as ended.
+# Time without a report after which an engine counts as idle, and a process as ended.
 EXPIRY_SECONDS = 30.0
 
 
@@ -34,7 +34,7 @@ class EngineReport:
 
 @dataclass
 class Observations:
-    """What one process has observed since its last update.
+    """Observations of one process since its last update.
 
     Attributes:
         reports: latest report of each engine, by index.
@@ -61,7 +61,7 @@ class _Shared:
     servers: dict[int, tuple[float, int]] = field(default_factory=dict)
 
     def load(self) -> Load:
-        """Load over all engines, as all processes together know it."""
+        """Load over all engines, from the reports of all processes."""
         if not any(num_unfinished for _, num_unfinished in self.servers.values()):
             # An idle engine makes no steps, so its last report may count requests that are gone.
             return Load()
@@ -94,7 +94,7 @@ class SharedController:
         self._process = os.getpid() if process is None else process
 
     def update(self, observations: Observations, now_seconds: float) -> tuple[State, Load] | None:
-        """Add what this process has observed, and let the controller make one step.
+        """Add the observations of this process, and let the controller make one step.
 
         Args:
             observations: observations of this process.

@@ -1,1 +1,1 @@
-"""What was kept of an image, and where the rest went: the route, the page and the picture."""
+"""Explanations of a reduction, the kept patches and the destinations of the others: route, page and picture."""

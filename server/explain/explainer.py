@@ -1,4 +1,4 @@
-"""Answers one explanation: the chat with and without reduction, and the trace of the former."""
+"""Explanation of a request: the chat with and without reduction, and the trace of the former."""
 
 import asyncio
 import secrets
@@ -99,13 +99,13 @@ class Explainer:
         try:
             if request.method is not None:
                 self.bounds.check_method("method", request.method)
-            # The planners refuse what no server allows, with their own messages.
+            # The planners refuse values that no server allows, with their own messages.
             if request.keep is not None and 1 <= request.keep < self.bounds.min_keep:
                 self.bounds.check_keep("keep", request.keep, self.served.shape.num_patches)
         except ValueError as error:
             raise VLLMValidationError(str(error), parameter=str(error).split(" ", 1)[0]) from error
         if not self._is_warm:
-            # A server's first run of any kind takes longer, which neither side should show.
+            # The first run of each kind on a server takes longer and must not be measured.
             short = request.model_copy(update={"max_tokens": 1})
             await self._chat(short, raw_request, method, keep)
             await self._chat(short, raw_request, None, None)

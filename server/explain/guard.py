@@ -37,7 +37,7 @@ def check_key(headers: Headers, keys: Sequence[str]) -> None:
 class RateLimiter:
     """Limit of explanations a minute for each client address, since one costs several chats.
 
-    A token bucket: after a pause a client may send several requests at once.
+    It is a token bucket: after a pause a client may send several requests in a row.
     """
 
     def __init__(self, per_minute: int, max_clients: int = 4096) -> None:

@@ -1,4 +1,4 @@
-"""Draws an explanation as one picture, layer by layer, as in the paper's Figure 3."""
+"""Picture of an explanation, layer by layer, as in the paper's Figure 3."""
 
 from collections.abc import Iterable, Iterator, Sequence
 

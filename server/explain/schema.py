@@ -82,7 +82,7 @@ class Layer(BaseModel):
     kept: list[int]
     num_fused: int = Field(description="number of new tokens, the last ones of `kept`")
     left: list[Left]
-    sizes: list[float] = Field(description="number of patches that each token of `kept` stands for")
+    sizes: list[float] = Field(description="number of patches that each token of `kept` represents")
 
     @classmethod
     def of(cls, step: Step) -> "Layer":

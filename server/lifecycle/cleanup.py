@@ -1,4 +1,4 @@
-"""Cleanup after the processes of a server, also killed ones: temporary files, shared memory, child processes."""
+"""Cleanup after the processes of a server, including killed ones: temporary files, shared memory, child processes."""
 
 import getpass
 import os
@@ -25,13 +25,13 @@ _TRACKER = "from multiprocessing.resource_tracker import main"
 
 @contextmanager
 def tidied() -> Iterator[None]:
-    """Remove what the processes of a server that runs in the block leave.
+    """Clean up after the processes of a server that runs in the block.
 
     - Temporary files and sockets: all processes share a new folder as `TMPDIR`. vLLM leaves seven sockets and a
       rendezvous file of each server there, however it ends.
     - Running children and their shared memory: vLLM's processes release it themselves unless one of them is killed.
 
-    Compiled code stays where it is without this.
+    Compiled code keeps its usual folder.
     """
     with _temporary_folder():
         scanner = ProcessScanner()

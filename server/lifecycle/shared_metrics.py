@@ -14,16 +14,16 @@ MULTIPROC = "PROMETHEUS_MULTIPROC_DIR"
 
 @contextmanager
 def shared_metrics(wanted: bool) -> Iterator[str | None]:
-    """Let engine core and workers count into the `/metrics` of the API server.
+    """Add the metrics of engine core and workers to `/metrics` of the API server.
 
-    prometheus_client adds up what several processes count if a folder is named before it is imported. vLLM names one
-    only for several API servers. A folder that the user names stays.
+    prometheus_client adds up the metrics of several processes if a folder is named before it is imported. vLLM names
+    one only for several API servers. A folder that the user names stays.
 
     Args:
         wanted: whether the processes share metrics at all.
 
     Yields:
-        The folder, None where it is not ours.
+        The folder, None if we did not create it.
     """
     if not wanted:
         yield None

@@ -31,7 +31,7 @@ class Shutdown:
         self.engine_died: bool | None = None
 
     def attach(self, engine_client: Any) -> None:
-        """Let an engine's client wait for open requests before a signal shuts it down.
+        """Make an engine's client wait for open requests before a signal shuts it down.
 
         vLLM lets the engine finish its running requests, but first ends the threads that process prompts: requests that
         it has accepted and not yet handed to the engine would get 500.

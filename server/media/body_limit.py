@@ -58,7 +58,7 @@ class BodyLimit:
             await error_response(error.detail, error.status_code)(scope, receive, send)
 
     async def _drain(self, receive: Receive, message: Message) -> None:
-        """Discard up to `max_bytes` more: a client that is still sending would see a broken connection, not the 413."""
+        """Discard up to `max_bytes` more: a client that is still sending would not read the 413."""
         remaining = self.max_bytes
         while message.get("more_body") and remaining > 0:
             message = await receive()

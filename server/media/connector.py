@@ -46,7 +46,7 @@ class FicocoMediaConnector(MediaConnector):
         """Read the operator's limits; see vLLM's connector for the arguments."""
         super().__init__(*args, **kwargs)
         if limit := os.environ.get(MAX_PIXELS):
-            # Pillow warns above this limit and refuses twice of it, both before it unpacks a pixel.
+            # Pillow warns above this limit and refuses twice as many, both before it unpacks a pixel.
             replace(Image, "MAX_IMAGE_PIXELS", int(limit) // 2)
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         self.max_image_bytes = int(os.environ.get(MAX_IMAGE_BYTES, "0"))

@@ -39,9 +39,8 @@ def is_public(address: Address) -> bool:
 class GuardedConnection(HTTPConnection):
     """vLLM's media client with a check of the address of every connection as it is opened.
 
-    So no name that resolves to an address of the server's own network leads there, also not one that changes between
-    check and use, and no redirect. Where the environment names a proxy for a URL, the proxy resolves the name and
-    decides.
+    Neither a name that resolves to an address of the server's own network (even if it changes between check and use)
+    nor a redirect leads there. If the environment names a proxy for a URL, the proxy resolves the name and decides.
     """
 
     def __init__(self, allow_private: bool, allowed: Iterable[Address] = ()) -> None:

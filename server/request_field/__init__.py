@@ -1,1 +1,1 @@
-"""The field `ficoco` of a request: what it may ask for, how it reaches tower and decoder, what the answer tells."""
+"""The request field `ficoco`: validation, translation for tower and decoder, and the report in the response."""

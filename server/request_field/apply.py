@@ -1,4 +1,4 @@
-"""Applies the field `ficoco` to requests: writes it where processor and decoder read it, and records its effect."""
+"""Application of the field `ficoco`: written where processor and decoder read it, with its effect recorded."""
 
 from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
@@ -83,7 +83,7 @@ class FieldApplier:
     async def _handle(
         self, handler: Callable[..., Awaitable[Any]], request: Any, raw_request: Any = None
     ) -> Any:
-        """Answer one request through vLLM's handler and report what was applied."""
+        """Answer one request through vLLM's handler and report the applied method and budget."""
         try:
             state = RequestState(parse((request.model_extra or {}).get(FIELD)))
         except VLLMValidationError:

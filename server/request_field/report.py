@@ -1,4 +1,4 @@
-"""Reports the applied method and budget in responses: `usage.ficoco` and the headers `x-ficoco-*`."""
+"""Report of the applied method and budget in responses: `usage.ficoco` and the headers `x-ficoco-*`."""
 
 import json
 from collections.abc import AsyncIterator
@@ -32,7 +32,7 @@ def add_usage(response: Any, usage: FicocoUsage, raw_request: Any) -> Any:
 
 
 async def _stream(events: AsyncIterator[Any], usage: FicocoUsage) -> AsyncIterator[Any]:
-    """Server-sent events: those with a usage, which a client asks for, get ours too.
+    """Server-sent events; those that carry a usage get ours too.
 
     The events of the Responses API are still objects; the last one holds the whole response.
     """

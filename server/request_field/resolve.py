@@ -1,4 +1,4 @@
-"""From the field `ficoco` to arguments for the image processor and the decoder: pure integers and names."""
+"""Translation of the field `ficoco` into arguments for the image processor and the decoder: integers and names."""
 
 from bisect import bisect_right
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from ficoco_vllm.server.request_field.schema import FIELD, OFF, FicocoRequest
 
 @dataclass(frozen=True)
 class Bounds:
-    """The operator's bounds on what requests may name. Every check raises ValueError: field, value, what is allowed.
+    """The operator's bounds on method and budget. Every check raises ValueError: field, value, what is allowed.
 
     Attributes:
         min_keep: fewest visual tokens of an image.

@@ -77,7 +77,7 @@ def _reads_field(path: str) -> bool:
 
 def _names_field(body: bytes) -> bool:
     if f'"{FIELD}"'.encode() not in body:
-        return False  # spares nearly all bodies the parsing
+        return False  # nearly all bodies need no parsing
     try:
         content: Any = json.loads(body)
     except ValueError:

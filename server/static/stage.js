@@ -1,4 +1,4 @@
-// The image with its patches, layer by layer; a chosen patch shows where its information went.
+// The image with its patches, layer by layer, and the destinations of a chosen patch's information.
 import { departures, layerName, whatWentInto, whereIs } from "./trace.js";
 
 const CLASSES = ["is-left", "is-now", "is-chosen", "is-target", "is-origin"];
@@ -106,7 +106,7 @@ export class Stage {
         state = left === this.count - 1 ? "leaves in this layer" : "has left";
         cell.classList.add(left === this.count - 1 ? "is-now" : "is-left");
       } else if ((sizes.get(token) ?? 1) > 1.0005) {
-        state = `kept, stands for ${sizes.get(token).toFixed(1)} patches`;
+        state = `kept, represents ${sizes.get(token).toFixed(1)} patches`;
       }
       cell.setAttribute("aria-label", `${this.nameOf(token)}: ${state}`);
     });
@@ -127,7 +127,7 @@ export class Stage {
     detail.replaceChildren();
     const say = (tag, text) => detail.appendChild(Object.assign(document.createElement(tag), { textContent: text }));
     if (this.chosen === null) {
-      say("p", "Choose a patch to see where its information went, or, of one that was kept, what it took in.");
+      say("p", "Choose a removed patch to see where its information went, or a kept one to see what was merged into it.");
       return;
     }
     this.cells[this.chosen]?.classList.add("is-chosen");
@@ -137,9 +137,9 @@ export class Stage {
     if (left === undefined || left >= this.count) {
       const origins = whatWentInto(this.layers, this.chosen, this.count);
       this.mark(origins, "is-origin");
-      const where = left === undefined ? "Kept to the end." : `Still here; leaves in the ${layerName(this.layers[left])}.`;
+      const where = left === undefined ? "Kept to the end." : `Kept so far; leaves in the ${layerName(this.layers[left])}.`;
       const taken = origins.length === 1 ? "1 other token" : `${origins.length} other tokens`;
-      say("p", `${where} ${origins.length ? `It took in ${taken}:` : "It took in no other token so far."}`);
+      say("p", `${where} ${origins.length ? `It received information from ${taken}:` : "No other token was merged into it so far."}`);
       this.list(origins);
       return;
     }

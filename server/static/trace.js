@@ -1,6 +1,6 @@
 // Follows information through the layers of an explanation. Tokens are numbers; see the schema of /ficoco/explain.
 
-// Where the information of `token` is after the first `count` layers: shares by token, and what no token has.
+// Location of the information of `token` after the first `count` layers: shares by token, and the lost share.
 export function whereIs(layers, token, count) {
   let mass = new Map([[token, 1]]);
   let lost = 0;
@@ -18,7 +18,7 @@ export function whereIs(layers, token, count) {
   return { shares: [...mass].sort((a, b) => b[1] - a[1] || a[0] - b[0]), lost };
 }
 
-// Which tokens went into `token` by the first `count` layers, and with which share of their own information.
+// Tokens merged into `token` by the first `count` layers, with the share of their own information.
 export function whatWentInto(layers, token, count) {
   const weight = new Map([[token, 1]]);
   for (const layer of layers.slice(0, count).reverse()) {

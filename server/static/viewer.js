@@ -1,7 +1,7 @@
 // The form and the two answers.
 import { Stage } from "./stage.js";
 
-// What is larger is scaled down before it is sent: the model sees a few hundred pixels.
+// Larger images are scaled down before they are sent: the model sees a few hundred pixels.
 const MAX_SIDE = 2048;
 const $ = (id) => document.getElementById(id);
 const stage = new Stage();
@@ -49,7 +49,7 @@ async function loadOptions() {
   }
 }
 
-// Redrawn, so that what is shown is what is sent: rotation applied, of bounded size.
+// Redraws the image, so that the shown image equals the sent one: rotation applied, of bounded size.
 async function takeImage(file) {
   $("error").textContent = "";
   if (!file) return;
@@ -60,7 +60,7 @@ async function takeImage(file) {
     canvas.width = Math.max(1, Math.round(bitmap.width * scale));
     canvas.height = Math.max(1, Math.round(bitmap.height * scale));
     const context = canvas.getContext("2d");
-    context.fillStyle = "#fff"; // behind what is transparent
+    context.fillStyle = "#fff"; // background of transparent images
     context.fillRect(0, 0, canvas.width, canvas.height);
     context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
     image = new Image();
@@ -117,9 +117,9 @@ async function ask(event) {
   $("ask").disabled = true;
   $("ask").textContent = "Asking …";
   try {
-    const asked = image;
+    const sent = image;
     const explanation = await call("explain", {
-      image: asked.src,
+      image: sent.src,
       question: $("question").value,
       method: $("method").value,
       keep: Number($("keep").value),
@@ -133,7 +133,7 @@ async function ask(event) {
     $("empty").hidden = true;
     $("answers").hidden = false;
     $("way").hidden = false;
-    stage.load(explanation, asked);
+    stage.load(explanation, sent);
     if (matchMedia("(max-width: 860px)").matches) $("result").scrollIntoView();
   } catch (error) {
     $("error").textContent = error.message;

@@ -37,20 +37,20 @@ def command(server: Server, folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def honest(command: list[str], folder: Path) -> dict[str, Any]:
-    """The result of a run against a server that does what it is asked."""
+    """The result of a run against a server that applies the requested method and budget."""
     assert main(command) == 0
     return dict(json.loads((folder / "accuracy.json").read_text()))
 
 
 @pytest.fixture
 def tampered(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """A server that does something else than it is asked: fields that take the place of those of a method."""
+    """A server that does not apply the request: fields that replace those of a method."""
     fields: list[dict[str, Any]] = []
     original = Variant.fields
 
     def changed(self: Variant) -> dict[str, Any]:
-        asked = original(self)
-        return asked if self.method is None else {"ficoco": {**asked["ficoco"], **fields[0]}}
+        requested = original(self)
+        return requested if self.method is None else {"ficoco": {**requested["ficoco"], **fields[0]}}
 
     monkeypatch.setattr(Variant, "fields", changed)
     return fields
@@ -109,9 +109,9 @@ def test_a_method_that_drops_at_random_is_noticed(
 ) -> None:
     tampered.append({"method": "random"})
     result = measure(_options(server, tmp_path, ("topk-cls",), count=COUNT))
-    found = regressions(result, honest)
-    assert len(found) == 1
-    assert found[0].startswith("methods, topk-cls, 64 tokens")
+    matches = regressions(result, honest)
+    assert len(matches) == 1
+    assert matches[0].startswith("methods, topk-cls, 64 tokens")
 
 
 @pytest.mark.server
@@ -146,7 +146,7 @@ def test_what_the_server_refuses_is_said_in_one_line(
 
 
 def test_equal_log_probabilities_are_noticed_where_prompts_have_the_same_length(tmp_path: Path) -> None:
-    """In the decoder the prompt is not shorter, so only the answers can tell."""
+    """In the decoder the prompt is not shorter, so only the answers show the reduction."""
     items = [Item(f"a-0-{index}", "a", "?", b"", "yes") for index in range(3)]
     row = Row("methods", "fastv", Variant("fastv", "decoder", "fastv", 64), ("a",))
     for shift, expected in ((0.0, 1), (1e-6, 0)):

@@ -60,13 +60,13 @@ def _calibrate(
 @pytest.fixture(scope="module")
 def reports(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """The reports of both workloads, and the folders they lie in."""
-    found = {}
+    result = {}
     for name, kinds in (("easy", EASY), ("hard", HARD)):
         folder = tmp_path_factory.mktemp(name)
         status, report = _calibrate(server, folder, kinds)
         assert status == 0
-        found[name] = {**report, "folder": folder}
-    return found
+        result[name] = {**report, "folder": folder}
+    return result
 
 
 @pytest.mark.long
@@ -117,7 +117,7 @@ def test_report_shows_the_worst_disagreements(
     assert entry["worst"], "without a disagreement nothing is shown"
     for row in entry["worst"]:
         assert len(row["patches"]["kept"]) == entry["safe"]["keep"]
-        # Traced in a chat of its own, which no cache knew: the same answer.
+        # Traced in a separate chat, which hits no cache: the same answer.
         assert row["patches"]["answer"] == row["reduced"]
     assert [row["divergence"] for row in entry["worst"]] == sorted(
         (row["divergence"] for row in entry["worst"]), reverse=True
@@ -131,18 +131,18 @@ def test_darkened_patches_lie_where_they_were() -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (40, 20)).save(buffer, "PNG")
     worst = {"item": "a", "full": "1", "reduced": "2", "divergence": 0.5}
-    told = {"answer": "2", "grid": [2, 2], "central_square": 1.0, "kept": [0, 1, 2]}
+    reported = {"answer": "2", "grid": [2, 2], "central_square": 1.0, "kept": [0, 1, 2]}
     entry = {"method": METHOD, "full_agrees_with_itself": 1.0, "warnings": [], "safe": SAFE}
     report = {
         "questions": {"search": 1, "certificate": 1},
         "target_agreement": 0.9,
         "confidence": 0.95,
         "model": "m",
-        "methods": [{**entry, "worst": [{**worst, "patches": told}, {**worst, "patches": None}]}],
+        "methods": [{**entry, "worst": [{**worst, "patches": reported}, {**worst, "patches": None}]}],
     }
-    drawn = page(report, [Item("a", "own", "?", buffer.getvalue())])
-    assert "<path d='M20.00 10.00h10.00v10.00h-10.00z'" in drawn
-    assert drawn.count("<svg") == drawn.count("start the server with --ficoco-explain") == 1
+    rendered = page(report, [Item("a", "own", "?", buffer.getvalue())])
+    assert "<path d='M20.00 10.00h10.00v10.00h-10.00z'" in rendered
+    assert rendered.count("<svg") == rendered.count("start the server with --ficoco-explain") == 1
 
 
 @pytest.mark.long
@@ -165,8 +165,8 @@ def test_planted_regressions_are_noticed(
     original = Variant.fields
 
     def tampered(self: Variant) -> dict[str, Any]:
-        asked = original(self)
-        return asked if self.method is None else {"ficoco": {**asked["ficoco"], **change}}
+        requested = original(self)
+        return requested if self.method is None else {"ficoco": {**requested["ficoco"], **change}}
 
     monkeypatch.setattr(Variant, "fields", tampered)
     status, report = _calibrate(server, tmp_path, HARD)
@@ -185,8 +185,8 @@ def test_folder_and_lines_give_the_same_questions(tmp_path: Path) -> None:
     for name in ("b.png", "a.JPG"):
         (tmp_path / name).write_bytes(name.encode())
     (tmp_path / "b.txt").write_text("one?\n\ntwo?\n")
-    found = read_items(tmp_path, "what is it?")
-    assert [(item.question, item.media_type) for item in found] == [
+    result = read_items(tmp_path, "what is it?")
+    assert [(item.question, item.media_type) for item in result] == [
         ("what is it?", "image/jpeg"),
         ("one?", "image/png"),
         ("two?", "image/png"),

@@ -24,7 +24,7 @@ def test_every_row_multiplies_and_holds_what_is_planned(demo_model: Path) -> Non
     rows = measure(str(demo_model), TABLE_8, "fp16", shape, 1, random.Random(0))
     assert [row["method"] for row in rows] == ["LLaVA-1.5", "FiCoCo-V", "FiCoCo-L", "FiCoCo-VL"]
     assert all(bar.passed for bar in bars(rows)), rows
-    # What an engine that secretly does not reduce would have counted is what the first row did.
+    # An engine that silently does not reduce would have the counts of the first row.
     stock, reduced, *_ = rows
     lied = [stock, reduced | {key: stock[key] for key in ("flops", "kv_bytes")}]
     assert not any(bar.passed for bar in bars(lied))
@@ -65,6 +65,6 @@ def test_a_model_has_the_widths_of_its_size(
 
 
 def test_flops_say_more_of_a_wider_decoder() -> None:
-    """The tower, which most of the reduction cannot touch, weighs less beside it."""
+    """The tower, most of which is not reduced, has a smaller share."""
     small, large = (predicted_speedup(KINDS["keep-64"], 4, size) for size in ("7b", "13b"))
     assert 2 < small < large

@@ -97,22 +97,22 @@ def test_a_server_that_does_something_else_is_noticed_before_any_benchmark(
     doubt: str | None,
 ) -> None:
     monkeypatch.setattr("ficoco_vllm.benchmarks.accuracy.probe.PLAIN", plain)
-    found = probe(server.url, API_KEY, method, keep)
-    assert len(found) == (doubt is not None)
-    assert doubt is None or doubt in found[0]
+    matches = probe(server.url, API_KEY, method, keep)
+    assert len(matches) == (doubt is not None)
+    assert doubt is None or doubt in matches[0]
 
 
 @pytest.mark.server
 def test_a_server_that_tells_what_it_does_not_do_is_noticed(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its word is held against the prompt's length and the log-probabilities."""
-    told = {"method": "ficoco-v", "visual_tokens": 576, "visual_tokens_kept": 64}
+    """The reported usage is checked against the prompt's length and the log-probabilities."""
+    reported = {"method": "ficoco-v", "visual_tokens": 576, "visual_tokens_kept": 64}
     original = module._ask
 
     def pretending(client: Any, name: str, fields: Any) -> Any:
         answer = original(client, name, {"ficoco": "off"})
-        answer.usage.ficoco = told
+        answer.usage.ficoco = reported
         return answer
 
     monkeypatch.setattr(module, "_ask", pretending)
@@ -120,7 +120,7 @@ def test_a_server_that_tells_what_it_does_not_do_is_noticed(
         "shorter by 0 tokens than without reduction, not by 512"
         in probe(server.url, API_KEY, "ficoco-v", 64)[0]
     )
-    told["method"] = "fastv"  # in the decoder the prompt is no shorter
+    reported["method"] = "fastv"  # in the decoder the prompt is no shorter
     assert "log-probabilities are those without" in probe(server.url, API_KEY, "fastv", 64)[0]
 
 

@@ -189,9 +189,9 @@ def test_a_server_that_does_something_else_is_doubted(
     name: str, change: dict[str, Any], doubt: str | None
 ) -> None:
     rows = [measured | (change if measured["server"] == name else {}) for measured in ROWS]
-    found = check(rows, SERVERS, 576)
-    assert len(found) == (doubt is not None)
-    assert doubt is None or doubt in found[0]
+    matches = check(rows, SERVERS, 576)
+    assert len(matches) == (doubt is not None)
+    assert doubt is None or doubt in matches[0]
 
 
 def test_a_decoder_method_that_takes_all_blocks_is_doubted() -> None:
@@ -203,15 +203,17 @@ def test_a_decoder_method_that_takes_all_blocks_is_doubted() -> None:
 
 @pytest.mark.server
 def test_a_server_of_another_method_or_budget_is_noticed(server: RunningServer, tmp_path: Path) -> None:
-    """The server that the tests share runs FiCoCo-V with 64 tokens, whatever the load test believes."""
+    """The server that the tests share runs FiCoCo-V with 64 tokens, independent of the tested settings."""
     target = Target("", "ficoco-demo", str(path()), (), tmp_path)
     headers = {"Authorization": f"Bearer {API_KEY}"}
     traffic = Traffic(concurrency=2, num_requests=2, num_answer_tokens=2)
     for text, doubt in (("ficoco-v:64", None), ("random:64", "reduces by ficoco-v, not by random")):
-        asked = Server.parse(text)
-        rows = run_turn(Turn(0, asked, ((traffic, 1),)), server.url, target, headers, 0.5, lambda line: None)
-        found = check(rows, [asked], 576)
-        assert found == ([] if doubt is None else [f"{asked.name}, concurrency 2: the server {doubt}"])
+        requested = Server.parse(text)
+        rows = run_turn(
+            Turn(0, requested, ((traffic, 1),)), server.url, target, headers, 0.5, lambda line: None
+        )
+        matches = check(rows, [requested], 576)
+        assert matches == ([] if doubt is None else [f"{requested.name}, concurrency 2: the server {doubt}"])
 
 
 @pytest.mark.long
@@ -240,7 +242,7 @@ def test_miniature_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert 0 < ours["kv_cache_usage_max"] < 0.5 * stock["kv_cache_usage_max"]
     assert result["warnings"] == []
     servers = [Server.parse("stock"), Server.parse("ficoco-v:9")]
-    # What a server that secretly does not reduce would have measured is what stock vLLM did.
+    # A server that silently does not reduce would have the measurements of stock vLLM.
     secretly_off = {**stock, "server": "ficoco-v-9"}
     assert "reduces by nothing" in check([stock, secretly_off], servers, 576)[0]
     pretending = {**secretly_off, "reduced_by": ["ficoco-v"]}

@@ -30,20 +30,20 @@ def imports(text: str) -> Iterator[str]:
 
 
 def test_no_module_is_imported_under_a_second_name() -> None:
-    found = {file for file in tracked("*.py") if set(FOLDERS) & set(imports(file.read_text()))}
-    assert found == set()
+    result = {file for file in tracked("*.py") if set(FOLDERS) & set(imports(file.read_text()))}
+    assert result == set()
 
 
 def test_no_command_runs_a_module_under_a_second_name() -> None:
     files = tracked("*.py", "*.md", "*.toml", "*.yml", "*.yaml", "Makefile", ".ci/*")
-    found = {f"{file}: {match[0]}" for file in files for match in COMMAND.finditer(file.read_text())}
-    assert found == set()
+    result = {f"{file}: {match[0]}" for file in files for match in COMMAND.finditer(file.read_text())}
+    assert result == set()
 
 
 def test_shipped_code_imports_neither_tools_nor_tests() -> None:
     shipped = tracked("ficoco_vllm/*.py", "benchmarks/*.py", "kernels/*.py", "server/*.py")
-    found = {file for file in shipped if {"tools", "tests"} & set(imports(file.read_text()))}
-    assert found == set()
+    result = {file for file in shipped if {"tools", "tests"} & set(imports(file.read_text()))}
+    assert result == set()
 
 
 def test_the_check_can_fail() -> None:

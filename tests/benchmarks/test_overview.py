@@ -76,9 +76,9 @@ def test_load_is_that_of_the_largest_point(results: dict[str, Any]) -> None:
 
 
 def test_pictures_are_the_same_each_time(results: dict[str, Any]) -> None:
-    drawn = pictures(results)
-    assert drawn == pictures(results)
-    words = "".join(ElementTree.fromstring(drawn["accuracy.svg"]).itertext())
+    rendered = pictures(results)
+    assert rendered == pictures(results)
+    words = "".join(ElementTree.fromstring(rendered["accuracy.svg"]).itertext())
     assert {"ficoco-v", "tome", "divprune"} <= set(words.split())
 
 

@@ -1,4 +1,4 @@
-"""The bars of the timing benchmarks fall where a server secretly does not reduce, and hold for what was committed."""
+"""The bars of the timing benchmarks fail if a server silently does not reduce, and pass for the committed results."""
 
 import copy
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The search and its certificate, simulated: what it costs, what it finds, how often it errs."""
+"""Simulation of the search and its certificate: cost, results and error rate."""
 
 from collections.abc import Mapping, Sequence
 
@@ -20,23 +20,23 @@ class Simulated:
     def __init__(self, truth: Mapping[int, float], total: int, seed: int) -> None:
         rng = np.random.default_rng(seed)
         self.agree = {keep: rng.random(total) < share for keep, share in truth.items()}
-        self.asked: dict[int, int] = dict.fromkeys(truth, 0)
+        self.num_questions: dict[int, int] = dict.fromkeys(truth, 0)
 
     def __call__(self, budgets: Sequence[int], n: int) -> dict[int, int]:
         for keep in budgets:
-            self.asked[keep] = max(self.asked[keep], n)
+            self.num_questions[keep] = max(self.num_questions[keep], n)
         return {keep: int(self.agree[keep][:n].sum()) for keep in budgets}
 
 
 def test_halving_asks_less_than_a_grid_and_finds_the_neighbourhood() -> None:
-    asked, found = [], []
+    counts, result = [], []
     for seed in range(100):
         simulated = Simulated(TRUTH, 128, seed)
         candidate, _ = search(BUDGETS, TARGET, 128, simulated)
-        found.append(candidate)
-        asked.append(sum(simulated.asked.values()))
-    assert np.mean([keep in (32, 48, 64) for keep in found]) > 0.95
-    assert np.mean(asked) < 0.6 * 128 * len(BUDGETS)
+        result.append(candidate)
+        counts.append(sum(simulated.num_questions.values()))
+    assert np.mean([keep in (32, 48, 64) for keep in result]) > 0.95
+    assert np.mean(counts) < 0.6 * 128 * len(BUDGETS)
 
 
 def test_search_takes_back_what_was_put_aside() -> None:
@@ -76,7 +76,7 @@ def test_certificate_ends_at_the_first_failure() -> None:
     assert safe is not None
     assert safe.keep == 48
     assert tested[-1].bound < TARGET <= safe.bound
-    assert simulated.asked[16] == 0
+    assert simulated.num_questions[16] == 0
 
 
 @pytest.mark.parametrize(("target", "count"), [(0.9, 29), (0.95, 59), (0.98, 149)])

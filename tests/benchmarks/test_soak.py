@@ -1,4 +1,4 @@
-"""The soak in miniature, and that it notices what it is there for."""
+"""The soak in miniature, and its detection of planted leaks."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +21,7 @@ LOOK = {"num_free_blocks": 320, "num_held_blocks": [0] * 8, "num_plans": 0}
 
 
 def failures(record: dict[str, Any]) -> set[str]:
-    """Names of the bars that fail, but for what is rare."""
+    """Names of the bars that fail, without those for rare events."""
     return {bar.name for bar in bars(record) if not bar.passed and not bar.name.startswith(RARE)}
 
 
@@ -95,7 +95,7 @@ def keep_a_block(engine: LLM) -> None:
 
 
 class Keeping(dict[str, Any]):
-    """What goes in stays in."""
+    """A dictionary that keeps its entries when they are popped."""
 
     def pop(self, *args: Any) -> None:
         """Do nothing."""

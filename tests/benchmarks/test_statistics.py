@@ -1,4 +1,4 @@
-"""Intervals and tests against their textbook values, and against what they claim."""
+"""Intervals and tests compared with their textbook values and their nominal error rates."""
 
 import numpy as np
 import pytest
@@ -33,8 +33,8 @@ def test_exact_bound_is_where_the_tail_is_as_rare_as_said(successes: int) -> Non
 
 @pytest.mark.parametrize("share", [0.9, 0.95, 0.98])
 def test_exact_bound_misses_no_more_often_than_said(share: float) -> None:
-    draws = np.random.default_rng(0).binomial(80, share, size=4000)
-    missed = np.mean([lower_bound(int(draw), 80) > share for draw in draws])
+    samples = np.random.default_rng(0).binomial(80, share, size=4000)
+    missed = np.mean([lower_bound(int(draw), 80) > share for draw in samples])
     assert missed <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 4000)
 
 
@@ -49,19 +49,19 @@ def test_bootstrap_equals_one_that_draws_every_question() -> None:
     rng = np.random.default_rng(1)
     full = {kind: list(rng.random(40) < 0.95) for kind in "ab"}
     reduced = {kind: list(rng.random(40) < share) for kind, share in zip("ab", (0.9, 0.5), strict=True)}
-    drawn = []
+    rendered = []
     for _ in range(4000):
         changes = []
         for kind in full:
             index = rng.integers(0, 40, 40)
             changes.append(np.mean(np.array(reduced[kind])[index]) - np.mean(np.array(full[kind])[index]))
-        drawn.append(np.mean(changes))
+        rendered.append(np.mean(changes))
     change, low, high = paired_bootstrap(full, reduced)
     assert change == pytest.approx(
         np.mean([np.mean(reduced[kind]) - np.mean(full[kind]) for kind in full]), abs=1e-12
     )
-    # A quantile of 4,000 draws of a standard deviation of 0.05 is sure to about 0.003; both sides draw.
-    assert (low, high) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])), abs=0.015)
+    # A quantile of 4,000 samples with a standard deviation of 0.05 is accurate to about 0.003; both sides sample.
+    assert (low, high) == pytest.approx(tuple(np.quantile(rendered, [0.025, 0.975])), abs=0.015)
 
 
 def test_bootstrap_of_equal_answers_has_no_width() -> None:

@@ -1,4 +1,4 @@
-"""The committed pages are what their commands write from the committed figures."""
+"""The committed pages equal those that their commands write from the committed figures."""
 
 import subprocess
 import sys

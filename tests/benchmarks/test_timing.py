@@ -40,9 +40,9 @@ def missed(
 
 
 def test_time_to_first_token_of_few_requests(engines: tuple[Remote, Remote]) -> None:
-    found, rows = missed(*engines, TURNS)
+    matches, rows = missed(*engines, TURNS)
     assert [row["num_prompt_tokens"] for row in rows.values()] == [636, 636, 124]
-    assert "ttft-prompt-tokens-amiss-8-layers" not in found
+    assert "ttft-prompt-tokens-amiss-8-layers" not in matches
     for row in rows.values():
         assert 0 < row["tower_seconds_median"] < row["ttft_seconds_median"]
         assert row["ttft_seconds_min"] <= row["ttft_seconds_median"] <= row["ttft_seconds_max"]
@@ -52,8 +52,8 @@ def test_time_to_first_token_of_few_requests(engines: tuple[Remote, Remote]) -> 
 
 def test_an_engine_that_secretly_does_not_reduce_misses_its_bars(engines: tuple[Remote, Remote]) -> None:
     stock, _ = engines
-    found, _ = missed(stock, stock, TURNS)
-    assert {"ttft-prompt-tokens-amiss-8-layers", "ttft-keep-64-of-predicted-8-layers"} <= found
+    matches, _ = missed(stock, stock, TURNS)
+    assert {"ttft-prompt-tokens-amiss-8-layers", "ttft-keep-64-of-predicted-8-layers"} <= matches
 
 
 def test_requests_at_once_in_a_small_cache(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_requests_at_once_in_a_small_cache(tmp_path: Path) -> None:
     assert rows["stock"]["num_running"] == 4
     (bar,) = concurrency_bars(rows)
     assert bar.passed, rows
-    # What an engine that secretly does not reduce would have counted is what stock vLLM did.
+    # An engine that silently does not reduce would have the counts of stock vLLM.
     rows["V 64"] |= {key: rows["stock"][key] for key in ("num_running", "ratio")}
     (bar,) = concurrency_bars(rows)
     assert not bar.passed

@@ -31,8 +31,8 @@ def test_every_served_method_is_compared() -> None:
 
 def test_rows_of_one_table_differ() -> None:
     for table in TABLES:
-        found = [(row.label, row.variant.key) for row in ROWS if row.table == table]
-        assert len(set(found)) == len(found), table
+        result = [(row.label, row.variant.key) for row in ROWS if row.table == table]
+        assert len(set(result)) == len(result), table
 
 
 def test_a_setting_at_its_default_is_the_method_itself() -> None:
@@ -77,14 +77,14 @@ def test_another_process_finds_the_variants(tmp_path: Path) -> None:
     code = (
         f"from ficoco_vllm.reduction import get; print(get({variant.served_name!r}).configure().settings.lam)"
     )
-    found = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
         check=True,
     )
-    assert found.stdout.strip() == "0.5"
+    assert result.stdout.strip() == "0.5"
 
 
 def test_fields_of_a_request() -> None:

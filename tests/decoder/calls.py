@@ -1,4 +1,4 @@
-"""What tests run inside the process of the engine."""
+"""Functions that tests run inside the process of the engine."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,12 +89,12 @@ def ask_noting_preemptions(engine: LLM, asks: list[Ask]) -> tuple[list[Answer], 
 
 
 def free_blocks(engine: LLM) -> int:
-    """Blocks of the shared pool that nobody holds."""
+    """Free blocks of the shared pool."""
     return int(scheduler_of(engine).kv_cache_manager.block_pool.get_num_free_blocks())
 
 
 def held(engine: LLM) -> list[dict[str, int]]:
-    """Blocks that each request holds, group by group; and what else is remembered of requests."""
+    """Blocks that each request holds, group by group, and the other state kept for requests."""
     scheduler = scheduler_of(engine)
     groups = scheduler.kv_cache_manager.coordinator.single_type_managers
     result = [
@@ -111,7 +111,7 @@ def abort_in(engine: LLM, asks: list[Ask], phase: str, every: int) -> tuple[list
     Args:
         engine: in this process.
         asks: to be sent together.
-        phase: "waiting", "prefilled" (its prompt has been computed, and nobody has seen the first token),
+        phase: "waiting", "prefilled" (its prompt has been computed, but no token returned),
             "decoding" or "preempted".
         every: which of the requests are to be aborted: each so-manieth.
 
@@ -151,7 +151,7 @@ def most_running(engine: LLM, asks: list[Ask]) -> tuple[int, list[int]]:
 
 
 def cache_error(engine: LLM, num_blocks: int) -> str:
-    """What a KV cache of so many blocks is refused with when an engine starts; empty if it is not."""
+    """Start-up error for a KV cache of this many blocks; empty if it is accepted."""
     core, config = engine.llm_engine.engine_core.engine_core, engine.llm_engine.vllm_config
     before = config.cache_config.num_gpu_blocks_override
     config.cache_config.num_gpu_blocks_override = num_blocks
@@ -215,7 +215,7 @@ def repeat_short(engine: LLM, asks: list[Ask], times: int) -> set[int]:
 
 
 def start_up_error(engine: LLM, model: str, ficoco: dict[str, Any], options: dict[str, Any]) -> str:
-    """What the configuration of another engine is refused with, before anything is loaded."""
+    """Error for the configuration of another engine, before anything is loaded."""
     try:
         configure(model, ficoco, options)
     except ValueError as error:
@@ -226,12 +226,12 @@ def start_up_error(engine: LLM, model: str, ficoco: dict[str, Any], options: dic
 def settings_of_another(
     engine: LLM, model: str, ficoco: dict[str, Any], options: dict[str, Any]
 ) -> dict[str, Any]:
-    """What the configuration of another engine is changed to."""
+    """Changes made to the configuration of another engine."""
     return _settings(configure(model, ficoco, options))
 
 
 def settings_of(engine: LLM) -> dict[str, Any]:
-    """What the configuration of an engine has been changed to."""
+    """Changes made to the configuration of an engine."""
     return _settings(engine.llm_engine.vllm_config)
 
 

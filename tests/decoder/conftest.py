@@ -16,5 +16,5 @@ def small_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def small_engine(host: Host, small_llava: Path) -> Remote:
-    """FiCoCo-L with 16 tokens, eight segments and traces; the engine of all tests that need nothing else."""
+    """FiCoCo-L with 16 tokens, eight segments and traces: the default engine of the tests."""
     return host.get(small_llava, {"method": "ficoco-l", "keep": 16, "explain": True}, block_size=32)

@@ -1,4 +1,4 @@
-"""What tests find out inside the process of an engine about others, of which nothing is loaded."""
+"""Queries in the process of an engine about other configurations, for which nothing is loaded."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from tests.decoder.calls import configure
 def layers_of(
     engine: LLM, model: str, ficoco: dict[str, Any], options: dict[str, Any], stock: bool
 ) -> dict[str, str]:
-    """What would compute each layer of another engine; nothing is allocated.
+    """Implementation of each layer in another engine; nothing is allocated.
 
     Args:
         engine: whose process is prepared for models.
@@ -53,9 +53,9 @@ class Cache:
 
 
 def cache_of(engine: LLM, model: str, ficoco: dict[str, Any], options: dict[str, Any]) -> Cache:
-    """What KV cache another engine would have in 64 MiB."""
+    """KV cache of another engine in 64 MiB."""
     config, _ = _build(model, ficoco, options)
-    # As the worker's backend wants it; an engine's core would have asked for it.
+    # As the worker's backend requires; an engine's core would request it.
     config.cache_config.kv_cache_layout = engine.llm_engine.vllm_config.cache_config.kv_cache_layout
     layers = get_layers_from_vllm_config(config, Attention)
     specs = {

@@ -52,7 +52,7 @@ def mixed(images: list[Image.Image], count: int) -> list[Ask]:
 
 @pytest.fixture(scope="module")
 def engine(host: Host, small_llava: Path) -> Remote:
-    """So few blocks that requests must give theirs back; with the fewest that start, too few run at once for that."""
+    """So few blocks that requests are preempted; with the minimum, too few run concurrently for that."""
     options = {
         "block_size": 32,
         "max_model_len": 512,
@@ -69,7 +69,7 @@ def alone(engine: Remote, images: list[Image.Image]) -> list[Answer]:
 
 
 def test_a_cache_without_room_for_the_longest_request_does_not_start(engine: Remote) -> None:
-    """In every group, unreduced; then nothing that is accepted can wait for ever."""
+    """Every group has blocks for an unreduced prompt, so that no accepted request waits forever."""
     assert engine.call(calls.cache_error, BLOCKS) == ""
     result = engine.call(calls.cache_error, BLOCKS - 1)
     assert "To serve at least one request with the model's max seq len (512)" in result
@@ -93,7 +93,7 @@ def test_40_mixed_requests_with_preemption_equal_each_alone(
 def test_aborts_in_every_phase_give_everything_back(
     engine: Remote, images: list[Image.Image], alone: list[Answer], phase: str, every: int
 ) -> None:
-    """And the requests beside them do not notice."""
+    """Concurrent requests are not affected."""
     free = engine.call(calls.free_blocks)
     count = 40 if phase == "preempted" else 20
     aborted, answers = engine.call(calls.abort_in, mixed(images, count), phase, every)
@@ -106,7 +106,7 @@ def test_aborts_in_every_phase_give_everything_back(
 
 
 @pytest.mark.long
-def test_400_requests_leave_no_block_behind(engine: Remote, images: list[Image.Image]) -> None:
+def test_400_requests_free_all_blocks(engine: Remote, images: list[Image.Image]) -> None:
     """`make soak-engine` sends 2,000."""
     free = engine.call(calls.free_blocks)
     batch = mixed(images, 10) + [Ask(TEXT_ONLY)] * 30

@@ -45,7 +45,7 @@ def reference(model: Path) -> TiledDecoder:
 
 @pytest.fixture(scope="module")
 def engine(host: Host, model: Path) -> Remote:
-    """FiCoCo-L with the default budget: a ninth of an image's tokens, whatever their number."""
+    """FiCoCo-L with the default budget: a ninth of an image's tokens."""
     return host.get(model, {"method": "ficoco-l"}, block_size=32)
 
 

@@ -1,4 +1,4 @@
-"""What needs a GPU to run, as far as configuration goes: layers, KV cache and refusals, without any weights.
+"""Configurations that need a GPU to run: layers, KV cache and refusals, without any weights.
 
 And an fp8 KV cache, which vLLM's CPU build has too, in use.
 """
@@ -82,7 +82,7 @@ def engine(host: Host, small_llava: Path) -> Remote:
 
 
 def quantized_as(model: Path, folder: Path, config: dict[str, Any]) -> str:
-    """A copy of a model whose configuration says so. Nobody looks at its weights."""
+    """A copy of a model with a quantization config. Its weights are not read."""
     shutil.copytree(model, folder)
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(values | {"quantization_config": config}))
@@ -90,7 +90,7 @@ def quantized_as(model: Path, folder: Path, config: dict[str, Any]) -> str:
 
 
 def is_quantized(layer: str) -> bool:
-    """Whether what computes a layer, as `layers_of` names it, has quantized weights."""
+    """Whether a layer's implementation, as named by `layers_of`, has quantized weights."""
     return not layer.startswith("Unquantized")
 
 
@@ -125,7 +125,7 @@ def test_names_in_checkpoints_mean_what_they_mean_to_vllm(ours: Any) -> None:
 def test_vllm_knows_no_bitsandbytes(
     engine: Remote, small_llava: Path, tmp_path: Path, ficoco: dict[str, Any]
 ) -> None:
-    """With and without us. Once this fails, docs/quantization.md has a row to fill."""
+    """With and without our plugin. Once this fails, docs/quantization.md needs another row."""
     config = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     model = quantized_as(small_llava, tmp_path / "model", config)
     for settings in (ficoco, {}):
@@ -138,7 +138,7 @@ def test_vllm_knows_no_bitsandbytes(
 def test_an_fp8_cache_has_twice_the_blocks(
     engine: Remote, small_llava: Path, tmp_path: Path, cache_dtype: str, ficoco: dict[str, Any]
 ) -> None:
-    """Of the same memory: one byte a value, as metrics and viewer count it; by the option or by the checkpoint."""
+    """The same memory holds twice the tokens: one byte a value, in metrics and viewer; by option or by checkpoint."""
     options: dict[str, Any] = {"dtype": "bfloat16", "block_size": 32}
     stock = engine.call(cache_of, str(small_llava), ficoco, options)
     model = str(small_llava)
@@ -169,7 +169,7 @@ def test_layers_left_out_of_an_fp8_cache(engine: Remote, small_llava: Path, fico
 
 @needs_fp8_cache
 def test_an_fp8_cache_in_use(engine: Remote, small_llava: Path, images: list[Image.Image]) -> None:
-    """Against an oracle whose attention reads rounded keys and values, while the reduction looks at exact ones."""
+    """Comparison with an oracle whose attention reads rounded keys and values, and its reduction exact ones."""
     exact, rounded = ReferenceDecoder(small_llava), ReferenceDecoder(small_llava)
     rounded.stored = to_e4m3
     shown = [Shown(image, 144, left("ficoco-l", 144, 16)) for image in images]

@@ -94,8 +94,8 @@ def test_equals_an_oracle_that_rounds(
 def test_the_cache_holds_what_the_plan_says(engine: Remote, images: list[Image.Image], method: str) -> None:
     """Slots are counted in the cache itself; in a few of them a value happens to be zero."""
     written, blocks, num_tokens = engine.call(written_slots, asking(method, images[0], num_tokens=2))
-    entering, behind = ENTERING[method], left("ficoco-l", ENTERING[method], KEEP)
-    visual = [entering] * 4 + [behind[layer] for layer in (3, 4, 5, 6)]
+    entering, after = ENTERING[method], left("ficoco-l", ENTERING[method], KEEP)
+    visual = [entering] * 4 + [after[layer] for layer in (3, 4, 5, 6)]
     expected = [num_tokens - entering + count for count in visual]
     assert [math.ceil(slots) for slots in written] == expected
     assert blocks == [-(-tokens // 32) for tokens in expected]

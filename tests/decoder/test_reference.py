@@ -73,7 +73,7 @@ def trained(model: Path) -> bool:
 
 @pytest.fixture
 def questions(trained: bool, images: list[Image.Image]) -> list[tuple[str, Image.Image]]:
-    """Noise for random weights; for trained ones what they know, the longest answers first."""
+    """Noise for random weights; for trained ones known images, the longest answers first."""
     known = demo_questions()
     return known[2:] + known[:2] if trained else [(PROMPT, image) for image in images[:6]]
 
@@ -160,12 +160,12 @@ def test_two_images_and_text_in_one_step(
         check(reference, "ficoco-l", one, answer, shown, trained)
 
 
-def test_a_trace_tells_what_the_reference_does(
+def test_a_trace_matches_the_reference(
     pair: tuple[Remote, ReferenceDecoder],
     questions: list[tuple[str, Image.Image]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of the very request, not of its neighbours in the step."""
+    """A trace belongs to its request, not to its neighbours in the step."""
     engine, reference = pair
     rule = RULES["ficoco-l"]
     spy = Spy(lambda tokens, seen, removed: rule(replace(seen, tokens=tokens), removed))
@@ -208,11 +208,11 @@ def test_tower_then_decoder(
     """FiCoCo-VL: Algorithm 1 down to the geometric mean, then Algorithm 2."""
     reference = ReferenceDecoder(model)
     num_patches = reference.num_patches
-    budgets = []  # what enters the decoder, what is left
+    budgets = []  # tokens that enter the decoder, tokens that are left
     asks = []
     for index, keep in enumerate((num_patches, num_patches // 2, 64, 9)):
         text, image = questions[index]
-        # The tower's part is the server's, whose budget is 16, unless the request says otherwise.
+        # The tower's part is the server's, with budget 16, unless the request names another.
         entering = math.isqrt(num_patches * 16) if keep == 9 else math.isqrt(num_patches * keep)
         asks.append(
             Ask(

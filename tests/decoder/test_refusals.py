@@ -1,4 +1,4 @@
-"""What cannot be served is refused: at start-up by the configuration, later by the request, never half answered."""
+"""Refusal of unsupported configurations at start-up and of unsupported requests; nothing is half answered."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,7 +71,7 @@ def test_what_is_allowed() -> None:
 
 @pytest.mark.parametrize("mode", list(CUDAGraphMode))
 def test_graphs_of_decoding_alone_are_allowed(mode: CUDAGraphMode) -> None:
-    """The CPU build drops the option, so it is held against vLLM's own modes here."""
+    """The CPU build drops the option, so it is compared with vLLM's own modes here."""
     result = find_refusal(config(compilation_config__cudagraph_mode=mode))
     assert (result is not None) == (mode is CUDAGraphMode.FULL)
     assert result is None or "cudagraph_mode = 'FULL'" in result
@@ -94,7 +94,7 @@ def test_model_runner_v1_is_named_with_its_reason(monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture(scope="module")
 def engine(host: Host, small_llava: Path) -> Remote:
-    """With a budget of tokens that is too small for the longest prompt, which start-up mends."""
+    """With a step limit that is too small for the longest prompt, which start-up raises."""
     return host.get(small_llava, FICOCO, block_size=32, max_model_len=1024, max_num_batched_tokens=300)
 
 
@@ -229,12 +229,12 @@ def refusal_with(engine: Any, one: Ask, more: dict[str, Any]) -> str:
 
 @pytest.mark.engine
 def test_a_search_by_beams_is_refused(engine: Remote, images: list[Image.Image]) -> None:
-    """Offline; `test_server.py` has it over HTTP."""
+    """Offline; `test_server.py` tests it over HTTP."""
     assert "use_beam_search = True" in engine.call(search, Ask(PROMPT, [images[0]]))
 
 
 def search(engine: Any, one: Ask) -> str:
-    """What a search by beams is refused with; empty if it is answered."""
+    """Error for a beam search; empty if it is answered."""
     from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import BeamSearchParams
 

@@ -41,7 +41,7 @@ pytestmark = [pytest.mark.compat, pytest.mark.server, pytest.mark.long]
 
 @pytest.fixture(scope="module")
 def server(small_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A step is said to hold 300 tokens, less than a prompt may have: start-up must mend that."""
+    """The step limit is 300 tokens, less than the longest prompt: start-up must raise it."""
     arguments = [str(small_llava), "--ficoco-method", "ficoco-l", "--ficoco-keep", "16", "--enforce-eager"]
     arguments += ["--served-model-name", "small", "--dtype", "float32", "--block-size", "32"]
     arguments += ["--max-model-len", str(LONGEST), "--max-num-batched-tokens", "300", "--max-num-seqs", "8"]

@@ -17,7 +17,7 @@ DRAWN = torch.tensor([7, 7])
 
 @pytest.fixture
 def sampler(monkeypatch: pytest.MonkeyPatch) -> GreedySampler:
-    """A sampler with one temperature of 0.5 at state 1, whose kernel always draws token 7."""
+    """A sampler with one temperature of 0.5 at state 1, whose kernel always samples token 7."""
     built = Sampler.__new__(Sampler)
     temperature: Any = SimpleNamespace(np=np.array([0.0, 0.5, 0.0], dtype=np.float32))
     monkeypatch.setattr(built, "sampling_states", SimpleNamespace(temperature=temperature), raising=False)

@@ -63,7 +63,7 @@ def test_answers_with_the_server_s_budget_and_their_own(server: Server, images: 
         complete(server, []),
     ]
     assert all(answer.usage.completion_tokens == 3 for answer in answers)
-    # The tower leaves 48 tokens of each image, whatever is left in the decoder.
+    # The tower leaves 48 tokens of each image, independent of the decoder.
     assert answers[1].usage.prompt_tokens == answers[0].usage.prompt_tokens
     assert answers[2].usage.prompt_tokens - answers[0].usage.prompt_tokens in (48, 49)
 
@@ -139,7 +139,7 @@ def test_the_field_reaches_tower_and_decoder(
 def test_what_the_operator_does_not_allow(
     server: Server, images: list[Image.Image], extra_body: dict[str, Any], param: str, words: str
 ) -> None:
-    """Our field opens no door for other keyword arguments of the processor."""
+    """Our field does not allow other keyword arguments of the processor."""
     with pytest.raises(openai.BadRequestError) as caught:
         complete(server, images[:1], **extra_body)
     body = caught.value.body
@@ -206,7 +206,7 @@ def test_metrics_by_segment_over_two_servers(server: Server, images: list[Image.
     before = [samples(server, name, **method) for name in names]
     steps = samples(server, "reduction_seconds_count", site="decoder", method="ficoco-l")
     num_requests = 6
-    for index in range(num_requests):  # each on a connection of its own, so that both servers get some
+    for index in range(num_requests):  # each on a separate connection, so that both servers get some
         complete(server, [images[index]])
     grown = []
     for name, old in zip(names, before, strict=True):
@@ -238,7 +238,7 @@ def test_both_servers_took_part(server: Server) -> None:
 
 
 def test_blocks_of_segments_while_a_request_runs(server: Server, images: list[Image.Image]) -> None:
-    """The scheduler's own count: what each segment's plan says, in blocks of 32."""
+    """The scheduler's count equals each segment's plan, in blocks of 32."""
     with server.client() as client:
         stream = client.chat.completions.create(
             model="small",

@@ -1,4 +1,4 @@
-"""The bundled model: loads in Hugging Face, answers its examples, is what its card says."""
+"""The bundled model loads in Hugging Face, answers its examples, and matches its card."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the demo model learns from: deterministic, held-out numbers kept out, layouts as in generation."""
+"""Training data of the demo model: deterministic, without held-out numbers, with layouts as in generation."""
 
 import random
 
@@ -52,17 +52,17 @@ def test_held_out_numbers_never_reach_training():
 
 @pytest.mark.parametrize("kind", ["yes_no_signs", "yes_no_shapes"])
 def test_yes_and_no_are_balanced_even_given_the_phrasing(kind):
-    asked = [example.question for example in held_out(kind, 40)]
+    requested = [example.question for example in held_out(kind, 40)]
     for negated in (False, True):
         answers = [
             question.answer
-            for question in asked
+            for question in requested
             if (" not " in question.text or " no " in question.text) == negated
         ]
         assert answers.count("yes") == answers.count("no")
 
 
-def test_labels_tell_where_a_digit_was_drawn():
+def test_labels_mark_the_patches_of_a_digit():
     scene = render_signs(random.Random(3), 192, 192, TRAINING_NUMBERS, 3)
     assert len(scene.signs) == 3
     for sign in scene.signs:

@@ -1,4 +1,4 @@
-"""What runs many replicas names settings, plugins and versions that exist; `make charts-check` renders the charts."""
+"""Recipes for many replicas: existing settings, plugins and versions. `make charts-check` renders the charts."""
 
 import json
 import re

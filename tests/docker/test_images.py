@@ -1,4 +1,4 @@
-"""Dockerfiles and compose: pinned, not root, healthy by their own word, and true to what else is in docker/."""
+"""Dockerfiles and compose: pinned, not root, with health checks, and consistent with the other files in docker/."""
 
 import json
 import re
@@ -42,7 +42,7 @@ def test_the_client_accepts_compose(profile: str, tmp_path: Path) -> None:
     rendered = config(COMPOSE)
     assert rendered.returncode == 0, rendered.stderr
     services = yaml.safe_load(rendered.stdout)["services"]
-    # Debian's client renders every profile, the plugin the one that is asked for.
+    # Debian's client renders every profile, the plugin only the requested one.
     assert {f"server-{profile}", "prometheus", "grafana"} <= set(services)
     mistyped = tmp_path / "compose.yaml"
     mistyped.write_text(COMPOSE.read_text().replace("read_only:", "readonly:"))
@@ -69,7 +69,7 @@ def test_images_are_pinned() -> None:
     assert bases[0].endswith(":v0.32.0")  # the minor that pyproject.toml pins
 
 
-def test_nobody_is_root() -> None:
+def test_images_do_not_run_as_root() -> None:
     for file in DOCKERFILES:
         assert re.findall(r"^USER (\S+)", file.read_text(), re.MULTILINE)[-1].isdigit()
     for service in PULLED.values():
@@ -111,7 +111,7 @@ def test_options_of_the_commands_exist() -> None:
 
 
 def test_the_context_has_what_the_images_copy() -> None:
-    """`.dockerignore` lets in what the wheel is built from."""
+    """`.dockerignore` includes the sources of the wheel."""
     allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     assert {"LICENSE", "README.md", "pyproject.toml", "requirements"} <= allowed
     mapped = re.findall(

@@ -1,4 +1,4 @@
-"""What is shipped for Prometheus and Grafana: valid, tested by promtool, about metrics that exist."""
+"""Files for Prometheus and Grafana: valid, tested by promtool, with existing metrics only."""
 
 import json
 import re

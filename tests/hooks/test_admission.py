@@ -1,4 +1,4 @@
-"""What happens to a request between vLLM's input processor and the engine."""
+"""Admission of requests between vLLM's input processor and the engine."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.compat
 
 @pytest.fixture
 def processor(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """One that makes a request with an image of 36 tokens of everything, counted by nobody."""
+    """An input processor that turns everything into a request with an image of 36 tokens."""
     monkeypatch.setattr(InputProcessor, "process_inputs", lambda self, request_id, prompt, params: params)
     hook_admission()
     made = InputProcessor.__new__(InputProcessor)

@@ -1,4 +1,4 @@
-"""How vLLM's front end is counted, without an engine."""
+"""Metrics of vLLM's front end, without an engine."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +20,7 @@ BLOCK_SIZE = 16
 
 @pytest.fixture
 def counter() -> RequestCounter:
-    """One that counts into a registry of its own."""
+    """A counter with a separate registry."""
     made = RequestCounter.__new__(RequestCounter)
     made.metrics = Metrics(CollectorRegistry())
     made.model_name, made.method, made.only_engine = "m", "tome", "0"

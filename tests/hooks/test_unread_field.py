@@ -1,4 +1,4 @@
-"""The field `ficoco` where no endpoint of ours reads it."""
+"""The field `ficoco` without an endpoint of ours that reads it."""
 
 import asyncio
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ class ReachedError(Exception):
 
 @pytest.fixture
 def renderer(monkeypatch: pytest.MonkeyPatch) -> OnlineRenderer:
-    """One whose own methods only say that they were reached."""
+    """A renderer whose methods only report that they were called."""
 
     async def reach(self: Any, *_: Any, **__: Any) -> None:
         raise ReachedError
@@ -30,7 +30,7 @@ def renderer(monkeypatch: pytest.MonkeyPatch) -> OnlineRenderer:
 
 
 @pytest.mark.parametrize("name", ["preprocess_chat", "preprocess_cmpl"])
-def test_refused_only_where_nobody_reads_it(renderer: OnlineRenderer, name: str) -> None:
+def test_refused_unless_an_endpoint_reads_it(renderer: OnlineRenderer, name: str) -> None:
     messages = [{"role": "user", "content": "hi"}]
     with_field = ChatCompletionRequest.model_validate({"messages": messages, "ficoco": {"keep": 9}})
     without = ChatCompletionRequest.model_validate({"messages": messages, "other": 1})

@@ -21,7 +21,7 @@ DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what the run in Triton's interpreter is for."""
+    """Mark the tests of the run in Triton's interpreter."""
     for item in items:
         if item.path.parent == FOLDER and not item.get_closest_marker("compiler"):
             item.add_marker(pytest.mark.interpreter)
@@ -35,7 +35,7 @@ def needs_triton() -> None:
 
 @pytest.fixture(autouse=True)
 def hidden_overflows() -> Iterator[None]:
-    """What a mask hides may overflow before it is hidden: NumPy warns of that, a GPU does not."""
+    """Masked values may overflow before the mask: NumPy warns of that, a GPU does not."""
     before = np.seterr(over="ignore", invalid="ignore")
     yield
     np.seterr(**before)
@@ -64,7 +64,7 @@ def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=["torch", "triton"])
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    """Each implementation; what the kernels allocate holds NaN until they write it."""
+    """Each implementation; memory that the kernels allocate holds NaN until they write it."""
     if request.param == "torch":
         yield "torch"
         return

@@ -38,7 +38,7 @@ class Case:
 
     @property
     def scale(self) -> float:
-        """Of the logits."""
+        """Scale of the logits."""
         return self.d**-0.5
 
     def heads(self) -> tuple[Tensor, Tensor]:

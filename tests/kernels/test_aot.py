@@ -23,7 +23,7 @@ def test_items_of_a_batch_are_no_new_kernel() -> None:
         for B in (8, 32)
     }
     assert len(seen[8] & seen[32]) >= len(seen[32]) - 2
-    assert len(seen[8]) > 8, "different kernels are told apart"
+    assert len(seen[8]) > 8, "different kernels are distinguished"
 
 
 def test_a_launch_travels_to_another_process() -> None:

@@ -113,7 +113,7 @@ def test_via_text(d: int, backend: Backend) -> None:
     text = attention[:, 61:].float()
     source = torch.tensor([[1, 7, 30, 60], [2, 9, 40, 50]])
     target = torch.tensor([[0, 2, 3, 59], [0, 1, 3, 45]])
-    found = kernels.attention_block(
+    result = kernels.attention_block(
         query.to(DEVICE),
         key.to(DEVICE),
         lse.to(DEVICE),
@@ -127,7 +127,7 @@ def test_via_text(d: int, backend: Backend) -> None:
     )
     direct = reference.pick(reference.pick(attention, source, 1), target, 2)
     atol = tolerance(query, key, case.scale, causal=True)
-    close(found, reference.via_text(direct, text, source, target, 0.6), atol)
+    close(result, reference.via_text(direct, text, source, target, 0.6), atol)
 
 
 @pytest.mark.parametrize(("R", "K"), [(0, 3), (3, 0), (1, 1)])

@@ -151,12 +151,12 @@ try:
 except ImportError:
     pass
 else:
-    raise SystemExit("asked for Triton by name, and got something else")
+    raise SystemExit("Triton was requested by name, but something else ran")
 others = ("vllm", "ficoco_vllm.reduction")
 assert not any(name in sys.modules for name in others), others
 """
 
 
 def test_without_triton() -> None:
-    """It imports, serves with torch, refuses what was asked for by name, and stands on its own."""
+    """Without Triton the package imports, runs with torch, and refuses Triton requested by name."""
     subprocess.run([sys.executable, "-c", WITHOUT_TRITON], check=True)

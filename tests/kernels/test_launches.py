@@ -1,4 +1,4 @@
-"""What the launchers do on the host: nothing that waits for the device, and shapes known beforehand."""
+"""Host side of the launchers: no wait for the device, and shapes known in advance."""
 
 import pytest
 

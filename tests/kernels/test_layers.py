@@ -45,8 +45,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
         monkeypatch.setattr(module, name, run)
 
-    for module, found in OPS.items():
-        for name in found:
+    for module, result in OPS.items():
+        for name in result:
             watch(import_module(f"ficoco_vllm.kernels.{module}"), name)
     return names
 
@@ -59,20 +59,20 @@ class Projection(nn.Linear):
 
 
 class Layer(nn.Module):
-    """A layer in front of the reducing ones changes nothing here, where the tower calls it whole, as on a GPU."""
+    """A layer before the reducing ones changes nothing here, where the tower calls it whole, as on a GPU."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         return hidden
 
 
 def mixed(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """What vLLM's attention module does: (B, N, H * d) each."""
+    """Output of vLLM's attention module for query, key and value, (B, N, H * d) each."""
     heads = (x.unflatten(-1, (H, d)).transpose(1, 2) for x in (query, key, value))
     return scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
 
 
 def layer() -> Any:
-    """What the tower reads of a CLIP layer."""
+    """The parts of a CLIP layer that the tower reads."""
     module = SimpleNamespace(
         qkv_proj=Projection(WIDTH, 3 * H * d),
         out_proj=Projection(H * d, WIDTH),
@@ -117,7 +117,7 @@ def test_tower(
     launched: set[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Where the attention does not hand out its normalisers, as on a GPU, one op more finds them."""
+    """If the attention does not return its normalisers, as on a GPU, one more op computes them."""
     needs_triton()
     if not handed_out:
         plain = attention.attention_with_lse
@@ -132,7 +132,7 @@ def test_tower(
         encoder=SimpleNamespace(layers=[layer() for _ in range(3)]),
     )
     shape = TowerShape(grid=(5, 5), num_layers=3, num_executed_layers=3, with_cls=False)
-    found = {}
+    result = {}
     with torch.inference_mode():
         for backend in ("torch", "triton"):
             start = {"start_layer": 1} if method in ("ficoco-v", "tome", "evit") else {}
@@ -140,12 +140,12 @@ def test_tower(
                 {"method": method, "keep": 9, "backend": backend, **start, **settings}
             )
             planner = VisionPlanner.shared(config, shape)
-            found[backend] = encode(tower, pixels, planner.plan(Budget(method, 9)), (5, 5)).hidden
+            result[backend] = encode(tower, pixels, planner.plan(Budget(method, 9)), (5, 5)).hidden
             assert bool(launched) == (backend == "triton")
     looks = method != "tome" and settings.get("attention") != "logits"
     expected = ops | ({"softmax_stats"} if looks and not handed_out else set())
     assert expected <= launched
-    torch.testing.assert_close(found["triton"], found["torch"], **CLOSE)
+    torch.testing.assert_close(result["triton"], result["torch"], **CLOSE)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_decoder(method: str, ops: set[str], launched: set[str]) -> None:
     hidden = torch.randn(sum(lengths), WIDTH, device=DEVICE)
     query = torch.randn(sum(lengths), 2 * H, d, device=DEVICE)
     key = torch.randn(sum(lengths), H, d, device=DEVICE)
-    found = {}
+    result = {}
     for backend in ("torch", "triton"):
         config = FicocoConfig.parse({"method": method, "keep": 5, "num_segments": 4, "backend": backend})
         planner = DecoderPlanner.shared(config, 4, 16)
@@ -175,9 +175,9 @@ def test_decoder(method: str, ops: set[str], launched: set[str]) -> None:
         where = boundary([0, 30, 54], plans, segment, lambda name: False)
         heads = DecoderHeads(query, key, d**-0.5, 2 * H, None, planner.config.backend)
         rows = Rows(hidden, torch.arange(54, device=DEVICE), torch.ones(54, device=DEVICE))
-        found[backend] = reduce_rows(rows, heads, where, planner, (4, 4))
+        result[backend] = reduce_rows(rows, heads, where, planner, (4, 4))
         assert bool(launched) == (backend == "triton")
     assert ops <= launched
-    assert torch.equal(found["triton"].origin, found["torch"].origin)
-    torch.testing.assert_close(found["triton"].hidden, found["torch"].hidden, **CLOSE)
-    torch.testing.assert_close(found["triton"].size, found["torch"].size, **CLOSE)
+    assert torch.equal(result["triton"].origin, result["torch"].origin)
+    torch.testing.assert_close(result["triton"].hidden, result["torch"].hidden, **CLOSE)
+    torch.testing.assert_close(result["triton"].size, result["torch"].size, **CLOSE)

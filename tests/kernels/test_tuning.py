@@ -1,4 +1,4 @@
-"""Tile sizes: defaults, measured ones, and how they are found."""
+"""Tile sizes: defaults, measured ones, and their lookup."""
 
 import json
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty place for the file, and nothing remembered of another."""
+    """An empty path for the file, with cleared caches."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     tuning._measured.cache_clear()
     yield tmp_path
@@ -45,17 +45,17 @@ def test_the_fastest_is_found() -> None:
     from ficoco_vllm.benchmarks.kernels.tune import fastest
 
     slow = {"merge/0": [3.0, 1.0, 2.0, 5.0, 4.0], "partition/1": [1.0, 2.0]}
-    asked: list[tuple[int, int]] = []
+    requested: list[tuple[int, int]] = []
 
     def run() -> float:
-        asked.append(
+        requested.append(
             (
                 tuning.CANDIDATES["merge"].index(tuning.config("merge", CPU)),
                 tuning.CANDIDATES["partition"].index(tuning.config("partition", CPU, 1)),
             )
         )
-        return slow["merge/0"][asked[-1][0]] + slow["partition/1"][asked[-1][1]]
+        return slow["merge/0"][requested[-1][0]] + slow["partition/1"][requested[-1][1]]
 
-    found = fastest([run, run], "cpu", lambda call: call())
-    assert found == {"merge/0": 1, "partition/1": 0}
-    assert len(asked) == 2 * (1 + len(tuning.CANDIDATES["merge"]) + len(tuning.CANDIDATES["partition"]))
+    result = fastest([run, run], "cpu", lambda call: call())
+    assert result == {"merge/0": 1, "partition/1": 0}
+    assert len(requested) == 2 * (1 + len(tuning.CANDIDATES["merge"]) + len(tuning.CANDIDATES["partition"]))

@@ -53,7 +53,7 @@ def test_xargs_of_the_decoder_are_refused_by_a_server_that_reduces_in_the_tower(
 
 
 @pytest.mark.parametrize(
-    ("asked", "part"),
+    ("requested", "part"),
     [
         (request({"ficoco_keep": 37}), "ficoco_keep = 37"),
         (request(num_tokens=40), "ends in an image"),
@@ -62,9 +62,9 @@ def test_xargs_of_the_decoder_are_refused_by_a_server_that_reduces_in_the_tower(
         (request(resumable=True), "comes in pieces"),
     ],
 )
-def test_refusals(asked: Any, part: str) -> None:
+def test_refusals(requested: Any, part: str) -> None:
     with pytest.raises(VLLMValidationError, match=part):
-        check_request(config(method="ficoco-l", keep=4), asked)
+        check_request(config(method="ficoco-l", keep=4), requested)
 
 
 def test_what_is_not_reduced_may_do_all_of_it() -> None:

@@ -29,7 +29,7 @@ print(generate_latest(registry).decode())
 
 
 def run(folder: Path, hooked: bool, number: int = 2000) -> subprocess.CompletedProcess[str]:
-    """Count in a process of its own."""
+    """Count in a separate process."""
     code = (HOOK if hooked else "") + COUNT.replace("NUMBER", str(number))
     return subprocess.run(
         [sys.executable, "-c", code],
@@ -56,7 +56,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_shim_is_still_needed(small_disk: Path) -> None:
-    """Fails once prometheus_client survives a full disk by itself: then the shim must go."""
+    """Fails once prometheus_client survives a full disk itself: then remove the shim."""
     assert run(small_disk, hooked=False).returncode == -signal.SIGBUS
 
 
@@ -88,7 +88,7 @@ def test_with_room_nothing_changes(tmp_path: Path) -> None:
     assert reported[0] == reported[1]
 
 
-def test_a_folder_that_nobody_may_write(tmp_path: Path) -> None:
+def test_a_read_only_folder(tmp_path: Path) -> None:
     """As for `/metrics` it is there, and empty."""
     folder = Path("/proc/self/fdinfo")  # not even root makes a file here
     result = run(folder, hooked=True, number=3)

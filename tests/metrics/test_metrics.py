@@ -30,7 +30,7 @@ def accountant(method: str, **settings: Any) -> Accountant:
 
 
 def account(of: Accountant, num_text: int, *lengths: int, **kwargs: Any) -> Account:
-    """Of a prompt with images of these lengths, then text."""
+    """Account of a prompt with images of these lengths, then text."""
     images = [(sum(lengths[:index]), length) for index, length in enumerate(lengths)]
     budget = kwargs.get("budget", of.plan.tower.default)
     return of.account(num_text + sum(lengths), images, budget, kwargs.get("extra_args"))

@@ -1,4 +1,4 @@
-"""Engines that the tests of the served tower share, each beside the oracle on the same weights."""
+"""Engines that the tests of the served tower share, each with the oracle on the same weights."""
 
 from pathlib import Path
 

@@ -26,14 +26,14 @@ TARGETS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
 def adapter_weights(reference: ReferenceLlava, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
     """Random A (rank, in) and B (out, rank) of some linear layers of the decoder, by layer and name."""
     generator = torch.Generator().manual_seed(seed)
-    found = {}
+    result = {}
     for index, layer in enumerate(reference.model.model.language_model.layers):
         for target in TARGETS:
             wide, narrow = layer.get_submodule(target).weight.shape
             a = torch.randn(RANK, narrow, generator=generator) * 0.1
             b = torch.randn(wide, RANK, generator=generator) * 0.1
-            found[f"layers.{index}.{target}"] = (a, b)
-    return found
+            result[f"layers.{index}.{target}"] = (a, b)
+    return result
 
 
 def write(folder: Path, weights: dict[str, tuple[Tensor, Tensor]]) -> Path:
@@ -96,12 +96,12 @@ def answers(
 ) -> list[tuple[list[int], Tensor]]:
     """Send requests together, each with its adapter; greedy tokens and log-probabilities (tokens, vocabulary)."""
     params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=-1)
-    found = []
+    result = []
     for output in engine.generate(requests, params, lora_request=list(loras), use_tqdm=False):
         completion = output.outputs[0]
         rows = [[step[token].logprob for token in sorted(step)] for step in completion.logprobs or []]
-        found.append((list(completion.token_ids), torch.tensor(rows)))
-    return found
+        result.append((list(completion.token_ids), torch.tensor(rows)))
+    return result
 
 
 def test_adapters_and_budgets_mixed_in_one_step(
@@ -109,7 +109,7 @@ def test_adapters_and_budgets_mixed_in_one_step(
 ) -> None:
     """Two adapters, budgets of server and requests, with an image and without; then the same without an adapter.
 
-    The prompts are the same, so that a cache that did not tell adapters and budgets apart would show.
+    The prompts are the same, so that a cache that confused adapters or budgets would be detected.
     """
     prompts = [(PROMPT, images[0], 64), (PROMPT, images[0], 9), (TEXT_ONLY, None, 64)]
     requests = [
@@ -124,7 +124,7 @@ def test_adapters_and_budgets_mixed_in_one_step(
         expected, expected_logprobs = oracles[index // 3].generate(text, shown, NUM_TOKENS)
         assert_equal(tokens, logprobs, expected, expected_logprobs, ends=False)
         seen.append(logprobs[0])
-    # An adapter that did nothing, or a budget that was another's, would be told apart.
+    # An adapter without effect, or the budget of another request, would be detected.
     for index, first in enumerate(seen):
         for second in seen[:index]:
             assert (first - second).abs().max() > 100 * TOLERANCE

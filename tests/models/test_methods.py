@@ -1,4 +1,4 @@
-"""Every vision-side method is served as it is defined, by the server's settings or by a request's."""
+"""Every vision-side method is served as defined, by the server's settings or a request's."""
 
 from pathlib import Path
 from typing import Any

@@ -53,8 +53,8 @@ def reference(random_next: Path) -> TiledLlava:
 
 @pytest.mark.parametrize("keep", BUDGETS)
 def test_equals_reference(engine: LLM, reference: TiledLlava, pictures: list[Image.Image], keep: int) -> None:
-    found = ask(engine, [request(PROMPT, [image], ficoco_keep=keep) for image in pictures], NUM_TOKENS)
-    for image, answer in zip(pictures, found, strict=True):
+    result = ask(engine, [request(PROMPT, [image], ficoco_keep=keep) for image in pictures], NUM_TOKENS)
+    for image, answer in zip(pictures, result, strict=True):
         tokens, logprobs = reference.generate(PROMPT, [(image, keep)], NUM_TOKENS)
         assert_equal(answer.tokens, answer.logprobs, tokens, logprobs, ends=False)
 
@@ -90,14 +90,14 @@ def test_other_methods_equal_reference(
     """Merging with weights, fused tokens without a place, selection on the features, places of the crop."""
     reference = TiledDense(random_next)
     reference.method, reference.settings = method, {}
-    asked = [request(PROMPT, [image], ficoco_method=method, ficoco_keep=20) for image in pictures]
-    for image, answer in zip(pictures, ask(engine, asked, NUM_TOKENS), strict=True):
+    requested = [request(PROMPT, [image], ficoco_method=method, ficoco_keep=20) for image in pictures]
+    for image, answer in zip(pictures, ask(engine, requested, NUM_TOKENS), strict=True):
         tokens, logprobs = reference.generate(PROMPT, [(image, 20)], NUM_TOKENS)
         assert_equal(answer.tokens, answer.logprobs, tokens, logprobs, ends=False)
 
 
 def test_the_check_can_fail(engine: LLM, reference: TiledLlava, pictures: list[Image.Image]) -> None:
-    """Negative control: one token more in each tile is told apart."""
+    """Negative control: one more token in each tile is detected."""
     (answer,) = ask(engine, [request(PROMPT, [pictures[0]])], 1)
     _, logprobs = reference.generate(PROMPT, [(pictures[0], 17)], 1)
     assert (answer.logprobs - logprobs).abs().max() > 10 * TOLERANCE
@@ -129,8 +129,8 @@ def test_a_budget_for_the_image_is_shared_by_its_tiles(
     monkeypatch.setattr(reference, "per_image", True)
     engine = engines.get(random_next, {"method": "ficoco-v", "keep": 200, "keep_per": "image"})
     for keep in (200, 3, 280):
-        found = ask(engine, [request(PROMPT, [image], ficoco_keep=keep) for image in pictures], NUM_TOKENS)
-        for image, answer in zip(pictures, found, strict=True):
+        result = ask(engine, [request(PROMPT, [image], ficoco_keep=keep) for image in pictures], NUM_TOKENS)
+        for image, answer in zip(pictures, result, strict=True):
             tokens, logprobs = reference.generate(PROMPT, [(image, keep)], NUM_TOKENS)
             assert_equal(answer.tokens, answer.logprobs, tokens, logprobs, ends=False)
 
@@ -163,7 +163,7 @@ def test_equals_stock_bit_for_bit(
     pictures: list[Image.Image],
     ficoco: dict[str, Any] | None,
 ) -> None:
-    """With one token less in each tile it does not, or the check could not fail."""
+    """With one token less in each tile the answers differ; otherwise the check could not fail."""
     ours = ask_all(engines.get(random_next, ficoco, dtype="bfloat16"), pictures, ASKED)
     assert stock.model_class == "vllm.model_executor.models.llava_next.LlavaNextForConditionalGeneration"
     assert ours.model_class == "ficoco_vllm.models.llava_next.FicocoLlavaNext"

@@ -1,8 +1,8 @@
-"""What float32 can hold, on images that the demo model was not made for: noise.
+"""Precision of float32 on images that the demo model was not trained for: noise.
 
 There the trained decoder answers something, and magnifies the tower's rounding (1e-5 of features near 3) up to a
 hundredfold. Stock vLLM is as far off as we are: with all tokens kept we are stock vLLM bit for bit (test_stock.py).
-So here the features are held against Algorithm 1 directly, and the log-probabilities against stock's own error.
+So here the features are compared with Algorithm 1 directly, and the log-probabilities with stock's own error.
 """
 
 import pytest
@@ -58,7 +58,7 @@ def test_features_can_fail(
 
 
 def test_no_further_from_float64_than_stock(demo_pair: Pair, images: list[Image.Image]) -> None:
-    """Equal tokens; and what stock is off by at most, with 576 tokens, no budget exceeds."""
+    """Equal tokens, and no budget exceeds the largest error of stock vLLM with 576 tokens."""
     engine, reference = demo_pair
     errors: dict[int, float] = {}
     for keep in BUDGETS:

@@ -1,4 +1,4 @@
-"""Quantized decoders behind a tower that reduces: against an oracle that rounds as the checkpoint's scheme does.
+"""Quantized decoders after a reducing tower, compared with an oracle that rounds as the checkpoint's scheme does.
 
 And a KV cache in fp8.
 """
@@ -40,11 +40,11 @@ def distances(
     answers: list[Answer], reference: ReferenceLlava, images: list[Image.Image], keep: int
 ) -> list[float]:
     """Root mean square differences of the first token's log-probabilities."""
-    found = []
+    result = []
     for answer, image in zip(answers, images, strict=True):
         _, expected = reference.generate(PROMPT, [(image, keep)], 1)
-        found.append(float((answer.logprobs[0] - expected[0]).square().mean().sqrt()))
-    return found
+        result.append(float((answer.logprobs[0] - expected[0]).square().mean().sqrt()))
+    return result
 
 
 @pytest.mark.parametrize("keep", [64, 9])
@@ -64,7 +64,7 @@ def test_equals_an_oracle_that_rounds(
 
 @needs_fp8_cache
 def test_an_fp8_cache(engines: Engines, random_llava: Path, images: list[Image.Image]) -> None:
-    """Against an oracle whose attention reads rounded keys and values; what the tower keeps, no cache touches."""
+    """Comparison with an oracle whose attention reads rounded keys and values; the tower uses no cache."""
     exact, rounded = ReferenceDecoder(random_llava), ReferenceDecoder(random_llava)
     rounded.stored = to_e4m3
     shown = images[:4]

@@ -18,20 +18,20 @@ pytestmark = pytest.mark.engine
 
 @pytest.fixture(params=["random", "demo"])
 def weights(request: pytest.FixtureRequest) -> str:
-    """Of the served model."""
+    """Kind of the served model's weights."""
     return str(request.param)
 
 
 @pytest.fixture
 def pair(request: pytest.FixtureRequest, weights: str) -> Pair:
     """The engine and the oracle on the same weights."""
-    found: Pair = request.getfixturevalue(f"{weights}_pair")
-    return found
+    result: Pair = request.getfixturevalue(f"{weights}_pair")
+    return result
 
 
 @pytest.fixture
 def questions(weights: str, images: list[Image.Image]) -> list[tuple[str, Image.Image]]:
-    """Noise for random weights; for trained ones what they know (what noise does: test_precision.py)."""
+    """Noise for random weights; for trained ones known images (for noise see test_precision.py)."""
     return demo_questions() if weights == "demo" else [(PROMPT, image) for image in images[:6]]
 
 
@@ -73,10 +73,10 @@ def test_batched_equals_alone(pair: Pair, weights: str, questions: list[tuple[st
         assert_equal(answer.tokens, answer.logprobs, alone.tokens, alone.logprobs, ends=weights == "demo")
 
 
-def test_a_trace_tells_what_the_reference_does(
+def test_a_trace_matches_the_reference(
     pair: Pair, questions: list[tuple[str, Image.Image]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the very request: beside it another one of the same budget is served without a trace."""
+    """A trace belongs to its request: another one with the same budget runs in the same step without a trace."""
     engine, reference = pair
     (text, image), (other_text, other) = questions[2], questions[3]
     spy = Spy(algorithm1.reduce_layer)
@@ -96,7 +96,7 @@ def test_a_trace_tells_what_the_reference_does(
 
 
 def test_the_check_can_fail(pair: Pair, questions: list[tuple[str, Image.Image]]) -> None:
-    """Negative control: one token more is told apart by far more than the tolerance."""
+    """Negative control: one more token changes the answer by far more than the tolerance."""
     engine, reference = pair
     text, image = questions[0]
     (answer,) = ask(engine, [request(text, [image], ficoco_keep=64)], num_tokens=1)

@@ -46,7 +46,7 @@ def test_equals_stock_bit_for_bit(
         assert torch.equal(answer.logprobs, expected.logprobs)
 
 
-def test_a_reduction_is_told_apart(
+def test_a_reduction_is_detected(
     stock: Answers, engines: Engines, demo_model: Path, images: list[Image.Image]
 ) -> None:
     """Negative control of the check above."""

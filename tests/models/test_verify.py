@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.compat, pytest.mark.engine]
 
 
 def configure(model: Path, ficoco: dict[str, Any] | None, **options: Any) -> Any:
-    """What the engine would be started with."""
+    """Configuration that the engine would start with."""
     additional = {} if ficoco is None else {NAME: ficoco}
     return EngineArgs(
         str(model), additional_config=additional, max_model_len=2048, **options
@@ -24,8 +24,8 @@ def configure(model: Path, ficoco: dict[str, Any] | None, **options: Any) -> Any
 
 def test_settings_travel_with_the_model_configuration(random_llava: Path) -> None:
     config = configure(random_llava, {"keep": 64, "lam": 0.5})
-    found = FicocoConfig.of(config.model_config.hf_config)
-    assert (found.method, found.keep, found.settings) == ("ficoco-v", 64, {"lam": 0.5})
+    result = FicocoConfig.of(config.model_config.hf_config)
+    assert (result.method, result.keep, result.settings) == ("ficoco-v", 64, {"lam": 0.5})
 
 
 def test_settings_are_part_of_the_compile_hash(random_llava: Path) -> None:
@@ -33,7 +33,7 @@ def test_settings_are_part_of_the_compile_hash(random_llava: Path) -> None:
     assert len(hashes) == 2
 
 
-def test_workers_hand_traces_out_only_where_that_is_asked_for(random_llava: Path) -> None:
+def test_workers_return_traces_only_if_enabled(random_llava: Path) -> None:
     with_traces = configure(random_llava, {"keep": 64, "explain": True})
     without = configure(random_llava, {"keep": 64})
     assert with_traces.parallel_config.worker_extension_cls == TRACING_WORKER

@@ -1,4 +1,4 @@
-"""Plans: integers that scheduler and workers must agree on, and what is refused."""
+"""Plans: integers that scheduler and workers must agree on, and refused settings."""
 
 import re
 from dataclasses import replace
@@ -29,7 +29,7 @@ def planner(num_layers: int = 32, **values: Any) -> DecoderPlanner:
 @pytest.mark.parametrize(
     ("method", "ends"),
     [
-        # Layers 3, 7, ..., 27 of 32: FiCoCo-L starts at the 4th layer; the last segment has nothing behind it.
+        # Layers 3, 7, ..., 27 of 32: FiCoCo-L starts at the 4th layer; the last segment has no successor.
         ("ficoco-l", [3, 7, 11, 15, 19, 23, 27]),
         # exactly as its authors, at the price of 16 segments; its schedule takes all in the first
         ("fastv", list(range(1, 31, 2))),
@@ -39,8 +39,8 @@ def planner(num_layers: int = 32, **values: Any) -> DecoderPlanner:
     ],
 )
 def test_reducing_layers_of_a_32_layer_decoder(method: str, ends: list[int]) -> None:
-    found = planner(method=method)
-    assert [found.segments.end(segment) for segment in found.reducing_segments(method)] == ends
+    result = planner(method=method)
+    assert [result.segments.end(segment) for segment in result.reducing_segments(method)] == ends
 
 
 def test_even_one_shot_geometric_and_explicit() -> None:
@@ -60,11 +60,11 @@ def test_an_explicit_schedule_fits_one_budget() -> None:
 
 
 def test_kv_budget_is_the_average_over_the_layers() -> None:
-    """All 576 in the first of 16 segments, so that what is left to the other 15 is (16 * 64 - 576) / 15."""
-    found = planner(method="fastv", kv_budget=64, start_layer=1)
-    counts = found.counts("fastv", PATCHES, found.keep)
-    assert fmean(counts) <= 64 < fmean(found.counts("fastv", PATCHES, found.keep + 1))
-    assert found.keep == 29
+    """All 576 in the first of 16 segments, so that (16 * 64 - 576) / 15 remain for the other 15."""
+    result = planner(method="fastv", kv_budget=64, start_layer=1)
+    counts = result.counts("fastv", PATCHES, result.keep)
+    assert fmean(counts) <= 64 < fmean(result.counts("fastv", PATCHES, result.keep + 1))
+    assert result.keep == 29
     # What docs/decoder-kv.md names for the paper's 64 with FiCoCo-L.
     early = planner(kv_budget=64, schedule="one-shot", start_layer=0, num_segments=32)
     assert early.counts("ficoco-l", 576, early.keep) == (576, *[47] * 31)
@@ -177,7 +177,7 @@ def test_a_trace_changes_no_plan() -> None:
 
 
 def test_fields_that_a_server_does_not_know() -> None:
-    """Checked where a request comes in, by processor and admission."""
+    """Checked by processor and admission when a request arrives."""
     assert find_unknown(["other", "ficoco_keep", "ficoco_method"], explain=False) is None
     assert find_unknown(["ficoco_kep"], explain=True) == "ficoco_kep"
     assert find_unknown(["ficoco_trace"], explain=False) == "ficoco_trace"
@@ -189,12 +189,12 @@ def test_fields_that_a_server_does_not_know() -> None:
 
 def test_all_that_enters_may_be_kept() -> None:
     """A request whose tower keeps more than the server's may keep all of it in the decoder too."""
-    found = DecoderPlanner.shared(FicocoConfig.parse({"method": "ficoco-vl", "keep": 64}), 32, 192)
-    assert not found.plan(PATCHES + 9, [(1, PATCHES)], {"ficoco_keep": PATCHES}).reduces
+    result = DecoderPlanner.shared(FicocoConfig.parse({"method": "ficoco-vl", "keep": 64}), 32, 192)
+    assert not result.plan(PATCHES + 9, [(1, PATCHES)], {"ficoco_keep": PATCHES}).reduces
     with pytest.raises(
         ValueError, match="ficoco_keep = 193 is not allowed; allowed: an integer from 1 to 192"
     ):
-        found.plan(200, [(1, 192)], {"ficoco_keep": 193})
+        result.plan(200, [(1, 192)], {"ficoco_keep": 193})
 
 
 # The settings of FiCoCo-L's filter, with the penalty by windows of the image on.
@@ -221,11 +221,11 @@ def test_a_method_of_another_package_is_held_to_the_same_rules(monkeypatch: pyte
     entries = {name: EntryPoint(name, name, "ficoco_vllm.reductions") for name in THIRD_PARTY}
     monkeypatch.setattr(EntryPoint, "load", lambda entry: THIRD_PARTY[entry.name])
     monkeypatch.setattr(registry, "_entry_points", lambda: entries)
-    found = planner(keep=63)  # a configuration of its own: planners are kept
+    result = planner(keep=63)  # a separate configuration: planners are cached
     image = [(4, PATCHES)]
-    assert found.plan(600, image, {"ficoco_method": "by-attention"}).counts[-1] == (63,)
+    assert result.plan(600, image, {"ficoco_method": "by-attention"}).counts[-1] == (63,)
     for name in THIRD_PARTY.keys() - {"by-attention"}:
         with pytest.raises(ValueError, match=f"ficoco_method = '{name}' is not a method .* by-attention"):
-            found.plan(600, image, {"ficoco_method": name})
+            result.plan(600, image, {"ficoco_method": name})
         with pytest.raises(ValueError, match=r"by places|fused extra|cls_attention"):
             planner(method=name)

@@ -1,4 +1,4 @@
-"""How LLaVA-NeXT's images are cut and how many tokens they take, against vLLM's own count and by hand."""
+"""Tiles and token counts of LLaVA-NeXT's images, compared with vLLM's own count and with counts by hand."""
 
 from typing import Any
 
@@ -47,7 +47,7 @@ class StockInfo(LlavaNextProcessingInfo):
         pass
 
     def get_hf_config(self) -> Any:
-        """Of the model."""
+        """Configuration of the model."""
         return config()
 
 
@@ -58,18 +58,18 @@ def planner(**settings: Any) -> VisionPlanner:
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
 def test_counts(height: int, width: int) -> None:
-    """Without reduction vLLM's count; with it what each tile can keep, and a newline for each row of tiles."""
+    """Without reduction vLLM's count; with it the kept tokens of each tile, and a newline for each row of tiles."""
     stock = StockInfo().get_num_image_tokens(image_height=height, image_width=width)
     served = planner()
     assert served.num_image_tokens(served.default, height=height, width=width) == stock
     served = planner(method="ficoco-v", keep=64)
-    found = served.layout(served.default, height, width)
-    assert found.num_before == stock
-    assert found.tiles[0].place.crop == Crop(0, 0, 24, 24)
-    assert [tile.keep for tile in found.tiles] == [
-        min(64, tile.place.crop.num_patches) for tile in found.tiles
+    result = served.layout(served.default, height, width)
+    assert result.num_before == stock
+    assert result.tiles[0].place.crop == Crop(0, 0, 24, 24)
+    assert [tile.keep for tile in result.tiles] == [
+        min(64, tile.place.crop.num_patches) for tile in result.tiles
     ]
-    assert found.num_tokens == sum(tile.keep for tile in found.tiles) + len(found.newline_rows)
+    assert result.num_tokens == sum(tile.keep for tile in result.tiles) + len(result.newline_rows)
     # Every patch that stock vLLM hands on is in exactly one tile.
     places = served.shape.tiling.places(height, width)  # type: ignore[union-attr]
     lines = sum(place.crop.rows for place in places if place.column == 0)
@@ -93,33 +93,33 @@ def test_the_grid_and_the_crop_are_those_of_transformers(step: int) -> None:
 
 def test_the_crop_of_a_wide_image() -> None:
     """2000 x 300 is laid into 1008 x 336: of 24 rows of patches the middle 10 show it."""
-    found = planner(keep=64).layout(Budget("ficoco-v", 64), 300, 2000)
-    assert [tile.place.crop for tile in found.tiles[1:]] == [Crop(7, 0, 10, 24)] * 3
-    assert found.num_tokens == 4 * 64 + 1
+    result = planner(keep=64).layout(Budget("ficoco-v", 64), 300, 2000)
+    assert [tile.place.crop for tile in result.tiles[1:]] == [Crop(7, 0, 10, 24)] * 3
+    assert result.num_tokens == 4 * 64 + 1
 
 
 @pytest.mark.parametrize(("height", "width", "before"), [(1, 4000, 576), (4000, 1, 576 + 24)])
 def test_a_line_of_pixels_has_a_base_view_only(height: int, width: int, before: int) -> None:
     """Scaled it is thinner than a patch, and stock vLLM crops all of it away; of a tall one it leaves the newlines."""
-    found = planner(keep=64).layout(Budget("ficoco-v", 64), height, width)
-    assert (found.num_tokens, found.num_before, found.newline_rows) == (64, before, ())
+    result = planner(keep=64).layout(Budget("ficoco-v", 64), height, width)
+    assert (result.num_tokens, result.num_before, result.newline_rows) == (64, before, ())
 
 
 def test_a_tile_with_fewer_patches_than_its_budget_keeps_them() -> None:
-    found = planner(keep=300).layout(Budget("ficoco-v", 300), 300, 2000)
-    assert [tile.keep for tile in found.tiles] == [300, 240, 240, 240]
+    result = planner(keep=300).layout(Budget("ficoco-v", 300), 300, 2000)
+    assert [tile.keep for tile in result.tiles] == [300, 240, 240, 240]
 
 
 @pytest.mark.parametrize("keep", [1, 3, 100, 1295, 1296, 1297, 2880])
 def test_a_budget_of_an_image(keep: int) -> None:
     """The image of 300 x 2000 has 576 + 3 x 240 patches; all of them are stock vLLM's way, with its newlines."""
     served = planner(method="ficoco-v", keep=320, keep_per="image")
-    found = served.layout(Budget("ficoco-v", keep), 300, 2000)
+    result = served.layout(Budget("ficoco-v", keep), 300, 2000)
     if keep >= 1296:
-        assert (found.reduces, found.num_tokens) == (False, 1296 + 10)
+        assert (result.reduces, result.num_tokens) == (False, 1296 + 10)
         return
-    assert sum(tile.keep for tile in found.tiles) == keep
-    assert found.num_tokens == keep + (len(found.tiles) > 1)
+    assert sum(tile.keep for tile in result.tiles) == keep
+    assert result.num_tokens == keep + (len(result.tiles) > 1)
     assert served.default.keep == 320
     assert planner(method="ficoco-v", keep_per="image").default.keep == 320  # a ninth of 2880
 
@@ -156,11 +156,11 @@ def test_packing() -> None:
     """Two rows of two tiles of 2 x 2 patches: line by line across the tiles, a fused token last, then the newline."""
     small = TowerShape((2, 2), 24, 23, False, Tiling(((4, 4),), 2, 2))
     planner = VisionPlanner.shared(FicocoConfig(method="topk-cls", keep=2), small)
-    found = planner.layout(Budget("topk-cls", 2), 4, 4)
+    result = planner.layout(Budget("topk-cls", 2), 4, 4)
     positions = [[0, 1], [1, 2], [0, -1], [0, 3], [2, 3]]
     kept = [
         Kept(torch.tensor([[10.0 * tile + place] for place in places]), torch.tensor(places))
         for tile, places in enumerate(positions)
     ]
-    packed = pack(found, kept, torch.tensor([99.0]), 2)
+    packed = pack(result, kept, torch.tensor([99.0]), 2)
     assert packed[:, 0].tolist() == [0, 1, 11, 20, 12, 19, 99, 30, 33, 42, 43, 99]

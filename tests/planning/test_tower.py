@@ -58,7 +58,7 @@ def test_settings_belong_to_the_method_of_the_server() -> None:
     assert "lam" not in served.plan(Budget("tome", 64)).reducer.settings.model_dump()
 
 
-def test_fingerprint_tells_settings_apart() -> None:
+def test_fingerprint_distinguishes_settings() -> None:
     prints = {
         planner(**settings).fingerprint for settings in ({"keep": 64}, {"keep": 65}, {"keep": 64, "lam": 0.5})
     }

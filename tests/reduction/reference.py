@@ -102,7 +102,7 @@ def place(values: list[float]) -> list[int]:
 def mean_of_nearest(
     tokens: Tensor, source: list[int], target: list[int], likeness: list[list[float]], allowed: list[int]
 ) -> Tensor:
-    """Each source joins the most alike of the allowed targets; every target becomes the mean of its group."""
+    """Each source joins the most similar of the allowed targets; every target becomes the mean of its group."""
     groups: dict[int, list[int]] = {j: [j] for j in target}
     for row, i in zip(likeness, source, strict=True):
         best = max(allowed, key=lambda j: (row[target.index(j)], -j))
@@ -111,7 +111,7 @@ def mean_of_nearest(
 
 
 def takers(likeness: list[list[float]], count: int) -> dict[int, list[int]]:
-    """For each source that any target takes: the targets that have it among their `count` most alike ones."""
+    """For each source that any target takes: the targets that have it among their `count` most similar ones."""
     taken: dict[int, list[int]] = {}
     for column in range(len(likeness[0])):
         for index in sorted(range(len(likeness)), key=lambda index: -likeness[index][column])[:count]:
@@ -128,7 +128,7 @@ def add_neighbours(
     count: int,
     allowed: list[int],
 ) -> Tensor:
-    """Each allowed target is added its `count` most alike sources, times their weight."""
+    """Each allowed target receives its `count` most similar sources, times their weight."""
     result = []
     for column, j in enumerate(target):
         row = tokens[j].double().clone()

@@ -1,4 +1,4 @@
-"""The contract of methods over every registered one, and what is beyond it for the built-in ones."""
+"""The contract of every registered method, and further tests of the built-in ones."""
 
 from dataclasses import replace
 

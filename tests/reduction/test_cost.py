@@ -135,7 +135,7 @@ def test_memory_of_llava_7b() -> None:
     last_layer = 4 * (1024 * 1024 + 1024) + 2 * 1024 * 4096 + 4096 + 1024 + 4 * 1024
     assert cost.weight_bytes == 2 * (7_063_427_072 - last_layer - 2 * 1024)
     assert cost.kv_bytes == 636 * 32 * 2 * 4096 * 2 == 333_447_168
-    # The gated MLP's three inner tensors beside the residual stream.
+    # The gated MLP's three inner tensors and the residual stream.
     assert cost.activation_bytes == 2 * 636 * (4096 + 3 * 11008)
     assert cost.memory_bytes == cost.weight_bytes + cost.kv_bytes + cost.activation_bytes
 

@@ -13,7 +13,7 @@ N, R, M = 30, 11, 5
 
 
 def causal(seed: int = 0) -> Signals:
-    """Signals whose visual attention is causal, as in a decoder, behind a system prompt of four tokens."""
+    """Signals whose visual attention is causal, as in a decoder, after a system prompt of four tokens."""
     signals = make_signals(1, N, seed=seed, M=M, grid=(6, 6))
     scores = torch.randn(1, 4 + N, 4 + N, generator=torch.Generator().manual_seed(seed))
     attention = (2 * scores + torch.full((4 + N, 4 + N), -torch.inf).triu(1)).softmax(dim=-1)
@@ -156,7 +156,7 @@ def test_sparsevlm(share: float, per_cluster: int) -> None:
 
 
 def test_sparsevlm_where_one_text_token_is_all_there_is() -> None:
-    """It is no more alike to the image than the average, yet it rates."""
+    """Its similarity to the image is not above average, yet it rates."""
     signals = make_signals(1, 12, M=1)
     got = reduce("sparsevlm", make_tokens(1, 12), signals, 5, recycled_share=0.0)
     best = reference.split([-float(value) for value in signals.text_attention[0, 0]], 5)[1]

@@ -67,8 +67,8 @@ def test_penalty_first_of_equals_and_fused_tokens() -> None:
     scores = torch.tensor([[1.0, 3.0, 3.0, 2.0, -4.0, 9.0, -9.0]])
     # Window 0 holds 0, 1, 4, 5: of the two maxima only the first is enhanced. 2 is alone in window 1.
     want = torch.tensor([[1.0, 6.0, 3.0, 2.0, -2.0, 9.0, -9.0]])
-    found = filter_scores(None, -scores, 0.0, position=position, grid=(4, 4))
-    assert torch.equal(found, want.double())
+    result = filter_scores(None, -scores, 0.0, position=position, grid=(4, 4))
+    assert torch.equal(result, want.double())
 
 
 def test_zero_sum_rows_drop_information_and_size() -> None:

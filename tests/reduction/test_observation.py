@@ -1,4 +1,4 @@
-"""What an observer is shown is what the reduction did."""
+"""An observer receives the actual reduction."""
 
 import pytest
 import torch
@@ -77,7 +77,7 @@ def test_a_pruned_token_goes_nowhere() -> None:
     assert not seen.shares(0).any()
 
 
-def test_nobody_is_shown_a_reduction_that_removes_nothing() -> None:
+def test_an_empty_reduction_is_not_observed() -> None:
     seen: list[Observation] = []
     get("ficoco-v").configure()(make_tokens(1, 9), make_signals(1, 9), 0, observer=seen.append)
     assert not seen

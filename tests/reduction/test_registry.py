@@ -87,7 +87,7 @@ def test_mass_follows_the_settings() -> None:
     assert not get("ficoco-v").configure().settings.model_dump()["proportional_attention"]
 
 
-# Tables 2, 4, 6 and 7 and Fig. 4 of arXiv:2411.17686: what they vary, of the stages.
+# Variations of the stages in Tables 2, 4, 6 and 7 and Fig. 4 of arXiv:2411.17686.
 COMPRESS = [{"fixed_k": 0}, {"fixed_k": 1}, {"fixed_k": 2}, {"average": True}, {"epsilon": 0.5}]
 FILTER = [{"local_redundancy": False}, {"task_redundancy": False}]
 PENALTY = [{"coefficient": 1.0}, {"window": (3, 2)}]
@@ -111,7 +111,7 @@ def test_what_the_paper_varies_is_a_setting_that_matters(name: str, base: dict, 
 
 @pytest.mark.parametrize("name", ["ficoco-v", "ficoco-l"])
 def test_what_the_model_reads_is_a_setting(name: str) -> None:
-    """These do not show in one call: where reductions start, how they are spread, and what is measured."""
+    """These settings do not affect a single call: start, schedule and measured attention."""
     settings = {"start_layer": 5, "schedule": (3, 0, 2), "attention": "logits"}
     assert settings.items() <= get(name).configure(**settings).settings.model_dump().items()
 
@@ -214,13 +214,13 @@ def test_a_composition_names_the_signal_that_it_lacks() -> None:
 
 def blocks() -> dict[str, str]:
     """The code blocks of the guide, one of each language."""
-    found = re.findall(r"```(\w+)\n(.*?)```", GUIDE.read_text(), re.DOTALL)
-    assert len(found) == len(dict(found))
-    return dict(found)
+    result = re.findall(r"```(\w+)\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    assert len(result) == len(dict(result))
+    return dict(result)
 
 
 def install(folder: Path, name: str, module: str, code: str, entry: str) -> None:
-    """What pip leaves behind: a module, and a dist-info folder with its entry points."""
+    """Files of an installation by pip: a module, and a dist-info folder with its entry points."""
     info = folder / f"{name.replace('-', '_')}-1.0.dist-info"
     info.mkdir()
     (folder / f"{module}.py").write_text(code)
@@ -277,7 +277,7 @@ NEW = replace(TOPK_CLS, name="new-2")
 
 
 def test_a_method_file_is_all_that_a_new_method_takes(tmp_path: Path) -> None:
-    """In a copy of the package: the file is found, and the missing transcription is noticed."""
+    """In a copy of the package the file is discovered, and the missing transcription is reported."""
     package = Path(registry.__file__).parents[1]
     for part in ("__init__.py", "_version.py"):
         (tmp_path / "ficoco_vllm").mkdir(exist_ok=True)
@@ -286,7 +286,7 @@ def test_a_method_file_is_all_that_a_new_method_takes(tmp_path: Path) -> None:
         shutil.copytree(package / part, tmp_path / "ficoco_vllm" / part)
     (tmp_path / "ficoco_vllm" / "reduction" / "methods" / "new_method.py").write_text(NEW_METHOD)
     code = (
-        # Neither the editable installation nor what it has imported already.
+        # Without the editable installation and its imported modules.
         "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f)]\n"
         "for name in [name for name in sys.modules if name.startswith('ficoco_vllm')]: del sys.modules[name]\n"
         f"sys.path.insert(0, {str(tmp_path)!r})\n"

@@ -101,7 +101,7 @@ def test_random_spreads_and_depends_on_the_seed() -> None:
 
 
 def test_spatial_pool_on_the_full_grid() -> None:
-    """64 of 24 x 24 patches: cells of 3 x 3, whatever the order of arithmetic."""
+    """64 of 24 x 24 patches: cells of 3 x 3, independent of the order of arithmetic."""
     full = Signals(position=torch.arange(576)[None], grid=(24, 24))
     tokens = make_tokens(1, 576)
     got = reduce("spatial-pool", tokens, full, 512)
@@ -203,7 +203,7 @@ def test_visionzip(signals: Signals, tokens: Tensor, share: float) -> None:
 
 @pytest.mark.parametrize(("keep", "dominant"), [(64, 54), (128, 108), (192, 162)])
 def test_visionzip_as_its_authors_set_it(keep: int, dominant: int) -> None:
-    """54 + 10, 108 + 20 and 162 + 30: the dominant tokens are those that [CLS] looks at most, as they are."""
+    """54 + 10, 108 + 20 and 162 + 30: the dominant tokens, unchanged, are those that [CLS] attends to most."""
     full, tokens = make_signals(1, 576, grid=(24, 24)), make_tokens(1, 576)
     got = reduce("visionzip", tokens, full, 576 - keep)
     most = full.cls_attention[0].topk(dominant).indices
@@ -278,12 +278,12 @@ def test_trim(signals: Signals, tokens: Tensor, negate: bool) -> None:
 def test_recoverable(signals: Signals, tokens: Tensor) -> None:
     attention = [float(a) for a in signals.cls_attention[0].double()]
     relevance = [float(r) for r in signals.text_relevance[0].double()]
-    num_seen, num_asked = round(K * 0.5), round(K * 0.3)
-    seen = sorted(range(N), key=lambda i: -attention[i])[:num_seen]
-    asked = sorted((i for i in range(N) if i not in seen), key=lambda i: -relevance[i])[:num_asked]
-    rest = [i for i in range(N) if i not in seen and i not in asked]
-    centres = sorted(rest, key=lambda i: -attention[i])[: K - num_seen - num_asked]
-    target = sorted(seen + asked + centres)
+    num_attended, num_relevant = round(K * 0.5), round(K * 0.3)
+    attended = sorted(range(N), key=lambda i: -attention[i])[:num_attended]
+    relevant = sorted((i for i in range(N) if i not in attended), key=lambda i: -relevance[i])[:num_relevant]
+    rest = [i for i in range(N) if i not in attended and i not in relevant]
+    centres = sorted(rest, key=lambda i: -attention[i])[: K - num_attended - num_relevant]
+    target = sorted(attended + relevant + centres)
     source = [i for i in range(N) if i not in target]
     likeness = [
         [value + 1.8 * relevance[i] for value in row]

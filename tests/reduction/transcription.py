@@ -1,4 +1,4 @@
-"""Which tests compare a method with a transcription of its equations."""
+"""Registry of the tests that compare a method with a transcription of its equations."""
 
 import ast
 from collections.abc import Callable

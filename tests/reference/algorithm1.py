@@ -1,7 +1,7 @@
 """FiCoCo-V written plainly on Hugging Face's LLaVA: the oracle of the served one. Nothing of ours is used here.
 
-All of it is float64, unless a test wants to know what rounding alone does. What the served float32 is held against must
-not have rounding errors of its own, and where scores nearly tie only float64 tells who leaves.
+All of it is float64, unless a test wants to know what rounding alone does. The reference of the served float32 must
+not have rounding errors of its own, and where scores nearly tie only float64 determines the tokens that leave.
 """
 
 import math
@@ -67,7 +67,7 @@ def reduce_layer(
 
 
 def plain_norm(module: LlamaRMSNorm, hidden: Tensor) -> Tensor:
-    """Hugging Face's norm of Llama, which goes through float32 whatever it is given."""
+    """Hugging Face's norm of Llama, which always computes in float32."""
     squares = hidden.square().mean(dim=-1, keepdim=True)
     return module.weight * hidden / torch.sqrt(squares + module.variance_epsilon)
 

@@ -24,7 +24,7 @@ class Shown:
     Attributes:
         image: pixels.
         entering: tokens that enter the decoder (fewer than patches: FiCoCo-V has run).
-        left: layer to the number of tokens that are left behind its attention.
+        left: layer to the number of tokens that are left after its attention.
     """
 
     image: Image.Image
@@ -50,7 +50,7 @@ class ReferenceDecoder(ReferenceLlava):
 
     @torch.no_grad()
     def judge(self, method: str, prompt: str, images: list[Shown], answer: list[int]) -> Tensor:
-        """Log-probabilities of what could stand at each place of an answer.
+        """Log-probabilities of the candidates at each place of an answer.
 
         Whether the answer is the greedy one shows in their maxima: up to the first place where it is not, they are
         those of the greedy one.
@@ -81,7 +81,7 @@ class ReferenceDecoder(ReferenceLlava):
     def _run(
         self, method: str, x: Tensor, num_prompt: int, spans: list[range], images: list[Shown]
     ) -> Tensor:
-        """Hidden states behind the last layer; those of tokens that have left mean nothing."""
+        """Hidden states after the last layer; those of removed tokens are meaningless."""
         decoder = self.model.model.language_model
         T = len(x)
         cos, sin = decoder.rotary_emb(x[None], torch.arange(T)[None])

@@ -11,13 +11,13 @@ RECYCLED_SHARE, TOKENS_PER_CLUSTER = 0.3, 10
 
 @dataclass
 class Seen:
-    """What a rule may look at, float64.
+    """Inputs of a rule, float64.
 
     Attributes:
         tokens: (N, D) hidden states of the visual tokens.
-        size: (N,) how many tokens each stands for.
+        size: (N,) number of tokens that each represents.
         attention: (N, N) among them, head mean.
-        text: (M, N) from the text tokens behind the image, head mean.
+        text: (M, N) from the text tokens after the image, head mean.
         text_tokens: (M, D) hidden states of these.
     """
 
@@ -28,7 +28,7 @@ class Seen:
     text_tokens: np.ndarray
 
 
-# (what is seen, how many leave) -> which stay, their hidden states, their sizes
+# (inputs, number to remove) -> kept tokens, their hidden states, their sizes
 Outcome = tuple[list[int], np.ndarray, np.ndarray]
 Rule = Callable[[Seen, int], Outcome]
 
@@ -54,12 +54,12 @@ def ficoco_l(seen: Seen, removed: int) -> Outcome:
 
 
 def prune_by_last(seen: Seen, removed: int) -> Outcome:
-    """FastV and PyramidDrop: what the last token of the prompt attends to least is gone."""
+    """FastV and PyramidDrop: remove the tokens that the last token of the prompt attends to least."""
     return _prune(seen, seen.text[-1], removed)
 
 
 def prune_by_both(seen: Seen, removed: int) -> Outcome:
-    """FitPrune: what image and text together attend to least is gone."""
+    """FitPrune: remove the tokens that image and text together attend to least."""
     return _prune(seen, seen.attention.mean(axis=0) * seen.text.sum(axis=0), removed)
 
 
@@ -70,7 +70,7 @@ def _prune(seen: Seen, worth: np.ndarray, removed: int) -> Outcome:
 
 
 def sparsevlm(seen: Seen, removed: int) -> Outcome:
-    """SparseVLM: text raters choose; of what they discard the best is gathered around density peaks."""
+    """SparseVLM: text raters choose; the best of the discarded tokens are merged into density peaks."""
     tokens = seen.tokens
     N, D = tokens.shape
     products = tokens @ seen.text_tokens.T

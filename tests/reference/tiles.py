@@ -14,13 +14,13 @@ from tests.reference.dense_tower import DenseLlava
 
 
 class Tiled(ReferenceLlava):
-    """To be put in front of an oracle whose tower sees an image whole."""
+    """Mixin for an oracle whose tower sees an image whole; the first base class."""
 
     model_class = LlavaNextForConditionalGeneration
     per_image = False
 
     def shown(self, image: Image.Image) -> list[list[Shown]]:
-        """What of each tile shows the image, row by row of tiles."""
+        """Part of each tile that shows the image, row by row of tiles."""
         config, side = self.config, self.side
         height, width = select_best_resolution((image.height, image.width), config.image_grid_pinpoints)
         rows, columns = (pixels // config.vision_config.image_size for pixels in (height, width))
@@ -58,13 +58,13 @@ class Tiled(ReferenceLlava):
         pieces = [tokens for _, _, tokens in self._tile(pixels[0], keeps[0], whole)]
         number = 0
         for row in self.shown(image):
-            found = []
+            result = []
             for column, shown in enumerate(row):
                 number += 1
                 for line, place, token in self._tile(pixels[number], keeps[number], shown):
-                    found.append((line, column * self.side + place if line < self.side else 0, token))
-            pieces += [token for *_, token in sorted(found, key=lambda item: item[:2])]
-            pieces += [self.model.model.image_newline] * bool(found)
+                    result.append((line, column * self.side + place if line < self.side else 0, token))
+            pieces += [token for *_, token in sorted(result, key=lambda item: item[:2])]
+            pieces += [self.model.model.image_newline] * bool(result)
         return torch.stack(pieces)
 
     def _keeps(self, keep: int, sizes: list[int]) -> list[int]:
@@ -78,7 +78,7 @@ class Tiled(ReferenceLlava):
         return keeps
 
     def _tile(self, pixels: Tensor, keep: int, shown: Shown) -> list[tuple[int, int, Tensor]]:
-        """Line, place in it and projected token, of each that is kept; the line behind the last for fused ones."""
+        """Line, place in it and projected token of each kept one; fused ones have the line after the last."""
         if not keep:
             return []
         hidden, position = self.encode(pixels[None], keep, shown)
@@ -90,8 +90,8 @@ class Tiled(ReferenceLlava):
         """As Hugging Face does it."""
         size = torch.tensor([[image.height, image.width]])
         model = self.model.model
-        found = model.get_image_features(pixel_values=pixels[None], image_sizes=size)
-        features: Tensor = torch.cat(list(getattr(found, "pooler_output", found)))
+        result = model.get_image_features(pixel_values=pixels[None], image_sizes=size)
+        features: Tensor = torch.cat(list(getattr(result, "pooler_output", result)))
         return features
 
 

@@ -1,4 +1,4 @@
-"""`make charts-check`: vLLM's plain chart, as vLLM's sdist has it, rendered by Helm with our values.
+"""`make charts-check`: the plain chart in vLLM's sdist, rendered by Helm with our values.
 
 The chart's own schema checks the values, Kubernetes' schemas what comes out.
 """
@@ -27,7 +27,7 @@ CHART = "examples/deployment/chart-helm"
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """VLLM's chart, out of its sdist.
 
-    pip is asked for its index in a process of its own: whoever imports pip loses setuptools' `distutils`, which vLLM
+    pip's index is read in a separate process: importing pip removes setuptools' `distutils`, which vLLM
     needs later.
     """
     out = tmp_path_factory.mktemp("vllm")
@@ -41,9 +41,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     best = finder.find_best_match(f"vllm=={VLLM}").best
     assert best is not None
     finder.download_and_unpack(best.link, out / "sources", out)
-    found = list(out.rglob(f"{CHART}/Chart.yaml"))
-    assert len(found) == 1
-    return found[0].parent
+    matches = list(out.rglob(f"{CHART}/Chart.yaml"))
+    assert len(matches) == 1
+    return matches[0].parent
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def values() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def manifests(chart: Chart, values: dict[str, Any]) -> dict[str, Manifest]:
-    """What Helm makes of them, by kind."""
+    """Objects that Helm renders, by kind."""
     documents = rendered(chart, values)
     kinds = [document["kind"] for document in documents]
     assert len(kinds) == len(set(kinds))

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.timeout(2 * BUILD_SECONDS)
 
 
 def buildah(command: str, *arguments: str, cwd: Path | None = None) -> str:
-    """Run buildah with a store of our own; returns what it prints."""
+    """Run buildah with a separate store and return its output."""
     store = ["--root", str(CACHE / "store"), "--runroot", str(CACHE / "run")]
     result = subprocess.run(
         ["buildah", *store, command, *arguments],
@@ -79,7 +79,7 @@ def pip_configuration(folder: Path) -> list[str]:
 
 
 def build(file: str, base: str, tag: str, *arguments: str) -> None:
-    """Build one of our images on a base of our own."""
+    """Build one of our images on a custom base."""
     options = ["--isolation=chroot", "--format=docker", "--layers", f"--build-arg=BASE={base}", *arguments]
     buildah("build", *options, "--file", file, "--tag", tag, ".", cwd=ROOT)
 
@@ -103,7 +103,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def configuration(image: str) -> dict[str, Any]:
-    """What the image tells an engine."""
+    """Configuration of the image."""
     inspected: dict[str, Any] = json.loads(buildah("inspect", "--type=image", image))["Docker"]["config"]
     return inspected
 
@@ -117,7 +117,7 @@ def test_image_is_not_root_and_says_how_it_is(image: str) -> None:
 
 
 def test_the_image_answers_the_questions_of_the_readme(image: str, tmp_path: Path) -> None:
-    """Its own entry point and command, as its own user."""
+    """The image's entry point and command, as the image's user."""
     config = configuration(image)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -26,7 +26,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     python = folder / "venv" / "bin" / "python"
     command = [str(unpacked / "requirements" / "install.sh"), "--wheel", str(wheel), str(python)]
     subprocess.run(command, check=True, cwd=folder, env=outside(), timeout=TIMEOUT_SECONDS)
-    unpacked.rename(folder / "moved away")  # nothing of it may be needed any more
+    unpacked.rename(folder / "moved away")  # the installation must not need it
     return python
 
 

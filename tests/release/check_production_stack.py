@@ -43,7 +43,7 @@ def values() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def manifests(chart: Chart, values: dict[str, Any]) -> dict[str, Manifest]:
-    """What Helm makes of them, by kind and name."""
+    """Objects that Helm renders, by kind and name."""
     documents = rendered(chart, values)
     names = [f"{document['kind']}/{document['metadata']['name']}" for document in documents]
     assert len(names) == len(set(names))
@@ -71,7 +71,7 @@ def of_kind(manifests: dict[str, Manifest], kind: str) -> list[Manifest]:
 
 
 def selects(selector: dict[str, str], manifest: Manifest) -> bool:
-    """Whether labels select what carries those of `manifest`."""
+    """Whether labels select objects with the labels of `manifest`."""
     labels: dict[str, str] = manifest["metadata"]["labels"]
     return selector.items() <= labels.items()
 
@@ -158,7 +158,7 @@ def test_the_monitor_finds_the_metrics(
 ) -> None:
     (monitor,) = of_kind(manifests, "ServiceMonitor")
     selector = monitor["spec"]["selector"]["matchLabels"]
-    (service,) = (found for found in of_kind(manifests, "Service") if selects(selector, found))
+    (service,) = (matches for matches in of_kind(manifests, "Service") if selects(selector, matches))
     assert selects(service["spec"]["selector"], engine)
     (endpoint,) = monitor["spec"]["endpoints"]
     (port,) = (port for port in service["spec"]["ports"] if port["name"] == endpoint["port"])
@@ -205,9 +205,9 @@ def test_the_router_finds_the_servers(manifests: dict[str, Manifest], engine: Ma
     assert selects(selector, engine)
     assert not selects(selector, router["template"])
     (service,) = (
-        found
-        for found in of_kind(manifests, "Service")
-        if selects(found["spec"]["selector"], router["template"])
+        matches
+        for matches in of_kind(manifests, "Service")
+        if selects(matches["spec"]["selector"], router["template"])
     )
     assert service["spec"]["ports"][0]["targetPort"] == container["ports"][0]["containerPort"]
 

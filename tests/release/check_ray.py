@@ -49,7 +49,7 @@ PROMPT_TOKENS = (78, 75, 77, 78, 80, 76)
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Where Ray Serve answers."""
+    """Base URL of Ray Serve."""
     port = free_port()
     init(num_cpus=6, num_gpus=0, include_dashboard=False, object_store_memory=200 * 2**20)
     try:

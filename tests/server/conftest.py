@@ -13,14 +13,14 @@ from tests.support.site import Site, loopback_site
 
 # Of `bounded`: visual tokens of an image, and the server's budget.
 NUM_PATCHES, KEEP = 144, 15
-# Named by the operator, so it is allowed; what `localhost` leads to is not.
+# Named by the operator, so it is allowed; the address of `localhost` is not.
 SITE = "127.0.0.2"
 IMAGE_BYTES, BODY_BYTES, PIXELS = 2**20, 4 * 2**20, 10**6
 
 
 @dataclass(frozen=True)
 class Bounded:
-    """A server whose operator allows little.
+    """A server with tight limits.
 
     Attributes:
         server: the decoder reduces, by `ficoco-l`.

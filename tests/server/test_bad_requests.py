@@ -1,4 +1,4 @@
-"""Bad input: HTTP 400 in OpenAI's form, naming field, value and what is allowed, and the engine lives on."""
+"""Bad input: HTTP 400 in OpenAI's form, naming field, value and what is allowed, and the engine keeps running."""
 
 import base64
 from typing import Any

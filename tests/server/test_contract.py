@@ -52,7 +52,7 @@ def some(count: int) -> settings:
 
 
 def cases(schema: dict[str, Any], path: str, method: str) -> st.SearchStrategy[Any]:
-    """What schemathesis makes of one operation, right and wrong."""
+    """Requests that schemathesis generates for one operation, valid and invalid."""
     operation = schemathesis.openapi.from_dict(schema)[path][method]
     return st.one_of(*(operation.as_strategy(generation_mode=mode) for mode in GenerationMode))
 
@@ -63,7 +63,7 @@ def published(server: Server) -> dict[str, Any]:
 
 
 def test_our_routes(server: Server) -> None:
-    """Answers are those that the schema promises; what would be right but for its image gets a real one."""
+    """Answers match the schema; requests that are valid except for their image get a real one."""
     schema = published(server)
     assert {path for path in schema["paths"] if "ficoco" in path} == {"/ficoco/explain", "/ficoco/options"}
     statuses: Counter[int] = Counter()
@@ -98,7 +98,7 @@ def body_of(path: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("path", ROUTES)
 def test_the_field(server: Server, path: str) -> None:
-    """Granted and told, or refused in OpenAI's form with the field's name; nothing is ignored."""
+    """Every field is applied and reported, or refused in OpenAI's form with its name; none is ignored."""
     schema = published(server)
     components = schema["components"]["schemas"]
     body = schema["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
@@ -110,32 +110,32 @@ def test_the_field(server: Server, path: str) -> None:
     statuses: Counter[int] = Counter()
 
     def check(case: Any) -> None:
-        asked = case.body
-        if isinstance(asked, bytes):
+        requested = case.body
+        if isinstance(requested, bytes):
             return  # no JSON
-        if isinstance(asked, dict) and isinstance(asked.get("keep"), int):
-            asked = {**asked, "keep": asked["keep"] % (NUM_PATCHES + 20)}
-        statuses[assert_granted_or_refused(server, path, asked)] += 1
+        if isinstance(requested, dict) and isinstance(requested.get("keep"), int):
+            requested = {**requested, "keep": requested["keep"] % (NUM_PATCHES + 20)}
+        statuses[assert_granted_or_refused(server, path, requested)] += 1
 
     some(30)(given(cases(alone, path, "POST"))(check))()
     assert statuses[200] >= 5
     assert statuses[400] >= 5
 
 
-def assert_granted_or_refused(server: Server, path: str, asked: Any) -> int:
+def assert_granted_or_refused(server: Server, path: str, requested: Any) -> int:
     """Ask with one value of the field; gives the status."""
-    content = json.dumps({**body_of(path), "ficoco": asked})
+    content = json.dumps({**body_of(path), "ficoco": requested})
     headers = {**HEADERS, "Content-Type": "application/json"}
     answer = httpx.post(f"{server.url}{path}", content=content, headers=headers, timeout=120)
-    assert answer.status_code in (200, 400), (asked, answer.text)
+    assert answer.status_code in (200, 400), (requested, answer.text)
     if answer.status_code == 400:
-        assert answer.json()["error"]["param"].startswith("ficoco"), (asked, answer.text)
+        assert answer.json()["error"]["param"].startswith("ficoco"), (requested, answer.text)
     elif path not in ("/tokenize", "/v1/completions"):
-        told = answer.json()["usage"]["ficoco"]
-        if isinstance(asked, dict) and asked.get("keep") is not None:
-            assert told["visual_tokens_kept"] == asked["keep"] * (2 if path.endswith("/batch") else 1)
-        if asked == "off":
-            assert told["method"] == "off"
+        reported = answer.json()["usage"]["ficoco"]
+        if isinstance(requested, dict) and requested.get("keep") is not None:
+            assert reported["visual_tokens_kept"] == requested["keep"] * (2 if path.endswith("/batch") else 1)
+        if requested == "off":
+            assert reported["method"] == "off"
     return answer.status_code
 
 

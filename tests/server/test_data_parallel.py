@@ -1,4 +1,4 @@
-"""Two data-parallel engines behind one API server: each counts under its own label."""
+"""Two data-parallel engines of one API server: each counts under its own label."""
 
 import urllib.request
 from collections import defaultdict
@@ -29,13 +29,13 @@ def by_engine(server: Server) -> dict[str, dict[str, float]]:
     """Name of each of our samples of the server's method, to its value by engine."""
     with urllib.request.urlopen(f"{server.url}/metrics", timeout=30) as answer:
         families = list(text_string_to_metric_families(answer.read().decode()))
-    found: defaultdict[str, dict[str, float]] = defaultdict(dict)
+    result: defaultdict[str, dict[str, float]] = defaultdict(dict)
     for family in families:
         for sample in family.samples:
             if sample.name.startswith("ficoco:") and sample.labels["method"] == "ficoco-v":
                 kind = sample.labels.get("outcome") or sample.labels.get("le") or ""
-                found[sample.name + kind][sample.labels["engine"]] = sample.value
-    return found
+                result[sample.name + kind][sample.labels["engine"]] = sample.value
+    return result
 
 
 def test_each_engine_counts_its_own(pair: Server) -> None:
@@ -70,6 +70,6 @@ def test_each_engine_counts_its_own(pair: Server) -> None:
         assert ended == num_images
         assert after["ficoco:default_budget_tokens"][engine] == KEEP
         assert after["ficoco:kv_blocks_held"][engine] == 0
-    # The towers of both workers tell their time.
+    # The towers of both workers report their time.
     assert sum(grown("ficoco:reduction_seconds_count").values()) == 2 * NUM_REQUESTS
     assert set(grown("ficoco:reduction_seconds_count")) == {"0", "1"}

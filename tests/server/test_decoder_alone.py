@@ -33,8 +33,8 @@ def chat(num_images: int = 1, **extra_body: Any) -> dict[str, Any]:
     }
 
 
-def told(method: str, keep: int, num_images: int = 1) -> dict[str, Any]:
-    """What the plan says of images that enter whole."""
+def reported(method: str, keep: int, num_images: int = 1) -> dict[str, Any]:
+    """Usage according to the plan, for images that enter the decoder unreduced."""
     planner = DecoderPlanner.shared(FicocoConfig.parse({"method": "ficoco-l"}), NUM_LAYERS, NUM_PATCHES)
     counts = planner.counts(method, NUM_PATCHES, keep)
     missing = sum(NUM_PATCHES - count for count in counts) * NUM_LAYERS // len(counts)
@@ -57,14 +57,14 @@ def told(method: str, keep: int, num_images: int = 1) -> dict[str, Any]:
         ({"method": "fastv"}, "fastv", KEEP),
     ],
 )
-def test_asked_and_told(bounded: Bounded, ficoco: Any, method: str, keep: int) -> None:
+def test_requested_and_reported(bounded: Bounded, ficoco: Any, method: str, keep: int) -> None:
     with bounded.server.client() as client:
         answer = client.chat.completions.create(**chat(**({} if ficoco is None else {"ficoco": ficoco})))
         whole = client.chat.completions.create(**chat())
     assert answer.usage is not None
     assert whole.usage is not None
-    assert answer.usage.model_extra == {"ficoco": told(method, keep)}
-    # The prompt is whole, whatever is left in the decoder.
+    assert answer.usage.model_extra == {"ficoco": reported(method, keep)}
+    # The prompt has all tokens, independent of the decoder.
     assert answer.usage.prompt_tokens == whole.usage.prompt_tokens > NUM_PATCHES
 
 
@@ -72,9 +72,9 @@ def test_kv_budget_is_an_average_over_layers(bounded: Bounded) -> None:
     with bounded.server.client() as client:
         usage = client.chat.completions.create(**chat(ficoco={"kv_budget": 110})).usage
     assert usage is not None
-    found = (usage.model_extra or {})["ficoco"]
-    keep = found["visual_tokens_kept"]
-    assert found == told("ficoco-l", keep)
+    result = (usage.model_extra or {})["ficoco"]
+    keep = result["visual_tokens_kept"]
+    assert result == reported("ficoco-l", keep)
     planner = DecoderPlanner.shared(FicocoConfig.parse({"method": "ficoco-l"}), NUM_LAYERS, NUM_PATCHES)
     means = [fmean(planner.counts("ficoco-l", NUM_PATCHES, count)) for count in (keep, keep + 1)]
     assert means[0] <= 110 < means[1]
@@ -93,7 +93,7 @@ def test_streams_of_the_asynchronous_client(bounded: Bounded) -> None:
 
     text, usages = asyncio.run(ask())
     assert usages[:-1] == [None] * (len(usages) - 1)
-    assert usages[-1].model_extra == {"ficoco": told("ficoco-l", 20, 2)}
+    assert usages[-1].model_extra == {"ficoco": reported("ficoco-l", 20, 2)}
     with bounded.server.client() as client:
         answer = client.chat.completions.create(**chat(2, ficoco={"keep": 20}))
     assert answer.choices[0].message.content == text

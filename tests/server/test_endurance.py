@@ -122,10 +122,10 @@ def test_a_planted_fault_is_noticed(
         async with Client(server.url, API_KEY, Tampering(tamper)) as client:
             return await run(client, server.process.pid, asks, settings)
 
-    found = failures(asyncio.run(send()))
+    result = failures(asyncio.run(send()))
     counted = {"vllm-counts-answers-and-aborts", "ficoco-counts-answers-and-aborts"}
     absent = {"aborts-early", "aborts-mid", "answers-compared", "longest-queue-of-a-burst"}
-    assert found - absent == failing | counted
+    assert result - absent == failing | counted
 
 
 def made_up(mib_per_round: float = 0.0, **more: Any) -> dict[str, Any]:

@@ -54,30 +54,30 @@ def assert_every_patch_is_somewhere(explanation: Explanation) -> None:
 
 @pytest.mark.parametrize("example", examples()[:2], ids=lambda example: example.question)
 def test_both_answers_and_the_way_of_every_patch(server: Server, example: Example) -> None:
-    found = explain(server, example)
-    assert found.reduced.answer.strip() == example.answer
-    assert found.full is not None
-    assert found.full.answer.strip() == example.answer
-    assert (found.method, found.keep, found.grid, found.central_square) == (
+    result = explain(server, example)
+    assert result.reduced.answer.strip() == example.answer
+    assert result.full is not None
+    assert result.full.answer.strip() == example.answer
+    assert (result.method, result.keep, result.grid, result.central_square) == (
         "ficoco-v",
         DEMO_KEEP,
         (24, 24),
         1.0,
     )
-    assert [(layer.site, layer.layer, len(layer.kept)) for layer in found.layers] == [
+    assert [(layer.site, layer.layer, len(layer.kept)) for layer in result.layers] == [
         ("encoder", 3, 448),
         ("encoder", 4, 320),
         ("encoder", 5, 192),
         ("encoder", 6, 64),
     ]
-    assert (found.reduced.visual_tokens, found.full.visual_tokens) == (DEMO_KEEP, NUM_PATCHES)
-    assert found.full.prompt_tokens - found.reduced.prompt_tokens == NUM_PATCHES - DEMO_KEEP
-    for side in (found.reduced, found.full):
+    assert (result.reduced.visual_tokens, result.full.visual_tokens) == (DEMO_KEEP, NUM_PATCHES)
+    assert result.full.prompt_tokens - result.reduced.prompt_tokens == NUM_PATCHES - DEMO_KEEP
+    for side in (result.reduced, result.full):
         assert side.kv_bytes == side.prompt_tokens * TOKEN_BYTES
         assert 0 < side.ttft_seconds <= side.total_seconds
-    assert_every_patch_is_somewhere(found)
+    assert_every_patch_is_somewhere(result)
     # FiCoCo-V merges: nothing is lost.
-    assert sum(found.layers[-1].sizes) == pytest.approx(NUM_PATCHES, abs=1e-2)
+    assert sum(result.layers[-1].sizes) == pytest.approx(NUM_PATCHES, abs=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -85,24 +85,24 @@ def test_both_answers_and_the_way_of_every_patch(server: Server, example: Exampl
     [("tome", {"encoder"}, 0), ("evit", {"encoder"}, 1), ("topk-cls", {"features"}, 0)],
 )
 def test_other_methods(server: Server, method: str, sites: set[str], fused: int) -> None:
-    found = explain(server, examples()[0], method=method, keep=100, compare=False)
-    assert found.full is None
-    assert (found.method, found.keep, found.reduced.method) == (method, 100, method)
-    assert {layer.site for layer in found.layers} == sites
-    assert {layer.num_fused for layer in found.layers} == {fused}
-    assert len(found.layers[-1].kept) == found.reduced.visual_tokens == 100
-    assert_every_patch_is_somewhere(found)
-    lost = {item.lost for item in found.destinations}
+    result = explain(server, examples()[0], method=method, keep=100, compare=False)
+    assert result.full is None
+    assert (result.method, result.keep, result.reduced.method) == (method, 100, method)
+    assert {layer.site for layer in result.layers} == sites
+    assert {layer.num_fused for layer in result.layers} == {fused}
+    assert len(result.layers[-1].kept) == result.reduced.visual_tokens == 100
+    assert_every_patch_is_somewhere(result)
+    lost = {item.lost for item in result.destinations}
     assert lost == ({1.0} if method == "topk-cls" else {0.0})
 
 
 def test_nothing_is_reduced(server: Server) -> None:
-    found = explain(server, examples()[0], keep=NUM_PATCHES, compare=False)
-    assert (found.layers, found.destinations) == ([], [])
-    assert found.reduced.visual_tokens == NUM_PATCHES
+    result = explain(server, examples()[0], keep=NUM_PATCHES, compare=False)
+    assert (result.layers, result.destinations) == ([], [])
+    assert result.reduced.visual_tokens == NUM_PATCHES
 
 
-def test_asked_twice_it_says_the_same(server: Server) -> None:
+def test_a_repeated_explanation_is_the_same(server: Server) -> None:
     """No cache answers in place of the tower: the trace is there again."""
     first, second = (explain(server, examples()[3], compare=False) for _ in range(2))
     assert first.layers == second.layers
@@ -135,7 +135,7 @@ def test_bad_requests(server: Server, change: dict[str, Any], parts: list[str]) 
     assert server.is_healthy()
 
 
-def test_a_trace_cannot_be_asked_for_by_a_wrong_mark(server: Server) -> None:
+def test_a_wrong_trace_id_is_refused(server: Server) -> None:
     body = {
         "model": "ficoco-demo",
         "messages": [
@@ -156,7 +156,7 @@ def test_a_trace_cannot_be_asked_for_by_a_wrong_mark(server: Server) -> None:
     assert "ficoco_trace = 'x'" in answer.json()["error"]["message"]
 
 
-def test_the_key_is_asked_for(server: Server) -> None:
+def test_the_key_is_required(server: Server) -> None:
     assert post(server, question(examples()[0]), key="wrong").status_code == 401
     assert httpx.get(f"{server.url}/ficoco/options").status_code == 401
 
@@ -197,8 +197,8 @@ def test_the_command_draws_a_picture(
     printed = capsys.readouterr()
     assert f"ficoco-v, 128 kept: {example.answer} (128 visual tokens" in printed.out
     assert f"without reduction: {example.answer} (576 visual tokens" in printed.out
-    found = Explanation.model_validate(json.loads(data.read_text()))
-    assert len(found.layers[-1].kept) == 128
+    result = Explanation.model_validate(json.loads(data.read_text()))
+    assert len(result.layers[-1].kept) == 128
     with Image.open(out) as picture:
         assert picture.width == 1120
         assert picture.height > 600

@@ -51,7 +51,7 @@ def test_kv_bytes_of_a_tower_method_are_those_of_its_prompt() -> None:
 
 
 def test_kv_bytes_of_a_decoder_method_shrink_from_layer_to_layer() -> None:
-    """16 tokens enter; the layer that reduces has written all of them, those behind it what stays."""
+    """16 tokens enter; the reducing layer writes all of them, later layers the kept ones."""
     steps = [step("decoder", 1, 10), step("decoder", 5, 4)]
     assert served().visual_tokens(steps) == (16, 4)
     tokens = [20, 20, 14, 14, 14, 14, 8, 8]
@@ -144,7 +144,7 @@ def test_keys() -> None:
         assert caught.value.status_code == 401
 
 
-def test_off_unless_asked_for() -> None:
+def test_off_unless_enabled() -> None:
     app = FastAPI()
     before = len(app.routes)
     app.state.args = Namespace(ficoco_explain=False)
@@ -266,7 +266,7 @@ def test_the_command_s_own_errors(
     assert not Path("out.png").exists()
 
 
-def test_the_command_says_that_nobody_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_reports_a_missing_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
     arguments = [str(tmp_path / "image.png"), "?", "--out", str(tmp_path / "out.png")]
     assert main(["explain", *arguments, "--url", "http://127.0.0.1:9"]) == 1

@@ -40,15 +40,15 @@ def scraped(server: Server) -> dict[tuple[str, Labels], float]:
     """Our samples: name and labels, sorted, without those that are the same in all."""
     with urllib.request.urlopen(f"{server.url}/metrics", timeout=30) as answer:
         text = answer.read().decode()
-    found = {}
+    result = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             if sample.name.startswith("ficoco:"):
                 assert sample.labels.pop("model_name") == MODEL
                 engine = sample.labels.pop("engine")
                 assert engine == ("" if sample.labels.get("outcome") == "refused" else "0")
-                found[sample.name, tuple(sorted(sample.labels.items()))] = sample.value
-    return found
+                result[sample.name, tuple(sorted(sample.labels.items()))] = sample.value
+    return result
 
 
 def chat(client: OpenAI, image: Image.Image | None, keep: int | None = None, **more: Any) -> Any:
@@ -61,7 +61,7 @@ def chat(client: OpenAI, image: Image.Image | None, keep: int | None = None, **m
 
 @dataclass
 class Traffic:
-    """What was sent, and what is known of it."""
+    """The sent requests and their expected metrics."""
 
     before: dict[tuple[str, Labels], float]
     after: dict[tuple[str, Labels], float] = field(default_factory=dict)
@@ -124,22 +124,22 @@ def traffic(
             prometheus = stack.enter_context(scrape(folder, server.url.removeprefix("http://")))
             prometheus.wait_for_scrapes()
         start = time.monotonic()
-        found = Traffic(scraped(server))
-        send(server, images, found, prometheus)
+        result = Traffic(scraped(server))
+        send(server, images, result, prometheus)
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:  # a client that goes away is noticed a little later
-            found.after = scraped(server)
-            if found.grown("ficoco:requests_total", method="ficoco-v", outcome="abort") >= NUM_STREAMS:
+            result.after = scraped(server)
+            if result.grown("ficoco:requests_total", method="ficoco-v", outcome="abort") >= NUM_STREAMS:
                 break
             time.sleep(0.3)
         if prometheus is not None:
             prometheus.wait_for_scrapes()
-            found.window_seconds = int(time.monotonic() - start) + 2
+            result.window_seconds = int(time.monotonic() - start) + 2
             for title, expressions in panels().items():
                 for index, expression in enumerate(expressions):
-                    query = filled_in(expression, found.window_seconds, MODEL)
-                    found.queries[title, index] = prometheus.query(query)
-        yield found
+                    query = filled_in(expression, result.window_seconds, MODEL)
+                    result.queries[title, index] = prometheus.query(query)
+        yield result
 
 
 def test_tokens_and_kv(traffic: Traffic) -> None:

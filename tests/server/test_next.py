@@ -1,4 +1,4 @@
-"""A server of LLaVA-NeXT: what its requests may ask, what answers and metrics tell."""
+"""A server of LLaVA-NeXT: allowed requests, reported usage and metrics."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,7 +55,7 @@ def post(server: Server, urls: list[str], ficoco: Any = None) -> httpx.Response:
         ("off", "off", tuple(SIZES.values())),
     ],
 )
-def test_asked_and_told(next_server: Server, ficoco: Any, method: str, kept: tuple[int, int]) -> None:
+def test_requested_and_reported(next_server: Server, ficoco: Any, method: str, kept: tuple[int, int]) -> None:
     full = post(next_server, images(), "off").json()["usage"]["prompt_tokens"]
     for urls, before, after in (
         (images()[:1], [*SIZES.values()][:1], kept[:1]),

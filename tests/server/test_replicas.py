@@ -1,4 +1,4 @@
-"""Two replicas behind vLLM's router: this repository's server, and the released wheel.
+"""Two replicas with vLLM's router: this repository's server, and the released wheel.
 
 The second has two API servers and two data-parallel engines.
 """
@@ -42,7 +42,7 @@ def replicas(
 
 @pytest.fixture(scope="module")
 def router(replicas: list[Server], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """What clients talk to."""
+    """The router, which clients call."""
     with route(tmp_path_factory.mktemp("router") / "log", replicas) as router:
         yield router
 
@@ -68,10 +68,10 @@ def test_budgets_are_respected_and_metrics_add_up(replicas: list[Server], router
     for index in range(count):
         keep = BUDGETS[index // 2]  # each budget once at either replica
         raw = ask(router.client(), index, keep)
-        told = raw.parse().usage.model_extra["ficoco"]
-        assert told["visual_tokens_kept"] == (keep or DEMO_KEEP)
+        reported = raw.parse().usage.model_extra["ficoco"]
+        assert reported["visual_tokens_kept"] == (keep or DEMO_KEEP)
         assert raw.headers["x-ficoco-visual-tokens-kept"] == str(keep or DEMO_KEEP)
-        kept += told["visual_tokens_kept"]
+        kept += reported["visual_tokens_kept"]
     grown = [
         {name: replica.metric(name) - old[name] for name in old}
         for replica, old in zip(replicas, before, strict=True)

@@ -1,4 +1,4 @@
-"""What a client may make the server read, through HTTP: where from, how much, and for whom."""
+"""Limits of the media that a client can make the server read, through HTTP: sources, sizes, and API keys."""
 
 import base64
 import struct
@@ -38,7 +38,7 @@ def refused(answer: httpx.Response, status: int) -> str:
 
 @pytest.fixture(autouse=True)
 def lives_on(bounded: Bounded) -> Iterator[None]:
-    """After every refusal the server is there, and has fetched nothing behind our back."""
+    """After every refusal the server still answers, and has fetched nothing."""
     bounded.site.paths.clear()
     yield
     assert bounded.server.is_healthy()
@@ -57,7 +57,7 @@ def test_no_other_domain(bounded: Bounded) -> None:
     assert bounded.site.paths == []
 
 
-def test_no_private_address_behind_an_allowed_name(bounded: Bounded) -> None:
+def test_an_allowed_name_with_a_private_address(bounded: Bounded) -> None:
     message = refused(ask(bounded, bounded.site.url("/a", "localhost")), 400)
     assert "not on the public internet" in message
     assert "--ficoco-allow-private-media" in message

@@ -56,7 +56,7 @@ def test_two_images_in_one_chat(client: OpenAI, images: list[Image.Image]) -> No
         return completion.usage.prompt_tokens
 
     one, two = prompt_tokens(1), prompt_tokens(2)
-    assert KEEP <= two - one <= KEEP + 2  # the second image and the line break behind it
+    assert KEEP <= two - one <= KEEP + 2  # the second image and the line break after it
 
 
 def test_streaming_equals_not_streaming(client: OpenAI) -> None:
@@ -80,7 +80,7 @@ def test_streaming_equals_not_streaming(client: OpenAI) -> None:
 
 
 def test_32_concurrent_requests_with_mixed_budgets(server: Server, client: OpenAI) -> None:
-    """Each gets its own answer and its own budget, whatever ran beside it."""
+    """Each gets its own answer and budget, independent of concurrent requests."""
     shown = examples()
     cases = [(shown[index % len(shown)], (64, 576, 192, 9)[index % 4]) for index in range(32)]
     alone = {(example.question, keep): ask(client, example, keep) for example, keep in cases}
@@ -145,7 +145,7 @@ def test_completions_endpoint_and_models(client: OpenAI) -> None:
     assert [model.id for model in client.models.list().data] == [MODEL]
 
 
-def test_api_key_is_asked_for(server: Server) -> None:
+def test_api_key_is_required(server: Server) -> None:
     with pytest.raises(openai.AuthenticationError):
         OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0).models.list()
 

@@ -67,7 +67,7 @@ def to_layer(browser: Browser, index: int) -> None:
 
 @pytest.fixture(scope="module")
 def page(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    """A desktop browser that has asked about the example."""
+    """A desktop browser with the answers about the example."""
     with chromium(tmp_path_factory.mktemp("profile")) as browser:
         open_page(browser, server)
         ask(browser)
@@ -168,9 +168,9 @@ def test_shares_are_followed_as_the_server_does(page: Browser) -> None:
           let worst = 0;
           for (const item of answer.destinations) {
             const { shares, lost } = whereIs(answer.layers, item.token, answer.layers.length);
-            const found = new Map(shares);
+            const traced = new Map(shares);
             for (const [token, share] of item.targets) {
-              worst = Math.max(worst, Math.abs(share - (found.get(token) ?? 0)));
+              worst = Math.max(worst, Math.abs(share - (traced.get(token) ?? 0)));
             }
             worst = Math.max(worst, Math.abs(lost - item.lost - item.rest));
           }
@@ -234,24 +234,24 @@ def test_readable_on_a_phone(server: Server, tmp_path: Path, scheme: str) -> Non
         assert browser.complaints() == []
 
 
-# Contrast of text against what lies behind it, WCAG 2.2, of some of every kind of text on the page.
+# Contrast of text against its background, WCAG 2.2, for samples of every kind of text on the page.
 CONTRAST = """
 const channels = (color) => color.match(/[\\d.]+/g).map(Number);
 const luminance = (color) => channels(color).slice(0, 3).map((c) => c / 255)
   .map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4))
   .reduce((sum, c, index) => sum + c * [0.2126, 0.7152, 0.0722][index], 0);
-const behind = (element) => {
+const background = (element) => {
   const color = getComputedStyle(element).backgroundColor;
-  return (channels(color)[3] ?? 1) > 0 ? color : behind(element.parentElement);
+  return (channels(color)[3] ?? 1) > 0 ? color : background(element.parentElement);
 };
-const found = {};
+const contrasts = {};
 for (const name of ["h1", "#model", "label", "#keep-value", ".primary", ".answer h2", ".said", ".answer dt",
     ".answer dd", "#caption", "#detail", ".legend li", "select", "textarea"]) {
   const element = [...document.querySelectorAll(name)].find((one) => one.checkVisibility());
-  const [one, other] = [getComputedStyle(element).color, behind(element)].map(luminance).sort((a, b) => b - a);
-  found[name] = (one + 0.05) / (other + 0.05);
+  const [one, other] = [getComputedStyle(element).color, background(element)].map(luminance).sort((a, b) => b - a);
+  contrasts[name] = (one + 0.05) / (other + 0.05);
 }
-return found;
+return contrasts;
 """
 
 

@@ -1,1 +1,1 @@
-"""What several test modules need."""
+"""Helpers of several test modules."""

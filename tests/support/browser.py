@@ -43,7 +43,7 @@ for (const kind of ["dragenter", "dragover", "drop"]) {
 
 
 def why_missing() -> str | None:
-    """What keeps the browser from being started, or None."""
+    """Reason why the browser cannot start, or None."""
     if not any(map(shutil.which, BROWSERS)):
         return f"no browser: none of {', '.join(BROWSERS)} (Debian's package chromium)"
     if shutil.which(DRIVER) is None:
@@ -80,7 +80,7 @@ def chromium(
 
 
 class Browser:
-    """What the tests do with it."""
+    """A page of the browser."""
 
     def __init__(self, driver: Chrome) -> None:
         self.driver = driver
@@ -94,7 +94,7 @@ class Browser:
         return self.driver.find_elements(By.CSS_SELECTOR, selector)
 
     def text(self, selector: str) -> str:
-        """What a reader sees of an element."""
+        """Visible text of an element."""
         return str(self.find(selector).text)
 
     def run(self, script: str, *args: Any) -> Any:
@@ -111,7 +111,7 @@ class Browser:
         self.run(DROP, self.find(selector), image.name, data)
 
     def complaints(self) -> list[str]:
-        """What the browser's console has said since the last call, but for plain messages."""
+        """Messages of the browser's console since the last call, without plain ones."""
         return [
             entry["message"]
             for entry in self.driver.get_log("browser")

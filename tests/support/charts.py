@@ -12,7 +12,7 @@ from jsonschema import Draft202012Validator
 from tests.support.prometheus import ROOT
 
 VALUES = ROOT / "docker" / "kubernetes"
-# What Helm is told of the release; it stands in names and labels of all that is rendered.
+# Name of the release; it is part of the names and labels of all rendered objects.
 RELEASE = {"name": "ficoco", "namespace": "llava"}
 # Prometheus Operator's and KEDA's own; Kubernetes has no schemas of them.
 CUSTOM = {"PodMonitor", "ServiceMonitor", "ScaledObject"}
@@ -28,7 +28,7 @@ def read_values(name: str) -> dict[str, Any]:
 
 
 def rendered(chart: Chart, values: dict[str, Any]) -> list[Manifest]:
-    """What Helm makes of the values, lists of objects taken apart."""
+    """Objects that Helm renders from the values, with lists of objects flattened."""
     documents: list[Manifest] = []
     for text in chart.render(values, **RELEASE).values():
         for document in filter(None, yaml.safe_load_all(text)):

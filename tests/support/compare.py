@@ -1,4 +1,4 @@
-"""How an answer is held against an oracle's."""
+"""Comparison of an answer with an oracle's."""
 
 from collections.abc import Callable, Sequence
 
@@ -15,12 +15,12 @@ TOLERANCE = 1e-4
 # Where the trained weights magnify rounding beyond that: ours may be so many times as far off as the oracle itself is
 # when it computes in float32. Measured: 1.3e-4 against 0.7e-4, where FiCoCo-L leaves a digit hard to read.
 ROUNDINGS = 3
-# How many tokens are asked for. An answer of the demo model ends before; what it says behind its end it never learnt.
+# Requested number of tokens. An answer of the demo model ends before; it was not trained to continue after its end.
 NUM_TOKENS = 6
 
 
 def demo_questions() -> list[tuple[str, Image.Image]]:
-    """What the demo model can answer: each of its example images with its own question, as a prompt."""
+    """Prompts that the demo model can answer: each of its example images with its own question."""
     return [
         (f"<s>USER: <image>\n{example.question} ASSISTANT:", Image.open(example.image).convert("RGB"))
         for example in examples()
@@ -45,7 +45,7 @@ def assert_equal(
     ends: bool,
     in_float32: Callable[[], Tensor] | None = None,
 ) -> None:
-    """Equal greedy tokens, and log-probabilities within `TOLERANCE` whatever their size.
+    """Equal greedy tokens, and log-probabilities within `TOLERANCE`, independent of their size.
 
     Args:
         tokens: of the answer.

@@ -1,4 +1,4 @@
-"""What an oracle's reductions did, layer by layer, in the form in which the engine's traces are read."""
+"""Reductions of an oracle, layer by layer, in the format of the engine's traces."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,8 +25,8 @@ class Spy:
 
     def __call__(self, tokens: np.ndarray, *args: Any) -> Any:
         """Reduce, and once more the unit vectors."""
-        found = self.reduce(np.eye(len(tokens)), *args)
-        self.mixes.append(torch.from_numpy(next(part for part in found if isinstance(part, np.ndarray))))
+        result = self.reduce(np.eye(len(tokens)), *args)
+        self.mixes.append(torch.from_numpy(next(part for part in result if isinstance(part, np.ndarray))))
         return self.reduce(tokens, *args)
 
 

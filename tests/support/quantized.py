@@ -93,7 +93,7 @@ def quantize_oracle(decoder: nn.Module, kind: Kind) -> None:
 
 
 def to_e4m3(values: Tensor) -> Tensor:
-    """FP8 with three bits behind the point, towards zero, as vLLM's CPU kernel writes keys and values."""
+    """FP8 with three mantissa bits, rounded towards zero, as vLLM's CPU kernel writes keys and values."""
     _, exponent = torch.frexp(values)
     step = torch.ldexp(torch.ones_like(values), (exponent - 1).clamp_min(-6) - 3)
     return (values / step).trunc() * step

@@ -102,7 +102,7 @@ def build_next(
 
 
 def _reading(patch_size: int, select: str) -> dict[str, Any]:
-    """What both processors have in common."""
+    """Common arguments of both processors."""
     return {
         "tokenizer": _tokenizer(),
         "patch_size": patch_size,
@@ -131,7 +131,7 @@ def _vocabulary() -> dict[str, int]:
 
 
 def _parts(vision_layers: int, image_size: int, patch_size: int, decoder_layers: int) -> dict[str, Any]:
-    """What both configurations have in common."""
+    """Common fields of both configurations."""
     return {
         "vision_config": CLIPVisionConfig(
             hidden_size=128,

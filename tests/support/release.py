@@ -1,4 +1,4 @@
-"""What `make dist` builds, and a Python that has it without the repository."""
+"""Distributions of `make dist`, and a Python that has them without the repository."""
 
 import os
 import shutil
@@ -36,7 +36,7 @@ def build(folder: Path) -> Release:
 def install(wheel: Path, folder: Path) -> Path:
     """A virtual environment with the wheel, on top of the packages that the tests run with.
 
-    A path in a `.pth` file puts those packages behind the environment's own and reads none of their `.pth` files, so
+    A path in a `.pth` file puts those packages after the environment's own and reads none of their `.pth` files, so
     the editable install of the repository is not among them.
 
     Returns:

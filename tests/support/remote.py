@@ -10,7 +10,7 @@ from ficoco_vllm.benchmarks.harness import engine as harness
 if TYPE_CHECKING:
     from tests.support.engine import Engines
 
-# Model runner V2 through Triton's interpreter, whatever the machine; read before vLLM is imported.
+# Model runner V2 through Triton's interpreter on every machine; read before vLLM is imported.
 ENVIRONMENT = harness.INTERPRETER
 
 

@@ -1,4 +1,4 @@
-"""Where our code hangs on vLLM's, and whether a source tree of vLLM still has these places. Nothing is imported.
+"""Places where our code relies on vLLM's, and a check that a source tree of vLLM has them. Nothing is imported.
 
 Three kinds are read from our own sources: names that are imported from vLLM, methods of vLLM's classes that ours
 override, and parameters of what they override.
@@ -41,16 +41,16 @@ def our_files() -> list[Path]:
 
 def imports(tree: ast.Module) -> dict[str, tuple[str, str]]:
     """Local name to (module, name) of everything that comes from vLLM; the name is empty for a module."""
-    found = {}
+    result = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level == 0 and is_vllm(node.module or ""):
             for alias in node.names:
-                found[alias.asname or alias.name] = (node.module or "", alias.name)
+                result[alias.asname or alias.name] = (node.module or "", alias.name)
         elif isinstance(node, ast.Import):
             for alias in node.names:
                 if is_vllm(alias.name):
-                    found[alias.asname or alias.name] = (alias.name, "")
-    return found
+                    result[alias.asname or alias.name] = (alias.name, "")
+    return result
 
 
 def is_vllm(module: str) -> bool:
@@ -59,7 +59,7 @@ def is_vllm(module: str) -> bool:
 
 
 def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> tuple[str, ...]:
-    """Names, without self; a star stands for any number."""
+    """Names, without self; a star means any number."""
     given = function.args
     names = [argument.arg for argument in [*given.posonlyargs, *given.args, *given.kwonlyargs]]
     stars = [f"*{given.vararg.arg}"] if given.vararg else []
@@ -94,25 +94,25 @@ class Tree:
         return None
 
     def find(self, module: str, name: str) -> tuple[str, ast.AST] | None:
-        """Where a name of a module is defined, through imports within vLLM.
+        """Definition of a name of a module, through imports within vLLM.
 
         Returns:
             The defining module and the node; None if there is no such name. A submodule and a lazily loaded name
-            (`__getattr__`, as in `vllm.envs`) are found as the module itself.
+            (`__getattr__`, as in `vllm.envs`) resolve to the module itself.
         """
         tree = self.module(module)
         if tree is None:
             return None
-        found: ast.AST | None = None
+        result: ast.AST | None = None
         for node in ast.walk(tree):
             if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name:
-                found = found or node
+                result = result or node
             elif isinstance(node, ast.Assign | ast.AnnAssign):
                 targets = node.targets if isinstance(node, ast.Assign) else [node.target]
                 if any(isinstance(target, ast.Name) and target.id == name for target in targets):
-                    found = found or node
-        if found is not None:
-            return module, found
+                    result = result or node
+        if result is not None:
+            return module, result
         imported = self._imported(module, tree, name)
         if imported is not None:
             return imported
@@ -138,33 +138,33 @@ class Tree:
                     if alias.name == "*":
                         continue
                     return module, node  # of another package
-                found = self.find(source, name if alias.name == "*" else alias.name)
-                if found is not None:
-                    return found
+                result = self.find(source, name if alias.name == "*" else alias.name)
+                if result is not None:
+                    return result
         return None
 
     def method(self, module: str, cls: str, name: str) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
         """A method of a class or of the classes it inherits from."""
-        found = self.find(module, cls)
-        if found is None or not isinstance(found[1], ast.ClassDef):
+        result = self.find(module, cls)
+        if result is None or not isinstance(result[1], ast.ClassDef):
             return None
-        for function in methods(found[1]):
+        for function in methods(result[1]):
             if function.name == name:
                 return function
-        for base in found[1].bases:
+        for base in result[1].bases:
             base = base.value if isinstance(base, ast.Subscript) else base
             if isinstance(base, ast.Name):
-                inherited = self.method(found[0], base.id, name)
+                inherited = self.method(result[0], base.id, name)
                 if inherited is not None:
                     return inherited
         return None
 
 
 def seams(reference: Tree) -> dict[Seam, set[str]]:
-    """What our sources need.
+    """Requirements of our sources.
 
     Args:
-        reference: the vLLM that they were written for; it tells which methods of our classes override one of vLLM's.
+        reference: the vLLM that they were written for; it shows which methods of our classes override one of vLLM's.
 
     Returns:
         Each seam with our files that need it.

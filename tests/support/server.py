@@ -21,7 +21,7 @@ DTYPE, VALUE_BYTES = "float32", 4
 DEMO_KEEP = 64
 # Also what the README's client sends.
 API_KEY = "none"
-# What conftest.py sets for engines inside the test process, and what the command line leaves behind in the tests that
+# What conftest.py sets for engines inside the test process, and what the command line leaves in the tests that
 # call it there.
 _ONLY_IN_PROCESS = (
     "VLLM_ENABLE_V1_MULTIPROCESSING",
@@ -38,7 +38,7 @@ _ONLY_IN_PROCESS = (
 
 @dataclass
 class Server:
-    """Where it listens, and what it has printed."""
+    """Address and output of the server."""
 
     port: int
     log: Path
@@ -76,7 +76,7 @@ def serve(
     Args:
         log: takes what it prints.
         arguments: of the program.
-        program: words behind `python` that serve.
+        program: words after `python` that start the server.
         python: which one runs it; its `ficoco_vllm` is the one that serves.
         folder: working directory; None means that of the tests.
         environment: variables beside those of this process.

@@ -30,7 +30,7 @@ def answers(
         folder: for the files that pass between the processes.
         model: folder of the model.
         images: that the questions refer to by index.
-        questions: asked together.
+        questions: sent together.
         environment: variables beside those of this process.
         ficoco: settings, or None.
         **options: of the engine.

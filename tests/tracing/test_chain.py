@@ -23,8 +23,8 @@ def layers_of(
     reducer = get(method).configure(**settings)
     tokens, size, position = make_tokens(2, NUM_PATCHES), None, torch.arange(NUM_PATCHES).expand(2, -1)
     for layer, num_removed in enumerate(removals):
-        drawn = make_signals(2, tokens.shape[1], seed=layer)
-        signals = Signals(**{**vars(drawn), "position": position, "grid": (6, 6), "features": None})
+        rendered = make_signals(2, tokens.shape[1], seed=layer)
+        signals = Signals(**{**vars(rendered), "position": position, "grid": (6, 6), "features": None})
         observer = traces.observer(site, layer, {1: TRACE_ID})
         tokens, size, position = reducer(tokens, signals, num_removed, size, observer=observer)
     return traces.take(TRACE_ID)

@@ -1,4 +1,4 @@
-"""Lazy attention against the map that it stands for."""
+"""Lazy attention compared with the written map."""
 
 from dataclasses import replace
 
@@ -59,8 +59,8 @@ def test_equals_dense(N: int, logits: bool, biased: bool, handed_out: bool) -> N
     )
 
 
-def test_row_sums_tell_apart_what_fp32_rounds_away() -> None:
-    """Where almost nothing is given to [CLS], the sums are 1 but for digits that fp32 does not hold."""
+def test_row_sums_resolve_more_than_fp32() -> None:
+    """If [CLS] receives almost no attention, the sums differ from 1 by less than fp32 resolves."""
     heads, _ = make(20)
     key = heads.key.clone()
     key[:, :, 0] = -60 * heads.query.mean(dim=2)
@@ -71,13 +71,13 @@ def test_row_sums_tell_apart_what_fp32_rounds_away() -> None:
     given = logits.softmax(-1).mean(1)[:, 1:, 0]
     small = given < 1e-8
     assert small.any(), "otherwise this tests nothing"
-    found = 1.0 - heads.visual_attention().row_sum()
-    torch.testing.assert_close(found[small], given[small], rtol=1e-4, atol=2**-52)
+    result = 1.0 - heads.visual_attention().row_sum()
+    torch.testing.assert_close(result[small], given[small], rtol=1e-4, atol=2**-52)
 
 
 @pytest.mark.parametrize("needed", [{"cls_attention"}, {"keys"}, {"keys", "cls_attention"}])
 @pytest.mark.parametrize("handed_out", [True, False])
-def test_whatever_is_asked_for_together(needed: set[str], handed_out: bool) -> None:
+def test_any_combination_of_signals(needed: set[str], handed_out: bool) -> None:
     """The [CLS] row and the keys are the same whether one pass serves several signals or not."""
     heads, dense = make(10)
     heads = replace(heads, needed=frozenset(needed), given_lse=heads.given_lse if handed_out else None)
@@ -107,8 +107,8 @@ def test_two_ranks_sum_to_the_whole() -> None:
     assert torch.equal(alone.visual_attention().column_sum(), heads.visual_attention().column_sum())
     assert torch.equal(alone.visual_attention().dense(), heads.visual_attention().dense())
     # Of the mean of one minus something, each rank holds its share of something.
-    drawn = 1.0 - sum(1.0 - one.row_sum() for one in maps)
-    torch.testing.assert_close(drawn, heads.visual_attention().row_sum(), atol=1e-7, rtol=0)
+    rendered = 1.0 - sum(1.0 - one.row_sum() for one in maps)
+    torch.testing.assert_close(rendered, heads.visual_attention().row_sum(), atol=1e-7, rtol=0)
     torch.testing.assert_close(
         sum(part.cls_attention() for part in parts), dense[:, 0, 1:], atol=TOLERANCE, rtol=0
     )

@@ -61,8 +61,8 @@ def test_equals_the_layer(images: int, tokens: int, rows: int) -> None:
     layer, hidden = Layer(), torch.randn(images, tokens, WIDTH)
     before = hidden.clone()
     expected = layer(hidden)
-    found = plain_layer(cast(CLIPEncoderLayer, layer), hidden)
-    torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
+    result = plain_layer(cast(CLIPEncoderLayer, layer), hidden)
+    torch.testing.assert_close(result, expected, atol=TOLERANCE, rtol=0)
     assert layer.self_attn.qkv_proj.rows == rows
     assert torch.equal(hidden, before)
 
@@ -76,8 +76,8 @@ def heads(images: int, tokens: int, offset: float) -> tuple[Tensor, Tensor, Tens
     return query, key, value
 
 
-def error(found: Tensor, exact: Tensor) -> float:
-    return float((found.double() - exact).norm() / exact.norm())
+def error(result: Tensor, exact: Tensor) -> float:
+    return float((result.double() - exact).norm() / exact.norm())
 
 
 @pytest.mark.parametrize("offset", [0.0, 3.0, 10.0])
@@ -86,10 +86,10 @@ def test_about_as_exact_as_the_fused_kernel(images: int, tokens: int, offset: fl
     query, key, value = heads(images, tokens, offset)
     exact = scaled_dot_product_attention(query.double(), key.double(), value.double(), scale=0.125)
     fused = error(scaled_dot_product_attention(query, key, value, scale=0.125), exact)
-    found = error(centred_attention(query, key, value, 0.125).transpose(1, 2), exact)
+    result = error(centred_attention(query, key, value, 0.125).transpose(1, 2), exact)
     # Rounded logits and rounded keys add two errors of the size of bfloat16's step, 2^-8, to the rounded weights
     # and outputs that both have.
-    assert found <= fused + 2**-8
+    assert result <= fused + 2**-8
 
 
 def test_the_offset_of_the_keys_costs_nothing() -> None:

@@ -1,4 +1,4 @@
-"""The sizes of the demo model, said once for training, export and tests."""
+"""Sizes of the demo model, shared by training, export and tests."""
 
 from dataclasses import dataclass
 

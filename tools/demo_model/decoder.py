@@ -1,4 +1,4 @@
-"""The Llama decoder and the projector in compact form: Hugging Face's mathematics and weights."""
+"""Compact Llama decoder and projector with Hugging Face's mathematics and weights."""
 
 import math
 
@@ -23,8 +23,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 class DecoderLayer(nn.Module):
     """One Llama layer; query, key, value and gate, up are stacked.
 
-    Query and key begin with a shared part, so that attention begins with likeness of content. The matrices
-    that write into the residual stream begin small, or at zero in a layer put into a trained decoder.
+    Query and key are initialised with a shared part, so that attention starts from similarity of content. The matrices
+    that write into the residual stream start small, or at zero in a layer inserted into a trained decoder.
     """
 
     def __init__(self, sizes: Architecture, num_layers: int, silent: bool = False) -> None:
@@ -43,7 +43,7 @@ class DecoderLayer(nn.Module):
         self.num_heads, self.eps = sizes.num_heads, sizes.decoder_norm_eps
 
     def project(self, x: Tensor, rotate: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value of (B, T, D), each (B, H, T, d), rotated to their places."""
+        """Query, key and value of (B, T, D), each (B, H, T, d), with rotary positions applied."""
         B, T, _ = x.shape
         normed = rms_norm(x, self.norm1, self.eps)
         qkv = F.linear(normed, self.qkv.to(x.dtype)).view(B, T, 3, self.num_heads, -1)
@@ -51,7 +51,7 @@ class DecoderLayer(nn.Module):
         return turn(query, rotate), turn(key, rotate), value
 
     def log_attention(self, x: Tensor, rotate: tuple[Tensor, Tensor], bias: Tensor) -> Tensor:
-        """Logarithm of the attention that `forward` would pay, (B, H, T, T), fp32."""
+        """Logarithm of the attention of `forward`, (B, H, T, T), fp32."""
         query, key, _ = self.project(x, rotate)
         logits = (query @ key.mT).float() * query.shape[-1] ** -0.5 + bias.float()
         return logits.log_softmax(dim=-1)
@@ -80,7 +80,7 @@ class Decoder(nn.Module):
 
     Args:
         sizes: widths.
-        num_layers: how many layers it begins with.
+        num_layers: initial number of layers.
     """
 
     def __init__(self, vocabulary: int, num_layers: int, sizes: Architecture = ARCHITECTURE) -> None:
@@ -100,7 +100,7 @@ class Decoder(nn.Module):
             x: embeddings, (B, T, D), bf16 or fp32.
             position: rotary positions, (B, T), int64.
             bias: 0 where attention is allowed and a large negative number elsewhere, (B or 1, 1, T, T).
-            watch: layer whose attention is wanted too.
+            watch: layer whose attention is returned too.
 
         Returns:
             Hidden states, (B, T, D), in the type of x, and the logarithm of the watched layer's attention,
@@ -122,7 +122,7 @@ class Decoder(nn.Module):
         return F.linear(hidden, self.head.to(hidden.dtype)).float()
 
     def grow(self) -> None:
-        """Put a silent layer after every layer: twice the depth, the same function at first."""
+        """Insert an identity layer after every layer: twice the depth, the same function at first."""
         num_layers = 2 * len(self.layers)
         pairs = [(layer, DecoderLayer(self.sizes, num_layers, silent=True)) for layer in self.layers]
         self.layers = nn.ModuleList(layer for pair in pairs for layer in pair)

@@ -1,4 +1,4 @@
-"""Many questions on one image in one sequence: they share the visual prefix and do not see each other."""
+"""Sequences of many questions on one image, which share the visual prefix and do not see each other."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from tools.demo_model.tokenizer import EOS, PAD, PREFIX, word_token
 
 MASKED = -1e9
 IGNORED = -100
-# The space before a number and the end of the answer are learnt in a moment.
+# The space before a number and the end of the answer are easy to learn.
 TRIVIAL_WEIGHT = 0.2
 
 
@@ -87,25 +87,25 @@ class Asker:
             decoder: the decoder.
             visual: visual tokens, (B, N, D).
             position: places of the visual tokens, counted from 0, (B, N), int64.
-            num_positions: how many places the image takes.
+            num_positions: number of places of the image.
             questions: the same number of questions for every image.
             system: text before the first turn.
             chained: the questions are turns of one dialogue, each seeing those before it.
-            watch: layer whose attention to the visual tokens is wanted too.
+            watch: layer whose attention to the visual tokens is returned too.
         """
         B, N, _ = visual.shape
         Q = len(questions[0])
         prefix = self.tokenizer(system + PREFIX).input_ids
-        strands = [self.strands(asked, chained) for asked in questions]
+        strands = [self.strands(row, chained) for row in questions]
         start, width = len(prefix), len(strands[0])
         T = max(len(tokens) for row in strands for tokens, _, _ in row)
         ids = np.full((B, width, T), PAD)
         target, owner = np.full((2, B, width, T), IGNORED)
         for b, row in enumerate(strands):
-            for w, (tokens, answers, asked_by) in enumerate(row):
+            for w, (tokens, answers, question_index) in enumerate(row):
                 ids[b, w, : len(tokens)] = tokens
                 target[b, w, : len(tokens)] = answers
-                owner[b, w, : len(tokens)] = np.array(asked_by) + b * Q
+                owner[b, w, : len(tokens)] = np.array(question_index) + b * Q
         text = decoder.embedding[torch.from_numpy(ids).view(B, -1)]
         before = decoder.embedding[torch.tensor(prefix)].expand(B, -1, -1)
         x = torch.cat([before.to(visual.dtype), visual, text.to(visual.dtype)], dim=1)
@@ -116,22 +116,22 @@ class Asker:
         hidden = hidden[:, start + N :]
         right = torch.from_numpy(target).view(B, -1)
         answered = right != IGNORED
-        asked = torch.from_numpy(owner).view(B, -1)[answered]
-        seen = None
+        owners = torch.from_numpy(owner).view(B, -1)[answered]
+        log_attention = None
         if watched is not None:
             H = watched.shape[1]
-            seen = watched[:, :, start + N :, start : start + N].reshape(B, H, width, T, N)
-        return AnswerScores(decoder.logits(hidden[answered]), right[answered], asked, seen)
+            log_attention = watched[:, :, start + N :, start : start + N].reshape(B, H, width, T, N)
+        return AnswerScores(decoder.logits(hidden[answered]), right[answered], owners, log_attention)
 
     def strands(
         self, questions: Sequence[Question], chained: bool
     ) -> list[tuple[list[int], list[int], list[int]]]:
-        """Token sequences that follow the image: one a question, or one dialogue of all.
+        """Token sequences that follow the image: one for each question, or one dialogue of all.
 
         Returns:
-            For each sequence its tokens, the right next tokens (IGNORED outside answers) and whose they are.
+            Tokens, correct next tokens (IGNORED outside answers) and question indices of each sequence.
         """
-        found = []
+        sequences = []
         tokens: list[int] = []
         target: list[int] = []
         owner: list[int] = []
@@ -145,8 +145,8 @@ class Asker:
             target += [IGNORED] * (len(prompt) - 1) + answer
             owner += [index] * (len(prompt) + len(answer) - 1)
             if not chained or index == len(questions) - 1:
-                found.append((tokens, target, owner))
-        return found
+                sequences.append((tokens, target, owner))
+        return sequences
 
     def loss(self, scores: AnswerScores) -> Tensor:
         """Cross-entropy of the answers, trivial tokens weighted down."""
@@ -156,7 +156,7 @@ class Asker:
 
 
 def right_answers(scores: AnswerScores, questions: Sequence[Sequence[Question]]) -> list[list[bool]]:
-    """Whether every token of an answer has the highest score, which is when greedy decoding gives it."""
+    """Whether every token of an answer has the highest score, so that greedy decoding returns it."""
     wrong = set(scores.owner[scores.logits.argmax(-1) != scores.target].tolist())
     Q = len(questions[0])
     return [[b * Q + q not in wrong for q in range(len(row))] for b, row in enumerate(questions)]

@@ -1,7 +1,7 @@
 """Accuracy of an exported model on the held-out set, each type of question alone.
 
-Greedy decoding gives the right answer exactly when each of its tokens scores highest given those before it,
-so one batched forward with the right answers is equivalent to generation; tests hold it against `generate`.
+Greedy decoding returns the correct answer exactly if each of its tokens scores highest given those before it,
+so one batched forward with the correct answers is equivalent to generation; tests compare it with `generate`.
 """
 
 import argparse
@@ -32,10 +32,10 @@ class Accuracy:
 
     Attributes:
         kind: type of question.
-        count: questions asked.
-        accuracy: answered right with all visual tokens.
+        count: number of questions.
+        accuracy: answered correctly with all visual tokens.
         majority: share of the most frequent answer.
-        without_image: answered right when the prompt holds no visual token at all.
+        without_image: answered correctly without any visual token in the prompt.
     """
 
     kind: str
@@ -46,11 +46,11 @@ class Accuracy:
 
 
 class Evaluator:
-    """Asks an exported model.
+    """Runs an exported model on questions.
 
     Args:
         folder: the exported model.
-        dtype: of the computation; bf16 is how the model is served.
+        dtype: of the computation; the model is served in bf16.
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -60,11 +60,11 @@ class Evaluator:
 
     @torch.no_grad()
     def right(self, examples: list[Example], with_image: bool = True) -> list[bool]:
-        """Whether each question is answered right.
+        """Whether each question is answered correctly.
 
         Args:
             examples: a batch.
-            with_image: False leaves the visual tokens out of the prompt.
+            with_image: False omits the visual tokens from the prompt.
         """
         tower, projector, decoder = self.parts
         count = ARCHITECTURE.num_patches if with_image else 0
@@ -95,7 +95,7 @@ class Evaluator:
 
 
 def table(rows: list[Accuracy]) -> str:
-    """The rows as aligned text, which is Markdown too."""
+    """The rows as a Markdown table."""
     lines = ["| question | n | accuracy | majority | without image |", "|---|---|---|---|---|"]
     lines += [f"| {r.kind} | {r.count} | {r.accuracy} | {r.majority} | {r.without_image} |" for r in rows]
     return "\n".join(lines)

@@ -1,7 +1,7 @@
-"""A hint for the first steps: the patches from which each digit of an answer is to be read.
+"""Attention hint for the first steps: the patches that show each digit of an answer.
 
-Reading a number takes two leaps at once, which sign and which digit, and without a hint either can stay at
-chance for minutes. The hint acts on two heads of one layer and is withdrawn when the decoder grows.
+Reading a number takes two skills at once, finding the sign and finding the digit; without a hint either can stay at
+chance for minutes. The hint acts on two heads of one layer and ends when the decoder grows.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ def evidence_loss(
     labels: Tensor,
     asker: Asker,
 ) -> Tensor:
-    """How little attention goes to the patches that are hinted at.
+    """Loss of the attention to the hinted patches.
 
     Args:
         scores: with the attention of the watched layer, every question in a sequence of its own.
@@ -48,8 +48,8 @@ def evidence_loss(
     rows = [
         (b, q, *hint)
         for b, row in enumerate(questions)
-        for q, asked in enumerate(row)
-        for hint in answer_hints(asker, asked)
+        for q, question in enumerate(row)
+        for hint in answer_hints(asker, question)
     ]
     if not rows:
         return torch.zeros(())

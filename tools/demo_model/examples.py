@@ -1,6 +1,6 @@
 """Pick the bundled example images: `python -m tools.demo_model.examples`.
 
-From the held-out set, the first question of each type that the exported model answers right.
+They are the first question of each type in the held-out set that the exported model answers correctly.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from tools.demo_model.evaluate import Evaluator
 
 TYPES = ("colour", "shape", "number", "number_by_colour_2", "first_digit", "yes_no_signs")
 TRIES = 40
-# Other images than those that accuracy is measured on.
+# Seed of images on which accuracy is not measured.
 SEED = 1
 NOTE = (
     "Held-out images and questions, picked so that the model answers them right with all 576 visual tokens; "
@@ -24,10 +24,10 @@ NOTE = (
 
 
 def pick(evaluator: Evaluator, kind: str) -> Example:
-    """The first question of a type that is answered right, on an image with several signs where it can be.
+    """The first correctly answered question of a type, on an image with several signs if possible.
 
     Raises:
-        LookupError: none of the first tries is answered right.
+        LookupError: none of the first tries is answered correctly.
     """
     tried = held_out(kind, TRIES, SEED)
     for example in sorted(tried, key=lambda example: -len(example.scene.signs)):
@@ -49,8 +49,8 @@ def main() -> None:
         example = pick(evaluator, kind)
         name = f"{kind}.png"
         Image.fromarray(example.scene.image).save(folder / name, optimize=True)
-        asked = example.question
-        listed.append({"image": name, "question": asked.text, "answer": asked.answer, "kind": kind})
+        question = example.question
+        listed.append({"image": name, "question": question.text, "answer": question.answer, "kind": kind})
     (folder / "examples.json").write_text(json.dumps({"note": NOTE, "examples": listed}, indent=2) + "\n")
 
 

@@ -22,7 +22,7 @@ from tools.demo_model.vision import VisionTower
 
 MAX_NEW_TOKENS = 16
 
-# LLaVA-1.5: a system message stands bare, every other turn names its speaker, images come before the text.
+# LLaVA-1.5: a system message has no prefix, every other turn names its speaker, images precede the text.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] != 'system' %}{{ message['role'].upper() + ':' }}"
@@ -171,7 +171,7 @@ def export(
     """Write weights, configurations, tokenizer and processor.
 
     Args:
-        folder: where to; made if missing, files of other names are left alone.
+        folder: created if missing; files of other names are kept.
         tokenizer: the demo model's tokenizer.
         tower: the vision tower.
         projector: the projector.

@@ -17,7 +17,7 @@ from tools.demo_model.pixels import to_patches
 from tools.demo_model.vision import VisionTower
 
 ENCODE_BATCH = 16
-# hidden_states[-2], LLaVA's feature layer: what the last layer but one left.
+# hidden_states[-2], LLaVA's feature layer: the output of the last layer but one.
 FEATURE_DEPTH = ARCHITECTURE.vision_layers - 1
 
 
@@ -28,7 +28,7 @@ class Features:
     Attributes:
         patches: (n, 576, D), bf16.
         labels: (n, 4, 576), int8.
-        shown: what each image shows: its signs or its shape.
+        shown: signs or shape of each image.
     """
 
     patches: Tensor
@@ -49,7 +49,7 @@ def encode(tower: VisionTower, scenes: list[Scene], dtype: torch.dtype = torch.b
 
 
 def training_scene(rng: random.Random, shapes: EasyVqa, shape_share: float) -> Scene:
-    """A full-size training image: an easy-VQA shape, or one to three signs, more of them more often."""
+    """A full-size training image: an easy-VQA shape, or one to three signs, with higher counts more frequent."""
     if rng.random() < shape_share:
         return shapes.scene(rng.choice(shapes.indices), rng)
     side = ARCHITECTURE.image_size
@@ -61,7 +61,7 @@ def collect(tower: VisionTower, num_images: int, shape_share: float, seed: int) 
 
     Args:
         tower: the frozen tower.
-        num_images: how many.
+        num_images: number of images.
         shape_share: share of easy-VQA images.
         seed: for the images.
     """
@@ -78,7 +78,7 @@ def collect(tower: VisionTower, num_images: int, shape_share: float, seed: int) 
 def load_or_collect(
     path: Path, tower: VisionTower, num_images: int, shape_share: float, seed: int
 ) -> Features:
-    """Features from a file, or made and written there."""
+    """Features from a file, which is created if missing."""
     if not path.exists():
         made = collect(tower, num_images, shape_share, seed)
         torch.save({"patches": made.patches, "labels": made.labels, "shown": made.shown}, path)
@@ -87,11 +87,11 @@ def load_or_collect(
 
 
 def choose_tokens(labels: Tensor, num_tokens: int) -> Tensor:
-    """A random subset of patches that loses no digit while there is room.
+    """A random subset of patches that includes all digits if there is room.
 
     Args:
         labels: (B, 4, 576), int8.
-        num_tokens: how many to keep.
+        num_tokens: number to keep.
 
     Returns:
         Kept indices in raster order, (B, num_tokens), int64.

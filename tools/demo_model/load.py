@@ -16,7 +16,7 @@ def load_exported(folder: Path) -> tuple[VisionTower, Projector, Decoder]:
     """The three parts with the exported weights, in fp32.
 
     Args:
-        folder: where `export` wrote.
+        folder: written by `export`.
 
     Raises:
         ValueError: the file holds other weights than the architecture has.

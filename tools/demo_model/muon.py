@@ -38,7 +38,7 @@ class MatrixGroup:
 
     Attributes:
         params: the matrices, (rows, columns) each.
-        parts: how many matrices are stacked in the rows of each (3 for query, key and value).
+        parts: number of matrices stacked in the rows of each (3 for query, key and value).
     """
 
     params: Sequence[nn.Parameter]

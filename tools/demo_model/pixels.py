@@ -1,4 +1,4 @@
-"""From images to the tower's input."""
+"""Conversion of images to the tower's input."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""What the decoder's stages share: optimizers, learning rates, running accuracy."""
+"""Helpers of the decoder's stages: optimizers, learning rates, running accuracy."""
 
 from collections.abc import Sequence
 
@@ -18,23 +18,23 @@ def running_accuracy(
     keep: float = 0.95,
 ) -> None:
     """Fold a batch's accuracy, by kind of question, into an exponential average, in place."""
-    found: dict[str, list[bool]] = {}
-    for row, asked in zip(verdicts, questions, strict=True):
-        bound = sum(question.kind == "number_by_colour" for question in asked) > 1
-        for verdict, question in zip(row, asked, strict=True):
+    by_kind: dict[str, list[bool]] = {}
+    for row, batch in zip(verdicts, questions, strict=True):
+        bound = sum(question.kind == "number_by_colour" for question in batch) > 1
+        for verdict, question in zip(row, batch, strict=True):
             kind = question.kind
             if kind == "number_by_colour" and bound:
                 kind = f"binding_{len(question.answer)}"
             if kind == "yes_no_shapes" and is_negated(question.text):
                 kind = "yes_no_negated"
-            found.setdefault(kind, []).append(verdict)
-    for kind, values in found.items():
+            by_kind.setdefault(kind, []).append(verdict)
+    for kind, values in by_kind.items():
         share = sum(values) / len(values)
         running[kind] = keep * running.get(kind, share) + (1 - keep) * share
 
 
 def optimizers(decoder: Decoder, others: list[nn.Parameter]) -> tuple[Muon, torch.optim.AdamW]:
-    """Muon for the matrices inside the layers, AdamW for all else; `set_rates` gives them their rates."""
+    """Muon for the matrices inside the layers, AdamW for all other parameters; `set_rates` sets their rates."""
     muon = Muon(decoder.matrices(), lr=0.0)
     inside = {id(param) for group in decoder.matrices() for param in group.params}
     rest = [param for param in decoder.parameters() if id(param) not in inside] + others

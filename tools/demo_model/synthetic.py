@@ -34,7 +34,7 @@ NEGATION_DELAY = 150
 
 
 class VisualVocabulary:
-    """The words that a patch label stands for, as a sum of word embeddings.
+    """Embedding of a patch label as the sum of its words' embeddings.
 
     Args:
         asker: for the tokens of the words.
@@ -63,7 +63,7 @@ class VisualVocabulary:
 
 @dataclass
 class Course:
-    """How far the curriculum has come.
+    """Progress of the curriculum.
 
     Attributes:
         step: steps made.
@@ -92,7 +92,7 @@ def made_up_image(rng: random.Random, course: Course) -> tuple[NDArray[np.int64]
         return labels, shape_questions(shape, rng, NUM_QUESTIONS, course.negated)
     short = course.three_digits_since is None
     signs = []
-    # One sign alone can be read without heeding the question: leave it out until binding is learnt.
+    # A single sign can be read without the question, so none is shown until binding is learnt.
     rows = rng.sample(range(ROWS), rng.randint(2 if short else 1, ROWS))
     for row, colour in zip(rows, rng.sample(range(len(COLOUR_NAMES)), len(rows)), strict=True):
         number = rng.choice(TRAINING_NUMBERS)[: 1 if short else 3]
@@ -102,7 +102,7 @@ def made_up_image(rng: random.Random, course: Course) -> tuple[NDArray[np.int64]
         for edge in (x, x + width - 1):
             if rng.random() < 0.3:
                 labels[:, row, edge] = 0
-        # A lone digit takes any place, lest "first" come to mean "a digit" and bar the way to the others.
+        # A single digit takes any place; otherwise "first" would come to mean "a digit".
         first = rng.randrange(len(PLACES)) if short else 0
         for index, digit in enumerate(number):
             labels[DIGIT, row, x + 1 + index] = int(digit) + 1

@@ -18,15 +18,14 @@ NUM_SCENES = 1500
 
 
 def corpus(seed: int = 0) -> list[str]:
-    """Dialogues on made-up scenes; no image is drawn."""
+    """Dialogues on made-up scenes; no image is rendered."""
     rng = random.Random(seed)
     lines = []
     for _ in range(NUM_SCENES):
         colours = rng.sample(range(len(COLOUR_NAMES)), 3)
         signs = tuple(Sign(colour, rng.choice(TRAINING_NUMBERS)) for colour in colours[: rng.randint(1, 3)])
         shape = Shape(rng.randrange(len(COLOUR_NAMES)), rng.randrange(len(SHAPES)))
-        for asked in (signs, shape):
-            scene = Scene(None, None, asked) if isinstance(asked, tuple) else Scene(None, None, shape=asked)  # type: ignore[arg-type]
+        for scene in (Scene(None, None, signs), Scene(None, None, shape=shape)):  # type: ignore[arg-type]
             for question in training_questions(scene, rng, 5):
                 lines.append(f"{PREFIX}\n{question.text} ASSISTANT: {question.answer}")
     words = [*COLOUR_NAMES, *KINDS, *PLACES]
@@ -34,7 +33,7 @@ def corpus(seed: int = 0) -> list[str]:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Train the tokenizer; the same vocabulary every time.
+    """Train the tokenizer. The vocabulary is deterministic.
 
     No special token is added around a text, so that a raw prompt and a chat template give the same tokens.
     """

@@ -1,7 +1,7 @@
-"""Train the demo model from nothing: `python -m tools.demo_model.train`.
+"""Train the demo model from scratch: `python -m tools.demo_model.train`.
 
-Stages leave checkpoints in the work folder; a finished stage is skipped, an interrupted one goes on. The
-first two do not depend on each other: run them side by side with `--stages vision` and `--stages synthetic`.
+Stages write checkpoints to the work folder; a finished stage is skipped, an interrupted one continues. The
+first two are independent: run them in parallel with `--stages vision` and `--stages synthetic`.
 """
 
 import argparse
@@ -28,17 +28,17 @@ def export_latest(work: Path, folder: Path) -> None:
     """Export the last stage's checkpoint.
 
     Raises:
-        FileNotFoundError: no stage on features has left a checkpoint yet.
+        FileNotFoundError: no stage on features has written a checkpoint yet.
     """
-    found = [
+    checkpoints = [
         work / f"{phase.name}.pt" for phase in (ALL_TOKENS, SUBSETS) if (work / f"{phase.name}.pt").exists()
     ]
-    if not found:
+    if not checkpoints:
         raise FileNotFoundError(f"nothing to export in {work}: train the stages first")
     tokenizer = build_tokenizer()
     tower, projector = VisionTower(), Projector()
     decoder = Decoder(len(tokenizer), ARCHITECTURE.decoder_layers)
-    saved = torch.load(found[0])
+    saved = torch.load(checkpoints[0])
     tower.load_state_dict(torch.load(work / "vision.pt")["tower"])
     projector.load_state_dict(saved["projector"])
     decoder.load_state_dict(saved["decoder"])

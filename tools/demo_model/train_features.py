@@ -39,7 +39,7 @@ class Phase:
     Attributes:
         name: of its checkpoint.
         tokens: counts of visual tokens to choose from.
-        rows: visual and text tokens in a step, about.
+        rows: approximate number of visual and text tokens in a step.
         muon_lr: peak learning rate of the layers' matrices.
         adam_lr: peak learning rate of the rest.
     """
@@ -63,7 +63,7 @@ def fit_projector(
     Args:
         projector: changed in place.
         features: training features.
-        vocabulary: what the labels stand for.
+        vocabulary: embeds the labels.
         embedding: the decoder's word embeddings, (V, D), fp32.
 
     Returns:
@@ -104,11 +104,11 @@ def ask_about(shown: Sequence[tuple[Sign, ...] | Shape], rng: random.Random) -> 
 
 
 def train_features(work: Path, phase: Phase, seconds: float, num_images: int, seed: int) -> None:
-    """Train projector and decoder for a given time and leave `<phase>.pt` in the work folder.
+    """Train projector and decoder for a given time and write `<phase>.pt` to the work folder.
 
     Args:
-        work: folder with the earlier stages' checkpoints; a `<phase>.pt` that is there is continued.
-        phase: which of the two stages.
+        work: folder with the earlier stages' checkpoints; an existing `<phase>.pt` is continued.
+        phase: one of the two stages.
         seconds: time for the steps.
         num_images: training images whose features are kept.
         seed: for images, questions and subsets.

@@ -1,4 +1,4 @@
-"""Stage 2: the decoder learns to answer what was asked, on visual tokens made of its own word embeddings."""
+"""Stage 2: the decoder learns to answer questions on visual tokens made of its own word embeddings."""
 
 import random
 import time
@@ -32,12 +32,12 @@ MUON_LR, ADAM_LR = 0.02, 2e-3
 
 
 def train_synthetic(work: Path, seconds: float, seed: int = 2) -> None:
-    """Train the decoder for a given time and leave `synthetic.pt` in the work folder.
+    """Train the decoder for a given time and write `synthetic.pt` to the work folder.
 
-    It begins with half the layers, which learns twice as fast, and grows to all of them on the way.
+    It starts with half of the layers, which learns twice as fast, and grows to all of them during the stage.
 
     Args:
-        work: folder of checkpoints; a `synthetic.pt` that is there is continued.
+        work: folder of checkpoints; an existing `synthetic.pt` is continued.
         seconds: time for this stage.
         seed: for weights and scenes.
     """
@@ -101,6 +101,6 @@ def train_synthetic(work: Path, seconds: float, seed: int = 2) -> None:
 
 
 def save(path: Path, decoder: Decoder, course: Course, spent: float) -> None:
-    """Write the decoder and how far the curriculum has come."""
+    """Write the decoder and the progress of the curriculum."""
     state = {"decoder": decoder.state_dict(), "num_layers": len(decoder.layers), "spent": spent}
     torch.save(state | asdict(course), path)

@@ -52,10 +52,10 @@ def patch_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def train_vision(work: Path, seconds: float, seed: int = 1) -> None:
-    """Train the tower for a given time and leave `vision.pt` in the work folder.
+    """Train the tower for a given time and write `vision.pt` to the work folder.
 
     Args:
-        work: folder of checkpoints; a `vision.pt` that is there is continued.
+        work: folder of checkpoints; an existing `vision.pt` is continued.
         seconds: time for this stage.
         seed: for weights, images and windows.
     """

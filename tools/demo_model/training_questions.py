@@ -18,9 +18,9 @@ SHAPE_ASKED = ("what shape does the image contain?", "what shape is in the image
 
 
 def other_sign_questions(signs: tuple[Sign, ...], rng: random.Random) -> list[Question]:
-    """Everything else that can be asked about signs, in random order."""
+    """All other questions about signs, in random order."""
     sign = rng.choice(signs)
-    asked = [
+    questions = [
         Question(
             f"what color is the sign with the number {sign.number}?",
             COLOUR_NAMES[sign.colour],
@@ -30,50 +30,50 @@ def other_sign_questions(signs: tuple[Sign, ...], rng: random.Random) -> list[Qu
         Question("how many signs are there?", str(len(signs)), "count"),
     ]
     if len(sign.number) == len(PLACES):
-        asked += [digit_question(sign, place) for place in PLACES]
+        questions += [digit_question(sign, place) for place in PLACES]
     if len(signs) == 1:
-        asked += [
+        questions += [
             Question("what number is on the sign?", sign.number, "number", evidence_of(sign)),
             Question("what color is the sign?", COLOUR_NAMES[sign.colour], "colour_of_sign"),
         ]
-    rng.shuffle(asked)
-    return asked
+    rng.shuffle(questions)
+    return questions
 
 
 def sign_questions(signs: tuple[Sign, ...], rng: random.Random, count: int) -> list[Question]:
     """A training set of questions for one image: numbers of up to two signs, yes/no, then others."""
-    asked = [number_question(sign, rng) for sign in rng.sample(signs, len(signs))[:2]]
+    questions = [number_question(sign, rng) for sign in rng.sample(signs, len(signs))[:2]]
     answers = [True, False] if rng.random() < 0.3 else [rng.random() < 0.5]
-    asked += [sign_exists_balanced(signs, rng, answer) for answer in answers]
-    asked += other_sign_questions(signs, rng)
-    while len(asked) < count:
-        asked.append(number_question(rng.choice(signs), rng))
-    return asked[:count]
+    questions += [sign_exists_balanced(signs, rng, answer) for answer in answers]
+    questions += other_sign_questions(signs, rng)
+    while len(questions) < count:
+        questions.append(number_question(rng.choice(signs), rng))
+    return questions[:count]
 
 
 def shape_questions(shape: Shape, rng: random.Random, count: int, negated: float = 0.5) -> list[Question]:
     """A training set of questions for one easy-VQA image.
 
     Args:
-        shape: what the image shows.
+        shape: shown by the image.
         rng: the only source of randomness.
-        count: how many questions.
+        count: number of questions.
         negated: share of the yes/no questions that ask for absence.
     """
-    asked = []
+    questions = []
     for _ in range(count):
         choice = rng.random()
         if choice < 0.2:
             thing = rng.choice(("shape", SHAPES[shape.shape]))
-            asked.append(
+            questions.append(
                 Question(rng.choice(COLOUR_OF_SHAPE).format(thing), COLOUR_NAMES[shape.colour], "colour")
             )
         elif choice < 0.45:
             phrases = (*SHAPE_ASKED, f"what is the {COLOUR_NAMES[shape.colour]} shape?")
-            asked.append(Question(rng.choice(phrases), SHAPES[shape.shape], "shape"))
+            questions.append(Question(rng.choice(phrases), SHAPES[shape.shape], "shape"))
         else:
-            asked.append(shape_exists_balanced(shape, rng, rng.random() < 0.5, rng.random() < negated))
-    return asked
+            questions.append(shape_exists_balanced(shape, rng, rng.random() < 0.5, rng.random() < negated))
+    return questions
 
 
 def training_questions(scene: Scene, rng: random.Random, count: int, negated: float = 0.5) -> list[Question]:

@@ -1,4 +1,4 @@
-"""The CLIP tower in compact form: Hugging Face's mathematics and weights, several times as fast here."""
+"""Compact CLIP tower with Hugging Face's mathematics and weights, several times as fast on a CPU."""
 
 import math
 
@@ -87,10 +87,10 @@ class VisionTower(nn.Module):
         Args:
             patches: normalised pixels, (B, N, 3 * P * P), channel first, bf16 or fp32.
             position: index of each patch in the full grid, (B, N), int64.
-            num_layers: how many layers to run; None runs all.
+            num_layers: number of layers to run; None runs all.
 
         Returns:
-            num_layers + 1 tensors (B, 1 + N, D): entry k is what layer k left, [CLS] first.
+            num_layers + 1 tensors (B, 1 + N, D): entry k is the output of layer k, [CLS] first.
 
         Source: Radford et al., arXiv:2103.00020; ViT, arXiv:2010.11929, Eqs. 1-4.
         """
@@ -109,10 +109,10 @@ class VisionTower(nn.Module):
 
 
 class VisionHeads(nn.Module):
-    """Linear readers that teach the tower what its patches and [CLS] should carry.
+    """Linear heads on patches and [CLS] that train the tower.
 
-    Patches are read where the decoder will read them, at `hidden_states[-2]`, and two layers earlier. [CLS]
-    is read from the middle layers on, so that its attention there already goes to what matters.
+    Patches are read at the decoder's feature layer, `hidden_states[-2]`, and two layers earlier. [CLS] is read from the
+    middle layers on, so that its attention there already selects relevant patches.
     """
 
     def __init__(self, sizes: Architecture, num_patch_classes: int, num_image_classes: int) -> None:
@@ -128,7 +128,7 @@ class VisionHeads(nn.Module):
         """Read the patches and [CLS].
 
         Args:
-            states: what VisionTower returned, all layers.
+            states: output of VisionTower, all layers.
             tower: for the norm that CLIP puts after its last layer.
 
         Returns:

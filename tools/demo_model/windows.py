@@ -1,4 +1,4 @@
-"""What the tower is shown: windows of images, small ones first, and what is to be known of them."""
+"""Training windows of images, small ones first, with their labels."""
 
 import random
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ NUM_FLAGS = len(COLOUR_NAMES) + len(KINDS) + NUM_DIGIT_FLAGS
 
 @dataclass(frozen=True)
 class Window:
-    """What one training step shows: `batch` windows of rows x columns patches.
+    """Input of one training step: `batch` windows of rows x columns patches.
 
     Attributes:
         rows: patches down.
@@ -43,8 +43,8 @@ MEDIUM = Window(12, 12, 48, 0.45, 2)
 LARGE = Window(16, 16, 24, 0.4, 3)
 FULL = Window(24, 24, 12, 0.35, 3)
 
-# (until which share of the stage, windows to choose from with their weights): small windows teach most per
-# second, but a tower that saw only them loses half of the digits in the full image.
+# (end as a share of the stage, windows to choose from with their weights): small windows teach most per second, but a
+# tower trained on them alone misses half of the digits in the full image.
 CURRICULUM: tuple[tuple[float, dict[Window, float]], ...] = (
     (0.35, {READING: 0.75, SMALL: 0.25}),
     (0.6, {READING: 0.25, SMALL: 0.1, MEDIUM: 0.5, LARGE: 0.15}),
@@ -69,7 +69,7 @@ def random_positions(rng: random.Random, batch: int, rows: int, columns: int) ->
 
 
 def image_flags(scene: Scene) -> NDArray[np.float32]:
-    """What [CLS] should know: colours, kinds, digits with their places, (NUM_FLAGS,)."""
+    """Labels of [CLS]: colours, kinds, digits with their places, (NUM_FLAGS,)."""
     flags = np.zeros(NUM_FLAGS, np.float32)
     offset_kind, offset_digit = len(COLOUR_NAMES), len(COLOUR_NAMES) + len(KINDS)
     if scene.shape is not None:

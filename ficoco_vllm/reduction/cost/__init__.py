@@ -1,4 +1,4 @@
-"""What token reduction saves: FLOPs, KV cache and memory, from token counts and the sizes of a model.
+"""Cost model of token reduction: FLOPs, KV cache and memory, from token counts and the sizes of a model.
 
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.planning.server import ServerPlan

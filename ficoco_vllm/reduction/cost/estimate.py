@@ -1,4 +1,4 @@
-"""What one prefill costs under a token plan: FLOPs, KV cache and memory, and the gain over no reduction."""
+"""Cost of one prefill under a token plan: FLOPs, KV cache and memory, and the gain over no reduction."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Speedup:
-    """How much faster prefill can get: two bounds between which the hardware decides.
+    """Speed-up of the prefill: two bounds, between which the hardware decides.
 
     Attributes:
         compute_bound: ratio of all FLOPs; reached where arithmetic is the limit (long prompts, batches).
@@ -147,7 +147,7 @@ def _decoder_flops(shape: ModelShape, tokens: Sequence[int]) -> int:
 def _reduction_flops(shape: ModelShape, image: TokenPlan) -> int:
     tower = 0
     for tile in image.tiles:
-        # The step from what leaves the tower to what is kept is a reduction at the feature site.
+        # The step from the tower's output to the kept tokens is a reduction at the feature site.
         steps = [*tile.layers, (tile.layers[-1][1], tile.kept)] if tile.kept != tile.entering else []
         tower += sum(paper.encoder_overhead(n, n - m, shape.tower.hidden) for n, m in steps)
     decoder = pairwise(image.decoder)

@@ -1,9 +1,8 @@
 """FLOPs of a LLaVA prefill, layer by layer. A multiply-add is 2 FLOPs.
 
-Counted are the matrix products: norms, activations, softmax, RoPE and biases are left out (below 0.5%
-together). Attention is counted over the full square of tokens, also in the causal decoder, as the paper and
-its tool do. A reducing layer drops tokens between its attention and its MLP: it attends over `tokens_in` and
-its MLP sees `tokens_out`.
+Only matrix products are counted; norms, activations, softmax, RoPE and biases are below 0.5% together. Attention is
+counted over the full square of tokens, also in the causal decoder, as the paper and its tool do. A reducing layer
+drops tokens between its attention and its MLP: it attends over `tokens_in` and its MLP sees `tokens_out`.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
-"""LLM-Viewer's accounting of one decoder prefill, the tool behind the paper's efficiency tables.
+"""LLM-Viewer's accounting of one decoder prefill; the paper's efficiency tables were made with that tool.
 
 It has two figures that may be called memory. *Traffic* is every byte that the prefill's operators load or
-store, layer after layer, without operator fusion and with the score matrix written out. *Footprint* is what
-must be held at once: weights, KV cache and what one layer stores. The vision tower, the projector and the
+store, layer after layer, without operator fusion and with the score matrix written out. *Footprint* is the memory
+held at once: weights, KV cache and the outputs of one layer. The vision tower, the projector and the
 input embeddings are in neither. docs/paper-tables.md shows which of the paper's figures are which.
 """
 
@@ -20,7 +20,7 @@ def traffic_bytes(
 
     Args:
         shape: the decoder.
-        tokens: visual and text tokens that enter each layer, and one entry for what leaves the last one.
+        tokens: visual and text tokens that enter each layer, and one entry for the last one's output.
         dtype: of weights, activations and KV cache.
         fused_attention: leave out the score matrix, which fused attention kernels never write.
 
@@ -28,7 +28,7 @@ def traffic_bytes(
         Bytes.
 
     Source: arXiv:2402.16363, Section 2.
-    Deviation: the tool knows only one token count for all layers; here the attention's and the MLP's may
+    Deviation: the tool has a single token count for all layers; here the attention's and the MLP's may
     differ.
     """
     # Scores are stored by the first product and the softmax, loaded by the softmax and the second product.
@@ -42,11 +42,11 @@ def traffic_bytes(
 
 
 def footprint_bytes(shape: DecoderShape, tokens: Sequence[int], dtype: str) -> int:
-    """Bytes held at once: weights of all layers, KV cache, and what the busiest layer stores.
+    """Bytes held at once: weights of all layers, KV cache, and the largest output of a layer.
 
     Args:
         shape: the decoder.
-        tokens: visual and text tokens that enter each layer, and one entry for what leaves the last one.
+        tokens: visual and text tokens that enter each layer, and one entry for the last one's output.
         dtype: of weights, activations and KV cache.
 
     Returns:

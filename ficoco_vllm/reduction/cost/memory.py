@@ -12,7 +12,7 @@ def to_bytes(num_elements: int, dtype: str) -> int:
     """Size of `num_elements` stored one after another.
 
     Args:
-        num_elements: how many numbers.
+        num_elements: count of numbers.
         dtype: "fp16", "int8" or "int4"; scales and zero points of quantisation are not counted.
 
     Returns:
@@ -52,7 +52,7 @@ def num_parameters(shape: ModelShape) -> int:
         shape: the model.
 
     Returns:
-        How many, biases, norms and embeddings included.
+        The number, biases, norms and embeddings included.
 
     Source: arXiv:2310.03744.
     """
@@ -81,7 +81,7 @@ def activation_bytes(
 ) -> int:
     """Peak of the activations of one prefill, with attention kernels that keep no score matrix.
 
-    A layer holds its residual stream beside either query, key, value and output, or the MLP's inner tensors
+    A layer holds its residual stream and either query, key, value and output, or the MLP's inner tensors
     (one of width H in CLIP, three in Llama's gated MLP). The peak is that of the widest layer of tower and
     decoder.
 
@@ -89,7 +89,7 @@ def activation_bytes(
         shape: of the model.
         tower_tokens: patch and [CLS] tokens of all tiles, which run as one batch, that enter each executed layer, and
             those that its MLP works on.
-        decoder_tokens: visual and text tokens that enter each layer, and one entry for what leaves.
+        decoder_tokens: visual and text tokens that enter each layer, and one entry for the output.
         dtype: of the activations.
 
     Returns:

@@ -23,7 +23,7 @@ def layer_flops(num_tokens: int, hidden: int, mlp: int) -> int:
 
 
 def layer_saving(num_tokens: int, num_removed: int, hidden: int, mlp: int) -> int:
-    """What one layer saves, by algebra: `layer_flops` before minus `layer_flops` after.
+    """Saving of one layer, by algebra: `layer_flops` before minus `layer_flops` after.
 
     The attention term is 2 (2 N N^S - (N^S)^2) D, with P in the place of N in the decoder.
 
@@ -86,7 +86,7 @@ def decoder_saving_as_printed(num_tokens: int, num_removed: int, hidden: int, ml
 
 
 def encoder_overhead(num_tokens: int, num_removed: int, hidden: int) -> int:
-    """What one reduction of FiCoCo-V costs itself: N^2 + 2 N + N^S (N^T + 2 D + 1) + D, with N^T = N - N^S.
+    """Cost of one reduction of FiCoCo-V: N^2 + 2 N + N^S (N^T + 2 D + 1) + D, with N^T = N - N^S.
 
     Args:
         num_tokens: N before the reduction.
@@ -104,11 +104,9 @@ def encoder_overhead(num_tokens: int, num_removed: int, hidden: int) -> int:
 
 
 def decoder_overhead(num_tokens: int, num_removed: int, hidden: int) -> int:
-    """What one reduction of FiCoCo-L costs itself: 2 (N^2 + 2 N) + N^S (N^T + 2 D + 1) + D, with N^T = N -
-    N^S.
+    """Cost of one reduction of FiCoCo-L: 2 (N^2 + 2 N) + N^S (N^T + 2 D + 1) + D, with N^T = N - N^S.
 
-    Note: the formula has no M, so it leaves out the N^S M N^T multiply-adds of the indirect correlation (Eq.
-    15).
+    The formula has no M, so it omits the N^S M N^T multiply-adds of the indirect correlation (Eq. 15).
 
     Args:
         num_tokens: N before the reduction.

@@ -1,10 +1,10 @@
-"""The sizes of a LLaVA that decide what it costs, read from its Hugging Face configuration."""
+"""Sizes of a LLaVA that determine its cost, read from its Hugging Face configuration."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# What transformers assumes for a field that config.json leaves out. LLaVA checkpoints leave most of them out.
+# Transformers' defaults for fields that config.json leaves out, which are most of them in LLaVA checkpoints.
 CLIP_DEFAULTS: Mapping[str, int] = {
     "hidden_size": 768,
     "num_hidden_layers": 12,
@@ -21,13 +21,13 @@ LLAMA_DEFAULTS: Mapping[str, int] = {
     "vocab_size": 32000,
 }
 MODEL_TYPES = ("llava", "llava_next")
-# Beyond these a configuration is a mistake, and counting it layer by layer would take forever.
+# Larger values are mistakes, and counting them layer by layer would take forever.
 MAX_LAYERS, MAX_SIZE = 4096, 2**24
 
 
 @dataclass(frozen=True)
 class TowerShape:
-    """A CLIP vision tower, as far as it is executed.
+    """The executed part of a CLIP vision tower.
 
     `num_executed` counts the layers up to the one whose output LLaVA reads: 23 of 24 for feature layer -2.
     """

@@ -1,4 +1,4 @@
-"""How many visual tokens each layer sees: the part of a plan that no image and no weight can change."""
+"""Visual token counts of each layer: the part of a plan that depends on no image and no weight."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class TilePlan:
         Args:
             num_patches: of a whole tile, padding included.
             counts: patch tokens that enter each executed layer if there were no padding, and those that leave the last.
-            kept: what is left after a reduction on the features, otherwise the last of `counts`.
+            kept: tokens after a reduction on the features, otherwise the last of `counts`.
         """
         num_layers = len(counts) - 1
         first = next(
@@ -51,7 +51,7 @@ class TokenPlan:
     Attributes:
         tiles: of the image in the tower.
         projected: tokens that go through the projector.
-        decoder: visual tokens that enter each decoder layer, and one entry for what leaves the last.
+        decoder: visual tokens that enter each decoder layer, and one entry for the last one's output.
     """
 
     tiles: tuple[TilePlan, ...]
@@ -63,7 +63,7 @@ class TokenPlan:
         """An image that the tower sees as one tile.
 
         Args:
-            encoder: patch tokens that enter each executed layer of the tower, and one entry for what leaves the last.
+            encoder: patch tokens that enter each executed layer of the tower, and one for the last one's output.
             decoder: see the attributes. It starts below the last of `encoder` if tokens are dropped between tower and
                 projector.
         """
@@ -129,7 +129,7 @@ def constant(shape: ModelShape, num_visual_tokens: int) -> TokenPlan:
     Returns:
         The plan.
 
-    Source: arXiv:2402.16363 (the one token count that LLM-Viewer knows).
+    Source: arXiv:2402.16363 (LLM-Viewer has a single token count).
     """
     tower = (shape.tower.num_patches,) * (shape.tower.num_executed + 1)
     return TokenPlan.whole(tower, (num_visual_tokens,) * (shape.decoder.num_layers + 1))

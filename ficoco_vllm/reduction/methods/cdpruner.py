@@ -1,17 +1,16 @@
-"""CDPruner: a diverse subset of what the question asks for, by a conditional determinantal point process.
+"""CDPruner: a diverse subset of the tokens relevant for the question, by a conditional determinantal point process.
 
 Filter: greedy maximum of det(L), L_ij = r_i * cos(f_i, f_j) * r_j, r the relevance for the text stretched
 to 0..1.
 Compress: prune.
 
 Signal: `text_relevance`, the cosine of CLIP's projected patch and its projected text. It takes CLIP's text
-encoder and both projections, which a LLaVA checkpoint does not carry: given, the method works; not given,
-it is refused.
+encoder and both projections, which a LLaVA checkpoint does not contain: without the signal the method is refused.
 
-Deviation: as in the authors' code the relevance is negated (`negate`): CLIP's patches are most alike to a
-text where the image does not show it. Their code measures cos(f_i, f_j) behind the projector, on the
+Deviation: as in the authors' code the relevance is negated (`negate`): CLIP's patches are most similar to a
+text where the image does not show it. Their code measures cos(f_i, f_j) after the projector, on the
 decoder's input; here it is measured on the features before it. It stretches the relevance by the extremes
-of the whole batch; here by those of the image, so that an image does not know its batch.
+of the whole batch; here by those of the image, so that the result does not depend on the batch.
 
 Source: arXiv:2506.10967, Sec. 3.
 """

@@ -1,11 +1,11 @@
-"""EViT: keep what [CLS] looks at, fuse the rest into one token, in the encoder.
+"""EViT: keep the tokens with the highest [CLS] attention, fuse the rest into one token, in the encoder.
 
 Filter (Eq. 4): s_i = -a_i^CLS.
 Correlate (Eq. 7): C_i = a_i^CLS; the only target is a zero vector.
 Compress (Eq. 10): append sum_i C_i X_i.
 
 Deviation: the authors sort the kept tokens by attention; here the order is kept. The weights are the
-attention itself, which sums to less than one over what leaves, as in their code. They keep the same share
+attention itself, which sums to less than one over the sources, as in their code. They keep the same share
 (0.7) at three of twelve layers, the 4th, the 7th and the 10th, of a model trained for it; here the schedule
 is that of the other methods in the encoder, even from the start layer on.
 

@@ -6,9 +6,9 @@ Compress: prune.
 Signal: `text_attention`, which the reducing decoder layer measures from its own queries and keys.
 
 Deviation: the paper averages over all queries (`queries="all"`); the authors' code takes the last prompt
-token alone, and so do we, since their results come from it. Eq. 5 sums A_ij over j, that is, what token i
-pays; the text beside it says received, which is the column, and is what we take. The authors drop the
-tokens at the door of layer 2, by the attention of layer 1; here they leave within layer 1, before its MLP.
+token alone, and so do we, since their results come from it. Eq. 5 sums A_ij over j, the attention of token i to
+others; its text says received attention, which is the column sum that we take. The authors drop the
+tokens before layer 2, by the attention of layer 1; here they leave within layer 1, before its MLP.
 
 Source: arXiv:2403.06764, Sec. 4; arXiv:2411.17686, Eq. 5.
 """

@@ -6,8 +6,8 @@ Compress (Eq. 13): as in FiCoCo-V.
 
 Signal: `text_attention`, which the reducing decoder layer measures from its own queries and keys.
 
-Deviation: the paper writes A_ik for what visual token i and text token k share; in a causal decoder that is
-zero, so it is read as what i receives from k, A_ki, in both equations. The authors' release takes A_ik and
+Deviation: the paper writes A_ik for visual token i and text token k; in a causal decoder that is zero, so we read it
+as the attention that i receives from k, A_ki, in both equations. The authors' release takes A_ik and
 the pre-softmax, unmasked attention instead (`attention="logits"` gives the latter); sums its local term
 where Eq. 14 has the mean over j, and averages the text term where it has the sum over k; looks for tau_i and
 for targets among all visual tokens, not only those that stay; merges where C_ij > tau_i, gives every source

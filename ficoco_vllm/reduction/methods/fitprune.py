@@ -2,14 +2,14 @@
 
 Filter: s_i = -(mean over visual queries of A_ji) * (sum over text queries of A_ki).
 Compress: prune.
-Schedule: the recipe, that is, the number to drop at each layer, fitted offline so that the attention
-distributions change least. Give it as `schedule=(...)`; without one the loss is spread evenly.
+Schedule: the recipe is the number to drop at each layer, fitted offline so that the attention distributions change
+least. Give it as `schedule=(...)`; without one the loss is spread evenly.
 
 Signal: `text_attention`, which the reducing decoder layer measures from its own queries and keys.
 
 Deviation: the authors' code takes the highest attention over the heads where we have the mean. Their paper
-drops the intersection of what is least in self- and in cross-attention, and so does their fitting; their
-inference ranks by the product, and so do we. Their recipes are fitted to LLaVA-1.5-7B and reach down to its
+drops the intersection of the lowest in self- and in cross-attention, and so does their fitting; their
+inference ranks by the product, and so do we. Their recipes are fitted to LLaVA-1.5-7B and start at its
 first layer (`start_layer=0`); none of them is built in.
 
 Source: arXiv:2409.10197, Sec. 3.

@@ -1,19 +1,19 @@
 """LLaVA-PruMerge and PruMerge+: keep outliers of the [CLS] attention, add their neighbours to them.
 
-Filter: PruMerge keeps the tokens that [CLS] looks at most (Eq. 4); PruMerge+ keeps the outliers of that
+Filter: PruMerge keeps the tokens that [CLS] attends to most (Eq. 4); PruMerge+ keeps the outliers of that
 attention (more than 1.5 interquartile ranges above the third quartile) and fills up with evenly spaced
 tokens.
-Correlate: C_ij = a_i^CLS for the 32 sources i whose keys are most alike to that of target j.
+Correlate: C_ij = a_i^CLS for the 32 sources i whose keys are most similar to that of target j.
 Compress (Eq. 10): X_j = X_j + sum_i C_ij X_i.
 
-The authors keep as many tokens as there are outliers, so the count depends on the image. A prompt is sized
-before any image is seen: here the count is what the prompt was sized with. With fewer outliers PruMerge
-goes on down the ranking and PruMerge+ adds more evenly spaced tokens (the authors about three for each
-outlier); with more outliers both keep the most attended of them.
+The authors keep as many tokens as there are outliers, so the count depends on the image. Here the prompt, which is
+sized before any image is seen, fixes the count. With fewer outliers PruMerge continues down the ranking and PruMerge+
+adds more evenly spaced tokens (the authors about three for each outlier); with more outliers both keep the most
+attended of them.
 
 Deviation: neighbours are sought among the discarded tokens only; in the authors' code kept ones are added
-to each other as well, though nothing of them is lost. Their code also appends one token for all that was
-discarded, which their paper does not have; we follow the paper. As in their code, the centre itself has the
+to each other as well, though none of them is lost. Their code also appends one token for all discarded ones, which
+their paper does not have; we follow the paper. As in their code, the centre itself has the
 weight 1. Their attention and keys are those of the last layer, taken over the full width as if it had one
 head; here they are the head means of the last layer that a LLaVA runs, the one before it. They put the
 tokens in order of attention; here the order is kept.

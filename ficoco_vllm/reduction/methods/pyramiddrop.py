@@ -6,9 +6,9 @@ Schedule: geometric over the layers 8, 16 and 24 of 32; the authors halve at eac
 
 Signal: `text_attention`, which the reducing decoder layer measures from its own queries and keys.
 
-Deviation: the authors rank by the head-mean attention of the same layer, computed ahead, and drop at its
-door; here the tokens leave within the layer, before its MLP, so that its keys and values still hold them.
-They number the tokens that stay anew; here these keep their positions.
+Deviation: the authors rank by the head-mean attention of the same layer, computed ahead, and drop before the
+layer; here the tokens leave within the layer, before its MLP, so that its keys and values still hold them.
+They renumber the tokens that stay; here these keep their positions.
 
 Source: arXiv:2410.17247, Sec. 3.
 """

@@ -3,7 +3,7 @@
 Filter: s_i = a hash of the seed and of the position: the same tokens on every machine and for every image.
 Compress: prune.
 
-Deviation: the source names the baseline and no details; the features of the encoder are sampled once.
+Deviation: the source names the baseline without details; the features of the encoder are sampled once.
 
 Source: arXiv:2411.17686, Table 3.
 """

@@ -1,22 +1,21 @@
-"""Recoverable Compression: keep what [CLS] looks at, recover what the text asks for, merge the rest.
+"""Recoverable Compression: keep tokens by [CLS] attention, recover some by relevance for the text, merge the rest.
 
-Filter: of K tokens half stay for their [CLS] attention, a share is recovered for its relevance for the
-text, and the remaining ones are centres, again by attention.
+Filter: of K tokens half are chosen by [CLS] attention, a share by relevance for the text, and the remaining ones are
+centres, again by attention.
 Correlate: C_ij = a_i^CLS for the 32 sources nearest to centre j: cosine of the keys plus 1.8 times the
 relevance for the text.
 Compress (Eq. 10): X_j = X_j + sum_i C_ij X_i.
 
 Signal: `text_relevance`, the cosine of CLIP's projected patch and its projected text. It takes CLIP's text
-encoder and both projections, which a LLaVA checkpoint does not carry: given, the method works; not given,
-it is refused.
+encoder and both projections, which a LLaVA checkpoint does not contain: without the signal the method is refused.
 
-The authors find all three counts from the data, as local outliers of the scores. Here the total is what the
-prompt was sized with, and the parts are shares of it.
+The authors derive all three counts from the data, as local outliers of the scores. Here the prompt fixes the total,
+and the parts are shares of it.
 
 Deviation: the shares are ours, since the authors fix none. 32 and 1.8 (50 over the root of CLIP's projected
-width of 768) are those of their code, of which we could read a copy only. The appended token for what was
-discarded is left out, as in PruMerge, from which their code takes the merging; attention and keys differ
-from theirs as there. The merged centres are put behind the others there; here the order is kept.
+width of 768) are those of their code, of which we could read a copy only. The appended token for discarded tokens is
+left out, as in PruMerge, from which their code takes the merging; attention and keys differ from theirs as there.
+Their code puts the merged centres after the others; here the order is kept.
 
 Source: arXiv:2409.01179, Sec. 3.
 """

@@ -1,6 +1,6 @@
-"""SparseVLM: text raters score the visual tokens; the best of what is dropped is recycled into clusters.
+"""SparseVLM: text raters score the visual tokens; the best discarded tokens are recycled into clusters.
 
-Filter: raters are the text tokens that the image is more alike to than average; s_i = minus their mean
+Filter: raters are the text tokens whose similarity to the image is above average; s_i = minus their mean
 attention to token i. Of the discarded tokens the best 30% are clustered around density peaks, ten to a
 cluster; the peaks stay.
 Correlate: a recycled token belongs to the nearest peak by its features.
@@ -10,15 +10,15 @@ Signals: `text_attention`, which the reducing decoder layer measures from its ow
 `text_features`, its own hidden states of the text.
 
 The authors derive the number to drop from the rank of the attention, layer by layer. In their evaluation
-they fix it by hand: 66, 30 and 17 tokens behind layers 2, 6 and 15 of LLaVA-1.5 are their budget of 64, an
+they fix it by hand: 66, 30 and 17 tokens after layers 2, 6 and 15 of LLaVA-1.5 are their budget of 64, an
 average over the layers, clusters not counted. Here the schedule fixes it, clusters included, and `keep` is
-what is left in the end.
+the number of tokens in the end.
 
-Deviation: a cluster stands at the position of its peak, where the authors append it behind the visual
-tokens. Their density has a random part against equal values; here the first of equals counts as denser.
-They choose the raters once, on the decoder's input; here `features` and `text_features` decide, the layer's
-own hidden states unless the model gives others. They cluster and drop behind a layer, here it is before its
-MLP. Where no text token stands out all of them rate; their code then has no rater.
+Deviation: a cluster takes the position of its peak; the authors append it after the visual tokens. Their density has
+a random part to break ties; here the first of equals counts as denser. They choose the raters once, on the decoder's
+input; here `features` and `text_features` decide, the layer's own hidden states unless the model gives others. They
+cluster and drop after a layer, we before its MLP. If no text token is above average, all of them rate; their code then
+has no rater.
 
 Source: arXiv:2410.04417, Sec. 3.
 """

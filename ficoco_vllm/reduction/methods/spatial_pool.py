@@ -4,7 +4,7 @@ Filter: the first token of each cell stays.
 Correlate: C_ij = 1 in the same cell.
 Compress (Eq. 9): each cell becomes its mean.
 
-Deviation: the source names the baseline and no details. Any number of cells is possible: bands of rows,
+Deviation: the source names the baseline without details. Any number of cells is possible: bands of rows,
 each cut along its columns, so that cells are of nearly equal size and shape (64 of 576 are 3 x 3 patches
 each).
 

@@ -1,10 +1,10 @@
-"""TopK: keep the tokens that [CLS] looks at most.
+"""TopK: keep the tokens that [CLS] attends to most.
 
 Filter (Eq. 4): s_i = -a_i^CLS.
 Compress: prune.
 
-Deviation: the source names the baseline and no details; the features are cut once, by the last executed
-layer.
+Deviation: the source names the baseline without details; the features are reduced once, by the attention of the last
+executed layer.
 
 Source: arXiv:2411.17686, Table 3.
 """

@@ -1,14 +1,14 @@
 """VisionZip: dominant tokens by [CLS] attention, contextual tokens for the rest.
 
-Filter: of K tokens all but a share stay for their attention (dominant); the share is spread evenly over the
-others (contextual): 10 of 64, 20 of 128 and 30 of 192, as the authors have it.
+Filter: of K tokens all but a share are those with the highest [CLS] attention (dominant); the share is spread evenly
+over the others (contextual): 10 of 64, 20 of 128 and 30 of 192, as in the source.
 Correlate: C_ij = cosine of the head-mean keys, for contextual targets j.
-Compress (Eq. 9): each source into its most alike contextual token, by the mean.
+Compress (Eq. 9): each source into its most similar contextual token, by the mean.
 
 Deviation: the authors' code adds the mean of the sources to the contextual token, which doubles its norm;
-their paper averages, and so do we. Their code puts the contextual tokens behind the dominant ones; here the
-order is kept, and a contextual token stands where it stood. They also pass on [CLS] and count it among the
-dominant tokens (53 patches of their 54); a LLaVA's prompt has no place for it.
+their paper averages, and so do we. Their code puts the contextual tokens after the dominant ones; here all tokens
+keep their order. They also pass on [CLS] and count it among the dominant tokens (53 patches of their 54); a LLaVA's
+prompt has no place for it.
 
 Source: arXiv:2412.04467, Sec. 3.
 """

@@ -1,6 +1,6 @@
 """Bipartite soft matching: even tokens may leave, into odd ones.
 
-Even and odd are indices among the tokens at hand. Half of the tokens can leave at most.
+Even and odd count the tokens of the call. At most half of them can leave.
 """
 
 import torch
@@ -14,7 +14,7 @@ from ficoco_vllm.reduction.stages.correlate import NOWHERE, key_cosine
 
 
 def half(num_tokens: int) -> int:
-    """The most tokens that can leave at once: as many as there are odd ones."""
+    """The most tokens that one call can remove: the number of odd ones."""
     return num_tokens // 2
 
 

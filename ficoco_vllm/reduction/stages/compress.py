@@ -1,4 +1,4 @@
-"""Compressions: how are tokens fused so that their information is preserved?
+"""Compressions: fusing discarded tokens into kept ones.
 
 Each takes tokens (B, N, D), size (B, N) fp32, the partition and the correlation (B, R, K) fp32, and returns
 tokens (B, K + E, D) in the dtype that came in and size (B, K + E) fp32.
@@ -20,7 +20,7 @@ class QuantileMerge(Settings):
     """Settings of Eq. 13.
 
     Attributes:
-        epsilon: which quantile of a source's correlations is its threshold.
+        epsilon: quantile of a source's correlations that is its threshold.
         fixed_k: merge each source into exactly this many targets instead (0 prunes); None is token-adaptive.
         average: give every selected pair the weight 1 instead of its share (the paper's "average
             compression").
@@ -52,7 +52,7 @@ def quantile_merge(
 
     Args:
         tokens: (B, N, D), any floating dtype.
-        size: (B, N) fp32, how many original patches each token stands for. It does not weigh the merge.
+        size: (B, N) fp32, number of original patches that each token represents. It does not weigh the merge.
         partition: R sources and K targets.
         correlation: (B, R, K) fp32.
         settings: see `QuantileMerge`.
@@ -105,7 +105,7 @@ def merge(
 def prune(
     tokens: Tensor, size: Tensor, partition: Partition, correlation: Tensor, settings: Settings
 ) -> tuple[Tensor, Tensor]:
-    """X_j = X_j: what leaves is lost, its size too.
+    """X_j = X_j: tokens that leave are lost, their size too.
 
     Args:
         tokens: (B, N, D), any floating dtype.

@@ -1,4 +1,4 @@
-"""Dominant tokens stay as they are; contextual ones gather what is left."""
+"""Dominant tokens stay unchanged; the others are merged into contextual tokens."""
 
 import torch
 from pydantic import Field
@@ -21,12 +21,12 @@ class Contextual(Settings):
     contextual_share: float = Field(default=0.15625, gt=0.0, le=1.0)
 
     def num_contextual(self, num_kept: int) -> int:
-        """How many of the kept tokens are contextual: at least one."""
+        """Number of contextual tokens among the kept ones, at least one."""
         return max(1, round(num_kept * self.contextual_share))
 
 
 def dominant_contextual(signals: Signals, settings: Contextual, num_removed: int) -> Tensor:
-    """Keep the tokens that [CLS] looks at most, and evenly spaced ones of the others.
+    """Keep the tokens that [CLS] attends to most, and evenly spaced ones of the others.
 
     Args:
         signals: `cls_attention` (B, N).

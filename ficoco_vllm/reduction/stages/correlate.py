@@ -1,4 +1,4 @@
-"""Correlations: where should the information of a discarded token be preserved?"""
+"""Correlations: targets for the information of each discarded token."""
 
 import torch
 from pydantic import Field
@@ -21,7 +21,7 @@ def none(signals: Signals, partition: Partition, settings: Settings) -> Tensor:
         settings: none.
 
     Returns:
-        (B, R, K) fp32 zeros, without memory of their own.
+        (B, R, K) fp32 zeros, expanded from one element.
 
     Source: arXiv:2411.17686, Sec. 2.3.2, FastV.
     """
@@ -55,7 +55,7 @@ def cls_weight(signals: Signals, partition: Partition, settings: Settings) -> Te
         settings: none.
 
     Returns:
-        (B, R, K) fp32, without memory of its own along K.
+        (B, R, K) fp32, expanded along K.
 
     Source: arXiv:2411.17686, Eq. 7.
     """
@@ -88,7 +88,7 @@ def attention_via_text(signals: Signals, partition: Partition, settings: ViaText
     """C_ij = gamma * A_ij + (1 - gamma) * sum_k A_ki * A_kj, with k over the text tokens.
 
     The direct term is the causal A_ij: zero where target j comes after source i. Both factors of the indirect
-    term are the attention that the text pays, for the reason given at `local_text`.
+    term are attention of the text tokens, for the reason given at `local_text`.
 
     Args:
         signals: `visual_attention` (B, N, N) and `text_attention` (B, M, N).

@@ -1,4 +1,4 @@
-"""Filters by attention: which token should be discarded? Higher redundancy leaves first."""
+"""Filters by attention; tokens with higher redundancy leave first."""
 
 from typing import Annotated, Any
 
@@ -24,7 +24,7 @@ class LocalPenalty(Settings):
 
     Attributes:
         window: rows and columns of a window; one number means a square.
-        coefficient: what the highest score of a window is multiplied (divided, if negative) by.
+        coefficient: factor of the highest score of a window (divisor, if that score is negative).
     """
 
     window: Window = (2, 2)
@@ -59,8 +59,8 @@ def local_task(signals: Signals, settings: LocalTask, backend: Backend = "torch"
     Windows of the penalty lie on the original grid; tokens that left earlier are blanks, fused tokens (position -1)
     are in no window.
 
-    In fp64: where [CLS] looks at a few tokens only, the row sums of the others are 1 but for the seventh digit, and
-    the scores of hundreds of tokens, the one at the cut among them, differ behind what fp32 holds.
+    Computed in fp64: where [CLS] attends to a few tokens only, the row sums of the others differ from 1 in the seventh
+    digit, and the scores of hundreds of tokens, also at the cut, differ by less than fp32 resolves.
 
     Args:
         signals: `visual_attention` (B, N, N) and `cls_attention` (B, N).
@@ -85,7 +85,7 @@ def local_task(signals: Signals, settings: LocalTask, backend: Backend = "torch"
 
 
 def cls_attention(signals: Signals, settings: Settings) -> Tensor:
-    """s_i = -a_i^CLS: what [CLS] looks at least leaves first.
+    """s_i = -a_i^CLS: tokens with the least [CLS] attention leave first.
 
     Args:
         signals: `cls_attention` (B, N).

@@ -14,8 +14,8 @@ class NearestMerge(Settings):
     """Settings of Eq. 9.
 
     Attributes:
-        size_weighted: weigh tokens by how many patches they stand for, so that a merged token is the mean
-            of its patches; False weighs all tokens alike, as Eq. 9 is printed.
+        size_weighted: weigh tokens by the number of patches that they represent, so that a merged token is the mean of
+            its patches; False weighs all tokens alike, as Eq. 9 is printed.
     """
 
     size_weighted: bool = True
@@ -41,8 +41,8 @@ def nearest_merge(
     Source: arXiv:2411.17686, Eq. 9; arXiv:2210.09461, Sec. 3 (weighted by size).
     """
     best = correlation.argmax(dim=-1, keepdim=True)
-    found = (correlation.gather(-1, best) > NOWHERE).float()
-    share = torch.zeros_like(correlation).scatter(-1, best, found)
+    has_target = (correlation.gather(-1, best) > NOWHERE).float()
+    share = torch.zeros_like(correlation).scatter(-1, best, has_target)
     if not settings.size_weighted:
         return merge(tokens, size, partition, share, share)
     ratio = take(size, partition.source)[..., None] / take(size, partition.target)[:, None]

@@ -30,8 +30,8 @@ def _rows(matrix: Tensor, pick: Tensor) -> Tensor:
 def max_min_distance(signals: Signals, settings: Settings, num_removed: int) -> Tensor:
     """Keep tokens that are as far as possible from one another.
 
-    First the token whose nearest neighbour is farthest; then, again and again, the one that is farthest
-    from all that were picked. Distance is one minus the cosine of the features.
+    The first pick is the token whose nearest neighbour is farthest; each further one is the token farthest from all
+    picks. Distance is one minus the cosine of the features.
 
     Args:
         signals: `features` (B, N, Df), N at least 2.
@@ -87,7 +87,7 @@ def conditional_dpp(signals: Signals, settings: Relevance, num_removed: int) -> 
     redundancy = kernel.new_ones(B, N, dtype=torch.float32)
     for step in range(K):
         spent = gain < _SPENT * whole
-        # Below all gains, in order of relevance; what was picked before is below those.
+        # Below all gains, in order of relevance; tokens picked before are lower still.
         pick = torch.where(redundancy > 0, torch.where(spent, whole - 2, gain), -torch.inf).argmax(
             -1, keepdim=True
         )

@@ -40,7 +40,7 @@ def neighbour_attention(signals: Signals, partition: Partition, settings: Neighb
 
 
 def _nearest(likeness: Tensor, count: int) -> Tensor:
-    """Mark the `count` highest entries of every column, and what equals the last of them: (B, R, K) bool."""
+    """Mark the `count` highest entries of every column, and entries equal to the last of them: (B, R, K) bool."""
     columns = likeness.transpose(1, 2).contiguous()
     lowest = columns.topk(min(count, columns.shape[-1]), dim=-1).values[..., -1]
     return likeness >= lowest[:, None]
@@ -53,11 +53,11 @@ def _weigh(near: Tensor, signals: Signals, partition: Partition) -> Tensor:
 
 
 class Recovery(Neighbours):
-    """Settings of Recoverable Compression, besides the number of neighbours of a centre.
+    """Settings of Recoverable Compression, in addition to those of `Neighbours`.
 
     Attributes:
         visual_share: part of the kept tokens that [CLS] chooses.
-        text_share: part that the text recovers; the rest are centres of what is merged.
+        text_share: part that the text recovers; the rest are centres of merged tokens.
         text_weight: weight of the relevance for the text in the choice of neighbours.
     """
 
@@ -67,15 +67,15 @@ class Recovery(Neighbours):
 
 
 class Roles(NamedTuple):
-    """Why a token stays, (B, N) bool each: none, or one of them."""
+    """Disjoint masks, (B, N) bool each, of the reasons why a token stays."""
 
-    seen: Tensor
-    asked: Tensor
+    attended: Tensor
+    relevant: Tensor
     centre: Tensor
 
 
 def roles(signals: Signals, settings: Recovery, num_kept: int) -> Roles:
-    """Choose by [CLS] attention, then of the others by relevance for the text, then by [CLS] attention again.
+    """Choose tokens by [CLS] attention, then others by relevance for the text, then others by [CLS] attention again.
 
     Args:
         signals: `cls_attention` (B, N) and `text_relevance` (B, N).
@@ -85,15 +85,15 @@ def roles(signals: Signals, settings: Recovery, num_kept: int) -> Roles:
     Returns:
         Three disjoint masks of K tokens in all.
     """
-    num_seen = round(num_kept * settings.visual_share)
-    num_asked = min(round(num_kept * settings.text_share), num_kept - num_seen)
+    num_attended = round(num_kept * settings.visual_share)
+    num_relevant = min(round(num_kept * settings.text_share), num_kept - num_attended)
     attention = require(signals, "cls_attention").float()
     relevance = require(signals, "text_relevance").float()
-    seen = ranks(attention) < num_seen
-    asked = ranks(relevance.masked_fill(seen, -torch.inf)) < num_asked
-    taken = seen | asked
-    centre = ranks(attention.masked_fill(taken, -torch.inf)) < num_kept - num_seen - num_asked
-    return Roles(seen, asked, centre)
+    attended = ranks(attention) < num_attended
+    relevant = ranks(relevance.masked_fill(attended, -torch.inf)) < num_relevant
+    taken = attended | relevant
+    centre = ranks(attention.masked_fill(taken, -torch.inf)) < num_kept - num_attended - num_relevant
+    return Roles(attended, relevant, centre)
 
 
 def text_recovery(signals: Signals, settings: Recovery, num_removed: int) -> Tensor:
@@ -110,7 +110,7 @@ def text_recovery(signals: Signals, settings: Recovery, num_removed: int) -> Ten
     Source: arXiv:2409.01179, Sec. 3.
     """
     role = roles(signals, settings, signals.position.shape[1] - num_removed)
-    return (~(role.seen | role.asked | role.centre)).float()
+    return (~(role.attended | role.relevant | role.centre)).float()
 
 
 def recovery_attention(signals: Signals, partition: Partition, settings: Recovery) -> Tensor:

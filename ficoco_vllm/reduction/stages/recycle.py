@@ -1,4 +1,4 @@
-"""Text raters score the visual tokens; part of what they discard is recycled into clusters."""
+"""Scores of the visual tokens by text raters; part of the discarded tokens is recycled into clusters."""
 
 import torch
 from pydantic import Field
@@ -22,7 +22,7 @@ class Recycling(Settings):
     tokens_per_cluster: int = Field(default=10, ge=1)
 
     def counts(self, num_tokens: int, num_kept: int) -> tuple[int, int, int]:
-        """How many tokens are selected, recycled, and clusters: the first and the last make up `num_kept`."""
+        """Numbers of selected tokens, recycled tokens, and clusters: the first and the last make up `num_kept`."""
         for selected in range(num_kept, -1, -1):
             discarded = num_tokens - selected
             recycled = min(discarded, int(discarded * self.recycled_share) + 1)
@@ -33,9 +33,9 @@ class Recycling(Settings):
 
 
 def rating(signals: Signals) -> Tensor:
-    """Mean attention of the text raters: the text tokens that the image is more alike to than average.
+    """Mean attention of the text raters: the text tokens whose similarity to the image is above average.
 
-    Alikeness of text token k is the mean over visual tokens of softmax_k(features . text_features).
+    The similarity of text token k is the mean over visual tokens of softmax_k(features . text_features).
 
     Args:
         signals: `text_attention` (B, M, N), `features` (B, N, Df) and `text_features` (B, M, Df).
@@ -46,8 +46,8 @@ def rating(signals: Signals) -> Tensor:
     Source: arXiv:2410.04417, Sec. 3.
     """
     visual, text = require(signals, "features").float(), require(signals, "text_features").float()
-    alike = (visual @ text.transpose(1, 2)).softmax(dim=-1).mean(dim=1)
-    rater = (alike > alike.mean(dim=-1, keepdim=True)).float()
+    similarity = (visual @ text.transpose(1, 2)).softmax(dim=-1).mean(dim=1)
+    rater = (similarity > similarity.mean(dim=-1, keepdim=True)).float()
     rater = torch.where(rater.sum(dim=-1, keepdim=True) > 0, rater, 1.0)
     rated = torch.bmm(rater[:, None], require(signals, "text_attention").float())[:, 0]
     return rated / rater.sum(dim=-1, keepdim=True)

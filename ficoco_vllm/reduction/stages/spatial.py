@@ -1,4 +1,4 @@
-"""Filters by place, and the correlation of tokens that share a cell of the grid."""
+"""Filters by position, and the correlation of tokens in the same cell of the grid."""
 
 import math
 
@@ -20,7 +20,7 @@ class Seed(Settings):
     """Settings of the random order.
 
     Attributes:
-        seed: another seed, another order.
+        seed: of the hash.
     """
 
     seed: int = Field(default=0, ge=0)
@@ -29,7 +29,7 @@ class Seed(Settings):
 def random_order(signals: Signals, settings: Seed) -> Tensor:
     """s_i = a hash of the seed and of the original position of token i.
 
-    The same on every machine, whatever the batch and the state of any random generator.
+    The order is the same on every machine, independent of the batch and of random generators.
 
     Args:
         signals: none but `position`.
@@ -100,7 +100,7 @@ def cells(position: Tensor, grid: tuple[int, int], num_cells: int) -> Tensor:
 
 
 def one_per_cell(signals: Signals, settings: Settings, num_removed: int) -> Tensor:
-    """Keep the first token of each of as many cells as tokens are to be kept.
+    """Keep the first token of each cell; there are as many cells as kept tokens.
 
     Args:
         signals: none but `position` and `grid`.

@@ -70,7 +70,7 @@ class Received(Settings):
     """Settings of Eq. 5.
 
     Attributes:
-        queries: whose attention counts: "last", that of the last prompt token; "all", that of all tokens.
+        queries: tokens whose attention counts: "last" for the last prompt token, "all" for all tokens.
     """
 
     queries: Literal["last", "all"] = "last"
@@ -101,7 +101,7 @@ def received_attention(signals: Signals, settings: Received) -> Tensor:
 
 
 def self_cross(signals: Signals, settings: Settings) -> Tensor:
-    """s_i = -(sum_j A_ji / N) * sum_k A_ki: what i receives from the image times what it does from the text.
+    """s_i = -(sum_j A_ji / N) * sum_k A_ki: attention received from the image times attention received from the text.
 
     Args:
         signals: `visual_attention` (B, N, N) and `text_attention` (B, M, N).
@@ -120,9 +120,8 @@ class Relevance(Settings):
     """Settings of stages that read `text_relevance`.
 
     Attributes:
-        negate: take the negated relevance. CLIP's patch tokens are most alike to a text where the image
-            does not show it, so with a plain cosine of CLIP the released codes of TRIM and CDPruner negate
-            it.
+        negate: take the negated relevance. CLIP's patch tokens are most similar to a text where the image does not
+            show it, so the released codes of TRIM and CDPruner negate a plain cosine of CLIP.
     """
 
     negate: bool = True

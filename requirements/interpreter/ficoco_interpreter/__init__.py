@@ -1,5 +1,5 @@
-"""A Triton backend `cpu` that compiles nothing: kernels run through Triton's interpreter (TRITON_INTERPRET=1).
+"""Triton backend `cpu` that compiles nothing: kernels run through Triton's interpreter (TRITON_INTERPRET=1).
 
-vLLM's CPU build takes its model runner V2 only where Triton has a backend of this name. Reducing in the decoder needs
-that runner, so the CPU install carries this package; a GPU install must not.
+vLLM's CPU build uses its model runner V2 only if Triton has a backend of this name. Reducing in the decoder needs that
+runner, so the CPU install includes this package; a GPU install must not.
 """

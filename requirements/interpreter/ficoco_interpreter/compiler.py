@@ -1,14 +1,14 @@
-"""The compiler half of a Triton backend; the interpreter never asks for it."""
+"""The compiler part of a Triton backend, which the interpreter never uses."""
 
 from types import ModuleType
 from typing import Any
 
-# Triton wants exactly one concrete subclass in this module, so the base stays behind its own module's name.
+# Triton requires exactly one concrete subclass in this module's namespace, so the base is not imported by name.
 from triton.backends import compiler
 
 
 class InterpreterBackend(compiler.BaseBackend):
-    """Kernels are interpreted; whoever wants one compiled is told so."""
+    """Backend without a compiler: compiling a kernel raises NotImplementedError."""
 
     @staticmethod
     def supports_target(target: Any) -> bool:
@@ -20,16 +20,16 @@ class InterpreterBackend(compiler.BaseBackend):
         return "interpreter"
 
     def parse_options(self, options: dict[str, Any]) -> Any:
-        """Not to be had: only a compiler has options."""
+        """Raise NotImplementedError: only a compiler has options."""
         raise NotImplementedError("the backend `cpu` only interprets: set TRITON_INTERPRET=1")
 
     def add_stages(self, stages: dict[str, Any], options: Any, language: Any = None) -> None:
-        """Not to be had: only a compiler has stages."""
+        """Raise NotImplementedError: only a compiler has stages."""
         raise NotImplementedError("the backend `cpu` only interprets: set TRITON_INTERPRET=1")
 
     def load_dialects(self, context: Any) -> None:
-        """Nothing to load."""
+        """Do nothing."""
 
     def get_module_map(self) -> dict[str, ModuleType]:
-        """No device libraries."""
+        """Return no device libraries."""
         return {}

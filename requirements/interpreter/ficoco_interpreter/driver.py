@@ -1,4 +1,4 @@
-"""The driver half of a Triton backend: there is no device to drive."""
+"""The driver part of a Triton backend without a device."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,28 +9,28 @@ from triton.backends.compiler import GPUTarget
 
 
 class InterpreterDriver(driver.DriverBase):
-    """Says that kernels run on the CPU, and that Triton must never choose this by itself."""
+    """Driver of the CPU. Triton never chooses it by itself."""
 
     def __init__(self) -> None:
         pass
 
     @classmethod
     def is_active(cls) -> bool:
-        """False: kernels are interpreted because the environment says so, not because a device was found."""
+        """False: the environment enables the interpreter, not the presence of a device."""
         return False
 
     def get_current_target(self) -> GPUTarget:
-        """The CPU, the only target there is."""
+        """The CPU, the only target."""
         return GPUTarget("cpu", 0, 0)
 
     def get_active_torch_device(self) -> torch.device:
-        """Where tensors of interpreted kernels live."""
+        """Device of the tensors of interpreted kernels."""
         return torch.device("cpu")
 
     def get_benchmarker(self) -> Callable[[Callable[[], Any], Sequence[float]], Sequence[float]]:
-        """Not to be had: interpreted kernels say nothing about speed."""
+        """Raise NotImplementedError: the speed of interpreted kernels is meaningless."""
         raise NotImplementedError("interpreted kernels cannot be timed")
 
     def map_python_to_cpp_type(self, ty: str) -> str:
-        """The type as it is: nothing is launched."""
+        """The type unchanged: nothing is launched."""
         return ty

@@ -11,7 +11,7 @@ def doc_to_visual(doc: dict[str, Any]) -> list[Image.Image]:
 
 
 def doc_to_text(doc: dict[str, Any], lmms_eval_specific_kwargs: dict[str, Any] | None = None) -> str:
-    """The question, behind what the task's settings put before it."""
+    """The question, after the prefix in the task's settings."""
     return (lmms_eval_specific_kwargs or {}).get("pre_prompt", "") + doc["question"]
 
 

@@ -1,4 +1,4 @@
-"""The command line: what it lists, and what it refuses before anything is loaded."""
+"""The command line: its lists, and its refusals before anything is loaded."""
 
 import argparse
 import json
@@ -112,7 +112,7 @@ def test_serve_refuses_in_one_line(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # The command writes to both what later tests must not find.
+    # The command changes both, which later tests must not see.
     monkeypatch.setattr(os, "environ", dict(os.environ))
     monkeypatch.setattr(sys, "path", list(sys.path))
     assert main(["serve", *arguments]) == 2
@@ -121,7 +121,7 @@ def test_serve_refuses_in_one_line(
 
 @pytest.mark.server
 def test_serve_refuses_an_unknown_architecture(tmp_path: Path) -> None:
-    """In a process of its own, as a user runs it: status 2, one line, no traceback."""
+    """In a separate process, as a user runs it: status 2, one line, no traceback."""
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     result = subprocess.run(
@@ -137,7 +137,7 @@ def test_serve_refuses_an_unknown_architecture(tmp_path: Path) -> None:
 
 
 def check_line(stderr: str, parts: list[str]) -> None:
-    """One line says what is wrong."""
+    """The error is one line."""
     (line,) = [line for line in stderr.splitlines() if line.startswith("ficoco-vllm: error: ")]
     for part in parts:
         assert part in line
@@ -150,7 +150,7 @@ def test_the_command_line_does_not_import_prometheus() -> None:
 
 
 def test_what_a_command_started_ends_with_it(tmp_path: Path) -> None:
-    """A benchmark that is told to stop leaves no server behind."""
+    """A benchmark that is stopped also stops its server."""
     code = f"""
 import sys, time
 from pathlib import Path
@@ -178,17 +178,21 @@ sys.exit(cli.main())
 
 
 @pytest.mark.parametrize(
-    ("asked", "on_cpu", "expected"),
+    ("requested", "on_cpu", "expected"),
     [("auto", True, "float32"), ("auto", False, "auto"), ("bfloat16", True, "bfloat16")],
 )
 def test_the_demo_model_is_computed_in_float32_on_cpus(
-    monkeypatch: pytest.MonkeyPatch, asked: str, on_cpu: bool, expected: str
+    monkeypatch: pytest.MonkeyPatch, requested: str, on_cpu: bool, expected: str
 ) -> None:
-    """Its weights are bfloat16, whose products are slow on one CPU and rounded otherwise on another."""
+    """Its weights are bfloat16, whose products are slow on some CPUs and rounded differently on others."""
     monkeypatch.setattr("ficoco_vllm.server.commands.serve.is_cpu_build", lambda: on_cpu)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     args = argparse.Namespace(
-        model_tag=None, served_model_name=None, kv_cache_memory_bytes=None, enforce_eager=False, dtype=asked
+        model_tag=None,
+        served_model_name=None,
+        kv_cache_memory_bytes=None,
+        enforce_eager=False,
+        dtype=requested,
     )
     _use_demo_model(args)
     assert args.dtype == expected

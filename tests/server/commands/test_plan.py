@@ -110,7 +110,7 @@ def test_what_cannot_be_served_is_said(capsys: pytest.CaptureFixture[str], metho
 
 
 def test_every_method_has_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
-    """What stays is `keep` whatever the method; where tokens leave is its site."""
+    """Every method keeps `keep` tokens, and removes tokens at its own site."""
     for name in available():
         parsed = report(capsys, LLAVA_7B, "--method", name, "--keep", "64")
         in_tower, in_decoder = parsed["encoder_tokens"], parsed["decoder_visual_tokens"]
@@ -143,7 +143,7 @@ def test_every_method_has_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
             [576] * 24,
             [576] * 8 + [288] * 8 + [144] * 8 + [72] * 9,
         ),
-        # PyramidDrop reduces at layers of its own, in which segments end, unless a start layer is given.
+        # PyramidDrop reduces at its own layers, in which segments end, unless a start layer is given.
         (
             ["--method", "pyramiddrop", "--keep", "72"],
             [576] * 24,
@@ -207,7 +207,7 @@ def test_the_tower_does_what_is_planned(capsys: pytest.CaptureFixture[str], meth
 
 @pytest.mark.parametrize("method", ["ficoco-v", "ficoco-l", "ficoco-vl"])
 def test_without_a_budget_it_is_the_server_s(capsys: pytest.CaptureFixture[str], method: str) -> None:
-    """A ninth of what enters."""
+    """A ninth of the entering tokens."""
     keep = "21" if method == "ficoco-vl" else "64"  # the tower leaves 192
     default = report(capsys, LLAVA_7B, "--method", method)
     assert default["decoder_visual_tokens"][-1] == int(keep)
@@ -376,7 +376,7 @@ def test_numbers_beyond_all_bounds(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("model", [LLAVA_7B, "llava-hf/llava-v1.6-vicuna-7b-hf"])
 def test_runs_without_vllm(tmp_path: Path, model: str) -> None:
-    """In a process of its own, where importing vLLM, transformers or Triton fails."""
+    """In a separate process, where importing vLLM, transformers or Triton fails."""
     script = f"""
 import sys
 for name in ("vllm", "transformers", "triton"):

@@ -1,4 +1,4 @@
-"""`plan` for LLaVA-NeXT: what is planned is what is served."""
+"""`plan` for LLaVA-NeXT equals the served plan."""
 
 import argparse
 import json
@@ -69,11 +69,11 @@ def test_a_tile_with_padding() -> None:
 
 def test_figures(capsys: pytest.CaptureFixture[str]) -> None:
     """672 x 672: 5 x 576 patches and 48 newlines; with 64 a tile 5 x 64 and 2. A token is 0.524288 MB of KV cache."""
-    found = report(capsys, "--keep", "64", "--text-tokens", "60", "--images", "2")
-    assert (found["image_tokens"], found["decoder_visual_tokens"][0]) == (2928, 322)
-    assert found["unreduced"]["kv_bytes"] == (2 * 2928 + 60) * 524288
-    assert found["reduced"]["kv_bytes"] == (2 * 322 + 60) * 524288
-    assert found["tiles"] == [{"patches": 576, "kept": 64}] * 5
+    result = report(capsys, "--keep", "64", "--text-tokens", "60", "--images", "2")
+    assert (result["image_tokens"], result["decoder_visual_tokens"][0]) == (2928, 322)
+    assert result["unreduced"]["kv_bytes"] == (2 * 2928 + 60) * 524288
+    assert result["reduced"]["kv_bytes"] == (2 * 322 + 60) * 524288
+    assert result["tiles"] == [{"patches": 576, "kept": 64}] * 5
     wide = report(capsys, "--keep", "300", "--image-size", "2000x300")
     assert [tile["kept"] for tile in wide["tiles"]] == [300, 240, 240, 240]
     whole = report(capsys, "--keep", "576", "--image-size", "2000x300")
@@ -114,7 +114,7 @@ def test_wrong_pinpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str], pin
 
 @pytest.mark.parametrize("method", ["ficoco-v", "topk-cls", "ficoco-l", "ficoco-vl"])
 def test_accounts_are_those_of_the_planner(capsys: pytest.CaptureFixture[str], method: str) -> None:
-    """An image of 2000 x 300, reduced in the default places: FLOPs and tokens that a request is told to have saved."""
+    """An image of 2000 x 300, reduced by the defaults: the savings equal those reported for a request."""
     size, num_text = (300, 2000), 60
     plan = server_plan(method, 100)
     entering = plan.tower.num_image_tokens(plan.tower.default, height=300, width=2000)

@@ -15,7 +15,7 @@ REPORT_SECONDS = 0.25
 
 @dataclass(frozen=True)
 class Machine:
-    """What the server can do.
+    """Capacity of the simulated server.
 
     Attributes:
         kv_tokens: that the KV cache holds.
@@ -47,7 +47,7 @@ class Request:
 
 @dataclass
 class Run:
-    """What happened.
+    """Record of a simulation.
 
     Attributes:
         budgets: (seconds, budget) at every report.
@@ -60,7 +60,7 @@ class Run:
     requests: list[Request] = field(default_factory=list)
 
     def changes(self, begin: float, end: float) -> int:
-        """How often the budget changed in a span of time."""
+        """Number of budget changes in a span of time."""
         values = [budget for time, budget in self.budgets if begin <= time < end]
         return sum(left != right for left, right in pairwise(values))
 
@@ -69,7 +69,7 @@ class Run:
         return {budget for time, budget in self.budgets if begin <= time < end}
 
     def longest_queue(self, begin: float, end: float) -> int:
-        """The most requests that waited at once in a span of time."""
+        """The most requests that waited at the same time in a span of time."""
         return max(waiting for time, waiting in self.waiting if begin <= time < end)
 
     def ttft(self, begin: float, end: float) -> list[float]:

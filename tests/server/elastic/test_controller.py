@@ -1,4 +1,4 @@
-"""The control law by itself, on loads of every kind."""
+"""The control law alone, under various loads."""
 
 from dataclasses import replace
 

@@ -114,7 +114,7 @@ def test_of_a_method_that_reduces_twice_both_parts_follow_together() -> None:
 
 
 def request(extra_args: dict[str, Any] | None, *lengths: int) -> Any:
-    """What admission reads of vLLM's request."""
+    """The attributes of vLLM's request that admission reads."""
     features = [SimpleNamespace(mm_position=SimpleNamespace(offset=0, length=length)) for length in lengths]
     return SimpleNamespace(sampling_params=SimpleNamespace(extra_args=extra_args), mm_features=features)
 
@@ -127,9 +127,9 @@ def test_an_explicit_budget_in_the_decoder_wins_and_others_are_filled() -> None:
         (None, (576, 576), {"ficoco_keep": 93}),
         (None, (), None),
     ):
-        asked = request(extra_args, *lengths)
-        fill_budget(budget, asked)
-        assert asked.sampling_params.extra_args == expected
+        requested = request(extra_args, *lengths)
+        fill_budget(budget, requested)
+        assert requested.sampling_params.extra_args == expected
     fill_budget(budget, SimpleNamespace(sampling_params=None, mm_features=[1]))
 
 

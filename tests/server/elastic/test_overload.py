@@ -54,7 +54,7 @@ def test_it_returns_to_the_ceiling_and_says_so(small: Server, result: Result) ->
         assert f"requests that name no budget now keep {keep} visual tokens" in log
 
 
-def test_explanations_are_off_unless_asked_for(small: Server) -> None:
+def test_explanations_are_off_unless_enabled(small: Server) -> None:
     headers = {"Authorization": f"Bearer {API_KEY}"}
     for path in ("/ficoco", "/ficoco/", "/ficoco/viewer.js", "/ficoco/options"):
         assert httpx.get(f"{small.url}{path}", headers=headers).status_code == 404

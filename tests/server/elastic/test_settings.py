@@ -1,4 +1,4 @@
-"""What `--ficoco-elastic` may say."""
+"""Allowed and refused values of `--ficoco-elastic`."""
 
 import json
 from typing import Any

@@ -102,7 +102,7 @@ def test_preempted_requests_of_all_processes_count_once(tmp_path: Path) -> None:
     assert update(one, 1.2, Observations(num_unfinished=8))[1].num_preempted == 0
 
 
-def test_a_process_that_holds_the_lock_stops_nobody(tmp_path: Path) -> None:
+def test_a_held_lock_blocks_no_process(tmp_path: Path) -> None:
     controller = SharedController(SETTINGS, tmp_path, 1)
     update(controller, 1.0)
     with (tmp_path / "lock").open("w") as lock:

@@ -1,4 +1,4 @@
-"""What killed processes leave is taken away; what others use is not."""
+"""Cleanup after killed processes, which leaves the files of others alone."""
 
 import os
 import subprocess
@@ -31,7 +31,7 @@ def start(code: str, *arguments: str) -> subprocess.Popen[str]:
 
 
 def name_of(process: subprocess.Popen[str]) -> str:
-    """What it says first."""
+    """Name that a process prints in its first line."""
     assert process.stdout is not None
     return process.stdout.readline().strip()
 

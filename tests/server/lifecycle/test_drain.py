@@ -1,4 +1,4 @@
-"""The gate of a server that is told to stop, without a model."""
+"""The shutdown gate of a stopping server, without a model."""
 
 import asyncio
 import threading
@@ -92,7 +92,7 @@ def test_it_waits_no_longer_than_it_may() -> None:
 
 @pytest.mark.parametrize(("timeout", "dead"), [(0, False), (None, False), (20, True)])
 def test_it_does_not_wait(timeout: float | None, dead: bool) -> None:
-    """Without a time for it, as vLLM's default; or where nobody would answer."""
+    """Without a timeout, as by vLLM's default, or with a dead engine."""
     shutdown, engine = Shutdown(), Engine(dead)
     shutdown.attach(engine)
     shutdown.num_open = 1

@@ -1,4 +1,4 @@
-"""The engine is killed in mid-load, and the server told to stop in mid-load; a supervisor as systemd's or compose's."""
+"""A killed engine and a stop signal under load, with a supervisor like systemd's or compose's."""
 
 import asyncio
 import json
@@ -45,7 +45,7 @@ class Supervised:
 
     Attributes:
         server: its first process is the supervisor.
-        folder: of its temporary files, and of nobody else's.
+        folder: of its temporary files alone.
         num_tokens: of answers that take it several seconds.
     """
 
@@ -54,7 +54,7 @@ class Supervised:
     num_tokens: int
 
     def processes(self) -> list[psutil.Process]:
-        """Of the server, without the supervisor."""
+        """Processes of the server, without the supervisor."""
         return psutil.Process(self.server.process.pid).children(recursive=True)
 
 
@@ -63,7 +63,7 @@ class Supervised:
 def supervised(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Supervised]:
-    """The demo model, with time for requests that run when it is told to stop."""
+    """The demo model, with time for running requests when it stops."""
     method, num_tokens = request.param
     folder = tmp_path_factory.mktemp("supervised")
     arguments = ["--ficoco-method", method, "--ficoco-keep", "64", "--shutdown-timeout", "60"]
@@ -119,10 +119,10 @@ async def under_load(
 def shared_memory_of(processes: list[psutil.Process]) -> set[Path]:
     """Files of the shared memory that they have mapped."""
     return {
-        Path(found.path)
+        Path(matches.path)
         for process in processes
-        for found in process.memory_maps()
-        if found.path.startswith(f"{SHARED_MEMORY}/") and Path(found.path).exists()
+        for matches in process.memory_maps()
+        if matches.path.startswith(f"{SHARED_MEMORY}/") and Path(matches.path).exists()
     }
 
 
@@ -137,7 +137,7 @@ def test_a_killed_engine_is_an_error_and_a_new_server(supervised: Supervised) ->
     (engine,) = (process for process in processes if "EngineCore" in process.name())
     segments = shared_memory_of(processes)
     assert segments
-    time.sleep(6)  # what is left of processes can be told only if they were seen, every five seconds
+    time.sleep(6)  # processes are scanned every five seconds, and only scanned ones are cleaned up
     outcomes, seconds = asyncio.run(under_load(server, 2000, engine, 9))
     kinds = {outcome.kind for outcome in outcomes}
     assert kinds <= {SERVER_ERROR, LOST}, outcomes
@@ -162,8 +162,8 @@ def test_a_killed_engine_is_an_error_and_a_new_server(supervised: Supervised) ->
     assert asyncio.run(ask()).kind == ANSWERED
 
 
-def test_told_to_stop_it_answers_what_it_has_accepted(supervised: Supervised) -> None:
-    """By vLLM's `--shutdown-timeout`; nothing of it is left then."""
+def test_a_stopping_server_answers_accepted_requests(supervised: Supervised) -> None:
+    """The timeout is vLLM's `--shutdown-timeout`, which is used up then."""
     server = supervised.server
     processes = supervised.processes()
     segments = shared_memory_of(processes)

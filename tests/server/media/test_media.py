@@ -1,4 +1,4 @@
-"""What the loader of media fetches and reads, without an engine; over HTTP: `test_safety.py`."""
+"""Tests of the media loader without an engine; `test_safety.py` tests it over HTTP."""
 
 import asyncio
 import base64
@@ -29,9 +29,9 @@ pytestmark = pytest.mark.compat
 
 @pytest.fixture
 def site() -> Iterator[Site]:
-    """Counts what is fetched."""
-    with loopback_site() as found:
-        yield found
+    """Counts fetches."""
+    with loopback_site() as result:
+        yield result
 
 
 def data_url(content: bytes) -> str:
@@ -45,7 +45,7 @@ def png(side: int, mode: str = "L") -> bytes:
 
 
 def fetch(connector: FicocoMediaConnector, url: str, waits: bool, kind: str = "image") -> Any:
-    """Through the asynchronous door, which the server takes, or the other."""
+    """Fetch by the asynchronous method, which the server calls, or by the synchronous one."""
     if not waits:
         return getattr(connector, f"fetch_{kind}")(url)
 
@@ -90,7 +90,7 @@ def test_only_allowed_domains_are_fetched_from(site: Site, waits: bool) -> None:
 def test_a_name_that_leads_into_the_private_network(
     site: Site, monkeypatch: pytest.MonkeyPatch, waits: bool
 ) -> None:
-    """It is allowed, but what it resolves to is not, unless the operator says so."""
+    """The name is allowed, but its address is not, unless the operator allows it."""
     connector = FicocoMediaConnector(allowed_media_domains=["localhost"])
     with pytest.raises(VLLMValidationError, match=r"not on the public internet; .*--ficoco-allow-private"):
         fetch(connector, site.url("/a", "localhost"), waits)
@@ -101,7 +101,7 @@ def test_a_name_that_leads_into_the_private_network(
 
 
 def test_a_redirect_does_not_lead_there_either(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where redirects are followed at all; the first address is one that the operator has named."""
+    """With redirects enabled; the operator has named the first address."""
     monkeypatch.setenv("VLLM_MEDIA_URL_ALLOW_REDIRECTS", "1")
     connector = FicocoMediaConnector(allowed_media_domains=["127.0.0.1"])
     with pytest.raises(VLLMValidationError, match="not on the public internet"):
@@ -167,7 +167,7 @@ def test_redirects(
 def test_an_image_of_too_many_bytes(
     site: Site, monkeypatch: pytest.MonkeyPatch, path: str, waits: bool
 ) -> None:
-    """Also one that the site packs small: what counts is what would be held in memory."""
+    """Also a body that the site compresses: the unpacked size counts."""
     monkeypatch.setenv(MAX_IMAGE_BYTES, str(LARGE_BYTES // 2))
     connector = FicocoMediaConnector(allowed_media_domains=["127.0.0.1"])
     for url in (site.url(path), data_url(bytes(LARGE_BYTES))):
@@ -209,12 +209,12 @@ def test_the_operator_s_limit_of_pixels(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "WEBP", "AVIF", "DDS", "TIFF", "ICO", "BMP"])
 def test_broken_files_are_the_client_s_error(form: str) -> None:
-    """Bytes changed at random, seeded: whatever Pillow's readers raise, the answer is no HTTP 500."""
+    """Bytes changed at random, seeded: no exception of Pillow's readers leads to HTTP 500."""
     generator, buffer = random.Random(form), io.BytesIO()
     Image.radial_gradient("L").resize((48, 64)).convert("RGB").save(buffer, form)
     connector, num_broken = FicocoMediaConnector(), 0
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Pillow, over what it reads
+        warnings.simplefilter("ignore")  # Pillow's, about broken files
         for _ in range(150):
             content = bytearray(buffer.getvalue())
             for _ in range(generator.randint(1, 6)):

@@ -12,7 +12,7 @@ from ficoco_vllm.server.request_field.schema import parse
 
 
 def resolver(settings: dict[str, Any], bounds: Bounds = UNBOUNDED) -> Resolver:
-    """Of a server of the demo model."""
+    """Resolver of a server of the demo model."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(demo_model.path())

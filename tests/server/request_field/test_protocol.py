@@ -1,4 +1,4 @@
-"""Beside what is documented, nothing of vLLM's protocol changes: a plain vLLM server and ours, side by side."""
+"""Except for documented additions vLLM's protocol is unchanged: a plain vLLM server compared with ours."""
 
 import copy
 import json
@@ -44,17 +44,17 @@ def send(server: Server, method: str, path: str, content: Any = None) -> httpx.R
     return httpx.request(method, f"{server.url}{path}", content=body, headers=headers, timeout=120)
 
 
-def told(value: Any) -> Any:
-    """An answer without what differs from one to the next."""
+def reported(value: Any) -> Any:
+    """An answer without the fields that differ between requests."""
     if isinstance(value, dict):
-        return {key: told(item) for key, item in value.items() if key not in OF_THE_MOMENT}
-    return [told(item) for item in value] if isinstance(value, list) else value
+        return {key: reported(item) for key, item in value.items() if key not in OF_THE_MOMENT}
+    return [reported(item) for item in value] if isinstance(value, list) else value
 
 
 def events(text: str) -> list[Any]:
     """Data of the server-sent events of a stream."""
     data = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
-    return [item if item == "[DONE]" else told(json.loads(item)) for item in data]
+    return [item if item == "[DONE]" else reported(json.loads(item)) for item in data]
 
 
 def in_one(events: list[Any]) -> list[Any]:
@@ -76,7 +76,7 @@ def in_one(events: list[Any]) -> list[Any]:
 
 
 def _is_chunk(event: Any) -> bool:
-    """With something of an answer; the first of a chat tells the role only, the last the usage only."""
+    """Whether an event has text; the first chunk of a chat has only the role, the last only the usage."""
     choices = event.get("choices") if isinstance(event, dict) else None
     return bool(choices) and not any("role" in choice.get("delta", {}) for choice in choices)
 
@@ -100,7 +100,7 @@ def _join(before: Any, after: Any) -> None:
 def content_of(answer: httpx.Response) -> Any:
     kind = answer.headers.get("content-type", "")
     if kind.startswith("application/json"):
-        return told(answer.json())
+        return reported(answer.json())
     return in_one(events(answer.text)) if kind.startswith("text/event-stream") else answer.text
 
 
@@ -192,7 +192,7 @@ def test_answers_without_the_field(server: Server, plain: Server, probe: tuple[s
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_image_that_keeps_its_tokens(server: Server, plain: Server, stream: bool) -> None:
-    """To the last bit of the log-probabilities; what is documented is told beside it.
+    """Answers are equal to the last bit of the log-probabilities, except for documented additions.
 
     No other test asks about this image: a prompt out of the prefix cache is computed in other shapes.
     """
@@ -216,7 +216,7 @@ def test_an_image_that_keeps_its_tokens(server: Server, plain: Server, stream: b
 
 
 def test_metrics_are_all_there(server: Server, plain: Server) -> None:
-    """Every family of vLLM's; ours beside them. `process_` and `python_` are documented to be left out."""
+    """All of vLLM's families, and ours. `process_` and `python_` are documented to be left out."""
     ours, theirs = (
         {
             line.split(" ")[2]

@@ -1,4 +1,4 @@
-"""The field `ficoco` of requests to a server of the tower, and what answers tell."""
+"""The field `ficoco` of requests to a server of the tower, and the reported usage."""
 
 import asyncio
 import json
@@ -38,8 +38,8 @@ def post(server: Server, path: str, content: dict[str, Any]) -> httpx.Response:
     return httpx.post(f"{server.url}{path}", json=content, headers=headers, timeout=300)
 
 
-def told(method: str, kept: int, num_images: int = 1) -> dict[str, Any]:
-    """What the answer is to tell."""
+def reported(method: str, kept: int, num_images: int = 1) -> dict[str, Any]:
+    """Expected usage."""
     missing = num_images * (NUM_PATCHES - kept)
     return {
         "method": method,
@@ -62,23 +62,23 @@ def told(method: str, kept: int, num_images: int = 1) -> dict[str, Any]:
         ({"method": "off"}, "off", NUM_PATCHES),
     ],
 )
-def test_asked_and_told(server: Server, ficoco: Any, method: str, kept: int) -> None:
+def test_requested_and_reported(server: Server, ficoco: Any, method: str, kept: int) -> None:
     answer = post(server, "/v1/chat/completions", body(ficoco))
     assert answer.status_code == 200, answer.text
     usage = answer.json()["usage"]
-    assert usage["ficoco"] == told(method, kept)
+    assert usage["ficoco"] == reported(method, kept)
     full = post(server, "/v1/chat/completions", body("off")).json()["usage"]["prompt_tokens"]
     assert usage["prompt_tokens"] == full - NUM_PATCHES + kept
     headers = {name: value for name, value in answer.headers.items() if name.startswith("x-ficoco-")}
     assert headers == {
-        f"x-ficoco-{key.replace('_', '-')}": str(value) for key, value in told(method, kept).items()
+        f"x-ficoco-{key.replace('_', '-')}": str(value) for key, value in reported(method, kept).items()
     }
 
 
 def test_official_client_sync_async_and_streaming(server: Server, client: OpenAI) -> None:
     chat = body(None, num_images=2)
     extra = {"extra_body": {"ficoco": {"keep": 96}}}
-    expected = told("ficoco-v", 96, num_images=2)
+    expected = reported("ficoco-v", 96, num_images=2)
     completion = client.chat.completions.create(**chat, **extra)
     assert completion.usage is not None
     assert completion.usage.model_extra == {"ficoco": expected}
@@ -111,10 +111,10 @@ def test_official_client_sync_async_and_streaming(server: Server, client: OpenAI
                 async for chunk in await asynchronous.chat.completions.create(**chat, **extra, **options)
             ]
 
-    told_at_last = asyncio.run(stream_all())
-    assert [chunk.usage.model_extra for chunk in told_at_last if chunk.usage] == [{"ficoco": expected}]
-    assert told_at_last[-1].usage is not None
-    words = [chunk.choices[0].delta.content or "" for chunk in told_at_last if chunk.choices]
+    final_chunks = asyncio.run(stream_all())
+    assert [chunk.usage.model_extra for chunk in final_chunks if chunk.usage] == [{"ficoco": expected}]
+    assert final_chunks[-1].usage is not None
+    words = [chunk.choices[0].delta.content or "" for chunk in final_chunks if chunk.choices]
     assert "".join(words) == text
 
 
@@ -123,12 +123,12 @@ def test_batch_route_and_completions(server: Server, client: OpenAI) -> None:
     chat["messages"] = [chat["messages"], chat["messages"]]
     answer = post(server, "/v1/chat/completions/batch", chat)
     assert answer.status_code == 200, answer.text
-    assert answer.json()["usage"]["ficoco"] == told("ficoco-v", 9, num_images=2)
+    assert answer.json()["usage"]["ficoco"] == reported("ficoco-v", 9, num_images=2)
     text = client.completions.create(
         model=MODEL, prompt="what is", max_tokens=2, extra_body={"ficoco": {"keep": 9}}
     )
     assert text.usage is not None
-    assert not text.usage.model_extra  # no image: nothing to tell
+    assert not text.usage.model_extra  # no image: nothing to report
     with pytest.raises(openai.BadRequestError, match=r"ficoco\.keep = 0"):
         client.completions.create(
             model=MODEL, prompt="what is", max_tokens=2, extra_body={"ficoco": {"keep": 0}}
@@ -142,7 +142,7 @@ def response_input() -> list[Any]:
 
 
 def test_responses(client: OpenAI) -> None:
-    """The Responses API reads and tells it too, whole and as a stream."""
+    """The Responses API reads and reports the field too, whole and as a stream."""
     more: dict[str, Any] = {"max_output_tokens": 8, "temperature": 0}
     body: dict[str, Any] = {"model": MODEL, "input": response_input(), **more}
     extra = {"extra_body": {"ficoco": {"method": "tome", "keep": 96}}}
@@ -150,12 +150,12 @@ def test_responses(client: OpenAI) -> None:
     assert whole.headers["x-ficoco-visual-tokens-kept"] == "96"
     answer = whole.parse()
     assert answer.usage is not None
-    assert (answer.usage.model_extra or {})["ficoco"] == told("tome", 96)
+    assert (answer.usage.model_extra or {})["ficoco"] == reported("tome", 96)
     assert examples()[0].answer in answer.output_text
     last = list(client.responses.create(**body, **extra, stream=True))[-1]
     assert last.type == "response.completed"
     assert last.response.usage is not None
-    assert (last.response.usage.model_extra or {})["ficoco"] == told("tome", 96)
+    assert (last.response.usage.model_extra or {})["ficoco"] == reported("tome", 96)
     full = client.responses.create(**body, extra_body={"ficoco": "off"})
     assert full.usage is not None
     assert full.usage.input_tokens - answer.usage.input_tokens == NUM_PATCHES - 96
@@ -164,7 +164,7 @@ def test_responses(client: OpenAI) -> None:
 
 
 def test_tokens_of_a_chat(server: Server) -> None:
-    """`/tokenize` counts what the same chat would be sized to."""
+    """`/tokenize` returns the prompt length of the same chat."""
     counts = [
         post(server, "/tokenize", body(ficoco)).json()["count"] for ficoco in ("off", None, {"keep": 9})
     ]
@@ -173,7 +173,7 @@ def test_tokens_of_a_chat(server: Server) -> None:
 
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens", "/inference/v1/generate"])
 def test_routes_that_do_not_read_it_say_so(server: Server, path: str) -> None:
-    """VLLM would drop what it does not know, and the client believe that its wish was granted."""
+    """VLLM would drop unknown fields, and the client would believe that its budget was applied."""
     chat = {"model": MODEL, "messages": [{"role": "user", "content": 'the word "ficoco"'}], "max_tokens": 2}
     without = post(server, path, chat)
     assert without.status_code in (200, 403), without.text  # scale-out routes are off by default
