@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ficoco_vllm.benchmarks.harness.pages import table
 from ficoco_vllm.benchmarks.overview.rows import (
     ALL_ROWS,
     FICOCO_V,
@@ -152,5 +153,4 @@ def machines(results: Results) -> list[str]:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [header, ["---"] * len(header), *rows]
-    return ["| " + " | ".join(cells) + " |" for cells in lines]
+    return table(header, rows, rule=" --- ")
