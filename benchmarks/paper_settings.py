@@ -68,12 +68,7 @@ class Setting:
 
 
 def nearest(method: dict[str, Any], point: float) -> Setting | None:
-    """The budget whose FLOPs come nearest to a point, or None where no budget comes within 5% of it.
-
-    Args:
-        method: settings without a budget.
-        point: TFLOPs of the language model's prefill.
-    """
+    """The budget whose FLOPs come nearest to a point, or None where no budget comes within 5% of it."""
     keeps = range(1, SHAPE.tower.num_patches + 1)
     above = bisect_left(keeps, point, key=lambda keep: Setting({**method, "keep": keep}).tera_flops)
     around = {keeps[max(0, above - 1)], keeps[min(above, len(keeps) - 1)]}

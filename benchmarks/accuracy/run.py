@@ -52,9 +52,6 @@ class Options:
 def measure(options: Options) -> dict[str, Any]:
     """Ask all questions and summarise the answers.
 
-    Args:
-        options: of the run.
-
     Returns:
         The result as it is written to JSON.
 

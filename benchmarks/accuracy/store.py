@@ -66,13 +66,7 @@ class Store:
         return self.replies[key]
 
     def add(self, variant: str, item: str, reply: Reply) -> None:
-        """Keep an answer.
-
-        Args:
-            variant: key of the variant.
-            item: name of the question.
-            reply: the answer.
-        """
+        """Keep an answer."""
         self.replies[variant, item] = reply
         row = {"variant": variant, "item": item, "text": reply.text, "tokens": reply.prompt_tokens}
         self._file.write(json.dumps({**row, "likely": dict(reply.likely)}) + "\n")

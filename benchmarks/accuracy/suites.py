@@ -104,11 +104,7 @@ class Row:
 
 
 def served_methods(site: Site) -> list[str]:
-    """Methods that a server of a LLaVA runs at a site, without those of benchmark runs.
-
-    Args:
-        site: "tower", "decoder" or "both".
-    """
+    """Methods that a server of a LLaVA runs at a site, without those of benchmark runs."""
     if site == "both":
         return sorted(PIPELINES)
     sites = ("decoder",) if site == "decoder" else ("encoder", "features")

@@ -47,11 +47,6 @@ def embedded(kinds: Sequence[str] = KINDS, count: int = 100, seed: int = 0) -> l
 
     A smaller `count` gives the first questions of a larger one.
 
-    Args:
-        kinds: types of question.
-        count: questions of each.
-        seed: of images and questions.
-
     Raises:
         ValueError: there is no such type.
         ModuleNotFoundError: the package `easy-vqa` is not installed.

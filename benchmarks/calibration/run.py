@@ -128,10 +128,6 @@ def split(items: Sequence[Item], target: float, confidence: float) -> tuple[list
 def calibrate(settings: Settings, items: Sequence[Item]) -> dict[str, Any]:
     """Find the smallest safe budget of each method.
 
-    Args:
-        settings: of the calibration.
-        items: the user's questions, in random order.
-
     Returns:
         The report as it is written to JSON.
 

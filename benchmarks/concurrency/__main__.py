@@ -50,11 +50,6 @@ def measure(
 ) -> dict[str, dict[str, float]]:
     """Fill one engine after the other.
 
-    Args:
-        folder: of the model.
-        kinds: names to settings; stock vLLM first.
-        kv_bytes: memory of each KV cache.
-
     Returns:
         A row for each kind, as it stands in the JSON.
     """
@@ -70,11 +65,7 @@ def measure(
 
 
 def bars(rows: Mapping[str, Mapping[str, float]]) -> list[Bar]:
-    """The bars: nearly as many requests run as the plan predicts.
-
-    Args:
-        rows: `kinds` of the JSON file.
-    """
+    """The bars: nearly as many requests run as the plan predicts."""
     return [
         Bar(
             f"concurrency-{name.replace(' ', '-')}-of-predicted",

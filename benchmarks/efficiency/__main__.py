@@ -65,11 +65,7 @@ def main() -> int:
 
 
 def bars(rows: list[dict[str, Any]]) -> Iterator[Bar]:
-    """The bars: FLOPs and KV bytes of the engine are those of the plan.
-
-    Args:
-        rows: of the JSON file.
-    """
+    """The bars: FLOPs and KV bytes of the engine are those of the plan."""
     flops = max(abs(row["flops"] / row["planned_flops"] - 1) for row in rows)
     yield at_most("efficiency-flops-off-plan", flops, 0.0001)
     blocks = max(abs(row["kv_bytes"] - row["planned_kv_bytes"]) for row in rows)
@@ -101,14 +97,6 @@ def measure(
     folder: str, table: Table, precision: str, shape: ModelShape, rounds: int, order: random.Random
 ) -> list[dict[str, Any]]:
     """All rows of one model and precision; the first round warms up and is not counted.
-
-    Args:
-        folder: of the model.
-        table: of the rows.
-        precision: one of `PRECISIONS`.
-        shape: of the model.
-        rounds: that count.
-        order: of the rows, and the seed of the images.
 
     Returns:
         Rows of the JSON file.

@@ -74,12 +74,7 @@ TABLES = (
 
 
 def token_plan(row: Row, shape: ModelShape) -> TokenPlan:
-    """Visual tokens layer by layer, as they are served.
-
-    Args:
-        row: what is served.
-        shape: of the model.
-    """
+    """Visual tokens layer by layer, as they are served."""
     plan = ServerPlan.for_model(FicocoConfig.parse(SETTINGS), shape)
     assert plan.decoder is not None
     counts = plan.decoder.counts(plan.decoder.method, row.tower, row.decoder)

@@ -26,12 +26,6 @@ class Products:
 def measure(engine: Any, row: Row, num_text_tokens: int, seed: int) -> dict[str, float]:
     """Answer one request with a new image, from pixels to the first token.
 
-    Args:
-        engine: in this process.
-        row: how many tokens the request keeps.
-        num_text_tokens: of its prompt.
-        seed: of its image.
-
     Returns:
         `ttft_seconds`; `linear_flops` and `attention_flops` of the decoder and its head; `kv_bytes` of the blocks that
         the scheduler gives the prompt; `resident_bytes` of the process afterwards.

@@ -14,10 +14,6 @@ _SIZE_INCHES = (7.0, 3.6)
 def draw(rows: Sequence[Mapping[str, Any]], summary: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """Every picture of the report.
 
-    Args:
-        rows: of `run_turns`.
-        summary: of `summarise`.
-
     Returns:
         Title and SVG of each.
     """

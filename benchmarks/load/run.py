@@ -40,12 +40,6 @@ def run_turns(
 ) -> list[dict[str, Any]]:
     """Run all turns on servers of our own.
 
-    Args:
-        turns: in their order.
-        target: what is served.
-        sample_seconds: between two looks at /metrics.
-        say: takes a line about each point.
-
     Returns:
         One mapping a point: `server`, `round`, `traffic`, `seed` and the figures of `run_point`.
 
@@ -67,16 +61,7 @@ def run_turn(
     sample_seconds: float,
     say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """Run the points of one turn against a server that is up; see `run_turns`.
-
-    Args:
-        turn: points and their seeds.
-        url: of the server, without a path.
-        target: names of model and tokenizer.
-        headers: sent with every request.
-        sample_seconds: between two looks at /metrics.
-        say: takes a line about each point.
-    """
+    """Run the points of one turn against a server that is up; see `run_turns`."""
     first = turn.points[0][0]
     warm_up = first.model_copy(update={"num_requests": _WARM_UP, "rate": None, "concurrency": _WARM_UP})
     run_point(url, target.name, target.tokenizer, warm_up, _WARM_UP_SEED, headers, sample_seconds)

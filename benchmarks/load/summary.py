@@ -23,9 +23,6 @@ FIGURES = (
 def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Medians over the rounds.
 
-    Args:
-        rows: of `run_turns`.
-
     Returns:
         For each point and server, stock first: `server`, `point`, `num_rounds`, and for each
         of `FIGURES` its median, with `_min` and `_max` beside it; None where /metrics did not say.
@@ -40,26 +37,14 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def ratio(rows: Sequence[Mapping[str, Any]], figure: str, server: str, base: str, point: str) -> float:
-    """Median over the rounds of one server's figure over another's in the same round.
-
-    Args:
-        rows: of `run_turns`.
-        figure: one of `FIGURES`.
-        server: whose figure is the numerator.
-        base: whose figure is the denominator.
-        point: at which.
-    """
+    """Median over the rounds of one server's figure over another's in the same round."""
     figures = {(row["server"], row["round"]): float(row[figure]) for row in rows if row["point"] == point}
     rounds = sorted({number for name, number in figures if name == base})
     return statistics.median(figures[server, number] / figures[base, number] for number in rounds)
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Every row, without its samples over time.
-
-    Args:
-        rows: of `run_turns`.
-    """
+    """Every row, without its samples over time."""
     columns = ("server", "round", "point", "seed", "completed", "failed", "duration", *FIGURES)
     text = StringIO()
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")

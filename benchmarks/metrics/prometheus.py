@@ -47,12 +47,7 @@ class Prometheus:
 
 @contextmanager
 def scrape(folder: Path, target: str) -> Iterator[Prometheus]:
-    """Scrape a target every second until the block ends.
-
-    Args:
-        folder: for its data.
-        target: host and port.
-    """
+    """Scrape a target every second until the block ends."""
     port = free_port()
     settings = folder / "prometheus.yml"
     job = {"job_name": "server", "static_configs": [{"targets": [target]}]}

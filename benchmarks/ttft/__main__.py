@@ -74,11 +74,7 @@ def main() -> int:
 
 
 def bars(result: Mapping[str, Any]) -> Iterator[Bar]:
-    """The bars: prompts as planned, nearly the speed-up predicted from FLOPs, and a cheap reduction.
-
-    Args:
-        result: the content of the JSON file.
-    """
+    """The bars: prompts as planned, nearly the speed-up predicted from FLOPs, and a cheap reduction."""
     smallest = f"keep-{SMALLEST}"
     for run in result["runs"]:
         amiss = max(
@@ -131,14 +127,6 @@ def take_turns(
 ) -> dict[str, list[dict[str, float]]]:
     """One request of each kind a round, in random order; the first round warms up and is not counted.
 
-    Args:
-        num_layers: of the decoder, as printed.
-        stock: stock vLLM.
-        ours: our engine.
-        kinds: rows that it answers.
-        rounds: measured rounds.
-        order: of the kinds, and the seed of the images.
-
     Returns:
         The results of `worker.measure` in every round, by the name of the kind.
     """
@@ -159,13 +147,7 @@ def take_turns(
 
 
 def engine(folder: Path | str, kind: Kind, dtype: str) -> AbstractContextManager[Remote]:
-    """An engine in a process of its own, which ends with the block.
-
-    Args:
-        folder: of the model.
-        kind: with the engine's settings.
-        dtype: of weights and activations.
-    """
+    """An engine in a process of its own, which ends with the block."""
     limits = {"max_model_len": 1024, "max_num_batched_tokens": 1024, "max_num_seqs": 1}
     return bench_engine(folder, kind.settings, dtype=dtype, kv_cache_memory_bytes=2**30, **limits)
 
@@ -173,13 +155,7 @@ def engine(folder: Path | str, kind: Kind, dtype: str) -> AbstractContextManager
 def summarise(
     num_layers: int, samples: dict[str, list[dict[str, float]]], size: str = "7b"
 ) -> dict[str, dict[str, Any]]:
-    """Medians and ratios of each kind, as in the JSON.
-
-    Args:
-        num_layers: of the decoder whose FLOPs are predicted.
-        samples: of `take_turns`.
-        size: of the model.
-    """
+    """Medians and ratios of each kind, as in the JSON."""
     stock = [sample["ttft_seconds"] for sample in samples["stock"]]
     summary: dict[str, dict[str, Any]] = {}
     for name, rows in samples.items():

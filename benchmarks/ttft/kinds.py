@@ -51,13 +51,7 @@ KINDS = {kind.name: kind for kind in (STOCK, *ENCODER_KINDS, *DECODER_KINDS)}
 
 
 def token_plan(kind: Kind, num_layers: int, size: str = "7b") -> TokenPlan:
-    """Visual tokens layer by layer, as the engine serves them.
-
-    Args:
-        kind: what is timed.
-        num_layers: of the decoder.
-        size: of the model, "7b" or "13b".
-    """
+    """Visual tokens layer by layer, as the engine serves them."""
     shape = model_shape(model.config(num_layers, size))
     if kind.settings is None:
         return unreduced(shape)
@@ -66,13 +60,7 @@ def token_plan(kind: Kind, num_layers: int, size: str = "7b") -> TokenPlan:
 
 
 def predicted_speedup(kind: Kind, num_layers: int, size: str = "7b") -> float:
-    """Ratio of the FLOPs of one prompt, without reduction over with it.
-
-    Args:
-        kind: what is timed.
-        num_layers: of the decoder.
-        size: of the model, "7b" or "13b".
-    """
+    """Ratio of the FLOPs of one prompt, without reduction over with it."""
     shape = model_shape(model.config(num_layers, size))
     plans = (unreduced(shape), token_plan(kind, num_layers, size))
     full, reduced = (estimate(shape, plan, num_text_tokens=NUM_TEXT_TOKENS).total_flops for plan in plans)

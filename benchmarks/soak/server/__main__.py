@@ -60,11 +60,6 @@ def main() -> int:
 def serve_and_run(method: str, settings: Settings, seed: int) -> dict[str, Any]:
     """Start a server with one method and send it all requests.
 
-    Args:
-        method: of the server.
-        settings: of the run.
-        seed: of the mixture.
-
     Returns:
         The result of `run`.
     """

@@ -79,13 +79,7 @@ class Request:
 
 
 def make_requests(target: Target, seed: int, count: int = NUM_DIFFERENT) -> list[Request]:
-    """The mixture, the same for the same arguments.
-
-    Args:
-        target: the server.
-        seed: of the mixture.
-        count: different requests.
-    """
+    """The mixture, the same for the same arguments."""
     order, pictures = random.Random(seed), _Pictures(seed)
     refusals = _refusals(target, pictures)
     # Exact shares in a random order, so that even a short run has every kind.

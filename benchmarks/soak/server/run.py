@@ -84,13 +84,6 @@ async def run(
 ) -> dict[str, Any]:
     """Send all requests.
 
-    Args:
-        client: of the server.
-        pid: of the first of its processes.
-        requests: the mixture, which repeats.
-        settings: of the run.
-        say: takes a line about each round.
-
     Returns:
         `num_requests`, `seconds`; `outcomes`, `aborts`, `refusals`, `faults`; `counted`, the server's counters of
         the same requests; `num_compared`, `different`; `longest_queue` of a burst; `rounds`, a look after each.
