@@ -49,9 +49,6 @@ class Table:
     """One of Tables 8 and 9.
 
     Attributes:
-        shape: the model.
-        num_text_tokens: the paper's assumption.
-        cases: our rows.
         printed: the paper's TFLOPs, total memory in GB and KV cache in MB, by data type and row.
         notes: letters for figures that are off, by data type, method and column.
     """

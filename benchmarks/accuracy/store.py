@@ -13,8 +13,6 @@ class Reply:
     """Answer of a server.
 
     Attributes:
-        text: stripped.
-        prompt_tokens: counted by the server.
         likely: the most likely first tokens with their log-probabilities.
     """
 

@@ -88,14 +88,7 @@ SENSITIVITY_L: Mapping[str, Sequence[Any]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """A variant in a table.
-
-    Attributes:
-        table: its name.
-        label: of the row.
-        variant: what is measured.
-        kinds: types of its questions.
-    """
+    """A variant in a table."""
 
     table: str
     label: str

@@ -26,12 +26,9 @@ class Item:
     """One image with one question.
 
     Attributes:
-        name: unique within a workload.
         kind: type of the question, for the report.
-        question: as the user types it.
         image: an encoded image, or None for a question without one.
         answer: the right one, or None if unknown.
-        media_type: of the image.
     """
 
     name: str

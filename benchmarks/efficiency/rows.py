@@ -22,7 +22,6 @@ class Row:
     """One row, as it is served.
 
     Attributes:
-        method: as the paper calls it.
         tower: visual tokens that leave the tower; all 576 where the method works in the decoder only.
         decoder: those that are left after the first segment of the decoder; as many as enter where it does not reduce.
     """
@@ -44,9 +43,6 @@ class Table:
     """One of the two tables.
 
     Attributes:
-        number: in the paper.
-        size: of the model.
-        num_text_tokens: the paper's assumption.
         rows: the first is the model without reduction.
     """
 

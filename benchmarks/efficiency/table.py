@@ -6,6 +6,7 @@ from ficoco_vllm.benchmarks.efficiency.rows import PRECISIONS, Row, Table, token
 from ficoco_vllm.benchmarks.harness import model
 from ficoco_vllm.benchmarks.harness.model import WHOLE_MODELS
 from ficoco_vllm.benchmarks.harness.pages import table as markdown_table
+from ficoco_vllm.benchmarks.harness.rounds import ranged
 from ficoco_vllm.reduction.cost import estimate, model_shape
 
 WEIGHTS = {"plain": "bfloat16", "int8": "W8A8", "int4": "W4A16"}
@@ -29,13 +30,13 @@ def markdown(table: Table, measured: list[dict[str, Any]]) -> list[str]:
 
 
 def _measured(table: Table, row: dict[str, Any]) -> list[str]:
-    seconds, speedup = row["ttft_seconds"], row["speedup"]
+    speedup = row["speedup"]
     whole = row["layers"] == WHOLE_MODELS[table.size]
     return [
         "measured" if whole else f"measured, {row['layers']} layers",
         f"{row['flops'] / 1e12:.2f}",
         f"{row['kv_bytes'] / 1e6:.1f}",
-        f"{seconds['median']:.2f} ({seconds['min']:.2f}-{seconds['max']:.2f})",
+        ranged(row["ttft_seconds"]),
         f"{speedup['median']:.2f}x ({speedup['min']:.2f}-{speedup['max']:.2f})",
         f"{row['predicted_speedup']:.2f}x",
     ]

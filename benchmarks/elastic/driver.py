@@ -22,7 +22,6 @@ class Answer:
     """One request.
 
     Attributes:
-        arrival_seconds: since the phase began.
         ttft_seconds: from sending it to its first token.
         num_prompt_tokens: placeholders of the image and text.
     """

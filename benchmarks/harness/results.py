@@ -20,9 +20,6 @@ class Bar:
     """A limit that a benchmark must keep.
 
     Attributes:
-        name: printed name.
-        measured: the figure.
-        limit: what it is compared with.
         at_least: whether the limit is a floor (else a ceiling).
     """
 

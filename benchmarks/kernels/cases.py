@@ -18,9 +18,6 @@ class Case:
     """One result, two ways.
 
     Attributes:
-        name: result and site.
-        ours: by the fused ops.
-        eager: the obvious way.
         attention: the attention of the layer alone, which runs anyway; None where none is at stake.
     """
 

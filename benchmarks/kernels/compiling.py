@@ -27,8 +27,6 @@ class Code:
     """What the compiler made of one specialisation of a kernel for one NVIDIA device.
 
     Attributes:
-        registers: of a thread.
-        shared_bytes: of a program.
         spills: loads and stores of local memory in the machine code.
         tensor_core: instructions of the tensor cores in the PTX.
         wide_loads: loads of 16 bytes in the PTX, synchronous and asynchronous.
@@ -48,10 +46,7 @@ class Compiled(Code):
     """One launch of one specialisation, with what is predicted of it.
 
     Attributes:
-        workload: op and shape.
-        num_programs: size of the grid.
         num_resident: programs that fit on one processor.
-        occupancy: share of its warp slots.
         waves: how often the device is filled.
     """
 

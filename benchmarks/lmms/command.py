@@ -25,15 +25,11 @@ class Run:
     """What is run.
 
     Attributes:
-        name: of the benchmark.
-        benchmark: its settings.
         python: of an environment with lmms-eval (`make lmms`).
         url: of a running server, or None: one is started.
         model: to serve, or None: the demo model.
         method: None serves all visual tokens.
         keep: visual tokens that are left.
-        api_key: of the server.
-        concurrency: questions at the same time.
         limit: only the first questions, or None for all.
         serve_arguments: more options of the server that is started.
     """

@@ -22,7 +22,6 @@ class Target:
 
     Attributes:
         model: folder or name; None for the demo model.
-        name: under which it is served.
         tokenizer: folder or name, of the client.
         options: of vLLM's server, alike for every server.
         log_folder: takes the logs of the servers.

@@ -22,7 +22,6 @@ class Kind:
     """One row of the benchmark.
 
     Attributes:
-        name: as printed.
         settings: of our engine; None is stock vLLM without any plugin.
         keep: visual tokens that are left in the end.
         in_decoder: whether the method works in the decoder, which needs model runner V2.

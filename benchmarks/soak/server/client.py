@@ -32,7 +32,6 @@ class Answer:
     """An answer and its certainty.
 
     Attributes:
-        tokens: words.
         gaps: difference in log-probability of each to the next likely one.
     """
 
@@ -53,8 +52,6 @@ class Outcome:
 
     Attributes:
         kind: `ANSWERED`, `REFUSED`, `ABORTED` or one of `FAULTS`.
-        why: of a fault.
-        answer: of a sample.
     """
 
     kind: str

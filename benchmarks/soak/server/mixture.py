@@ -33,8 +33,6 @@ class Target:
     """Limits of a server, as far as the mixture depends on them.
 
     Attributes:
-        model: served name.
-        methods: that requests may name.
         budgets: visual tokens of an image that they may request for.
         num_patches: visual tokens of an image without reduction.
         max_images: of a prompt; more must be refused; None: not tested.
@@ -58,9 +56,6 @@ class Request:
     """One request.
 
     Attributes:
-        name: its kind.
-        body: bytes of the request.
-        status: of the answer.
         stream: whether the answer is streamed.
         num_tokens: of the answer, exactly; None where the model ends it.
         abort: None, `EARLY` or `MID`: when the client disconnects.
