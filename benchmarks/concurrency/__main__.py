@@ -76,9 +76,7 @@ def bars(rows: Mapping[str, Mapping[str, float]]) -> list[Bar]:
     """The bars: nearly as many requests run as the plan predicts."""
     return [
         Bar(
-            f"concurrency-{name.replace(' ', '-')}-of-predicted",
-            row["ratio"] / row["predicted_ratio"],
-            SHARE,
+            f"concurrency-{name.replace(' ', '-')}-of-predicted", row["ratio"] / row["predicted_ratio"], SHARE
         )
         for name, row in rows.items()
         if name != "stock"

@@ -22,13 +22,7 @@ def tower_scores(
 
 
 def decoder_scores(
-    query: Tensor,
-    key: Tensor,
-    scale: float,
-    source: Tensor,
-    target: Tensor,
-    text_rows: Tensor,
-    visual: slice,
+    query: Tensor, key: Tensor, scale: float, source: Tensor, target: Tensor, text_rows: Tensor, visual: slice
 ) -> tuple[Tensor, ...]:
     """Row sums over the visual tokens, what the text gives, and Eq. 15; indices into the prompt."""
     attention = attention_map(query, key, scale, causal=True)

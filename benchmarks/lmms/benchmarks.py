@@ -48,11 +48,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         specific={"pre_prompt": "", "post_prompt": SHORT, "ocr": True},
     ),
     "pope": Benchmark(
-        "POPE",
-        "pope",
-        "pope/pope.yaml",
-        "pope_f1_score",
-        note="F1; the paper does not say which it prints",
+        "POPE", "pope", "pope/pope.yaml", "pope_f1_score", note="F1; the paper does not say which it prints"
     ),
     "vizwiz": Benchmark(
         "Vizwiz",

@@ -93,16 +93,8 @@ def _evaluate(run: Run, python: Path, url: str) -> dict[str, Any]:
             f"num_concurrent={run.concurrency}",
             f"timeout={TIMEOUT_SECONDS}",
         ]
-        command = [
-            str(python),
-            "-m",
-            "lmms_eval",
-            "eval",
-            "--model",
-            "openai",
-            "--model_args",
-            ",".join(model),
-        ]
+        command = [str(python), "-m", "lmms_eval", "eval", "--model", "openai"]
+        command += ["--model_args", ",".join(model)]
         command += ["--tasks", task, "--include_path", str(folder / "tasks"), "--batch_size", "1"]
         command += ["--output_path", str(folder / "out"), "--log_samples"]
         command += [] if run.limit is None else ["--limit", str(run.limit)]

@@ -8,7 +8,7 @@ from typing import Any
 
 from ficoco_vllm.benchmarks.harness.serving import STOCK, serving
 from ficoco_vllm.benchmarks.load.client import run_point
-from ficoco_vllm.benchmarks.load.settings import Traffic, Turn
+from ficoco_vllm.benchmarks.load.settings import Turn
 from ficoco_vllm.compat import set_cpu_defaults
 
 # Requests that a server answers before anything is measured: it compiles, grows its pools, fills its thread pools.
@@ -67,23 +67,13 @@ def run_turn(
     rows = []
     for traffic, seed in turn.points:
         point = run_point(url, target.name, target.tokenizer, traffic, seed, headers, sample_seconds)
-        rows.append(_row(turn, traffic, seed, point))
+        head = {"server": turn.server.name, "round": turn.round_index, "point": traffic.name}
+        rows.append({**head, "traffic": traffic.model_dump(), "seed": seed, **point})
         say(
             f"round {turn.round_index}, {turn.server.name}, {traffic.name}: "
             f"{point['request_throughput']:.2f} requests/s, TTFT {point['ttft_ms_p50']:.0f} ms"
         )
     return rows
-
-
-def _row(turn: Turn, traffic: Traffic, seed: int, point: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "server": turn.server.name,
-        "round": turn.round_index,
-        "point": traffic.name,
-        "traffic": traffic.model_dump(),
-        "seed": seed,
-        **point,
-    }
 
 
 @contextmanager
@@ -94,11 +84,10 @@ def _started(turn: Turn, target: Target) -> Iterator[str]:
     set_cpu_defaults()  # ours does so itself: on a CPU both get the same threads
     if server.method is None:
         # No plugin of ours is loaded: this is the vLLM that a user has without us.
-        with serving(["--model", target.model, *options], log, {"VLLM_PLUGINS": ""}, STOCK) as served:
-            yield served.url
-        return
-    ours = ["--ficoco-method", server.method]
-    if server.keep is not None:
-        ours += ["--ficoco-keep", str(server.keep)]
-    with serving([target.model, *options, *ours], log) as served:
+        started = serving(["--model", target.model, *options], log, {"VLLM_PLUGINS": ""}, STOCK)
+    else:
+        ours = ["--ficoco-method", server.method]
+        ours += [] if server.keep is None else ["--ficoco-keep", str(server.keep)]
+        started = serving([target.model, *options, *ours], log)
+    with started as served:
         yield served.url

@@ -3,7 +3,6 @@
 import threading
 import time
 import urllib.error
-from types import TracebackType
 
 from ficoco_vllm.benchmarks.harness.http import read_metrics, samples
 
@@ -42,9 +41,7 @@ class Sampler:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._stop.set()
         self._thread.join()
         self._look()

@@ -125,20 +125,18 @@ def make_points(rates: list[str], concurrencies: list[int], **traffic: Any) -> l
     Raises:
         ValueError: naming the option, its value and what is allowed.
     """
-    points = []
+    numbers: list[dict[str, Any]] = []
     for text in rates:
         try:
-            points.append(Traffic(rate=float(text), **traffic))
-        except ValidationError as error:
-            raise ValueError(_first(error)) from error
+            numbers.append({"rate": float(text)})
         except ValueError as error:
             raise ValueError(f"--rates: {text!r} is not allowed; allowed: numbers above 0") from error
-    for number in concurrencies:
-        try:
-            points.append(Traffic(concurrency=number, **traffic))
-        except ValidationError as error:
-            raise ValueError(_first(error)) from error
-    return points
+    try:
+        return [
+            Traffic(**pace, **traffic) for pace in (*numbers, *({"concurrency": n} for n in concurrencies))
+        ]
+    except ValidationError as error:
+        raise ValueError(_first(error)) from error
 
 
 def _first(error: ValidationError) -> str:

@@ -44,11 +44,7 @@ def savings(results: Results) -> list[str]:
     for row in README_ROWS:
         kv, counted = row.kv_megabytes(results), results["concurrency"]["kinds"][row.concurrency]
         first = shallowest(results)["kinds"][row.ttft]
-        cells = [
-            f"{first['ttft_seconds_median']:.1f} s",
-            f"{kv:.0f} MB",
-            str(counted["num_running"]),
-        ]
+        cells = [f"{first['ttft_seconds_median']:.1f} s", f"{kv:.0f} MB", str(counted["num_running"])]
         if row is not STOCK:
             factors = (first["speedup"], stock / kv, counted["ratio"])
             words = (" faster", " smaller", "")

@@ -39,10 +39,7 @@ ENCODER_KINDS = tuple(Kind(f"keep-{keep}", _V, keep) for keep in (PATCHES, 192, 
 DECODER_KINDS = (
     Kind("ficoco-l", {"method": "ficoco-l", "keep": SMALLEST}, SMALLEST, True),
     Kind(
-        "ficoco-l-one-shot",
-        {"method": "ficoco-l", "keep": SMALLEST, "schedule": "one-shot"},
-        SMALLEST,
-        True,
+        "ficoco-l-one-shot", {"method": "ficoco-l", "keep": SMALLEST, "schedule": "one-shot"}, SMALLEST, True
     ),
     Kind("ficoco-vl", {"method": "ficoco-vl", "keep": SMALLEST}, SMALLEST, True),
 )

@@ -190,6 +190,5 @@ def _answer(choice: dict[str, Any]) -> Answer:
     words = choice["logprobs"]["content"]
     likeliest = [[top["logprob"] for top in word["top_logprobs"]] for word in words]
     return Answer(
-        tokens=tuple(word["token"] for word in words),
-        gaps=tuple(max(tops) - min(tops) for tops in likeliest),
+        tokens=tuple(word["token"] for word in words), gaps=tuple(max(tops) - min(tops) for tops in likeliest)
     )
