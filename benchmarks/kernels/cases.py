@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ def tower(B: int, dtype: torch.dtype, device: str, backend: Backend) -> list[Cas
 
     def scores(lse: Tensor) -> tuple[Tensor, ...]:
         to_cls, from_cls, _ = kernels.cls_scores(*qk, lse, layer.scale, backend=backend)
-        index = {"row_index": layer.source, "column_index": layer.target}
+        index: dict[str, Any] = {"row_index": layer.source, "column_index": layer.target}
         correlation = kernels.attention_block(*qk, lse, layer.scale, **index, backend=backend)
         return 1 - to_cls[:, 1:], from_cls[:, 1:], correlation
 
@@ -80,7 +81,7 @@ def decoder(B: int, dtype: torch.dtype, device: str, backend: Backend) -> list[C
         text = kernels.attention_block(
             *qk, lse, scale, row_index=layer.text_rows, causal=True, backend=backend
         )
-        index = {"row_index": layer.source, "column_index": layer.target}
+        index: dict[str, Any] = {"row_index": layer.source, "column_index": layer.target}
         correlation = kernels.attention_block(
             *qk, lse, scale, **index, causal=True, text=text, gamma=0.6, backend=backend
         )
