@@ -4,23 +4,21 @@ python -m ficoco_vllm.benchmarks.paper_settings            # rewrite the block
 python -m ficoco_vllm.benchmarks.paper_settings --check    # exit code 1 if it is not current
 """
 
-import argparse
 import json
-import re
 import sys
 from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
+from ficoco_vllm.benchmarks.harness.pages import ROOT, fill, table, write_pages
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.planning.server import ServerPlan
 from ficoco_vllm.reduction.cost import KNOWN_MODELS, Estimate, TokenPlan, estimate, model_shape
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "paper-settings.md"
+PAGE = ROOT / "docs" / "paper-settings.md"
 SHAPE = model_shape(KNOWN_MODELS["llava-hf/llava-1.5-7b-hf"])
 NUM_TEXT_TOKENS = 60  # the paper's, Sec. 11.3
 # TFLOPs of Table 3.
@@ -33,7 +31,6 @@ METHODS: tuple[dict[str, Any], ...] = (
     {"method": "ficoco-vl", "schedule": "one-shot"},
     {"method": "ficoco-vl", "schedule": "even"},
 )
-_BLOCK = re.compile(r"(<!-- begin settings -->\n).*?(<!-- end settings -->)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -71,12 +68,7 @@ class Setting:
 
 
 def nearest(method: dict[str, Any], point: float) -> Setting | None:
-    """The budget whose FLOPs come nearest to a point, or None where no budget comes within 5% of it.
-
-    Args:
-        method: settings without a budget.
-        point: TFLOPs of the language model's prefill.
-    """
+    """The budget whose FLOPs come nearest to a point, or None where no budget comes within 5% of it."""
     keeps = range(1, SHAPE.tower.num_patches + 1)
     above = bisect_left(keeps, point, key=lambda keep: Setting({**method, "keep": keep}).tera_flops)
     around = {keeps[max(0, above - 1)], keeps[min(above, len(keeps) - 1)]}
@@ -85,27 +77,21 @@ def nearest(method: dict[str, Any], point: float) -> Setting | None:
     return best if abs(best.tera_flops - point) <= 0.05 * point else None
 
 
-def table() -> list[str]:
+def settings_table() -> list[str]:
     """Every point, every method."""
-    lines = [
-        "| TFLOPs | method | schedule | settings | layers of the decoder x visual tokens | TFLOPs, ours | KV MB |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for point in POINTS:
         for method in METHODS:
             setting = nearest(method, point)
-            schedule = method.get("schedule", "even, tower's layers 12 to 23")
+            cells = [point, f"`{method['method']}`", method.get("schedule", "even, tower's layers 12 to 23")]
             if setting is None:
                 least = Setting({**method, "keep": 1}).tera_flops
-                lines.append(
-                    f"| {point} | `{method['method']}` | {schedule} | none: at least {least:.2f} TFLOPs | | | |"
-                )
+                rows.append([*cells, f"none: at least {least:.2f} TFLOPs", "", "", ""])
                 continue
-            lines.append(
-                f"| {point} | `{method['method']}` | {schedule} | `{json.dumps(setting.config)}` "
-                f"| {_runs(setting.plan.decoder[:-1])} | {setting.tera_flops:.2f} | {setting.kv_megabytes:.0f} |"
-            )
-    return lines
+            cells += [f"`{json.dumps(setting.config)}`", _runs(setting.plan.decoder[:-1])]
+            rows.append([*cells, f"{setting.tera_flops:.2f}", f"{setting.kv_megabytes:.0f}"])
+    layers = "layers of the decoder x visual tokens"
+    return table(("TFLOPs", "method", "schedule", "settings", layers, "TFLOPs, ours", "KV MB"), rows)
 
 
 def _runs(counts: Iterable[int]) -> str:
@@ -114,21 +100,8 @@ def _runs(counts: Iterable[int]) -> str:
 
 
 def main() -> int:
-    """Write the page's block, or with `--check` only say whether that would change it."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit code 1 if the block would change"
-    )
-    args = parser.parse_args()
-    page = PAGE.read_text(encoding="utf-8")
-    body = "".join(f"{line}\n" for line in table())
-    new = _BLOCK.sub(lambda match: match[1] + body + match[2], page)
-    if args.check:
-        return int(new != page)
-    PAGE.write_text(new, encoding="utf-8")
-    return 0
+    """Write the page's block, or check it."""
+    return write_pages(__doc__, lambda: {PAGE: fill(PAGE.read_text("utf-8"), {"settings": settings_table()})})
 
 
 if __name__ == "__main__":

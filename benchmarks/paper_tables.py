@@ -8,12 +8,11 @@ Rows count by the paper's schedule, layer by layer, and not by the segments of t
 printed one must carry the letter of a note there, or nothing is written.
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from ficoco_vllm.benchmarks.harness.pages import ROOT, fill, table, write_pages
 from ficoco_vllm.reduction.cost import (
     BITS,
     KNOWN_MODELS,
@@ -28,7 +27,7 @@ from ficoco_vllm.reduction.cost import (
 from ficoco_vllm.reduction.cost.llm_viewer import footprint_bytes, traffic_bytes
 from ficoco_vllm.reduction.cost.paper_schedule import decoder_tokens, tower_tokens
 
-DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "paper-tables.md"
+PAGE = ROOT / "docs" / "paper-tables.md"
 TOLERANCE = 0.05
 LLAVA_7B = model_shape(KNOWN_MODELS["llava-hf/llava-1.5-7b-hf"])
 LLAVA_13B = model_shape(KNOWN_MODELS["llava-hf/llava-1.5-13b-hf"])
@@ -50,9 +49,6 @@ class Table:
     """One of Tables 8 and 9.
 
     Attributes:
-        shape: the model.
-        num_text_tokens: the paper's assumption.
-        cases: our rows.
         printed: the paper's TFLOPs, total memory in GB and KV cache in MB, by data type and row.
         notes: letters for figures that are off, by data type, method and column.
     """
@@ -155,14 +151,14 @@ TABLE_9 = Table(
 )
 
 
-def efficiency_table(table: Table) -> list[str]:
+def efficiency_table(which: Table) -> list[str]:
     """Table 8 or 9: paper's figure, ours, and how far ours is off."""
     head = ("Method", "Schedule", "Bits", "TFLOPs", "ours", "off", "Memory GB", "traffic", "off", "footprint")
     rows: list[Row] = [(*head, "KV MB", "ours", "off")]
-    unused = dict(table.notes)
-    for dtype, printed in table.printed.items():
-        for case, figures in zip(table.cases, printed, strict=True):
-            ours, footprint = _figures(table, case, dtype)
+    unused = dict(which.notes)
+    for dtype, printed in which.printed.items():
+        for case, figures in zip(which.cases, printed, strict=True):
+            ours, footprint = _figures(which, case, dtype)
             cells = [case.method, case.schedule, dtype.upper()]
             for name, figure, value in zip(("TFLOPs", "memory", "KV"), figures, ours, strict=True):
                 note = unused.pop((dtype, case.method, name), "")
@@ -171,7 +167,7 @@ def efficiency_table(table: Table) -> list[str]:
             rows.append(cells)
     if unused:
         raise ValueError(f"notes for figures that need none: {unused}")
-    return _markdown(rows)
+    return table(rows[0], rows[1:])
 
 
 def _figures(table: Table, case: Case, dtype: str) -> tuple[tuple[float, float, float], float]:
@@ -194,18 +190,13 @@ def _off(ours: float, printed: str, note: str) -> str:
 def budget_table() -> list[str]:
     """The four FLOPs settings of Table 3, by visual tokens kept."""
     rows: list[Row] = [("Visual tokens", "TFLOPs, paper", "TFLOPs, LLM", "off", "TFLOPs with tower", "KV MB")]
-    for keep, printed, note in (
-        (576, "8.5", ""),
-        (256, "4.2", ""),
-        (192, "3.3", ""),
-        (128, "2.4", ""),
-        (64, "1.5", "a"),
-    ):
+    points = {576: ("8.5", ""), 256: ("4.2", ""), 192: ("3.3", ""), 128: ("2.4", ""), 64: ("1.5", "a")}
+    for keep, (printed, note) in points.items():
         cost = estimate(LLAVA_7B, in_tower(LLAVA_7B, keep).plan, num_text_tokens=60)
         ours = cost.decoder_flops / 1e12
         cells = (str(keep), printed, f"{ours:.3f}", _off(ours, printed, note))
         rows.append((*cells, f"{cost.total_flops / 1e12:.3f}", f"{cost.kv_bytes / 1e6:.1f}"))
-    return _markdown(rows)
+    return table(rows[0], rows[1:])
 
 
 def decoder_table() -> list[str]:
@@ -213,13 +204,8 @@ def decoder_table() -> list[str]:
     rows: list[Row] = [
         ("Schedule from the 4th layer on", "Kept", "Mean tokens per layer", "TFLOPs, LLM", "KV MB")
     ]
-    for schedule, keep in (
-        ("one-shot", 1),
-        ("one-shot", 64),
-        ("geometric", 1),
-        ("geometric", 64),
-        ("even", 1),
-    ):
+    schedules = (("one-shot", 1), ("one-shot", 64), ("geometric", 1), ("geometric", 64), ("even", 1))
+    for schedule, keep in schedules:
         decoder = decoder_tokens(LLAVA_7B, 576, keep, schedule)
         plan = TokenPlan.whole(unreduced(LLAVA_7B).encoder, decoder)
         cost = estimate(LLAVA_7B, plan, num_text_tokens=60)
@@ -229,7 +215,7 @@ def decoder_table() -> list[str]:
             f"{cost.kv_bytes / 1e6:.1f}",
         )
         rows.append((schedule, str(keep), *figures))
-    return _markdown(rows)
+    return table(rows[0], rows[1:])
 
 
 def next_table() -> list[str]:
@@ -245,7 +231,7 @@ def next_table() -> list[str]:
         # Half as wide again: the formula counts two matrices in the MLP, Llama has three.
         ours = sum(paper.layer_flops(n, shape.hidden, shape.mlp * 3 // 2) for n in tokens) / 1e12
         rows.append((name, printed, f"{ours:.2f}", _off(ours, printed, "")))
-    return _markdown(rows)
+    return table(rows[0], rows[1:])
 
 
 def equation_table() -> list[str]:
@@ -271,14 +257,16 @@ def equation_table() -> list[str]:
         exact = paper.layer_saving(*arguments)
         own = overhead(576, arguments[1], arguments[2])
         rows.append((name, *(f"{value / 1e6:,.2f}" for value in (printed, exact, exact - printed, own))))
-    return _markdown(rows)
+    return table(rows[0], rows[1:])
 
 
 def served_table(index: int) -> list[str]:
     """Table 8 or 9 as `make bench-efficiency` measured it, which is not in the wheel."""
-    from ficoco_vllm.benchmarks.efficiency import rows, table
+    from ficoco_vllm.benchmarks.efficiency.rows import TABLES
+    from ficoco_vllm.benchmarks.efficiency.table import markdown
+    from ficoco_vllm.benchmarks.harness.results import read
 
-    return table.markdown(rows.TABLES[index], table.committed())
+    return markdown(TABLES[index], read("efficiency")["rows"])
 
 
 BLOCKS: dict[str, Callable[[], list[str]]] = {
@@ -293,51 +281,10 @@ BLOCKS: dict[str, Callable[[], list[str]]] = {
 }
 
 
-def render(document: str) -> str:
-    """Fill the generated blocks.
-
-    Args:
-        document: the text with one pair of markers for each block.
-
-    Returns:
-        The text with current blocks.
-
-    Raises:
-        ValueError: a marker is missing, or a figure is off without a note.
-    """
-    for name, block in BLOCKS.items():
-        begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
-        head, opened, rest = document.partition(begin)
-        _, closed, tail = rest.partition(end)
-        if not opened or not closed:
-            raise ValueError(f"{DOCUMENT.name}: the markers of the block {name!r} are missing")
-        document = head + begin + "\n".join(block()) + "\n" + end + tail
-    return document
-
-
-def _markdown(rows: Sequence[Row]) -> list[str]:
-    head, *body = (f"| {' | '.join(row)} |" for row in rows)
-    return [head, "|---" * len(rows[0]) + "|", *body]
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Rewrite the document, or say whether it is current."""
-    parser = argparse.ArgumentParser(description="Fill the generated blocks of docs/paper-tables.md.")
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit code 1 if the blocks are stale"
-    )
-    check = parser.parse_args(arguments).check
-    text = DOCUMENT.read_text(encoding="utf-8")
-    current = render(text)
-    if check:
-        if text != current:
-            print(
-                f"{DOCUMENT.name} is not current: run python -m ficoco_vllm.benchmarks.paper_tables",
-                file=sys.stderr,
-            )
-        return int(text != current)
-    DOCUMENT.write_text(current, encoding="utf-8")
-    return 0
+def main() -> int:
+    """Rewrite the page, or check it."""
+    blocks = ((name, block()) for name, block in BLOCKS.items())
+    return write_pages(__doc__, lambda: {PAGE: fill(PAGE.read_text("utf-8"), dict(blocks))})
 
 
 if __name__ == "__main__":

@@ -20,11 +20,7 @@ class Endpoint:
     """A running server.
 
     Attributes:
-        url: without a path.
-        model: its name there.
         num_tokens: visual tokens of an image without reduction.
-        api_key: of the server.
-        max_tokens: of an answer.
         num_logprobs: how many of the most likely first tokens are kept with an answer, at most 20.
     """
 

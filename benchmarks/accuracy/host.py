@@ -23,7 +23,6 @@ class Host:
     Attributes:
         url: of a running server without a path, or None: servers are started, one for each site.
         model: folder or name of the model to serve, or None: the demo model.
-        api_key: of the server.
         num_tokens: visual tokens of an image without reduction.
         arguments: more options for servers that are started.
     """

@@ -21,15 +21,10 @@ class Options:
 
     Attributes:
         tables: among `suites.TABLES`.
-        kinds: types of question.
         keeps: budgets of the method comparison.
-        count: questions of each type.
         few_count: questions of each type in the ablations and sensitivity tables.
         answers: JSONL file; a run that was cut off goes on from it.
-        host: the server.
         methods: None means every one that the server's site can run.
-        seed: of the questions.
-        concurrency: questions at the same time.
     """
 
     tables: tuple[str, ...]
@@ -51,9 +46,6 @@ class Options:
 
 def measure(options: Options) -> dict[str, Any]:
     """Ask all questions and summarise the answers.
-
-    Args:
-        options: of the run.
 
     Returns:
         The result as it is written to JSON.

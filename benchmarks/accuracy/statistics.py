@@ -81,10 +81,6 @@ def _log_choices(count: int) -> NDArray[np.float64]:
 def sign_test(better: int, worse: int) -> float:
     """Two-sided exact probability of so unequal a split of questions that only one of two answers got right.
 
-    Args:
-        better: questions that only the first got right.
-        worse: questions that only the second got right.
-
     Source: McNemar, Psychometrika 12 (1947), exact form.
     """
     if better + worse == 0:

@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self, TextIO
 
 
@@ -13,8 +12,6 @@ class Reply:
     """Answer of a server.
 
     Attributes:
-        text: stripped.
-        prompt_tokens: counted by the server.
         likely: the most likely first tokens with their log-probabilities.
     """
 
@@ -66,13 +63,7 @@ class Store:
         return self.replies[key]
 
     def add(self, variant: str, item: str, reply: Reply) -> None:
-        """Keep an answer.
-
-        Args:
-            variant: key of the variant.
-            item: name of the question.
-            reply: the answer.
-        """
+        """Keep an answer."""
         self.replies[variant, item] = reply
         row = {"variant": variant, "item": item, "text": reply.text, "tokens": reply.prompt_tokens}
         self._file.write(json.dumps({**row, "likely": dict(reply.likely)}) + "\n")
@@ -81,10 +72,5 @@ class Store:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._file.close()

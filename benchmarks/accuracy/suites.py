@@ -27,26 +27,26 @@ FEW_KINDS = ("number", "number_by_colour_2", "colour", "shape")
 
 Settings = Mapping[str, Any]
 # Row label to settings. Groups follow the rows of the paper's Tables 2 and 4.
-ABLATION_V: Mapping[str, Settings] = {
-    "FiCoCo-V": {},
+_REDUNDANCIES: Mapping[str, Settings] = {
     "w/o local redundancy": {"local_redundancy": False},
     "w/o task redundancy": {"task_redundancy": False},
-    "w/o local penalty": {"local_penalty": False},
-    "fixed K=0": {"fixed_k": 0},
-    "fixed K=1": {"fixed_k": 1},
-    "fixed K=2": {"fixed_k": 2},
+}
+_COMPRESSIONS: Mapping[str, Settings] = {
+    **{f"fixed K={k}": {"fixed_k": k} for k in range(3)},
     "average compression": {"average": True},
+}
+ABLATION_V: Mapping[str, Settings] = {
+    "FiCoCo-V": {},
+    **_REDUNDANCIES,
+    "w/o local penalty": {"local_penalty": False},
+    **_COMPRESSIONS,
 }
 ABLATION_L: Mapping[str, Settings] = {
     "FiCoCo-L": {},
-    "w/o local redundancy": {"local_redundancy": False},
-    "w/o task redundancy": {"task_redundancy": False},
+    **_REDUNDANCIES,
     "w/o indirect correlation": {"indirect_correlation": False},
     "w/o direct correlation": {"direct_correlation": False},
-    "fixed K=0": {"fixed_k": 0},
-    "fixed K=1": {"fixed_k": 1},
-    "fixed K=2": {"fixed_k": 2},
-    "average compression": {"average": True},
+    **_COMPRESSIONS,
 }
 # One stage exchanged for another one, the rest as it is.
 EXCHANGE_V: Mapping[str, Settings] = {
@@ -88,14 +88,7 @@ SENSITIVITY_L: Mapping[str, Sequence[Any]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """A variant in a table.
-
-    Attributes:
-        table: its name.
-        label: of the row.
-        variant: what is measured.
-        kinds: types of its questions.
-    """
+    """A variant in a table."""
 
     table: str
     label: str
@@ -104,11 +97,7 @@ class Row:
 
 
 def served_methods(site: Site) -> list[str]:
-    """Methods that a server of a LLaVA runs at a site, without those of benchmark runs.
-
-    Args:
-        site: "tower", "decoder" or "both".
-    """
+    """Methods that a server of a LLaVA runs at a site, without those of benchmark runs."""
     if site == "both":
         return sorted(PIPELINES)
     sites = ("decoder",) if site == "decoder" else ("encoder", "features")
@@ -152,13 +141,12 @@ def rows(
     sites = {site_of(method) for method in methods}
     wanted: list[Row] = []
     if "methods" in tables:
-        wanted.append(Row("methods", NO_IMAGE, Variant(NO_IMAGE, "tower"), tuple(kinds)))
-        wanted += [
-            Row("methods", FULL, full(site), tuple(kinds)) for site in ("tower", "decoder") if site in sites
+        variants = [
+            Variant(NO_IMAGE, "tower"),
+            *(full(site) for site in SITES if site in sites and site != "both"),
+            *method_variants(list(methods), list(keeps)),
         ]
-        wanted += [
-            Row("methods", v.label, v, tuple(kinds)) for v in method_variants(list(methods), list(keeps))
-        ]
+        wanted = [Row("methods", variant.label, variant, tuple(kinds)) for variant in variants]
     few = tuple(kind for kind in FEW_KINDS if kind in kinds)
     for table, (method, choices) in _TABLES_OF_ONE.items():
         if table in tables and method in methods:

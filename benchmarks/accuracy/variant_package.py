@@ -24,11 +24,6 @@ PACKAGE = "ficoco_bench_variants"
 def with_defaults(name: str, base: str, settings: Mapping[str, Any]) -> Method:
     """A method whose defaults are the given settings.
 
-    Args:
-        name: of the new method.
-        base: name of a method of the registry.
-        settings: hyperparameters and exchanged stages.
-
     Raises:
         ValueError: a setting is not allowed.
     """

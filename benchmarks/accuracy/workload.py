@@ -26,12 +26,9 @@ class Item:
     """One image with one question.
 
     Attributes:
-        name: unique within a workload.
         kind: type of the question, for the report.
-        question: as the user types it.
         image: an encoded image, or None for a question without one.
         answer: the right one, or None if unknown.
-        media_type: of the image.
     """
 
     name: str
@@ -46,11 +43,6 @@ def embedded(kinds: Sequence[str] = KINDS, count: int = 100, seed: int = 0) -> l
     """The embedded benchmark: easy-VQA's test split and rendered signs with held-out numbers.
 
     A smaller `count` gives the first questions of a larger one.
-
-    Args:
-        kinds: types of question.
-        count: questions of each.
-        seed: of images and questions.
 
     Raises:
         ValueError: there is no such type.

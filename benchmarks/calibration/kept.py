@@ -18,11 +18,6 @@ _SECONDS = 600
 def kept_patches(endpoint: Endpoint, variant: Variant, item: Item) -> dict[str, Any] | None:
     """Ask a question again, with tracing.
 
-    Args:
-        endpoint: the server.
-        variant: a method with its budget.
-        item: the question.
-
     Returns:
         `answer`, `grid` (rows, columns), `central_square` (see `Explanation`) and `kept`, the indices of the patches
         that are left after the last reduction; None where the server does not explain, or is busy.

@@ -63,12 +63,7 @@ def _of_method(entry: Mapping[str, Any], target: float) -> list[str]:
 
 
 def page(report: Report, items: Sequence[Item]) -> str:
-    """A self-contained HTML page.
-
-    Args:
-        report: from `calibrate`.
-        items: the questions, for their images.
-    """
+    """A self-contained HTML page."""
     by_name = {item.name: item for item in items}
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",

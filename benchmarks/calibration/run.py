@@ -31,16 +31,10 @@ class Settings:
     """Goal and means of a calibration.
 
     Attributes:
-        methods: to calibrate.
         target: share of answers that must equal the full model's.
-        config: the model's config.json.
         answers: JSONL file; a run that was cut off goes on from it.
-        host: the server.
         budgets: visual tokens kept, candidates.
-        confidence: of the certificate.
-        max_tokens: of an answer.
         seed: of the order of the questions.
-        concurrency: questions at the same time.
     """
 
     methods: tuple[str, ...]
@@ -72,10 +66,6 @@ class Replayed:
     """Questions, split, with their answers.
 
     Attributes:
-        endpoint: the server.
-        store: its answers.
-        concurrency: questions at the same time.
-        searched: questions of the search.
         fresh: questions of the certificate.
     """
 
@@ -127,10 +117,6 @@ def split(items: Sequence[Item], target: float, confidence: float) -> tuple[list
 
 def calibrate(settings: Settings, items: Sequence[Item]) -> dict[str, Any]:
     """Find the smallest safe budget of each method.
-
-    Args:
-        settings: of the calibration.
-        items: the user's questions, in random order.
 
     Returns:
         The report as it is written to JSON.

@@ -68,13 +68,7 @@ def kv_saving(
 
 
 async def first_token_seconds(endpoint: Endpoint, variant: Variant, item: Item) -> float:
-    """Time to the first token of one question, sent alone.
-
-    Args:
-        endpoint: the server.
-        variant: how it answers.
-        item: with a new image, which no cache holds.
-    """
+    """Time to the first token of one question, sent alone."""
     url = f"{endpoint.url}/v1"
     async with AsyncOpenAI(base_url=url, api_key=endpoint.api_key, max_retries=0, timeout=600) as client:
         seconds, _ = await first_token(client, endpoint.body(variant, item))

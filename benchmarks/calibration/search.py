@@ -29,10 +29,7 @@ class Tested:
     """One budget on the questions of the certificate.
 
     Attributes:
-        keep: the budget.
         agreeing: answers equal to the full model's.
-        count: questions.
-        confidence: of the bound.
     """
 
     keep: int
@@ -54,7 +51,6 @@ class Outcome:
         safe: the smallest budget whose bound reaches the target, or None.
         candidate: what the search proposed, or None.
         searched: budget to (agreeing, count) in the search.
-        tested: in the order of the tests.
     """
 
     safe: Tested | None

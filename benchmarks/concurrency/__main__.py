@@ -14,14 +14,22 @@ from statistics import fmean
 from typing import Any
 
 from ficoco_vllm.benchmarks.concurrency import worker
-from ficoco_vllm.benchmarks.concurrency.kinds import KINDS
 from ficoco_vllm.benchmarks.harness import model
 from ficoco_vllm.benchmarks.harness.engine import bench_engine
 from ficoco_vllm.benchmarks.harness.results import Bar, environment, make_parser, report, write
 from ficoco_vllm.config import FicocoConfig
-from ficoco_vllm.planning.decoder import DecoderPlanner
+from ficoco_vllm.planning.server import ServerPlan
+from ficoco_vllm.reduction.cost import model_shape
 
 SHARE = 0.9
+# Names to settings, stock vLLM first.
+KINDS: dict[str, dict[str, Any] | None] = {
+    "stock": None,
+    "V 64": {"method": "ficoco-v", "keep": 64},
+    "L 64": {"method": "ficoco-l", "keep": 64},
+    "L 64 one-shot": {"method": "ficoco-l", "keep": 64, "schedule": "one-shot"},
+    "VL 64": {"method": "ficoco-vl", "keep": 64},
+}
 NUM_PATCHES, NUM_LAYERS = model.PATCHES, model.WHOLE_MODELS["7b"]
 # Requests of stock vLLM that the KV cache holds.
 STOCK_REQUESTS = 12
@@ -50,11 +58,6 @@ def measure(
 ) -> dict[str, dict[str, float]]:
     """Fill one engine after the other.
 
-    Args:
-        folder: of the model.
-        kinds: names to settings; stock vLLM first.
-        kv_bytes: memory of each KV cache.
-
     Returns:
         A row for each kind, as it stands in the JSON.
     """
@@ -70,16 +73,10 @@ def measure(
 
 
 def bars(rows: Mapping[str, Mapping[str, float]]) -> list[Bar]:
-    """The bars: nearly as many requests run as the plan predicts.
-
-    Args:
-        rows: `kinds` of the JSON file.
-    """
+    """The bars: nearly as many requests run as the plan predicts."""
     return [
         Bar(
-            f"concurrency-{name.replace(' ', '-')}-of-predicted",
-            row["ratio"] / row["predicted_ratio"],
-            SHARE,
+            f"concurrency-{name.replace(' ', '-')}-of-predicted", row["ratio"] / row["predicted_ratio"], SHARE
         )
         for name, row in rows.items()
         if name != "stock"
@@ -88,14 +85,10 @@ def bars(rows: Mapping[str, Mapping[str, float]]) -> list[Bar]:
 
 def mean_tokens(ficoco: dict[str, Any] | None) -> float:
     """Tokens of a prompt in the KV cache, averaged over the layers, as planned."""
-    visual = float(NUM_PATCHES)
-    if ficoco is not None:
-        config = FicocoConfig.parse(ficoco)
-        visual = float(config.tower_part(NUM_PATCHES).keep or NUM_PATCHES)
-        if config.decoder_method is not None:
-            planner = DecoderPlanner.shared(config, NUM_LAYERS, int(visual))
-            visual = fmean(planner.counts(planner.method, int(visual), planner.keep))
-    return worker.NUM_TEXT_TOKENS + visual
+    if ficoco is None:
+        return float(worker.NUM_TEXT_TOKENS + NUM_PATCHES)
+    plan = ServerPlan.for_model(FicocoConfig.parse(ficoco), model_shape(model.config(NUM_LAYERS)))
+    return worker.NUM_TEXT_TOKENS + fmean(plan.image_tokens().decoder[:-1])
 
 
 def _count(folder: str, ficoco: dict[str, Any] | None, kv_bytes: int) -> dict[str, int]:

@@ -7,11 +7,10 @@ pixels to the first token, speed-ups are taken round by round against the reques
 
 import json
 import random
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from ficoco_vllm.benchmarks.harness.engine import bench_engine
 from ficoco_vllm.benchmarks.harness.model import WHOLE_MODELS
 from ficoco_vllm.benchmarks.harness.quantization import runs_here
 from ficoco_vllm.benchmarks.harness.results import Bar, at_most, environment, make_parser, report, write
-from ficoco_vllm.benchmarks.ttft.__main__ import SETTLE_SECONDS
+from ficoco_vllm.benchmarks.harness.rounds import ratios, spread, take_turns
 from ficoco_vllm.reduction.cost import ModelShape, estimate, model_shape, unreduced
 
 # Beside the weights: tower, KV cache, what the process has before, and one layer twice while it is repacked.
@@ -65,11 +64,7 @@ def main() -> int:
 
 
 def bars(rows: list[dict[str, Any]]) -> Iterator[Bar]:
-    """The bars: FLOPs and KV bytes of the engine are those of the plan.
-
-    Args:
-        rows: of the JSON file.
-    """
+    """The bars: FLOPs and KV bytes of the engine are those of the plan."""
     flops = max(abs(row["flops"] / row["planned_flops"] - 1) for row in rows)
     yield at_most("efficiency-flops-off-plan", flops, 0.0001)
     blocks = max(abs(row["kv_bytes"] - row["planned_kv_bytes"]) for row in rows)
@@ -102,18 +97,9 @@ def measure(
 ) -> list[dict[str, Any]]:
     """All rows of one model and precision; the first round warms up and is not counted.
 
-    Args:
-        folder: of the model.
-        table: of the rows.
-        precision: one of `PRECISIONS`.
-        shape: of the model.
-        rounds: that count.
-        order: of the rows, and the seed of the images.
-
     Returns:
         Rows of the JSON file.
     """
-    samples: dict[str, list[dict[str, float]]] = {row.method: [] for row in table.rows}
     limits = {
         "max_model_len": worker.MAX_MODEL_LEN,
         "max_num_batched_tokens": worker.MAX_MODEL_LEN,
@@ -124,15 +110,15 @@ def measure(
     }
     with bench_engine(folder, SETTINGS, **limits) as engine:
         engine.call(worker.set_scales)
-        for round_index in range(-1, rounds):
-            for row in order.sample(table.rows, len(table.rows)):
-                time.sleep(SETTLE_SECONDS)
-                seed = order.getrandbits(32)
-                sample = engine.call(worker.measure, row, table.num_text_tokens, seed)
-                name = f"{table.size} {precision}, round {round_index}, {row.method}"
-                print(f"{name}: {sample['ttft_seconds']:.2f} s", flush=True)
-                if round_index >= 0:
-                    samples[row.method].append(sample)
+        samples = take_turns(
+            {
+                row.method: partial(engine.call, worker.measure, row, table.num_text_tokens)
+                for row in table.rows
+            },
+            rounds,
+            order,
+            f"{table.size} {precision}",
+        )
     return list(_summary(table, precision, shape, samples))
 
 
@@ -141,7 +127,7 @@ def _summary(
 ) -> Iterator[dict[str, Any]]:
     """What was counted and timed of each row, beside what the planner says."""
     bits = PRECISIONS[precision][1]
-    all_tokens, *_ = samples.values()
+    all_tokens = [sample["ttft_seconds"] for sample in samples[table.rows[0].method]]
     costs = {
         row.method: estimate(shape, token_plan(row, shape), num_text_tokens=table.num_text_tokens)
         for row in table.rows
@@ -149,7 +135,6 @@ def _summary(
     stock = costs[table.rows[0].method]
     for row in table.rows:
         seconds = [sample["ttft_seconds"] for sample in samples[row.method]]
-        ratios = [before["ttft_seconds"] / after for before, after in zip(all_tokens, seconds, strict=True)]
         (counted,) = {
             (sample["linear_flops"] + sample["attention_flops"], sample["kv_bytes"])
             for sample in samples[row.method]
@@ -167,14 +152,10 @@ def _summary(
             "kv_bytes": counted[1],
             "planned_kv_bytes": slots * 2 * shape.decoder.kv_width * bits // 8,
             "resident_bytes": max(sample["resident_bytes"] for sample in samples[row.method]),
-            "ttft_seconds": _spread(seconds),
-            "speedup": _spread(ratios),
+            "ttft_seconds": spread(seconds),
+            "speedup": spread(ratios(all_tokens, seconds)),
             "predicted_speedup": stock.total_flops / costs[row.method].total_flops,
         }
-
-
-def _spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ class Row:
     """One row, as it is served.
 
     Attributes:
-        method: as the paper calls it.
         tower: visual tokens that leave the tower; all 576 where the method works in the decoder only.
         decoder: those that are left after the first segment of the decoder; as many as enter where it does not reduce.
     """
@@ -44,9 +43,6 @@ class Table:
     """One of the two tables.
 
     Attributes:
-        number: in the paper.
-        size: of the model.
-        num_text_tokens: the paper's assumption.
         rows: the first is the model without reduction.
     """
 
@@ -74,12 +70,7 @@ TABLES = (
 
 
 def token_plan(row: Row, shape: ModelShape) -> TokenPlan:
-    """Visual tokens layer by layer, as they are served.
-
-    Args:
-        row: what is served.
-        shape: of the model.
-    """
+    """Visual tokens layer by layer, as they are served."""
     plan = ServerPlan.for_model(FicocoConfig.parse(SETTINGS), shape)
     assert plan.decoder is not None
     counts = plan.decoder.counts(plan.decoder.method, row.tower, row.decoder)

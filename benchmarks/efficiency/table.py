@@ -5,47 +5,38 @@ from typing import Any
 from ficoco_vllm.benchmarks.efficiency.rows import PRECISIONS, Row, Table, token_plan
 from ficoco_vllm.benchmarks.harness import model
 from ficoco_vllm.benchmarks.harness.model import WHOLE_MODELS
-from ficoco_vllm.benchmarks.harness.results import read
+from ficoco_vllm.benchmarks.harness.pages import table as markdown_table
+from ficoco_vllm.benchmarks.harness.rounds import ranged
 from ficoco_vllm.reduction.cost import estimate, model_shape
 
 WEIGHTS = {"plain": "bfloat16", "int8": "W8A8", "int4": "W4A16"}
 HEAD = (
-    "| Method | Schedule | Row | Weights, KV cache | Figures | TFLOPs | KV MB, in blocks | First token, s | "
-    "Faster by | FLOPs say |"
+    *("Method", "Schedule", "Row", "Weights, KV cache", "Figures", "TFLOPs", "KV MB, in blocks"),
+    *("First token, s", "Faster by", "FLOPs say"),
 )
 
 
-def committed() -> list[dict[str, Any]]:
-    """The rows of the committed result."""
-    return list(read("efficiency")["rows"])
-
-
 def markdown(table: Table, measured: list[dict[str, Any]]) -> list[str]:
-    """One table.
-
-    Args:
-        table: of the paper.
-        measured: rows of the JSON file.
-    """
+    """One table of the paper, with the measured rows of the JSON file."""
     by_name = {(row["table"], row["precision"], row["method"]): row for row in measured}
-    lines = [HEAD, "|---" * (HEAD.count("|") - 1) + "|"]
+    lines = []
     for precision, (weights, bits) in PRECISIONS.items():
         for row in table.rows:
             cells = [row.method, row.schedule, precision.upper(), f"{WEIGHTS[weights]}, {bits} bits"]
             figures = by_name.get((table.number, precision, row.method))
             cells += _planned(table, row, bits) if figures is None else _measured(table, figures)
-            lines.append(f"| {' | '.join(cells)} |")
-    return lines
+            lines.append(cells)
+    return markdown_table(HEAD, lines)
 
 
 def _measured(table: Table, row: dict[str, Any]) -> list[str]:
-    seconds, speedup = row["ttft_seconds"], row["speedup"]
+    speedup = row["speedup"]
     whole = row["layers"] == WHOLE_MODELS[table.size]
     return [
         "measured" if whole else f"measured, {row['layers']} layers",
         f"{row['flops'] / 1e12:.2f}",
         f"{row['kv_bytes'] / 1e6:.1f}",
-        f"{seconds['median']:.2f} ({seconds['min']:.2f}-{seconds['max']:.2f})",
+        ranged(row["ttft_seconds"]),
         f"{speedup['median']:.2f}x ({speedup['min']:.2f}-{speedup['max']:.2f})",
         f"{row['predicted_speedup']:.2f}x",
     ]

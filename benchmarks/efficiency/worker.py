@@ -2,9 +2,10 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 
@@ -25,12 +26,6 @@ class Products:
 
 def measure(engine: Any, row: Row, num_text_tokens: int, seed: int) -> dict[str, float]:
     """Answer one request with a new image, from pixels to the first token.
-
-    Args:
-        engine: in this process.
-        row: how many tokens the request keeps.
-        num_text_tokens: of its prompt.
-        seed: of its image.
 
     Returns:
         `ttft_seconds`; `linear_flops` and `attention_flops` of the decoder and its head; `kv_bytes` of the blocks that
@@ -87,16 +82,12 @@ def _products(engine: Any) -> Iterator[Products]:
         # A prompt computed in one step has as many keys as queries; the full square counts.
         products.attention += 4 * arguments[0].shape[0] ** 2 * module.num_heads * module.head_size
 
-    handles = []
-    for module in _decoder(engine).modules():
-        for kind, hook in ((LinearBase, linear), (LogitsProcessor, head), (Attention, attention)):
-            if isinstance(module, kind):
-                handles.append(module.register_forward_pre_hook(hook))
-    try:
+    with ExitStack() as stack:
+        for module in _decoder(engine).modules():
+            for kind, hook in ((LinearBase, linear), (LogitsProcessor, head), (Attention, attention)):
+                if isinstance(module, kind):
+                    stack.callback(module.register_forward_pre_hook(hook).remove)
         yield products
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -118,8 +109,5 @@ def _blocks(engine: Any) -> Iterator[list[int]]:
         )
         return result
 
-    scheduler.schedule = noting
-    try:
+    with patch.object(scheduler, "schedule", noting):
         yield held_bytes
-    finally:
-        scheduler.schedule = schedule

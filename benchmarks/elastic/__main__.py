@@ -42,14 +42,7 @@ def main() -> int:
 
 
 async def run(url: str, seed: int, short: bool, api_key: str = "none") -> Result:
-    """The experiment on a running server.
-
-    Args:
-        url: of the server, without a path.
-        seed: of images and arrivals.
-        short: whether the phases are short.
-        api_key: of the server.
-    """
+    """The experiment on a running server."""
     async with AsyncOpenAI(base_url=f"{url}/v1", api_key=api_key, max_retries=0, timeout=300) as client:
         driver = Driver(client, "ficoco-demo", NUM_OUTPUT, seed)
         return await overload(driver, partial(metric, url), SHORT if short else LONG)

@@ -22,7 +22,6 @@ class Answer:
     """One request.
 
     Attributes:
-        arrival_seconds: since the phase began.
         ttft_seconds: from sending it to its first token.
         num_prompt_tokens: placeholders of the image and text.
     """
@@ -36,14 +35,7 @@ class Driver:
     """Client whose chats have one new image each."""
 
     def __init__(self, client: AsyncOpenAI, model: str, num_output: int, seed: int = 0) -> None:
-        """Client of one server.
-
-        Args:
-            client: of the server, without retries.
-            model: served name.
-            num_output: tokens of every answer.
-            seed: of images and arrivals.
-        """
+        """Client of one server."""
         self._client = client
         self._model = model
         self._num_output = num_output
@@ -86,11 +78,6 @@ class Driver:
     async def arrive(self, rate: float, seconds: float, **extra: Any) -> list[Answer]:
         """Send requests at Poisson arrivals and wait for all answers.
 
-        Args:
-            rate: requests a second.
-            seconds: how long requests arrive.
-            **extra: as for `ask`.
-
         Returns:
             The answers in order of arrival.
         """
@@ -107,12 +94,6 @@ class Driver:
 
 
 def ttft(answers: Sequence[Answer], begin: float, end: float) -> float:
-    """Median time to first token of the requests that arrived within a share of the phase.
-
-    Args:
-        answers: in order of arrival.
-        begin: share of the requests before it, 0 to 1.
-        end: share of the requests up to its end.
-    """
+    """Median time to first token of the requests that arrived within a share of the phase."""
     count = len(answers)
     return median(answer.ttft_seconds for answer in answers[int(begin * count) : max(1, int(end * count))])

@@ -80,12 +80,7 @@ class Result:
 
 
 def arguments(length: Length, num_servers: int) -> list[str]:
-    """Options of a server whose KV cache is the bottleneck.
-
-    Args:
-        length: of the experiment.
-        num_servers: API server processes.
-    """
+    """Options of a server whose KV cache is the bottleneck."""
     elastic = {
         "floor": FLOOR,
         "ceiling": CEILING,

@@ -40,8 +40,6 @@ class Panel:
     """Lines over time.
 
     Attributes:
-        title: above it.
-        unit: Grafana's name of the unit.
         lines: name of each line to its points (seconds, value).
     """
 

@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,9 +20,6 @@ class Bar:
     """A limit that a benchmark must keep.
 
     Attributes:
-        name: printed name.
-        measured: the figure.
-        limit: what it is compared with.
         at_least: whether the limit is a floor (else a ceiling).
     """
 
@@ -55,6 +52,14 @@ def report(bars: Iterable[Bar]) -> int:
     for bar in bars:
         print(bar)
     return int(not all(bar.passed for bar in bars))
+
+
+def print_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a table of fixed widths, its first column to the left."""
+    cells = [header, *([str(cell) for cell in row] for row in rows)]
+    first, *others = (max(map(len, column)) for column in zip(*cells, strict=True))
+    for name, *figures in cells:
+        print(f"{name:<{first}}", *(f"{cell:>{width}}" for cell, width in zip(figures, others, strict=True)))
 
 
 def make_parser(description: str | None, name: str, seed: bool = True) -> argparse.ArgumentParser:

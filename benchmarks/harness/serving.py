@@ -31,12 +31,7 @@ class StartError(RuntimeError):
 
 @dataclass(frozen=True)
 class Served:
-    """A running server.
-
-    Attributes:
-        port: its port on 127.0.0.1.
-        process: its first process.
-    """
+    """A running server."""
 
     port: int
     process: Process

@@ -18,11 +18,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ficoco_vllm.benchmarks.harness.results import Bar, at_most, print_table
+from ficoco_vllm.benchmarks.harness.results import report as report_bars
 from ficoco_vllm.benchmarks.kernels.chips import CHIPS, Chip
 from ficoco_vllm.benchmarks.kernels.compiling import Compiled, Compiler, compiled, launches_of
 from ficoco_vllm.benchmarks.kernels.recording import Launch
@@ -31,18 +34,9 @@ from ficoco_vllm.benchmarks.kernels.workloads import Workload, workloads
 
 BATCHES = (1, 8, 32)
 BYTES_LIMIT = 1.25
-# Of each kernel: how many of the first axes of its grid hold programs that read the same data, and over how
-# many steps of a loop they walk through it side by side (the heads of the tower, the smaller model).
-SHARING = {
-    "softmax_stats_kernel": (1, 1),
-    "attention_sums_kernel": (1, 1),
-    "attention_block_kernel": (2, 16),
-    "cls_scores_kernel": (1, 1),
-    "filter_scores_kernel": (1, 1),
-    "partition_kernel": (1, 1),
-    "row_statistics_kernel": (1, 1),
-    "merge_kernel": (2, 1),
-}
+# Kernels of which the programs along the first axes of the grid read the same data: how many axes, and over how many
+# steps of a loop they walk through it side by side (the heads of the tower, the smaller model).
+SHARING = {"attention_block_kernel": (2, 16), "merge_kernel": (2, 1)}
 # While programs walk side by side through the heads, so many heads' data is live: the pipeline and its skew.
 LIVE_STEPS = 4
 # Kernels that live off matrix products of what they load.
@@ -79,7 +73,7 @@ def moved_bytes(
     """
     total, most = B * counts["torch_bytes"], 0
     for launch, made, count in zip(launches, codes, counts["launches"], strict=True):
-        axes, steps = SHARING[launch.name]
+        axes, steps = SHARING.get(launch.name, (1, 1))
         together = int(torch.Size(launch.grid[:axes]).numel())
         groups = launch.num_programs // together
         in_flight = min(groups, -(-made.num_resident * chip.num_processors // together))
@@ -95,70 +89,70 @@ def summed(counts: dict[str, Any], name: str) -> int:
     return sum(count[name] for count in counts["launches"])
 
 
-def bar(name: str, measured: float, limit: float, passed: bool) -> bool:
-    """Print one bar."""
-    print(f"BAR {name} {measured:g} {limit:g} {'PASS' if passed else 'FAIL'}")
-    return passed
-
-
 def distinct(made: list[Compiled]) -> list[Compiled]:
     """One of those that differ in nothing but the number of programs."""
-    return list(
-        {
-            (c.workload, c.kernel, c.chip, c.registers, c.shared_bytes, c.loads): c for c in reversed(made)
-        }.values()
-    )[::-1]
+    names = ("workload", "kernel", "chip", "registers", "shared_bytes", "loads")
+    return list({attrgetter(*names)(c): c for c in reversed(made)}.values())[::-1]
 
 
-def report(made: list[Compiled], moved: list[dict[str, Any]], amd_spills: dict[str, int]) -> bool:
+def report(made: list[Compiled], moved: list[dict[str, Any]], amd_spills: dict[str, int]) -> int:
     """Print tables and bars.
 
     Returns:
-        Whether every bar holds.
+        Exit status: 1 if a bar fails.
     """
     print("\nCompiled (programs, resident ones, occupancy and waves are predicted)")
-    print(
-        f"{'op':38s} {'kernel':24s} {'chip':7s} "
-        "regs shared spill tensor wide/loads programs resident  occ waves"
+    print_table(
+        [
+            *("op", "kernel", "chip", "regs", "shared", "spill", "tensor", "wide/loads"),
+            *("programs", "resident", "occ", "waves"),
+        ],
+        [
+            (
+                *(c.workload, c.kernel, c.chip, c.registers, c.shared_bytes, c.spills, c.tensor_core),
+                *(f"{c.wide_loads}/{c.loads}", c.num_programs, c.num_resident),
+                *(f"{c.occupancy:.0%}", f"{c.waves:.2f}"),
+            )
+            for c in made
+        ],
     )
-    for c in made:
-        print(
-            f"{c.workload:38s} {c.kernel:24s} {c.chip:7s} {c.registers:4d} {c.shared_bytes:6d} {c.spills:5d} "
-            f"{c.tensor_core:6d} {c.wide_loads:4d}/{c.loads:<5d} {c.num_programs:8d} {c.num_resident:8d} "
-            f"{c.occupancy:4.0%} {c.waves:5.2f}"
-        )
     print("\nBytes and operations (counted in the interpreter at B = 1; live: needed in the L2 cache)")
-    print(
-        f"{'op':38s} {'chip':7s}  B  floor MB  moved MB ratio requested MB live MB  GFLOP floor  GFLOP done"
+    megabytes = ("floor_bytes", "moved_bytes", "requested_bytes", "live_bytes")
+    print_table(
+        [
+            *("op", "chip", "B", "floor MB", "moved MB", "requested MB", "live MB", "ratio"),
+            *("GFLOP floor", "GFLOP done"),
+        ],
+        [
+            (
+                *(m["workload"], m["chip"], m["B"], *(f"{m[name] / 1e6:.3f}" for name in megabytes)),
+                *(f"{m['ratio']:.3f}", f"{m['floor_flops'] / 1e9:.3f}", f"{m['flops'] / 1e9:.3f}"),
+            )
+            for m in moved
+        ],
     )
-    for m in moved:
-        print(
-            f"{m['workload']:38s} {m['chip']:7s} {m['B']:2d} {m['floor_bytes'] / 1e6:9.3f} "
-            f"{m['moved_bytes'] / 1e6:9.3f} {m['ratio']:5.3f} {m['requested_bytes'] / 1e6:12.3f} "
-            f"{m['live_bytes'] / 1e6:7.2f} {m['floor_flops'] / 1e9:12.3f} {m['flops'] / 1e9:11.3f}"
-        )
     print()
-    held = [bar(f"spills[{c.workload},{c.kernel},{c.chip}]", c.spills, 0, c.spills == 0) for c in made]
-    held += [bar(f"spills[{name},gfx942]", count, 0, count == 0) for name, count in amd_spills.items()]
-    held += [
-        bar(f"fits[{c.workload},{c.kernel},{c.chip}]", c.num_resident, 1, c.num_resident >= 1) for c in made
-    ]
-    for m in moved:
-        name = f"bytes[{m['workload']},{m['chip']},B={m['B']}]"
-        held.append(bar(name, round(m["ratio"], 4), BYTES_LIMIT, m["ratio"] <= BYTES_LIMIT))
+    bars = list(_bars(made, moved, amd_spills))
+    status = report_bars(bars)
+    print(f"{sum(bar.passed for bar in bars)} of {len(bars)} bars hold")
+    return status
+
+
+def _bars(made: list[Compiled], moved: list[dict[str, Any]], amd_spills: dict[str, int]) -> Iterator[Bar]:
     for c in made:
+        place = f"[{c.workload},{c.kernel},{c.chip}]"
+        yield at_most(f"spills{place}", c.spills)
+        yield Bar(f"fits{place}", c.num_resident, 1)
         if "/" not in c.workload:  # a variant, whose rows need not be aligned
             continue
         if c.kernel in PRODUCT_KERNELS:
-            held.append(
-                bar(f"tensor_core[{c.workload},{c.kernel},{c.chip}]", c.tensor_core, 1, c.tensor_core >= 1)
-            )
-        if c.kernel in PRODUCT_KERNELS or c.kernel == "cls_scores_kernel":
-            held.append(
-                bar(f"wide_loads[{c.workload},{c.kernel},{c.chip}]", c.wide_loads, 1, c.wide_loads >= 1)
-            )
-    print(f"{sum(held)} of {len(held)} bars hold")
-    return all(held)
+            yield Bar(f"tensor_core{place}", c.tensor_core, 1)
+        if c.kernel in (*PRODUCT_KERNELS, "cls_scores_kernel"):
+            yield Bar(f"wide_loads{place}", c.wide_loads, 1)
+    for name, count in amd_spills.items():
+        yield at_most(f"spills[{name},gfx942]", count)
+    for m in moved:
+        yield at_most(f"bytes[{m['workload']},{m['chip']},B={m['B']}]", m["ratio"], BYTES_LIMIT)
 
 
 def main() -> int:
@@ -196,13 +190,13 @@ def main() -> int:
             amd_spills[name] = max(amd_spills.get(name, 0), spills.result())
         moved = movement(launched, counts(), made)
     made = distinct(made)
-    passed = report(made, moved, amd_spills)
+    status = report(made, moved, amd_spills)
     print(f"{time.perf_counter() - start:.0f} s")
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         figures = {"compiled": [asdict(one) for one in made], "moved": moved, "amd_spills": amd_spills}
         arguments.json.write_text(json.dumps(figures, indent=1))
-    return 0 if passed else 1
+    return status
 
 
 def others() -> Iterator[tuple[str, Launch, Chip]]:

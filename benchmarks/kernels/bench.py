@@ -13,15 +13,17 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from matplotlib.figure import Figure
 from torch.profiler import ProfilerActivity, profile
 
+from ficoco_vllm.benchmarks.harness.plots import COLOURS, as_svg
+from ficoco_vllm.benchmarks.harness.results import Bar, at_most, print_table, report
 from ficoco_vllm.benchmarks.kernels.cases import Case, decoder, tower
-from ficoco_vllm.benchmarks.kernels.chart import chart
 
 MEMORY_LIMIT = 0.5
 MEMORY_BATCH = 8
@@ -89,6 +91,7 @@ def measure(batches: list[int], device: str, dtype: torch.dtype, repeats: int) -
     backend: Literal["torch", "triton"] = "triton" if device == "cuda" else "torch"
     rows = []
     for B in batches:
+        torch.manual_seed(B)
         for site in (tower, decoder):
             cases = site(B, dtype, device, backend)
             for case in cases:
@@ -109,32 +112,56 @@ def measure(batches: list[int], device: str, dtype: torch.dtype, repeats: int) -
     return rows
 
 
-def show(rows: list[dict[str, Any]], bars: bool) -> bool:
-    """Print the table, and the bars where they are asked for.
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print the table."""
 
-    Returns:
-        Whether every bar holds.
-    """
-    print(f"{'result':34s}  B   ours ms  eager ms  ratio  attention ms  ours MB  eager MB  ratio")
+    def cells(row: dict[str, Any], figure: str, factor: float, digits: int) -> list[str]:
+        ours, eager = (row[f"{who}_{figure}"] * factor for who in ("ours", "eager"))
+        return [f"{ours:.{digits}f}", f"{eager:.{digits}f}", f"{ours / eager:.3f}"]
+
+    def attention(row: dict[str, Any]) -> str:
+        return "" if row["attention_seconds"] is None else f"{row['attention_seconds'] * 1e3:.3f}"
+
+    print_table(
+        ("result", "B", "ours ms", "eager ms", "ratio", "attention ms", "ours MB", "eager MB", "ratio"),
+        [
+            (
+                *(row["name"], row["B"], *cells(row, "seconds", 1e3, 3)),
+                *(attention(row), *cells(row, "bytes", 1e-6, 2)),
+            )
+            for row in rows
+        ],
+    )
+
+
+def bars(rows: list[dict[str, Any]]) -> Iterator[Bar]:
+    """The bars: time, and memory at `MEMORY_BATCH`, relative to the obvious way."""
     for row in rows:
-        attention = row["attention_seconds"]
-        print(
-            f"{row['name']:34s} {row['B']:2d} {row['ours_seconds'] * 1e3:9.3f} "
-            f"{row['eager_seconds'] * 1e3:9.3f} {row['ours_seconds'] / row['eager_seconds']:6.3f} "
-            f"{'' if attention is None else f'{attention * 1e3:.3f}':>13s} "
-            f"{row['ours_bytes'] / 1e6:8.2f} {row['eager_bytes'] / 1e6:9.2f} "
-            f"{row['ours_bytes'] / row['eager_bytes']:6.3f}"
-        )
-    held = True
-    for row in rows if bars else []:
-        measured = [("time", row["ours_seconds"] / row["eager_seconds"], TIME_LIMIT)]
+        place = f"[{row['name']},B={row['B']}]"
+        yield at_most(f"time{place}", row["ours_seconds"] / row["eager_seconds"], TIME_LIMIT)
         if row["B"] == MEMORY_BATCH:
-            measured.append(("memory", row["ours_bytes"] / row["eager_bytes"], MEMORY_LIMIT))
-        for what, ratio, limit in measured:
-            verdict = "PASS" if ratio <= limit else "FAIL"
-            print(f"BAR {what}[{row['name']},B={row['B']}] {ratio:.4f} {limit} {verdict}")
-            held &= ratio <= limit
-    return held
+            yield at_most(f"memory{place}", row["ours_bytes"] / row["eager_bytes"], MEMORY_LIMIT)
+
+
+def chart(rows: list[dict[str, Any]], title: str) -> str:
+    """Times of both ways as an SVG of bars, each pair relative to its slower one."""
+
+    def paint(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        axes.set_title(f"{title}: fused and eager, ms", loc="left")
+        slower = [max(row["ours_seconds"], row["eager_seconds"]) for row in rows]
+        for place, (who, colour) in enumerate(zip(("ours", "eager"), COLOURS, strict=False)):
+            times = [row[f"{who}_seconds"] for row in rows]
+            where = [number + 0.4 * place for number in range(len(rows))]
+            lengths = [time / most for time, most in zip(times, slower, strict=True)]
+            drawn = axes.barh(where, lengths, height=0.4, color=colour, label=who)
+            axes.bar_label(drawn, [f"{time * 1e3:.3f}" for time in times], padding=3)
+        axes.set_yticks(range(len(rows)), [f"{row['name']}, B = {row['B']}" for row in rows])
+        axes.set_xticks([])
+        axes.invert_yaxis()
+        axes.legend(frameon=False)
+
+    return as_svg((7.6, 1 + 0.5 * len(rows)), paint)
 
 
 def main() -> int:
@@ -162,7 +189,7 @@ def main() -> int:
         print(f"the two ways differ, so nothing is timed: {error}", file=sys.stderr)
         return 1
     print(f"{name}, {dtype}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads")
-    held = show(rows, bars=device == "cpu")
+    show(rows)
     arguments.out.mkdir(parents=True, exist_ok=True)
     context = {
         "device": name,
@@ -172,7 +199,7 @@ def main() -> int:
     }
     (arguments.out / "bench.json").write_text(json.dumps(context | {"rows": rows}, indent=1))
     (arguments.out / "bench.svg").write_text(chart(rows, f"{name}, {dtype}"))
-    return 0 if held else 1
+    return report(bars(rows)) if device == "cpu" else 0
 
 
 if __name__ == "__main__":

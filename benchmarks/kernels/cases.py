@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ficoco_vllm import kernels
 from ficoco_vllm.benchmarks.kernels import naive
-from ficoco_vllm.benchmarks.kernels.workloads import DECODER, TOWER, VISUAL_START, Shape, indices
+from ficoco_vllm.benchmarks.kernels.workloads import DECODER, TOWER, Layer
 from ficoco_vllm.kernels import Backend
 
 
@@ -18,9 +19,6 @@ class Case:
     """One result, two ways.
 
     Attributes:
-        name: result and site.
-        ours: by the fused ops.
-        eager: the obvious way.
         attention: the attention of the layer alone, which runs anyway; None where none is at stake.
     """
 
@@ -30,102 +28,67 @@ class Case:
     attention: Callable[[], Tensor] | None
 
 
-def _heads(shape: Shape, B: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(B)
-    size = (B, shape.num_tokens, 3, shape.num_heads, shape.head_size)
-    qkv = torch.randn(size, generator=generator).to(dtype).to(device)
-    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    return query, key, value
+def _attention(layer: Layer) -> Tensor:
+    return scaled_dot_product_attention(
+        layer.query, layer.key, layer.value, scale=layer.scale, is_causal=layer.causal
+    )
 
 
-def _merge_case(name: str, shape: Shape, B: int, dtype: torch.dtype, device: str, backend: Backend) -> Case:
-    generator = torch.Generator().manual_seed(B)
-    num_visual = shape.num_tokens - max(shape.num_text, 1)
-    source, target = indices(B, num_visual, shape.num_removed, 0, device)
-    tokens = torch.randn((B, num_visual, shape.width), generator=generator).to(dtype).to(device)
-    correlation = torch.rand((B, source.shape[1], target.shape[1]), generator=generator).to(device)
-    size = torch.ones((B, num_visual), device=device)
+def _merge_case(layer: Layer, backend: Backend) -> Case:
+    inputs = (layer.tokens, layer.size, layer.correlation, layer.merged_source, layer.merged_target)
     return Case(
-        name,
-        lambda: kernels.quantile_merge(
-            tokens, size, correlation, source, target, epsilon=0.998, backend=backend
-        ),
-        lambda: naive.merge(tokens, size, correlation, source, target),
+        f"quantile_merge/{layer.shape.site}",
+        lambda: kernels.quantile_merge(*inputs, epsilon=0.998, backend=backend),
+        lambda: naive.merge(*inputs),
         None,
     )
 
 
 def tower(B: int, dtype: torch.dtype, device: str, backend: Backend) -> list[Case]:
     """The vision tower's: scores, then the merge."""
-    shape = TOWER
-    query, key, value = _heads(shape, B, dtype, device)
-    scale = shape.head_size**-0.5
-    source, target = indices(B, shape.num_tokens - 1, shape.num_removed, 0, device)
-    lse, _ = kernels.softmax_stats(query, key, scale, backend=backend)
+    layer = Layer(TOWER, B, dtype, device)
+    qk = (layer.query, layer.key)
 
-    def scores(normalisers: Tensor) -> tuple[Tensor, ...]:
-        to_cls, from_cls, _ = kernels.cls_scores(query, key, normalisers, scale, backend=backend)
-        correlation = kernels.attention_block(
-            query, key, normalisers, scale, row_index=source + 1, column_index=target + 1, backend=backend
-        )
+    def normalisers() -> Tensor:
+        return kernels.softmax_stats(*qk, layer.scale, backend=backend)[0]
+
+    def scores(lse: Tensor) -> tuple[Tensor, ...]:
+        to_cls, from_cls, _ = kernels.cls_scores(*qk, lse, layer.scale, backend=backend)
+        index: dict[str, Any] = {"row_index": layer.source, "column_index": layer.target}
+        correlation = kernels.attention_block(*qk, lse, layer.scale, **index, backend=backend)
         return 1 - to_cls[:, 1:], from_cls[:, 1:], correlation
 
-    def all_scores() -> tuple[Tensor, ...]:
-        return scores(kernels.softmax_stats(query, key, scale, backend=backend)[0])
-
     def obvious() -> tuple[Tensor, ...]:
-        return naive.tower_scores(query, key, scale, source, target)
+        return naive.tower_scores(*qk, layer.scale, layer.source, layer.target)
 
-    def attention() -> Tensor:
-        return scaled_dot_product_attention(query, key, value, scale=scale)
-
+    given = normalisers()
     return [
-        Case("scores, normalisers given/tower", lambda: scores(lse), obvious, attention),
-        Case("scores/tower", all_scores, obvious, attention),
-        _merge_case("quantile_merge/tower", shape, B, dtype, device, backend),
+        Case("scores, normalisers given/tower", lambda: scores(given), obvious, lambda: _attention(layer)),
+        Case("scores/tower", lambda: scores(normalisers()), obvious, lambda: _attention(layer)),
+        _merge_case(layer, backend),
     ]
 
 
 def decoder(B: int, dtype: torch.dtype, device: str, backend: Backend) -> list[Case]:
     """The decoder's: normalisers and row sums in one pass, the text's rows, Eq. 15; then the merge."""
-    shape = DECODER
-    query, key, value = _heads(shape, B, dtype, device)
-    scale = shape.head_size**-0.5
-    num_visual = shape.num_tokens - shape.num_text
-    source, target = indices(B, num_visual, shape.num_removed, VISUAL_START, device)
-    order = torch.arange(shape.num_tokens, device=device)
-    visual = (order >= VISUAL_START) & (order < VISUAL_START + num_visual)
-    column_weight = visual.float().expand(B, -1).contiguous()
-    text_rows = order[~visual].expand(B, -1).contiguous()
-    part = slice(VISUAL_START, VISUAL_START + num_visual)
+    layer = Layer(DECODER, B, dtype, device)
+    qk, scale = (layer.query, layer.key), layer.scale
 
     def scores() -> tuple[Tensor, ...]:
         lse, row_sum = kernels.softmax_stats(
-            query, key, scale, causal=True, column_weight=column_weight, backend=backend
+            *qk, scale, causal=True, column_weight=layer.column_weight, backend=backend
         )
         text = kernels.attention_block(
-            query, key, lse, scale, row_index=text_rows, causal=True, backend=backend
+            *qk, lse, scale, row_index=layer.text_rows, causal=True, backend=backend
         )
+        index: dict[str, Any] = {"row_index": layer.source, "column_index": layer.target}
         correlation = kernels.attention_block(
-            query,
-            key,
-            lse,
-            scale,
-            row_index=source,
-            column_index=target,
-            causal=True,
-            text=text,
-            gamma=0.6,
-            backend=backend,
+            *qk, lse, scale, **index, causal=True, text=text, gamma=0.6, backend=backend
         )
-        return row_sum[:, part], text.sum(1)[:, part], correlation
+        return row_sum[:, layer.visual], text.sum(1)[:, layer.visual], correlation
 
-    return [
-        Case(
-            "scores/decoder",
-            scores,
-            lambda: naive.decoder_scores(query, key, scale, source, target, text_rows, num_visual),
-            lambda: scaled_dot_product_attention(query, key, value, scale=scale, is_causal=True),
-        ),
-        _merge_case("quantile_merge/decoder", shape, B, dtype, device, backend),
-    ]
+    def obvious() -> tuple[Tensor, ...]:
+        return naive.decoder_scores(*qk, scale, layer.source, layer.target, layer.text_rows, layer.visual)
+
+    scored = Case("scores/decoder", scores, obvious, lambda: _attention(layer))
+    return [scored, _merge_case(layer, backend)]

@@ -38,12 +38,6 @@ _WARPS, _PROGRAMS, _REGISTERS, _REGISTER_UNIT, _RESERVED_SHARED = 64, 32, 65536,
 def resident(chip: Chip, num_warps: int, registers: int, shared_bytes: int) -> int:
     """How many programs of a kernel fit on one processor.
 
-    Args:
-        chip: the device.
-        num_warps: warps of a program.
-        registers: of a thread.
-        shared_bytes: of a program.
-
     Returns:
         The smallest of the limits of warps, programs, registers and shared memory.
     """

@@ -23,54 +23,44 @@ SINGLE_LOAD = re.compile(r"\bld\.global")
 
 
 @dataclass(frozen=True)
-class Compiled:
-    """What the compiler made of one launch.
+class Code:
+    """What the compiler made of one specialisation of a kernel for one NVIDIA device.
 
     Attributes:
-        workload: op and shape.
-        kernel: its name.
-        chip: for which device.
-        registers: of a thread.
-        shared_bytes: of a program.
         spills: loads and stores of local memory in the machine code.
         tensor_core: instructions of the tensor cores in the PTX.
         wide_loads: loads of 16 bytes in the PTX, synchronous and asynchronous.
         loads: loads from global memory in the PTX.
-        num_programs: size of the grid.
+    """
+
+    registers: int
+    shared_bytes: int
+    spills: int
+    tensor_core: int
+    wide_loads: int
+    loads: int
+
+
+@dataclass(frozen=True)
+class Compiled(Code):
+    """One launch of one specialisation, with what is predicted of it.
+
+    Attributes:
         num_resident: programs that fit on one processor.
-        occupancy: share of its warp slots.
         waves: how often the device is filled.
     """
 
     workload: str
     kernel: str
     chip: str
-    registers: int
-    shared_bytes: int
-    spills: int
-    tensor_core: int
-    wide_loads: int
-    loads: int
     num_programs: int
     num_resident: int
     occupancy: float
     waves: float
 
 
-@dataclass(frozen=True)
-class Code:
-    """What the compiler made of one specialisation of a kernel for one NVIDIA device; see `Compiled`."""
-
-    registers: int
-    shared_bytes: int
-    spills: int
-    tensor_core: int
-    wide_loads: int
-    loads: int
-
-
 def compiled(workload: str, launch: Launch, chip: Chip, code: Code) -> Compiled:
-    """One launch of one specialisation, with what is predicted of it."""
+    """Combine a launch with its code."""
     num_warps = launch.options["num_warps"]
     fits = resident(chip, num_warps, code.registers, code.shared_bytes)
     return Compiled(

@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor
 
-from ficoco_vllm.benchmarks.kernels.workloads import VISUAL_START
-
 
 def attention_map(query: Tensor, key: Tensor, scale: float, causal: bool) -> Tensor:
     """Head-mean attention (B, M, N) fp32, by way of the whole (B, H, M, N) map."""
@@ -18,24 +16,16 @@ def attention_map(query: Tensor, key: Tensor, scale: float, causal: bool) -> Ten
 def tower_scores(
     query: Tensor, key: Tensor, scale: float, source: Tensor, target: Tensor
 ) -> tuple[Tensor, ...]:
-    """Row sums and [CLS] row of the patches, and the correlation; indices into the patches."""
+    """Row sums and [CLS] row of the patches, and the correlation; indices into all tokens."""
     attention = attention_map(query, key, scale, causal=False)
-    patches = attention[:, 1:, 1:]
-    return patches.sum(-1), attention[:, 0, 1:], pick(patches, source, target)
+    return attention[:, 1:, 1:].sum(-1), attention[:, 0, 1:], pick(attention, source, target)
 
 
 def decoder_scores(
-    query: Tensor,
-    key: Tensor,
-    scale: float,
-    source: Tensor,
-    target: Tensor,
-    text_rows: Tensor,
-    num_visual: int,
+    query: Tensor, key: Tensor, scale: float, source: Tensor, target: Tensor, text_rows: Tensor, visual: slice
 ) -> tuple[Tensor, ...]:
     """Row sums over the visual tokens, what the text gives, and Eq. 15; indices into the prompt."""
     attention = attention_map(query, key, scale, causal=True)
-    visual = slice(VISUAL_START, VISUAL_START + num_visual)
     batch = torch.arange(len(source), device=source.device)[:, None]
     text = attention[batch, text_rows]
     received = text.transpose(1, 2)

@@ -29,12 +29,8 @@ class Launch:
     """One launch of one kernel, specialised as Triton's launcher does it.
 
     Attributes:
-        function: the kernel.
-        grid: programs along each axis.
-        signature: argument name to type.
         constants: what is fixed at compile time.
         divisible: positions of arguments that are multiples of 16.
-        options: of the compiler.
     """
 
     function: Any

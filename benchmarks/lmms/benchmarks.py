@@ -11,9 +11,7 @@ class Benchmark:
 
     Attributes:
         title: as the paper's Table 3 heads its column.
-        task: of lmms-eval.
         file: the task's file below lmms-eval's `tasks`.
-        metric: the figure to compare.
         scale: from lmms-eval's figure to the paper's.
         pad: pad images to squares with CLIP's mean colour, as LLaVA-1.5 does (`image_aspect_ratio: pad`); Hugging
             Face's processor crops the centre instead. Not where lmms-eval's own settings for LLaVA take the original.
@@ -50,11 +48,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         specific={"pre_prompt": "", "post_prompt": SHORT, "ocr": True},
     ),
     "pope": Benchmark(
-        "POPE",
-        "pope",
-        "pope/pope.yaml",
-        "pope_f1_score",
-        note="F1; the paper does not say which it prints",
+        "POPE", "pope", "pope/pope.yaml", "pope_f1_score", note="F1; the paper does not say which it prints"
     ),
     "vizwiz": Benchmark(
         "Vizwiz",

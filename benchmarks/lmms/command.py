@@ -25,15 +25,11 @@ class Run:
     """What is run.
 
     Attributes:
-        name: of the benchmark.
-        benchmark: its settings.
         python: of an environment with lmms-eval (`make lmms`).
         url: of a running server, or None: one is started.
         model: to serve, or None: the demo model.
         method: None serves all visual tokens.
         keep: visual tokens that are left.
-        api_key: of the server.
-        concurrency: questions at the same time.
         limit: only the first questions, or None for all.
         serve_arguments: more options of the server that is started.
     """
@@ -97,16 +93,8 @@ def _evaluate(run: Run, python: Path, url: str) -> dict[str, Any]:
             f"num_concurrent={run.concurrency}",
             f"timeout={TIMEOUT_SECONDS}",
         ]
-        command = [
-            str(python),
-            "-m",
-            "lmms_eval",
-            "eval",
-            "--model",
-            "openai",
-            "--model_args",
-            ",".join(model),
-        ]
+        command = [str(python), "-m", "lmms_eval", "eval", "--model", "openai"]
+        command += ["--model_args", ",".join(model)]
         command += ["--tasks", task, "--include_path", str(folder / "tasks"), "--batch_size", "1"]
         command += ["--output_path", str(folder / "out"), "--log_samples"]
         command += [] if run.limit is None else ["--limit", str(run.limit)]

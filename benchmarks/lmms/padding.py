@@ -13,9 +13,6 @@ MEAN_COLOUR = (122, 116, 104)
 def pad_to_square(image: Image.Image) -> Image.Image:
     """The image in the middle of a square of CLIP's mean colour.
 
-    Args:
-        image: any mode; the result is RGB.
-
     Source: arXiv:2310.03744, Sec. 3.2; `image_aspect_ratio: pad` of LLaVA-1.5.
     """
     image = image.convert("RGB")

@@ -80,7 +80,8 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # of the client's own import of vLLM
     turns = make_turns(servers, points, args.rounds, args.seed)
     rows = _measure(args, turns)
-    warnings = [] if args.url is not None else check(rows, servers, _visual_tokens(args))
+    patches = _STOCK_VISUAL_TOKENS if args.model in (DEMO, WIDE) else None  # of other models unknown
+    warnings = [] if args.url is not None else check(rows, servers, patches)
     result = {
         "model": f"{args.model}, {args.layers} layers" if args.model == WIDE else args.model,
         "environment": environment(),
@@ -173,11 +174,6 @@ def _model(args: argparse.Namespace, scratch: Path) -> tuple[str, tuple[str, ...
         *("--enforce-eager", "--dtype", dtype, "--max-model-len", "2048", "--block-size", str(_BLOCK)),
         *("--kv-cache-memory-bytes", str(num_blocks * block_bytes), *options),
     )
-
-
-def _visual_tokens(args: argparse.Namespace) -> int | None:
-    """Visual tokens of an image without reduction, if known."""
-    return _STOCK_VISUAL_TOKENS if args.model in (DEMO, WIDE) else None
 
 
 def _bars(

@@ -1,6 +1,6 @@
 """Pictures of a load test, as SVG."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -13,10 +13,6 @@ _SIZE_INCHES = (7.0, 3.6)
 
 def draw(rows: Sequence[Mapping[str, Any]], summary: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """Every picture of the report.
-
-    Args:
-        rows: of `run_turns`.
-        summary: of `summarise`.
 
     Returns:
         Title and SVG of each.
@@ -74,11 +70,11 @@ def _latency(
     factor: float,
 ) -> None:
     """From the median up to the 99th percentile, with a mark at the 90th."""
-    for row, place, width, colour in _placed(summary, colours, points):
+    for row, place, bar in _placed(summary, colours, points):
         low, middle, high = (row[f"{name}_ms_p{p}"] * factor for p in (50, 90, 99))
-        first = row["point"] == points[0]
-        axes.bar(place, high - low, width, bottom=low, color=colour, label=row["server"] if first else None)
-        axes.plot([place - width / 2, place + width / 2], [middle, middle], color="white", linewidth=1)
+        axes.bar(place, high - low, bottom=low, **bar)
+        half = bar["width"] / 2
+        axes.plot([place - half, place + half], [middle, middle], color="white", linewidth=1)
     _label(axes, points, f"{name.upper()}, {unit}")
 
 
@@ -89,9 +85,8 @@ def _bars(
     points: Sequence[str],
     figure: str,
 ) -> None:
-    for row, place, width, colour in _placed(summary, colours, points):
-        first = row["point"] == points[0]
-        axes.bar(place, row[figure] or 0, width, color=colour, label=row["server"] if first else None)
+    for row, place, bar in _placed(summary, colours, points):
+        axes.bar(place, row[figure] or 0, **bar)
     _label(axes, points, "")
 
 
@@ -114,18 +109,14 @@ def _cache(axes: Axes, rows: Sequence[Mapping[str, Any]], colours: Mapping[str, 
 
 def _placed(
     summary: Sequence[Mapping[str, Any]], colours: Mapping[str, str], points: Sequence[str]
-) -> list[tuple[Mapping[str, Any], float, float, str]]:
-    """Rows with the place, width and colour of their bars: points side by side, servers within them."""
+) -> Iterator[tuple[Mapping[str, Any], float, dict[str, Any]]]:
+    """Rows with the place and looks of their bars: points side by side, servers within them."""
     servers, width = list(colours), 0.8 / len(colours)
-    return [
-        (
-            row,
-            points.index(row["point"]) + (servers.index(row["server"]) - (len(servers) - 1) / 2) * width,
-            0.9 * width,
-            colours[row["server"]],
-        )
-        for row in summary
-    ]
+    for row in summary:
+        server, point = row["server"], row["point"]
+        place = points.index(point) + (servers.index(server) - (len(servers) - 1) / 2) * width
+        label = server if point == points[0] else None
+        yield row, place, {"width": 0.9 * width, "color": colours[server], "label": label}
 
 
 def _label(axes: Axes, points: Sequence[str], unit: str) -> None:

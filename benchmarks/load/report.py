@@ -10,11 +10,7 @@ from ficoco_vllm.benchmarks.load.plots import draw
 
 
 def as_html(result: Mapping[str, Any]) -> str:
-    """The report.
-
-    Args:
-        result: the content of the JSON file.
-    """
+    """The report."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,

@@ -8,7 +8,7 @@ from typing import Any
 
 from ficoco_vllm.benchmarks.harness.serving import STOCK, serving
 from ficoco_vllm.benchmarks.load.client import run_point
-from ficoco_vllm.benchmarks.load.settings import Traffic, Turn
+from ficoco_vllm.benchmarks.load.settings import Turn
 from ficoco_vllm.compat import set_cpu_defaults
 
 # Requests that a server answers before anything is measured: it compiles, grows its pools, fills its thread pools.
@@ -22,7 +22,6 @@ class Target:
 
     Attributes:
         model: folder or name; None for the demo model.
-        name: under which it is served.
         tokenizer: folder or name, of the client.
         options: of vLLM's server, alike for every server.
         log_folder: takes the logs of the servers.
@@ -39,12 +38,6 @@ def run_turns(
     turns: list[Turn], target: Target, sample_seconds: float, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """Run all turns on servers of our own.
-
-    Args:
-        turns: in their order.
-        target: what is served.
-        sample_seconds: between two looks at /metrics.
-        say: takes a line about each point.
 
     Returns:
         One mapping a point: `server`, `round`, `traffic`, `seed` and the figures of `run_point`.
@@ -67,39 +60,20 @@ def run_turn(
     sample_seconds: float,
     say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """Run the points of one turn against a server that is up; see `run_turns`.
-
-    Args:
-        turn: points and their seeds.
-        url: of the server, without a path.
-        target: names of model and tokenizer.
-        headers: sent with every request.
-        sample_seconds: between two looks at /metrics.
-        say: takes a line about each point.
-    """
+    """Run the points of one turn against a server that is up; see `run_turns`."""
     first = turn.points[0][0]
     warm_up = first.model_copy(update={"num_requests": _WARM_UP, "rate": None, "concurrency": _WARM_UP})
     run_point(url, target.name, target.tokenizer, warm_up, _WARM_UP_SEED, headers, sample_seconds)
     rows = []
     for traffic, seed in turn.points:
         point = run_point(url, target.name, target.tokenizer, traffic, seed, headers, sample_seconds)
-        rows.append(_row(turn, traffic, seed, point))
+        head = {"server": turn.server.name, "round": turn.round_index, "point": traffic.name}
+        rows.append({**head, "traffic": traffic.model_dump(), "seed": seed, **point})
         say(
             f"round {turn.round_index}, {turn.server.name}, {traffic.name}: "
             f"{point['request_throughput']:.2f} requests/s, TTFT {point['ttft_ms_p50']:.0f} ms"
         )
     return rows
-
-
-def _row(turn: Turn, traffic: Traffic, seed: int, point: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "server": turn.server.name,
-        "round": turn.round_index,
-        "point": traffic.name,
-        "traffic": traffic.model_dump(),
-        "seed": seed,
-        **point,
-    }
 
 
 @contextmanager
@@ -110,11 +84,10 @@ def _started(turn: Turn, target: Target) -> Iterator[str]:
     set_cpu_defaults()  # ours does so itself: on a CPU both get the same threads
     if server.method is None:
         # No plugin of ours is loaded: this is the vLLM that a user has without us.
-        with serving(["--model", target.model, *options], log, {"VLLM_PLUGINS": ""}, STOCK) as served:
-            yield served.url
-        return
-    ours = ["--ficoco-method", server.method]
-    if server.keep is not None:
-        ours += ["--ficoco-keep", str(server.keep)]
-    with serving([target.model, *options, *ours], log) as served:
+        started = serving(["--model", target.model, *options], log, {"VLLM_PLUGINS": ""}, STOCK)
+    else:
+        ours = ["--ficoco-method", server.method]
+        ours += [] if server.keep is None else ["--ficoco-keep", str(server.keep)]
+        started = serving([target.model, *options, *ours], log)
+    with started as served:
         yield served.url

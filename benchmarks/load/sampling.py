@@ -3,7 +3,6 @@
 import threading
 import time
 import urllib.error
-from types import TracebackType
 
 from ficoco_vllm.benchmarks.harness.http import read_metrics, samples
 
@@ -42,9 +41,7 @@ class Sampler:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._stop.set()
         self._thread.join()
         self._look()
@@ -87,9 +84,6 @@ class Sampler:
 def read_figures(text: str) -> dict[str, float]:
     """The figures that the load test follows.
 
-    Args:
-        text: what /metrics answers.
-
     Returns:
         `num_running`, `num_waiting`, `num_preemptions`, `num_prompt_tokens`, `kv_cache_usage` (0 to 1), or nothing
         where one is missing.
@@ -104,11 +98,7 @@ def read_figures(text: str) -> dict[str, float]:
 
 
 def read_avoided(text: str) -> dict[str, float]:
-    """Prompt tokens without a KV slot that a server of ours has counted, by method, over all segments.
-
-    Args:
-        text: what /metrics answers.
-    """
+    """Prompt tokens without a KV slot that a server of ours has counted, by method, over all segments."""
     avoided: dict[str, float] = {}
     for sample in samples(text):
         if sample.name == _AVOIDED:

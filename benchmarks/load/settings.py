@@ -17,7 +17,6 @@ class Server(BaseModel):
     """One kind of server.
 
     Attributes:
-        name: in the results.
         method: of `ficoco-vllm methods`, or None for stock vLLM, which then runs without our plugin.
         keep: visual tokens that an image keeps; None leaves the method's default.
     """
@@ -54,7 +53,6 @@ class Traffic(BaseModel):
     Attributes:
         rate: requests a second (Poisson); None: as fast as `concurrency` lets them.
         concurrency: open requests of the client; None does not limit them.
-        num_requests: measured requests.
         num_text_tokens: of a prompt, beside the image.
         num_answer_tokens: each answer has exactly so many.
         image_side: of the square images, in pixels.
@@ -90,8 +88,6 @@ class Turn:
     """One server's turn.
 
     Attributes:
-        round_index: which round.
-        server: that is started for it.
         points: traffic and the seed of its prompts and images, in the order in which they run.
     """
 
@@ -129,20 +125,18 @@ def make_points(rates: list[str], concurrencies: list[int], **traffic: Any) -> l
     Raises:
         ValueError: naming the option, its value and what is allowed.
     """
-    points = []
+    numbers: list[dict[str, Any]] = []
     for text in rates:
         try:
-            points.append(Traffic(rate=float(text), **traffic))
-        except ValidationError as error:
-            raise ValueError(_first(error)) from error
+            numbers.append({"rate": float(text)})
         except ValueError as error:
             raise ValueError(f"--rates: {text!r} is not allowed; allowed: numbers above 0") from error
-    for number in concurrencies:
-        try:
-            points.append(Traffic(concurrency=number, **traffic))
-        except ValidationError as error:
-            raise ValueError(_first(error)) from error
-    return points
+    try:
+        return [
+            Traffic(**pace, **traffic) for pace in (*numbers, *({"concurrency": n} for n in concurrencies))
+        ]
+    except ValidationError as error:
+        raise ValueError(_first(error)) from error
 
 
 def _first(error: ValidationError) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from io import StringIO
 from typing import Any
 
+from ficoco_vllm.benchmarks.harness.pages import table
 from ficoco_vllm.benchmarks.load.settings import STOCK
 
 # Figures of a row, in the order of the CSV's columns.
@@ -22,9 +23,6 @@ FIGURES = (
 def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Medians over the rounds.
 
-    Args:
-        rows: of `run_turns`.
-
     Returns:
         For each point and server, stock first: `server`, `point`, `num_rounds`, and for each
         of `FIGURES` its median, with `_min` and `_max` beside it; None where /metrics did not say.
@@ -39,26 +37,14 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def ratio(rows: Sequence[Mapping[str, Any]], figure: str, server: str, base: str, point: str) -> float:
-    """Median over the rounds of one server's figure over another's in the same round.
-
-    Args:
-        rows: of `run_turns`.
-        figure: one of `FIGURES`.
-        server: whose figure is the numerator.
-        base: whose figure is the denominator.
-        point: at which.
-    """
+    """Median over the rounds of one server's figure over another's in the same round."""
     figures = {(row["server"], row["round"]): float(row[figure]) for row in rows if row["point"] == point}
     rounds = sorted({number for name, number in figures if name == base})
     return statistics.median(figures[server, number] / figures[base, number] for number in rounds)
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Every row, without its samples over time.
-
-    Args:
-        rows: of `run_turns`.
-    """
+    """Every row, without its samples over time."""
     columns = ("server", "round", "point", "seed", "completed", "failed", "duration", *FIGURES)
     text = StringIO()
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
@@ -68,23 +54,23 @@ def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def as_table(summary: Sequence[Mapping[str, Any]]) -> str:
-    """The summary in Markdown, for the README.
-
-    Args:
-        summary: of `summarise`.
-    """
-    lines = [
-        "| load | server | requests/s | TTFT p50 | TTFT p99 | ITL p50 | concurrent | KV cache, most | preemptions |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in summary:
-        lines.append(
-            f"| {row['point']} | {row['server']} | {_ranged(row, 'request_throughput', 2)} "
-            f"| {_seconds(row, 'ttft_ms_p50')} | {_seconds(row, 'ttft_ms_p99')} "
-            f"| {row['itl_ms_p50']:.0f} ms | {_count(row['num_running_max'])} "
-            f"| {_percent(row['kv_cache_usage_max'])} | {_count(row['num_preemptions'])} |"
+    """The summary in Markdown, for the README."""
+    low, high = "request_throughput_min", "request_throughput_max"
+    rows = [
+        (
+            *(row["point"], row["server"]),
+            f"{row['request_throughput']:.2f} ({row[low]:.2f}-{row[high]:.2f})",
+            *(f"{row[name] / 1000:.2f} s" for name in ("ttft_ms_p50", "ttft_ms_p99")),
+            f"{row['itl_ms_p50']:.0f} ms",
+            *(
+                _shown(row[name], form)
+                for name, form in zip(FIGURES[-3:], (".0f", ".0%", ".0f"), strict=True)
+            ),
         )
-    return "\n".join(lines)
+        for row in summary
+    ]
+    head = ("load", "server", "requests/s", "TTFT p50", "TTFT p99", "ITL p50", "concurrent", "KV cache, most")
+    return "\n".join(table((*head, "preemptions"), rows))
 
 
 def _spread(members: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
@@ -97,17 +83,5 @@ def _spread(members: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     return spread
 
 
-def _ranged(row: Mapping[str, Any], figure: str, digits: int) -> str:
-    return f"{row[figure]:.{digits}f} ({row[f'{figure}_min']:.{digits}f}-{row[f'{figure}_max']:.{digits}f})"
-
-
-def _seconds(row: Mapping[str, Any], figure: str) -> str:
-    return f"{row[figure] / 1000:.2f} s"
-
-
-def _count(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0f}"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0%}"
+def _shown(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"

@@ -12,8 +12,6 @@ import re
 import sys
 import tempfile
 import time
-import urllib.parse
-import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -118,15 +116,8 @@ def _range(
     prometheus: Prometheus, expression: str, start: float, end: float
 ) -> list[tuple[dict[str, str], list[tuple[float, float]]]]:
     """Labels and points of each series; gaps (no traffic of a kind) are left out."""
-    values = {
-        "query": filled_in(expression, WINDOW_SECONDS),
-        "start": start,
-        "end": end,
-        "step": STEP_SECONDS,
-    }
-    url = f"http://127.0.0.1:{prometheus.port}/api/v1/query_range?" + urllib.parse.urlencode(values)
-    with urllib.request.urlopen(url, timeout=60) as answer:
-        result = json.load(answer)["data"]["result"]
+    query = filled_in(expression, WINDOW_SECONDS)
+    result = prometheus.ask("query_range", query=query, start=start, end=end, step=STEP_SECONDS)
     series = [
         (row["metric"], [(float(t) - start, float(v)) for t, v in row["values"] if v != "NaN"])
         for row in result

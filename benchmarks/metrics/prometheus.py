@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ficoco_vllm.benchmarks.harness.serving import free_port, running
 
@@ -22,15 +23,15 @@ class Prometheus:
 
     port: int
 
-    def query(self, expression: str) -> dict[Labels, float]:
-        """Evaluate now.
+    def ask(self, path: str, **values: Any) -> list[dict[str, Any]]:
+        """Result of a GET of `/api/v1/PATH`: a mapping for each series."""
+        url = f"http://127.0.0.1:{self.port}/api/v1/{path}?" + urllib.parse.urlencode(values)
+        with urllib.request.urlopen(url, timeout=60) as answer:
+            return list(json.load(answer)["data"]["result"])
 
-        Returns:
-            Labels of each series, sorted, to its value.
-        """
-        url = f"http://127.0.0.1:{self.port}/api/v1/query?" + urllib.parse.urlencode({"query": expression})
-        with urllib.request.urlopen(url, timeout=30) as answer:
-            result = json.load(answer)["data"]["result"]
+    def query(self, expression: str) -> dict[Labels, float]:
+        """Evaluate now: sorted labels of each series to its value."""
+        result = self.ask("query", query=expression)
         return {tuple(sorted(row["metric"].items())): float(row["value"][1]) for row in result}
 
     def is_ready(self) -> bool:
@@ -47,12 +48,7 @@ class Prometheus:
 
 @contextmanager
 def scrape(folder: Path, target: str) -> Iterator[Prometheus]:
-    """Scrape a target every second until the block ends.
-
-    Args:
-        folder: for its data.
-        target: host and port.
-    """
+    """Scrape a target every second until the block ends."""
     port = free_port()
     settings = folder / "prometheus.yml"
     job = {"job_name": "server", "static_configs": [{"targets": [target]}]}

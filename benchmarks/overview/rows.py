@@ -17,7 +17,6 @@ class Row:
     """A served configuration.
 
     Attributes:
-        label: first cell.
         tokens: visual tokens of an image, as a buyer reads it.
         ttft: name in the results of `make bench-ttft`.
         concurrency: name in the results of `make bench-concurrency`, or None where it was not counted.

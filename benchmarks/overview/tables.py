@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ficoco_vllm.benchmarks.harness.pages import table
 from ficoco_vllm.benchmarks.overview.rows import (
     ALL_ROWS,
     FICOCO_V,
@@ -43,11 +44,7 @@ def savings(results: Results) -> list[str]:
     for row in README_ROWS:
         kv, counted = row.kv_megabytes(results), results["concurrency"]["kinds"][row.concurrency]
         first = shallowest(results)["kinds"][row.ttft]
-        cells = [
-            f"{first['ttft_seconds_median']:.1f} s",
-            f"{kv:.0f} MB",
-            str(counted["num_running"]),
-        ]
+        cells = [f"{first['ttft_seconds_median']:.1f} s", f"{kv:.0f} MB", str(counted["num_running"])]
         if row is not STOCK:
             factors = (first["speedup"], stock / kv, counted["ratio"])
             words = (" faster", " smaller", "")
@@ -152,5 +149,4 @@ def machines(results: Results) -> list[str]:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [header, ["---"] * len(header), *rows]
-    return ["| " + " | ".join(cells) + " |" for cells in lines]
+    return table(header, rows, rule=" --- ")

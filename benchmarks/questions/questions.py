@@ -36,7 +36,6 @@ class Question:
     """A question with its answer.
 
     Attributes:
-        text: as the user types it.
         answer: digits, a colour, a shape, "yes" or "no".
         kind: the type under which accuracy is reported.
         evidence: colour and place (ANY for every place) of the digits from which each digit of the answer, or

@@ -37,7 +37,6 @@ class Sign:
 
     Attributes:
         colour: index into COLOUR_NAMES.
-        number: its digits as text.
     """
 
     colour: int

@@ -43,10 +43,6 @@ TRAINING_NUMBERS, HELD_OUT_NUMBERS = split_numbers()
 def number_mask(number: str, size: int) -> tuple[NDArray[np.float32], tuple[float, ...]]:
     """A number as a mask, for reuse on any plate.
 
-    Args:
-        number: digits.
-        size: font size in pixels.
-
     Returns:
         Coverage of every pixel in [0, 1], (height, width), cut to the ink, and where every digit begins,
         with the end of the last one, in pixels from the left edge of the cut.

@@ -13,16 +13,25 @@ import random
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ficoco_vllm.benchmarks.harness import model
 from ficoco_vllm.benchmarks.harness.engine import Remote, bench_engine
 from ficoco_vllm.benchmarks.harness.model import WHOLE_MODELS
-from ficoco_vllm.benchmarks.harness.results import Bar, at_most, environment, make_parser, report, write
+from ficoco_vllm.benchmarks.harness.results import (
+    Bar,
+    at_most,
+    environment,
+    make_parser,
+    print_table,
+    report,
+    write,
+)
+from ficoco_vllm.benchmarks.harness.rounds import ranged, ratios, spread, take_turns
 from ficoco_vllm.benchmarks.ttft import worker
 from ficoco_vllm.benchmarks.ttft.kinds import (
     DECODER_KINDS,
@@ -38,8 +47,6 @@ from ficoco_vllm.benchmarks.ttft.kinds import (
 
 SPEEDUP_SHARE = 0.9
 REDUCTION_SHARE = 0.05
-# OpenMP's threads spin for 0.2 s after their work, on the core that the other engine then needs.
-SETTLE_SECONDS = 0.4
 
 
 def main() -> int:
@@ -74,11 +81,7 @@ def main() -> int:
 
 
 def bars(result: Mapping[str, Any]) -> Iterator[Bar]:
-    """The bars: prompts as planned, nearly the speed-up predicted from FLOPs, and a cheap reduction.
-
-    Args:
-        result: the content of the JSON file.
-    """
+    """The bars: prompts as planned, nearly the speed-up predicted from FLOPs, and a cheap reduction."""
     smallest = f"keep-{SMALLEST}"
     for run in result["runs"]:
         amiss = max(
@@ -119,53 +122,25 @@ def _run(num_layers: int, args: argparse.Namespace) -> dict[str, Any]:
         with engine(folder, STOCK, args.dtype) as stock:
             for kinds in groups:
                 with engine(folder, kinds[0], args.dtype) as ours:
-                    samples = take_turns(num_layers, stock, ours, kinds, args.rounds, order)
+                    samples = measure_in_turns(num_layers, stock, ours, kinds, args.rounds, order)
                 # Stock vLLM is run again beside each engine; its own row is that of the first group.
                 summary = summarise(num_layers, samples, args.model_size) | summary
     rows = {name: summary[name] for name in KINDS if name in summary}
     return {"layers": num_layers, "rounds": args.rounds, "kinds": rows}
 
 
-def take_turns(
+def measure_in_turns(
     num_layers: int, stock: Remote, ours: Remote, kinds: Sequence[Kind], rounds: int, order: random.Random
 ) -> dict[str, list[dict[str, float]]]:
-    """One request of each kind a round, in random order; the first round warms up and is not counted.
-
-    Args:
-        num_layers: of the decoder, as printed.
-        stock: stock vLLM.
-        ours: our engine.
-        kinds: rows that it answers.
-        rounds: measured rounds.
-        order: of the kinds, and the seed of the images.
-
-    Returns:
-        The results of `worker.measure` in every round, by the name of the kind.
-    """
-    samples: dict[str, list[dict[str, float]]] = {kind.name: [] for kind in (STOCK, *kinds)}
-    for round_index in range(-1, rounds):
-        for kind in order.sample([STOCK, *kinds], 1 + len(kinds)):
-            time.sleep(SETTLE_SECONDS)
-            engine = stock if kind is STOCK else ours
-            keep = None if kind.in_decoder else kind.keep
-            sample = engine.call(worker.measure, keep, order.getrandbits(32))
-            if round_index >= 0:
-                samples[kind.name].append(sample)
-                print(
-                    f"{num_layers} layers, round {round_index}, {kind.name}: {sample['ttft_seconds']:.3f} s",
-                    flush=True,
-                )
-    return samples
+    """Results of `worker.measure` in every round, by the name of the kind; stock vLLM takes turns with ours."""
+    asks = {STOCK.name: partial(stock.call, worker.measure, None)}
+    for kind in kinds:
+        asks[kind.name] = partial(ours.call, worker.measure, None if kind.in_decoder else kind.keep)
+    return take_turns(asks, rounds, order, f"{num_layers} layers")
 
 
 def engine(folder: Path | str, kind: Kind, dtype: str) -> AbstractContextManager[Remote]:
-    """An engine in a process of its own, which ends with the block.
-
-    Args:
-        folder: of the model.
-        kind: with the engine's settings.
-        dtype: of weights and activations.
-    """
+    """An engine in a process of its own, which ends with the block."""
     limits = {"max_model_len": 1024, "max_num_batched_tokens": 1024, "max_num_seqs": 1}
     return bench_engine(folder, kind.settings, dtype=dtype, kv_cache_memory_bytes=2**30, **limits)
 
@@ -173,31 +148,23 @@ def engine(folder: Path | str, kind: Kind, dtype: str) -> AbstractContextManager
 def summarise(
     num_layers: int, samples: dict[str, list[dict[str, float]]], size: str = "7b"
 ) -> dict[str, dict[str, Any]]:
-    """Medians and ratios of each kind, as in the JSON.
-
-    Args:
-        num_layers: of the decoder whose FLOPs are predicted.
-        samples: of `take_turns`.
-        size: of the model.
-    """
+    """Medians and ratios of each kind, as in the JSON."""
     stock = [sample["ttft_seconds"] for sample in samples["stock"]]
     summary: dict[str, dict[str, Any]] = {}
     for name, rows in samples.items():
         seconds = [row["ttft_seconds"] for row in rows]
-        ratios = [before / after for before, after in zip(stock, seconds, strict=True)]
+        speedup = spread(ratios(stock, seconds))
         summary[name] = {
             "num_prompt_tokens": rows[0]["num_prompt_tokens"],
-            "ttft_seconds_median": statistics.median(seconds),
-            "ttft_seconds_min": min(seconds),
-            "ttft_seconds_max": max(seconds),
+            **{f"ttft_seconds_{which}": value for which, value in spread(seconds).items()},
             "tower_seconds_median": statistics.median(row["tower_seconds"] for row in rows),
             "reduction_seconds_median": statistics.median(row["reduction_seconds"] for row in rows),
             "reduction_share_of_tower": statistics.median(
                 row["reduction_seconds"] / row["tower_seconds"] for row in rows
             ),
-            "speedup": statistics.median(ratios),
-            "speedup_min": min(ratios),
-            "speedup_max": max(ratios),
+            "speedup": speedup["median"],
+            "speedup_min": speedup["min"],
+            "speedup_max": speedup["max"],
             "predicted_speedup": predicted_speedup(KINDS[name], num_layers, size),
         }
         if KINDS[name].in_decoder:
@@ -230,28 +197,25 @@ def _extrapolate(runs: list[dict[str, Any]], size: str) -> dict[str, dict[str, f
 
 def _print(result: dict[str, Any]) -> None:
     print(f"\n{json.dumps(result['environment'])}, {result['dtype']}, eager, one request at a time")
+    head = ("TTFT median (min-max), s", "speed-up (min-max)", "predicted", "tower, s", "reduction share")
     for run in result["runs"]:
-        print(f"{run['layers']} decoder layers, {run['rounds']} rounds")
-        columns = (
-            "TTFT median (min-max), s",
-            "speed-up (min-max)",
-            "predicted",
-            "tower, s",
-            "reduction share",
-        )
-        print(f"{'':18}{columns[0]:>28}{columns[1]:>24}{columns[2]:>11}{columns[3]:>10}{columns[4]:>16}")
-        for name, row in run["kinds"].items():
-            spread = f"{row['ttft_seconds_median']:.3f} ({row['ttft_seconds_min']:.3f}-{row['ttft_seconds_max']:.3f})"
-            ratio = f"{row['speedup']:.2f} ({row['speedup_min']:.2f}-{row['speedup_max']:.2f})"
-            print(
-                f"{name:18}{spread:>28}{ratio:>24}{row['predicted_speedup']:>11.2f}"
-                f"{row['tower_seconds_median']:>10.3f}{row['reduction_share_of_tower']:>16.1%}"
+        rows = [
+            (
+                name,
+                ranged(row, "ttft_seconds_", 3),
+                f"{row['speedup']:.2f} ({row['speedup_min']:.2f}-{row['speedup_max']:.2f})",
+                f"{row['predicted_speedup']:.2f}",
+                f"{row['tower_seconds_median']:.3f}",
+                f"{row['reduction_share_of_tower']:.1%}",
             )
-    print(f"{_whole(result)} decoder layers, extrapolated")
-    for name, row in result["whole_model"].items():
-        print(
-            f"{name:18}{row['ttft_seconds']:>28.3f}{row['speedup']:>24.2f}{row['predicted_speedup']:>11.2f}"
-        )
+            for name, row in run["kinds"].items()
+        ]
+        print_table((f"{run['layers']} decoder layers, {run['rounds']} rounds", *head), rows)
+    whole = [
+        (name, f"{row['ttft_seconds']:.3f}", f"{row['speedup']:.2f}", f"{row['predicted_speedup']:.2f}")
+        for name, row in result["whole_model"].items()
+    ]
+    print_table((f"{_whole(result)} decoder layers, extrapolated", "TTFT, s", "speed-up", "predicted"), whole)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ class Kind:
     """One row of the benchmark.
 
     Attributes:
-        name: as printed.
         settings: of our engine; None is stock vLLM without any plugin.
         keep: visual tokens that are left in the end.
         in_decoder: whether the method works in the decoder, which needs model runner V2.
@@ -40,10 +39,7 @@ ENCODER_KINDS = tuple(Kind(f"keep-{keep}", _V, keep) for keep in (PATCHES, 192, 
 DECODER_KINDS = (
     Kind("ficoco-l", {"method": "ficoco-l", "keep": SMALLEST}, SMALLEST, True),
     Kind(
-        "ficoco-l-one-shot",
-        {"method": "ficoco-l", "keep": SMALLEST, "schedule": "one-shot"},
-        SMALLEST,
-        True,
+        "ficoco-l-one-shot", {"method": "ficoco-l", "keep": SMALLEST, "schedule": "one-shot"}, SMALLEST, True
     ),
     Kind("ficoco-vl", {"method": "ficoco-vl", "keep": SMALLEST}, SMALLEST, True),
 )
@@ -51,13 +47,7 @@ KINDS = {kind.name: kind for kind in (STOCK, *ENCODER_KINDS, *DECODER_KINDS)}
 
 
 def token_plan(kind: Kind, num_layers: int, size: str = "7b") -> TokenPlan:
-    """Visual tokens layer by layer, as the engine serves them.
-
-    Args:
-        kind: what is timed.
-        num_layers: of the decoder.
-        size: of the model, "7b" or "13b".
-    """
+    """Visual tokens layer by layer, as the engine serves them."""
     shape = model_shape(model.config(num_layers, size))
     if kind.settings is None:
         return unreduced(shape)
@@ -66,13 +56,7 @@ def token_plan(kind: Kind, num_layers: int, size: str = "7b") -> TokenPlan:
 
 
 def predicted_speedup(kind: Kind, num_layers: int, size: str = "7b") -> float:
-    """Ratio of the FLOPs of one prompt, without reduction over with it.
-
-    Args:
-        kind: what is timed.
-        num_layers: of the decoder.
-        size: of the model, "7b" or "13b".
-    """
+    """Ratio of the FLOPs of one prompt, without reduction over with it."""
     shape = model_shape(model.config(num_layers, size))
     plans = (unreduced(shape), token_plan(kind, num_layers, size))
     full, reduced = (estimate(shape, plan, num_text_tokens=NUM_TEXT_TOKENS).total_flops for plan in plans)

@@ -2,8 +2,9 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import patch
 
 from ficoco_vllm.benchmarks.harness.engine import image_request, worker_of
 from ficoco_vllm.benchmarks.ttft.kinds import NUM_TEXT_TOKENS
@@ -63,11 +64,7 @@ def _stopwatch(engine: Any, stock: bool) -> Iterator[dict[str, float]]:
 
         patches += [(reduced_llava, "encode", "tower"), (tower, "_reduce", "reduction")]
         patches += [(decoder, "reduce_rows", "decoder_reduction")]
-    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in patches]
-    for (owner, name, key), (_, _, original) in zip(patches, originals, strict=True):
-        setattr(owner, name, timed(original, key))
-    try:
+    with ExitStack() as stack:
+        for owner, name, key in patches:
+            stack.enter_context(patch.object(owner, name, timed(getattr(owner, name), key)))
         yield seconds
-    finally:
-        for owner, name, original in originals:
-            setattr(owner, name, original)

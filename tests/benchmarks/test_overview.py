@@ -8,8 +8,9 @@ from xml.etree import ElementTree
 
 import pytest
 
+from ficoco_vllm.benchmarks.harness.pages import ROOT, fill
 from ficoco_vllm.benchmarks.load.settings import Traffic
-from ficoco_vllm.benchmarks.overview.__main__ import BLOCKS, PAGE, README, ROOT, committed, files, filled
+from ficoco_vllm.benchmarks.overview.__main__ import BLOCKS, PAGE, README, committed, files
 from ficoco_vllm.benchmarks.overview.pictures import pictures
 from ficoco_vllm.benchmarks.overview.rows import FICOCO_L, FICOCO_V, STOCK
 from ficoco_vllm.benchmarks.overview.tables import blocks
@@ -28,9 +29,8 @@ def test_regenerating_changes_nothing() -> None:
 
 
 def test_another_figure_changes_tables_and_picture(results: dict[str, Any]) -> None:
-    pages = {page: page.read_text() for page in BLOCKS}
     results["ttft"]["runs"][0]["kinds"]["keep-64"]["speedup"] = 9.87
-    changed = files(pages, results)
+    changed = files(results)
     assert "1.9 s (9.9x faster)" in changed[README]
     assert "9.87x" in changed[PAGE]
     different = {path.name for path, text in changed.items() if path.read_text() != text}
@@ -83,5 +83,5 @@ def test_pictures_are_the_same_each_time(results: dict[str, Any]) -> None:
 
 
 def test_a_page_without_the_block_is_an_error() -> None:
-    with pytest.raises(ValueError, match="0 blocks named savings"):
-        filled("# nothing\n", {"savings": ["text"]})
+    with pytest.raises(ValueError, match=r"blocks \[\]; needed: \['savings'\]"):
+        fill("# nothing\n", {"savings": ["text"]})

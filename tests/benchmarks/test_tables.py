@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from ficoco_vllm.benchmarks.accuracy.suites import KEEPS
-from ficoco_vllm.benchmarks.accuracy.tables import PAGE, committed, filled
+from ficoco_vllm.benchmarks.accuracy.tables import PAGE, blocks
+from ficoco_vllm.benchmarks.harness.pages import fill
 from ficoco_vllm.benchmarks.harness.results import read
 from ficoco_vllm.reduction import get
 from ficoco_vllm.reduction.schedule import default_start_layer
@@ -17,15 +18,14 @@ ROOT = Path(__file__).parents[2]
 
 def test_accuracy_page_is_what_the_results_give() -> None:
     page = PAGE.read_text()
-    assert filled(page, committed(), read("composition")) == page
-    assert filled(page.replace("ficoco-v", "ficoco-w"), committed(), read("composition")) != page.replace(
-        "ficoco-v", "ficoco-w"
-    )
+    assert fill(page, blocks()) == page
+    changed = page.replace("ficoco-v", "ficoco-w")
+    assert fill(changed, blocks()) != changed
 
 
 def test_a_block_without_a_result_is_an_error() -> None:
-    with pytest.raises(ValueError, match="block = 'ablation-x' is not in the result"):
-        filled("<!-- begin ablation-x -->\n<!-- end ablation-x -->\n", committed())
+    with pytest.raises(ValueError, match="'ablation-x'"):
+        fill(PAGE.read_text() + "<!-- begin ablation-x -->\n<!-- end ablation-x -->\n", blocks())
 
 
 def test_paper_settings_are_current() -> None:

@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 
+from ficoco_vllm.benchmarks.concurrency.__main__ import KINDS, measure, memory
 from ficoco_vllm.benchmarks.concurrency.__main__ import bars as concurrency_bars
-from ficoco_vllm.benchmarks.concurrency.__main__ import measure, memory
-from ficoco_vllm.benchmarks.concurrency.kinds import KINDS
 from ficoco_vllm.benchmarks.harness import model
 from ficoco_vllm.benchmarks.harness.engine import Remote
 from ficoco_vllm.benchmarks.ttft.__main__ import bars as ttft_bars
-from ficoco_vllm.benchmarks.ttft.__main__ import engine, summarise, take_turns
+from ficoco_vllm.benchmarks.ttft.__main__ import engine, measure_in_turns, summarise
 from ficoco_vllm.benchmarks.ttft.kinds import ENCODER_KINDS, STOCK, Kind
 
 pytestmark = [pytest.mark.engine, pytest.mark.alone, pytest.mark.long]
@@ -34,7 +33,7 @@ def missed(
     stock: Remote, ours: Remote, kinds: Sequence[Kind], rounds: int = 1
 ) -> tuple[set[str], dict[str, Any]]:
     """Names of the bars that fail, and the rows of a run; without a second depth nothing is extrapolated."""
-    rows = summarise(LAYERS, take_turns(LAYERS, stock, ours, kinds, rounds, random.Random(0)))
+    rows = summarise(LAYERS, measure_in_turns(LAYERS, stock, ours, kinds, rounds, random.Random(0)))
     result = {"runs": [{"layers": LAYERS, "kinds": rows}], "whole_model": rows}
     return {bar.name for bar in ttft_bars(result) if not bar.passed}, rows
 

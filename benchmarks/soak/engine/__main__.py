@@ -51,11 +51,7 @@ def main() -> int:
 
 
 def bars(record: Mapping[str, Any]) -> list[Bar]:
-    """The bars of a run.
-
-    Args:
-        record: of `run`.
-    """
+    """The bars of a run."""
     start, rounds = record["start"], record["rounds"]
     lost = max(abs(start["num_free_blocks"] - look["num_free_blocks"]) for look in rounds)
     held = [max(counts) for counts in zip(*(look["num_held_blocks"] for look in rounds), strict=True)]

@@ -31,8 +31,6 @@ class Request:
 
     Attributes:
         prompt: with one `<image>` for each image.
-        images: in order.
-        num_tokens: of the answer.
         extra: `vllm_xargs`.
         abort_in: phase in which it is aborted if it reaches it; None: never.
     """

@@ -23,11 +23,7 @@ class Settings:
     """Length and mixture of a run.
 
     Attributes:
-        num_requests: in all.
         num_per_round: after which the engine is empty and looked at.
-        num_open: at the same time.
-        abort_share: of the requests.
-        seed: of the mixture.
     """
 
     num_requests: int = 2000
@@ -44,8 +40,6 @@ class Look:
     Attributes:
         num_requests: answered or aborted until then.
         num_free_blocks: of the pool that all groups share.
-        num_held_blocks: of each group.
-        num_plans: in scheduler and worker.
         rss_mib: memory of the process without what malloc keeps in reserve, MiB.
     """
 

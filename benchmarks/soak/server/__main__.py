@@ -10,6 +10,7 @@ answered as when they are sent alone.
 import asyncio
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +61,6 @@ def main() -> int:
 def serve_and_run(method: str, settings: Settings, seed: int) -> dict[str, Any]:
     """Start a server with one method and send it all requests.
 
-    Args:
-        method: of the server.
-        settings: of the run.
-        seed: of the mixture.
-
     Returns:
         The result of `run`.
     """
@@ -80,9 +76,7 @@ def serve_and_run(method: str, settings: Settings, seed: int) -> dict[str, Any]:
 
     async def send(url: str, pid: int) -> dict[str, Any]:
         async with Client(url) as client:
-            return await run(
-                client, pid, make_requests(target, seed), settings, lambda line: print(line, flush=True)
-            )
+            return await run(client, pid, make_requests(target, seed), settings, partial(print, flush=True))
 
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"

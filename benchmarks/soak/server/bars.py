@@ -17,12 +17,7 @@ FINISHED = "vllm:request_success_total"
 
 
 def bars(record: dict[str, Any], name: str) -> list[Bar]:
-    """The bars of a run.
-
-    Args:
-        record: of `run`.
-        name: of the server.
-    """
+    """The bars of a run."""
     ended, rounds = record["outcomes"], record["rounds"]
     named = [
         *(at_most(fault, ended.get(fault, 0)) for fault in FAULTS),

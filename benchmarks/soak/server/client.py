@@ -32,7 +32,6 @@ class Answer:
     """An answer and its certainty.
 
     Attributes:
-        tokens: words.
         gaps: difference in log-probability of each to the next likely one.
     """
 
@@ -53,8 +52,6 @@ class Outcome:
 
     Attributes:
         kind: `ANSWERED`, `REFUSED`, `ABORTED` or one of `FAULTS`.
-        why: of a fault.
-        answer: of a sample.
     """
 
     kind: str
@@ -193,6 +190,5 @@ def _answer(choice: dict[str, Any]) -> Answer:
     words = choice["logprobs"]["content"]
     likeliest = [[top["logprob"] for top in word["top_logprobs"]] for word in words]
     return Answer(
-        tokens=tuple(word["token"] for word in words),
-        gaps=tuple(max(tops) - min(tops) for tops in likeliest),
+        tokens=tuple(word["token"] for word in words), gaps=tuple(max(tops) - min(tops) for tops in likeliest)
     )

@@ -33,8 +33,6 @@ class Target:
     """Limits of a server, as far as the mixture depends on them.
 
     Attributes:
-        model: served name.
-        methods: that requests may name.
         budgets: visual tokens of an image that they may request for.
         num_patches: visual tokens of an image without reduction.
         max_images: of a prompt; more must be refused; None: not tested.
@@ -58,9 +56,6 @@ class Request:
     """One request.
 
     Attributes:
-        name: its kind.
-        body: bytes of the request.
-        status: of the answer.
         stream: whether the answer is streamed.
         num_tokens: of the answer, exactly; None where the model ends it.
         abort: None, `EARLY` or `MID`: when the client disconnects.
@@ -79,13 +74,7 @@ class Request:
 
 
 def make_requests(target: Target, seed: int, count: int = NUM_DIFFERENT) -> list[Request]:
-    """The mixture, the same for the same arguments.
-
-    Args:
-        target: the server.
-        seed: of the mixture.
-        count: different requests.
-    """
+    """The mixture, the same for the same arguments."""
     order, pictures = random.Random(seed), _Pictures(seed)
     refusals = _refusals(target, pictures)
     # Exact shares in a random order, so that even a short run has every kind.

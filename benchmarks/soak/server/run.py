@@ -25,9 +25,7 @@ class Settings:
     """Length and rhythm of a run.
 
     Attributes:
-        num_requests: in all.
         num_per_round: after which the server is looked at.
-        num_open: at the same time.
         burst_every: every so many rounds, all requests of a round are sent at the same time.
     """
 
@@ -42,13 +40,10 @@ class Outcomes:
     """How the requests of a run ended.
 
     Attributes:
-        kinds: requests by their outcome.
         aborts: disconnects by when they happened.
         refusals: that the server's own counter must show.
-        faults: messages of the first ones.
         alone: answers to the sample, sent alone.
         num_compared: answers to the sample under load.
-        different: those that differ.
     """
 
     kinds: Counter[str] = field(default_factory=Counter)
@@ -83,13 +78,6 @@ async def run(
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Send all requests.
-
-    Args:
-        client: of the server.
-        pid: of the first of its processes.
-        requests: the mixture, which repeats.
-        settings: of the run.
-        say: takes a line about each round.
 
     Returns:
         `num_requests`, `seconds`; `outcomes`, `aborts`, `refusals`, `faults`; `counted`, the server's counters of

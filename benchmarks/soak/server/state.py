@@ -27,11 +27,7 @@ Counts = dict[str, dict[str, float]]
 
 
 def read_gauges(text: str) -> dict[str, float]:
-    """Each of `GAUGES`, added up over its labels.
-
-    Args:
-        text: of `/metrics`.
-    """
+    """Each of `GAUGES`, added up over its labels."""
     totals = dict.fromkeys(GAUGES, 0.0)
     for sample in samples(text):
         if sample.name in totals:
@@ -40,11 +36,7 @@ def read_gauges(text: str) -> dict[str, float]:
 
 
 def read_counts(text: str) -> Counts:
-    """Counters of requests by how they ended, of responses by their class of status, and of preemptions.
-
-    Args:
-        text: of `/metrics`.
-    """
+    """Counters of requests by how they ended, of responses by their class of status, and of preemptions."""
     labels = {**ENDED, RESPONSES: "status", PREEMPTIONS: ""}
     totals: Counts = {name: defaultdict(float) for name in labels}
     for sample in samples(text):
@@ -67,11 +59,7 @@ def total(counts: Mapping[str, float], *labels: str) -> float:
 
 
 def tree_mib(pid: int) -> float:
-    """Memory of a process and its descendants, MiB; shared pages count once (PSS).
-
-    Args:
-        pid: of the first process.
-    """
+    """Memory of a process and its descendants, MiB; shared pages count once (PSS)."""
     num_bytes = 0
     with suppress(psutil.NoSuchProcess):
         root = psutil.Process(pid)
