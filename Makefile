@@ -63,7 +63,8 @@ serve: $(RUNTIME)  ## serve on PORT; METHOD, KEEP, MODEL, ARGS (default: the dem
 	@exec $(BIN)/ficoco-vllm serve $(MODEL) --port $(PORT) \
 	    --ficoco-method $(METHOD) --ficoco-keep $(KEEP) $(ARGS)
 
-PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+# Large tensors go back to the system when they are freed: a worker holds several engines.
+PYTEST := MALLOC_MMAP_THRESHOLD_=1048576 MALLOC_TRIM_THRESHOLD_=1048576 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 test: $(DEV)  ## run the tests, then the kernels' in Triton's interpreter; ARGS replaces the second run
 	@status=0; $(PYTEST) -m 'not long and not interpreter' $(ARGS) || status=$$?; \

@@ -25,7 +25,7 @@ TEXT_ONLY = "<s>USER: is there a red sign? ASSISTANT:"
 # At least 16,000 tokens of any model of the tests.
 KV_CACHE_BYTES = 2**27
 # Of a process. Each takes some hundred megabytes, and two test workers have two such processes each.
-MAX_ENGINES = 3
+MAX_ENGINES = 2
 
 
 def make_engine(model: Path, ficoco: dict[str, Any] | None = None, **options: Any) -> LLM:
