@@ -6,7 +6,6 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
-import torch
 from PIL import Image
 
 from tests.decoder.calls import Ask, ask, written_slots
@@ -25,6 +24,8 @@ NUM_PATCHES, KEEP = 144, 9
 # between two steps of INT8 may be rounded the other way, which moves some prompts by 0.03, and with INT4 all the rest
 # is bfloat16. Seen are up to 0.4 (docs/log.md).
 SHARE = 0.5
+# Sums of float32 products are added up in another order there.
+INTEL = "GenuineIntel" in Path("/proc/cpuinfo").read_text()
 # What enters the decoder: FiCoCo-L alone gets all tokens, FiCoCo-VL the geometric mean.
 ENTERING = {"ficoco-l": NUM_PATCHES, "ficoco-vl": math.isqrt(NUM_PATCHES * KEEP)}
 
@@ -81,9 +82,9 @@ def test_equals_an_oracle_that_rounds(
     if kind == "int4" and method == "ficoco-vl":
         # In bfloat16 the tower keeps other patches than in float64, which costs as much as the decoder's reduction.
         del wrong["method"], wrong["budget"]
-    if kind == "int8" and method == "ficoco-l" and torch.cpu._is_amx_tile_supported():
-        # The only such CPU seen rounds an activation of every one of these prompts the other way (docs/log.md): nearer
-        # than to the unrounded weights, but not by half.
+    if kind == "int8" and method == "ficoco-l" and INTEL:
+        # The CPUs of Intel seen, with AMX and without, round an activation of every one of these prompts the other way
+        # (docs/log.md): nearer than to the unrounded weights, but not by half.
         assert fmean(near) < fmean(wrong.pop("weights")), near
     elif kind == "int8":  # in float32; some of these prompts have no such activation
         assert min(near) < TOLERANCE, near
