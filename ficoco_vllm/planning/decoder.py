@@ -141,13 +141,22 @@ class DecoderPlanner:
         """Segments in whose last layer a method removes tokens, ascending.
 
         Raises:
-            ValueError: a layer that the settings name is not one of this decoder.
+            ValueError: a layer that the settings name is not one of this decoder, or counts are given for layers of
+                one segment.
         """
         reducer = self.reducer(method)
         layers = _layers(reducer, self.segments.num_layers)
         segments = sorted({self.segments.nearest(layer) for layer in layers})
         if getattr(reducer.settings, "layers", None) is None:
             return tuple(range(segments[0], self.segments.num_segments - 1))
+        if len(segments) < len(layers) and not isinstance(_schedule(reducer), str):
+            ends = ", ".join(
+                str(self.segments.end(segment)) for segment in range(self.segments.num_segments - 1)
+            )
+            raise ValueError(
+                f"ficoco.layers = {layers} with a count for each: two are in one segment, which reduces once; allowed: "
+                f"layers nearest to different ones of {ends} (the last layers of the segments), or more num_segments"
+            )
         return tuple(segments)
 
     def counts(self, method: str, num_tokens: int, keep: int) -> tuple[int, ...]:
@@ -259,10 +268,15 @@ def _keep_of(planner: DecoderPlanner, num_tokens: int) -> int:
     return max(1, bisect_right(range(1, num_tokens + 1), budget, key=mean))
 
 
+def _schedule(reducer: Reducer) -> Any:
+    """Name of a schedule, or what each reducing segment removes."""
+    return getattr(reducer.settings, "schedule", reducer.method.default_schedule)
+
+
 @lru_cache(maxsize=4096)
 def _counts(planner: DecoderPlanner, method: str, num_tokens: int, keep: int) -> tuple[int, ...]:
     reducer = planner.reducer(method)
-    schedule = getattr(reducer.settings, "schedule", reducer.method.default_schedule)
+    schedule = _schedule(reducer)
     segments = planner.reducing_segments(method)
     if keep == num_tokens and isinstance(schedule, str):
         return (num_tokens,) * planner.segments.num_segments

@@ -12,6 +12,8 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from ficoco_vllm.decoder.sampler import GreedySampler
 from ficoco_vllm.decoder.state import DecoderModelState
 
+pytestmark = pytest.mark.compat
+
 DRAWN = torch.tensor([7, 7])
 
 
