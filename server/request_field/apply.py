@@ -14,8 +14,8 @@ from ficoco_vllm.hooks.unread_field import READ
 from ficoco_vllm.hooks.wrapping import wrap
 from ficoco_vllm.metrics.families import count_refusal
 from ficoco_vllm.metrics.savings import Account, Accountant
-from ficoco_vllm.planning.decoder import KEEP, METHOD
 from ficoco_vllm.processing import BUDGET, SIZES
+from ficoco_vllm.request_fields import KEEP, METHOD
 from ficoco_vllm.server.request_field.report import add_usage
 from ficoco_vllm.server.request_field.resolve import Resolver
 from ficoco_vllm.server.request_field.routes import HANDLERS
