@@ -55,9 +55,12 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         return (yield)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out tests whose tools are missing, and bring modules that share servers to the same worker."""
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
+    """Leave out tests whose tools are missing, and bring modules that share servers to the same worker.
+
+    A wrapper: xdist reads the groups in a hook of its own that comes first.
+    """
     needs = {item: [mark for mark in item.iter_markers("needs") if not mark.args[0]] for item in items}
     missing = {mark.args[1] for marks in needs.values() for mark in marks}
     config.stash[MISSING] |= missing
@@ -66,6 +69,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     sharing = {item.path for item in items if any(is_shared(item, name) for name in ("server", "bounded"))}
     for item in items:
         item.add_marker(pytest.mark.xdist_group("servers" if item.path in sharing else str(item.path)))
+    return (yield)
 
 
 def is_shared(item: pytest.Item, name: str) -> bool:
