@@ -55,28 +55,14 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         return (yield)
 
 
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
-    """Leave out tests whose tools are missing, and bring modules that share servers to the same worker.
-
-    A wrapper: xdist reads the groups in a hook of its own that comes first.
-    """
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out tests whose tools are missing."""
     needs = {item: [mark for mark in item.iter_markers("needs") if not mark.args[0]] for item in items}
     missing = {mark.args[1] for marks in needs.values() for mark in marks}
     config.stash[MISSING] |= missing
     config.hook.pytest_deselected(items=[item for item in items if needs[item]])
     items[:] = [item for item in items if not needs[item]]
-    sharing = {item.path for item in items if any(is_shared(item, name) for name in ("server", "bounded"))}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("servers" if item.path in sharing else str(item.path)))
-    return (yield)
-
-
-def is_shared(item: pytest.Item, name: str) -> bool:
-    """Whether a test uses the fixture of that name that lives as long as the worker, not one of its module's."""
-    fixtures = getattr(item, "_fixtureinfo", None)
-    definitions = fixtures.name2fixturedefs.get(name) if fixtures else None
-    return bool(definitions) and definitions[-1].scope == "session"
 
 
 def pytest_configure(config: pytest.Config) -> None:
