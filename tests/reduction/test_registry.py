@@ -260,7 +260,7 @@ def test_the_guides_contract_holds_against_the_installed_package(tmp_path: Path)
         command,
         check=False,
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": paths},
+        env=os.environ | {"PYTHONPATH": paths, "PYTEST_ADDOPTS": ""},
         capture_output=True,
         text=True,
     )
