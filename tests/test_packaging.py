@@ -107,7 +107,7 @@ def test_sdist_has_what_an_install_without_a_gpu_needs(release: Release) -> None
     assert top | {"requirements/install.sh", "ficoco_vllm/demo_model/model.safetensors"} <= names
 
 
-# Of the optional dependencies, and not installed with the wheel.
+# Optional dependencies, which are not installed with the wheel.
 EXTRAS = ("easy_vqa", "matplotlib", "openai", "lmms_eval")
 IMPORT_ALL = f"""
 import importlib, pkgutil, ficoco_vllm

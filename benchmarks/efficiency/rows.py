@@ -13,7 +13,7 @@ from ficoco_vllm.reduction.cost import ModelShape, TokenPlan
 
 # Weights and bits of the KV cache of the rows that the paper calls so. vLLM has no KV cache of 4 bits on a CPU.
 PRECISIONS: dict[str, tuple[Weights, int]] = {"fp16": ("plain", 16), "int8": ("int8", 8), "int4": ("int4", 8)}
-# Of the server; each request says how many tokens tower and decoder leave.
+# Settings of the server; each request says how many tokens tower and decoder leave.
 SETTINGS: dict[str, Any] = {"method": "ficoco-vl", "keep": 64, "schedule": "one-shot"}
 
 

@@ -14,7 +14,7 @@ _SUMS = {
     "vllm:prompt_tokens_total": "num_prompt_tokens",
 }
 _MAXIMA = {"vllm:kv_cache_usage_perc": "kv_cache_usage"}
-# Of ours, by method; stock vLLM has it not.
+# Our metric, by method; stock vLLM does not have it.
 _AVOIDED = "ficoco:kv_tokens_avoided_total"
 
 

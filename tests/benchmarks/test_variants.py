@@ -17,7 +17,7 @@ from ficoco_vllm.planning.tower import Budget, VisionPlanner
 from ficoco_vllm.planning.tower_shape import TowerShape
 from ficoco_vllm.reduction import get
 
-# Of the demo model.
+# The demo model's.
 TOWER = TowerShape(grid=(24, 24), num_layers=8, num_executed_layers=7, with_cls=False)
 NUM_LAYERS = 8
 METHODS = [method for site in SITES for method in served_methods(site)]

@@ -11,7 +11,7 @@ from ficoco_vllm.decoder.attention import DecoderHeads, ImageAttention
 from ficoco_vllm.decoder.boundary import ImageGroup
 
 H, KV, d, T, N = 6, 2, 32, 23, 5
-# Of two requests one after the other: rows of each, place of its image, and places of the text after it (in the
+# Two requests one after the other: rows of each, place of its image, and places of the text after it (in the
 # second request with another image between).
 LENGTHS = (T, T - 4)
 IMAGES = (3, 6)

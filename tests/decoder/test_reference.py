@@ -20,7 +20,7 @@ from tests.support.engine import PROMPT, TEXT_ONLY, TWO_IMAGES, Answer
 from tests.support.oracle import Spy, assert_same_story
 from tests.support.remote import Host, Remote
 
-# Of eight decoder layers in segments of one: FiCoCo-L from the 4th on; FastV after the 2nd; PyramidDrop's layers
+# Eight decoder layers in segments of one: FiCoCo-L from the 4th on; FastV after the 2nd; PyramidDrop's layers
 # 8, 16 and 24 of 32; SparseVLM's 2, 6 and 15 of 32, scaled to eight. The last layer saves nothing.
 LAYERS = {
     "ficoco-l": (3, 4, 5, 6),

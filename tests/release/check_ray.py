@@ -43,7 +43,7 @@ def config() -> dict[str, Any]:
     return dict(recipe)
 
 
-# Of the demo model's example questions: 64 visual tokens and the text.
+# The demo model's example questions: 64 visual tokens and the text.
 PROMPT_TOKENS = (78, 75, 77, 78, 80, 76)
 
 

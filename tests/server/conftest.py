@@ -11,7 +11,7 @@ from tests.support.random_llava import build
 from tests.support.server import API_KEY, DTYPE, Server, serve
 from tests.support.site import Site, loopback_site
 
-# Of `bounded`: visual tokens of an image, and the server's budget.
+# Visual tokens of an image, and the budget of the server `bounded`.
 NUM_PATCHES, KEEP = 144, 15
 # Named by the operator, so it is allowed; the address of `localhost` is not.
 SITE = "127.0.0.2"

@@ -14,7 +14,7 @@ from ficoco_vllm.server.explain.schema import Explanation
 from tests.support.server import API_KEY, DEMO_KEEP, VALUE_BYTES, Server, data_url
 
 NUM_PATCHES = 576
-# Of the demo model: 8 layers, keys and values, 4 heads of 32.
+# The demo model: 8 layers, keys and values, 4 heads of 32.
 TOKEN_BYTES = 8 * 2 * 4 * 32 * VALUE_BYTES
 
 pytestmark = pytest.mark.server

@@ -24,7 +24,7 @@ TWO_IMAGES = "<s>USER: <image>\n<image>\nhow many signs are there? ASSISTANT:"
 TEXT_ONLY = "<s>USER: is there a red sign? ASSISTANT:"
 # At least 16,000 tokens of any model of the tests.
 KV_CACHE_BYTES = 2**27
-# Of a process. Each takes some hundred megabytes, and two test workers have two such processes each.
+# Engines that a process keeps. Each takes some hundred megabytes, and two test workers have two such processes each.
 MAX_ENGINES = 2
 
 

@@ -106,7 +106,7 @@ def test_two_ranks_sum_to_the_whole() -> None:
         torch.testing.assert_close(getattr(alone, name)(), getattr(heads, name)())
     assert torch.equal(alone.visual_attention().column_sum(), heads.visual_attention().column_sum())
     assert torch.equal(alone.visual_attention().dense(), heads.visual_attention().dense())
-    # Of the mean of one minus something, each rank holds its share of something.
+    # The signal is the mean of one minus something, of which each rank holds its share of something.
     rendered = 1.0 - sum(1.0 - one.row_sum() for one in maps)
     torch.testing.assert_close(rendered, heads.visual_attention().row_sum(), atol=1e-7, rtol=0)
     torch.testing.assert_close(
