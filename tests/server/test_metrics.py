@@ -31,7 +31,7 @@ MODEL = "ficoco-demo"
 NUM_PATCHES = 576
 NUM_REDUCED, NUM_OFF, NUM_TEXT, NUM_REFUSED, NUM_STREAMS = 8, 4, 3, 4, 3
 
-pytestmark = [pytest.mark.compat, pytest.mark.server]
+pytestmark = [pytest.mark.compat, pytest.mark.server, pytest.mark.alone]
 
 Labels = tuple[tuple[str, str], ...]
 
@@ -119,7 +119,7 @@ def traffic(
     time.sleep(1)
     with ExitStack() as stack:
         prometheus = None
-        if not needs_prometheus.args[0]:
+        if needs_prometheus.args[0]:
             folder = tmp_path_factory.mktemp("prometheus")
             prometheus = stack.enter_context(scrape(folder, server.url.removeprefix("http://")))
             prometheus.wait_for_scrapes()
