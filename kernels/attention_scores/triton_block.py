@@ -62,8 +62,9 @@ def attention_block_kernel(
     if row_index is not None:
         row = tl.load(row_index + item * R + i, mask=i < R, other=-1).to(tl.int64)
     if column_index is not None:
-        column = tl.load(column_index + item * K + j, mask=j < K, other=0).to(tl.int64)
-    row_seen, column_seen = (i < R) & (row >= 0), j < K
+        column = tl.load(column_index + item * K + j, mask=j < K, other=-1).to(tl.int64)
+    # No column is -1, but with `j < K` alone the causal kernel spills two registers on sm_90.
+    row_seen, column_seen = (i < R) & (row >= 0), (j < K) & (column >= 0)
     seen = row_seen[:, None] & column_seen[None, :]
     if CAUSAL:
         seen = seen & (column[None, :] <= row[:, None])
