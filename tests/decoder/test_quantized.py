@@ -84,8 +84,8 @@ def test_equals_an_oracle_that_rounds(
         # In bfloat16 the tower keeps other patches than in float64, which costs as much as the decoder's reduction.
         del wrong["method"], wrong["budget"]
     if kind == "int8" and method == "ficoco-l" and INTEL_AVX512:
-        # The CPUs of Intel with AVX-512 seen, with AMX and without, round an activation of every one of these prompts the other way
-        # (docs/log.md): nearer than to the unrounded weights, but not by half.
+        # The CPUs of this kind that were seen, with AMX and without, round an activation of every one of these prompts
+        # the other way (docs/log.md): nearer than to the unrounded weights, but not by half.
         assert fmean(near) < fmean(wrong.pop("weights")), near
     elif kind == "int8":  # in float32; some of these prompts have no such activation
         assert min(near) < TOLERANCE, near
