@@ -10,6 +10,7 @@ from ficoco_vllm.kernels.attention_scores import (
     softmax_stats,
 )
 from ficoco_vllm.kernels.backend import Backend
+from ficoco_vllm.kernels.farthest_points import farthest_points
 from ficoco_vllm.kernels.filter_scores import filter_scores
 from ficoco_vllm.kernels.partition import partition
 from ficoco_vllm.kernels.quantile_merge import quantile_merge
@@ -19,6 +20,7 @@ __all__ = [
     "attention_block",
     "attention_sums",
     "cls_scores",
+    "farthest_points",
     "filter_scores",
     "partition",
     "quantile_merge",

@@ -72,6 +72,7 @@ CANDIDATES: Mapping[str, tuple[Config, ...]] = {
         Config({"BLOCK_K": 32, "BLOCK_D": 128, "BLOCK_R": 32}, 4, 3),
     ),
     "partition": (Config({}, 8, 1), Config({}, 4, 1)),
+    "farthest_points": (Config({}, 4, 1), Config({}, 8, 1)),
 }
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from ficoco_vllm.kernels.attention_scores import triton_block, triton_cls, triton_stats, triton_sums
+from ficoco_vllm.kernels.farthest_points import triton as triton_farthest
 from ficoco_vllm.kernels.filter_scores import triton as triton_filter
 from ficoco_vllm.kernels.partition import triton as triton_partition
 from ficoco_vllm.kernels.quantile_merge import triton as triton_merge
@@ -44,7 +45,9 @@ def others() -> dict[str, Callable[[], Any]]:
     B, N = 3, 301
     scores = torch.empty((B, N), device="meta")
     position = torch.empty((B, N), dtype=torch.int64, device="meta")
+    distance, first = torch.empty((B, N, N), device="meta"), position[:, 0]
     calls: dict[str, Callable[[], Any]] = {
+        "farthest points": lambda: triton_farthest.farthest_points(distance, first, 50),
         "filter": lambda: triton_filter.filter_scores(scores, None, 0.4, position, (24, 24), (3, 2), 1.5),
         "filter, no penalty": lambda: triton_filter.filter_scores(
             None, scores, 0.4, position, (24, 24), None, 2.0

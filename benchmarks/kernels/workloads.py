@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ficoco_vllm.kernels.attention_scores import triton_block, triton_cls, triton_stats, triton_sums
+from ficoco_vllm.kernels.farthest_points import triton as triton_farthest
 from ficoco_vllm.kernels.filter_scores import triton as triton_filter
 from ficoco_vllm.kernels.partition import triton as triton_partition
 from ficoco_vllm.kernels.quantile_merge import triton as triton_merge
@@ -153,6 +154,13 @@ def _of_layer(shape: Shape, B: int, dtype: torch.dtype, device: str) -> list[Wor
             lambda: triton_filter.filter_scores(row_sum, size, 0.35, position, (24, 24), (2, 2), 2.0),
         )
         add("partition", B * P * (8 + 8), 0, lambda: triton_partition.partition(row_sum, R))
+        distance, first = torch.rand((B, P, P), device=device), layer.per_item(torch.zeros(1).long())[:, 0]
+        add(
+            "farthest_points",
+            B * (4 * K * P + 8 + 4 * P),
+            0,
+            lambda: triton_farthest.farthest_points(distance, first, K),
+        )
     add(
         "attention_block(Eq. 15)" if causal else "attention_block",
         block_bytes,

@@ -218,7 +218,9 @@ class Reducer:
         parts = partition(redundancy, num_removed, backend)
         correlation = self.correlate(signals, parts, settings, backend)
         reduced, new_size = method.compress(tokens, size, parts, correlation, settings, backend)
-        position = pad(take(signals.position, parts.target), (0, self.num_extra), value=-1)
+        position = take(signals.position, parts.target)
+        if self.num_extra:
+            position = pad(position, (0, self.num_extra), value=-1)
         if observer is not None:
             observer(
                 Observation(

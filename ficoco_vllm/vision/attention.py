@@ -7,11 +7,15 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use_flash_attention
 
 from ficoco_vllm import kernels
 from ficoco_vllm.kernels import Backend
 from ficoco_vllm.reduction.logits import LogitMap, mean_logits
 from ficoco_vllm.reduction.signals import AttentionMap, via_text
+
+# Columns that a bias is filled up to a multiple of.
+_BIAS_COLUMNS = 16
 
 
 def attention_with_lse(
@@ -27,8 +31,8 @@ def attention_with_lse(
         bias: (B, N) added to the logits of each key, in the dtype of `query`, or None.
 
     Returns:
-        Output (B, H, N, d) in the dtype of `query` and log-sum-exp (B, H, N) fp32; None on devices other than a CPU,
-        whose `scaled_dot_product_attention` keeps it.
+        Output (B, H, N, d) in the dtype of `query` and log-sum-exp (B, H, N) fp32; None where the device has no kernel
+        that returns it for these shapes.
 
     Source: arXiv:2411.17686, Eq. 2.
     """
@@ -39,6 +43,21 @@ def attention_with_lse(
             query, key, value, 0.0, False, attn_mask=mask, scale=scale
         )
         return output, lse
+    B, H, N, _ = query.shape
+    params = SDPAParams(query, key, value, mask, 0.0, False, False)
+    if can_use_flash_attention(params):
+        output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+            query, key, value, 0.0, False, False, scale=scale
+        )
+        return output, lse
+    if can_use_efficient_attention(params):
+        if bias is not None:
+            # The kernel wants rows of the bias aligned to 16 bytes.
+            mask = F.pad(bias, (0, -N % _BIAS_COLUMNS))[:, None, None, :N].expand(B, H, N, N)
+        output, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+            query, key, value, mask, True, 0.0, False, scale=scale
+        )
+        return output, lse[:, :, :N]  # it fills up the rows to a multiple of 32
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale), None
 
 
@@ -99,7 +118,7 @@ class ClipHeads:
         # One row of the map needs all keys, but no other query.
         cls = self.query[:, :, :1]
         lse = self._normalisers(cls) if self.given_lse is None else self.given_lse[:, :, :1]
-        return self.reduced(self.map_block(cls, lse, None, None))[:, 0, 1:]
+        return self.reduced(self.map_rows(cls, lse))[:, 0, 1:]
 
     def keys(self) -> Tensor:
         """Head-mean keys of the patch tokens.
@@ -114,17 +133,13 @@ class ClipHeads:
         total = self.key[:, :, 1:].float().sum(dim=1)
         return self.reduced(total).div_(self.num_heads)
 
-    def map_block(
-        self, query: Tensor, lse: Tensor, row_index: Tensor | None, column_index: Tensor | None
-    ) -> Tensor:
-        """Chosen rows and columns of the map, [CLS] counted, of the heads of this rank, (B, R, K) fp32."""
+    def map_rows(self, query: Tensor, lse: Tensor) -> Tensor:
+        """Rows of the map, [CLS] among the columns, of the heads of this rank, (B, M, 1 + N) fp32."""
         return kernels.attention_block(
             query,
             self.key,
             lse,
             self.scale,
-            row_index=row_index,
-            column_index=column_index,
             bias=self.bias,
             num_heads=self.num_heads,
             backend=self.backend,
@@ -143,9 +158,12 @@ class ClipHeads:
         return kernels.softmax_stats(query, self.key, self.scale, bias=self.bias, backend=self.backend)[0]
 
     @cached_property
-    def sums(self) -> Tensor:
-        """Attention of each token to [CLS] and of [CLS] to each token, (2, B, 1 + N) fp32."""
-        return self.reduced(torch.stack(self._pass[:2]))
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """Attention of each token to [CLS] and of [CLS] to each token, (B, 1 + N) fp32 each."""
+        to_cls, from_cls, _ = self._pass
+        if self.all_reduce is not None:
+            to_cls, from_cls = self.reduced(torch.stack([to_cls, from_cls])).unbind()
+        return to_cls, from_cls
 
     @cached_property
     def _pass(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -185,7 +203,7 @@ class ClipAttention:
 
         Source: arXiv:2411.17686, Eq. 11, first term, times N.
         """
-        return 1.0 - self.heads.sums[0, :, 1:].double()
+        return 1.0 - self.heads.sums[0][:, 1:].double()
 
     def column_sum(self) -> Tensor:
         """Attention that each token receives from all patches.
@@ -222,7 +240,20 @@ class ClipAttention:
         Source: arXiv:2411.17686, Eq. 12.
         """
         heads = self.heads
-        direct = heads.reduced(heads.map_block(heads.query, heads.lse, source + 1, target + 1))
+        # The normalisers are known, so [CLS] need not be among the keys: the indices stay as they are.
+        direct = heads.reduced(
+            kernels.attention_block(
+                heads.query[:, :, 1:],
+                heads.key[:, :, 1:],
+                heads.lse[:, :, 1:],
+                heads.scale,
+                row_index=source,
+                column_index=target,
+                bias=None if heads.bias is None else heads.bias[:, 1:],
+                num_heads=heads.num_heads,
+                backend=heads.backend,
+            )
+        )
         return direct if text is None else via_text(direct, text, source, target, gamma)
 
     def dense(self) -> Tensor:
@@ -232,6 +263,4 @@ class ClipAttention:
             (B, N, N) fp32.
         """
         heads = self.heads
-        return heads.reduced(heads.map_block(heads.query[:, :, 1:], heads.lse[:, :, 1:], None, None))[
-            :, :, 1:
-        ]
+        return heads.reduced(heads.map_rows(heads.query[:, :, 1:], heads.lse[:, :, 1:]))[:, :, 1:]

@@ -5,25 +5,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ficoco_vllm.kernels.launching import bits_of
+from ficoco_vllm.kernels.launching import bits_of, rows_contiguous
 from ficoco_vllm.kernels.tuning import config
 
 
 @triton.jit
-def _scores(row_sum, task, item, i, seen, N, share, task_weight):
+def _scores(row_sum, task, i, seen, share, task_weight):
     """The scores share * row_sum_i - task_weight * task_i in fp64."""
     scores = tl.zeros(i.shape, tl.float64)
     if row_sum is not None:
-        scores += share * tl.load(row_sum + item * N + i, mask=seen, other=0.0).to(tl.float64)
+        scores += share * tl.load(row_sum + i, mask=seen, other=0.0).to(tl.float64)
     if task is not None:
-        scores -= task_weight * tl.load(task + item * N + i, mask=seen, other=0.0).to(tl.float64)
+        scores -= task_weight * tl.load(task + i, mask=seen, other=0.0).to(tl.float64)
     return scores
 
 
 @triton.jit
-def _cells(position, item, i, seen, N, columns, window_rows, window_columns, across):
+def _cells(position, i, seen, columns, window_rows, window_columns, across):
     """Number of the window of each token, -1 where it is in none."""
-    place = tl.load(position + item * N + i, mask=seen, other=-1).to(tl.int32)
+    place = tl.load(position + i, mask=seen, other=-1).to(tl.int32)
     row, column = place // columns, place % columns
     return tl.where(place >= 0, row // window_rows * across + column // window_columns, -1)
 
@@ -34,6 +34,9 @@ def filter_scores_kernel(
     task,
     position,
     out,
+    row_sum_stride,
+    task_stride,
+    position_stride,
     N,
     weight_bits,
     columns,
@@ -57,16 +60,21 @@ def filter_scores_kernel(
     share = weight / (tl.zeros((), tl.int32) + N).to(tl.float64)
     task_weight = 1.0 - weight
     seen = i < N
-    scores = _scores(row_sum, task, item, i, seen, N, share, task_weight)
+    if row_sum is not None:
+        row_sum += item * row_sum_stride
+    if task is not None:
+        task += item * task_stride
+    position += item * position_stride
+    scores = _scores(row_sum, task, i, seen, share, task_weight)
     if PENALTY:
         coefficient = coefficient_bits.to(tl.int64).to(tl.float64, bitcast=True)
-        cells = _cells(position, item, i, seen, N, columns, window_rows, window_columns, across)
+        cells = _cells(position, i, seen, columns, window_rows, window_columns, across)
         beaten = tl.zeros((BLOCK_N,), tl.int32)
         for start in range(0, N, BLOCK_J):
             j = start + tl.arange(0, BLOCK_J)
             others_seen = j < N
-            others = _scores(row_sum, task, item, j, others_seen, N, share, task_weight)
-            theirs = _cells(position, item, j, others_seen, N, columns, window_rows, window_columns, across)
+            others = _scores(row_sum, task, j, others_seen, share, task_weight)
+            theirs = _cells(position, j, others_seen, columns, window_rows, window_columns, across)
             same = (cells[:, None] == theirs[None, :]) & (cells >= 0)[:, None]
             before = (others[None, :] == scores[:, None]) & (j[None, :] < i[:, None])
             above = same & ((others[None, :] > scores[:, None]) | before)
@@ -91,13 +99,18 @@ def filter_scores(
     out = torch.empty((B, N), dtype=torch.float64, device=position.device)
     if not out.numel():
         return out
+    row_sum, task = (None if given is None else rows_contiguous(given) for given in (row_sum, task))
+    position = rows_contiguous(position)
     sides = window or (1, 1)
     chosen = config("filter_scores", position.device)
     filter_scores_kernel[(triton.cdiv(N, chosen.tiles["BLOCK_N"]), B)](
-        None if row_sum is None else row_sum.contiguous(),
-        None if task is None else task.contiguous(),
-        position.contiguous(),
+        row_sum,
+        task,
+        position,
         out,
+        0 if row_sum is None else row_sum.stride(0),
+        0 if task is None else task.stride(0),
+        position.stride(0),
         N,
         bits_of(weight),
         grid[1],

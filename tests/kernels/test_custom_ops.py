@@ -14,6 +14,7 @@ from ficoco_vllm import kernels
 from ficoco_vllm.kernels import Backend
 from ficoco_vllm.kernels.attention_scores import custom
 from ficoco_vllm.kernels.backend import uses_triton
+from ficoco_vllm.kernels.farthest_points.ops import _farthest_points
 from ficoco_vllm.kernels.filter_scores.ops import _filter_scores
 from ficoco_vllm.kernels.partition.ops import _partition
 from ficoco_vllm.kernels.quantile_merge.ops import _quantile_merge
@@ -36,6 +37,8 @@ def inputs() -> dict[str, Tensor]:
         "text": torch.rand(B, 3, N),
         "tokens": torch.randn(B, N, 24),
         "correlation": torch.rand(B, 3, 4),
+        "distance": torch.rand(B, N, N),
+        "first": torch.tensor([7, 0]),
         "position": torch.arange(N).expand(B, N).contiguous(),
         "length": torch.tensor([N, 11]),
     }
@@ -60,6 +63,7 @@ def calls(x: dict[str, Tensor]) -> dict[str, tuple[Any, tuple[Any, ...]]]:
             _filter_scores,
             (weight, weight, 0.35, x["position"], [4, 5], [2, 2], 2.0),
         ),
+        "farthest_points": (_farthest_points, (x["distance"], x["first"], 6)),
         "partition": (_partition, (weight, 5)),
         "quantile_merge": (
             _quantile_merge,

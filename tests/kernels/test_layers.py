@@ -24,6 +24,7 @@ from tests.kernels.conftest import DEVICE, needs_triton
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 OPS = {
     "attention_scores.custom": ("cls_scores", "softmax_stats", "attention_block", "attention_sums"),
+    "farthest_points.ops": ("_farthest_points",),
     "filter_scores.ops": ("_filter_scores",),
     "partition.ops": ("_partition",),
     "quantile_merge.ops": ("_quantile_merge",),
@@ -102,6 +103,7 @@ def layer() -> Any:
         ("ficoco-v", {"fixed_k": 2, "local_penalty": False}, {"quantile_merge"}),
         ("ficoco-v", {"fixed_k": 0, "proportional_attention": True}, {"quantile_merge"}),
         ("ficoco-v", {"attention": "logits"}, {"filter_scores", "partition", "quantile_merge"}),
+        ("best", {}, {"farthest_points", "cls_scores", "partition", "quantile_merge"}),
         ("tome", {}, {"partition"}),
         ("evit", {}, {"attention_block", "partition"}),
         ("visionzip", {}, {"cls_scores", "partition"}),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ficoco_vllm.vision import attention
 from ficoco_vllm.vision.attention import ClipHeads, attention_with_lse
 
 # float32: exp(x - logsumexp) against softmax differ by rounding only
@@ -116,3 +117,41 @@ def test_two_ranks_sum_to_the_whole() -> None:
     source, target = torch.tensor([[1], [3]]), torch.tensor([[0, 2], [4, 5]])
     total = sum(one.block(source, target) for one in maps)
     torch.testing.assert_close(total, heads.visual_attention().block(source, target), atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_attention_of_a_gpu_returns_its_normalisers(biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes on a device without data; with a bias, its rows are aligned as the kernel demands."""
+    B, H, N, d = 2, 3, 577, 64
+    query = torch.empty(B, H, N, d, dtype=torch.bfloat16, device="meta")
+    bias = torch.empty(B, N, dtype=torch.bfloat16, device="meta") if biased else None
+    taken = "efficient" if biased else "flash"  # FlashAttention takes no bias
+    for kind in ("flash", "efficient"):
+        monkeypatch.setattr(attention, f"can_use_{kind}_attention", lambda params, kind=kind: kind == taken)
+    masks = []
+    plain = torch.ops.aten._scaled_dot_product_efficient_attention
+
+    def efficient(
+        query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *rest: object, **options: object
+    ) -> object:
+        masks.append(mask)
+        return plain(query, key, value, mask, *rest, **options)
+
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_efficient_attention", efficient)
+    output, lse = attention_with_lse(query, query, query, d**-0.5, bias)
+    assert output.shape == (B, H, N, d)
+    assert output.dtype == torch.bfloat16
+    assert lse is not None
+    assert lse.shape == (B, H, N)
+    assert lse.dtype == torch.float32
+    assert len(masks) == biased
+    for mask in masks:
+        assert mask.shape == (B, H, N, N)
+        assert all(stride * mask.element_size() % 16 == 0 for stride in mask.stride()[:3])
+
+
+def test_other_devices_return_none() -> None:
+    query = torch.empty(1, 2, 9, 32, device="meta")
+    output, lse = attention_with_lse(query, query, query, 0.2, None)
+    assert output.shape == query.shape
+    assert lse is None

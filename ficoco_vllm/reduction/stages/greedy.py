@@ -7,6 +7,8 @@ and has no host synchronisation.
 import torch
 from torch import Tensor
 
+from ficoco_vllm import kernels
+from ficoco_vllm.kernels import Backend
 from ficoco_vllm.reduction.settings import Settings
 from ficoco_vllm.reduction.signals import Signals, require
 from ficoco_vllm.reduction.stage import Filter
@@ -27,7 +29,9 @@ def _rows(matrix: Tensor, pick: Tensor) -> Tensor:
     return matrix[torch.arange(pick.shape[0], device=pick.device), pick]
 
 
-def max_min_distance(signals: Signals, settings: Settings, num_removed: int) -> Tensor:
+def max_min_distance(
+    signals: Signals, settings: Settings, num_removed: int, backend: Backend = "torch"
+) -> Tensor:
     """Keep tokens that are as far as possible from one another.
 
     The first pick is the token whose nearest neighbour is farthest; each further one is the token farthest from all
@@ -37,6 +41,7 @@ def max_min_distance(signals: Signals, settings: Settings, num_removed: int) -> 
         signals: `features` (B, N, Df), N at least 2.
         settings: none.
         num_removed: R.
+        backend: implementation of the fused op.
 
     Returns:
         (B, N) fp32 redundancy, 0 for those to keep and 1 for the rest.
@@ -44,16 +49,9 @@ def max_min_distance(signals: Signals, settings: Settings, num_removed: int) -> 
     Source: arXiv:2503.02175, Alg. 1.
     """
     distance = 1.0 - _cosines(signals)
-    N = distance.shape[1]
-    redundancy = distance.new_ones(distance.shape[:2])
     nearest = distance.topk(2, dim=-1, largest=False).values[..., 1]  # the smallest is to itself
-    pick = nearest.argmax(dim=-1)
-    closest = torch.full_like(redundancy, torch.inf)
-    for _ in range(N - num_removed):
-        redundancy = redundancy.scatter(1, pick[:, None], 0.0)
-        closest = torch.minimum(closest, _rows(distance, pick))
-        pick = torch.where(redundancy > 0, closest, -torch.inf).argmax(dim=-1)
-    return redundancy
+    num_kept = distance.shape[1] - num_removed
+    return kernels.farthest_points(distance, nearest.argmax(dim=-1), num_kept, backend=backend)
 
 
 def conditional_dpp(signals: Signals, settings: Relevance, num_removed: int) -> Tensor:

@@ -1,0 +1,209 @@
+"""What a reducing tower asks of the device: few launches, and never an answer.
+
+The tower runs on meta tensors, as it would on a GPU: Triton's launchers are called and recorded. Meta tensors hold no
+data, so whatever would wait for the device (`item`, `nonzero`, a boolean index) fails, and all shapes are known on the
+host. With fixed shapes and no wait, the work can be captured in a CUDA graph.
+"""
+
+from collections import Counter
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ficoco_vllm.config import FicocoConfig
+from ficoco_vllm.planning.tower import Budget, VisionPlanner
+from ficoco_vllm.planning.tower_shape import TowerShape
+from ficoco_vllm.reduction import available
+from ficoco_vllm.vision.tower import encode
+from tests.kernels.conftest import INTERPRETED
+
+pytest.importorskip("triton", reason="kernels are written in Triton, which is not installed")
+pytestmark = [
+    pytest.mark.compiler,
+    pytest.mark.skipif(INTERPRETED, reason="the interpreter replaces the launcher"),
+]
+
+GRID, WIDTH, H, d = (24, 24), 64, 2, 32
+# Entry points of the custom ops and the launchers behind them.
+OPS = {
+    "attention_scores.custom": {
+        "softmax_stats": "attention_scores.triton_stats",
+        "attention_block": "attention_scores.triton_block",
+        "attention_sums": "attention_scores.triton_sums",
+        "cls_scores": "attention_scores.triton_cls",
+    },
+    "farthest_points.ops": {"_farthest_points": "farthest_points.triton"},
+    "filter_scores.ops": {"_filter_scores": "filter_scores.triton"},
+    "partition.ops": {"_partition": "partition.triton"},
+    "quantile_merge.ops": {"_quantile_merge": "quantile_merge.triton"},
+}
+# Ops that return another view of the same memory, or memory alone.
+FREE = {
+    *(
+        "view",
+        "_unsafe_view",
+        "expand",
+        "expand_as",
+        "transpose",
+        "permute",
+        "slice",
+        "select",
+        "unsqueeze",
+        "squeeze",
+        "unbind",
+    ),
+    *(
+        "t",
+        "detach",
+        "alias",
+        "as_strided",
+        "split",
+        "unfold",
+        "empty",
+        "new_empty",
+        "empty_strided",
+        "empty_like",
+    ),
+}
+# Launches of a tower that reduces nothing: positions and sizes at its start, two residual sums in the last layer, and
+# its heads' outputs side by side.
+OTHERS = Counter({"arange": 1, "new_ones": 1, "add": 2, "reshape": 1})
+# Launches of one reduction. Two more compute the normalisers, where the attention returns none.
+BUDGET = {
+    "best": 22,
+    "divprune": 16,
+    "evit": 18,
+    "ficoco-v": 10,
+    "prumerge": 32,
+    "prumerge-plus": 67,
+    "random": 21,
+    "spatial-pool": 59,
+    "tome": 41,
+    "topk-cls": 9,
+    "turbo": 43,
+    "visionzip": 59,
+}
+
+
+class DeviceWork(TorchDispatchMode):
+    """Counts what is launched; copies from the host are counted apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches: Counter[str] = Counter()
+        self.copies: list[str] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = op.name().split("::")[1].split(".")[0]
+        result = op(*args, **(kwargs or {}))
+        given = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        made = [x for x in torch.utils._pytree.tree_leaves(result) if isinstance(x, Tensor)]
+        if any(x.device.type == "cpu" for x in given) and any(x.device.type == "meta" for x in made):
+            self.copies.append(name)
+        same = made and given and all(x is given[0] for x in made)  # `contiguous`, `to` without a change
+        if name not in FREE and not same:
+            self.launches[name] += 1
+        return result
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Launches of the fused ops, whose launchers run in place of the custom ops."""
+    from triton.runtime.jit import JITFunction
+
+    for module, ops in OPS.items():
+        for name, launcher in ops.items():
+            made = getattr(import_module(f"ficoco_vllm.kernels.{launcher}"), name.removeprefix("_"))
+            monkeypatch.setattr(import_module(f"ficoco_vllm.kernels.{module}"), name, made)
+    launches: Counter[str] = Counter()
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> None:
+        launches[self.__name__] += 1
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    return launches
+
+
+def layer() -> Any:
+    """A CLIP layer whose own work costs nothing, so that only the reduction's is counted."""
+
+    class Layer:
+        self_attn = SimpleNamespace(
+            qkv_proj=lambda x: (x.new_empty((*x.shape[:2], 3 * H * d)), None),
+            out_proj=lambda x: (x, None),
+            num_heads_per_partition=H,
+            num_heads=H,
+            head_dim=d,
+            scale=d**-0.5,
+            tp_size=1,
+        )
+        layer_norm1 = layer_norm2 = mlp = staticmethod(lambda x: x)
+
+        def __call__(self, hidden: Tensor) -> Tensor:
+            return hidden
+
+    return Layer()
+
+
+def work(method: str, handed_out: bool, monkeypatch: pytest.MonkeyPatch) -> DeviceWork:
+    """The device's work of a tower whose last layer reduces."""
+
+    def attention(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None]:
+        return query, query.new_empty(query.shape[:3], dtype=torch.float32) if handed_out else None
+
+    monkeypatch.setattr("ficoco_vllm.vision.tower.attention_with_lse", attention)
+    shape = TowerShape(GRID, num_layers=3, num_executed_layers=3, with_cls=False)
+    start = {"start_layer": 2} if method in available("encoder") else {}
+    config = FicocoConfig.parse({"method": method, "keep": 490, "backend": "triton", **start})
+    plan = VisionPlanner.shared(config, shape).plan(Budget(method, 490))
+    tower: Any = SimpleNamespace(
+        embeddings=lambda x: x,
+        pre_layrnorm=lambda x: x,
+        encoder=SimpleNamespace(layers=[layer() for _ in range(3)]),
+    )
+    pixels = torch.empty(2, 577, WIDTH, device="meta")
+    with torch.inference_mode(), DeviceWork() as done:
+        encode(tower, pixels, plan, GRID)
+    return done
+
+
+@pytest.mark.parametrize("method", sorted(BUDGET))
+def test_launches_of_a_reduction(
+    method: str, recorded: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = work(method, handed_out=True, monkeypatch=monkeypatch)
+    launches = done.launches + recorded - OTHERS
+    assert recorded["partition_kernel"] == 1, "the fused ops run"
+    assert launches.total() <= BUDGET[method], launches
+    assert not done.copies, "a copy from the host stops the device, and a graph would repeat the old data"
+
+
+def test_every_served_method_has_a_budget() -> None:
+    shape = TowerShape(GRID, num_layers=24, num_executed_layers=23, with_cls=False)
+    assert set(BUDGET) == set(VisionPlanner.shared(FicocoConfig.parse({"method": "tome"}), shape).methods)
+
+
+def test_normalisers_cost_two_launches(recorded: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    totals = []
+    for handed_out in (True, False):
+        recorded.clear()
+        totals.append((work("ficoco-v", handed_out, monkeypatch).launches + recorded).total())
+    assert totals[1] == totals[0] + 2
+
+
+@pytest.mark.parametrize("wait", [lambda x: x[0, 0].item(), lambda x: x[x > 0], lambda x: x.tolist()])
+def test_a_wait_for_the_device_fails(wait: Any) -> None:
+    """The check itself: what would wait raises on meta tensors."""
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        wait(torch.empty((2, 2), device="meta"))
+
+
+def test_a_copy_from_the_host_is_seen() -> None:
+    with DeviceWork() as done:
+        torch.arange(3).to("meta")
+    assert done.copies
