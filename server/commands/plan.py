@@ -15,12 +15,16 @@ from ficoco_vllm.planning.tower import VisionPlanner
 from ficoco_vllm.planning.tower_shape import TowerShape
 from ficoco_vllm.reduction import get
 from ficoco_vllm.reduction.cost import (
+    DEVICES,
     KNOWN_MODELS,
+    Device,
     Estimate,
     ModelShape,
     TokenPlan,
     estimate,
     model_shape,
+    predict,
+    reached,
     speedup,
 )
 from ficoco_vllm.reduction.method import SITES
@@ -42,6 +46,14 @@ _ROWS = (
     ("weights, GB", "weight_bytes", 1e9),
     ("activations, GB", "activation_bytes", 1e9),
     ("total memory, GB", "memory_bytes", 1e9),
+)
+_TIMES = (
+    ("vision tower, ms", "tower_seconds", 1e-3),
+    ("prefill, ms", "prefill_seconds", 1e-3),
+    ("first token alone, ms", "ttft_seconds", 1e-3),
+    ("next token alone, ms", "decode_seconds", 1e-3),
+    ("concurrent requests", "num_concurrent", 1),
+    ("requests a second", "requests_per_second", 1),
 )
 
 
@@ -91,6 +103,7 @@ def make_report(args: argparse.Namespace) -> dict[str, Any]:
     tokens, stock = plan.image_tokens(size=size), plan.unreduced(size)
     prompt = {"num_text_tokens": args.text_tokens, "num_images": args.images, "dtype": args.dtype}
     cost, before = (estimate(shape, images, **prompt) for images in (tokens, stock))
+    device = None if args.device is None else reached(DEVICES[args.device])
     return {
         "schema": JSON_SCHEMA,
         "model": args.model,
@@ -104,6 +117,9 @@ def make_report(args: argparse.Namespace) -> dict[str, Any]:
         "reduced": _costs(cost),
         "unreduced": _costs(before),
         "prefill_speedup": asdict(speedup(cost, before)),
+        **(
+            {} if device is None else _device_report(shape, tokens, stock, device, prompt, args.output_tokens)
+        ),
     }
 
 
@@ -138,6 +154,7 @@ def as_text(report: Mapping[str, Any]) -> str:
         lines.append(f"{label:<26}{before:>14.3f}{after:>16.3f}")
     gain, obstacle = report["prefill_speedup"], _obstacle(report["method"])
     lines += [
+        *(_device_lines(report) if "device" in report else ()),
         "",
         f"Expected speed-up of prefill: {gain['memory_bound']:.2f}x where memory bandwidth is the limit,",
         f"{gain['compute_bound']:.2f}x where arithmetic is (long prompts, large batches).",
@@ -212,6 +229,38 @@ def _tile_report(size: tuple[int, int], tokens: TokenPlan, stock: TokenPlan) -> 
 def _costs(cost: Estimate) -> dict[str, Any]:
     totals = {name: getattr(cost, name) for name in ("total_flops", "kv_bytes", "memory_bytes")}
     return {**asdict(cost), "kv_bytes_per_layer": list(cost.kv_bytes_per_layer), **totals}
+
+
+def _device_report(
+    shape: ModelShape,
+    tokens: TokenPlan,
+    stock: TokenPlan,
+    device: Device,
+    prompt: Mapping[str, Any],
+    num_output_tokens: int,
+) -> dict[str, Any]:
+    times = (
+        predict(shape, plan, device, num_output_tokens=num_output_tokens, **prompt)
+        for plan in (tokens, stock)
+    )
+    reduced, unreduced = ({**asdict(one), "ttft_seconds": one.ttft_seconds} for one in times)
+    predicted = {"num_output_tokens": num_output_tokens, "reduced": reduced, "unreduced": unreduced}
+    return {"device": asdict(device), "predicted": predicted}
+
+
+def _device_lines(report: Mapping[str, Any]) -> list[str]:
+    device, predicted = report["device"], report["predicted"]
+    lines = [
+        "",
+        f"On {device['name']}, at least ({device['source']}; {predicted['num_output_tokens']} output tokens)",
+    ]
+    for label, field, unit in _TIMES:
+        before, after = (predicted[side][field] / unit for side in ("unreduced", "reduced"))
+        ratio = before / after if label.endswith("ms") else after / max(before, 1e-9)
+        digits = 0 if field == "num_concurrent" else 2
+        better = f"{ratio:>9.2f}x" if before else ""
+        lines.append(f"{label:<26}{before:>14.{digits}f}{after:>16.{digits}f}{better}")
+    return lines
 
 
 def _demo_folder() -> Path:

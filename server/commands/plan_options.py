@@ -8,7 +8,7 @@ from typing import Any
 
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.reduction import available, get
-from ficoco_vllm.reduction.cost import BITS, KNOWN_MODELS, ModelShape
+from ficoco_vllm.reduction.cost import BITS, DEVICES, KNOWN_MODELS, ModelShape
 from ficoco_vllm.reduction.method import Method
 from ficoco_vllm.reduction.pipeline import PIPELINES
 from ficoco_vllm.reduction.schedule import KINDS
@@ -71,6 +71,18 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--dtype",
         default="fp16",
         help=f"data type of weights, activations and KV cache: {', '.join(BITS)} (default: fp16)",
+    )
+    add(
+        "--device",
+        choices=sorted(DEVICES),
+        help="also predict least times, concurrency and throughput on one such device",
+    )
+    add(
+        "--output-tokens",
+        type=int,
+        default=128,
+        metavar="T",
+        help="of an answer, for --device (default: %(default)s)",
     )
     add("--json", action="store_true", help="print JSON instead of a table")
 

@@ -388,3 +388,23 @@ sys.exit(main(["plan", {model!r}, "--method", "ficoco-vl", "--keep", "64", "--js
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["decoder_visual_tokens"][-1] == 64
+
+
+def test_device(capsys: pytest.CaptureFixture[str]) -> None:
+    """Times, concurrency and throughput of a device, from the same plan."""
+    options = [LLAVA_7B, "--keep", "64", "--device", "h100", "--output-tokens", "64"]
+    parsed = report(capsys, *options)
+    predicted = parsed["predicted"]
+    assert parsed["device"]["name"] == "h100"
+    assert predicted["num_output_tokens"] == 64
+    assert predicted["reduced"]["ttft_seconds"] < predicted["unreduced"]["ttft_seconds"]
+    assert run(*options) == 0
+    text = capsys.readouterr().out
+    assert "On h100, at least (NVIDIA H100 SXM data sheet" in text
+    assert f"{1000 * predicted['reduced']['ttft_seconds']:.2f}" in text
+
+
+@pytest.mark.parametrize("number", ["0", "-3"])
+def test_output_tokens_that_cannot_be(capsys: pytest.CaptureFixture[str], number: str) -> None:
+    assert run(LLAVA_7B, "--device", "h100", "--output-tokens", number) == 2
+    assert f"output_tokens: got {number}, allowed: at least 1" in capsys.readouterr().err
