@@ -26,7 +26,7 @@ PRODUCTION_STACK ?=
 RUNTIME := $(VENV)/.installed
 DEV     := $(VENV)/.installed-dev
 
-.PHONY: help install serve test test-long test-kernels check format lint types imports kernels-aot bench-kernels bench-ttft \
+.PHONY: help install serve test test-long test-kernels check format lint types imports kernels-aot bench-kernels bench-ttft bench-gpu \
     bench-efficiency bench-concurrency soak soak-engine bench-metrics bench-elastic bench-load bench-cpu-mode \
     bench-accuracy bench-accuracy-decoder bench-smoke figures lmms dist release-check container-check \
     charts-check ray-check compat docs clean
@@ -101,6 +101,10 @@ bench-kernels: $(DEV)  ## time the fused ops (on a GPU the kernels, else the tor
 
 bench-ttft: $(DEV)  ## time to first token at LLaVA-1.5-7B's width, stock and reduced side by side
 	@$(BIN)/python -m ficoco_vllm.benchmarks.ttft $(ARGS)
+
+# On a GPU host `python -m ficoco_vllm.benchmarks.gpu` in the environment of `pip install ".[gpu,bench]"`.
+bench-gpu:  ## on a GPU host: answers, kernels, tower, serving against stock vLLM; PYTHON is that of the environment
+	@$(PYTHON) -m ficoco_vllm.benchmarks.gpu $(ARGS)
 
 bench-efficiency: $(DEV)  ## the rows of the paper's Tables 8 and 9 on whole models: bfloat16, INT8, INT4; none, V, L, VL
 	@$(BIN)/python -m ficoco_vllm.benchmarks.efficiency $(ARGS)

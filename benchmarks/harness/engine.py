@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,6 +34,9 @@ IN_PROCESS: Mapping[str, str | None] = {
 }
 # Model runner V2, which methods of the decoder need, without a GPU.
 INTERPRETER = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
+DECODE_GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+# Threads may start processes beside each other, but the environment that these inherit is one.
+_STARTING = Lock()
 TEXT = "what number is on the red sign? "
 
 
@@ -150,6 +154,9 @@ def bench_engine(
 ) -> AbstractContextManager[Remote]:
     """An engine of a benchmark: bfloat16, weights made up, a process of its own.
 
+    On a GPU all engines run model runner V2, which methods of the decoder need, and decode in CUDA graphs: what is
+    compared differs in the method alone. On a CPU only methods of the decoder run V2, in Triton's interpreter.
+
     Args:
         model: folder.
         ficoco: our settings; None for stock vLLM without any plugin.
@@ -160,26 +167,34 @@ def bench_engine(
         environment["VLLM_PLUGINS"] = ""
     elif FicocoConfig.parse(dict(ficoco)).decoder_method is not None and is_cpu_build():
         environment |= INTERPRETER
-    defaults = {"load_format": "dummy", "dtype": "bfloat16", "limit_mm_per_prompt": {"image": 1}}
+    defaults: dict[str, Any] = {
+        "load_format": "dummy",
+        "dtype": "bfloat16",
+        "limit_mm_per_prompt": {"image": 1},
+    }
+    if not is_cpu_build():
+        environment |= {"VLLM_USE_V2_MODEL_RUNNER": "1"}
+        defaults |= {"enforce_eager": False, "compilation_config": DECODE_GRAPHS}
     return remote_engine(model, ficoco, environment, **(defaults | options))
 
 
 @contextmanager
 def _environment(values: Mapping[str, str | None]) -> Iterator[None]:
     """Environment and search path of a process that starts within the block, which takes both from this one."""
-    before, search_path = dict(os.environ), list(sys.path)
-    for name, value in values.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
-    hook_interpreter()
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-        sys.path[:] = search_path
+    with _STARTING:
+        before, search_path = dict(os.environ), list(sys.path)
+        for name, value in values.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        hook_interpreter()
+        try:
+            yield
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+            sys.path[:] = search_path
 
 
 def _serve(

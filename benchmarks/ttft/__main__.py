@@ -1,10 +1,10 @@
 """`make bench-ttft`: stock vLLM and ours take turns, request by request, in one run.
 
-Both engines run in eager mode on the same machine; images are random and never repeated, one request at a time.
-A speed-up is stock's time over ours, round by round; the bars compare it with the ratio of FLOPs that the planner
-predicts for the same prompt. The decoder is cut to a few layers to fit memory. Methods of the tower are run at each
-depth, and their medians are extrapolated linearly to all layers; methods of the decoder at `--decoder-layers` only,
-since the layers in which they reduce do not scale with the depth.
+Both engines run on the same machine; images are random and never repeated, one request at a time. A speed-up is stock's
+time over ours, round by round; the bars compare it with what a roofline predicts for the same prompt, whose ceilings,
+arithmetic and memory, are measured first. The decoder is cut to a few layers to fit memory. Methods of the tower are
+run at each depth, and their medians are extrapolated linearly to all layers; methods of the decoder at
+`--decoder-layers` only, since the layers in which they reduce do not scale with the depth.
 """
 
 import argparse
@@ -15,11 +15,15 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ficoco_vllm.benchmarks.harness import model
+from ficoco_vllm.benchmarks.harness.device import measure as ceilings
 from ficoco_vllm.benchmarks.harness.engine import Remote, bench_engine
 from ficoco_vllm.benchmarks.harness.model import WHOLE_MODELS
 from ficoco_vllm.benchmarks.harness.results import (
@@ -44,6 +48,7 @@ from ficoco_vllm.benchmarks.ttft.kinds import (
     predicted_speedup,
     token_plan,
 )
+from ficoco_vllm.reduction.cost import Device
 
 SPEEDUP_SHARE = 0.9
 REDUCTION_SHARE = 0.05
@@ -70,18 +75,20 @@ def main() -> int:
     unknown = sorted(set(args.decoder_layers) - set(args.layers))
     if unknown:
         parser.error(f"--decoder-layers: {unknown[0]} is not one of --layers")
-    runs = [_run(num_layers, args) for num_layers in args.layers]
-    result = {"environment": environment(), "dtype": args.dtype, "seed": args.seed, "runs": runs}
+    device = ceilings(getattr(torch, args.dtype))
+    runs = [_run(num_layers, device, args) for num_layers in args.layers]
+    head = {"environment": environment(), "dtype": args.dtype, "seed": args.seed, "ceilings": asdict(device)}
+    result: dict[str, Any] = {**head, "runs": runs}
     if args.model_size != "7b":
         result["model_size"] = args.model_size
-    result["whole_model"] = _extrapolate(runs, args.model_size)
+    result["whole_model"] = _extrapolate(runs, device, args.model_size)
     write(result, args.out)
     _print(result)
     return report(bars(result))
 
 
 def bars(result: Mapping[str, Any]) -> Iterator[Bar]:
-    """The bars: prompts as planned, nearly the speed-up predicted from FLOPs, and a cheap reduction."""
+    """The bars: prompts as planned, nearly the predicted speed-up, and a cheap reduction."""
     smallest = f"keep-{SMALLEST}"
     for run in result["runs"]:
         amiss = max(
@@ -110,7 +117,7 @@ def _whole(result: Mapping[str, Any]) -> int:
     return WHOLE_MODELS[result.get("model_size", "7b")]
 
 
-def _run(num_layers: int, args: argparse.Namespace) -> dict[str, Any]:
+def _run(num_layers: int, device: Device, args: argparse.Namespace) -> dict[str, Any]:
     """All kinds of one depth: those of one engine at a time, each group beside stock vLLM."""
     groups: list[Sequence[Kind]] = [ENCODER_KINDS]
     if num_layers in args.decoder_layers:
@@ -124,7 +131,7 @@ def _run(num_layers: int, args: argparse.Namespace) -> dict[str, Any]:
                 with engine(folder, kinds[0], args.dtype) as ours:
                     samples = measure_in_turns(num_layers, stock, ours, kinds, args.rounds, order)
                 # Stock vLLM is run again beside each engine; its own row is that of the first group.
-                summary = summarise(num_layers, samples, args.model_size) | summary
+                summary = summarise(num_layers, samples, device, args.model_size) | summary
     rows = {name: summary[name] for name in KINDS if name in summary}
     return {"layers": num_layers, "rounds": args.rounds, "kinds": rows}
 
@@ -133,9 +140,9 @@ def measure_in_turns(
     num_layers: int, stock: Remote, ours: Remote, kinds: Sequence[Kind], rounds: int, order: random.Random
 ) -> dict[str, list[dict[str, float]]]:
     """Results of `worker.measure` in every round, by the name of the kind; stock vLLM takes turns with ours."""
-    asks = {STOCK.name: partial(stock.call, worker.measure, None)}
+    asks = {STOCK.name: partial(stock.call, worker.measure, None, 1)}
     for kind in kinds:
-        asks[kind.name] = partial(ours.call, worker.measure, None if kind.in_decoder else kind.keep)
+        asks[kind.name] = partial(ours.call, worker.measure, None if kind.in_decoder else kind.keep, 1)
     return take_turns(asks, rounds, order, f"{num_layers} layers")
 
 
@@ -146,7 +153,7 @@ def engine(folder: Path | str, kind: Kind, dtype: str) -> AbstractContextManager
 
 
 def summarise(
-    num_layers: int, samples: dict[str, list[dict[str, float]]], size: str = "7b"
+    num_layers: int, samples: dict[str, list[dict[str, float]]], device: Device, size: str = "7b"
 ) -> dict[str, dict[str, Any]]:
     """Medians and ratios of each kind, as in the JSON."""
     stock = [sample["ttft_seconds"] for sample in samples["stock"]]
@@ -165,7 +172,7 @@ def summarise(
             "speedup": speedup["median"],
             "speedup_min": speedup["min"],
             "speedup_max": speedup["max"],
-            "predicted_speedup": predicted_speedup(KINDS[name], num_layers, size),
+            "predicted_speedup": predicted_speedup(KINDS[name], num_layers, device, size),
         }
         if KINDS[name].in_decoder:
             plan = token_plan(KINDS[name], num_layers, size)
@@ -177,7 +184,7 @@ def summarise(
     return summary
 
 
-def _extrapolate(runs: list[dict[str, Any]], size: str) -> dict[str, dict[str, float]]:
+def _extrapolate(runs: list[dict[str, Any]], device: Device, size: str) -> dict[str, dict[str, float]]:
     """Least-squares line of each kind's median over the number of layers, at the whole model's."""
     layers = [run["layers"] for run in runs]
     seconds = {}
@@ -189,14 +196,16 @@ def _extrapolate(runs: list[dict[str, Any]], size: str) -> dict[str, dict[str, f
         name: {
             "ttft_seconds": value,
             "speedup": seconds["stock"] / value,
-            "predicted_speedup": predicted_speedup(KINDS[name], WHOLE_MODELS[size], size),
+            "predicted_speedup": predicted_speedup(KINDS[name], WHOLE_MODELS[size], device, size),
         }
         for name, value in seconds.items()
     }
 
 
 def _print(result: dict[str, Any]) -> None:
-    print(f"\n{json.dumps(result['environment'])}, {result['dtype']}, eager, one request at a time")
+    ceiling = result["ceilings"]
+    print(f"\n{ceiling['flops'] / 1e9:.0f} GFLOP/s, {ceiling['bandwidth'] / 1e9:.1f} GB/s, measured first")
+    print(f"{json.dumps(result['environment'])}, {result['dtype']}, one request at a time")
     head = ("TTFT median (min-max), s", "speed-up (min-max)", "predicted", "tower, s", "reduction share")
     for run in result["runs"]:
         rows = [

@@ -8,7 +8,7 @@ from ficoco_vllm.benchmarks.harness import model
 from ficoco_vllm.benchmarks.harness.model import WHOLE_MODELS
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.planning.server import ServerPlan
-from ficoco_vllm.reduction.cost import TokenPlan, estimate, model_shape, unreduced
+from ficoco_vllm.reduction.cost import Device, TokenPlan, model_shape, predict, unreduced
 
 NUM_TEXT_TOKENS = 60
 PATCHES = model.PATCHES
@@ -55,9 +55,11 @@ def token_plan(kind: Kind, num_layers: int, size: str = "7b") -> TokenPlan:
     return ServerPlan.for_model(config, shape).image_tokens()
 
 
-def predicted_speedup(kind: Kind, num_layers: int, size: str = "7b") -> float:
-    """Ratio of the FLOPs of one prompt, without reduction over with it."""
+def predicted_speedup(kind: Kind, num_layers: int, device: Device, size: str = "7b") -> float:
+    """Ratio of the least times to the first token on a device, without reduction over with it."""
     shape = model_shape(model.config(num_layers, size))
     plans = (unreduced(shape), token_plan(kind, num_layers, size))
-    full, reduced = (estimate(shape, plan, num_text_tokens=NUM_TEXT_TOKENS).total_flops for plan in plans)
+    full, reduced = (
+        predict(shape, plan, device, num_text_tokens=NUM_TEXT_TOKENS).ttft_seconds for plan in plans
+    )
     return full / reduced

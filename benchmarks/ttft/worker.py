@@ -1,22 +1,24 @@
 """One request, timed inside the process of its engine."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
+from ficoco_vllm.benchmarks.harness.device import span, synchronise
 from ficoco_vllm.benchmarks.harness.engine import image_request, worker_of
 from ficoco_vllm.benchmarks.ttft.kinds import NUM_TEXT_TOKENS
 
 
-def measure(engine: Any, keep: int | None, seed: int) -> dict[str, float]:
-    """Time one request with a new image, from pixels to the first token.
+def measure(engine: Any, keep: int | None, batch: int, seed: int) -> dict[str, float]:
+    """Time one request with a new image, or several together, from pixels to the first token.
 
     Args:
         engine: in this process.
         keep: visual tokens that the request names, unless the engine is stock vLLM's; None names none.
-        seed: of the image.
+        batch: requests, each with an image of its own.
+        seed: of the images.
 
     Returns:
         `ttft_seconds`, `tower_seconds`, of these `reduction_seconds`, `decoder_reduction_seconds`, and
@@ -27,10 +29,10 @@ def measure(engine: Any, keep: int | None, seed: int) -> dict[str, float]:
     params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, detokenize=False)
     stock = not engine.llm_engine.vllm_config.additional_config
     budget = {} if stock or keep is None else {"ficoco_keep": keep}
-    body = image_request(engine, NUM_TEXT_TOKENS, seed, **budget)
+    bodies = [image_request(engine, NUM_TEXT_TOKENS, seed + index, **budget) for index in range(batch)]
     with _stopwatch(engine, stock) as seconds:
         start = time.perf_counter()
-        (output,) = engine.generate([body], params, use_tqdm=False)
+        output, *_ = engine.generate(bodies, params, use_tqdm=False)
         ttft = time.perf_counter() - start
     figures = {f"{name}_seconds": value for name, value in {"ttft": ttft, **seconds}.items()}
     return {**figures, "num_prompt_tokens": len(output.prompt_token_ids)}
@@ -40,19 +42,19 @@ def measure(engine: Any, keep: int | None, seed: int) -> dict[str, float]:
 def _stopwatch(engine: Any, stock: bool) -> Iterator[dict[str, float]]:
     """Seconds in the vision tower (without the projector), in its reductions, and in the decoder's reductions.
 
-    The reduction is everything that a stock tower does not do: scores from queries and keys, selection, merge. On a CPU
-    a call has finished when it returns.
+    The reduction is everything that a stock tower does not do: scores from queries and keys, selection, merge. A GPU's
+    work is timed by events in its stream; on a CPU a call has finished when it returns.
     """
     model = worker_of(engine).model_runner.get_model()
-    seconds = {"tower": 0.0, "reduction": 0.0, "decoder_reduction": 0.0}
+    spans: dict[str, list[Callable[[], float]]] = {"tower": [], "reduction": [], "decoder_reduction": []}
+    seconds = dict.fromkeys(spans, 0.0)
 
     def timed(function: Any, key: str) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                seconds[key] += time.perf_counter() - start
+            with span() as took:
+                result = function(*args, **kwargs)
+            spans[key].append(took)
+            return result
 
         return call
 
@@ -68,3 +70,5 @@ def _stopwatch(engine: Any, stock: bool) -> Iterator[dict[str, float]]:
         for owner, name, key in patches:
             stack.enter_context(patch.object(owner, name, timed(getattr(owner, name), key)))
         yield seconds
+    synchronise()
+    seconds |= {key: sum(took() for took in taken) for key, taken in spans.items()}

@@ -14,9 +14,12 @@ from ficoco_vllm.benchmarks.harness.engine import Remote
 from ficoco_vllm.benchmarks.ttft.__main__ import bars as ttft_bars
 from ficoco_vllm.benchmarks.ttft.__main__ import engine, measure_in_turns, summarise
 from ficoco_vllm.benchmarks.ttft.kinds import ENCODER_KINDS, STOCK, Kind
+from ficoco_vllm.reduction.cost import Device
 
 pytestmark = [pytest.mark.engine, pytest.mark.alone, pytest.mark.long]
 
+# Its arithmetic is the only limit, so that predictions are ratios of FLOPs.
+DEVICE = Device("made up", 1e9, 1e30, 1e12, 0.0, "made up")
 LAYERS = 8  # of the demo model's decoder
 TURNS = [kind for kind in ENCODER_KINDS if kind.keep in (576, 64)]
 
@@ -33,7 +36,7 @@ def missed(
     stock: Remote, ours: Remote, kinds: Sequence[Kind], rounds: int = 1
 ) -> tuple[set[str], dict[str, Any]]:
     """Names of the bars that fail, and the rows of a run; without a second depth nothing is extrapolated."""
-    rows = summarise(LAYERS, measure_in_turns(LAYERS, stock, ours, kinds, rounds, random.Random(0)))
+    rows = summarise(LAYERS, measure_in_turns(LAYERS, stock, ours, kinds, rounds, random.Random(0)), DEVICE)
     result = {"runs": [{"layers": LAYERS, "kinds": rows}], "whole_model": rows}
     return {bar.name for bar in ttft_bars(result) if not bar.passed}, rows
 

@@ -1,0 +1,131 @@
+"""Measurements inside the process of an engine, and of the kernels."""
+
+import time
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from ficoco_vllm import demo_model
+from ficoco_vllm.benchmarks.harness import device
+from ficoco_vllm.benchmarks.harness.engine import image_request, request, scheduler_of
+from ficoco_vllm.benchmarks.ttft.kinds import NUM_TEXT_TOKENS
+
+if TYPE_CHECKING:
+    from ficoco_vllm.benchmarks.kernels.workloads import Workload
+
+
+def answers(engine: Any) -> dict[str, Any]:
+    """Ask the demo model its example questions.
+
+    Returns:
+        `num_right`, and the `rows` of question, right answer and given answer.
+    """
+    from vllm import SamplingParams
+
+    examples = demo_model.examples()
+    bodies = [
+        request(
+            f"<s>USER: <image>\n{example.question} ASSISTANT:", [Image.open(example.image).convert("RGB")]
+        )
+        for example in examples
+    ]
+    outputs = engine.generate(bodies, SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)
+    given = [output.outputs[0].text.strip() for output in outputs]
+    rows = [[example.question, example.answer, text] for example, text in zip(examples, given, strict=True)]
+    return {"num_right": sum(right == text for _, right, text in rows), "num_asked": len(rows), "rows": rows}
+
+
+def load(
+    engine: Any, keep: int | None, num_requests: int, num_output_tokens: int, seed: int
+) -> dict[str, float]:
+    """Answer requests that are sent together, each with an image of its own.
+
+    Args:
+        engine: in this process.
+        keep: visual tokens that the requests name for the tower; None names none.
+        num_requests: sent at once.
+        num_output_tokens: of each answer.
+        seed: of the images.
+
+    Returns:
+        `requests_per_second`; `num_running`, the most at the same time; `step_seconds`, the median step in which all
+        running requests decode.
+    """
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=num_output_tokens, temperature=0, ignore_eos=True, detokenize=False)
+    budget = {} if keep is None else {"ficoco_keep": keep}
+    bodies = [image_request(engine, NUM_TEXT_TOKENS, seed + index, **budget) for index in range(num_requests)]
+    core, scheduler = engine.llm_engine, scheduler_of(engine)
+    steps, most = [], 0
+    begin = time.perf_counter()
+    engine.enqueue(bodies, params, use_tqdm=False)
+    while core.has_unfinished_requests():
+        decoding = all(one.num_output_tokens for one in scheduler.running) and bool(scheduler.running)
+        start = time.perf_counter()
+        core.step()
+        if decoding:
+            steps.append(time.perf_counter() - start)
+        most = max(most, len(scheduler.running))
+    seconds = time.perf_counter() - begin
+    return {
+        "requests_per_second": num_requests / seconds,
+        "num_running": most,
+        "step_seconds": median(steps) if steps else 0.0,
+    }
+
+
+def kernels(held: None, batches: list[int], repeats: int) -> list[dict[str, Any]]:
+    """Time every fused op at LLaVA-1.5-7B's shapes.
+
+    Args:
+        held: nothing; the process holds no engine.
+        batches: items of a batch.
+        repeats: of which the median counts.
+
+    Returns:
+        Rows of name, `B`, `seconds`, `floor_bytes`, `floor_flops` and `num_launches`.
+    """
+    import torch
+
+    from ficoco_vllm.benchmarks.kernels.workloads import workloads
+
+    torch.manual_seed(0)
+    rows = []
+    for B in batches:
+        launches = {workload.name: _launches(workload) for workload in workloads(B, torch.bfloat16)}
+        for workload in workloads(B, torch.bfloat16, device.name()):
+            times = []
+            if device.name() == "cuda":
+                workload.run()  # compiles
+            for _ in range(repeats):
+                device.synchronise()
+                with device.span() as took:
+                    workload.run()
+                device.synchronise()
+                times.append(took())
+            rows.append(
+                {
+                    "name": workload.name,
+                    "B": B,
+                    "seconds": median(times),
+                    "floor_bytes": workload.floor_bytes,
+                    "floor_flops": workload.floor_flops,
+                    "num_launches": launches[workload.name],
+                }
+            )
+    return rows
+
+
+def _launches(workload: "Workload") -> int:
+    """Launches of an op whose tensors hold no data; the interpreter, which launches nothing, counts as one."""
+    from triton import knobs
+
+    if knobs.runtime.interpret:
+        return 1
+    from ficoco_vllm.benchmarks.kernels.recording import recorded
+
+    with recorded() as launches:
+        workload.run()
+    return len(launches)

@@ -1,0 +1,96 @@
+"""Time on the device: spans of work, and what it reaches at most in products, copies and launches."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+import torch
+
+from ficoco_vllm.reduction.cost import Device
+
+REPEATS = 7
+
+
+def measure(dtype: torch.dtype = torch.bfloat16) -> Device:
+    """Measure the ceilings, in a second or two.
+
+    Args:
+        dtype: of the product.
+
+    Returns:
+        The best of several repeats, as `ficoco_vllm.reduction.cost.predict` takes them.
+    """
+    flops, bandwidth = _flops(dtype), _bandwidth()
+    if not torch.cuda.is_available():
+        memory = float(psutil.virtual_memory().total)
+        return Device("cpu", flops, bandwidth, memory, 0.0, "measured here")
+    torch.cuda.empty_cache()  # an engine takes a share of all the memory
+    gpu = torch.cuda.get_device_properties(0)
+    return Device(gpu.name, flops, bandwidth, float(gpu.total_memory), _launch_seconds(), "measured here")
+
+
+def name() -> str:
+    """The device that torch computes on."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _flops(dtype: torch.dtype) -> float:
+    side = 8192 if name() == "cuda" else 2048
+    a, b = torch.randn((2, side, side), device=name()).to(dtype)
+    return 2 * side**3 / _seconds(lambda: a @ b)
+
+
+def _bandwidth() -> float:
+    num_bytes = 2**31 if name() == "cuda" else 2**28
+    source = torch.zeros(num_bytes, dtype=torch.uint8, device=name())
+    target = torch.empty_like(source)
+    return 2 * num_bytes / _seconds(lambda: target.copy_(source))
+
+
+def _launch_seconds(count: int = 1000) -> float:
+    small = torch.zeros(1, device=name())
+
+    def launch() -> None:
+        for _ in range(count):
+            small.add_(1)
+
+    return _seconds(launch) / count
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    """Shortest of several calls, after one that warms up."""
+    times = []
+    for _ in range(REPEATS + 1):
+        synchronise()
+        begin = time.perf_counter()
+        call()
+        synchronise()
+        times.append(time.perf_counter() - begin)
+    return min(times[1:])
+
+
+def synchronise() -> None:
+    """Wait for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@contextmanager
+def span() -> Iterator[Callable[[], float]]:
+    """Time the work of a block.
+
+    Yields:
+        Returns the seconds, to be called after the block; on a GPU, once it has finished the work.
+    """
+    if torch.cuda.is_available():
+        event: Any = torch.cuda.Event  # not annotated by torch
+        first, last = event(enable_timing=True), event(enable_timing=True)
+        first.record()
+        yield lambda: first.elapsed_time(last) / 1e3
+        last.record()
+        return
+    begin, ends = time.perf_counter(), list[float]()
+    yield lambda: ends[0] - begin
+    ends.append(time.perf_counter())
