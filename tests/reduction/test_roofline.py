@@ -1,6 +1,7 @@
 """The roofline against figures worked out by hand, and against what it must do at its ends."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -91,3 +92,18 @@ def test_several_images_and_a_batch() -> None:
         for number in (1, 2)
     )
     assert one.tower_seconds <= two.tower_seconds <= 2 * one.tower_seconds
+
+
+def test_the_page_on_gpus_prints_these_times() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "gpu.md").read_text(encoding="utf-8")
+    for name in DEVICES:
+        stock, reduced = (
+            predict(SHAPE, tokens, reached(DEVICES[name]), num_text_tokens=60)
+            for tokens in (plan(None), plan(64))
+        )
+        cells = (
+            f"{1e3 * stock.ttft_seconds:.1f} ms, {1e3 * reduced.ttft_seconds:.1f} ms",
+            f"{stock.requests_per_second:.0f}, {reduced.requests_per_second:.0f}",
+            f"{stock.num_concurrent}, {reduced.num_concurrent}",
+        )
+        assert f"| {name} | {' | '.join(cells)} |" in page
