@@ -20,6 +20,7 @@ PAGES = {
     "ficoco_vllm/demo_model/MODEL_CARD.md": "demo-model.md",
     "kernels/README.md": "kernels.md",
     "kernels/attention_scores/README.md": "kernels-attention-scores.md",
+    "kernels/farthest_points/README.md": "kernels-farthest-points.md",
     "kernels/filter_scores/README.md": "kernels-filter-scores.md",
     "kernels/partition/README.md": "kernels-partition.md",
     "kernels/quantile_merge/README.md": "kernels-quantile-merge.md",

@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +30,13 @@ MAX_ENGINES = 2
 
 
 def make_engine(model: Path, ficoco: dict[str, Any] | None = None, **options: Any) -> LLM:
-    """Start an engine, small enough that many fit beside each other; see `harness.engine.make_engine`."""
+    """Start an engine, small enough that many fit beside each other; see `harness.engine.make_engine`.
+
+    The variable FICOCO_TEST_BACKEND replaces the backend of the fused ops: "triton" runs any test of an engine with the
+    kernels, on a GPU or, for methods of the decoder, in Triton's interpreter.
+    """
+    if ficoco is not None and (backend := os.environ.get("FICOCO_TEST_BACKEND")):
+        ficoco = {**ficoco, "backend": backend}
     return harness.make_engine(model, ficoco, **({"kv_cache_memory_bytes": KV_CACHE_BYTES} | options))
 
 
