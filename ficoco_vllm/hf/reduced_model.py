@@ -169,15 +169,14 @@ class ReducedModel:
             return self.stock_forward(input_ids, **given)
         self._check_mode()
         _check_arguments(input_ids, images, given)
+        if state is not None and state.first_layers != self.layers:
+            raise ValueError(
+                "past_key_values was filled under another reduction; pass the whole chat without a cache"
+            )
         assert input_ids is not None
-        if state is not None:
-            seen = state.num_seen
-        else:
-            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         if attention_mask is None:
             attention_mask = input_ids.new_ones((len(input_ids), seen + input_ids.shape[1]))
-        # `generate` takes the length of a shorter cache for what it has seen, and passes some tokens again.
-        input_ids = input_ids[:, -max(1, attention_mask.shape[1] - seen) :]
         if attention_mask.shape[1] != seen + input_ids.shape[1]:
             raise ValueError(
                 f"attention_mask has {attention_mask.shape[1]} columns; allowed: {seen + input_ids.shape[1]}, for the "

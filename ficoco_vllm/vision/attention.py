@@ -38,7 +38,7 @@ def attention_with_lse(
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, False, attn_mask=mask, scale=scale
         )
-        return output, lse
+        return output, lse.float()  # of float64 it returns float64
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale), None
 
 
