@@ -66,8 +66,9 @@ class CacheState:
         """
         state = cls(first_layers, [mask] * len(first_layers), mask.sum(dim=1, keepdim=True), mask.shape[1])
         if cache is not None:
-            # `generate` keeps the cache that it has made.
-            cache.__class__ = _shortened(type(cache))
+            # `generate` keeps the cache that it has made, so this one becomes another.
+            kind: Any = type(cache)
+            cache.__class__ = _shortened(kind)
             cache.ficoco = state
         return state
 
@@ -89,5 +90,5 @@ class CacheState:
 
 
 @cache
-def _shortened(kind: type) -> type:
+def _shortened(kind: Any) -> type:
     return type(f"Shortened{kind.__name__}", (ShortenedCache, kind), {})

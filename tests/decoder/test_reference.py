@@ -18,8 +18,8 @@ from tests.reference.algorithm2 import ReferenceDecoder, Shown
 from tests.reference.decoder_rules import RULES
 from tests.support.compare import NUM_TOKENS, TOLERANCE, assert_equal, demo_questions
 from tests.support.engine import PROMPT, TEXT_ONLY, TWO_IMAGES, Answer
-from tests.support.oracle import Spy, assert_same_story
 from tests.support.hugging_face import HfLlava
+from tests.support.oracle import Spy, assert_same_story
 from tests.support.remote import Host, Remote
 
 # Eight decoder layers in segments of one: FiCoCo-L from the 4th on; FastV after the 2nd; PyramidDrop's layers
@@ -131,7 +131,7 @@ def test_equals_hugging_face(
     method: str,
     trained: bool,
 ) -> None:
-    """transformers with the same reduction, in one batch with a prompt of two images and one without."""
+    """Transformers with the same reduction, in one batch with a prompt of two images and one without."""
     engine, _ = pair
     prompts = [(text, [image]) for text, image in questions[:2]]
     prompts += [(TWO_IMAGES, [image for _, image in questions[:2]]), (TEXT_ONLY, [])]

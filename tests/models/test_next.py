@@ -72,7 +72,7 @@ def test_two_images_equal_reference(engine: LLM, reference: TiledLlava, pictures
 def test_equals_hugging_face(
     engine: LLM, random_next: Path, pictures: list[Image.Image], method: str
 ) -> None:
-    """transformers with the same reduction, all sizes in one batch."""
+    """Transformers with the same reduction, all sizes in one batch."""
     hf = HfLlava(random_next)
     with reduce_tokens(hf.model, method, 16):
         answers = hf.ask([(PROMPT, [image]) for image in pictures], NUM_TOKENS)

@@ -102,7 +102,7 @@ def test_a_trace_matches_the_reference(
 def test_equals_hugging_face(
     pair: Pair, weights: str, questions: list[tuple[str, Image.Image]], random_llava: Path, demo_model: Path
 ) -> None:
-    """transformers with the same reduction, in one batch: same kept patches, same answers."""
+    """Transformers with the same reduction, in one batch: same kept patches, same answers."""
     engine, _ = pair
     hf = HfLlava(demo_model if weights == "demo" else random_llava)
     questions = questions[:3]
