@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from threading import Lock
 from typing import Any
 
+import transformers
 from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
 from ficoco_vllm.config import DEFAULT_METHOD, FicocoConfig
@@ -12,6 +13,8 @@ from ficoco_vllm.hf.reduced_model import ReducedModel, Reduction, TokenCounts
 from ficoco_vllm.planning.server import ServerPlan
 
 MODELS = (LlavaForConditionalGeneration, LlavaNextForConditionalGeneration)
+# Its `generate` encodes images once, and its masks follow the length of a layer's cache.
+OLDEST = (5, 19)
 # Settings of a server that mean nothing here.
 _OF_SERVERS = ("metrics", "explain")
 _ATTRIBUTE = "_ficoco"
@@ -61,8 +64,10 @@ def apply(model: Any, method: str = DEFAULT_METHOD, keep: int | None = None, **s
             raise ValueError(f"{name} is a setting of the server; it is not allowed here")
     config = FicocoConfig.parse({"method": method, "keep": keep, **settings})
     plan = ServerPlan.of(config, inner.config)
+    _check_device(inner.vision_tower, "the vision tower")
     if plan.decoder is not None:
         _check_decoder(inner.config, method)
+        _check_device(inner.language_model, f"the language model, in which {method} reduces")
     with _applying:
         applied: ReducedModel | None = vars(inner).get(_ATTRIBUTE)
         if applied is not None:
@@ -93,6 +98,10 @@ def remove(model: Any) -> None:
 
 def _inner(model: Any) -> Any:
     """The model without its head, whose methods are replaced."""
+    if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < OLDEST:
+        raise ValueError(
+            f"transformers = {transformers.__version__} is not supported; allowed: {OLDEST[0]}.{OLDEST[1]} or later"
+        )
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     allowed = " and ".join(known.__name__ for known in MODELS)
     compiled = hasattr(base, "_orig_mod") or getattr(base, "_compiled_call_impl", None) is not None
@@ -123,3 +132,10 @@ def _check_decoder(config: Any, method: str) -> None:
             f"method = {method!r} reduces in the decoder, to which vision_feature_select_strategy = 'full' hands "
             "[CLS]; allowed: 'default', or a method of the tower"
         )
+
+
+def _check_device(module: Any, name: str) -> None:
+    """Refuse layers on several devices, between which tokens would have to move."""
+    devices = sorted({str(weight.device) for weight in module.parameters()})
+    if len(devices) > 1:
+        raise ValueError(f"{name} is spread over {', '.join(devices)}; allowed: one device")

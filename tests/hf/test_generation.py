@@ -1,6 +1,7 @@
 """Ways of generating and calling a model whose tokens are reduced."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,17 @@ def test_nothing_changes_where_nothing_leaves(small_hf: HfLlava, prompts: list[P
         assert torch.equal(expected, kept)
         assert torch.equal(expected, after)
     assert not {"forward", "get_image_features", "_ficoco"} & set(vars(small_hf.model.model))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_threads_share_a_reduced_model(small_hf: HfLlava, prompts: list[Prompt], method: str) -> None:
+    with reduce_tokens(small_hf.model, method, 16) as reduction:
+        expected = [small_hf.ask([prompt])[0][1] for prompt in prompts]
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda prompt: small_hf.ask([prompt])[0][1], prompts))
+    for logprobs, exact in zip(answers, expected, strict=True):
+        torch.testing.assert_close(logprobs, exact, atol=TOLERANCE, rtol=0)
+    assert reduction.tokens.images == 2 * 4
 
 
 def test_a_copy_of_a_reduced_model_is_reduced(small_hf: HfLlava, prompts: list[Prompt]) -> None:

@@ -86,6 +86,29 @@ def test_mistral_reduces_in_the_tower() -> None:
     assert reduction.tokens == (1, 16, 4, 4)
 
 
+def test_layers_on_several_devices() -> None:
+    """A method of the tower leaves the language model to transformers, wherever its layers are."""
+    model = tiny()
+    model.model.language_model.layers[1].to("meta")
+    with pytest.raises(
+        ValueError, match="language model, in which ficoco-l reduces is spread over cpu, meta"
+    ):
+        apply(model, "ficoco-l", 4)
+    apply(model, "ficoco-v", 4)
+    remove(model)
+    model.model.vision_tower.encoder.layers[1].to("meta")
+    with pytest.raises(ValueError, match="vision tower is spread over cpu, meta; allowed: one device"):
+        apply(model, "ficoco-v", 4)
+
+
+def test_an_old_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.__version__", "4.57.1")
+    with pytest.raises(
+        ValueError, match=r"transformers = 4\.57\.1 is not supported; allowed: 5\.19 or later"
+    ):
+        apply(tiny())
+
+
 def test_a_second_reduction() -> None:
     """Nested blocks, also of two threads: the first one goes on undisturbed."""
     model = tiny()
