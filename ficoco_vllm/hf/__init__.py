@@ -8,7 +8,7 @@
 Methods, plans and measured signals are those of the server, so that results agree.
 """
 
+from ficoco_vllm.hf.counts import Reduction, TokenCounts
 from ficoco_vllm.hf.reduce import apply, reduce_tokens, remove
-from ficoco_vllm.hf.reduced_model import Reduction, TokenCounts
 
 __all__ = ["Reduction", "TokenCounts", "apply", "reduce_tokens", "remove"]

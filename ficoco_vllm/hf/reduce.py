@@ -9,7 +9,8 @@ import transformers
 from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
 from ficoco_vllm.config import DEFAULT_METHOD, FicocoConfig
-from ficoco_vllm.hf.reduced_model import ReducedModel, Reduction, TokenCounts
+from ficoco_vllm.hf.counts import Reduction, TokenCounts
+from ficoco_vllm.hf.reduced_model import ReducedModel
 from ficoco_vllm.planning.server import ServerPlan
 
 MODELS = (LlavaForConditionalGeneration, LlavaNextForConditionalGeneration)

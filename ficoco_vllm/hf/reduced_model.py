@@ -1,10 +1,8 @@
 """The forward pass that takes the place of a model's own while its tokens are reduced."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from statistics import fmean
-from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +12,10 @@ from transformers.models.llava.modeling_llava import LlavaModelOutputWithPast
 
 from ficoco_vllm.hf.batch import Batch, padded, spread
 from ficoco_vllm.hf.cache import CacheState
+from ficoco_vllm.hf.counts import Reduction
 from ficoco_vllm.hf.decoder import Output, SegmentedLlama
 from ficoco_vllm.hf.images import ImageEncoder, ImageTokens
 from ficoco_vllm.planning.decoder import RequestPlan
-from ficoco_vllm.planning.server import ServerPlan
 
 FEATURE_CHOICES = ("vision_feature_layer", "vision_feature_select_strategy")
 REPLACED = ("forward", "get_image_features")
@@ -28,43 +26,6 @@ NOT_OF_LAYERS = frozenset(
         *("output_attentions", "output_hidden_states", "image_sizes", *FEATURE_CHOICES),
     }
 )
-# Guards the counts of all reductions, so that a reduced model can still be copied.
-_counting = Lock()
-
-
-class TokenCounts(NamedTuple):
-    """Visual tokens of the images that a model has read.
-
-    Attributes:
-        images: number of images; a beam or a returned sequence of its own counts its images again.
-        before: without reduction.
-        after: in the last decoder layer.
-        kv: in the KV cache, averaged over the decoder's layers.
-    """
-
-    images: int = 0
-    before: int = 0
-    after: int = 0
-    kv: float = 0.0
-
-
-@dataclass
-class Reduction:
-    """A reduction that is applied to a model.
-
-    Attributes:
-        method: name.
-        plan: token counts, the same as those of a server with these settings.
-        tokens: counts of all images since the reduction was applied.
-        kept: of each image of the latest prompts, the patches whose tokens are left in the last decoder layer, (K,)
-            int64: index in the grid, for LLaVA-NeXT tile by tile with the base view first; -1 for a fused token, [CLS]
-            and a newline.
-    """
-
-    method: str
-    plan: ServerPlan
-    tokens: TokenCounts
-    kept: Sequence[Tensor] = ()
 
 
 class ReducedModel:
@@ -168,7 +129,7 @@ class ReducedModel:
         if not images and state is None:
             return self.stock_forward(input_ids, **given)
         self._check_mode()
-        _check_arguments(input_ids, images, given)
+        _check_arguments(input_ids, images, given, self.model.config)
         if state is not None and state.first_layers != self.layers:
             raise ValueError(
                 "past_key_values was filled under another reduction; pass the whole chat without a cache"
@@ -284,21 +245,12 @@ class ReducedModel:
                     here = origin[(origin >= first) & (origin < first + count)] - first
                     patch = patch[here.to(patch.device)]
                 kept.append(patch)
-        after = sum(len(patch) for patch in kept)
         held: float = sum(len(image.tokens) for image in images)
         if plans:
             held = fmean(
                 sum(sum(plan.counts[segment]) for plan in plans) for segment in range(len(self.layers))
             )
-        with _counting:
-            counts = self.reduction.tokens
-            self.reduction.tokens = TokenCounts(
-                counts.images + len(images),
-                counts.before + sum(len(image) for image in images),
-                counts.after + after,
-                counts.kv + held,
-            )
-            self.reduction.kept = kept
+        self.reduction.note(sum(len(image) for image in images), held, kept)
 
     def _output(self, hidden: Tensor, images: Sequence[ImageTokens], given: Mapping[str, Any]) -> Any:
         output = LlavaModelOutputWithPast(
@@ -322,7 +274,7 @@ class ReducedModel:
             )
 
 
-def _check_arguments(input_ids: Any, images: Sequence[Any], given: Mapping[str, Any]) -> None:
+def _check_arguments(input_ids: Any, images: Sequence[Any], given: Mapping[str, Any], config: Any) -> None:
     """Refuse what has no meaning where layers have different numbers of tokens."""
     if input_ids is None or given.get("inputs_embeds") is not None:
         raise ValueError("inputs_embeds is not allowed while tokens are reduced; allowed: input_ids")
@@ -335,7 +287,7 @@ def _check_arguments(input_ids: Any, images: Sequence[Any], given: Mapping[str, 
             "cache_implementation='dynamic' and an attention_mask (batch, tokens)"
         )
     for name in ("output_attentions", "output_hidden_states"):
-        if given.get(name):
+        if given.get(name) or getattr(config, name, False):
             raise ValueError(
                 f"{name} = True is not allowed while tokens are reduced: layers have different numbers of tokens"
             )
