@@ -1,6 +1,5 @@
 """LLaVA-NeXT with each tile's visual tokens reduced in the tower, or the image's in the decoder."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,16 +16,12 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import BaseMultiModalProcessor, InputProcessingContext
 
 from ficoco_vllm.models.reduced_llava import ReducingLlava
-from ficoco_vllm.planning.tiles import Layout, Tile
-from ficoco_vllm.planning.tiling import Crop
+from ficoco_vllm.planning.tiles import Layout
 from ficoco_vllm.planning.tower import Budget
 from ficoco_vllm.processing import FicocoNextProcessingInfo, FicocoNextProcessor, reducible
 from ficoco_vllm.request_fields import KEEP, METHOD, TRACE
 from ficoco_vllm.vision.packing import Kept, pack
-from ficoco_vllm.vision.tower import cropped
-
-# Tiles of equal budget and crop, which run together: index of the image, index of the tile in its layout, tile.
-_Jobs = list[tuple[int, int, Tile]]
+from ficoco_vllm.vision.tiles import keep_tiles
 
 
 def _build_info(ctx: InputProcessingContext) -> LlavaNextProcessingInfo:
@@ -93,56 +88,18 @@ class FicocoLlavaNext(ReducingLlava, LlavaNextForConditionalGeneration):
     def _keep(
         self, pixels: Any, layouts: Sequence[Layout], budgets: Sequence[Budget]
     ) -> dict[int, list[Kept]]:
-        """Run all tiles of the images that are reduced.
-
-        Args:
-            pixels: (n, tiles, 3, height, width), or as many tensors, of different numbers of tiles.
-            layouts: of the images.
-            budgets: of the images.
-
-        Returns:
-            Image to the kept tokens of each tile of its layout.
-        """
-        groups: dict[tuple[str | None, int, Crop], _Jobs] = defaultdict(list)
-        for image, (layout, budget) in enumerate(zip(layouts, budgets, strict=True)):
-            for number, tile in enumerate(layout.tiles if layout.reduces else ()):
-                groups[budget.method, tile.keep, tile.place.crop].append((image, number, tile))
-        kept: dict[tuple[int, int], Kept] = {}
-        for (method, count, _), jobs in groups.items():
-            for start in range(0, len(jobs), self.max_images):
-                chunk = jobs[start : start + self.max_images]
-                batch = torch.stack([pixels[image][tile.place.number] for image, _, tile in chunk])
-                tokens, position = self._run(batch, Budget(method, count), chunk[0][2])
-                for (image, number, _), *one in zip(chunk, tokens, position, strict=True):
-                    kept[image, number] = Kept(*one)
-        return {
-            image: [kept[image, number] for number in range(len(layout.tiles))]
-            for image, layout in enumerate(layouts)
-            if layout.reduces
-        }
-
-    def _run(self, pixels: Tensor, budget: Budget, tile: Tile) -> tuple[Tensor, Tensor]:
-        """Run tiles of one budget and one crop.
-
-        Args:
-            pixels: (B, 3, height, width).
-            budget: of the tile.
-            tile: one of them.
-
-        Returns:
-            Projected tokens (B, keep, hidden size of the language model) and their positions (B, keep) in the crop.
-        """
+        """Run all tiles of the images that are reduced; see `keep_tiles`."""
         assert self.planner is not None
-        crop, grid = tile.place.crop, self.planner.shape.grid
-        plan = self.planner.tile_plan(budget, tile)
-        if plan is None:
-            features = cropped(self._image_pixels_to_features(self.vision_tower, pixels), grid, crop)
-            position = torch.arange(crop.num_patches, device=features.device).expand(len(pixels), -1)
-        else:
-            padded = (crop.rows, crop.columns) != grid
-            tokens = self._encode(pixels, plan, crop=crop if padded else None)
-            features, position = tokens.hidden[:, 1:], tokens.position
-        return self.multi_modal_projector(features), position
+        return keep_tiles(
+            pixels,
+            layouts,
+            budgets,
+            self.planner,
+            most=self.max_images,
+            whole=lambda batch: self._image_pixels_to_features(self.vision_tower, batch),
+            encode=lambda batch, plan, crop: self._encode(batch, plan, crop=crop),
+            project=self.multi_modal_projector,
+        )
 
 
 def _take(values: Any, index: list[int]) -> Any:

@@ -19,6 +19,7 @@ from ficoco_vllm.planning.tiling import Crop
 from ficoco_vllm.planning.tower import VisionPlan, VisionPlanner
 from ficoco_vllm.tracing.store import Traces
 from ficoco_vllm.vision.tower import Tokens, encode
+from ficoco_vllm.vision.vllm_tower import VllmTower
 
 
 class ReducingLlava(nn.Module):
@@ -113,7 +114,7 @@ class ReducingLlava(nn.Module):
         stopwatch = self.stopwatch if self._has_kv_cache() else None
         lap = None if stopwatch is None else stopwatch.lap(plan.reducer.method.name, pixels.device)
         observers = partial(self.traces.observer, traced=traced) if traced else None
-        tower, grid = self.vision_tower.vision_model, self.planner.shape.grid
+        tower, grid = VllmTower(self.vision_tower.vision_model), self.planner.shape.grid
         tokens = encode(tower, pixels, plan, grid, lap, observers, crop)
         if stopwatch is not None and lap is not None:
             stopwatch.hand_in(lap)

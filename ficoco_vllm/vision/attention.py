@@ -42,7 +42,7 @@ def attention_with_lse(
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, False, attn_mask=mask, scale=scale
         )
-        return output, lse
+        return output, lse.float()  # of float64 it returns float64
     B, H, N, _ = query.shape
     params = SDPAParams(query, key, value, mask, 0.0, False, False)
     if can_use_flash_attention(params):

@@ -1,23 +1,60 @@
-"""vLLM's CLIP tower, run with fewer tokens from layer to layer. Its modules and weights remain vLLM's."""
+"""A CLIP tower run with fewer tokens from layer to layer, on the modules and weights of vLLM or transformers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from vllm.distributed import tensor_model_parallel_all_reduce
-from vllm.model_executor.models.clip import CLIPAttention, CLIPEncoderLayer, CLIPVisionTransformer
 
 from ficoco_vllm.metrics.stopwatch import Lap
 from ficoco_vllm.planning.tiling import Crop
 from ficoco_vllm.planning.tower import VisionPlan
 from ficoco_vllm.reduction import Observer, Signals
 from ficoco_vllm.vision.attention import ClipHeads, attention_with_lse
-from ficoco_vllm.vision.cpu_layer import plain_layer
 
 # Returns the observer of the reduction at a site and a layer index, or None.
 Observers = Callable[[str, int], Observer | None]
+
+
+class EncoderLayer(Protocol):
+    """One layer of a tower, in the parts between which tokens are reduced."""
+
+    @property
+    def scale(self) -> float:
+        """Factor of the attention's logits."""
+
+    @property
+    def num_heads(self) -> int:
+        """Attention heads of the whole model."""
+
+    @property
+    def all_reduce(self) -> Callable[[Tensor], Tensor] | None:
+        """Sum over the ranks, under tensor parallelism; else None."""
+
+    def whole(self, hidden: Tensor) -> Tensor:
+        """The layer without a reduction, (B, N, D) to (B, N, D)."""
+
+    def heads(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, (B, H, N, d) each, of the normalised input (B, N, D)."""
+
+    def project(self, mixed: Tensor) -> Tensor:
+        """Output of the attention, (B, N, D), from the heads' outputs side by side, (B, N, H * d)."""
+
+    def mlp(self, hidden: Tensor) -> Tensor:
+        """MLP of the normalised input, (B, N, D) to (B, N, D), without the residual."""
+
+
+class Tower(Protocol):
+    """A CLIP tower up to the layer that LLaVA reads."""
+
+    @property
+    def layers(self) -> Sequence[EncoderLayer]:
+        """The layers that run."""
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """Input of the first layer, [CLS] first: (B, 3, height, width) to (B, 1 + N, D)."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +73,7 @@ class Tokens:
 
 
 def encode(
-    tower: CLIPVisionTransformer,
+    tower: Tower,
     pixels: Tensor,
     plan: VisionPlan,
     grid: tuple[int, int],
@@ -47,7 +84,7 @@ def encode(
     """Features of images that all follow one plan.
 
     Args:
-        tower: vLLM's tower, built up to the layer that LLaVA reads.
+        tower: that runs.
         pixels: (B, 3, height, width).
         plan: which layer removes how many tokens, and how.
         grid: rows and columns of patches.
@@ -62,13 +99,13 @@ def encode(
 
     Source: arXiv:2411.17686, Alg. 1.
     """
-    hidden = tower.pre_layrnorm(tower.embeddings(pixels))
+    hidden = tower.embed(pixels)
     B, N = hidden.shape[0], hidden.shape[1] - 1
     position = torch.arange(N, device=hidden.device).expand(B, N)
     tokens = Tokens(hidden, hidden.new_ones((B, N), dtype=torch.float32), position)
-    last = len(tower.encoder.layers) - 1
+    last = len(tower.layers) - 1
     first = min((layer for layer, count in plan.removals.items() if count), default=last)
-    for index, layer in enumerate(tower.encoder.layers):
+    for index, layer in enumerate(tower.layers):
         if crop is not None and index == first:
             tokens, grid = _without_padding(tokens, grid, crop), (crop.rows, crop.columns)
             N = crop.num_patches
@@ -76,14 +113,14 @@ def encode(
         on_features = index == last and not plan.removals
         weighted = plan.proportional and tokens.size.shape[1] < N
         if not (num_removed or on_features or weighted):
-            tokens = replace(tokens, hidden=plain_layer(layer, tokens.hidden))
+            tokens = replace(tokens, hidden=layer.whole(tokens.hidden))
             continue
         tokens, attention = _attend(layer, tokens, weighted, plan)
         if num_removed:
             observer = observers and observers("encoder", index)
             with _timed(lap):
                 tokens = _reduce(tokens, attention, plan, num_removed, grid, observer)
-        tokens = replace(tokens, hidden=tokens.hidden + layer.mlp(layer.layer_norm2(tokens.hidden)))
+        tokens = replace(tokens, hidden=tokens.hidden + layer.mlp(tokens.hidden))
         if on_features and plan.keep < N:
             num_removed, observer = (
                 N - plan.keep + plan.reducer.num_extra,
@@ -125,27 +162,24 @@ def _timed(lap: Lap | None) -> AbstractContextManager[None]:
 
 
 def _attend(
-    layer: CLIPEncoderLayer, tokens: Tokens, weighted: bool, plan: VisionPlan
+    layer: EncoderLayer, tokens: Tokens, weighted: bool, plan: VisionPlan
 ) -> tuple[Tokens, ClipHeads]:
     """The first half of an encoder layer, and its queries and keys for measuring attention."""
-    module: CLIPAttention = layer.self_attn
-    qkv, _ = module.qkv_proj(layer.layer_norm1(tokens.hidden))
-    B, N, _ = qkv.shape
-    heads = qkv.view(B, N, 3, module.num_heads_per_partition, module.head_dim)
-    query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)
+    query, key, value = layer.heads(tokens.hidden)
+    B, _, N, _ = query.shape
     bias = None
     if weighted:  # [CLS] has size one
         bias = torch.cat([tokens.size.new_zeros((B, 1)), tokens.size.log()], dim=1).to(query.dtype)
-    output, lse = attention_with_lse(query, key, value, module.scale, bias)
-    projected, _ = module.out_proj(output.transpose(1, 2).reshape(B, N, -1))
+    output, lse = attention_with_lse(query, key, value, layer.scale, bias)
+    projected = layer.project(output.transpose(1, 2).reshape(B, N, -1))
     attention = ClipHeads(
         query,
         key,
         lse,
-        module.scale,
+        layer.scale,
         bias,
-        module.num_heads,
-        tensor_model_parallel_all_reduce if module.tp_size > 1 else None,
+        layer.num_heads,
+        layer.all_reduce,
         plan.reducer.signals,
         plan.logits,
         plan.backend,

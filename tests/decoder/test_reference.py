@@ -11,12 +11,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ficoco_vllm.hf import reduce_tokens
 from ficoco_vllm.tracing.chain import read_steps
 from tests.decoder.calls import Ask, ask, take_trace
 from tests.reference.algorithm2 import ReferenceDecoder, Shown
 from tests.reference.decoder_rules import RULES
 from tests.support.compare import NUM_TOKENS, TOLERANCE, assert_equal, demo_questions
 from tests.support.engine import PROMPT, TEXT_ONLY, TWO_IMAGES, Answer
+from tests.support.hugging_face import HfLlava
 from tests.support.oracle import Spy, assert_same_story
 from tests.support.remote import Host, Remote
 
@@ -119,6 +121,27 @@ def test_equals_reference(
     for one, answer, keep in zip(asks, engine.call(ask, asks), keeps, strict=True):
         shown = Shown(one.images[0], num_patches, left(method, num_patches, keep))
         check(reference, method, one, answer, [shown], trained)
+
+
+@pytest.mark.parametrize("method", list(LAYERS))
+def test_equals_hugging_face(
+    pair: tuple[Remote, ReferenceDecoder],
+    model: Path,
+    questions: list[tuple[str, Image.Image]],
+    method: str,
+    trained: bool,
+) -> None:
+    """Transformers with the same reduction, in one batch with a prompt of two images and one without."""
+    engine, _ = pair
+    prompts = [(text, [image]) for text, image in questions[:2]]
+    prompts += [(TWO_IMAGES, [image for _, image in questions[:2]]), (TEXT_ONLY, [])]
+    extra = {"ficoco_method": method, "ficoco_keep": 16}
+    asks = [Ask(text, images, NUM_TOKENS, extra if images else {}) for text, images in prompts]
+    hf = HfLlava(model)
+    with reduce_tokens(hf.model, method, 16):
+        answers = hf.ask(prompts, NUM_TOKENS)
+    for answer, (tokens, logprobs) in zip(engine.call(ask, asks), answers, strict=True):
+        assert_equal(answer.tokens, answer.logprobs, tokens, logprobs, trained)
 
 
 def test_segments_of_two_layers(host: Host, small_llava: Path, images: list[Image.Image]) -> None:

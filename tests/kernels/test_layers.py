@@ -18,6 +18,7 @@ from ficoco_vllm.planning.tower import Budget, VisionPlanner
 from ficoco_vllm.planning.tower_shape import TowerShape
 from ficoco_vllm.vision import attention
 from ficoco_vllm.vision.tower import encode
+from ficoco_vllm.vision.vllm_tower import VllmTower
 from tests.kernels.conftest import DEVICE, needs_triton
 
 # Rounding of sums in another order, carried through the layers; a choice that differs is off by about 1.
@@ -142,7 +143,7 @@ def test_tower(
                 {"method": method, "keep": 9, "backend": backend, **start, **settings}
             )
             planner = VisionPlanner.shared(config, shape)
-            result[backend] = encode(tower, pixels, planner.plan(Budget(method, 9)), (5, 5)).hidden
+            result[backend] = encode(VllmTower(tower), pixels, planner.plan(Budget(method, 9)), (5, 5)).hidden
             assert bool(launched) == (backend == "triton")
     looks = method != "tome" and settings.get("attention") != "logits"
     expected = ops | ({"softmax_stats"} if looks and not handed_out else set())

@@ -9,10 +9,12 @@ from PIL import Image
 from vllm import LLM
 from vllm.exceptions import VLLMValidationError
 
+from ficoco_vllm.hf import reduce_tokens
 from ficoco_vllm.reduction import available, get
 from ficoco_vllm.reduction.method import SITES
 from tests.reference.dense_tower import DenseLlava
 from tests.support.engine import PROMPT, Engines, ask, request
+from tests.support.hugging_face import HfLlava
 
 # float32 against float64, see test_reference.py
 TOLERANCE = 1e-4
@@ -37,13 +39,24 @@ def reference(random_llava: Path) -> DenseLlava:
     return DenseLlava(random_llava)
 
 
+@pytest.fixture(scope="module")
+def hugging_face(random_llava: Path) -> HfLlava:
+    return HfLlava(random_llava)
+
+
 @pytest.mark.parametrize("method", SERVED)
 def test_served_as_defined(
-    engine: LLM, reference: DenseLlava, images: list[Image.Image], method: str
+    engine: LLM, reference: DenseLlava, hugging_face: HfLlava, images: list[Image.Image], method: str
 ) -> None:
+    """As the oracle and transformers compute it."""
     reference.method, reference.settings = method, {}
     # In image 1 PruMerge+ meets two neighbours whose cosines differ by 1.6e-7, less than float32's keys are off by.
     image = images[3 if method == "prumerge-plus" else 1]
+    with reduce_tokens(hugging_face.model, method, 64):
+        ((tokens, logprobs),) = hugging_face.ask([(PROMPT, [image])], 3)
+    (answer,) = ask(engine, [request(PROMPT, [image], ficoco_method=method, ficoco_keep=64)], 3)
+    assert answer.tokens == tokens
+    torch.testing.assert_close(answer.logprobs, logprobs, atol=TOLERANCE, rtol=0)
     for keep in (192, 64):
         (answer,) = ask(engine, [request(PROMPT, [image], ficoco_method=method, ficoco_keep=keep)], 3)
         tokens, logprobs = reference.generate(PROMPT, [(image, keep)], 3)

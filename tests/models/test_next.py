@@ -9,6 +9,7 @@ from PIL import Image
 from vllm import LLM
 from vllm.exceptions import VLLMValidationError
 
+from ficoco_vllm.hf import reduce_tokens
 from tests.reference.tiles import TiledDense, TiledLlava
 from tests.support.compare import NUM_TOKENS, TOLERANCE, assert_equal
 from tests.support.engine import (
@@ -22,6 +23,7 @@ from tests.support.engine import (
     ask_all,
     request,
 )
+from tests.support.hugging_face import HfLlava
 from tests.support.pictures import noise
 from tests.support.subprocess_engine import answers
 
@@ -64,6 +66,19 @@ def test_two_images_equal_reference(engine: LLM, reference: TiledLlava, pictures
     (answer,) = ask(engine, [request(TWO_IMAGES, [pictures[0], pictures[2]])], NUM_TOKENS)
     tokens, logprobs = reference.generate(TWO_IMAGES, [(pictures[0], 16), (pictures[2], 16)], NUM_TOKENS)
     assert_equal(answer.tokens, answer.logprobs, tokens, logprobs, ends=False)
+
+
+@pytest.mark.parametrize("method", ["ficoco-v", "tome", "evit"])
+def test_equals_hugging_face(
+    engine: LLM, random_next: Path, pictures: list[Image.Image], method: str
+) -> None:
+    """Transformers with the same reduction, all sizes in one batch."""
+    hf = HfLlava(random_next)
+    with reduce_tokens(hf.model, method, 16):
+        answers = hf.ask([(PROMPT, [image]) for image in pictures], NUM_TOKENS)
+    requests = [request(PROMPT, [image], ficoco_method=method, ficoco_keep=16) for image in pictures]
+    for answer, (tokens, logprobs) in zip(ask(engine, requests, NUM_TOKENS), answers, strict=True):
+        assert_equal(answer.tokens, answer.logprobs, tokens, logprobs, ends=False)
 
 
 def test_batched_equals_alone(engine: LLM, pictures: list[Image.Image]) -> None:

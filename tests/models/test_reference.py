@@ -1,14 +1,18 @@
 """The served FiCoCo-V against Algorithm 1 written plainly on Hugging Face's model, in float64."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from PIL import Image
 
+from ficoco_vllm.hf import reduce_tokens
 from ficoco_vllm.tracing.chain import read_steps
 from tests.models.conftest import Pair
 from tests.reference import algorithm1
 from tests.support.compare import NUM_TOKENS, TOLERANCE, assert_equal, demo_questions
 from tests.support.engine import PROMPT, TEXT_ONLY, TWO_IMAGES, ask, request
+from tests.support.hugging_face import HfLlava
 from tests.support.oracle import Spy, assert_same_story
 
 BUDGETS = (576, 575, 192, 64, 9, 1)
@@ -93,6 +97,31 @@ def test_a_trace_matches_the_reference(
     # Shares are ratios of attention weights, which differ as the log-probabilities do.
     assert_same_story(read_steps(trace, 576), spy.mixes, 576, TOLERANCE)
     assert engine.collective_rpc("ficoco_take_trace", args=(11,)) == [[]]
+
+
+def test_equals_hugging_face(
+    pair: Pair, weights: str, questions: list[tuple[str, Image.Image]], random_llava: Path, demo_model: Path
+) -> None:
+    """Transformers with the same reduction, in one batch: same kept patches, same answers."""
+    engine, _ = pair
+    hf = HfLlava(demo_model if weights == "demo" else random_llava)
+    questions = questions[:3]
+    pictures = [image for _, image in questions[:2]]
+    requests = [
+        request(text, [image], ficoco_keep=64, ficoco_trace=21 + number)
+        for number, (text, image) in enumerate(questions)
+    ]
+    served = ask(
+        engine, [*requests, request(TWO_IMAGES, pictures, ficoco_keep=64), request(TEXT_ONLY)], NUM_TOKENS
+    )
+    with reduce_tokens(hf.model, "ficoco-v", 64) as reduction:
+        prompts = [*((text, [image]) for text, image in questions), (TWO_IMAGES, pictures), (TEXT_ONLY, [])]
+        answers = hf.ask(prompts, NUM_TOKENS)
+    for answer, (tokens, logprobs) in zip(served, answers, strict=True):
+        assert_equal(answer.tokens, answer.logprobs, tokens, logprobs, ends=weights == "demo")
+    for number, kept in enumerate(reduction.kept[: len(questions)]):
+        (trace,) = engine.collective_rpc("ficoco_take_trace", args=(21 + number,))
+        assert list(read_steps(trace, 576)[-1].kept) == kept.tolist()
 
 
 def test_the_check_can_fail(pair: Pair, questions: list[tuple[str, Image.Image]]) -> None:

@@ -1,0 +1,69 @@
+"""LLaVA-NeXT's tiles, run through the tower in batches of equal budget and crop."""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ficoco_vllm.planning.tiles import Layout, Tile
+from ficoco_vllm.planning.tiling import Crop
+from ficoco_vllm.planning.tower import Budget, VisionPlan, VisionPlanner
+from ficoco_vllm.vision.packing import Kept
+from ficoco_vllm.vision.tower import Tokens, cropped
+
+# Tiles of equal budget and crop, which run together: index of the image, index of the tile in its layout, tile.
+_Jobs = list[tuple[int, int, Tile]]
+
+
+def keep_tiles(
+    pixels: Any,
+    layouts: Sequence[Layout],
+    budgets: Sequence[Budget],
+    planner: VisionPlanner,
+    *,
+    most: int,
+    whole: Callable[[Tensor], Tensor],
+    encode: Callable[[Tensor, VisionPlan, Crop | None], Tokens],
+    project: Callable[[Tensor], Tensor],
+) -> dict[int, list[Kept]]:
+    """Run all tiles of the images that are reduced.
+
+    Args:
+        pixels: (n, tiles, 3, height, width), or as many tensors, of different numbers of tiles.
+        layouts: of the images.
+        budgets: of the images.
+        planner: of the model.
+        most: tiles that run in one batch.
+        whole: patch features of tiles that are not reduced, (B, 3, height, width) to (B, N, D).
+        encode: runs the tower by a plan; a crop is given where tiles have padding.
+        project: features to tokens of the language model.
+
+    Returns:
+        Image to the kept tokens of each tile of its layout; their positions count the patches of the tile's crop.
+    """
+    grid = planner.shape.grid
+    groups: dict[tuple[str | None, int, Crop], _Jobs] = defaultdict(list)
+    for image, (layout, budget) in enumerate(zip(layouts, budgets, strict=True)):
+        for number, tile in enumerate(layout.tiles if layout.reduces else ()):
+            groups[budget.method, tile.keep, tile.place.crop].append((image, number, tile))
+    kept: dict[tuple[int, int], Kept] = {}
+    for (method, count, crop), jobs in groups.items():
+        plan = planner.tile_plan(Budget(method, count), jobs[0][2])
+        for start in range(0, len(jobs), most):
+            chunk = jobs[start : start + most]
+            batch = torch.stack([pixels[image][tile.place.number] for image, _, tile in chunk])
+            if plan is None:
+                features = cropped(whole(batch), grid, crop)
+                position = torch.arange(crop.num_patches, device=features.device).expand(len(batch), -1)
+            else:
+                tokens = encode(batch, plan, crop if (crop.rows, crop.columns) != grid else None)
+                features, position = tokens.hidden[:, 1:], tokens.position
+            for (image, number, _), *one in zip(chunk, project(features), position, strict=True):
+                kept[image, number] = Kept(*one)
+    return {
+        image: [kept[image, number] for number in range(len(layout.tiles))]
+        for image, layout in enumerate(layouts)
+        if layout.reduces
+    }
