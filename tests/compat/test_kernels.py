@@ -20,10 +20,21 @@ pytestmark = [pytest.mark.interpreter, pytest.mark.compat]
 if os.environ.get("TRITON_INTERPRET") == "1":
     from vllm.triton_utils import tl
     from vllm.triton_utils.dispatcher import KernelOverride
+    from vllm.v1.worker.cpu import buffer_utils as cpu_buffer_utils
     from vllm.v1.worker.gpu import block_table, buffer_utils, input_batch, structured_outputs
     from vllm.v1.worker.gpu.metrics import logits as nans
-    from vllm.v1.worker.gpu.sample import bad_words, gumbel, logit_bias, logprob, min_p, output, penalties
-    from vllm.v1.worker.gpu.sample import prompt_logprob, thinking_budget, trace_replay
+    from vllm.v1.worker.gpu.sample import (
+        bad_words,
+        gumbel,
+        logit_bias,
+        logprob,
+        min_p,
+        output,
+        penalties,
+        prompt_logprob,
+        thinking_budget,
+        trace_replay,
+    )
 
     from ficoco_vllm.compat.kernels import KERNELS, blocks
 
@@ -33,8 +44,9 @@ MAX_LEN = 40
 
 @pytest.fixture(autouse=True)
 def without_barriers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As vLLM's CPU worker runs interpreted kernels; and masked values may overflow."""
+    """As vLLM's CPU worker runs interpreted kernels and keeps buffers; and masked values may overflow."""
     monkeypatch.setattr(tl, "debug_barrier", lambda: None)
+    monkeypatch.setattr(buffer_utils, "UvaBuffer", cpu_buffer_utils.UvaBuffer)
     before = np.seterr(over="ignore", invalid="ignore", divide="ignore")
     yield
     np.seterr(**before)
@@ -250,9 +262,15 @@ def apply_bad_words(step: Step, vocab: int) -> Call:
 
 def apply_thinking_budget(step: Step, vocab: int) -> Call:
     tokens, inputs = step.tokens % 3, step.ints(0, 3, step.rows)
-    unset = torch.full((step.num_states,), -1, dtype=torch.int32)
     markers = [step.ints(0, 3, int(step.rng.integers(1, 4))) for _ in range(3)]
-    return (lambda *args: thinking_budget.apply_thinking_budget(*args[:8], *cache(), *args[8:])), [
+
+    def launch(logits: Tensor, *args: Tensor) -> None:
+        """Without what the kernel caches: the functions search all tokens."""
+        cache = torch.full((2, step.num_states), -1, dtype=torch.int32)
+        scanned = torch.zeros(step.num_states, dtype=torch.int32)
+        thinking_budget.apply_thinking_budget(logits, *args[:7], cache[0], cache[1], scanned, *args[7:])
+
+    return launch, [
         step.logits(max(vocab, 3)),
         step.states,
         step.expanded,
@@ -262,7 +280,7 @@ def apply_thinking_budget(step: Step, vocab: int) -> Call:
         inputs,
         step.local_pos,
         *markers,
-    ] if (cache := lambda: (unset.clone(), unset.clone(), torch.zeros_like(unset))) else []
+    ]
 
 
 def apply_temperature(step: Step, vocab: int) -> Call:
@@ -275,8 +293,13 @@ def apply_min_p(step: Step, vocab: int) -> Call:
 
 
 def sample(
-    step: Step, vocab: int, dtype: torch.dtype = torch.float32, with_temperature: bool = False, fp64: bool = False
+    step: Step,
+    vocab: int,
+    dtype: torch.dtype = torch.float32,
+    with_temperature: bool = False,
+    fp64: bool = False,
 ) -> Call:
+    vocab = min(vocab, 1030)  # this kernel's blocks have 1024 tokens
     return gumbel.gumbel_sample, [
         step.logits(vocab).to(dtype),
         step.expanded,
@@ -340,12 +363,6 @@ def prompt_token_ids(step: Step, vocab: int) -> Call:
     return prompt_logprob.get_prompt_logprobs_token_ids, arguments
 
 
-def num_nans(step: Step, vocab: int) -> Call:
-    logits = step.logits(vocab)
-    logits[logits > 2] = torch.nan
-    return nans.get_num_nans, [logits]
-
-
 CASES: dict[str, Callable[[Step, int], Call]] = {
     "prepare_prefill_inputs": prepare_prefill_inputs,
     "prepare_pos_seq_lens": prepare_pos_seq_lens,
@@ -374,11 +391,14 @@ CASES: dict[str, Callable[[Step, int], Call]] = {
     "topk_scores": topk_scores,
     "topk_scores of named tokens": lambda step, vocab: topk_scores(step, vocab, num_custom=3),
     "prompt_logprobs_token_ids": prompt_token_ids,
-    "num_nans": num_nans,
 }
 # Vocabularies around the kernels' blocks of 32, 1024 and 8192 tokens.
 SIZES = [(1, 1, 0), (1, 33, 1), (3, 1000, 2), (17, 63, 2), (4, 1025, 1), (2, 8193, 2)]
-replaced: set[str] = set()
+# The interpreter cannot run these, which have tests of their own.
+NOT_INTERPRETED = {
+    f"{GPU}.structured_outputs._apply_grammar_bitmask_kernel",
+    f"{GPU}.metrics.logits._num_nans_kernel",
+}
 
 
 @pytest.mark.parametrize(("num_reqs", "vocab", "most_drafts"), SIZES)
@@ -387,28 +407,150 @@ def test_equals_the_kernel(
     monkeypatch: pytest.MonkeyPatch, case: str, num_reqs: int, vocab: int, most_drafts: int
 ) -> None:
     torch.manual_seed(0)
-    for seed in range(3):
+    for seed in range(2):
         launch, arguments = CASES[case](Step(num_reqs, seed, most_drafts), vocab)
         theirs, ours = copy.deepcopy(arguments), copy.deepcopy(arguments)
         expected = launch(*theirs)
         with monkeypatch.context() as patch:
-            for name, function in KERNELS.items():
-                module, _, attribute = name.rpartition(".")
-                owner = import_module(module)
-                patch.setattr(owner, attribute, Counted(name, getattr(owner, attribute), function))
+            replace_kernels(patch)
             result = launch(*ours)
         assert_same((expected, theirs), (result, ours))
 
 
-class Counted:
-    """A function in place of a kernel, as vLLM's dispatcher launches it; also notes that it was."""
+def test_every_kernel_has_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = replace_kernels(monkeypatch)
+    for case in CASES.values():
+        launch, arguments = case(Step(2, 0), 33)
+        launch(*arguments)
+    assert launched == KERNELS.keys() - NOT_INTERPRETED
 
-    def __init__(self, name: str, kernel: Any, function: Any) -> None:
-        self.name, self.override = name, KernelOverride(kernel, function)
 
-    def __getitem__(self, grid: Any) -> Any:
-        replaced.add(self.name)
-        return self.override[grid]
+def replace_kernels(patch: pytest.MonkeyPatch) -> set[str]:
+    """Put our functions in the place of the kernels, as vLLM's dispatcher does.
+
+    Returns:
+        Full names of the kernels that have been launched since.
+    """
+    launched: set[str] = set()
+
+    class Noting(KernelOverride):
+        def __getitem__(self, grid: Any) -> Any:
+            launched.add(self.full_name)
+            return super().__getitem__(grid)
+
+    for name, function in KERNELS.items():
+        module, _, attribute = name.rpartition(".")
+        override = Noting(getattr(import_module(module), attribute), function)
+        override.full_name = name
+        patch.setattr(import_module(module), attribute, override)
+    return launched
+
+
+@pytest.mark.parametrize("vocab", [31, 32, 1000, 8193])
+def test_grammar(vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against xgrammar's own operator for the CPU; a row beyond a request's own is left alone."""
+    import xgrammar
+
+    replace_kernels(monkeypatch)
+    step = Step(5, seed=vocab)
+    logits = step.floats(step.rows, vocab)
+    masks = step.ints(-(2**31), 2**31, step.num_reqs, -(-vocab // 32))
+    places = step.rng.integers(0, 3, step.num_reqs)
+    indices = torch.from_numpy(np.arange(step.num_reqs) * 3 + places).int()
+    expected = logits.clone()
+    for request, place in enumerate(places):
+        row = int(step.cu_num_logits[request]) + place
+        if place <= step.drafts[request]:
+            xgrammar.apply_token_bitmask_inplace(expected[row : row + 1], masks[request : request + 1])
+    structured_outputs._apply_grammar_bitmask_kernel[(step.num_reqs, 1)](
+        logits,
+        vocab,
+        indices,
+        step.cu_num_logits,
+        masks,
+        masks.stride(0),
+        vocab,
+        MASK_STRIDE=3,
+        BLOCK_SIZE=8192,
+    )
+    assert torch.equal(logits, expected)
+
+
+def test_numbers_of_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_kernels(monkeypatch)
+    logits = torch.tensor([[0.0, torch.nan, torch.inf], [torch.nan, torch.nan, -torch.inf], [1.0, 2.0, 3.0]])
+    assert nans.get_num_nans(logits).tolist() == [1, 2, 0]
+
+
+METHODS = {
+    "StagedWriteTensor": ("apply_write",),
+    "FusedStagedWriter": ("apply",),
+    "BlockTables": ("gather_block_tables", "compute_slot_mappings"),
+}
+
+
+@pytest.mark.parametrize("block_sizes", [[16], [32, 16, 1]])
+@pytest.mark.parametrize("seed", range(3))
+def test_block_tables(monkeypatch: pytest.MonkeyPatch, block_sizes: list[int], seed: int) -> None:
+    """Against vLLM's methods, which launch kernels."""
+    expected = tables_of(block_sizes, seed)
+    for owner, names in METHODS.items():
+        for name in names:
+            patched = getattr(block_table, owner, None) or getattr(buffer_utils, owner)
+            monkeypatch.setattr(patched, name, getattr(blocks, name))
+    assert_same(expected, tables_of(block_sizes, seed))
+
+
+def tables_of(block_sizes: list[int], seed: int) -> list[Any]:
+    """Block tables and slots of a step after blocks have been appended and overwritten."""
+    step = Step(4, seed)
+    enabled = [index != 1 for index in range(len(block_sizes))]
+    tables = block_table.BlockTables(
+        block_sizes,
+        step.num_states,
+        200,
+        [MAX_LEN] * len(block_sizes),
+        torch.device("cpu"),
+        slot_mapping_enabled=enabled,
+    )
+    for overwrite, most in ((True, 20), (False, 20), (True, MAX_LEN)):
+        for state in range(step.num_states):
+            ids = [
+                step.ints(0, 99, int(step.rng.integers(MAX_LEN - 20 if most > 20 else 0, most))).tolist()
+                for _ in block_sizes
+            ]
+            if overwrite or state % 2:
+                tables.append_block_ids(state, tuple(ids), overwrite)
+        tables.apply_staged_writes()
+        tables.apply_staged_writes()  # nothing is left
+    for table in tables.input_block_tables:
+        table.fill_(-5)
+    gathered = tables.gather_block_tables(step.states, step.num_reqs + 2)
+    held = tables.num_blocks.np[:, step.states]
+    rows = [
+        [table[row, : held[group, row]] for row in range(step.num_reqs)] + [table[step.num_reqs :]]
+        for group, table in enumerate(gathered)
+    ]
+    states = torch.where(step.ints(0, 4, step.num_reqs) == 0, -1, step.states)
+    positions = step.ints(0, 19, step.num_tokens, dtype=np.int64)
+    slots = tables.compute_slot_mappings(states, step.starts, positions, step.num_tokens + 3)
+    # A tensor of numbers, one of floats, and rows that are written from within.
+    written = buffer_utils.StagedWriteTensor((5, 7), torch.float32, torch.device("cpu"))
+    written.stage_write(3, 2, [1.5, 2.5])
+    written.stage_write(0, 0, [])
+    written.stage_write(4, 6, [3.5])
+    written.apply_write()
+    lengths = buffer_utils.StagedWriteTensor(5, torch.int32, torch.device("cpu"))
+    lengths.stage_write_elem(4, 9)
+    lengths.apply_write()
+    return [
+        rows,
+        slots.clone(),
+        tables.slot_mappings,
+        [table.gpu for table in tables.block_tables],
+        written.gpu,
+        lengths.gpu,
+    ]
 
 
 def assert_same(expected: Any, result: Any) -> None:

@@ -17,6 +17,7 @@ from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.demo_model import examples
 from ficoco_vllm.planning.decoder import DecoderPlanner
 from ficoco_vllm.server.explain.schema import Explanation
+from tests.support import sampling_options
 from tests.support.server import DTYPE, VALUE_BYTES, Server, data_url, message, serve
 
 pytestmark = [pytest.mark.compat, pytest.mark.server]
@@ -94,6 +95,23 @@ def test_refusals(
     assert all(part in body["message"] for part in parts)
     assert server.is_healthy()
     assert complete(server, images[:1]).usage.completion_tokens == 3
+
+
+@pytest.mark.parametrize("route", ["chat/completions", "completions"])
+def test_no_option_ends_the_engine(server: Server, images: list[Image.Image], route: str) -> None:
+    """Each is answered, or refused with 400 and a reason."""
+    body: dict[str, Any] = {"model": "small", "prompt": "what is this?"}
+    own = sampling_options.COMPLETION
+    if route == "chat/completions":
+        body = {"model": "small", "messages": [message("what is this?", [data_url(images[0])])]}
+        own = sampling_options.CHAT
+    outcomes = sampling_options.sweep(f"{server.url}/v1/{route}", body, own)
+    assert {fields: outcome for fields, outcome in outcomes.items() if outcome[0] not in (200, 400)} == {}
+    assert server.is_healthy()
+    answered = [fields for fields, (status, _) in outcomes.items() if status == 200]
+    assert len(answered) > len(outcomes) / 2
+    refusals = [json.loads(text)["error"]["message"] for status, text in outcomes.values() if status == 400]
+    assert all(refusals)
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,9 @@ def combine_sampled_and_draft_tokens(
     num_logits = np.diff(first_logit)
     ends = query_start_loc_ptr.numpy()[1 : len(states) + 1]
     indices = np.arange(first_logit[0], first_logit[-1])
-    logits_indices_ptr.numpy()[indices] = indices + np.repeat(ends - num_logits - first_logit[:-1], num_logits)
+    logits_indices_ptr.numpy()[indices] = indices + np.repeat(
+        ends - num_logits - first_logit[:-1], num_logits
+    )
     lengths, prefilled = seq_lens_ptr.numpy()[: len(states)], prefill_len_ptr.numpy()[states]
     answers = lengths > prefilled
     if NUM_NEW_SAMPLED_TOKENS:
@@ -172,4 +174,6 @@ def expand_idx_mapping(
     num_logits = np.diff(starts)
     rows = slice(int(starts[0]), int(starts[-1]))
     expanded_idx_mapping_ptr.numpy()[rows] = np.repeat(states, num_logits)
-    expanded_local_pos_ptr.numpy()[rows] = np.arange(rows.start, rows.stop) - np.repeat(starts[:-1], num_logits)
+    expanded_local_pos_ptr.numpy()[rows] = np.arange(rows.start, rows.stop) - np.repeat(
+        starts[:-1], num_logits
+    )

@@ -4,6 +4,7 @@
 the vocabulary has no logit and is passed over.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -45,9 +46,7 @@ def unpack(packed: Tensor, num_bits: int) -> Tensor:
     return torch.from_numpy(np.unpackbits(words, axis=1, count=num_bits, bitorder="little").view(np.bool_))
 
 
-def num_nans(
-    logits_ptr: Tensor, logits_stride: int, num_nans_ptr: Tensor, vocab_size: int, **_: Any
-) -> None:
+def num_nans(logits_ptr: Tensor, logits_stride: int, num_nans_ptr: Tensor, vocab_size: int, **_: Any) -> None:
     """Count the NaN of each row."""
     num_nans_ptr.copy_(logits_ptr.isnan().sum(dim=1))
 
@@ -189,9 +188,10 @@ def bad_words(
         answer += inputs[row - places[row] + 1 : row + 1]
         offsets = bad_word_offsets_ptr[state, : count + 1].tolist()
         words = bad_word_token_ids_ptr[state, : offsets[-1]].tolist()
-        for start, end in zip(offsets[:-1], offsets[1:], strict=True):
+        for start, end in pairwise(offsets):
             *prefix, last = words[start:end]
-            if len(prefix) <= len(answer) and prefix == answer[len(answer) - len(prefix) :]:
+            ends = len(prefix) <= len(answer) and prefix == answer[len(answer) - len(prefix) :]
+            if ends and last < logits_ptr.shape[1]:
                 logits_ptr[row, last] = -torch.inf
 
 

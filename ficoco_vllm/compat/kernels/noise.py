@@ -45,7 +45,7 @@ def gumbel_sample(
 
     The kernel leaves the choice between blocks of the vocabulary to its caller; here the first block holds the result.
     """
-    assert logits_cache_ptr is None and not IS_DRAFTING, "only draft models cache logits"
+    assert logits_cache_ptr is None, "only draft models cache logits"
     states = expanded_idx_mapping_ptr.tolist()
     temperatures = temp_ptr[expanded_idx_mapping_ptr].tolist()
     chosen = logits_ptr.argmax(dim=1)
@@ -76,10 +76,12 @@ def gumbel_noise(seed: int, position: int, vocab_size: int, double: bool = False
         high = _hash(seed, position, vocab_size, domain=_SECOND_STREAM).astype(np.uint64)
         uniform64 = ((high << 32 | low) >> 11).astype(np.float64) + 0.5
         uniform64 *= 2.0**-53
-        return -np.log(-np.log(np.minimum(uniform64, 1 - 2.0**-53)))
+        noise64: npt.NDArray[np.float64] = -np.log(-np.log(np.minimum(uniform64, 1 - 2.0**-53)))
+        return noise64
     upper, lower = (low >> 16).astype(np.float32), (low & 0xFFFF).astype(np.float32)
     uniform = upper * np.float32(2.0**-16) + (lower + np.float32(0.5)) * np.float32(2.0**-32)
-    return -np.log(-_log1p_neg(uniform))
+    noise: npt.NDArray[np.float32] = -np.log(-_log1p_neg(uniform))
+    return noise
 
 
 def _log1p_neg(value: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -97,22 +99,26 @@ def _hash(seed: int, position: int, vocab_size: int, domain: int = 0) -> Words:
     for word in (seed & _WORD, seed >> 32 & _WORD, position & _WORD):
         mixed = prefix ^ _rotate(word * 0xCC9E2D51 & _WORD, 15) * 0x1B873593 & _WORD
         prefix = _rotate(mixed, 13) * 5 + 0xE6546B64 & _WORD
-    value = _token_keys(vocab_size) ^ np.uint32(prefix)
-    value = (value << 13 | value >> 19) * np.uint32(5) + np.uint32(0xE6546B64)
+    value = _rotated(_token_keys(vocab_size) ^ np.uint32(prefix), 13) * np.uint32(5) + np.uint32(0xE6546B64)
     value ^= np.uint32(16)
-    value ^= value >> 16
+    value ^= value >> np.uint32(16)
     value *= np.uint32(0x85EBCA6B)
-    value ^= value >> 13
+    value ^= value >> np.uint32(13)
     value *= np.uint32(0xC2B2AE35)
-    return value ^ value >> 16
+    value ^= value >> np.uint32(16)
+    return value
 
 
 def _rotate(word: int, by: int) -> int:
     return (word << by | word >> 32 - by) & _WORD
 
 
+def _rotated(words: Words, by: int) -> Words:
+    return words << np.uint32(by) | words >> np.uint32(32 - by)
+
+
 @lru_cache
 def _token_keys(vocab_size: int) -> Words:
     """The tokens' part of the hash, which no request changes."""
     keys = np.arange(vocab_size, dtype=np.uint32) * np.uint32(0xCC9E2D51)
-    return (keys << 15 | keys >> 17) * np.uint32(0x1B873593)
+    return _rotated(keys, 15) * np.uint32(0x1B873593)

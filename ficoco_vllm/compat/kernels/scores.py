@@ -48,7 +48,7 @@ def fill_logprob_token_ids(
     NUM_TOPK: int,
     **_: Any,
 ) -> None:
-    """The tokens of each row that are reported: the sampled one, then those that the request names, or the likeliest."""
+    """Write the tokens that are reported: the sampled one, then those that the request names, or the likeliest."""
     out_token_ids_ptr[:, 0] = sampled_token_ids_ptr
     out_valid_mask_ptr[:, 0] = True
     for row, state in enumerate(expanded_idx_mapping_ptr.tolist()):

@@ -19,6 +19,8 @@ def update_cache(
     cached_last_start_ptr: Tensor,
     cached_last_end_ptr: Tensor,
     cached_scan_pos_ptr: Tensor,
+    reasoning_start_token_ids_ptr: Tensor,
+    natural_reasoning_end_token_ids_ptr: Tensor,
     **_: Any,
 ) -> None:
     """Cache nothing: `thinking_budget` searches all tokens, which takes numpy some microseconds."""
@@ -64,5 +66,7 @@ def _last(tokens: npt.NDArray[np.integer[Any]], marker: npt.NDArray[np.integer[A
     """Place where a marker begins for the last time, or -1."""
     if len(tokens) < len(marker):
         return -1
-    places = np.flatnonzero((np.lib.stride_tricks.sliding_window_view(tokens, len(marker)) == marker).all(axis=1))
+    places = np.flatnonzero(
+        (np.lib.stride_tricks.sliding_window_view(tokens, len(marker)) == marker).all(axis=1)
+    )
     return int(places[-1]) if len(places) else -1
