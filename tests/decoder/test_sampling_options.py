@@ -1,7 +1,6 @@
 """Sampling options of vLLM: each is judged, and answers equal stock's model runner V1."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from PIL import Image
 from vllm import LLM, SamplingParams
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-from vllm.sampling_params import StructuredOutputsParams
+from vllm.sampling_params import RepetitionDetectionParams, StructuredOutputsParams
 
 from ficoco_vllm.compat.kernels.noise import gumbel_noise
 from tests.support import sampling_options as options
@@ -88,7 +87,11 @@ def answer(engine: LLM, prompt: str, images: list[Image.Image], extra: dict[str,
 
 def parameters(fields: dict[str, Any], extra: dict[str, Any] | None) -> SamplingParams:
     """Greedy with eight tokens where `fields` do not say otherwise."""
-    made = {"temperature": 0.0, "max_tokens": 8, "extra_args": extra, **fields}
+    made: dict[str, Any] = {"temperature": 0.0, "max_tokens": 8, "extra_args": extra, **fields}
+    if "repetition_detection" in made:
+        made["repetition_detection"] = RepetitionDetectionParams(**made["repetition_detection"])
+    if "logit_bias" in made:
+        made["logit_bias"] = {int(token): value for token, value in made["logit_bias"].items()}
     structured = dict(made.pop("structured_outputs", {}))
     backend = structured.pop("backend", None)
     if structured:
@@ -175,7 +178,46 @@ def test_noise_is_gumbel_s(double: bool) -> None:
         assert abs(np.corrcoef(one.reshape(-1), other.reshape(-1))[0, 1]) < 0.01
 
 
-def test_values_are_valid_json() -> None:
-    """As they go over HTTP."""
-    for own in (options.CHAT, options.COMPLETION):
-        assert all(json.dumps(body, allow_nan=False) for body in options.bodies(own))
+# Fields that only the Python interface has, and values that only it lets through.
+OFFLINE: list[dict[str, Any]] = [
+    {"prompt_logprob_token_ids": [[1, 2], [3, 4]]},
+    {"prompt_logprob_token_ids": [[1, 2], [3, 4]], "prompt_logprob_start": 1},
+    {"prompt_logprob_token_ids": [[10**9]]},
+    {"prompt_logprob_start": 1},
+    {"flat_logprobs": True, "logprobs": 2},
+    {"detokenize": False},
+    {"skip_reading_prefix_cache": True},
+    {"trace_decode_token_ids": [5, 6, 7]},
+    {"extra_args": {"own": {"deep": [None, "x"]}}},
+    {"seed": 2**70},
+    {"max_tokens": None, "min_tokens": 2**40},
+    {"logit_bias": {3: float("nan")}},
+    {"frequency_penalty": float("nan")},
+    {"temperature": float("inf")},
+]
+
+
+def test_no_two_options_end_the_engine(small_engine: Remote) -> None:
+    """All pairs, and what HTTP does not let through, in the process of the engine, which would raise its error."""
+    asked = options.pairs() + OFFLINE
+    refused = small_engine.call(send, asked)
+    assert len(refused) < len(asked) / 2
+    assert all(refused.values())
+
+
+def send(engine: LLM, asked: list[dict[str, Any]]) -> dict[str, str]:
+    """Send requests together and wait for the answers.
+
+    Returns:
+        Those that the front end refuses, with its message.
+    """
+    refused = {}
+    for fields in asked:
+        try:
+            engine.enqueue(
+                [request(TEXT_ONLY)], [parameters({"max_tokens": 3} | fields, None)], use_tqdm=False
+            )
+        except ValueError as error:
+            refused[str(fields)] = str(error)
+    engine.wait_for_completion(use_tqdm=False)
+    return refused

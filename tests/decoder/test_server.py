@@ -17,7 +17,7 @@ from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.demo_model import examples
 from ficoco_vllm.planning.decoder import DecoderPlanner
 from ficoco_vllm.server.explain.schema import Explanation
-from tests.support import sampling_options
+from tests.support.sampling_options import check_sweep
 from tests.support.server import DTYPE, VALUE_BYTES, Server, data_url, message, serve
 
 pytestmark = [pytest.mark.compat, pytest.mark.server]
@@ -35,6 +35,10 @@ def server(small_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     arguments += ["--ficoco-explain", "--ficoco-min-keep", "4"]
     more = ["--enforce-eager", "--max-model-len", "1024", "--kv-cache-memory-bytes", str(2**26)]
     more += ["--api-server-count", "2", "--dtype", DTYPE]
+    more += [
+        "--override-generation-config",
+        json.dumps({"top_p": 0.9}),
+    ]  # as a model's own generation_config.json
     more += [
         "--ficoco-elastic",
         json.dumps({"floor": 15, "ceiling": 16, "target_kv_usage": 1, "target_queue": 99}),
@@ -99,19 +103,7 @@ def test_refusals(
 
 @pytest.mark.parametrize("route", ["chat/completions", "completions"])
 def test_no_option_ends_the_engine(server: Server, images: list[Image.Image], route: str) -> None:
-    """Each is answered, or refused with 400 and a reason."""
-    body: dict[str, Any] = {"model": "small", "prompt": "what is this?"}
-    own = sampling_options.COMPLETION
-    if route == "chat/completions":
-        body = {"model": "small", "messages": [message("what is this?", [data_url(images[0])])]}
-        own = sampling_options.CHAT
-    outcomes = sampling_options.sweep(f"{server.url}/v1/{route}", body, own)
-    assert {fields: outcome for fields, outcome in outcomes.items() if outcome[0] not in (200, 400)} == {}
-    assert server.is_healthy()
-    answered = [fields for fields, (status, _) in outcomes.items() if status == 200]
-    assert len(answered) > len(outcomes) / 2
-    refusals = [json.loads(text)["error"]["message"] for status, text in outcomes.values() if status == 400]
-    assert all(refusals)
+    check_sweep(server, "small", route, images[0])
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ from typing import Any
 
 import httpx
 
+from tests.support.server import API_KEY, Server, data_url, message
+
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
 TAG = {"type": "tag", "begin": "<a>", "content": {"type": "any_text"}, "end": "</a>"}
 STRUCTURAL_TAG = json.dumps({"type": "structural_tag", "format": TAG})
@@ -108,35 +110,40 @@ NOT_IN_REQUESTS = {
 }
 
 
-def bodies(own: dict[str, list[Any]]) -> list[dict[str, Any]]:
-    """Each value alone, sampled at random and greedily, and the first values of each two fields together."""
-    values = SAMPLING | own
-    alone = [
-        {"temperature": heat, name: value} for name in values for value in values[name] for heat in (0, 1)
+def pairs() -> list[dict[str, Any]]:
+    """The first values of each two fields of SamplingParams together."""
+    return [
+        {"temperature": 0.9, one: SAMPLING[one][0], other: SAMPLING[other][0]}
+        for one, other in combinations(SAMPLING, 2)
     ]
-    pairs = [
-        {"temperature": 0.9, one: values[one][0], other: values[other][0]}
-        for one, other in combinations(values, 2)
-    ]
-    return alone + pairs
 
 
-def sweep(url: str, body: dict[str, Any], own: dict[str, list[Any]]) -> dict[str, tuple[int, str]]:
-    """Send each of `bodies`.
+def check_sweep(server: Server, model: str, route: str, image: Any) -> None:
+    """Send every value to a route, sampled at random; each is answered, or refused with 400 and a reason.
 
     Args:
-        url: of the route.
-        body: what every request has.
-        own: fields of the route; CHAT or COMPLETION.
-
-    Returns:
-        Fields of each request, as JSON, to the status and text of its answer.
+        server: whose engine lives on.
+        model: its name.
+        route: "chat/completions" or "completions".
+        image: of the chats.
     """
-    with httpx.Client(timeout=300) as client, ThreadPoolExecutor(16) as pool:
+    body: dict[str, Any] = {"model": model, "max_tokens": 3}
+    if route == "completions":
+        body["prompt"], own = "what is this?", COMPLETION
+    else:
+        body["messages"], own = [message("what is this?", [data_url(image)])], CHAT
+    headers = {"Authorization": f"Bearer {API_KEY}"}
+    with httpx.Client(timeout=300, headers=headers) as client, ThreadPoolExecutor(16) as pool:
 
         def send(fields: dict[str, Any]) -> tuple[int, str]:
-            answer = client.post(url, json={"max_tokens": 3, **body, **fields})
+            answer = client.post(f"{server.url}/v1/{route}", json={**body, **fields})
             return answer.status_code, answer.text
 
-        asked = bodies(own)
-        return dict(zip(map(json.dumps, asked), pool.map(send, asked), strict=True))
+        values = SAMPLING | own
+        asked = [{"temperature": 1, name: value} for name in values for value in values[name]]
+        outcomes = dict(zip(map(json.dumps, asked), pool.map(send, asked), strict=True))
+    assert {fields: outcome for fields, outcome in outcomes.items() if outcome[0] not in (200, 400)} == {}
+    assert server.is_healthy()
+    refusals = [json.loads(text)["error"]["message"] for status, text in outcomes.values() if status == 400]
+    assert all(refusals)
+    assert len(refusals) < len(outcomes) / 2
