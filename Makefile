@@ -146,7 +146,7 @@ bench-load: $(DEV)  ## load stock and reducing servers equally, in turns, at LLa
 
 bench-cpu-mode: $(DEV)  ## time the decoder's methods without a GPU: one client; stock, tower and decoder in turns
 	@$(BIN)/ficoco-vllm bench load --servers stock ficoco-v:64 ficoco-l:576 --concurrency 1 --requests 16 \
-	    --rounds 2 --out build/cpu-mode $(ARGS)
+	    --rounds 2 --bar-token 3 --out build/cpu-mode $(ARGS)
 
 dist: $(DEV)  ## build sdist, wheel (from the sdist) and checksums into dist/
 	@rm -rf dist
