@@ -90,8 +90,8 @@ format: $(DEV)  ## let ruff rewrite the code
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-test-kernels: $(DEV)  ## run every fused op against its reference in Triton's interpreter
-	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m interpreter tests/kernels $(ARGS)
+test-kernels: $(DEV)  ## run every fused op, and what replaces kernels of vLLM, against its reference in Triton's interpreter
+	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m interpreter tests/kernels tests/compat $(ARGS)
 
 kernels-aot: $(DEV)  ## compile the kernels ahead of time for several GPUs and check registers, spills and shared memory
 	@OMP_NUM_THREADS=1 $(BIN)/python -m ficoco_vllm.benchmarks.kernels.aot --json build/kernels-aot.json $(ARGS)
@@ -150,7 +150,7 @@ bench-load: $(DEV)  ## load stock and reducing servers equally, in turns, at LLa
 
 bench-cpu-mode: $(DEV)  ## time the decoder's methods without a GPU: one client; stock, tower and decoder in turns
 	@$(BIN)/ficoco-vllm bench load --servers stock ficoco-v:64 ficoco-l:576 --concurrency 1 --requests 16 \
-	    --rounds 2 --out build/cpu-mode $(ARGS)
+	    --rounds 2 --bar-token 3 --out build/cpu-mode $(ARGS)
 
 dist: $(DEV)  ## build sdist, wheel (from the sdist) and checksums into dist/
 	@rm -rf dist

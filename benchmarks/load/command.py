@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ficoco_vllm.benchmarks.harness.results import Bar, environment, report, write
+from ficoco_vllm.benchmarks.harness.results import Bar, at_most, environment, report, write
 from ficoco_vllm.benchmarks.load.checks import check
 from ficoco_vllm.benchmarks.load.run import Target, run_turn, run_turns
 from ficoco_vllm.benchmarks.load.settings import STOCK, Server, Traffic, Turn, make_points, make_turns
@@ -60,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--server-options", default="", help="more options of vLLM's server, as one argument, for all servers"
     )
     add("--bar", type=float, help="least throughput of each method over stock's, at the last point")
+    add("--bar-token", type=float, help="most time of a token of each method over stock's, at the last point")
     add("--remark", default="", help="stored with the figures, for example the other load of the machine")
     add("--out", type=Path, default=Path("build/load"), help="folder of the results (default: %(default)s)")
 
@@ -182,18 +183,20 @@ def _bars(
     points: Sequence[Traffic],
     rows: Sequence[Mapping[str, Any]],
 ) -> list[Bar]:
-    if args.bar is None or args.url is not None:
+    if args.url is not None:
         return []
     last = points[-1].name
-    return [
-        Bar(
-            f"load-throughput-{server.name}-over-stock",
-            ratio(rows, "request_throughput", server.name, STOCK, last),
-            args.bar,
-        )
-        for server in servers
-        if server.method is not None
-    ]
+    methods = [server.name for server in servers if server.method is not None]
+    bars = []
+    if args.bar is not None:
+        for name in methods:
+            throughput = ratio(rows, "request_throughput", name, STOCK, last)
+            bars.append(Bar(f"load-throughput-{name}-over-stock", throughput, args.bar))
+    if args.bar_token is not None:
+        for name in methods:
+            token = ratio(rows, "tpot_ms_p50", name, STOCK, last)
+            bars.append(at_most(f"load-token-{name}-over-stock", token, args.bar_token))
+    return bars
 
 
 def _command(args: argparse.Namespace) -> str:

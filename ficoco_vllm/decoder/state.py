@@ -10,11 +10,9 @@ from torch import Tensor
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
-from vllm.v1.worker.gpu.sample.sampler import Sampler
 
 from ficoco_vllm.decoder.boundary import boundary, num_rows
 from ficoco_vllm.decoder.decoder import ReducingStep
-from ficoco_vllm.decoder.sampler import GreedySampler
 from ficoco_vllm.decoder.startup import replays_prefills
 from ficoco_vllm.kv.admission import images_of
 from ficoco_vllm.planning.decoder import RequestPlan
@@ -43,12 +41,6 @@ class DecoderModelState(DefaultModelState):
         self.step: ReducingStep | None = None
         shape = (self.planner.segments.num_segments, self.max_num_reqs)
         self.seq_lens = torch.zeros(shape, dtype=torch.int32, device=self.device)
-
-    def custom_sampler(self, sampler: Any) -> tuple[Any, Any] | None:
-        """Greedy sampling without Triton's interpreter on a CPU; see vLLM's model state."""
-        if self.device.type != "cpu" or type(sampler) is not Sampler:
-            return None
-        return GreedySampler(sampler), None
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         """Plan a request; the scheduler computes the same plan."""

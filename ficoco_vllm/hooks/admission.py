@@ -14,6 +14,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.input_processor import InputProcessor
 
 from ficoco_vllm.hooks.processor_cache import hook_processor_cache, note_sent
+from ficoco_vllm.hooks.sampling_limits import check_limits
 from ficoco_vllm.hooks.wrapping import wrap
 from ficoco_vllm.kv.admission import check_bounds, check_request, check_search, fill_budget, images_of
 from ficoco_vllm.metrics.counting import RequestCounter
@@ -60,6 +61,8 @@ def _process_inputs(original: Any, self: Any, request_id: str, prompt: Any, *arg
         if state.bounds is not None:
             check_bounds(state.bounds, request)
         check_request(self.vllm_config, request)
+        if self.vllm_config.use_v2_model_runner and request.sampling_params is not None:
+            check_limits(request.sampling_params, len(request.prompt_token_ids or ()))
     note_sent(self.renderer.mm_processor_cache, prompt)
     params = request.sampling_params
     if state.counter is not None and params is not None:

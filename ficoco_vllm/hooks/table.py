@@ -5,6 +5,9 @@ nothing is patched that is not listed.
 """
 
 from dataclasses import dataclass
+from inspect import signature
+
+from ficoco_vllm.compat.kernels import KERNELS
 
 
 @dataclass(frozen=True)
@@ -194,5 +197,51 @@ HOOKS = (
         "",
         "adds the request field `ficoco` to `/openapi.json`",
         "tests/server/request_field/test_protocol.py::test_the_schema",
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.buffer_utils.StagedWriteTensor",
+        "apply_write",
+        "",
+        "writes tables of requests without a GPU",
+        "tests/compat/test_kernels.py::test_block_tables",
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.buffer_utils.FusedStagedWriter",
+        "apply",
+        "tensors output_ptrs output_strides",
+        "the same for block tables of several segments",
+        "tests/compat/test_kernels.py::test_block_tables",
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.block_table.BlockTables",
+        "gather_block_tables",
+        "idx_mapping num_reqs_padded out out_ptrs",
+        "collects block tables without a GPU",
+        "tests/compat/test_kernels.py::test_block_tables",
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.block_table.BlockTables",
+        "compute_slot_mappings",
+        "idx_mapping query_start_loc positions num_tokens_padded out",
+        "finds the slots of tokens without a GPU",
+        "tests/compat/test_kernels.py::test_block_tables",
+    ),
+    Hook(
+        "vllm.v1.sample.ops.topk_topp_sampler",
+        "HAS_TRITON",
+        "",
+        "lets vLLM take its torch versions of top-k and top-p without a GPU",
+        "tests/decoder/test_sampling_options.py::test_equals_stock",
+    ),
+    # Kernels are not patched but registered with vLLM's dispatcher. Our functions take the parameters of the kernel.
+    *(
+        Hook(
+            name.rpartition(".")[0],
+            name.rpartition(".")[2],
+            " ".join(list(signature(function).parameters)[:-1]),
+            "runs this Triton kernel without a GPU",
+            "tests/compat/test_kernels.py::test_every_kernel_has_a_case",
+        )
+        for name, function in KERNELS.items()
     ),
 )

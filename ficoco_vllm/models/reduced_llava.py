@@ -50,8 +50,11 @@ class ReducingLlava(nn.Module):
         plan = ServerPlan.served(self.config)
         shape = plan.tower.shape
         if plan.decoder is not None:
-            from ficoco_vllm.decoder.state import DecoderModelState  # imports Triton, which V1 does not need
+            # These import Triton, which model runner V1 does not need.
+            from ficoco_vllm.decoder.state import DecoderModelState
+            from ficoco_vllm.hooks.kernels import hook_kernels
 
+            hook_kernels()
             hook_kv_cache_specs(self.language_model.model, plan.decoder.segments)
             self.decoder = SegmentedDecoder(
                 self.language_model.model,

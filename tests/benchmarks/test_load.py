@@ -226,11 +226,13 @@ def test_miniature_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     status = load(
         tmp_path,
         *("--servers", "stock", "ficoco-v:9", "--concurrency", "4", "--requests", "12"),
-        *("--answer-tokens", "96", "--rounds", "1", "--bar", "0.01", "--sample-seconds", "0.02"),
+        *("--answer-tokens", "96", "--rounds", "1", "--bar", "0.01", "--bar-token", "100"),
+        *("--sample-seconds", "0.02"),
     )
     printed = capsys.readouterr().out
     assert status == 0
     assert "BAR load-throughput-ficoco-v-9-over-stock" in printed
+    assert "BAR load-token-ficoco-v-9-over-stock" in printed
     result = json.loads((tmp_path / "load.json").read_text())
     stock, ours = sorted(result["rows"], key=lambda row: row["server"], reverse=True)
     assert (stock["server"], ours["server"]) == ("stock", "ficoco-v-9")

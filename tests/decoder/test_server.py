@@ -17,6 +17,7 @@ from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.demo_model import examples
 from ficoco_vllm.planning.decoder import DecoderPlanner
 from ficoco_vllm.server.explain.schema import Explanation
+from tests.support.sampling_options import check_sweep
 from tests.support.server import DTYPE, VALUE_BYTES, Server, data_url, message, serve
 
 pytestmark = [pytest.mark.compat, pytest.mark.server]
@@ -34,6 +35,10 @@ def server(small_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     arguments += ["--ficoco-explain", "--ficoco-min-keep", "4"]
     more = ["--enforce-eager", "--max-model-len", "1024", "--kv-cache-memory-bytes", str(2**26)]
     more += ["--api-server-count", "2", "--dtype", DTYPE]
+    more += [
+        "--override-generation-config",
+        json.dumps({"top_p": 0.9}),
+    ]  # as a model's own generation_config.json
     more += [
         "--ficoco-elastic",
         json.dumps({"floor": 15, "ceiling": 16, "target_kv_usage": 1, "target_queue": 99}),
@@ -94,6 +99,11 @@ def test_refusals(
     assert all(part in body["message"] for part in parts)
     assert server.is_healthy()
     assert complete(server, images[:1]).usage.completion_tokens == 3
+
+
+@pytest.mark.parametrize("route", ["chat/completions", "completions"])
+def test_no_option_ends_the_engine(server: Server, images: list[Image.Image], route: str) -> None:
+    check_sweep(server, "small", route, images[0])
 
 
 @pytest.mark.parametrize(
