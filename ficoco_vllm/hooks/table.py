@@ -49,6 +49,13 @@ HOOKS = (
         "tests/decoder/test_refusals.py::test_a_search_by_beams_is_refused",
     ),
     Hook(
+        "vllm.renderers.base.BaseRenderer",
+        "warmup",
+        "chat_params",
+        "reads the generation prompt of the chat template, by which decision windows end",
+        "tests/decoder/test_windows.py::test_a_chat_finds_its_earlier_turns",
+    ),
+    Hook(
         _CACHE,
         "is_cached_item",
         "mm_hash",

@@ -58,16 +58,8 @@ class RequestPlan:
         return self.dropped[-1] > 0
 
     def dropped_before(self, position: int) -> tuple[int, ...]:
-        """Tokens before a position without a KV slot in each segment; images are computed in one step.
-
-        Args:
-            position: not inside an image.
-        """
-        index = bisect_right(self._image_ends, position)
-        assert not self.reduces or index == len(self.images) or position <= self.images[index][0], (
-            "an image that is reduced is computed in one step"
-        )
-        return self._dropped[index]
+        """Tokens before a position without a KV slot in each segment; inside an image, those of earlier images."""
+        return self._dropped[bisect_right(self._image_ends, position)]
 
     def num_kv_tokens(self, segment: int, num_tokens: int) -> int:
         """Tokens that a segment's KV cache holds once `num_tokens` of the request have been computed.
@@ -76,7 +68,7 @@ class RequestPlan:
 
         Args:
             segment: index.
-            num_tokens: of prompt and answer; not inside an image that is reduced.
+            num_tokens: of prompt and answer.
         """
         return num_tokens - self.dropped_before(num_tokens)[segment]
 

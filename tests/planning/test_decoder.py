@@ -100,13 +100,6 @@ def test_counts_shrink_to_the_budget(
         assert plan.num_kv_tokens(segment, 0) == 0
 
 
-def test_an_image_that_is_reduced_is_never_split() -> None:
-    plan = planner().plan(600, [(4, PATCHES)], None)
-    assert plan.num_kv_tokens(1, 4) == 4
-    with pytest.raises(AssertionError, match="computed in one step"):
-        plan.num_kv_tokens(1, 4 + PATCHES - 1)
-
-
 @pytest.mark.parametrize(
     ("extra", "parts"),
     [
