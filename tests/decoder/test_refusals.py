@@ -34,9 +34,12 @@ def config(**changed: Any) -> Any:
             async_scheduling=None,
             long_prefill_token_threshold=0,
             max_num_scheduled_tokens=None,
+            max_num_batched_tokens=700,
+            max_num_seqs=16,
+            enable_chunked_prefill=True,
         ),
         cache_config=SimpleNamespace(
-            kv_offloading_size=None, kv_cache_dtype_skip_layers=[], cache_dtype="auto"
+            kv_offloading_size=None, kv_cache_dtype_skip_layers=[], cache_dtype="auto", block_size=16
         ),
         compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE),
         model_config=SimpleNamespace(
@@ -50,7 +53,7 @@ def config(**changed: Any) -> Any:
         ),
         speculative_config=None,
         kv_transfer_config=None,
-        lora_config=None,
+        kv_events_config=None,
         use_v2_model_runner=True,
         _get_v2_model_runner_unsupported_features=lambda: ["a feature"],
     )
@@ -67,6 +70,23 @@ def test_what_is_allowed() -> None:
     assert find_refusal(config()) is None
     assert find_refusal(config(scheduler_config__scheduler_cls=SCHEDULER)) is None
     assert find_refusal(config(scheduler_config__max_num_scheduled_tokens=512)) is None
+
+
+@pytest.mark.parametrize(
+    ("changed", "part"),
+    [
+        ({"cache_config__cache_dtype": "fp8"}, "--kv-cache-dtype fp8 is not allowed with ficoco.windows"),
+        ({"kv_events_config": SimpleNamespace(enable_kv_cache_events=True)}, "--kv-events-config"),
+        # A window of 500 tokens beside 15 requests that decode.
+        ({"scheduler_config__max_num_scheduled_tokens": 514}, "allowed: 515 (beside decoding requests)"),
+    ],
+)
+def test_what_windows_exclude(changed: dict[str, Any], part: str) -> None:
+    settings = {"method": "ficoco-l", "windows": "turn", "window_tokens": 500}
+    windowed = config(model_config__hf_config__ficoco=settings, **changed)
+    assert part in str(find_refusal(windowed))
+    if "scheduler_config__max_num_scheduled_tokens" not in changed:
+        assert find_refusal(config(**changed)) is None
 
 
 @pytest.mark.parametrize("mode", list(CUDAGraphMode))
@@ -113,7 +133,6 @@ def engine(host: Host, small_llava: Path) -> Remote:
         ),
         ({"kv_offloading_size": 1.0}, "--kv-offloading-size"),
         ({"runner": "pooling", "convert": "embed"}, "--runner pooling"),
-        ({"enable_lora": True}, "--enable-lora"),
         ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
         ({"disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager"),
         ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "--scheduler-cls vllm.v1"),
