@@ -1,5 +1,6 @@
 """Block hashes of a reduced prompt: they stand for everything that decides the content of a block."""
 
+from collections.abc import Callable
 from typing import Any
 
 from vllm.utils.hashing import get_hash_fn_by_name
@@ -21,7 +22,7 @@ def mix_windows(request: Any, plan: RequestPlan, block: int, algorithm: str) -> 
         block: tokens of one block.
         algorithm: name of vLLM's hash function for blocks.
     """
-    original = request._block_hasher
+    original: Callable[[Any], list[BlockHash]] | None = request._block_hasher
     if original is None or not plan.windows:
         return
     hash_function = get_hash_fn_by_name(algorithm)

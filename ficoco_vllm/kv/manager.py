@@ -129,7 +129,7 @@ class SegmentManager(FullAttentionManager):
         return self.plan_of(request_id)
 
     def _num_blocks(self, plan: RequestPlan, num_tokens: int) -> int:
-        return plan.num_kv_tokens(self.kv_cache_spec.segment, num_tokens) // self.block_size
+        return plan.num_kv_tokens(self.kv_cache_spec.segment, num_tokens) // int(self.block_size)
 
     def _prompt_block(self, plan: RequestPlan, index: int) -> int:
         return plan.prompt_block(self.kv_cache_spec.segment, index, self.block_size)

@@ -301,7 +301,9 @@ class DecoderPlanner:
     def _check_windows(self, plan: RequestPlan) -> None:
         """Refuse a window that no step of the server can hold."""
         most = self.config.window_tokens
-        for window in plan.windows if most is not None and plan.reduces else ():
+        if most is None or not plan.reduces:
+            return
+        for window in plan.windows:
             if window.end - window.start > most:
                 raise ValueError(
                     f"{WINDOW}: tokens {window.start} to {window.end - 1} of the prompt, from an image to the end of "

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
 from vllm.v1.core.kv_cache_utils import get_group_id
 
 import ficoco_vllm.decoder.decoder as decoder
 import ficoco_vllm.kv.scheduler as scheduling
+from ficoco_vllm.decoder.cached_keys import cached_keys
 from ficoco_vllm.planning.decoder import RequestPlan
 from tests.decoder.calls import Ask
 from tests.support.engine import scheduler_of
@@ -48,6 +50,13 @@ def ask(
 def ask_each(engine: LLM, asks: Sequence[Ask], cold: bool = False, salt: str | None = None) -> list[Reply]:
     """The same, one after the other."""
     return [reply for one in asks for reply in ask(engine, [one], cold, salt)]
+
+
+def ask_with_adapters(engine: LLM, asks: Sequence[Ask], folders: Sequence[str]) -> list[Reply]:
+    """Send requests together, each with the adapter of a folder."""
+    numbers = {folder: number + 1 for number, folder in enumerate(dict.fromkeys(folders))}
+    adapters = [LoRARequest(folder, numbers[folder], folder) for folder in folders]
+    return ask(engine, asks, lora_request=adapters)
 
 
 def samples(engine: LLM, one: Ask, count: int) -> tuple[list[list[int]], int]:
@@ -148,7 +157,7 @@ def _zeroed(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 MUTANTS: dict[str, Callable[[], Any]] = {
     "window not hashed": lambda: _changed(scheduling, "mix_windows", lambda *_: None),
-    "prefix keys zeroed": lambda: _changed(decoder, "cached_keys", _zeroed(decoder.cached_keys)),
+    "prefix keys zeroed": lambda: _changed(decoder, "cached_keys", _zeroed(cached_keys)),
     "identity mapping": lambda: _changed(
         RequestPlan, "prompt_block", lambda self, segment, index, block: index
     ),
