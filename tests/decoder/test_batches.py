@@ -100,24 +100,24 @@ def test_40_mixed_requests_with_preemption_equal_each_alone(
         torch.testing.assert_close(answer.logprobs, one.logprobs, atol=TOLERANCE, rtol=0)
 
 
-def test_40_mixed_requests_with_caches_and_chunks_equal_each_alone(
+def test_mixed_requests_with_caches_and_chunks_equal_each_alone(
     windowed: Remote, images: list[Image.Image]
 ) -> None:
-    """Twice, so that most prompts are found; preempted requests find what they have lost, or compute it again."""
-    asks = mixed(images, 40)
+    """Twice, so that prompts are found; preempted requests find what they have lost, or compute it again."""
+    asks = mixed(images, 24)
     cold = [windowed.call(window_calls.ask, [one], True)[0] for one in asks]
     assert windowed.call(window_calls.reset)
     free = windowed.call(calls.free_blocks)
-    first, _ = windowed.call(calls.ask_noting_preemptions, asks)
-    again, preempted = windowed.call(calls.ask_noting_preemptions, asks[::-1])
-    assert any(preempted)
-    cached = windowed.call(window_calls.ask, asks[:10])
-    assert sum(answer.num_cached > 0 for answer in cached) > 2
-    for together in (first, again[::-1], cached):
-        for answer, one in zip(together, cold, strict=False):
+    num_found = 0
+    for order in (1, -1):
+        together, preempted = windowed.call(calls.ask_noting_preemptions, asks[::order], window_calls.ask)
+        assert any(preempted)
+        num_found += sum(answer.num_cached > 0 for answer in together)
+        for answer, one in zip(together[::order], cold, strict=True):
             assert answer.tokens == one.tokens
             torch.testing.assert_close(answer.logprobs, one.logprobs, atol=TOLERANCE, rtol=0)
-    aborted, answers = windowed.call(calls.abort_in, mixed(images, 20), "decoding", 3)
+    assert num_found > 4
+    aborted, answers = windowed.call(calls.abort_in, asks[:12], "decoding", 3)
     assert aborted
     for index, tokens in answers.items():
         assert tokens == cold[index].tokens
