@@ -157,9 +157,6 @@ def find_refusal(vllm_config: Any) -> str | None:
         "--speculative-config is allowed with method 'ngram' only: a draft model would need the same KV lengths": (
             speculative is not None and speculative.method not in ("ngram", "ngram_gpu")
         ),
-        "--speculative-config needs a GPU: vLLM's kernel for drafts does not run in Triton's interpreter": (
-            speculative is not None and current_platform.is_cpu()
-        ),
         f"--kv-cache-dtype {cache.cache_dtype} is not allowed with ficoco.windows = {config.windows!r}: rounded keys "
         "in the cache would decide otherwise than keys of a step; allowed: a format without quantization, or "
         "windows = 'off'": windows and is_quantized_kv_cache(cache.cache_dtype),

@@ -133,6 +133,14 @@ HOOKS = (
         "tests/decoder/test_batches.py::test_slots_written_and_blocks_held_are_the_plans",
     ),
     Hook(
+        "vllm.v1.worker.gpu.spec_decode.ngram.speculator.NgramGPUSpeculator",
+        "propose",
+        "input_batch attn_metadata slot_mappings last_hidden_states aux_hidden_states num_sampled num_rejected "
+        "last_sampled",
+        "computes drafts in torch on a CPU",
+        "tests/decoder/test_adapters.py::test_drafts_change_nothing",
+    ),
+    Hook(
         "prometheus_client.values",
         "MmapedDict",
         "filename read_mode",

@@ -1,4 +1,4 @@
-"""LoRA adapters beside a reduction: rows change from segment to segment, and each keeps the adapter of its request."""
+"""LoRA adapters and drafts beside a reduction: a row keeps its request's adapter, and drafts change no answer."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from tests.decoder.test_reference import LAYERS
 from tests.decoder.test_reference import left as left_of
 from tests.reference.algorithm2 import ReferenceDecoder, Shown
 from tests.support.engine import PROMPT, TEXT_ONLY
-from tests.support.remote import Host
+from tests.support.remote import Host, Remote
 
 RANK, ALPHA = 4, 8
 TARGETS = ("q_proj", "v_proj", "down_proj")
@@ -93,3 +93,27 @@ def test_two_adapters_in_one_batch(
                 assert logprobs.argmax(dim=-1).tolist() == reply.tokens
                 torch.testing.assert_close(reply.logprobs.double(), logprobs, atol=TOLERANCE, rtol=0)
     assert (first[0].logprobs - first[len(asks)].logprobs).abs().max() > 0.1
+
+
+def test_drafts_change_nothing(
+    host: Host, small_llava: Path, small_engine: Remote, images: list[Image.Image]
+) -> None:
+    """N-grams: drafts that are refused and some that are not, while other requests are reduced."""
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    settings = {"method": "ficoco-l", "keep": 16, "windows": "turn"}
+    engine = host.get(small_llava, settings, block_size=32, max_model_len=512, speculative_config=drafts)
+    asks = [
+        Ask(PROMPT, images[:1], 24),
+        Ask(PROMPT, images[1:2], 3, {"ficoco_method": "fastv"}),
+        Ask(TEXT_ONLY, [], 12),
+        Ask(PROMPT, images[2:3], 5),
+    ]
+    expected = small_engine.call(window_calls.ask, asks)
+    first, num_drafts = engine.call(window_calls.ask_counting_drafts, asks)
+    again, _ = engine.call(window_calls.ask_counting_drafts, asks)
+    assert num_drafts > 24
+    assert all(reply.num_cached for reply in again)
+    for replies in (first, again):
+        for reply, one in zip(replies, expected, strict=True):
+            assert reply.tokens == one.tokens
+            torch.testing.assert_close(reply.logprobs, one.logprobs, atol=1e-4, rtol=0)

@@ -70,6 +70,12 @@ def test_what_is_allowed() -> None:
     assert find_refusal(config()) is None
     assert find_refusal(config(scheduler_config__scheduler_cls=SCHEDULER)) is None
     assert find_refusal(config(scheduler_config__max_num_scheduled_tokens=512)) is None
+    drafts = SimpleNamespace(method="ngram", num_speculative_tokens=2)
+    assert find_refusal(config(speculative_config=drafts)) is None
+    drafts.method = "eagle"
+    assert "--speculative-config is allowed with method 'ngram' only" in str(
+        find_refusal(config(speculative_config=drafts))
+    )
 
 
 @pytest.mark.parametrize(
@@ -126,7 +132,6 @@ def engine(host: Host, small_llava: Path) -> Remote:
         ({"tensor_parallel_size": 2, "decode_context_parallel_size": 2}, "--decode-context-parallel-size"),
         ({"prefill_context_parallel_size": 2}, "--prefill-context-parallel-size"),
         ({"enable_dbo": True}, "--enable-dbo"),
-        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "--speculative-config"),
         (
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
             "--kv-transfer-config",

@@ -59,6 +59,24 @@ def ask_with_adapters(engine: LLM, asks: Sequence[Ask], folders: Sequence[str]) 
     return ask(engine, asks, lora_request=adapters)
 
 
+def ask_counting_drafts(engine: LLM, asks: Sequence[Ask]) -> tuple[list[Reply], int]:
+    """Send requests together to an engine with drafts, and count the drafts that it verifies."""
+    scheduler = scheduler_of(engine)
+    counts: list[int] = []
+    original = scheduler.schedule
+
+    def schedule(*args: Any, **kwargs: Any) -> Any:
+        scheduled = original(*args, **kwargs)
+        counts.extend(len(tokens) for tokens in scheduled.scheduled_spec_decode_tokens.values())
+        return scheduled
+
+    scheduler.schedule = schedule
+    try:
+        return ask(engine, asks), sum(counts)
+    finally:
+        scheduler.schedule = original
+
+
 def samples(engine: LLM, one: Ask, count: int) -> tuple[list[list[int]], int]:
     """Several random answers to one request, and the cached tokens of its prompt."""
     params = SamplingParams(temperature=1.0, seed=3, n=count, max_tokens=one.num_tokens, ignore_eos=True)
