@@ -104,7 +104,7 @@ def test_mixed_requests_with_caches_and_chunks_equal_each_alone(
     windowed: Remote, images: list[Image.Image]
 ) -> None:
     """Twice, so that prompts are found; preempted requests find what they have lost, or compute it again."""
-    asks = mixed(images, 24)
+    asks = mixed(images, 16)
     cold = [windowed.call(window_calls.ask, [one], True)[0] for one in asks]
     assert windowed.call(window_calls.reset)
     free = windowed.call(calls.free_blocks)

@@ -222,6 +222,41 @@ def test_start_up_makes_room_for_whole_prompts(
 
 @pytest.mark.engine
 @pytest.mark.parametrize(
+    ("ficoco", "options", "expected"),
+    [
+        # A step keeps its size where it holds a window beside 15 requests that decode.
+        ({"windows": "turn"}, {"max_num_batched_tokens": 600}, (True, 600, 585, 32)),
+        ({"windows": "turn"}, {"max_num_batched_tokens": 64}, (True, 144 + 256 + 15, 400, 32)),
+        ({"windows": "turn", "window_tokens": 300}, {"max_num_batched_tokens": 64}, (True, 315, 300, 32)),
+        ({"windows": "turn"}, {"enable_prefix_caching": False}, (False, 2048, 1024, 1)),
+        ({"windows": "prompt"}, {"max_num_batched_tokens": 64}, (True, 1024, None, 1)),
+    ],
+)
+def test_start_up_makes_room_for_windows(
+    engine: Remote,
+    small_llava: Path,
+    ficoco: dict[str, Any],
+    options: dict[str, Any],
+    expected: tuple[Any, ...],
+) -> None:
+    """Prefix caching, tokens of a step and of a window, and the multiple in which visual tokens leave."""
+    more = {"max_model_len": 1024, "max_num_seqs": 16, "max_num_batched_tokens": 2048, **options}
+    assert engine.call(windows_of, str(small_llava), FICOCO | ficoco, more) == expected
+
+
+def windows_of(engine: Any, model: str, ficoco: dict[str, Any], options: dict[str, Any]) -> tuple[Any, ...]:
+    """What start-up makes of the settings of another engine."""
+    made = calls.configure(model, ficoco, options)
+    ours = made.model_config.hf_config.ficoco
+    scheduler = made.scheduler_config
+    assert scheduler.enable_chunked_prefill
+    assert scheduler.encoder_cache_size >= (ours["window_tokens"] or 1024)
+    caching = made.cache_config.enable_prefix_caching
+    return caching, scheduler.max_num_batched_tokens, ours["window_tokens"], ours["rounding"]
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
     ("prompt", "extra", "more", "mm", "parts"),
     [
         (PROMPT, {"ficoco_keep": 145}, {}, {}, ["ficoco_keep = 145", "1 to 144"]),

@@ -178,6 +178,13 @@ def test_several_answers_and_salts(empty: Remote, images: list[Image.Image]) -> 
     assert_equal([salted, other], [same, same])
 
 
+def test_hits_are_in_the_statistics_of_vllm(empty: Remote, images: list[Image.Image]) -> None:
+    asks = [turn(FIRST, images, 1, [FIRST]), turn(SECOND, images, 1, [FIRST])]
+    queries, hits = empty.call(window_calls.prefix_statistics, asks)
+    assert queries == length(FIRST) + length(SECOND)
+    assert hits == blocks(FIRST)
+
+
 def test_a_block_that_was_evicted_from_one_segment_is_missed_in_all(
     empty: Remote, images: list[Image.Image]
 ) -> None:
@@ -264,6 +271,32 @@ def test_cached_and_chunked(empty: Remote, images: list[Image.Image]) -> None:
     assert chunked.num_cached == blocks(FIRST)
     assert len(steps) > (length(long) - blocks(FIRST)) // 64
     assert_equal([chunked], [cold])
+
+
+def test_the_whole_prompt_may_decide_and_text_before_it_is_reused(
+    host: Host, small_llava: Path, small_engine: Remote, images: list[Image.Image]
+) -> None:
+    """No answer changes: those of a server without windows, whatever was cached or computed in pieces."""
+    engine = host.get(small_llava, SETTINGS | {"windows": "prompt"}, block_size=BLOCK, max_model_len=1024)
+    asks = [
+        Ask(FIRST, images[:1], 6, {"ficoco_keep": 20}),
+        Ask(SECOND, images[:1], 6, {"ficoco_keep": 20}),
+        Ask(TEXT, [], 6),
+        Ask(FIRST, images[1:2], 6, {"ficoco_keep": PATCHES}),
+        Ask(FOURTH, images[:2], 6),
+        # The same prompt again, whose image loses whole blocks.
+        Ask(FOURTH, images[:2], 6),
+    ]
+    system = length(SYSTEM + "USER: ") // BLOCK * BLOCK
+    replies = engine.call(window_calls.ask_each, asks)
+    assert [reply.num_cached for reply in replies] == [0, *[system] * 4, blocks(FOURTH)]
+    expected = small_engine.call(window_calls.ask_each, asks)
+    assert_equal(replies, expected)
+    long = SYSTEM + "a" * 200 + FIRST.removeprefix("<s>")
+    late = Ask(long, images[:1], 6)
+    (chunked,), steps = engine.call(window_calls.ask_in_steps, [late], length(FIRST) - length(SYSTEM))
+    assert len(steps) > 6 + 1
+    assert_equal([chunked], small_engine.call(window_calls.ask, [late]))
 
 
 @pytest.mark.parametrize(

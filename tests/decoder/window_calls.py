@@ -10,6 +10,7 @@ from torch import Tensor
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.v1.core.kv_cache_utils import get_group_id
+from vllm.v1.metrics.stats import PrefixCacheStats
 
 import ficoco_vllm.decoder.decoder as decoder
 import ficoco_vllm.kv.scheduler as scheduling
@@ -147,6 +148,14 @@ def evict_one(engine: LLM, segment: int, index: int) -> None:
     cached = [block for block in pool.blocks if block.block_hash is not None]
     of_segment = [block for block in cached if get_group_id(block.block_hash) == segment]
     pool._maybe_evict_cached_block(sorted(of_segment, key=lambda block: block.block_hash_num_tokens)[index])
+
+
+def prefix_statistics(engine: LLM, asks: Sequence[Ask]) -> tuple[int, int]:
+    """Tokens that vLLM's prefix cache looks up and finds for requests, one after the other."""
+    manager = scheduler_of(engine).kv_cache_manager
+    with _changed(manager, "log_stats", True), _changed(manager, "prefix_cache_stats", PrefixCacheStats()):
+        ask_each(engine, asks)
+        return manager.prefix_cache_stats.queries, manager.prefix_cache_stats.hits
 
 
 def ask_mutant(engine: LLM, name: str, asks: Sequence[Ask]) -> tuple[list[Reply], list[Reply]]:
