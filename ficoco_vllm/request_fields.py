@@ -6,20 +6,27 @@ from typing import Any
 PREFIX = "ficoco_"
 KEEP = "ficoco_keep"
 METHOD = "ficoco_method"
+# Ends of the decision windows, counted in tokens of the prompt with its placeholders: one number or several.
+WINDOW = "ficoco_window"
 # The mark of a request that is to be traced.
 TRACE = "ficoco_trace"
 # vLLM's request schema may turn an integer into a float, which is exact up to here.
 MAX_TRACE_ID = 2**53 - 1
 
 
-def find_unknown(names: Iterable[str], *, explain: bool) -> str | None:
+def find_unknown(names: Iterable[str], *, explain: bool, windows: bool = False) -> str | None:
     """The first of our fields that a server does not know.
 
     Args:
         names: of all fields that the request sets.
         explain: whether the server traces requests.
+        windows: whether a request may name the ends of its decision windows.
     """
-    allowed = (KEEP, METHOD, TRACE) if explain else (KEEP, METHOD)
+    allowed = {KEEP, METHOD}
+    if explain:
+        allowed.add(TRACE)
+    if windows:
+        allowed.add(WINDOW)
     return min((name for name in names if name.startswith(PREFIX) and name not in allowed), default=None)
 
 

@@ -32,6 +32,17 @@ METHODS = {
     "vllm.multimodal.media.MediaConnector.fetch_image_async": "image_url image_mode",
     "vllm.connections.HTTPConnection.get_async_response": "url timeout extra_headers allow_redirects",
     "vllm.connections.HTTPConnection.async_get_bytes": "url timeout allow_redirects max_bytes",
+    # Prefix caching of segments.
+    "vllm.v1.core.kv_cache_manager.KVCacheManager.create_kv_cache_blocks": "blocks",
+    "vllm.v1.core.kv_cache_manager.KVCacheManager.prefix_cache_lookup_enabled": "request",
+    "vllm.v1.core.block_pool.BlockPool.get_cached_block": "block_hash kv_cache_group_ids",
+    "vllm.v1.core.block_pool.BlockPool.cache_full_blocks": (
+        "request blocks num_cached_blocks num_full_blocks block_size kv_cache_group_id"
+    ),
+    "vllm.v1.request.Request.update_block_hashes": "",
+    "vllm.renderers.base.BaseRenderer.render_chat": "conversations chat_params",
+    "vllm.lora.punica_wrapper.punica_base.PunicaWrapperBase._update_prefill_metadata": "token_lora_tensor",
+    "vllm.lora.ops.triton_ops.lora_kernel_metadata.LoRAKernelMeta.prepare_tensors": "token_lora_mapping",
 }
 # Module, function or method (through its class), attribute that it sets on or reads from the object named.
 ATTRIBUTES = (
@@ -49,6 +60,11 @@ ATTRIBUTES = (
     ("vllm.multimodal.media.connector", "MediaConnector.__init__", "self.allowed_media_domains"),
     ("vllm.entrypoints.launchers.api_server.app_state", "init_app_state", "state.online_renderer"),
     ("vllm.entrypoints.launchers.api_server.app_state", "init_app_state", "state.serving_tokenization"),
+    ("vllm.v1.request", "Request.__init__", "self._block_hasher"),
+    ("vllm.v1.request", "Request.__init__", "self.block_hashes"),
+    ("vllm.lora.punica_wrapper.punica_base", "PunicaWrapperBase.__init__", "self._token_lora_indices"),
+    ("vllm.lora.punica_wrapper.punica_base", "PunicaWrapperBase.__init__", "self.indices_len"),
+    ("vllm.lora.punica_wrapper.punica_gpu", "PunicaWrapperGPU.__init__", "self.token_mapping_meta"),
     ("vllm.entrypoints.generate.api_router", "init_generate_state", "state.openai_serving_chat"),
     ("vllm.entrypoints.generate.api_router", "init_generate_state", "state.openai_serving_chat_batch"),
     ("vllm.entrypoints.generate.api_router", "init_generate_state", "state.openai_serving_completion"),

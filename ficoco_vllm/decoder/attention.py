@@ -27,6 +27,7 @@ class DecoderHeads:
     Attributes:
         query: (tokens, H, d), any floating dtype; under tensor parallelism the heads of this worker.
         key: (tokens, H', d), H a multiple of H'.
+        cached_key: (cached tokens, H', d), keys of earlier steps before the windows of this one; None without any.
         scale: factor of the logits.
         num_heads: of the whole model.
         all_reduce: sums over the workers; None where there is one.
@@ -39,6 +40,12 @@ class DecoderHeads:
     num_heads: int
     all_reduce: Callable[[Tensor], Tensor] | None = None
     backend: Backend = "auto"
+    cached_key: Tensor | None = None
+
+    @cached_property
+    def context_key(self) -> Tensor:
+        """Keys of this step, then those of earlier ones, (tokens + cached tokens, H', d)."""
+        return self.key if self.cached_key is None else torch.cat([self.key, self.cached_key])
 
     def reduced(self, part: Tensor) -> Tensor:
         """The sum over the workers."""
@@ -58,9 +65,9 @@ class DecoderHeads:
 
 
 class ImageAttention:
-    """Attention of B images of one shape, among their tokens and from the text after them.
+    """Attention of B images of one shape, among their tokens and from the text of their window after them.
 
-    The queries are those of the whole prompt, or only those after the image if no visual one is needed.
+    The queries are those of the step up to the window's end, or only those after the image if no visual one is needed.
     """
 
     def __init__(self, heads: DecoderHeads, group: ImageGroup, visual: bool, logits: bool = False) -> None:
@@ -76,19 +83,20 @@ class ImageAttention:
         self.num_visual = group.visual.shape[1]
         device = heads.query.device
         self.with_visual = visual
-        # Whole prompts need no offset, so that fully masked tiles are skipped on any device.
-        first = np.zeros_like(group.visual_place[:, :1]) if visual else group.visual_place[:, -1:] + 1
-        length = group.text_place[:, -1:] + 1 - first  # the text is padded on the left and ends the prompt
+        first = group.num_cached[:, None] if visual else group.visual_place[:, -1:] + 1
+        length = group.text_place[:, -1:] + 1 - first  # the text is padded on the left and ends the window
         place = np.minimum(np.arange(int(length.max())), length - 1) + first
         row = group.visual[:, :1] - group.visual_place[:, :1]
         self.query = _take(heads.query, row + place, device)
-        self.context_key = _take(heads.key, group.context, device)
+        self.context_key = _take(heads.context_key, group.context, device)
         self.key = _take(heads.key, group.visual, device)
         self.visual_query = _take(heads.query, group.visual, device) if visual else None
-        self.first = None if visual else torch.from_numpy(first[:, 0]).to(device)
+        # Whole prompts need no offset, so that fully masked tiles are skipped on any device.
+        self.first = torch.from_numpy(first[:, 0]).to(device) if first.any() else None
         self.length = torch.from_numpy(length[:, 0]).to(device)
         self.text_index = torch.from_numpy(np.where(group.has_text, group.text_place - first, -1)).to(device)
         self.visual_place = torch.from_numpy(group.visual_place).to(device)
+        self.visual_index = torch.from_numpy(group.visual_place - first).to(device) if visual else None
 
     def text_attention(self) -> Tensor:
         """Head-mean attention of the text after each image to its tokens.
@@ -123,12 +131,14 @@ class ImageAttention:
     @property
     def visual_row_sum(self) -> Tensor:
         """Attention of each visual token to those of its image, summed, of this worker's heads, (B, N) fp32."""
-        return self._stats[1].gather(1, self.visual_place)
+        assert self.visual_index is not None
+        return self._stats[1].gather(1, self.visual_index)
 
     @cached_property
     def visual_lse(self) -> Tensor:
         """Log-sum-exp of the logits of each visual token, (B, H, N) fp32."""
-        return self.lse.gather(2, self.visual_place[:, None].expand(-1, self.lse.shape[1], -1))
+        assert self.visual_index is not None
+        return self.lse.gather(2, self.visual_index[:, None].expand(-1, self.lse.shape[1], -1))
 
     @cached_property
     def _stats(self) -> tuple[Tensor, Tensor]:

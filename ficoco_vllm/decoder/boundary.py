@@ -3,17 +3,22 @@
 The rows of a step are the tokens of its requests, one request after the other. A request whose prompt is reduced has
 fewer rows from segment to segment; its plan gives their number and the place of every row. Only the choice of the
 visual tokens that fill the places of an image depends on the data.
+
+A step need not compute a prompt from its beginning. Keys that earlier steps have computed, or other requests with the
+same prefix, are read from the KV cache and numbered after the rows of the step.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
 
 from ficoco_vllm.planning.decoder import RequestPlan
+from ficoco_vllm.planning.windows import Window
 
 Index = npt.NDArray[np.int64]
 
@@ -22,17 +27,19 @@ Index = npt.NDArray[np.int64]
 class ImageGroup:
     """B images that one method reduces from N to K tokens at the same boundary, as indices.
 
-    Rows are those of the segment before the boundary; places count the rows of one request.
+    Rows are those of the segment before the boundary; places count the tokens of one request that it holds.
 
     Attributes:
         method: name.
         visual: (B, N) rows of the visual tokens.
         kept: (B, K) rows after the boundary that the kept tokens take.
-        text: (B, M) rows of the prompt's text tokens after each image. Shorter texts are padded on the left.
+        text: (B, M) rows of the window's text tokens after each image. Shorter texts are padded on the left.
         has_text: (B, M) false where padded.
         text_place: (B, M) places of `text`.
         visual_place: (B, N) places of `visual`.
-        context: (B, T) rows of the whole prompt, padded on the right.
+        context: (B, T) rows of the prompt up to the window's end, padded on the right; keys that were computed
+            before the step are numbered after its rows.
+        num_cached: (B,) how many of these there are.
         first_row: the row of each image's first token in the first segment.
     """
 
@@ -44,6 +51,7 @@ class ImageGroup:
     text_place: Index
     visual_place: Index
     context: Index
+    num_cached: Index
     first_row: tuple[int, ...]
 
 
@@ -61,6 +69,47 @@ class Boundary:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Tokens of a request with a reduced prompt that a step computes.
+
+    Attributes:
+        plan: of the request.
+        start: tokens that were computed before.
+        end: tokens that have been computed after the step.
+    """
+
+    plan: RequestPlan
+    start: int
+    end: int
+
+    @cached_property
+    def windows(self) -> tuple[Window, ...]:
+        """The windows that are reduced in this step."""
+        windows = tuple(window for window in self.plan.windows if self.start <= window.start < self.end)
+        assert all(window.end <= self.end for window in windows), "no step cuts a window"
+        return windows
+
+    @cached_property
+    def dropped_before(self) -> tuple[int, ...]:
+        """For each segment, tokens before the step that it does not hold."""
+        return self.plan.dropped_before(self.start)
+
+    @cached_property
+    def dropped(self) -> tuple[int, ...]:
+        """The same after the step."""
+        return self.plan.dropped_before(self.end)
+
+    @property
+    def reduces(self) -> bool:
+        """Whether any token leaves in this step."""
+        return self.dropped != self.dropped_before
+
+    def num_cached(self, segment: int) -> int:
+        """Tokens before the step that a segment holds."""
+        return self.start - self.dropped_before[segment]
+
+
+@dataclass(frozen=True)
 class _Image:
     """One image of a step at one boundary."""
 
@@ -69,28 +118,32 @@ class _Image:
     num_kept: int
     row_after: int
     request_row: int
-    prompt_places: int
+    num_cached: int
+    cached_row: int
+    window_places: int
     text_places: tuple[int, ...]
     first_row: int
 
 
-def num_rows(query_start: Sequence[int], plans: Sequence[RequestPlan | None], segment: int) -> list[int]:
+def num_rows(query_start: Sequence[int], parts: Sequence[Part | None], segment: int) -> list[int]:
     """Rows of each request of a step in one segment.
 
     Args:
         query_start: first row of each request in the first segment, and one for the end.
-        plans: of the requests that are reduced in this step, None for the rest.
+        parts: of the requests whose prompt is reduced, None for the rest.
         segment: index.
     """
     return [
-        query_start[index + 1] - query_start[index] - (plan.dropped[segment] if plan else 0)
-        for index, plan in enumerate(plans)
+        query_start[index + 1]
+        - query_start[index]
+        - (part.dropped[segment] - part.dropped_before[segment] if part else 0)
+        for index, part in enumerate(parts)
     ]
 
 
 def boundary(
     query_start: Sequence[int],
-    plans: Sequence[RequestPlan | None],
+    parts: Sequence[Part | None],
     segment: int,
     needs_equal_text: Callable[[str], bool],
 ) -> Boundary:
@@ -98,83 +151,92 @@ def boundary(
 
     Args:
         query_start: first row of each request in the first segment, and one for the end.
-        plans: of the requests that are reduced in this step, None for the rest.
+        parts: of the requests whose prompt is reduced, None for the rest.
         segment: the one before the boundary.
         needs_equal_text: whether a method can only take images with equally many text tokens together.
     """
-    starts = [0, *accumulate(num_rows(query_start, plans, segment))]
-    starts_after = [0, *accumulate(num_rows(query_start, plans, segment + 1))]
+    starts = [0, *accumulate(num_rows(query_start, parts, segment))]
+    starts_after = [0, *accumulate(num_rows(query_start, parts, segment + 1))]
     source = np.empty(starts_after[-1], dtype=np.int64)
     groups: dict[tuple[str, int, int, int], list[_Image]] = defaultdict(list)
-    for index, plan in enumerate(plans):
+    cached_row = starts[-1]
+    for index, part in enumerate(parts):
         row, row_after = starts[index], starts_after[index]
-        for image in _images(plan, segment, row, row_after, query_start[index]) if plan else ():
+        for image in _images(part, segment, row, row_after, query_start[index], cached_row) if part else ():
             length = image.row - row  # rows since the previous image
             source[row_after : row_after + length] = np.arange(row, row + length)
             row, row_after = image.row + image.num_tokens, image.row_after + image.num_kept
             source[image.row_after : row_after] = np.arange(image.row, image.row + image.num_kept)
             if image.num_kept < image.num_tokens:
-                assert plan is not None
-                num_text = len(image.text_places) if needs_equal_text(plan.method) else 0
-                groups[plan.method, image.num_tokens, image.num_kept, num_text].append(image)
+                assert part is not None
+                num_text = len(image.text_places) if needs_equal_text(part.plan.method) else 0
+                groups[part.plan.method, image.num_tokens, image.num_kept, num_text].append(image)
         source[row_after : starts_after[index + 1]] = np.arange(row, starts[index + 1])
+        cached_row += part.num_cached(segment) if part and part.windows else 0
     return Boundary(source, tuple(_group(method, images) for (method, *_), images in groups.items()))
 
 
-def _images(plan: RequestPlan, segment: int, row: int, row_after: int, first_row: int) -> list[_Image]:
-    """The images of one request, in order; `first_row` is its row in the first segment."""
-    counts, counts_after = plan.counts[segment], plan.counts[segment + 1]
-    prompt_places = plan.num_prompt_tokens - plan.dropped[segment]
-    text_places: list[int] = []
-    images = []
-    gone, gone_after = plan.dropped[segment], plan.dropped[segment + 1]
-    end = plan.num_prompt_tokens
-    for (offset, length), count, count_after in reversed(
-        list(zip(plan.images, counts, counts_after, strict=True))
-    ):
-        # From the last image to the first, so that the text after an image is known when it is reached.
-        text_places = [*range(offset + length - gone, end - gone), *text_places]
-        gone -= length - count
-        gone_after -= length - count_after
-        end = offset
-        images.append(
-            _Image(
-                row=row + offset - gone,
-                num_tokens=count,
-                num_kept=count_after,
-                row_after=row_after + offset - gone_after,
+def _images(
+    part: Part, segment: int, row: int, row_after: int, first_row: int, cached_row: int
+) -> Iterator[_Image]:
+    """The images of one request that a step reduces, in order; the rows are the request's first ones."""
+    plan, counts, counts_after = part.plan, part.plan.counts[segment], part.plan.counts[segment + 1]
+    num_cached, num_cached_after = part.num_cached(segment), part.num_cached(segment + 1)
+    for window in part.windows:
+        for index in window.images:
+            offset = plan.images[index][0]
+            yield _Image(
+                row=row + plan.num_kv_tokens(segment, offset) - num_cached,
+                num_tokens=counts[index],
+                num_kept=counts_after[index],
+                row_after=row_after + plan.num_kv_tokens(segment + 1, offset) - num_cached_after,
                 request_row=row,
-                prompt_places=prompt_places,
-                text_places=tuple(text_places),
-                first_row=first_row + offset,
+                num_cached=num_cached,
+                cached_row=cached_row,
+                window_places=plan.num_kv_tokens(segment, window.end),
+                text_places=tuple(_text_places(plan, segment, window, index)),
+                first_row=first_row + offset - part.start,
             )
-        )
-    return images[::-1]
+
+
+def _text_places(plan: RequestPlan, segment: int, window: Window, image: int) -> Iterator[int]:
+    """Places of the window's text after an image."""
+    for index in range(image, window.images.stop):
+        start = sum(plan.images[index])
+        end = plan.images[index + 1][0] if index + 1 < window.images.stop else window.end
+        place = plan.num_kv_tokens(segment, start)
+        yield from range(place, place + end - start)
 
 
 def _group(method: str, images: list[_Image]) -> ImageGroup:
     rows = np.array([image.row for image in images], dtype=np.int64)[:, None]
     request_rows = np.array([image.request_row for image in images], dtype=np.int64)[:, None]
     rows_after = np.array([image.row_after for image in images], dtype=np.int64)[:, None]
+    num_cached = np.array([image.num_cached for image in images], dtype=np.int64)[:, None]
+    cached_rows = np.array([image.cached_row for image in images], dtype=np.int64)[:, None]
     most_text = max(len(image.text_places) for image in images)
-    text_place = np.zeros((len(images), most_text), dtype=np.int64)
+    text_place = np.repeat(num_cached, most_text, axis=1)
     has_text = np.zeros((len(images), most_text), dtype=np.bool_)
     for index, image in enumerate(images):
         first = most_text - len(image.text_places)
         text_place[index, first:] = image.text_places
         has_text[index, first:] = True
-    places = np.arange(max(image.prompt_places for image in images))[None]
-    lengths = np.array([image.prompt_places for image in images], dtype=np.int64)[:, None]
+    places = np.arange(max(image.window_places for image in images))[None]
+    lengths = np.array([image.window_places for image in images], dtype=np.int64)[:, None]
     visual = rows + np.arange(images[0].num_tokens)
+    computed = request_rows + places - num_cached
     return ImageGroup(
         method=method,
         visual=visual,
         kept=rows_after + np.arange(images[0].num_kept),
-        text=request_rows + text_place,
+        text=request_rows + text_place - num_cached,
         has_text=has_text,
         text_place=text_place,
-        visual_place=visual - request_rows,
+        visual_place=visual - request_rows + num_cached,
         # Padded with the first row: such places come after every query and are masked.
-        context=request_rows + np.where(places < lengths, places, 0),
+        context=np.where(
+            places < num_cached, cached_rows + places, np.where(places < lengths, computed, request_rows)
+        ),
+        num_cached=num_cached[:, 0],
         first_row=tuple(image.first_row for image in images),
     )

@@ -10,8 +10,10 @@ from torch import Tensor
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
 from vllm.forward_context import get_forward_context
 
+from ficoco_vllm.decoder.adapters import StepAdapters
 from ficoco_vllm.decoder.attention import DecoderHeads
 from ficoco_vllm.decoder.boundary import Boundary, ImageGroup
+from ficoco_vllm.decoder.cached_keys import cached_keys
 from ficoco_vllm.decoder.reduction import Rows, reduce_rows
 from ficoco_vllm.decoder.segment import Segment, Unit, compile_unit
 from ficoco_vllm.metrics.stopwatch import Stopwatch
@@ -29,11 +31,14 @@ class ReducingStep:
         slot_mapping: attention layer to the KV slot of each of its rows, for the layers with fewer rows than
             tokens.
         traced: first row of an image in the first segment to the trace that it goes into.
+        cached_slots: for each segment, KV slots of the tokens before the windows that earlier steps have computed, of
+            all requests that are reduced; None without any.
     """
 
     boundaries: tuple[Boundary, ...]
     slot_mapping: dict[str, Tensor]
     traced: dict[int, int]
+    cached_slots: tuple[Tensor | None, ...]
 
     @property
     def method(self) -> str:
@@ -101,16 +106,21 @@ class SegmentedDecoder:
         origin = torch.arange(num_tokens, device=hidden.device)
         rows = Rows(hidden, origin, torch.ones(num_tokens, dtype=torch.float32, device=hidden.device))
         lap = None if self.stopwatch is None else self.stopwatch.lap(step.method, hidden.device)
+        adapters = StepAdapters.of(self.segments[0].last.self_attn)
         for index, (segment, unit) in enumerate(zip(self.segments, self.units, strict=True)):
+            if adapters is not None and index:
+                adapters.assign(rows.origin)
             output, query, key = unit(positions[rows.origin], rows.hidden)
             rows = Rows(output, rows.origin, rows.size)
             if index < len(step.boundaries) and step.boundaries[index].groups:
-                heads = self._heads(segment, query, key)
+                heads = self._heads(segment, query, key, step.cached_slots[index])
                 layer = (index + 1) * self.planner.segments.size - 1
                 observer_of = partial(self._observer, layer, step.traced) if step.traced else None
                 boundary = step.boundaries[index]
                 with nullcontext() if lap is None else lap.running():
                     rows = reduce_rows(rows, heads, boundary, self.planner, self.grid, observer_of)
+        if adapters is not None:
+            adapters.assign(origin)  # as the rest of vLLM's step expects it
         if self.stopwatch is not None and lap is not None:
             self.stopwatch.hand_in(lap)
         result = torch.zeros_like(hidden)
@@ -132,7 +142,9 @@ class SegmentedDecoder:
         in_group = {index: traced[row] for index, row in enumerate(group.first_row) if row in traced}
         return self.traces.observer("decoder", layer, in_group)
 
-    def _heads(self, segment: Segment, query: Tensor, key: Tensor) -> DecoderHeads:
+    def _heads(
+        self, segment: Segment, query: Tensor, key: Tensor, cached_slots: Tensor | None
+    ) -> DecoderHeads:
         attention = segment.last.self_attn
         parallel = get_tensor_model_parallel_world_size() > 1
         return DecoderHeads(
@@ -142,4 +154,7 @@ class SegmentedDecoder:
             num_heads=self.num_heads,
             all_reduce=tensor_model_parallel_all_reduce if parallel else None,
             backend=self.planner.config.backend,
+            cached_key=None
+            if cached_slots is None
+            else cached_keys(attention.attn, cached_slots).to(key.dtype),
         )

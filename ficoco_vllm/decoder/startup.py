@@ -6,12 +6,17 @@ from typing import Any
 import vllm.envs as envs
 from vllm.config.compilation import CUDAGraphMode
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import is_quantized_kv_cache
 
-from ficoco_vllm.config import FicocoConfig
+from ficoco_vllm.config import NAME, FicocoConfig
 from ficoco_vllm.planning.decoder import DecoderPlanner
 from ficoco_vllm.planning.server import decoder_planner
 
 SCHEDULER = "ficoco_vllm.kv.scheduler.SegmentScheduler"
+
+# Text of a window for which a step has room after the largest image, unless the settings say more.
+TEXT_OF_WINDOW = 256
 
 # A child of vLLM's logger, whose handlers and level it shares.
 logger = init_logger("vllm.ficoco.decoder")
@@ -30,36 +35,87 @@ def prepare_decoder(vllm_config: Any, config: FicocoConfig) -> None:
     refusal = find_refusal(vllm_config)
     if refusal is not None:
         raise ValueError(f"ficoco.method = {config.method!r}: {refusal}")
-    planner = decoder_planner(vllm_config.model_config.hf_config)
-    scheduler = vllm_config.scheduler_config
+    scheduler, cache = vllm_config.scheduler_config, vllm_config.cache_config
     scheduler.scheduler_cls = SCHEDULER
-    scheduler.enable_chunked_prefill = False
-    vllm_config.cache_config.enable_prefix_caching = False
-    # A prompt is prefilled in one step with all of its images, so the longest request must fit into one step.
-    longest = vllm_config.model_config.max_model_len
+    hf_config = vllm_config.model_config.hf_config
+    if config.windows == "off":
+        scheduler.enable_chunked_prefill = False
+        cache.enable_prefix_caching = False
+    elif not cache.user_specified_block_size:
+        # All processes plan with the size of a block, which vLLM would choose in the workers alone.
+        cache.block_size = 32 if current_platform.is_cpu() else 16
+        cache.user_specified_block_size = True
+    longest = _longest_step(vllm_config, config)
+    if config.windows == "turn":
+        longest_window = min(longest - _num_decoding(vllm_config), vllm_config.model_config.max_model_len)
+        config = config.model_copy(
+            update={
+                "window_tokens": longest_window,
+                "rounding": cache.block_size if cache.enable_prefix_caching else 1,
+            }
+        )
+        setattr(hf_config, NAME, config.model_dump(mode="json"))
     scheduler.max_num_batched_tokens = max(longest, scheduler.max_num_batched_tokens)
     scheduler.max_num_encoder_input_tokens = max(longest, scheduler.max_num_encoder_input_tokens)
     scheduler.encoder_cache_size = max(longest, scheduler.encoder_cache_size)
     # Every API server reads the same configuration again.
     if not current_process().name.startswith("ApiServer"):
-        _log_budget(planner)
+        _log_budget(decoder_planner(hf_config), cache.enable_prefix_caching)
 
 
-def _log_budget(planner: DecoderPlanner) -> None:
+def _longest_step(vllm_config: Any, config: FicocoConfig) -> int:
+    """Tokens that one step must hold: a prompt with all of its images, or a window beside decoding requests."""
+    scheduler, max_model_len = vllm_config.scheduler_config, int(vllm_config.model_config.max_model_len)
+    if config.windows != "turn":
+        return max_model_len
+    num_decoding, room = _num_decoding(vllm_config), scheduler.max_num_batched_tokens
+    if scheduler.max_num_scheduled_tokens is not None:
+        room = min(room, scheduler.max_num_scheduled_tokens)
+    if not scheduler.enable_chunked_prefill:
+        return max_model_len + num_decoding
+    if config.window_tokens is not None:
+        return min(config.window_tokens, max_model_len) + num_decoding
+    image = decoder_planner(vllm_config.model_config.hf_config).num_visual_tokens
+    return int(max(room, min(image + TEXT_OF_WINDOW, max_model_len) + num_decoding))
+
+
+def _num_decoding(vllm_config: Any) -> int:
+    """Tokens of a step that other requests may need while one prefills."""
+    speculative = vllm_config.speculative_config
+    num_drafts = 0 if speculative is None else speculative.num_speculative_tokens
+    return int((vllm_config.scheduler_config.max_num_seqs - 1) * (1 + num_drafts))
+
+
+def _log_budget(planner: DecoderPlanner, caches: bool) -> None:
     counts = planner.counts(planner.method, planner.num_visual_tokens, planner.keep)
     logger.info(
         "ficoco: %s leaves %d of %d visual tokens of an image in the decoder; by segments of %d layers: %s "
         "(a request may ask for another budget in vllm_xargs)",
         planner.method,
-        planner.keep,
+        counts[-1],
         planner.num_visual_tokens,
         planner.segments.size,
         ", ".join(str(count) for count in counts),
     )
-    logger.info(
-        "ficoco: the content of the KV cache depends on the whole prompt, so prefix caching and chunked prefill are "
-        "off: long prompts delay the other requests"
-    )
+    config = planner.config
+    if config.windows == "off":
+        logger.info(
+            "ficoco: the content of the KV cache depends on the whole prompt, so prefix caching and chunked prefill "
+            "are off: long prompts delay the other requests"
+        )
+    elif config.windows == "prompt":
+        logger.info(
+            "ficoco: the content of the KV cache after an image depends on the whole prompt; prefix caching is %s for "
+            "text before the first image",
+            "on" if caches else "off",
+        )
+    else:
+        logger.info(
+            "ficoco: the turn that asks about an image decides which of its tokens leave; a turn may have %d tokens "
+            "from the image on, which one step computes; prefix caching is %s",
+            config.window_tokens,
+            "on" if caches else "off",
+        )
 
 
 def find_refusal(vllm_config: Any) -> str | None:
@@ -75,7 +131,10 @@ def find_refusal(vllm_config: Any) -> str | None:
     cache = vllm_config.cache_config
     hf_config = vllm_config.model_config.hf_config
     decoder = hf_config.get_text_config().model_type
-    longest = vllm_config.model_config.max_model_len
+    config = FicocoConfig.of(hf_config)
+    longest = _longest_step(vllm_config, config)
+    windows, speculative = config.windows != "off", vllm_config.speculative_config
+    events = vllm_config.kv_events_config
     refused = {
         f"the decoder is {decoder!r}; allowed: 'llama'": decoder != "llama",
         "vision_feature_select_strategy = 'full' hands [CLS] to the decoder; allowed: 'default'": (
@@ -95,9 +154,14 @@ def find_refusal(vllm_config: Any) -> str | None:
             envs.VLLM_USE_BREAKABLE_CUDAGRAPH
         ),
         "--enable-dbo is not allowed: a reducing step cannot be split into microbatches": parallel.use_ubatching,
-        "--speculative-config is not allowed: a draft model would need the same KV lengths": (
-            vllm_config.speculative_config is not None
+        "--speculative-config is allowed with method 'ngram' only: a draft model would need the same KV lengths": (
+            speculative is not None and speculative.method not in ("ngram", "ngram_gpu")
         ),
+        f"--kv-cache-dtype {cache.cache_dtype} is not allowed with ficoco.windows = {config.windows!r}: rounded keys "
+        "in the cache would decide otherwise than keys of a step; allowed: a format without quantization, or "
+        "windows = 'off'": windows and is_quantized_kv_cache(cache.cache_dtype),
+        f"--kv-events-config is not allowed with ficoco.windows = {config.windows!r}: a block stands for a window that "
+        "its tokens do not name": windows and events is not None and events.enable_kv_cache_events,
         "--kv-transfer-config is not allowed: other instances do not know the KV lengths": (
             vllm_config.kv_transfer_config is not None
         ),
@@ -111,9 +175,6 @@ def find_refusal(vllm_config: Any) -> str | None:
         "allowed: a format for all layers, such as fp8": bool(cache.kv_cache_dtype_skip_layers),
         "--runner pooling is not allowed: tokens that have left have no hidden state": (
             vllm_config.model_config.runner_type == "pooling"
-        ),
-        "--enable-lora is not allowed: adapters index the rows of a step, which change within it": (
-            vllm_config.lora_config is not None
         ),
         "--enable-prompt-embeds is not allowed: the placeholders of images must be known": (
             vllm_config.model_config.enable_prompt_embeds
@@ -129,8 +190,11 @@ def find_refusal(vllm_config: Any) -> str | None:
         ),
         f"--long-prefill-token-threshold {scheduler.long_prefill_token_threshold} is not allowed: it would cut a "
         "prompt, which must be computed in one step; allowed: 0": scheduler.long_prefill_token_threshold > 0,
-        f"--max-num-scheduled-tokens {scheduler.max_num_scheduled_tokens} is not allowed: a prompt must fit into "
-        f"one step; allowed: {longest} (--max-model-len) and more": (
+        f"--max-num-scheduled-tokens {scheduler.max_num_scheduled_tokens} is not allowed: "
+        + ("an image with the text of its turn" if config.windows == "turn" else "a prompt")
+        + f" must fit into one step; allowed: {longest} ("
+        + ("beside decoding requests" if config.windows == "turn" else "--max-model-len")
+        + ") and more": (
             scheduler.max_num_scheduled_tokens is not None and scheduler.max_num_scheduled_tokens < longest
         ),
     }

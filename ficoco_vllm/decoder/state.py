@@ -11,7 +11,7 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-from ficoco_vllm.decoder.boundary import boundary, num_rows
+from ficoco_vllm.decoder.boundary import Part, boundary
 from ficoco_vllm.decoder.decoder import ReducingStep
 from ficoco_vllm.decoder.startup import replays_prefills
 from ficoco_vllm.kv.admission import images_of
@@ -81,27 +81,34 @@ class DecoderModelState(DefaultModelState):
         `slot_mappings` is rewritten in place where the number of rows does not change.
         """
         self.step = None
-        num_reqs = input_batch.num_reqs
-        computed = np.asarray(input_batch.num_computed_tokens_np[:num_reqs])
-        plans = [self.plans.get(req_id) for req_id in input_batch.req_ids[:num_reqs]]
-        now = [plan if computed[index] == 0 else None for index, plan in enumerate(plans)]
-        reducing = any(now)
+        num_reqs, num_segments = input_batch.num_reqs, self.planner.segments.num_segments
+        query_start_np = input_batch.query_start_loc_np[: num_reqs + 1]
+        parts = self._parts(
+            input_batch.req_ids[:num_reqs], input_batch.num_computed_tokens_np, query_start_np
+        )
+        # Tokens before and after the step that a segment does not hold.
+        before, after = np.zeros((2, num_reqs, num_segments), dtype=np.int32)
+        for index, part in enumerate(parts):
+            if part is not None:
+                before[index], after[index] = part.dropped_before, part.dropped
+        reducing = bool((before != after).any())
         full = cudagraph_mode == CUDAGraphMode.FULL
         padded_reqs = input_batch.num_reqs_after_padding if full else num_reqs
         padded_tokens = input_batch.num_tokens_after_padding if full else input_batch.num_tokens
-        query_start = input_batch.query_start_loc_np[: num_reqs + 1].tolist()
+        query_start = query_start_np.tolist()
         metadata: dict[str, Any] = {}
         moved: dict[str, Tensor] = {}
-        for segment in range(self.planner.segments.num_segments):
+        cached_slots: list[Tensor | None] = []
+        for segment in range(num_segments):
             groups = [
                 group if config.kv_cache_spec.segment == segment else []
                 for group, config in zip(attn_groups, kv_cache_config.kv_cache_groups, strict=True)
             ]
             missing = np.zeros(padded_reqs, dtype=np.int32)
-            missing[:num_reqs] = [plan.dropped[segment] if plan else 0 for plan in plans]
+            missing[:num_reqs] = after[:, segment]
             rows = np.zeros(padded_reqs, dtype=np.int32)
-            rows[:num_reqs] = num_rows(query_start, now, segment)
-            shrinks = any(plan is not None and plan.dropped[segment] for plan in now)
+            rows[:num_reqs] = np.diff(query_start_np) - (after - before)[:, segment]
+            shrinks = reducing and bool((before[:, segment] != after[:, segment]).any())
             starts = np.zeros(padded_reqs + 1, dtype=np.int32)
             np.cumsum(rows, out=starts[1:])
             missing_device = torch.from_numpy(missing).to(self.device, non_blocking=True)
@@ -110,11 +117,14 @@ class DecoderModelState(DefaultModelState):
             upper = input_batch.seq_lens_cpu_upper_bound[:padded_reqs] - torch.from_numpy(missing)
             positions, slots = input_batch.positions, slot_mappings
             if missing.any():
-                # The first token of a prompt that is prefilled now is at place 0; after a reduced prompt every token
-                # has moved forward by the number of removed tokens.
-                moved_by = np.where(computed == 0, 0, missing[:num_reqs])
                 positions, slots = self._slots(
-                    input_batch, rows[:num_reqs], moved_by, block_tables, slot_mappings, groups, shrinks
+                    input_batch,
+                    rows[:num_reqs],
+                    before[:, segment],
+                    block_tables,
+                    slot_mappings,
+                    groups,
+                    shrinks,
                 )
             if shrinks:
                 names = [(index, g.layer_names) for index, group in enumerate(groups) for g in group]
@@ -145,9 +155,47 @@ class DecoderModelState(DefaultModelState):
                 ubatch_idx=ubatch_idx,
                 model_specific_attn_metadata=model_specific_attn_metadata,
             )
+            if reducing:
+                (index,) = (number for number, group in enumerate(groups) if group)
+                num_cached = [part.num_cached(segment) if part and part.windows else 0 for part in parts]
+                cached_slots.append(
+                    self._cached_slots(num_cached, block_tables[index], self.block_sizes[index])
+                )
         if reducing:
-            self.step = self._reducing_step(input_batch.req_ids, query_start, now, moved)
+            self.step = self._reducing_step(
+                input_batch.req_ids, query_start, parts, moved, tuple(cached_slots)
+            )
         return metadata
+
+    def _parts(self, req_ids: Sequence[str], computed: Counts, query_start: Counts) -> list[Part | None]:
+        """Tokens that a step computes of each request whose prompt is reduced, None for the others.
+
+        The host may count refused drafts among the computed tokens; these come after the prompt, which is counted well.
+        """
+        plans = [self.plans.get(req_id) for req_id in req_ids]
+        ends = (computed[: len(plans)] + np.diff(query_start)).tolist()
+        return [
+            None if plan is None else Part(plan, start, end)
+            for plan, start, end in zip(plans, computed.tolist(), ends, strict=False)
+        ]
+
+    def _cached_slots(self, num_cached: Sequence[int], block_table: Tensor, block_size: int) -> Tensor | None:
+        """KV slots of the first tokens of each request in one segment, (tokens,) int64.
+
+        Args:
+            num_cached: tokens of each request.
+            block_table: (requests, blocks).
+            block_size: of `block_table`.
+        """
+        if not any(num_cached):
+            return None
+        places = [torch.arange(count, device=self.device) for count in num_cached]
+        return torch.cat(
+            [
+                block_table[request, place // block_size].long() * block_size + place % block_size
+                for request, place in enumerate(places)
+            ]
+        )
 
     def _slots(
         self,
@@ -164,7 +212,7 @@ class DecoderModelState(DefaultModelState):
         Args:
             input_batch: of the step.
             rows: of each request in this segment.
-            moved_by: how far a decoded token of each request has moved forward.
+            moved_by: for each request, tokens before the step that the segment does not hold.
             block_tables: of each group, (requests, blocks).
             slot_mappings: (groups, tokens) of the unreduced step.
             groups: attention groups, empty for other segments.
@@ -176,9 +224,11 @@ class DecoderModelState(DefaultModelState):
         """
         request = torch.from_numpy(np.repeat(np.arange(len(rows)), rows)).to(self.device, non_blocking=True)
         if shrinks:
-            computed = np.asarray(input_batch.num_computed_tokens_np[: len(rows)])
+            # The host's count of computed tokens is an upper bound where drafts are refused; the device's is exact.
+            scheduled = torch.from_numpy(np.diff(input_batch.query_start_loc_np[: len(rows) + 1]) + moved_by)
+            held = input_batch.seq_lens[: len(rows)] - scheduled.to(self.device, non_blocking=True)
             within = np.arange(rows.sum()) - np.repeat(np.cumsum(rows) - rows, rows)
-            places = torch.from_numpy(within + np.repeat(computed - moved_by, rows)).to(self.device)
+            places = torch.from_numpy(within).to(self.device, non_blocking=True) + held[request]
             slots = slot_mappings.new_full((len(groups), len(places)), -1)
         else:
             moved = torch.from_numpy(np.repeat(moved_by, rows)).to(self.device, non_blocking=True)
@@ -200,20 +250,21 @@ class DecoderModelState(DefaultModelState):
         self,
         req_ids: Sequence[str],
         query_start: Sequence[int],
-        plans: Sequence[RequestPlan | None],
+        parts: Sequence[Part | None],
         slots: dict[str, Tensor],
+        cached_slots: tuple[Tensor | None, ...],
     ) -> ReducingStep:
-        """Indices for the model, from the plans of the prompts that are prefilled now."""
+        """Indices for the model, from the plans of the prompts that are reduced now."""
         boundaries = tuple(
-            boundary(query_start, plans, segment, self._needs_equal_text)
+            boundary(query_start, parts, segment, self._needs_equal_text)
             for segment in range(self.planner.segments.num_segments - 1)
         )
         traced = {
-            start + plan.images[0][0]: self.traced[req_id]
-            for req_id, start, plan in zip(req_ids, query_start, plans, strict=False)
-            if plan is not None and req_id in self.traced
+            start + part.plan.images[0][0] - part.start: self.traced[req_id]
+            for req_id, start, part in zip(req_ids, query_start, parts, strict=False)
+            if part is not None and part.windows and req_id in self.traced
         }
-        return ReducingStep(boundaries, slots, traced)
+        return ReducingStep(boundaries, slots, traced, cached_slots)
 
     def _needs_equal_text(self, method: str) -> bool:
         return "text_features" in self.planner.reducer(method).signals

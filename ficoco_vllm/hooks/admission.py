@@ -7,19 +7,33 @@ receives its parameters unchanged.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
+from vllm.renderers.base import BaseRenderer
 from vllm.v1.engine.input_processor import InputProcessor
 
+from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.hooks.processor_cache import hook_processor_cache, note_sent
 from ficoco_vllm.hooks.sampling_limits import check_limits
 from ficoco_vllm.hooks.wrapping import wrap
-from ficoco_vllm.kv.admission import check_bounds, check_request, check_search, fill_budget, images_of
+from ficoco_vllm.kv.admission import (
+    ChatBudgets,
+    check_bounds,
+    check_request,
+    check_search,
+    fill_budget,
+    fill_windows,
+    images_of,
+)
+from ficoco_vllm.kv.marker import generation_prompt
 from ficoco_vllm.metrics.counting import RequestCounter
 from ficoco_vllm.metrics.families import count_refusal
 from ficoco_vllm.processing import BUDGET, SIZES
+
+# Tokens of the generation prompt, on vLLM's renderer.
+_MARKER = "ficoco_generation_prompt"
 
 
 @dataclass
@@ -30,11 +44,13 @@ class FrontEnd:
         counter: counts its requests; None where nothing is counted.
         default_keep: budget in the decoder of requests that name none, where it follows the load; see `fill_budget`.
         bounds: the operator's bounds on `vllm_xargs`; see `check_bounds`.
+        chats: budgets of earlier turns.
     """
 
     counter: RequestCounter | None
     default_keep: Callable[[str | None, int], int] | None = None
     bounds: Callable[[Mapping[str, Any], int], None] | None = None
+    chats: ChatBudgets = field(default_factory=ChatBudgets)
 
     @classmethod
     def of(cls, processor: Any) -> "FrontEnd":
@@ -50,14 +66,17 @@ def hook_admission() -> None:
     hook_processor_cache()
     wrap(InputProcessor, "process_inputs", _process_inputs)
     wrap(InputProcessor, "resolve_watermarking", _resolve_watermarking)
+    wrap(BaseRenderer, "warmup", _warmup)
 
 
 def _process_inputs(original: Any, self: Any, request_id: str, prompt: Any, *args: Any, **kwargs: Any) -> Any:
     request = original(self, request_id, prompt, *args, **kwargs)
     state = FrontEnd.of(self)
     with _refusals_counted(self):
+        config = FicocoConfig.of(self.vllm_config.model_config.hf_config)
+        fill_windows(config, getattr(self.renderer, _MARKER, ()), request)
         if state.default_keep is not None:
-            fill_budget(state.default_keep, request)
+            fill_budget(state.default_keep, state.chats, request)
         if state.bounds is not None:
             check_bounds(state.bounds, request)
         check_request(self.vllm_config, request)
@@ -76,6 +95,14 @@ def _process_inputs(original: Any, self: Any, request_id: str, prompt: Any, *arg
             ours.get(SIZES, ()),
         )
     return request
+
+
+def _warmup(original: Any, self: Any, chat_params: Any) -> Any:
+    """Note the generation prompt of the server's chat template, by which turns end."""
+    result = original(self, chat_params)
+    if FicocoConfig.of(self.model_config.hf_config).windows == "turn":
+        setattr(self, _MARKER, generation_prompt(self, chat_params))
+    return result
 
 
 def _resolve_watermarking(original: Any, self: Any, params: Any) -> Any:

@@ -44,6 +44,8 @@ def _update_from_output(
     num_first = len(stats.time_to_first_tokens_iter)
     original(self, state, output, timestamp, stats)
     if len(stats.time_to_first_tokens_iter) > num_first:
+        if output.prefill_stats is not None:
+            request.num_cached = output.prefill_stats.num_cached_tokens
         _outputs(stats).first.append((request, stats.time_to_first_tokens_iter[-1]))
     else:
         _outputs(stats).later.append((request, stats.inter_token_latencies_iter[-1]))

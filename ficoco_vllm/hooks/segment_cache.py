@@ -5,6 +5,7 @@ from typing import Any
 
 from vllm.v1.kv_cache_interface import replace_as
 
+from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.hooks.wrapping import wrap
 from ficoco_vllm.kv.spec import SegmentSpec
 from ficoco_vllm.planning.segments import Segments
@@ -24,5 +25,6 @@ def hook_kv_cache_specs(decoder: Any, segments: Segments) -> None:
 
 
 def _spec(segment: int, original: Any, vllm_config: Any) -> SegmentSpec:
-    spec: SegmentSpec = replace_as(original(vllm_config), SegmentSpec, non_causal=True, segment=segment)
+    whole = FicocoConfig.of(vllm_config.model_config.hf_config).windows == "off"
+    spec: SegmentSpec = replace_as(original(vllm_config), SegmentSpec, non_causal=whole, segment=segment)
     return spec

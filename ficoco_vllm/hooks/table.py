@@ -52,6 +52,13 @@ HOOKS = (
         "tests/decoder/test_refusals.py::test_a_search_by_beams_is_refused",
     ),
     Hook(
+        "vllm.renderers.base.BaseRenderer",
+        "warmup",
+        "chat_params",
+        "reads the generation prompt of the chat template, by which decision windows end",
+        "tests/decoder/test_windows.py::test_a_chat_finds_its_earlier_turns",
+    ),
+    Hook(
         _CACHE,
         "is_cached_item",
         "mm_hash",
@@ -127,6 +134,14 @@ HOOKS = (
         "vllm_config",
         "gives an attention layer the KV cache of its segment",
         "tests/decoder/test_batches.py::test_slots_written_and_blocks_held_are_the_plans",
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.spec_decode.ngram.speculator.NgramGPUSpeculator",
+        "propose",
+        "input_batch attn_metadata slot_mappings last_hidden_states aux_hidden_states num_sampled num_rejected "
+        "last_sampled",
+        "computes drafts in torch on a CPU",
+        "tests/decoder/test_adapters.py::test_drafts_change_nothing",
     ),
     Hook(
         "prometheus_client.values",

@@ -1,14 +1,26 @@
 """Checks of a request's decoder settings before it reaches the engine."""
 
-from collections.abc import Callable, Mapping
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import BeamSearchParams
 
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.planning.server import decoder_planner
-from ficoco_vllm.request_fields import KEEP, METHOD, TRACE, check_trace_id, find_unknown, unknown_field
+from ficoco_vllm.planning.windows import find_ends
+from ficoco_vllm.request_fields import (
+    KEEP,
+    METHOD,
+    TRACE,
+    WINDOW,
+    check_trace_id,
+    find_unknown,
+    unknown_field,
+)
 
 
 def images_of(request: Any) -> list[tuple[int, int]]:
@@ -47,14 +59,17 @@ def check_request(vllm_config: Any, request: Any) -> None:
     images = images_of(request)
     num_tokens = len(request.prompt_token_ids or ())
     try:
-        unknown = find_unknown(extra_args, explain=config.explain)
+        windows = config.windows == "turn"
+        unknown = find_unknown(extra_args, explain=config.explain, windows=windows)
         if unknown is not None:
             raise ValueError(unknown_field(unknown))
         if TRACE in extra_args:
             check_trace_id(extra_args[TRACE])
+            # A cached window is not reduced again, so it would leave no trace.
+            params.skip_reading_prefix_cache = True
         plan = decoder_planner(vllm_config.model_config.hf_config).plan(num_tokens, images, extra_args)
     except ValueError as error:
-        field = next((name for name in (KEEP, METHOD) if str(error).startswith(name)), None)
+        field = next((name for name in (KEEP, METHOD, WINDOW) if str(error).startswith(name)), None)
         raise VLLMValidationError(str(error), parameter=field) from error
     if not plan.reduces:
         return
@@ -101,12 +116,69 @@ def check_search(vllm_config: Any, params: Any) -> None:
         )
 
 
-def fill_budget(default_keep: Callable[[str | None, int], int], request: Any) -> None:
+def fill_windows(config: FicocoConfig, marker: Sequence[int], request: Any) -> None:
+    """Give a request with images the ends of its decision windows if it names none.
+
+    Scheduler and workers read them there, so that all plan alike.
+
+    Args:
+        config: settings of the server.
+        marker: tokens of the chat template's generation prompt.
+        request: vLLM's `EngineCoreRequest`; its sampling parameters are its own copy.
+    """
+    params = request.sampling_params
+    if config.windows != "turn" or params is None or not request.mm_features:
+        return
+    extra_args = params.extra_args or {}
+    if WINDOW not in extra_args:
+        ends = find_ends(
+            request.prompt_token_ids or (), sorted(images_of(request)), marker, config.window_tokens
+        )
+        params.extra_args = {**extra_args, WINDOW: ends}
+
+
+class ChatBudgets:
+    """Budgets that were chosen for the first turns of chats, which later turns keep.
+
+    The budget is part of what names a cached window, so one that changed from turn to turn would never find it.
+    """
+
+    def __init__(self, most: int = 4096) -> None:
+        """Remember `most` chats, the latest ones."""
+        self.most = most
+        self.keeps: OrderedDict[bytes, int] = OrderedDict()
+
+    def keep(self, request: Any, choose: Callable[[], int]) -> int:
+        """The budget of a request's chat.
+
+        Args:
+            request: vLLM's `EngineCoreRequest`, with the ends of its windows.
+            choose: returns the budget of a new chat.
+        """
+        extra_args = request.sampling_params.extra_args or {}
+        ends = extra_args.get(WINDOW)
+        if not isinstance(ends, list) or not ends:
+            return choose()
+        tokens = np.asarray(request.prompt_token_ids[: int(ends[0])], dtype=np.int64)
+        images = [feature.identifier for feature in request.mm_features]
+        first = [
+            name for name, (offset, _) in zip(images, images_of(request), strict=True) if offset < ends[0]
+        ]
+        name = hashlib.sha256(repr((extra_args.get(METHOD), first)).encode() + tokens.tobytes()).digest()
+        keep = self.keeps.pop(name, None)
+        self.keeps[name] = choose() if keep is None else keep
+        while len(self.keeps) > self.most:
+            self.keeps.popitem(last=False)
+        return self.keeps[name]
+
+
+def fill_budget(default_keep: Callable[[str | None, int], int], chats: ChatBudgets, request: Any) -> None:
     """Give a request with images a budget in the decoder if it names none.
 
     Args:
         default_keep: from the method that the request names, or None, and the visual tokens of its largest image as
             they enter the decoder, to the tokens that are left of each image in the last segment.
+        chats: budgets of earlier turns.
         request: vLLM's `EngineCoreRequest`; its sampling parameters are its own copy.
     """
     params = request.sampling_params
@@ -115,7 +187,8 @@ def fill_budget(default_keep: Callable[[str | None, int], int], request: Any) ->
     extra_args = params.extra_args or {}
     if KEEP not in extra_args:
         most = max(feature.mm_position.length for feature in request.mm_features)
-        params.extra_args = {**extra_args, KEEP: default_keep(extra_args.get(METHOD), most)}
+        keep = chats.keep(request, lambda: default_keep(extra_args.get(METHOD), most))
+        params.extra_args = {**extra_args, KEEP: keep}
 
 
 def check_bounds(bounds: Callable[[Mapping[str, Any], int], None], request: Any) -> None:

@@ -1,4 +1,4 @@
-"""vLLM's scheduler with a plan for each request and prompts that are never split."""
+"""vLLM's scheduler with a plan for each request, whose decision windows are never split."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from vllm.v1.request import Request
 
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.kv.admission import images_of
+from ficoco_vllm.kv.hashes import mix_windows
 from ficoco_vllm.kv.manager import SegmentManager
 from ficoco_vllm.metrics.families import metrics
 from ficoco_vllm.planning.decoder import RequestPlan
@@ -22,12 +23,11 @@ class SegmentScheduler(AsyncScheduler):
         super().__init__(*args, **kwargs)
         self.planner = decoder_planner(self.vllm_config.model_config.hf_config)
         self.plans: dict[str, RequestPlan] = {}
-        assert not self.scheduler_config.enable_chunked_prefill
-        assert not self.cache_config.enable_prefix_caching
+        self.chunks = self.scheduler_config.enable_chunked_prefill
         self.managers: Sequence[SegmentManager] = self.kv_cache_manager.coordinator.single_type_managers
         for manager in self.managers:
             assert isinstance(manager, SegmentManager)
-            manager.count_tokens = self._count_tokens
+            manager.plan_of = self.plans.get
         self.blocks_held = _gauges(self.vllm_config, self.managers) if self.log_stats else []
 
     def add_request(self, request: Request) -> None:
@@ -35,6 +35,8 @@ class SegmentScheduler(AsyncScheduler):
         extra_args = request.sampling_params.extra_args if request.sampling_params else None
         plan = self.planner.plan(request.num_prompt_tokens, images_of(request), extra_args)
         self.plans[request.request_id] = plan
+        if plan.reduces and self.cache_config.enable_prefix_caching:
+            mix_windows(request, plan, self.block_size, self.cache_config.prefix_caching_hash_algo)
         super().add_request(request)
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
@@ -53,9 +55,18 @@ class SegmentScheduler(AsyncScheduler):
         for gauge in self.blocks_held:
             gauge.report()
 
-    def _count_tokens(self, request_id: str, segment: int, num_tokens: int) -> int:
-        plan = self.plans.get(request_id)
-        return num_tokens if plan is None else plan.num_kv_tokens(segment, num_tokens)
+    def _get_local_prefix_cache_hit(self, request: Request) -> Any:
+        """The prefix of a request that the cache of every segment holds; see vLLM's scheduler."""
+        plan, manager = self.plans.get(request.request_id), self.kv_cache_manager
+        if plan is None or not plan.reduces or not manager.prefix_cache_lookup_enabled(request):
+            return super()._get_local_prefix_cache_hit(request)
+        # The last token is computed in any case, for its logits.
+        most = min(request.num_tokens - 1, len(request.block_hashes) * self.block_size)
+        length = plan.reusable(most, self.block_size)
+        for segment in self.managers:
+            _, length = segment.find_blocks(plan, request.block_hashes, length)
+        blocks = [segment.find_blocks(plan, request.block_hashes, length)[0] for segment in self.managers]
+        return manager.create_kv_cache_blocks(tuple(blocks)), length, 0, False
 
     def _try_schedule_encoder_inputs(
         self,
@@ -66,11 +77,31 @@ class SegmentScheduler(AsyncScheduler):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Schedule as vLLM, except that a prompt waits if its images do not all fit into this step."""
-        scheduled = super()._try_schedule_encoder_inputs(
-            request, num_computed_tokens, num_new_tokens, encoder_compute_budget, *args, **kwargs
-        )
-        if scheduled[1] < num_new_tokens and num_computed_tokens < request.num_prompt_tokens:
+        """Schedule as vLLM, except that a step ends before a window that it cannot hold with all of its images.
+
+        vLLM calls this last of all limits on a request's tokens in a step, and takes over the number that it returns.
+        """
+        plan = self.plans.get(request.request_id)
+
+        def allowed(num_tokens: int) -> int:
+            if plan is None or (self.chunks and not plan.reduces):
+                return num_tokens
+            if self.chunks:
+                return plan.chunk(num_computed_tokens, num_tokens)
+            whole = num_tokens >= num_new_tokens or num_computed_tokens >= request.num_prompt_tokens
+            return num_tokens if whole else 0
+
+        def schedule(num_tokens: int) -> Any:
+            return super(SegmentScheduler, self)._try_schedule_encoder_inputs(
+                request, num_computed_tokens, num_tokens, encoder_compute_budget, *args, **kwargs
+            )
+
+        scheduled = schedule(allowed(num_new_tokens))
+        if allowed(scheduled[1]) < scheduled[1]:
+            # vLLM ended the step before an image for which it has no room, within a window.
+            self.encoder_cache_manager.free(request)
+            scheduled = schedule(allowed(scheduled[1])) if allowed(scheduled[1]) else ([], 0)
+        if scheduled[1] == 0:
             # While it waits, its cached images may be evicted: an earlier request may need the space.
             self.encoder_cache_manager.free(request)
             return [], 0, encoder_compute_budget, [], []

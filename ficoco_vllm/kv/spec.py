@@ -15,7 +15,7 @@ class SegmentSpec(FullAttentionSpec):
     Attributes:
         segment: index; layers of two segments never share a group.
         non_causal: makes vLLM prefill prompts in one step and find no block by the hash of its tokens, although the
-            attention is causal.
+            attention is causal; for servers without decision windows.
     """
 
     segment: int = 0

@@ -21,6 +21,8 @@ class CountedRequest:
         account: its savings.
         counter: of its server.
         engine: label, known from the first output on.
+        prompt: arguments of `Accountant.account`.
+        num_cached: tokens of the prompt that the prefix cache held, known from the first output on.
         prefilled: whether its prefill has been counted.
         ended: whether its end has been counted.
     """
@@ -28,6 +30,8 @@ class CountedRequest:
     account: Account
     counter: "RequestCounter"
     engine: str
+    prompt: tuple[Any, ...] = ()
+    num_cached: int = 0
     prefilled: bool = False
     ended: bool = False
 
@@ -108,8 +112,8 @@ class RequestCounter:
         sizes: Sequence[tuple[int, int]],
     ) -> CountedRequest:
         """A request that has been admitted; see `Accountant.account` for the arguments."""
-        account = self.accountant.account(num_prompt_tokens, images, budget, extra_args, sizes)
-        return CountedRequest(account, self, self.only_engine)
+        prompt = (num_prompt_tokens, images, budget, extra_args, sizes)
+        return CountedRequest(self.accountant.account(*prompt), self, self.only_engine, prompt)
 
     def record(self, outputs: BatchOutputs, engine: str) -> None:
         """Count one batch of outputs.
@@ -123,6 +127,10 @@ class RequestCounter:
             request.engine = engine
             if not request.prefilled:
                 request.prefilled = True
+                if request.num_cached:
+                    request.account = self.accountant.account_of_rest(
+                        request.num_cached, request.account, *request.prompt
+                    )
                 self._count_prefill(request)
             labels = (self.model_name, engine, request.account.method)
             families.time_to_first_token_seconds.labels(*labels).observe(seconds)

@@ -3,15 +3,17 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import Any
 
 from ficoco_vllm.metrics.families import OFF, TEXT
 from ficoco_vllm.planning.server import ServerPlan
 from ficoco_vllm.planning.tower import Budget
+from ficoco_vllm.planning.windows import read_ends
 from ficoco_vllm.reduction.cost import ModelShape, TokenPlan, estimate_prompt, model_shape
 from ficoco_vllm.reduction.pipeline import PIPELINES
+from ficoco_vllm.request_fields import WINDOW
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,33 @@ class Accountant:
             missing=tuple(sum(before) - sum(segment) for segment in counts),
             flops_avoided=flops_avoided,
         )
+
+    def account_of_rest(self, num_cached: int, account: Account, *request: Any) -> Account:
+        """The savings of what a request computes after tokens that the prefix cache held.
+
+        What another request has computed and saved before is not counted again.
+
+        Args:
+            num_cached: tokens of the prompt that the cache held; an image is among them wholly or not at all.
+            account: of the whole prompt.
+            *request: the arguments of `account`.
+        """
+        num_prompt_tokens, images, budget, extra_args, sizes = request
+        if self.plan.decoder is None:
+            return account  # the tower's part is cached with the image, not with its tokens
+        rest = [index for index, (offset, _) in enumerate(images) if offset >= num_cached]
+        extra_args = dict(extra_args or {})
+        if WINDOW in extra_args:
+            ends = read_ends(extra_args[WINDOW], num_prompt_tokens)
+            extra_args[WINDOW] = [end - num_cached for end in ends if end > num_cached]
+        computed = self.account(
+            num_prompt_tokens - num_cached,
+            [(images[index][0] - num_cached, images[index][1]) for index in rest],
+            budget,
+            extra_args,
+            [sizes[index] for index in rest] if len(sizes) == len(images) else sizes,
+        )
+        return replace(computed, method=account.method)
 
     def _label(self, by_tower: str | None, by_decoder: str | None) -> str:
         pipeline = PIPELINES.get(self.plan.config.method or "")

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from vllm.config import CompilationMode, VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.forward_context import get_forward_context, is_forward_context_available
+from vllm.platforms import current_platform
 
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.decoder.decoder import ReducingStep, SegmentedDecoder
@@ -56,6 +57,10 @@ class ReducingLlava(nn.Module):
 
             hook_kernels()
             hook_kv_cache_specs(self.language_model.model, plan.decoder.segments)
+            if vllm_config.speculative_config is not None and current_platform.is_cpu():
+                from ficoco_vllm.hooks.drafts import hook_drafts  # imports Triton, too
+
+                hook_drafts()
             self.decoder = SegmentedDecoder(
                 self.language_model.model,
                 plan.decoder,

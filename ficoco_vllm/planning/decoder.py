@@ -5,58 +5,144 @@ and workers each compute the plan, so nothing is communicated and nothing waits 
 """
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
+from itertools import pairwise
+from operator import add
 from statistics import fmean
 from typing import Any
 
 from ficoco_vllm.config import FicocoConfig, default_keep
 from ficoco_vllm.planning.segments import Segments, scaled
+from ficoco_vllm.planning.windows import Window, find_windows, read_ends
 from ficoco_vllm.reduction import Reducer, available, get
 from ficoco_vllm.reduction.method import SITES
 from ficoco_vllm.reduction.schedule import DECODER_START_LAYER, make_schedule
-from ficoco_vllm.request_fields import KEEP, METHOD
+from ficoco_vllm.request_fields import KEEP, METHOD, WINDOW
 
 
 @dataclass(frozen=True)
 class RequestPlan:
     """Tokens of one request in every segment.
 
+    A position counts tokens of prompt and answer; a place counts the tokens that a segment holds.
+
     Attributes:
         method: that reduces.
         num_prompt_tokens: before any reduction.
         images: offset in the prompt and number of tokens of each image, ascending.
         counts: counts[s][j] visual tokens of image j in segment s.
+        ends: possible ends of decision windows, ascending; see `find_windows`.
     """
 
     method: str
     num_prompt_tokens: int
     images: tuple[tuple[int, int], ...]
     counts: tuple[tuple[int, ...], ...]
+    ends: tuple[int, ...] = ()
 
     @cached_property
+    def windows(self) -> tuple[Window, ...]:
+        """The decision windows, ascending."""
+        return find_windows(self.num_prompt_tokens, self.images, self.ends)
+
+    @property
     def dropped(self) -> tuple[int, ...]:
         """Prompt tokens without a KV slot in each segment."""
-        total = sum(length for _, length in self.images)
-        return tuple(total - sum(counts) for counts in self.counts)
+        return self._dropped[-1]
 
     @property
     def reduces(self) -> bool:
         """Whether any token leaves."""
         return self.dropped[-1] > 0
 
+    def dropped_before(self, position: int) -> tuple[int, ...]:
+        """Tokens before a position without a KV slot in each segment; inside an image, those of earlier images."""
+        return self._dropped[bisect_right(self._image_ends, position)]
+
     def num_kv_tokens(self, segment: int, num_tokens: int) -> int:
         """Tokens that a segment's KV cache holds once `num_tokens` of the request have been computed.
 
+        It is also the place of the token at this position.
+
         Args:
             segment: index.
-            num_tokens: of prompt and answer; a prompt that is reduced is computed in one step.
+            num_tokens: of prompt and answer.
         """
-        if not self.reduces or num_tokens == 0:
+        return num_tokens - self.dropped_before(num_tokens)[segment]
+
+    def chunk(self, start: int, num_tokens: int) -> int:
+        """The number of tokens that a step may compute without cutting a window.
+
+        Args:
+            start: tokens that have been computed.
+            num_tokens: the most that the step has room for.
+        """
+        if not self.reduces:
             return num_tokens
-        assert num_tokens >= self.num_prompt_tokens, "a prompt that is reduced is prefilled in one step"
-        return num_tokens - self.dropped[segment]
+        end = start + num_tokens
+        for window in self.windows:
+            # After its images a window is plain text, which a prefix cache may have in part.
+            if start <= window.start < end < window.end:
+                return window.start - start
+        return num_tokens
+
+    def reusable(self, num_tokens: int, block: int) -> int:
+        """The longest prefix in whole blocks of every segment whose KV another request may take over.
+
+        Args:
+            num_tokens: the most that it may have.
+            block: tokens of one block.
+        """
+        length = num_tokens - num_tokens % block
+        for window in reversed(self.windows):
+            whole = all(drop % block == 0 for index in window.images for drop in self._drops[index])
+            if window.start < length and not (whole and self._image_ends[window.images[-1]] <= length):
+                length = window.start - window.start % block
+        return length
+
+    def prompt_block(self, segment: int, index: int, block: int) -> int:
+        """The block of the prompt that stands for a block of a segment's cache, in whose hash it is found.
+
+        After an image it is the one with the same last token; blocks of survivors take those of the image. The mapping
+        ascends and is injective.
+
+        Args:
+            segment: index of the segment.
+            index: of the segment's block.
+            block: tokens of one block.
+        """
+        images_before = bisect_right(self._survivor_ends[segment], (index + 1) * block)
+        return index + self._dropped[images_before][segment] // block
+
+    @cached_property
+    def _image_ends(self) -> tuple[int, ...]:
+        return tuple(offset + length for offset, length in self.images)
+
+    @cached_property
+    def _drops(self) -> tuple[tuple[int, ...], ...]:
+        """For each image, the tokens without a slot in each segment."""
+        return tuple(
+            tuple(length - counts[index] for counts in self.counts)
+            for index, (_, length) in enumerate(self.images)
+        )
+
+    @cached_property
+    def _dropped(self) -> tuple[tuple[int, ...], ...]:
+        """For each number of images, the tokens of these without a slot in each segment."""
+        totals = [(0,) * len(self.counts)]
+        for drops in self._drops:
+            totals.append(tuple(map(add, totals[-1], drops)))
+        return tuple(totals)
+
+    @cached_property
+    def _survivor_ends(self) -> tuple[tuple[int, ...], ...]:
+        """For each segment, the place after the last token of each image."""
+        return tuple(
+            tuple(end - self._dropped[index + 1][segment] for index, end in enumerate(self._image_ends))
+            for segment in range(len(self.counts))
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,7 +266,7 @@ class DecoderPlanner:
         Args:
             num_prompt_tokens: including placeholders of images.
             images: offset and number of tokens of each.
-            extra_args: the request's `vllm_xargs`, or None. Only `KEEP` and `METHOD` are read.
+            extra_args: the request's `vllm_xargs`, or None. Only `KEEP`, `METHOD` and `WINDOW` are read.
 
         Raises:
             ValueError: starting with the field, then its value and what is allowed.
@@ -196,6 +282,7 @@ class DecoderPlanner:
         if KEEP in extra_args:
             most = max([self.num_visual_tokens, self.most, *(length for _, length in images)])
             budget = _check_keep(extra_args[KEEP], most)
+        images = sorted(images)
         per_image = []
         for _, length in images:
             keep = self.keep_of(length) if budget is None else budget
@@ -205,7 +292,24 @@ class DecoderPlanner:
                 raise ValueError(f"{KEEP} = {keep}: {error}") from error
         counts = tuple(zip(*per_image, strict=True))
         empty: tuple[tuple[int, ...], ...] = ((),) * self.segments.num_segments
-        return RequestPlan(method, num_prompt_tokens, tuple(sorted(images)), counts or empty)
+        ends = read_ends(extra_args[WINDOW], num_prompt_tokens) if WINDOW in extra_args else ()
+        plan = RequestPlan(method, num_prompt_tokens, tuple(images), counts or empty, ends)
+        if self.config.windows == "turn":
+            self._check_windows(plan)
+        return plan
+
+    def _check_windows(self, plan: RequestPlan) -> None:
+        """Refuse a window that no step of the server can hold."""
+        most = self.config.window_tokens
+        if most is None or not plan.reduces:
+            return
+        for window in plan.windows:
+            if window.end - window.start > most:
+                raise ValueError(
+                    f"{WINDOW}: tokens {window.start} to {window.end - 1} of the prompt, from an image to the end of "
+                    f"its turn, are {window.end - window.start}; allowed: {most}, which one step computes "
+                    "(fewer images in a turn, or a server with a larger --max-num-batched-tokens)"
+                )
 
 
 def _check_keep(keep: Any, most: int) -> int:
@@ -284,7 +388,32 @@ def _counts(planner: DecoderPlanner, method: str, num_tokens: int, keep: int) ->
     counts = [num_tokens]
     for segment in range(planner.segments.num_segments - 1):
         counts.append(counts[-1] - removed.get(segment, 0))
-    return tuple(counts)
+    return _in_multiples(tuple(counts), planner.config.rounding, reducer.max_removed)
+
+
+def _in_multiples(
+    counts: tuple[int, ...], rounding: int, max_removed: Callable[[int], int]
+) -> tuple[int, ...]:
+    """Counts that leave the image in multiples of `rounding`, so that blocks after it are whole in every segment.
+
+    The last segment never keeps more than before, the others are the nearest. Where the method cannot remove as many,
+    or nothing would be left, the counts stay as they are.
+
+    Args:
+        counts: visual tokens of an image in every segment.
+        rounding: tokens.
+        max_removed: the most tokens that one reduction may remove, as a function of their number.
+    """
+    first, last = counts[0], counts[-1]
+    most = -(-(first - last) // rounding) * rounding
+    if most >= first:
+        return counts
+    rounded = tuple(
+        first - (most if count == last else min(most, round((first - count) / rounding) * rounding))
+        for count in counts
+    )
+    possible = all(before - after <= max_removed(before) for before, after in pairwise(rounded))
+    return rounded if possible else counts
 
 
 @cache

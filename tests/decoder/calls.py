@@ -1,5 +1,6 @@
 """Functions that tests run inside the process of the engine."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,7 +72,9 @@ def refusal(engine: LLM, one: Ask, **more: Any) -> str:
     return ""
 
 
-def ask_noting_preemptions(engine: LLM, asks: list[Ask]) -> tuple[list[Answer], list[bool]]:
+def ask_noting_preemptions(
+    engine: LLM, asks: list[Ask], send: Callable[[LLM, list[Ask]], list[Any]] = ask
+) -> tuple[list[Any], list[bool]]:
     """Send requests together; also, of each that had to give its blocks back, whether its prompt is reduced."""
     scheduler = scheduler_of(engine)
     original, noted = scheduler._preempt_request, []
@@ -83,7 +86,7 @@ def ask_noting_preemptions(engine: LLM, asks: list[Ask]) -> tuple[list[Answer], 
 
     scheduler._preempt_request = noting
     try:
-        return ask(engine, asks), noted
+        return send(engine, asks), noted
     finally:
         scheduler._preempt_request = original
 

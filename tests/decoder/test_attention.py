@@ -52,6 +52,7 @@ def group(requests: tuple[int, ...]) -> ImageGroup:
         text_place=text_place,
         visual_place=visual_place,
         context=start + np.where(places < lengths, places, 0),
+        num_cached=np.zeros(len(requests), dtype=np.int64),
         first_row=tuple(int(r * T + IMAGES[r]) for r in requests),
     )
 
@@ -91,6 +92,41 @@ def test_equals_the_whole_map(heads: DecoderHeads, logits: bool, requests: tuple
         indirect = expected[:, source[b]].T @ expected[:, target[b]]
         close(blocks[1][b], 0.6 * direct + 0.4 * indirect)
     assert visual.row_sum().dtype == torch.float64
+
+
+@pytest.mark.parametrize("num_cached", [(2, 4), (0, 6), (3, 0)])
+def test_keys_of_earlier_steps_count_as_those_of_this_one(
+    heads: DecoderHeads, num_cached: tuple[int, int]
+) -> None:
+    """A prefix that lies in the KV cache: queries of the rest, keys of both."""
+    whole = ImageAttention(heads, group((0, 1)), visual=True)
+    cached = np.array(num_cached)[:, None]
+    starts = (0, T)
+    before = np.concatenate(
+        [np.arange(start, start + n) for start, n in zip(starts, num_cached, strict=True)]
+    )
+    step = np.setdiff1d(np.arange(sum(LENGTHS)), before)
+    row_of = np.argsort(np.concatenate([step, before]))  # keys of the step come first
+    where = group((0, 1))
+    text_place = np.where(where.has_text, where.text_place, cached)
+    where = replace(
+        where,
+        visual=row_of[where.visual],
+        text=row_of[np.array([[0], [T]]) + text_place],
+        text_place=text_place,
+        context=row_of[where.context],
+        num_cached=cached[:, 0],
+    )
+    rest = replace(heads, query=heads.query[step], key=heads.key[step], cached_key=heads.key[before])
+    part = ImageAttention(rest, where, visual=True)
+    assert part.query.shape[2] < whole.query.shape[2] or 0 in num_cached
+    maps = part.visual_attention(), whole.visual_attention()
+    close(part.text_attention(), whole.text_attention())
+    for name in ("row_sum", "column_sum", "dense"):
+        result, expected = (getattr(one, name)() for one in maps)
+        close(result, expected)
+    text = ImageAttention(rest, where, visual=False)
+    close(text.text_attention(), whole.text_attention())
 
 
 def test_text_alone_looks_at_no_visual_query(heads: DecoderHeads) -> None:

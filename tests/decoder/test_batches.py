@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.decoder import calls
+from tests.decoder import calls, window_calls
 from tests.decoder.calls import Ask
 from tests.support.engine import PROMPT, TEXT_ONLY, TWO_IMAGES, Answer
 from tests.support.planned import kv_tokens
@@ -63,6 +63,19 @@ def engine(host: Host, small_llava: Path) -> Remote:
 
 
 @pytest.fixture(scope="module")
+def windowed(host: Host, small_llava: Path) -> Remote:
+    """The same with prefix cache and prompts in pieces: a step holds two windows."""
+    options = {
+        "block_size": 32,
+        "max_model_len": 512,
+        "max_num_seqs": 16,
+        "num_gpu_blocks_override": BLOCKS + 11,
+        "max_num_batched_tokens": 400,
+    }
+    return host.get(small_llava, {"method": "ficoco-l", "keep": 16, "windows": "turn"}, **options)
+
+
+@pytest.fixture(scope="module")
 def alone(engine: Remote, images: list[Image.Image]) -> list[Answer]:
     """Each of the mixed requests, when it has the engine for itself."""
     return [engine.call(calls.ask, [one])[0] for one in mixed(images, 40)]
@@ -85,6 +98,31 @@ def test_40_mixed_requests_with_preemption_equal_each_alone(
     for answer, one in zip(together, alone, strict=True):
         assert answer.tokens == one.tokens
         torch.testing.assert_close(answer.logprobs, one.logprobs, atol=TOLERANCE, rtol=0)
+
+
+def test_mixed_requests_with_caches_and_chunks_equal_each_alone(
+    windowed: Remote, images: list[Image.Image]
+) -> None:
+    """Twice, so that prompts are found; preempted requests find what they have lost, or compute it again."""
+    asks = mixed(images, 16)
+    cold = [windowed.call(window_calls.ask, [one], True)[0] for one in asks]
+    assert windowed.call(window_calls.reset)
+    free = windowed.call(calls.free_blocks)
+    num_found = 0
+    for order in (1, -1):
+        together, preempted = windowed.call(calls.ask_noting_preemptions, asks[::order], window_calls.ask)
+        assert any(preempted)
+        num_found += sum(answer.num_cached > 0 for answer in together)
+        for answer, one in zip(together[::order], cold, strict=True):
+            assert answer.tokens == one.tokens
+            torch.testing.assert_close(answer.logprobs, one.logprobs, atol=TOLERANCE, rtol=0)
+    assert num_found > 4
+    aborted, answers = windowed.call(calls.abort_in, asks[:12], "decoding", 3)
+    assert aborted
+    for index, tokens in answers.items():
+        assert tokens == cold[index].tokens
+    assert windowed.call(calls.free_blocks) == free
+    assert not any(windowed.call(calls.held))
 
 
 @pytest.mark.parametrize(

@@ -34,9 +34,12 @@ def config(**changed: Any) -> Any:
             async_scheduling=None,
             long_prefill_token_threshold=0,
             max_num_scheduled_tokens=None,
+            max_num_batched_tokens=700,
+            max_num_seqs=16,
+            enable_chunked_prefill=True,
         ),
         cache_config=SimpleNamespace(
-            kv_offloading_size=None, kv_cache_dtype_skip_layers=[], cache_dtype="auto"
+            kv_offloading_size=None, kv_cache_dtype_skip_layers=[], cache_dtype="auto", block_size=16
         ),
         compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE),
         model_config=SimpleNamespace(
@@ -50,7 +53,7 @@ def config(**changed: Any) -> Any:
         ),
         speculative_config=None,
         kv_transfer_config=None,
-        lora_config=None,
+        kv_events_config=None,
         use_v2_model_runner=True,
         _get_v2_model_runner_unsupported_features=lambda: ["a feature"],
     )
@@ -67,6 +70,29 @@ def test_what_is_allowed() -> None:
     assert find_refusal(config()) is None
     assert find_refusal(config(scheduler_config__scheduler_cls=SCHEDULER)) is None
     assert find_refusal(config(scheduler_config__max_num_scheduled_tokens=512)) is None
+    drafts = SimpleNamespace(method="ngram", num_speculative_tokens=2)
+    assert find_refusal(config(speculative_config=drafts)) is None
+    drafts.method = "eagle"
+    assert "--speculative-config is allowed with method 'ngram' only" in str(
+        find_refusal(config(speculative_config=drafts))
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "part"),
+    [
+        ({"cache_config__cache_dtype": "fp8"}, "--kv-cache-dtype fp8 is not allowed with ficoco.windows"),
+        ({"kv_events_config": SimpleNamespace(enable_kv_cache_events=True)}, "--kv-events-config"),
+        # A window of 500 tokens beside 15 requests that decode.
+        ({"scheduler_config__max_num_scheduled_tokens": 514}, "allowed: 515 (beside decoding requests)"),
+    ],
+)
+def test_what_windows_exclude(changed: dict[str, Any], part: str) -> None:
+    settings = {"method": "ficoco-l", "windows": "turn", "window_tokens": 500}
+    windowed = config(model_config__hf_config__ficoco=settings, **changed)
+    assert part in str(find_refusal(windowed))
+    if "scheduler_config__max_num_scheduled_tokens" not in changed:
+        assert find_refusal(config(**changed)) is None
 
 
 @pytest.mark.parametrize("mode", list(CUDAGraphMode))
@@ -106,14 +132,12 @@ def engine(host: Host, small_llava: Path) -> Remote:
         ({"tensor_parallel_size": 2, "decode_context_parallel_size": 2}, "--decode-context-parallel-size"),
         ({"prefill_context_parallel_size": 2}, "--prefill-context-parallel-size"),
         ({"enable_dbo": True}, "--enable-dbo"),
-        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "--speculative-config"),
         (
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
             "--kv-transfer-config",
         ),
         ({"kv_offloading_size": 1.0}, "--kv-offloading-size"),
         ({"runner": "pooling", "convert": "embed"}, "--runner pooling"),
-        ({"enable_lora": True}, "--enable-lora"),
         ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
         ({"disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager"),
         ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "--scheduler-cls vllm.v1"),
@@ -194,6 +218,41 @@ def test_start_up_makes_room_for_whole_prompts(
     longest = Ask(TWO_IMAGES.replace("USER:", "USER:" + "a" * 650), images[:2], num_tokens=1)
     (answer,) = engine.call(calls.ask, [longest])
     assert 950 < answer.num_prompt_tokens < 1024
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("ficoco", "options", "expected"),
+    [
+        # A step keeps its size where it holds a window beside 15 requests that decode.
+        ({"windows": "turn"}, {"max_num_batched_tokens": 600}, (True, 600, 585, 32)),
+        ({"windows": "turn"}, {"max_num_batched_tokens": 64}, (True, 144 + 256 + 15, 400, 32)),
+        ({"windows": "turn", "window_tokens": 300}, {"max_num_batched_tokens": 64}, (True, 315, 300, 32)),
+        ({"windows": "turn"}, {"enable_prefix_caching": False}, (False, 2048, 1024, 1)),
+        ({"windows": "prompt"}, {"max_num_batched_tokens": 64}, (True, 1024, None, 1)),
+    ],
+)
+def test_start_up_makes_room_for_windows(
+    engine: Remote,
+    small_llava: Path,
+    ficoco: dict[str, Any],
+    options: dict[str, Any],
+    expected: tuple[Any, ...],
+) -> None:
+    """Prefix caching, tokens of a step and of a window, and the multiple in which visual tokens leave."""
+    more = {"max_model_len": 1024, "max_num_seqs": 16, "max_num_batched_tokens": 2048, **options}
+    assert engine.call(windows_of, str(small_llava), FICOCO | ficoco, more) == expected
+
+
+def windows_of(engine: Any, model: str, ficoco: dict[str, Any], options: dict[str, Any]) -> tuple[Any, ...]:
+    """What start-up makes of the settings of another engine."""
+    made = calls.configure(model, ficoco, options)
+    ours = made.model_config.hf_config.ficoco
+    scheduler = made.scheduler_config
+    assert scheduler.enable_chunked_prefill
+    assert scheduler.encoder_cache_size >= (ours["window_tokens"] or 1024)
+    caching = made.cache_config.enable_prefix_caching
+    return caching, scheduler.max_num_batched_tokens, ours["window_tokens"], ours["rounding"]
 
 
 @pytest.mark.engine

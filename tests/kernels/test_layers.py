@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.decoder.attention import DecoderHeads
-from ficoco_vllm.decoder.boundary import boundary
+from ficoco_vllm.decoder.boundary import Part, boundary
 from ficoco_vllm.decoder.reduction import Rows, reduce_rows
 from ficoco_vllm.planning.decoder import DecoderPlanner
 from ficoco_vllm.planning.tower import Budget, VisionPlanner
@@ -175,7 +175,8 @@ def test_decoder(method: str, ops: set[str], launched: set[str]) -> None:
         planner = DecoderPlanner.shared(config, 4, 16)
         segment = planner.reducing_segments(method)[0]
         plans = [planner.plan(length, [image], None) for length, image in zip(lengths, images, strict=True)]
-        where = boundary([0, 30, 54], plans, segment, lambda name: False)
+        parts = [Part(plan, 0, plan.num_prompt_tokens) for plan in plans]
+        where = boundary([0, 30, 54], parts, segment, lambda name: False)
         heads = DecoderHeads(query, key, d**-0.5, 2 * H, None, planner.config.backend)
         rows = Rows(hidden, torch.arange(54, device=DEVICE), torch.ones(54, device=DEVICE))
         result[backend] = reduce_rows(rows, heads, where, planner, (4, 4))

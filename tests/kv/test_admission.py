@@ -8,7 +8,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine import EngineCoreRequest
 
-from ficoco_vllm.kv.admission import check_request
+from ficoco_vllm.config import FicocoConfig
+from ficoco_vllm.kv.admission import ChatBudgets, check_request, fill_budget, fill_windows
 
 pytestmark = pytest.mark.compat
 
@@ -33,7 +34,7 @@ def request(
     result = {"extra_args": extra, "prompt_logprobs": None, **params}
     return SimpleNamespace(
         sampling_params=SimpleNamespace(**result),
-        mm_features=[SimpleNamespace(mm_position=position)],
+        mm_features=[SimpleNamespace(mm_position=position, identifier="an image")],
         prompt_token_ids=[0] * num_tokens,
         resumable=resumable,
     )
@@ -74,3 +75,56 @@ def test_what_is_not_reduced_may_do_all_of_it() -> None:
 
 def test_the_engines_request_says_whether_more_will_come() -> None:
     assert "resumable" in EngineCoreRequest.__struct_fields__
+
+
+TURN = FicocoConfig.parse({"method": "ficoco-l", "windows": "turn"})
+
+
+def chat(num_tokens: int, marker_at: int | None = None, extra: dict[str, Any] | None = None) -> Any:
+    """A prompt with the generation prompt 7, 8 at a position."""
+    requested = request(extra, num_tokens)
+    if marker_at is not None:
+        requested.prompt_token_ids[marker_at : marker_at + 2] = [7, 8]
+    fill_windows(TURN, [7, 8], requested)
+    return requested
+
+
+def test_windows_are_filled_in_unless_the_request_names_them() -> None:
+    assert chat(60, 48).sampling_params.extra_args == {"ficoco_window": [50]}
+    assert chat(60).sampling_params.extra_args == {"ficoco_window": [60]}
+    assert chat(60, 48, {"ficoco_window": 55}).sampling_params.extra_args == {"ficoco_window": 55}
+    off = request()
+    fill_windows(FicocoConfig.parse({"method": "ficoco-l"}), [7, 8], off)
+    assert off.sampling_params.extra_args is None
+    check_request(config(method="ficoco-l", windows="turn"), chat(60, 48))
+
+
+def test_a_chat_keeps_the_budget_of_its_first_turn() -> None:
+    """The default follows the load; a budget that changes would miss the cached window."""
+    chats, load = ChatBudgets(most=2), iter(range(20, 0, -1))
+
+    def keep(requested: Any) -> int:
+        fill_budget(lambda method, most: next(load), chats, requested)
+        return int(requested.sampling_params.extra_args["ficoco_keep"])
+
+    assert keep(chat(50, 48)) == 20
+    assert keep(chat(70, 48)) == 20  # the second turn
+    assert keep(chat(70, 52)) == 19  # another question
+    assert keep(chat(70, 48, {"ficoco_method": "fastv"})) == 18
+    # The first chat was used least lately and is forgotten.
+    assert keep(chat(90, 52)) == 19
+    assert keep(chat(90, 48)) == 17
+    assert len(chats.keeps) == 2
+
+
+@pytest.mark.parametrize("extra", [{"ficoco_window": 51}, {"ficoco_window": "end"}])
+def test_windows_that_are_refused_name_the_field(extra: dict[str, Any]) -> None:
+    with pytest.raises(VLLMValidationError, match="ficoco_window") as caught:
+        check_request(config(method="ficoco-l", windows="turn"), request(extra))
+    assert caught.value.parameter == "ficoco_window"
+
+
+def test_traced_requests_pass_over_the_cache() -> None:
+    requested = request({"ficoco_trace": 3})
+    check_request(config(method="ficoco-l", windows="turn", explain=True), requested)
+    assert requested.sampling_params.skip_reading_prefix_cache

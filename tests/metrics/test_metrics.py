@@ -83,6 +83,22 @@ def test_decoder(schedule: str) -> None:
     assert result.flops_avoided == stock.total_flops - reduced.total_flops > 0
 
 
+def test_what_the_prefix_cache_held_counts_for_nothing() -> None:
+    """The second of two windows alone, as a prompt of its own."""
+    of = accountant("ficoco-l", keep=64, windows="turn", window_tokens=700)
+    assert of.plan.decoder is not None
+    prompt = (1300, [(20, 576), (650, 576)], of.plan.tower.default, {"ficoco_window": [640.0, 1290]})
+    whole = of.account(*prompt)
+    rest = of.account_of_rest(640, whole, *prompt, ())
+    alone = of.account(660, [(10, 576)], of.plan.tower.default, {"ficoco_window": [650]})
+    assert rest == alone
+    assert rest.visual_tokens_in == 576
+    assert 0 < rest.flops_avoided < whole.flops_avoided
+    # Only text before the images was cached, or all of them.
+    assert of.account_of_rest(16, whole, *prompt, ()).missing == whole.missing
+    assert of.account_of_rest(1280, whole, *prompt, ()) == Account("ficoco-l")
+
+
 def test_one_accountant_serves_api_and_metrics() -> None:
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(image_size=336, patch_size=14, num_hidden_layers=24),

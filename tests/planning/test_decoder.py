@@ -100,12 +100,6 @@ def test_counts_shrink_to_the_budget(
         assert plan.num_kv_tokens(segment, 0) == 0
 
 
-def test_a_prompt_that_is_reduced_is_never_split() -> None:
-    plan = planner().plan(600, [(4, PATCHES)], None)
-    with pytest.raises(AssertionError, match="prefilled in one step"):
-        plan.num_kv_tokens(1, 599)
-
-
 @pytest.mark.parametrize(
     ("extra", "parts"),
     [

@@ -25,11 +25,13 @@ class Shown:
         image: pixels.
         entering: tokens that enter the decoder (fewer than patches: FiCoCo-V has run).
         left: layer to the number of tokens that are left after its attention.
+        end: position after the last text token that decides what is left; None for the prompt's end.
     """
 
     image: Image.Image
     entering: int
     left: Mapping[int, int]
+    end: int | None = None
 
 
 class ReferenceDecoder(ReferenceLlava):
@@ -107,7 +109,7 @@ class ReferenceDecoder(ReferenceLlava):
                 removed = len(now) - shown.left.get(index, len(now))
                 if not removed:
                     continue
-                text = [k for k in range(span.stop, num_prompt) if k not in visual]
+                text = [k for k in range(span.stop, shown.end or num_prompt) if k not in visual]
                 seen = Seen(
                     tokens=x[now].numpy(),
                     size=size[now],

@@ -11,7 +11,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
 from ficoco_vllm.config import FicocoConfig
-from ficoco_vllm.kv.admission import fill_budget
+from ficoco_vllm.kv.admission import ChatBudgets, fill_budget
 from ficoco_vllm.planning.server import ServerPlan
 from ficoco_vllm.server.elastic.budget import ElasticBudget, LoadRecorder, install
 from ficoco_vllm.server.elastic.defaults import DecoderBudget, TowerBudget, check_elastic
@@ -128,9 +128,9 @@ def test_an_explicit_budget_in_the_decoder_wins_and_others_are_filled() -> None:
         (None, (), None),
     ):
         requested = request(extra_args, *lengths)
-        fill_budget(budget, requested)
+        fill_budget(budget, ChatBudgets(), requested)
         assert requested.sampling_params.extra_args == expected
-    fill_budget(budget, SimpleNamespace(sampling_params=None, mm_features=[1]))
+    fill_budget(budget, ChatBudgets(), SimpleNamespace(sampling_params=None, mm_features=[1]))
 
 
 def test_statistics_of_vllm_move_the_budget(tmp_path: Path) -> None:
