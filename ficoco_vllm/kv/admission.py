@@ -8,7 +8,16 @@ from vllm.sampling_params import BeamSearchParams
 
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.planning.server import decoder_planner
-from ficoco_vllm.request_fields import KEEP, METHOD, TRACE, check_trace_id, find_unknown, unknown_field
+from ficoco_vllm.request_fields import (
+    KEEP,
+    METHOD,
+    PREFIX,
+    TRACE,
+    as_integer,
+    check_trace_id,
+    find_unknown,
+    unknown_field,
+)
 
 
 def images_of(request: Any) -> list[tuple[int, int]]:
@@ -36,11 +45,11 @@ def check_request(vllm_config: Any, request: Any) -> None:
         return
     extra_args = params.extra_args or {}
     if config.decoder_method is None:
-        ours = sorted(key for key in extra_args if key.startswith("ficoco_"))
+        ours = sorted(key for key in extra_args if key.startswith(PREFIX))
         if ours:
             raise VLLMValidationError(
                 f"{ours[0]} in vllm_xargs is for methods of the decoder; "
-                f"{config.method} works in the vision tower: send it in mm_processor_kwargs",
+                f"{config.method} works in the vision tower: send {KEEP} and {METHOD} in mm_processor_kwargs",
                 parameter=ours[0],
             )
         return
@@ -56,6 +65,8 @@ def check_request(vllm_config: Any, request: Any) -> None:
     except ValueError as error:
         field = next((name for name in (KEEP, METHOD) if str(error).startswith(name)), None)
         raise VLLMValidationError(str(error), parameter=field) from error
+    if KEEP in extra_args:  # the engine's messages have no place for NumPy's integers
+        params.extra_args = {**extra_args, KEEP: as_integer(extra_args[KEEP])}
     if not plan.reduces:
         return
     if request.resumable:

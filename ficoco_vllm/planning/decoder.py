@@ -16,7 +16,7 @@ from ficoco_vllm.planning.segments import Segments, scaled
 from ficoco_vllm.reduction import Reducer, available, get
 from ficoco_vllm.reduction.method import SITES
 from ficoco_vllm.reduction.schedule import DECODER_START_LAYER, make_schedule
-from ficoco_vllm.request_fields import KEEP, METHOD
+from ficoco_vllm.request_fields import KEEP, METHOD, check_keep
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class DecoderPlanner:
         budget = None
         if KEEP in extra_args:
             most = max([self.num_visual_tokens, self.most, *(length for _, length in images)])
-            budget = _check_keep(extra_args[KEEP], most)
+            budget = check_keep(extra_args[KEEP], most)
         per_image = []
         for _, length in images:
             keep = self.keep_of(length) if budget is None else budget
@@ -206,14 +206,6 @@ class DecoderPlanner:
         counts = tuple(zip(*per_image, strict=True))
         empty: tuple[tuple[int, ...], ...] = ((),) * self.segments.num_segments
         return RequestPlan(method, num_prompt_tokens, tuple(sorted(images)), counts or empty)
-
-
-def _check_keep(keep: Any, most: int) -> int:
-    if isinstance(keep, float) and keep.is_integer():
-        keep = int(keep)  # vLLM's request schema may turn an integer into a float
-    if isinstance(keep, bool) or not isinstance(keep, int) or not 1 <= keep <= most:
-        raise ValueError(f"{KEEP} = {keep!r} is not allowed; allowed: an integer from 1 to {most}")
-    return keep
 
 
 def _layers(reducer: Reducer, num_layers: int) -> tuple[int, ...]:
