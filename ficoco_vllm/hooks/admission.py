@@ -15,7 +15,14 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from ficoco_vllm.hooks.processor_cache import hook_processor_cache, note_sent
 from ficoco_vllm.hooks.wrapping import wrap
-from ficoco_vllm.kv.admission import check_bounds, check_request, check_search, fill_budget, images_of
+from ficoco_vllm.kv.admission import (
+    check_bounds,
+    check_request,
+    check_search,
+    check_stop,
+    fill_budget,
+    images_of,
+)
 from ficoco_vllm.metrics.counting import RequestCounter
 from ficoco_vllm.metrics.families import count_refusal
 from ficoco_vllm.processing import BUDGET, SIZES
@@ -55,6 +62,7 @@ def _process_inputs(original: Any, self: Any, request_id: str, prompt: Any, *arg
     request = original(self, request_id, prompt, *args, **kwargs)
     state = FrontEnd.of(self)
     with _refusals_counted(self):
+        check_stop(request)
         if state.default_keep is not None:
             fill_budget(state.default_keep, request)
         if state.bounds is not None:

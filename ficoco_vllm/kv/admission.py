@@ -88,6 +88,24 @@ def check_request(vllm_config: Any, request: Any) -> None:
         )
 
 
+def check_stop(request: Any) -> None:
+    """Refuse stop strings that cannot be sent to the engine: JSON can name half of a character.
+
+    Args:
+        request: vLLM's `EngineCoreRequest`.
+
+    Raises:
+        VLLMValidationError: naming the field (HTTP 400).
+    """
+    stop = getattr(request.sampling_params, "stop", None) or ()
+    try:
+        "".join(stop).encode()
+    except UnicodeEncodeError as error:
+        raise VLLMValidationError(
+            f"stop cannot be encoded as UTF-8: {error.reason}", parameter="stop"
+        ) from error
+
+
 def check_search(vllm_config: Any, params: Any) -> None:
     """Refuse beam search where the decoder reduces.
 

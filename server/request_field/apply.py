@@ -23,6 +23,9 @@ from ficoco_vllm.server.request_field.routes import HANDLERS
 from ficoco_vllm.server.request_field.schema import OFF, FicocoRequest, FicocoUsage, parse
 
 _PROCESSOR_FIELD, _DECODER_FIELD = "mm_processor_kwargs", "vllm_xargs"
+# Raised by vLLM for bodies with which it does not reckon, such as a part of a message whose type is null; rendering
+# depends on the body alone. vLLM answers them with 500.
+_RENDERING_ERRORS = (AssertionError, AttributeError, LookupError, RecursionError)
 
 
 @dataclass
@@ -119,7 +122,12 @@ class FieldApplier:
     ) -> Any:
         """Render the prompts of a request with its method and budget."""
         chosen = trusting if self._apply(request) else render
-        rendered = await chosen(request, *args, **kwargs)
+        try:
+            rendered = await chosen(request, *args, **kwargs)
+        except _RENDERING_ERRORS as error:
+            raise VLLMValidationError(
+                f"the prompt cannot be rendered from this body: {error or type(error).__name__}"
+            ) from error
         state = _current.get()
         if state is not None:
             # A chat comes with its messages.
@@ -151,8 +159,7 @@ class FieldApplier:
             Whether its `mm_processor_kwargs` are ours alone, so that vLLM may trust them.
         """
         state = _current.get()
-        raw = getattr(request, _PROCESSOR_FIELD, None) or {}
-        xargs = getattr(request, _DECODER_FIELD, None) or {}
+        raw, xargs = _mapping(request, _PROCESSOR_FIELD), _mapping(request, _DECODER_FIELD)
         extensions = ((_PROCESSOR_FIELD, raw), (_DECODER_FIELD, xargs))
         try:
             self.resolver.check_raw(_PROCESSOR_FIELD, raw)
@@ -183,7 +190,7 @@ class FieldApplier:
         images = [(place.offset, place.length) for place in places]
         if not images:
             return None
-        extra_args = dict(getattr(request, _DECODER_FIELD, None) or {})
+        extra_args = dict(_mapping(request, _DECODER_FIELD))
         default_keep = FrontEnd.of(self.processor).default_keep
         if default_keep is not None and KEEP not in extra_args:
             # Fixed now, so that the response reports the budget that the decoder gets.
@@ -211,6 +218,12 @@ class FieldApplier:
 
     def _count_refusal(self) -> None:
         count_refusal(self.processor.vllm_config.model_config)
+
+
+def _mapping(request: Any, name: str) -> Mapping[str, Any]:
+    """A field of the body; empty where it is no object, as where a route does not declare it and vLLM drops it."""
+    value = getattr(request, name, None)
+    return value if isinstance(value, Mapping) else {}
 
 
 def _in_terms_of(
