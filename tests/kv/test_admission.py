@@ -9,7 +9,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine import EngineCoreRequest
 
-from ficoco_vllm.kv.admission import check_request
+from ficoco_vllm.kv.admission import check_request, check_stop
 
 pytestmark = pytest.mark.compat
 
@@ -89,3 +89,12 @@ def test_what_is_not_reduced_may_do_all_of_it() -> None:
 
 def test_the_engines_request_says_whether_more_will_come() -> None:
     assert "resumable" in EngineCoreRequest.__struct_fields__
+
+
+def test_stop_strings_must_be_text() -> None:
+    check_stop(request(stop=["a", "\N{SNOWMAN}"]))
+    check_stop(request(stop=None))
+    check_stop(SimpleNamespace(sampling_params=None))
+    with pytest.raises(VLLMValidationError, match="stop cannot be encoded as UTF-8: surrogates") as caught:
+        check_stop(request(stop=["a\ud800"]))
+    assert caught.value.parameter == "stop"
