@@ -12,7 +12,7 @@ from ficoco_vllm.hooks.wrapping import wrap
 from ficoco_vllm.request_fields import FIELD, find_misplaced
 
 # Attribute of a renderer whose requests' field is read.
-READ = "ficoco_read"
+READ = "ficoco"
 
 
 def hook_renderer() -> None:

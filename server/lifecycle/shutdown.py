@@ -17,6 +17,7 @@ RETRY_SECONDS = 5
 # Time after the engine's end in which answers that it has given reach their clients.
 FLUSH_SECONDS = 1.0
 _POLL_SECONDS = 0.05
+LEFT = "the server has shut down before it answered this request"
 
 
 class Shutdown:
@@ -25,7 +26,7 @@ class Shutdown:
     Attributes:
         open_tasks: tasks that answer a request each.
         draining: whether new requests are refused.
-        ended: whether the engine's client has been shut down, so that no more requests are answered.
+        ended: whether the engine's client is shut down, so that no more requests are answered.
         engine_died: whether the engine was dead before its client was shut down; None until then.
     """
 
@@ -52,7 +53,7 @@ class Shutdown:
                 self.engine_died = resources.engine_dead  # a shutdown sets it too, and vLLM calls it twice
             if timeout and not engine_client.errored and not _in_event_loop():
                 timeout = self.drain(timeout)
-            self.draining = True
+            self.draining = self.ended = True
             result = shutdown(timeout=timeout)
             self._end_open_requests()
             return result
@@ -76,7 +77,6 @@ class Shutdown:
 
         Those that had not reached the engine would wait for it, and uvicorn for them.
         """
-        self.ended = True
         for task in tuple(self.open_tasks):
             loop = task.get_loop()
             loop.call_soon_threadsafe(loop.call_later, FLUSH_SECONDS, self._cancel, task)
@@ -120,12 +120,19 @@ class ShutdownGate:
             message = "the server is shutting down and accepts no more requests"
             await _unavailable(message)(scope, receive, send)
             return
-        is_started = False
+        is_started = is_replaced = False
 
         async def send_on(message: Message) -> None:
-            nonlocal is_started
-            is_started = True
-            await send(message)
+            nonlocal is_started, is_replaced
+            if message["type"] == "http.response.start":
+                # vLLM's errors about threads and an engine that are gone.
+                failed = message["status"] >= HTTPStatus.INTERNAL_SERVER_ERROR
+                is_replaced = failed and self.shutdown.ended and not self.shutdown.engine_died
+                is_started = True
+                if is_replaced:
+                    await _unavailable(LEFT)(scope, receive, send)
+            if not is_replaced:
+                await send(message)
 
         task = asyncio.current_task()
         assert task is not None
@@ -138,9 +145,7 @@ class ShutdownGate:
             task.uncancel()
             # A stream that has begun ends without its last event.
             if not is_started:
-                await _unavailable("the server has shut down before it answered this request")(
-                    scope, receive, send
-                )
+                await _unavailable(LEFT)(scope, receive, send)
         finally:
             self.shutdown.open_tasks.discard(task)
 

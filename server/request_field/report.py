@@ -10,7 +10,7 @@ from ficoco_vllm.request_fields import FIELD
 from ficoco_vllm.server.request_field.schema import FicocoUsage
 
 # Attribute of Starlette's request state, from the handler to the middleware.
-_USAGE = "ficoco_usage"
+_USAGE = "ficoco"
 
 
 def add_usage(response: Any, usage: FicocoUsage, raw_request: Any) -> Any:

@@ -10,7 +10,7 @@ from unittest.mock import Mock
 import httpx
 import pytest
 from fastapi import FastAPI
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 
 from ficoco_vllm.server.lifecycle.shutdown import FLUSH_SECONDS, RETRY_SECONDS, Shutdown, ShutdownGate
 
@@ -58,6 +58,11 @@ def application(shutdown: Shutdown) -> FastAPI:
     async def waiting() -> str:
         await asyncio.Event().wait()  # for an engine that is gone
         return "never"
+
+    @app.post("/failing")
+    async def failing() -> JSONResponse:
+        await asyncio.sleep(0.2)
+        return JSONResponse({"error": "cannot schedule new futures after shutdown"}, 500)
 
     @app.post("/begun")
     async def begun() -> StreamingResponse:
@@ -121,6 +126,27 @@ def test_requests_that_nothing_will_answer_get_503_after_the_timeout(timeout: fl
 
     asyncio.run(run())
     assert engine.timeouts == [0]
+
+
+@pytest.mark.parametrize(
+    ("stops", "dead", "status"), [(True, False, 503), (True, True, 500), (False, False, 500)]
+)
+def test_errors_about_an_engine_that_was_stopped_are_503(stops: bool, dead: bool, status: int) -> None:
+    shutdown, engine = Shutdown(), Engine(dead)
+    shutdown.attach(engine)
+
+    async def run() -> httpx.Response:
+        transport = httpx.ASGITransport(application(shutdown))
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            opened = asyncio.create_task(client.post("/failing"))
+            await asyncio.sleep(0.05)
+            if stops:
+                await asyncio.get_running_loop().run_in_executor(None, engine.shutdown)
+            return await opened
+
+    answer = asyncio.run(run())
+    assert answer.status_code == status
+    assert ("retry-after" in answer.headers) is (status == 503)
 
 
 def test_other_cancellations_stay_cancellations() -> None:

@@ -191,7 +191,7 @@ def test_a_stopping_server_does_not_wait_for_requests_before_the_engine(tmp_path
     with serve(tmp_path / "log", *arguments) as server:
         bodies = [
             chat("ficoco-demo", "what is this?", [data_url(image)], max_tokens=4)
-            for image in noise([(1400, 1400)] * 40, seed=5)
+            for image in noise([(1000, 1000)] * 60, seed=5)
         ]
 
         async def run() -> tuple[list[int], float]:
@@ -207,6 +207,7 @@ def test_a_stopping_server_does_not_wait_for_requests_before_the_engine(tmp_path
                 return [answer.status_code for answer in answers], time.monotonic() - start
 
         statuses, seconds = asyncio.run(run())
-        assert set(statuses) == {200, 503}
+        assert set(statuses) <= {200, 503}
+        assert timeout or 503 in statuses
         assert seconds < timeout + ANSWER_SECONDS
         assert server.process.wait(END_SECONDS) == 0
