@@ -35,10 +35,12 @@ class RequestState:
     Attributes:
         requested: its field `ficoco`.
         accounts: savings of each of its prompts with images.
+        is_rendered: whether a prompt of it has been rendered, so that an error may be the server's.
     """
 
     requested: FicocoRequest | Literal["off"] | None
     accounts: list[Account] = field(default_factory=list)
+    is_rendered: bool = False
 
 
 # vLLM's handlers await the renderer in their own task, which finds the state of its request here.
@@ -98,6 +100,10 @@ class FieldApplier:
             response = await handler(request, raw_request)
         except VLLMValidationError as error:
             raise _in_terms_of(state.requested, error) from error
+        except _RENDERING_ERRORS as error:
+            if state.is_rendered:
+                raise
+            raise _unrenderable(error) from error
         finally:
             _current.reset(token)
         usage = self._usage(state.accounts)
@@ -125,11 +131,10 @@ class FieldApplier:
         try:
             rendered = await chosen(request, *args, **kwargs)
         except _RENDERING_ERRORS as error:
-            raise VLLMValidationError(
-                f"the prompt cannot be rendered from this body: {error or type(error).__name__}"
-            ) from error
+            raise _unrenderable(error) from error
         state = _current.get()
         if state is not None:
+            state.is_rendered = True
             # A chat comes with its messages.
             prompts = rendered[1] if isinstance(rendered, tuple) else rendered
             state.accounts += filter(None, (self._account(request, prompt) for prompt in prompts))
@@ -224,6 +229,12 @@ def _mapping(request: Any, name: str) -> Mapping[str, Any]:
     """A field of the body; empty where it is no object, as where a route does not declare it and vLLM drops it."""
     value = getattr(request, name, None)
     return value if isinstance(value, Mapping) else {}
+
+
+def _unrenderable(error: Exception) -> VLLMValidationError:
+    return VLLMValidationError(
+        f"the prompt cannot be rendered from this body: {error or type(error).__name__}"
+    )
 
 
 def _in_terms_of(

@@ -177,7 +177,7 @@ def test_odd_bodies(server: Server, path: str) -> None:
     for body in (b"", b"{", b"\xff\xfe", b"nan", deep, *(json.dumps(value).encode() for value in ODD)):
         answer = post(server, path, body)
         assert 400 <= answer.status_code < 500, answer.text
-        assert answer.json().get("error") or print("ODDBODY", body[:40], answer.text[:300]) or 1
+        assert answer.json().get("error") or body is deep  # FastAPI answers that itself
 
 
 def _sweep(server: Server, path: str, bodies: list[Any]) -> None:
