@@ -191,7 +191,10 @@ class ReducingProcessor(BaseLlavaMultiModalProcessor[Any]):
         """
         fields = self.info.with_default(inputs.hf_processor_mm_kwargs)
         images = inputs.mm_data_items.get("image")
-        if inputs.cache is None and isinstance(images, ImageProcessorItems) and None in images.get_all():
+        uuid_alone = isinstance(images, ImageProcessorItems) and any(
+            image is None for image in images.get_all()
+        )
+        if uuid_alone and inputs.cache is None:
             raise ValueError("an image that is named by its uuid alone needs a processor cache, which is off")
         budget = self.info.admit(fields, _known_sizes(images))
         if isinstance(images, ImageEmbeddingItems):

@@ -119,6 +119,7 @@ def test_another_budget_is_another_cached_image(make: Any) -> None:
 def test_a_uuid_needs_a_cache(make: Any) -> None:
     renderer = make("llava", "ficoco-v", mm_processor_cache_gb=0)
     renderer.render(picture(), "sign")
+    assert renderer.render(np.zeros((40, 60, 3), np.uint8), "array")[SIZES] == ((40, 60),)
     with pytest.raises(ValueError, match="uuid alone needs a processor cache, which is off"):
         renderer.render([None], "sign")
 
