@@ -1,10 +1,12 @@
 """Per-request budget and number of placeholders of an image, decided before any pixel is read."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
+from PIL.Image import Image
 from transformers import BatchFeature
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import MultiModalInput
@@ -17,15 +19,17 @@ from vllm.model_executor.models.llava import (
 from vllm.model_executor.models.llava_next import LlavaNextMultiModalProcessor, LlavaNextProcessingInfo
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
 from vllm.multimodal.parse import ImageEmbeddingItems, ImageProcessorItems, MultiModalDataItems
-from vllm.multimodal.processing import PromptReplacement, PromptUpdate
+from vllm.multimodal.processing import PromptReplacement, PromptUpdate, PromptUpdateDetails
 from vllm.multimodal.processing.context import TimingContext
 from vllm.multimodal.processing.inputs import ProcessorInputs
+from vllm.multimodal.processing.processor import MultiModalProcessingResult
 
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.metrics.families import count_refusal
 from ficoco_vllm.planning.tower import Budget, VisionPlanner
 from ficoco_vllm.planning.tower_shape import TowerShape
 from ficoco_vllm.request_fields import (
+    FIELD,
     KEEP,
     METHOD,
     PREFIX,
@@ -40,6 +44,31 @@ SETTINGS = "ficoco_settings"
 # Keys under which a processed prompt carries its `Budget`, and height and width of its images in pixels.
 BUDGET = "ficoco_budget"
 SIZES = "ficoco_sizes"
+
+
+@dataclass
+class SizedPlaceholders(PromptUpdateDetails):
+    """Placeholders of an image, with its size.
+
+    vLLM's caches keep them beside the processed image, so that the size of an image whose request brings only its uuid
+    is that of the image in the cache.
+
+    Attributes:
+        size: height and width in pixels.
+    """
+
+    size: tuple[int, int] = (0, 0)
+
+
+@dataclass
+class SizedInputs(ProcessorInputs):
+    """vLLM's inputs of one prompt, with the size of each image once it is processed or found in the cache.
+
+    Attributes:
+        sizes: height and width in pixels of each image.
+    """
+
+    sizes: tuple[tuple[int, int], ...] = ()
 
 
 class ReducingInfo(BaseLlavaProcessingInfo):
@@ -93,6 +122,25 @@ class ReducingInfo(BaseLlavaProcessingInfo):
             count_refusal(self.ctx.model_config)
             raise
 
+    def check_embeddings(self, mm_kwargs: Mapping[str, object], budget: Budget) -> None:
+        """Refuse a budget beside embeddings, which the tower does not see; a refusal is counted.
+
+        Args:
+            mm_kwargs: the request's own `mm_processor_kwargs`.
+            budget: that follows from them.
+
+        Raises:
+            VLLMValidationError: naming the field and what is allowed (HTTP 400).
+        """
+        named = any(mm_kwargs.get(name) is not None for name in (KEEP, METHOD))
+        if named and self.planner.active and self.planner.reduces(budget):
+            count_refusal(self.ctx.model_config)
+            raise VLLMValidationError(
+                f"{FIELD} beside image_embeds is not allowed where the vision tower reduces, which does not see "
+                f'embeddings; allowed: images, or "{FIELD}": "off", or no {FIELD} (no {KEEP}, no {METHOD})',
+                parameter=FIELD,
+            )
+
     def _budget(self, fields: Mapping[str, Any], sizes: Sequence[tuple[int, int]]) -> Budget:
         planner = self.planner
         config = FicocoConfig.of(self.get_hf_config())
@@ -143,8 +191,14 @@ class ReducingProcessor(BaseLlavaMultiModalProcessor[Any]):
         """
         fields = self.info.with_default(inputs.hf_processor_mm_kwargs)
         images = inputs.mm_data_items.get("image")
-        sizes = _sizes(images) if isinstance(images, ImageProcessorItems) else []
-        budget = self.info.admit(fields, sizes)
+        uuid_alone = isinstance(images, ImageProcessorItems) and any(
+            image is None for image in images.get_all()
+        )
+        if uuid_alone and inputs.cache is None:
+            raise ValueError("an image that is named by its uuid alone needs a processor cache, which is off")
+        budget = self.info.admit(fields, _known_sizes(images))
+        if isinstance(images, ImageEmbeddingItems):
+            self.info.check_embeddings(inputs.hf_processor_mm_kwargs, budget)
         kwargs = _without_ours(fields)
         if self.info.planner.active:  # otherwise the hashes are those of stock vLLM
             kwargs[KEEP] = budget.keep
@@ -152,10 +206,21 @@ class ReducingProcessor(BaseLlavaMultiModalProcessor[Any]):
             kwargs[SETTINGS] = self.info.planner.fingerprint
             if TRACE in fields:
                 kwargs[TRACE] = check_trace_id(fields[TRACE])
-        result: Any = super().apply(replace(inputs, hf_processor_mm_kwargs=kwargs), timing_ctx)
-        if sizes:  # embeddings are not reduced
-            result[BUDGET], result[SIZES] = budget, tuple(sizes)
+        sized = SizedInputs(**{**vars(inputs), "hf_processor_mm_kwargs": kwargs})
+        result: Any = super().apply(sized, timing_ctx)
+        if sized.sizes:
+            result[BUDGET], result[SIZES] = budget, sized.sizes
         return cast(MultiModalInput, result)
+
+    def _cached_apply_hf_processor(
+        self, inputs: ProcessorInputs, timing_ctx: TimingContext
+    ) -> MultiModalProcessingResult:
+        result = super()._cached_apply_hf_processor(inputs, timing_ctx)
+        contents = [update.content for (update,) in result.prompt_updates.get("image", ())]
+        cast(SizedInputs, inputs).sizes = tuple(
+            content.size for content in contents if isinstance(content, SizedPlaceholders)
+        )
+        return result
 
     def _call_hf_processor(
         self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]
@@ -202,13 +267,13 @@ class ReducingProcessor(BaseLlavaMultiModalProcessor[Any]):
         budget = self._admitted(hf_processor_mm_kwargs)
         planner = self.info.planner
 
-        def replacement(item_index: int) -> list[int]:
+        def replacement(item_index: int) -> list[int] | SizedPlaceholders:
             images = mm_items.get_items("image", (ImageEmbeddingItems, ImageProcessorItems))
             if isinstance(images, ImageEmbeddingItems):  # the client decides whether these are reduced
                 return [image_token_id] * images.get_feature_size(item_index)
             size = images.get_image_size(item_index)
             num_tokens = planner.num_image_tokens(budget, height=size.height, width=size.width)
-            return [image_token_id] * num_tokens
+            return SizedPlaceholders([image_token_id] * num_tokens, size=(size.height, size.width))
 
         return [PromptReplacement(modality="image", target=[image_token_id], replacement=replacement)]
 
@@ -246,9 +311,16 @@ def reducible(hf_config: Any) -> bool:
     return True
 
 
-def _sizes(images: ImageProcessorItems) -> list[tuple[int, int]]:
-    sizes = [images.get_image_size(index) for index in range(len(images))]
-    return [(size.height, size.width) for size in sizes]
+def _known_sizes(images: Any) -> list[tuple[int, int]]:
+    """Height and width of the images whose data are here; what is no image is left to vLLM's error."""
+    sizes: list[tuple[int, int]] = []
+    if not isinstance(images, ImageProcessorItems):
+        return sizes
+    for index, image in enumerate(images.get_all()):
+        if isinstance(image, Image) or (isinstance(image, np.ndarray | torch.Tensor) and image.ndim == 3):
+            size = images.get_image_size(index)
+            sizes.append((size.height, size.width))
+    return sizes
 
 
 def _without_ours(kwargs: Mapping[str, object]) -> dict[str, Any]:

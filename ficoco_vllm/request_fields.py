@@ -1,9 +1,13 @@
 """Names of our fields in a request's `mm_processor_kwargs` (for the tower) and `vllm_xargs` (for the decoder)."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from numbers import Integral
 from typing import Any
 
-PREFIX = "ficoco_"
+# Every argument whose name starts like this is ours; those that are not named below are refused.
+PREFIX = "ficoco"
+# The field of request bodies.
+FIELD = "ficoco"
 KEEP = "ficoco_keep"
 METHOD = "ficoco_method"
 # Ends of the decision windows, counted in tokens of the prompt with its placeholders: one number or several.
@@ -35,6 +39,60 @@ def unknown_field(name: str) -> str:
     return f"{name} is not a field of this server; allowed: {KEEP}, {METHOD}"
 
 
+def find_misplaced(body: Mapping[str, Any]) -> str | None:
+    """Path of our field where no server reads it: under a name that resembles it, or inside of another object.
+
+    `extra_body` is a parameter of OpenAI's client, which puts its content into the body; typed into the body itself,
+    vLLM would drop it silently. The same holds for `additional_config` and the like.
+
+    Args:
+        body: fields of a request's body that vLLM may drop.
+    """
+    for name, value in body.items():
+        if isinstance(value, Mapping) and FIELD in value:
+            return f"{name}.{FIELD}"
+        if name != FIELD and name.lower().startswith(PREFIX):
+            return name
+    return None
+
+
+def misplaced(path: str) -> str:
+    """Error text for a field of ours that is not where a server reads it."""
+    return (
+        f"{path} is not read; allowed: {FIELD} at the top level of the body, for example "
+        f'{{"model": ..., "{FIELD}": {{"keep": 64}}}}'
+    )
+
+
+def as_integer(value: Any) -> int | None:
+    """The value as an integer, None if it is none.
+
+    Args:
+        value: NumPy's integers are integers. vLLM's request schema may turn an integer into a float.
+    """
+    if isinstance(value, bool) or not (
+        isinstance(value, Integral) or (isinstance(value, float) and value.is_integer())
+    ):
+        return None
+    return int(value)
+
+
+def check_keep(value: Any, most: int) -> int:
+    """Validate a budget.
+
+    Args:
+        value: as the client sent it.
+        most: the largest allowed one.
+
+    Raises:
+        ValueError: starting with the field, then its value and what is allowed.
+    """
+    keep = as_integer(value)
+    if keep is None or not 1 <= keep <= most:
+        raise ValueError(f"{KEEP} = {value!r} is not allowed; allowed: an integer from 1 to {most}")
+    return keep
+
+
 def check_trace_id(value: Any) -> int:
     """Validate the mark of a request that is to be traced.
 
@@ -44,8 +102,7 @@ def check_trace_id(value: Any) -> int:
     Raises:
         ValueError: starting with the field, then its value and what is allowed.
     """
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_TRACE_ID:
+    trace_id = as_integer(value)
+    if trace_id is None or not 0 <= trace_id <= MAX_TRACE_ID:
         raise ValueError(f"{TRACE} = {value!r} is not allowed; allowed: an integer from 0 to {MAX_TRACE_ID}")
-    return value
+    return trace_id

@@ -12,6 +12,7 @@ from ficoco_vllm.metrics.savings import Accountant
 from ficoco_vllm.server.explain import routes
 from ficoco_vllm.server.explain.explainer import Explainer
 from ficoco_vllm.server.lifecycle.shutdown import Shutdown, ShutdownGate
+from ficoco_vllm.server.openai_errors import blame_bodies
 from ficoco_vllm.server.request_field.apply import FieldApplier
 from ficoco_vllm.server.request_field.report import UsageHeaders
 from ficoco_vllm.server.request_field.resolve import Bounds, Resolver
@@ -42,6 +43,7 @@ class FicocoEndpoint:
         args = app.state.args
         self.shutdown = getattr(args, "ficoco_shutdown", self.shutdown)
         publish(app)
+        blame_bodies(app)
         app.add_middleware(UsageHeaders)
         app.add_middleware(FieldGuard, is_active=lambda: self.applier is not None)
         if _explains(args):

@@ -2,8 +2,15 @@
 
 from collections.abc import Mapping
 from http import HTTPStatus
+from traceback import walk_tb
 
+from fastapi import FastAPI
+from fastapi.dependencies.utils import request_body_to_args
+from starlette.requests import Request
 from starlette.responses import JSONResponse
+
+# Raised by vLLM's validators for values of types with which they do not reckon; those beside are answered with 400.
+_VALIDATOR_ERRORS = (AttributeError, AssertionError, LookupError, RecursionError)
 
 
 def error_response(
@@ -22,3 +29,21 @@ def error_response(
     known = HTTPStatus(status)
     body = create_error_response(message, known.phrase, known, param)
     return JSONResponse(body.model_dump(), status_code=known, headers=headers)
+
+
+def blame_bodies(app: FastAPI) -> None:
+    """Answer 400 where a validator of a body's fields fails: such an error is the client's, and vLLM answers 500.
+
+    Args:
+        app: vLLM's application.
+    """
+
+    async def handle(_: Request, error: Exception) -> JSONResponse:
+        frames = walk_tb(error.__traceback__)
+        if all(frame.f_code is not request_body_to_args.__code__ for frame, _ in frames):
+            raise error  # to vLLM's own handler
+        message = f"the body has a field of a wrong type: {error or type(error).__name__}"
+        return error_response(message, HTTPStatus.BAD_REQUEST)
+
+    for kind in _VALIDATOR_ERRORS:
+        app.add_exception_handler(kind, handle)

@@ -23,6 +23,7 @@ from ficoco_vllm.kv.admission import (
     check_bounds,
     check_request,
     check_search,
+    check_stop,
     fill_budget,
     fill_windows,
     images_of,
@@ -75,6 +76,7 @@ def _process_inputs(original: Any, self: Any, request_id: str, prompt: Any, *arg
     with _refusals_counted(self):
         config = FicocoConfig.of(self.vllm_config.model_config.hf_config)
         fill_windows(config, getattr(self.renderer, _MARKER, ()), request)
+        check_stop(request)
         if state.default_keep is not None:
             fill_budget(state.default_keep, state.chats, request)
         if state.bounds is not None:

@@ -8,11 +8,11 @@ from typing import Any
 from vllm.exceptions import VLLMValidationError
 from vllm.renderers.online_renderer import OnlineRenderer
 
-from ficoco_vllm.config import NAME
 from ficoco_vllm.hooks.wrapping import wrap
+from ficoco_vllm.request_fields import FIELD, find_misplaced
 
 # Attribute of a renderer whose requests' field is read.
-READ = "ficoco_read"
+READ = "ficoco"
 
 
 def hook_renderer() -> None:
@@ -22,10 +22,13 @@ def hook_renderer() -> None:
 
 
 async def _preprocess(original: Any, self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-    if not getattr(self, READ, False) and NAME in (getattr(request, "model_extra", None) or {}):
-        raise VLLMValidationError(
-            f"{NAME} is not read here; allowed: without it, raw mm_processor_kwargs or vllm_xargs, or a server "
-            "with the endpoint plugin ficoco_endpoint (`ficoco-vllm serve`)",
-            parameter=NAME,
-        )
+    if not getattr(self, READ, False):
+        extra = getattr(request, "model_extra", None) or {}
+        path = FIELD if FIELD in extra else find_misplaced(extra)
+        if path is not None:
+            raise VLLMValidationError(
+                f"{path} is not read here; allowed: without it, raw mm_processor_kwargs or vllm_xargs, or a server "
+                "with the endpoint plugin ficoco_endpoint (`ficoco-vllm serve`)",
+                parameter=path,
+            )
     return await original(self, request, *args, **kwargs)

@@ -15,8 +15,10 @@ from ficoco_vllm.planning.windows import find_ends
 from ficoco_vllm.request_fields import (
     KEEP,
     METHOD,
+    PREFIX,
     TRACE,
     WINDOW,
+    as_integer,
     check_trace_id,
     find_unknown,
     unknown_field,
@@ -48,11 +50,11 @@ def check_request(vllm_config: Any, request: Any) -> None:
         return
     extra_args = params.extra_args or {}
     if config.decoder_method is None:
-        ours = sorted(key for key in extra_args if key.startswith("ficoco_"))
+        ours = sorted(key for key in extra_args if key.startswith(PREFIX))
         if ours:
             raise VLLMValidationError(
                 f"{ours[0]} in vllm_xargs is for methods of the decoder; "
-                f"{config.method} works in the vision tower: send it in mm_processor_kwargs",
+                f"{config.method} works in the vision tower: send {KEEP} and {METHOD} in mm_processor_kwargs",
                 parameter=ours[0],
             )
         return
@@ -71,6 +73,8 @@ def check_request(vllm_config: Any, request: Any) -> None:
     except ValueError as error:
         field = next((name for name in (KEEP, METHOD, WINDOW) if str(error).startswith(name)), None)
         raise VLLMValidationError(str(error), parameter=field) from error
+    if KEEP in extra_args:  # the engine's messages have no place for NumPy's integers
+        params.extra_args = {**extra_args, KEEP: as_integer(extra_args[KEEP])}
     if not plan.reduces:
         return
     if request.resumable:
@@ -90,6 +94,24 @@ def check_request(vllm_config: Any, request: Any) -> None:
             f"reduced in the decoder (nor echo with logprobs); allowed: none, or {KEEP} = {images[0][1]}",
             parameter="prompt_logprobs",
         )
+
+
+def check_stop(request: Any) -> None:
+    """Refuse stop strings that cannot be sent to the engine: JSON can name half of a character.
+
+    Args:
+        request: vLLM's `EngineCoreRequest`.
+
+    Raises:
+        VLLMValidationError: naming the field (HTTP 400).
+    """
+    stop = getattr(request.sampling_params, "stop", None) or ()
+    try:
+        "".join(stop).encode()
+    except UnicodeEncodeError as error:
+        raise VLLMValidationError(
+            f"stop cannot be encoded as UTF-8: {error.reason}", parameter="stop"
+        ) from error
 
 
 def check_search(vllm_config: Any, params: Any) -> None:

@@ -19,7 +19,7 @@ from ficoco_vllm.planning.windows import Window, find_windows, read_ends
 from ficoco_vllm.reduction import Reducer, available, get
 from ficoco_vllm.reduction.method import SITES
 from ficoco_vllm.reduction.schedule import DECODER_START_LAYER, make_schedule
-from ficoco_vllm.request_fields import KEEP, METHOD, WINDOW
+from ficoco_vllm.request_fields import KEEP, METHOD, WINDOW, check_keep
 
 
 @dataclass(frozen=True)
@@ -281,7 +281,7 @@ class DecoderPlanner:
         budget = None
         if KEEP in extra_args:
             most = max([self.num_visual_tokens, self.most, *(length for _, length in images)])
-            budget = _check_keep(extra_args[KEEP], most)
+            budget = check_keep(extra_args[KEEP], most)
         images = sorted(images)
         per_image = []
         for _, length in images:
@@ -310,14 +310,6 @@ class DecoderPlanner:
                     f"its turn, are {window.end - window.start}; allowed: {most}, which one step computes "
                     "(fewer images in a turn, or a server with a larger --max-num-batched-tokens)"
                 )
-
-
-def _check_keep(keep: Any, most: int) -> int:
-    if isinstance(keep, float) and keep.is_integer():
-        keep = int(keep)  # vLLM's request schema may turn an integer into a float
-    if isinstance(keep, bool) or not isinstance(keep, int) or not 1 <= keep <= most:
-        raise ValueError(f"{KEEP} = {keep!r} is not allowed; allowed: an integer from 1 to {most}")
-    return keep
 
 
 def _layers(reducer: Reducer, num_layers: int) -> tuple[int, ...]:

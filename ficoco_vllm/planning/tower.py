@@ -13,7 +13,7 @@ from ficoco_vllm.planning.tower_shape import TowerShape
 from ficoco_vllm.reduction import Reducer, available, get
 from ficoco_vllm.reduction.method import SITES
 from ficoco_vllm.reduction.schedule import default_start_layer, make_schedule
-from ficoco_vllm.request_fields import KEEP, METHOD
+from ficoco_vllm.request_fields import KEEP, METHOD, check_keep
 
 VISION_SITES = ("encoder", "features")
 
@@ -162,10 +162,7 @@ class VisionPlanner:
             )
         if keep is None:
             keep = default.keep
-        most = self.most_keep
-        if isinstance(keep, bool) or not isinstance(keep, int) or not 1 <= keep <= most:
-            raise ValueError(f"{KEEP} = {keep!r} is not allowed; allowed: an integer from 1 to {most}")
-        budget = Budget(method, keep)
+        budget = Budget(method, check_keep(keep, self.most_keep))
         try:
             self.check(budget)
         except ValueError as error:

@@ -202,7 +202,7 @@ class Reducer:
             K + E tokens, K = N - R, in their order.
 
         Raises:
-            ValueError: a required signal is missing, a shape does not fit, or R is out of range.
+            ValueError: a required signal is missing, a shape or dtype does not fit, or R is out of range.
 
         Source: arXiv:2411.17686, Alg. 1 and 2.
         """
@@ -241,6 +241,8 @@ class Reducer:
             raise ValueError(
                 f"num_removed = {num_removed}: {self.method.name} removes 0 to {most} of {N} tokens a call"
             )
+        if not tokens.is_floating_point():
+            raise ValueError(f"tokens have the dtype {tokens.dtype}; allowed: a floating dtype")
         given = {"position": signals.position, "size": size}
         given |= {name: getattr(signals, name) for name in sorted(self.signals)}
         for name, value in given.items():
@@ -251,6 +253,15 @@ class Reducer:
                 raise ValueError(
                     f"{name} has shape {tuple(value.shape)}, which does not fit tokens {tuple(tokens.shape)}"
                 )
+            if isinstance(value, Tensor) and not _fits(name, value.dtype):
+                allowed = "an integer dtype" if name == "position" else "a floating dtype"
+                raise ValueError(f"{name} has the dtype {value.dtype}; allowed: {allowed}")
+
+
+def _fits(name: str, dtype: torch.dtype) -> bool:
+    if name == "position":
+        return dtype in (torch.int64, torch.int32, torch.int16, torch.uint8)
+    return dtype.is_floating_point
 
 
 def _stage(kind: str, name: Any) -> Stage:

@@ -6,35 +6,41 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ficoco_vllm.hooks.wrapping import wrap
 from ficoco_vllm.server.openai_errors import error_response
 
 # Value of the header `Retry-After`: time for a supervisor to start the next server.
 RETRY_SECONDS = 5
+# Time after the engine's end in which answers that it has given reach their clients.
+FLUSH_SECONDS = 1.0
 _POLL_SECONDS = 0.05
+LEFT = "the server has shut down before it answered this request"
 
 
 class Shutdown:
     """Shutdown state of one API server.
 
     Attributes:
-        num_open: requests that are being answered.
+        open_tasks: tasks that answer a request each.
         draining: whether new requests are refused.
+        ended: whether the engine's client is shut down, so that no more requests are answered.
         engine_died: whether the engine was dead before its client was shut down; None until then.
     """
 
     def __init__(self) -> None:
-        self.num_open = 0
+        self.open_tasks: set[asyncio.Task[Any]] = set()
         self.draining = False
+        self.ended = False
         self.engine_died: bool | None = None
 
     def attach(self, engine_client: Any) -> None:
         """Make an engine's client wait for open requests before a signal shuts it down.
 
         vLLM lets the engine finish its running requests, but first ends the threads that process prompts: requests that
-        it has accepted and not yet handed to the engine would get 500.
+        it has accepted and not yet handed to the engine would get 500, or wait forever.
 
         Args:
             engine_client: vLLM's `AsyncLLM`.
@@ -47,8 +53,10 @@ class Shutdown:
                 self.engine_died = resources.engine_dead  # a shutdown sets it too, and vLLM calls it twice
             if timeout and not engine_client.errored and not _in_event_loop():
                 timeout = self.drain(timeout)
-            self.draining = True
-            return shutdown(timeout=timeout)
+            self.draining = self.ended = True
+            result = shutdown(timeout=timeout)
+            self._end_open_requests()
+            return result
 
         wrap(engine_client, "shutdown", wait_first)
 
@@ -60,9 +68,22 @@ class Shutdown:
         """
         self.draining = True
         deadline = time.monotonic() + timeout_seconds
-        while self.num_open and time.monotonic() < deadline:
+        while self.open_tasks and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
         return max(0.0, deadline - time.monotonic())
+
+    def _end_open_requests(self) -> None:
+        """Cancel the requests that are still open shortly after the engine's end.
+
+        Those that had not reached the engine would wait for it, and uvicorn for them.
+        """
+        for task in tuple(self.open_tasks):
+            loop = task.get_loop()
+            loop.call_soon_threadsafe(loop.call_later, FLUSH_SECONDS, self._cancel, task)
+
+    def _cancel(self, task: asyncio.Task[Any]) -> None:
+        if task in self.open_tasks:
+            task.cancel()
 
 
 def _in_event_loop() -> bool:
@@ -75,7 +96,7 @@ def _in_event_loop() -> bool:
 
 
 class ShutdownGate:
-    """ASGI middleware that counts open requests and answers 503 while the server drains.
+    """ASGI middleware that records open requests, and answers 503 to later ones and to those that are left in the end.
 
     Other GET routes, such as /metrics, stay open; /health does not, so that balancers look elsewhere.
     """
@@ -97,12 +118,38 @@ class ShutdownGate:
             return
         if self.shutdown.draining:
             message = "the server is shutting down and accepts no more requests"
-            headers = {"Retry-After": str(RETRY_SECONDS), "Connection": "close"}
-            response = error_response(message, HTTPStatus.SERVICE_UNAVAILABLE, headers=headers)
-            await response(scope, receive, send)
+            await _unavailable(message)(scope, receive, send)
             return
-        self.shutdown.num_open += 1
+        is_started = is_replaced = False
+
+        async def send_on(message: Message) -> None:
+            nonlocal is_started, is_replaced
+            if message["type"] == "http.response.start":
+                # vLLM's errors about threads and an engine that are gone.
+                failed = message["status"] >= HTTPStatus.INTERNAL_SERVER_ERROR
+                is_replaced = failed and self.shutdown.ended and not self.shutdown.engine_died
+                is_started = True
+                if is_replaced:
+                    await _unavailable(LEFT)(scope, receive, send)
+            if not is_replaced:
+                await send(message)
+
+        task = asyncio.current_task()
+        assert task is not None
+        self.shutdown.open_tasks.add(task)
         try:
-            await self.app(scope, receive, send)
+            await self.app(scope, receive, send_on)
+        except asyncio.CancelledError:
+            if not self.shutdown.ended:
+                raise
+            task.uncancel()
+            # A stream that has begun ends without its last event.
+            if not is_started:
+                await _unavailable(LEFT)(scope, receive, send)
         finally:
-            self.shutdown.num_open -= 1
+            self.shutdown.open_tasks.discard(task)
+
+
+def _unavailable(message: str) -> JSONResponse:
+    headers = {"Retry-After": str(RETRY_SECONDS), "Connection": "close"}
+    return error_response(message, HTTPStatus.SERVICE_UNAVAILABLE, headers=headers)

@@ -1,18 +1,23 @@
 """Image loader: a medium that cannot be loaded is the client's error, never the server's."""
 
+import binascii
 import os
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import copy
 from http import HTTPStatus
+from pickle import UnpicklingError
 from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
-from PIL import Image
+import torch
+from PIL import Image, UnidentifiedImageError
 from vllm.connections import HTTPResponseSizeExceededError
-from vllm.exceptions import GracefulHTTPError, VLLMUnprocessableEntityError, VLLMValidationError
+from vllm.exceptions import GracefulHTTPError, VLLMError, VLLMUnprocessableEntityError, VLLMValidationError
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
 from vllm.multimodal.media.image import ImageMediaIO
 
@@ -20,19 +25,24 @@ from ficoco_vllm.environment import ALLOW_PRIVATE_MEDIA, MAX_IMAGE_BYTES, MAX_PI
 from ficoco_vllm.hooks.wrapping import replace, wrap
 from ficoco_vllm.server.media.fetching import connection_to
 
-# Raised by Pillow's limit of pixels, by a file URL where no folder is allowed, and by Pillow's readers of broken files
-# (beside OSError and ValueError). vLLM answers all of these with HTTP 500 or 501.
-_CLIENT_ERRORS = (
+# Raised for data that cannot be read: by vLLM's checks of URLs, by Pillow's limit of pixels, and by readers of broken
+# files. vLLM answers those that are no ValueError with HTTP 500 or 501.
+_UNREADABLE = (
     Image.DecompressionBombError,
+    OSError,
+    ValueError,
     RuntimeError,
     SyntaxError,
     LookupError,
     EOFError,
+    UnpicklingError,
     struct.error,
     zlib.error,
 )
 # A host that cannot be reached or does not answer.
 _NETWORK_ERRORS = (aiohttp.ClientError, OSError, TimeoutError)
+# LLaVA's processor scales the shorter side up to the tower's before it crops: a thin line would become gigabytes.
+MAX_ASPECT_RATIO = 200
 
 
 @MEDIA_CONNECTOR_REGISTRY.register(MEDIA_CONNECTOR)
@@ -61,23 +71,35 @@ class FicocoMediaConnector(MediaConnector):
             image_mode: mode to convert to, None to keep it.
 
         Raises:
-            VLLMValidationError: the image cannot be read, has too many pixels, or its URL is not allowed.
+            VLLMValidationError: the image cannot be read, has too many pixels or no usable shape, or its URL is not
+                allowed.
             VLLMUnprocessableEntityError: its host does not answer.
             GracefulHTTPError: it has too many bytes.
         """
-        try:
-            image: Image.Image = super().fetch_image(image_url, image_mode=image_mode)
-        except _CLIENT_ERRORS as error:
-            raise _refusal(error) from error
-        return image
+        return _checked(super().fetch_image(image_url, image_mode=image_mode))
 
     async def fetch_image_async(self, image_url: str, *, image_mode: str | None = "RGB") -> Image.Image:
         """Load one image; see `fetch_image`."""
-        try:
-            image: Image.Image = await super().fetch_image_async(image_url, image_mode=image_mode)
-        except _CLIENT_ERRORS as error:
-            raise _refusal(error) from error
-        return image
+        return _checked(await super().fetch_image_async(image_url, image_mode=image_mode))
+
+    def fetch_image_embedding(self, data: str) -> torch.Tensor:
+        """Load the embeddings of one image.
+
+        Args:
+            data: base64 of a tensor.
+
+        Raises:
+            VLLMValidationError: it cannot be read.
+        """
+        with _embeddings_refused():
+            embeddings: torch.Tensor = super().fetch_image_embedding(data)
+        return embeddings
+
+    async def fetch_image_embedding_async(self, data: str) -> torch.Tensor:
+        """Load the embeddings of one image; see `fetch_image_embedding`."""
+        with _embeddings_refused():
+            embeddings: torch.Tensor = await super().fetch_image_embedding_async(data)
+        return embeddings
 
     def load_from_url(self, url: str, media_io: Any, **kwargs: Any) -> Any:
         """Load one medium of any kind.
@@ -88,27 +110,33 @@ class FicocoMediaConnector(MediaConnector):
             kwargs: arguments of vLLM's method.
 
         Raises:
-            VLLMValidationError: the medium is on the network, and its address is not allowed.
+            VLLMValidationError: the medium cannot be read, or its address is not allowed.
             VLLMUnprocessableEntityError: its host does not answer.
             GracefulHTTPError: an image has too many bytes.
         """
         limited = self._check(url, media_io)
-        try:
+        with self._client_errors(url):
             return super().load_from_url(url, limited, **kwargs)
-        except HTTPResponseSizeExceededError as error:
-            raise self._too_large() from error
-        except _NETWORK_ERRORS as error:
-            raise _unreachable(url, error) from error
 
     async def load_from_url_async(self, url: str, media_io: Any, **kwargs: Any) -> Any:
         """Load one medium; see `load_from_url`."""
         limited = self._check(url, media_io)
-        try:
+        with self._client_errors(url):
             return await super().load_from_url_async(url, limited, **kwargs)
+
+    @contextmanager
+    def _client_errors(self, url: str) -> Iterator[None]:
+        """Turn every error of loading a medium into one that vLLM answers with 4xx."""
+        try:
+            yield
         except HTTPResponseSizeExceededError as error:
             raise self._too_large() from error
-        except _NETWORK_ERRORS as error:
-            raise _unreachable(url, error) from error
+        except VLLMError:
+            raise
+        except (*_NETWORK_ERRORS, *_UNREADABLE) as error:
+            if _is_network(url) and isinstance(error, _NETWORK_ERRORS):
+                raise _unreachable(url, error) from error
+            raise _refusal("image_url", _why(error)) from error
 
     def _check(self, url: str, media_io: Any) -> Any:
         """Refuse network URLs unless the operator names domains: clients must not reach the server's network.
@@ -116,7 +144,7 @@ class FicocoMediaConnector(MediaConnector):
         Returns:
             `media_io`, with the operator's size limit if it reads an image.
         """
-        if url.lstrip()[:4].lower() == "http" and not self.allowed_media_domains:
+        if _is_network(url) and not self.allowed_media_domains:
             raise VLLMValidationError(
                 "image_url: media are not fetched from the network; allowed: data URLs, or domains that the server "
                 "was started with (--allowed-media-domains)",
@@ -138,16 +166,62 @@ class FicocoMediaConnector(MediaConnector):
         )
 
 
-def _refusal(error: Exception) -> VLLMValidationError:
-    return VLLMValidationError(f"image_url: {error}", parameter="image_url")
+def _is_network(url: str) -> bool:
+    return url.lstrip()[:4].lower() == "http"
 
 
-def _unreachable(url: str, error: Exception) -> Exception:
-    """Error of a fetch from the network; errors of other URLs stay as they are."""
-    if url.lstrip()[:4].lower() != "http":
-        return error
+def _checked(image: Image.Image) -> Image.Image:
+    """The image, unless its sides are of no use.
+
+    Raises:
+        VLLMValidationError: a side is empty, or too long for the other one.
+    """
+    width, height = image.size
+    if min(width, height) * MAX_ASPECT_RATIO < max(width, height) or min(width, height) == 0:
+        raise _refusal(
+            "image_url",
+            f"an image of {width} x {height} pixels is not allowed; allowed: sides of at least one pixel, the longer "
+            f"one up to {MAX_ASPECT_RATIO} times the shorter one",
+        )
+    return image
+
+
+@contextmanager
+def _embeddings_refused() -> Iterator[None]:
+    try:
+        yield
+    except VLLMError:
+        raise
+    except _UNREADABLE as error:
+        why = "the data cannot be read; allowed: base64 of a tensor as torch.save or numpy.save writes it"
+        raise _refusal("image_embeds", why) from error
+
+
+def _refusal(field: str, why: str) -> VLLMValidationError:
+    return VLLMValidationError(f"{field}: {why}", parameter=field)
+
+
+def _why(error: Exception) -> str:
+    """Readable reason why a medium cannot be read."""
+    for cause in (error, error.__cause__):
+        if isinstance(cause, UnidentifiedImageError):
+            return (
+                "the data are not an image; allowed: PNG, JPEG, WebP, GIF and other formats that Pillow reads"
+            )
+    if isinstance(error, binascii.Error):
+        return f"the data URL is not valid base64 ({error})"
+    if isinstance(error, FileNotFoundError):
+        return "the file does not exist"
+    if isinstance(error, IsADirectoryError):
+        return "the URL names a folder; allowed: a file"
+    if isinstance(error, OSError):
+        return f"the file cannot be read ({error.strerror or type(error).__name__})"
+    return str(error) or f"the data cannot be read ({type(error).__name__})"
+
+
+def _unreachable(url: str, error: Exception) -> VLLMUnprocessableEntityError:
     why = str(error) or type(error).__name__
-    unreachable: Exception = VLLMUnprocessableEntityError(
-        f"image_url: {urlsplit(url).hostname} could not be fetched from: {why}", parameter="image_url"
+    host = urlsplit(url).hostname
+    return VLLMUnprocessableEntityError(
+        f"image_url: {host} could not be fetched from: {why}", parameter="image_url"
     )
-    return unreachable

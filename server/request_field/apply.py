@@ -1,5 +1,6 @@
 """Application of the field `ficoco`: written where processor and decoder read it, with its effect recorded."""
 
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
 from copy import copy
@@ -15,13 +16,16 @@ from ficoco_vllm.hooks.wrapping import wrap
 from ficoco_vllm.metrics.families import count_refusal
 from ficoco_vllm.metrics.savings import Account, Accountant
 from ficoco_vllm.processing import BUDGET, SIZES
-from ficoco_vllm.request_fields import KEEP, METHOD
+from ficoco_vllm.request_fields import FIELD, KEEP, METHOD, find_misplaced, misplaced
 from ficoco_vllm.server.request_field.report import add_usage
 from ficoco_vllm.server.request_field.resolve import Resolver
 from ficoco_vllm.server.request_field.routes import HANDLERS
-from ficoco_vllm.server.request_field.schema import FIELD, FicocoRequest, FicocoUsage, parse
+from ficoco_vllm.server.request_field.schema import OFF, FicocoRequest, FicocoUsage, parse
 
 _PROCESSOR_FIELD, _DECODER_FIELD = "mm_processor_kwargs", "vllm_xargs"
+# Raised by vLLM for bodies with which it does not reckon, such as a part of a message whose type is null; rendering
+# depends on the body alone. vLLM answers them with 500.
+_RENDERING_ERRORS = (AssertionError, AttributeError, LookupError, RecursionError)
 
 
 @dataclass
@@ -31,10 +35,12 @@ class RequestState:
     Attributes:
         requested: its field `ficoco`.
         accounts: savings of each of its prompts with images.
+        is_rendered: whether a prompt of it has been rendered, so that an error may be the server's.
     """
 
     requested: FicocoRequest | Literal["off"] | None
     accounts: list[Account] = field(default_factory=list)
+    is_rendered: bool = False
 
 
 # vLLM's handlers await the renderer in their own task, which finds the state of its request here.
@@ -85,17 +91,32 @@ class FieldApplier:
     ) -> Any:
         """Answer one request through vLLM's handler and report the applied method and budget."""
         try:
-            state = RequestState(parse((request.model_extra or {}).get(FIELD)))
+            state = RequestState(self._parse(request))
         except VLLMValidationError:
             self._count_refusal()
             raise
         token = _current.set(state)
         try:
             response = await handler(request, raw_request)
+        except VLLMValidationError as error:
+            raise _in_terms_of(state.requested, error) from error
+        except _RENDERING_ERRORS as error:
+            if state.is_rendered:
+                raise
+            raise _unrenderable(error) from error
         finally:
             _current.reset(token)
         usage = self._usage(state.accounts)
         return response if usage is None else add_usage(response, usage, raw_request)
+
+    def _parse(self, request: Any) -> FicocoRequest | Literal["off"] | None:
+        """The field of a request's body, validated."""
+        extra = request.model_extra or {}
+        extensions = {name: getattr(request, name, None) for name in (_PROCESSOR_FIELD, _DECODER_FIELD)}
+        path = find_misplaced(extra | extensions)
+        if path is not None:
+            raise VLLMValidationError(misplaced(path), parameter=path)
+        return parse(extra.get(FIELD), self.resolver.allowed)
 
     async def _render(
         self,
@@ -107,13 +128,34 @@ class FieldApplier:
     ) -> Any:
         """Render the prompts of a request with its method and budget."""
         chosen = trusting if self._apply(request) else render
-        rendered = await chosen(request, *args, **kwargs)
+        try:
+            rendered = await chosen(request, *args, **kwargs)
+        except _RENDERING_ERRORS as error:
+            raise _unrenderable(error) from error
         state = _current.get()
         if state is not None:
+            state.is_rendered = True
             # A chat comes with its messages.
             prompts = rendered[1] if isinstance(rendered, tuple) else rendered
             state.accounts += filter(None, (self._account(request, prompt) for prompt in prompts))
+            self._check_echo(request, state)
         return rendered
+
+    def _check_echo(self, request: Any, state: RequestState) -> None:
+        """Refuse the echo of a prompt that the decoder reduces: vLLM takes it for a request of `prompt_logprobs`.
+
+        Admission refuses these too, but by a name that the client has not sent.
+        """
+        if not getattr(request, "echo", False) or getattr(request, "prompt_logprobs", None) is not None:
+            return
+        # Tokens leave the decoder after its first segment.
+        if any(account.missing[-1] > account.missing[0] for account in state.accounts):
+            self._count_refusal()
+            raise VLLMValidationError(
+                f"echo = True is not allowed for a prompt whose visual tokens are reduced in the decoder, since vLLM "
+                f'answers it with log-probabilities of the whole prompt; allowed: False, or "{FIELD}": "{OFF}"',
+                parameter="echo",
+            )
 
     def _apply(self, request: Any) -> bool:
         """Write method and budget into the request.
@@ -122,8 +164,7 @@ class FieldApplier:
             Whether its `mm_processor_kwargs` are ours alone, so that vLLM may trust them.
         """
         state = _current.get()
-        raw = getattr(request, _PROCESSOR_FIELD, None) or {}
-        xargs = getattr(request, _DECODER_FIELD, None) or {}
+        raw, xargs = _mapping(request, _PROCESSOR_FIELD), _mapping(request, _DECODER_FIELD)
         extensions = ((_PROCESSOR_FIELD, raw), (_DECODER_FIELD, xargs))
         try:
             self.resolver.check_raw(_PROCESSOR_FIELD, raw)
@@ -154,7 +195,7 @@ class FieldApplier:
         images = [(place.offset, place.length) for place in places]
         if not images:
             return None
-        extra_args = dict(getattr(request, _DECODER_FIELD, None) or {})
+        extra_args = dict(_mapping(request, _DECODER_FIELD))
         default_keep = FrontEnd.of(self.processor).default_keep
         if default_keep is not None and KEEP not in extra_args:
             # Fixed now, so that the response reports the budget that the decoder gets.
@@ -182,3 +223,28 @@ class FieldApplier:
 
     def _count_refusal(self) -> None:
         count_refusal(self.processor.vllm_config.model_config)
+
+
+def _mapping(request: Any, name: str) -> Mapping[str, Any]:
+    """A field of the body; empty where it is no object, as where a route does not declare it and vLLM drops it."""
+    value = getattr(request, name, None)
+    return value if isinstance(value, Mapping) else {}
+
+
+def _unrenderable(error: Exception) -> VLLMValidationError:
+    return VLLMValidationError(
+        f"the prompt cannot be rendered from this body: {error or type(error).__name__}"
+    )
+
+
+def _in_terms_of(
+    requested: FicocoRequest | Literal["off"] | None, error: VLLMValidationError
+) -> VLLMValidationError:
+    """An error about the arguments of processor and decoder, in terms of the field from which we wrote them."""
+    if not isinstance(requested, FicocoRequest):
+        return error
+    parameter, message = error.parameter, error.args[0]
+    for ours, theirs in ((KEEP, f"{FIELD}.keep"), (METHOD, f"{FIELD}.method")):
+        message = re.sub(rf"(?<![\w.]){ours}", theirs, message)  # not in `mm_processor_kwargs.ficoco_keep`
+        parameter = theirs if parameter == ours else parameter
+    return VLLMValidationError(message, parameter=parameter)

@@ -6,10 +6,11 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ficoco_vllm.server.request_field.schema import FIELD, FicocoUsage
+from ficoco_vllm.request_fields import FIELD
+from ficoco_vllm.server.request_field.schema import FicocoUsage
 
 # Attribute of Starlette's request state, from the handler to the middleware.
-_USAGE = "ficoco_usage"
+_USAGE = "ficoco"
 
 
 def add_usage(response: Any, usage: FicocoUsage, raw_request: Any) -> Any:

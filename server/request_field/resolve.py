@@ -3,14 +3,17 @@
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from statistics import fmean
 from typing import Any, Literal
 
 from ficoco_vllm.planning.server import ServerPlan
+from ficoco_vllm.planning.tower import VISION_SITES
+from ficoco_vllm.reduction import available, get
+from ficoco_vllm.reduction.method import SITES
 from ficoco_vllm.reduction.pipeline import PIPELINES
-from ficoco_vllm.request_fields import KEEP, METHOD
-from ficoco_vllm.server.request_field.schema import FIELD, OFF, FicocoRequest
+from ficoco_vllm.request_fields import FIELD, KEEP, METHOD
+from ficoco_vllm.server.request_field.schema import OFF, FicocoRequest
 
 
 @dataclass(frozen=True)
@@ -30,12 +33,14 @@ class Bounds:
         """Whether a request may keep all visual tokens."""
         return self.methods is None or OFF in self.methods
 
+    def allowed_keep(self, max_keep: int) -> str:
+        """Range of a budget, for error texts."""
+        return f"an integer from {self.min_keep} to {max_keep}"
+
     def check_keep(self, name: str, keep: float, max_keep: int) -> None:
         """Refuse a budget outside of the bounds."""
         if not self.min_keep <= keep <= max_keep:
-            raise ValueError(
-                f"{name} = {keep} is not allowed; allowed: an integer from {self.min_keep} to {max_keep}"
-            )
+            raise ValueError(f"{name} = {keep} is not allowed; allowed: {self.allowed_keep(max_keep)}")
         self.check_reduces(name, keep, max_keep)
 
     def check_reduces(self, name: str, keep: Any, max_keep: int) -> None:
@@ -98,6 +103,14 @@ class Resolver:
             names = self.plan.tower.methods
         return tuple(name for name in names if self.bounds.methods is None or name in self.bounds.methods)
 
+    def allowed(self, name: str) -> str:
+        """What this server allows in one part of the field, for error texts."""
+        if name == "method":
+            return ", ".join((*self.methods, OFF) if self.bounds.allows_off else self.methods)
+        if name == "keep":
+            return self.bounds.allowed_keep(self.max_keep)
+        return "{:.2f} to {:.2f}".format(*self._kv_budgets(None))
+
     def resolve(self, requested: FicocoRequest | Literal["off"]) -> Resolved:
         """Translate the field of a request.
 
@@ -115,9 +128,9 @@ class Resolver:
                 decoder={} if decoder is None else {KEEP: self.max_keep + tower.shape.with_cls},
             )
         if requested.method is not None and requested.method not in self.methods:
-            allowed = (*self.methods, OFF) if self.bounds.allows_off else self.methods
+            why = self._why_not(requested.method)
             raise ValueError(
-                f"{FIELD}.method = {requested.method!r} is not allowed; allowed: {', '.join(allowed)}"
+                f"{FIELD}.method = {requested.method!r} is not allowed{why}; allowed: {self.allowed('method')}"
             )
         # A pipeline has its own methods; its name selects nothing in a request.
         method = None if self.plan.config.method in PIPELINES else requested.method
@@ -166,19 +179,49 @@ class Resolver:
         tower_keep = plan.tower_keep(keep)
         return plan.tower.num_output_tokens(plan.tower.budget(None, tower_keep)), {KEEP: tower_keep}
 
+    def _why_not(self, name: str) -> str:
+        """Reason, for error texts, why a method that exists is not served here; empty if there is none such."""
+        config = self.plan.config
+        if config.method in PIPELINES:
+            return f", since this server reduces twice, by {config.method}" if name in _known() else ""
+        if name in PIPELINES:
+            return ", since it reduces twice, for which a server is started with it (--ficoco-method)"
+        if name not in _known():
+            return ""
+        method = get(name)
+        if self.bounds.methods is not None and name not in self.bounds.methods:
+            return ", since the operator has chosen others (--ficoco-allow-methods)"
+        where = dict.fromkeys(VISION_SITES, "in the vision tower") | {"decoder": "in the decoder"}
+        here = "decoder" if self.plan.decoder is not None else VISION_SITES[0]
+        if where[method.site] != where[here]:
+            return f", since it reduces {where[method.site]}, and this server {where[here]}"
+        try:
+            method.configure().check_signals(SITES[method.site])
+        except ValueError as error:
+            return f", since {error}".partition("; given are")[0]
+        return ""
+
+    def _kv_budgets(self, method: str | None) -> tuple[float, float]:
+        """The smallest and the largest average over the layers that a method can reach."""
+        return self._mean(method, self.bounds.min_keep), self._mean(method, self.max_keep)
+
+    def _mean(self, method: str | None, keep: int) -> float:
+        """Visual tokens of an image in the KV cache, averaged over the layers."""
+        decoder = self.plan.decoder
+        if decoder is None:
+            return keep
+        entering, _ = self._entering(keep)
+        return fmean(decoder.counts(method or decoder.method, entering, min(keep, entering)))
+
     def _keep_of(self, method: str | None, kv_budget: float) -> int:
         """The largest `keep` whose KV cache, averaged over the layers, is no larger than the budget."""
-        decoder = self.plan.decoder
-
-        def mean(keep: int) -> float:
-            if decoder is None:
-                return keep
-            entering, _ = self._entering(keep)
-            return fmean(decoder.counts(method or decoder.method, entering, min(keep, entering)))
-
-        smallest, largest = mean(self.bounds.min_keep), mean(self.max_keep)
+        smallest, largest = self._kv_budgets(method)
         if not smallest <= kv_budget <= largest:
             raise ValueError(
                 f"{FIELD}.kv_budget = {kv_budget:g} is not allowed; allowed: {smallest:.2f} to {largest:.2f}"
             )
-        return bisect_right(range(1, self.max_keep + 1), kv_budget, key=mean)
+        return bisect_right(range(1, self.max_keep + 1), kv_budget, key=partial(self._mean, method))
+
+
+def _known() -> tuple[str, ...]:
+    return (*available(), *PIPELINES)

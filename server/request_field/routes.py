@@ -9,8 +9,9 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ficoco_vllm.hooks.wrapping import wrap
+from ficoco_vllm.request_fields import FIELD, PREFIX, find_misplaced
 from ficoco_vllm.server.openai_errors import error_response
-from ficoco_vllm.server.request_field.schema import FIELD, OFF, FicocoRequest
+from ficoco_vllm.server.request_field.schema import OFF, FicocoRequest
 
 # Handler on vLLM's state, its method, and the route that it answers.
 HANDLERS = (
@@ -52,11 +53,12 @@ class FieldGuard:
         messages = [await receive()]
         while messages[-1].get("more_body"):
             messages.append(await receive())
-        if _names_field(b"".join(message.get("body", b"") for message in messages)):
+        path = _field_of(b"".join(message.get("body", b"") for message in messages))
+        if path is not None:
             message = (
-                f"{FIELD} is not read by {_path(scope)}; allowed: without it, or one of {', '.join(ROUTES)}"
+                f"{path} is not read by {_path(scope)}; allowed: without it, or one of {', '.join(ROUTES)}"
             )
-            await error_response(message, HTTPStatus.BAD_REQUEST, FIELD)(scope, receive, send)
+            await error_response(message, HTTPStatus.BAD_REQUEST, path)(scope, receive, send)
             return
         messages.reverse()
 
@@ -75,14 +77,17 @@ def _reads_field(path: str) -> bool:
     return path in ROUTES or path == _SAGEMAKER or path.startswith(_OURS)
 
 
-def _names_field(body: bytes) -> bool:
-    if f'"{FIELD}"'.encode() not in body:
-        return False  # nearly all bodies need no parsing
+def _field_of(body: bytes) -> str | None:
+    """Path of our field in a body, None without it."""
+    if PREFIX.encode() not in body.lower():
+        return None  # nearly all bodies need no parsing
     try:
         content: Any = json.loads(body)
     except ValueError:
-        return False
-    return isinstance(content, dict) and FIELD in content
+        return None
+    if not isinstance(content, dict):
+        return None
+    return FIELD if FIELD in content else find_misplaced(content)
 
 
 def publish(app: FastAPI) -> None:

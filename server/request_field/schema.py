@@ -1,11 +1,13 @@
 """The request field `ficoco`, and the usage that responses report as `usage.ficoco`."""
 
+from collections.abc import Callable
 from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from vllm.exceptions import VLLMValidationError
 
-FIELD = "ficoco"
+from ficoco_vllm.request_fields import FIELD
+
 OFF: Final = "off"
 
 
@@ -22,7 +24,7 @@ class FicocoRequest(BaseModel):
 
     method: str | None = Field(default=None, strict=True)
     keep: int | None = Field(default=None, ge=1, strict=True)
-    kv_budget: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    kv_budget: float | None = Field(default=None, gt=0, allow_inf_nan=False, strict=True)
 
 
 class FicocoUsage(BaseModel):
@@ -41,11 +43,12 @@ class FicocoUsage(BaseModel):
     kv_bytes_saved: int
 
 
-def parse(value: Any) -> FicocoRequest | Literal["off"] | None:
+def parse(value: Any, allowed: Callable[[str], str]) -> FicocoRequest | Literal["off"] | None:
     """Validate the field.
 
     Args:
         value: the field's JSON value; None where the body has no such field.
+        allowed: maps a part of the field to what this server allows there, for error texts.
 
     Raises:
         VLLMValidationError: naming the field, its value and the allowed values (HTTP 400).
@@ -64,7 +67,9 @@ def parse(value: Any) -> FicocoRequest | Literal["off"] | None:
         name = str(first["loc"][0])
         if name not in FicocoRequest.model_fields:
             raise _error(f"{FIELD}.{name}", f"is not a field of this server; allowed: {fields}") from error
-        raise _error(f"{FIELD}.{name}", f"= {first['input']!r} is not allowed; {first['msg']}") from error
+        raise _error(
+            f"{FIELD}.{name}", f"= {first['input']!r} is not allowed; allowed: {allowed(name)}"
+        ) from error
     if field.keep is not None and field.kv_budget is not None:
         raise _error(
             f"{FIELD}.kv_budget",

@@ -32,12 +32,17 @@ def renderer(monkeypatch: pytest.MonkeyPatch) -> OnlineRenderer:
 @pytest.mark.parametrize("name", ["preprocess_chat", "preprocess_cmpl"])
 def test_refused_unless_an_endpoint_reads_it(renderer: OnlineRenderer, name: str) -> None:
     messages = [{"role": "user", "content": "hi"}]
-    with_field = ChatCompletionRequest.model_validate({"messages": messages, "ficoco": {"keep": 9}})
+    with_field, elsewhere = (
+        ChatCompletionRequest.model_validate({"messages": messages} | field)
+        for field in ({"ficoco": {"keep": 9}}, {"extra_body": {"ficoco": {"keep": 9}}})
+    )
     without = ChatCompletionRequest.model_validate({"messages": messages, "other": 1})
     preprocess = getattr(renderer, name)
     with pytest.raises(VLLMValidationError, match="ficoco is not read here") as caught:
         asyncio.run(preprocess(with_field, []))
     assert caught.value.parameter == "ficoco"
+    with pytest.raises(VLLMValidationError, match=r"extra_body.ficoco is not read here"):
+        asyncio.run(preprocess(elsewhere, []))
     for request in (without, SimpleNamespace()):
         with pytest.raises(ReachedError):
             asyncio.run(preprocess(request, []))

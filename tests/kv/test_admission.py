@@ -3,13 +3,14 @@
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine import EngineCoreRequest
 
 from ficoco_vllm.config import FicocoConfig
-from ficoco_vllm.kv.admission import ChatBudgets, check_request, fill_budget, fill_windows
+from ficoco_vllm.kv.admission import ChatBudgets, check_request, check_stop, fill_budget, fill_windows
 
 pytestmark = pytest.mark.compat
 
@@ -51,6 +52,20 @@ def test_plain_requests_pass(ficoco: dict[str, Any]) -> None:
 def test_xargs_of_the_decoder_are_refused_by_a_server_that_reduces_in_the_tower() -> None:
     with pytest.raises(VLLMValidationError, match=r"ficoco_keep in vllm_xargs .* mm_processor_kwargs"):
         check_request(config(method="ficoco-v"), request({"ficoco_keep": 9}))
+
+
+@pytest.mark.parametrize("method", ["ficoco-v", "ficoco-l"])
+def test_the_field_of_bodies_is_no_argument_of_the_decoder(method: str) -> None:
+    for value in ({"keep": 4}, "off"):
+        with pytest.raises(VLLMValidationError, match=r"^ficoco .* ficoco_keep"):
+            check_request(config(method=method), request({"ficoco": value}))
+
+
+def test_integers_of_numpy_go_to_the_engine_as_python_s() -> None:
+    asked = request({"ficoco_keep": np.int64(9), "other": 1})
+    check_request(config(method="ficoco-l"), asked)
+    assert asked.sampling_params.extra_args == {"ficoco_keep": 9, "other": 1}
+    assert type(asked.sampling_params.extra_args["ficoco_keep"]) is int
 
 
 @pytest.mark.parametrize(
@@ -128,3 +143,12 @@ def test_traced_requests_pass_over_the_cache() -> None:
     requested = request({"ficoco_trace": 3})
     check_request(config(method="ficoco-l", windows="turn", explain=True), requested)
     assert requested.sampling_params.skip_reading_prefix_cache
+
+
+def test_stop_strings_must_be_text() -> None:
+    check_stop(request(stop=["a", "\N{SNOWMAN}"]))
+    check_stop(request(stop=None))
+    check_stop(SimpleNamespace(sampling_params=None))
+    with pytest.raises(VLLMValidationError, match="stop cannot be encoded as UTF-8: surrogates") as caught:
+        check_stop(request(stop=["a\ud800"]))
+    assert caught.value.parameter == "stop"

@@ -1,7 +1,9 @@
 """The contract of every registered method, and further tests of the built-in ones."""
 
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -77,3 +79,41 @@ def test_a_shape_that_does_not_fit_is_named() -> None:
     short = replace(signals, cls_attention=signals.cls_attention[:, 1:])
     with pytest.raises(ValueError, match=r"cls_attention has shape \(2, 8\)"):
         reduce("ficoco-v", tokens, short, 2)
+
+
+@pytest.mark.parametrize("num_removed", [np.int64(4), torch.tensor(4)])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float16, torch.float64])
+def test_integers_and_sizes_of_every_kind(num_removed: Any, dtype: torch.dtype) -> None:
+    signals, tokens = make_signals(2, 9), make_tokens(2, 9)
+    got = reduce("tome", tokens, signals, num_removed, torch.ones(2, 9, dtype=dtype))
+    for one, other in zip(got, reduce("tome", tokens, signals, 4), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"num_removed": 2.0}, r"num_removed = 2.0 is not allowed; allowed: an integer"),
+        ({"num_removed": torch.tensor([1, 2])}, "num_removed = tensor.* is not allowed; allowed: an integer"),
+        ({"num_removed": None}, "num_removed = None is not allowed"),
+        (
+            {"tokens": make_tokens(2, 9).long()},
+            "tokens have the dtype torch.int64; allowed: a floating dtype",
+        ),
+        ({"tokens": make_tokens(2, 9).numpy()}, "tokens is of type ndarray; allowed: a tensor"),
+        ({"size": [1.0] * 9}, "size is of type list; allowed: a tensor"),
+        ({"size": torch.ones(2, 8)}, r"size has shape \(2, 8\)"),
+        ({"position": torch.zeros(2, 9)}, "position has the dtype torch.float32; allowed: an integer dtype"),
+        (
+            {"cls_attention": torch.ones(2, 9, dtype=torch.int64)},
+            "cls_attention has the dtype torch.int64; allowed: a floating dtype",
+        ),
+    ],
+)
+def test_arguments_of_a_wrong_kind_are_named(changed: dict[str, Any], words: str) -> None:
+    fields = {name: value for name, value in changed.items() if hasattr(Signals, name) or name == "position"}
+    signals = replace(make_signals(2, 9), **fields)
+    given: dict[str, Any] = {"tokens": make_tokens(2, 9), "num_removed": 2}
+    given |= {name: value for name, value in changed.items() if name not in fields}
+    with pytest.raises(ValueError, match=words):
+        reduce("ficoco-v", signals=signals, **given)

@@ -5,15 +5,20 @@ import threading
 import time
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import pytest
 from fastapi import FastAPI
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 
-from ficoco_vllm.server.lifecycle.shutdown import RETRY_SECONDS, Shutdown, ShutdownGate
+from ficoco_vllm.server.lifecycle.shutdown import FLUSH_SECONDS, RETRY_SECONDS, Shutdown, ShutdownGate
 
 pytestmark = pytest.mark.compat
+
+
+# Task of a request, in a loop that takes no calls.
+OPEN = Mock()
 
 
 class Engine:
@@ -49,6 +54,24 @@ def application(shutdown: Shutdown) -> FastAPI:
     async def metrics() -> str:
         return "1"
 
+    @app.post("/waiting")
+    async def waiting() -> str:
+        await asyncio.Event().wait()  # for an engine that is gone
+        return "never"
+
+    @app.post("/failing")
+    async def failing() -> JSONResponse:
+        await asyncio.sleep(0.2)
+        return JSONResponse({"error": "cannot schedule new futures after shutdown"}, 500)
+
+    @app.post("/begun")
+    async def begun() -> StreamingResponse:
+        async def pieces() -> Any:
+            yield b"piece "
+            await asyncio.Event().wait()
+
+        return StreamingResponse(pieces())
+
     app.add_middleware(ShutdownGate, shutdown=shutdown)
     return app
 
@@ -62,7 +85,7 @@ def test_what_is_open_is_answered_and_what_comes_is_turned_away() -> None:
         async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
             opened = [asyncio.create_task(client.post("/slow")) for _ in range(3)]
             await asyncio.sleep(0.05)
-            assert shutdown.num_open == 3
+            assert len(shutdown.open_tasks) == 3
             stopping = asyncio.get_running_loop().run_in_executor(None, lambda: engine.shutdown(timeout=20))
             await asyncio.sleep(0.05)
             assert not engine.timeouts
@@ -80,10 +103,72 @@ def test_what_is_open_is_answered_and_what_comes_is_turned_away() -> None:
     assert 15 < engine.timeouts[0] < 20
 
 
+@pytest.mark.parametrize("timeout", [0, 0.2])
+def test_requests_that_nothing_will_answer_get_503_after_the_timeout(timeout: float) -> None:
+    """The engine has stopped, and they had not reached it; uvicorn waits for them without a limit."""
+    shutdown, engine = Shutdown(), Engine()
+    shutdown.attach(engine)
+
+    async def run() -> None:
+        transport = httpx.ASGITransport(application(shutdown))
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            opened = [asyncio.create_task(client.post("/waiting")) for _ in range(3)]
+            begun = asyncio.create_task(client.post("/begun"))
+            await asyncio.sleep(0.05)
+            await asyncio.get_running_loop().run_in_executor(None, lambda: engine.shutdown(timeout=timeout))
+            for answer in await asyncio.wait_for(asyncio.gather(*opened), FLUSH_SECONDS + 2):
+                assert answer.status_code == 503
+                assert answer.json()["error"]["code"] == 503
+                assert answer.headers["retry-after"] == str(RETRY_SECONDS)
+            with pytest.raises(AssertionError):  # httpx's, about a response without an end
+                await asyncio.wait_for(begun, 2)
+            assert not shutdown.open_tasks
+
+    asyncio.run(run())
+    assert engine.timeouts == [0]
+
+
+@pytest.mark.parametrize(
+    ("stops", "dead", "status"), [(True, False, 503), (True, True, 500), (False, False, 500)]
+)
+def test_errors_about_an_engine_that_was_stopped_are_503(stops: bool, dead: bool, status: int) -> None:
+    shutdown, engine = Shutdown(), Engine(dead)
+    shutdown.attach(engine)
+
+    async def run() -> httpx.Response:
+        transport = httpx.ASGITransport(application(shutdown))
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            opened = asyncio.create_task(client.post("/failing"))
+            await asyncio.sleep(0.05)
+            if stops:
+                await asyncio.get_running_loop().run_in_executor(None, engine.shutdown)
+            return await opened
+
+    answer = asyncio.run(run())
+    assert answer.status_code == status
+    assert ("retry-after" in answer.headers) is (status == 503)
+
+
+def test_other_cancellations_stay_cancellations() -> None:
+    shutdown = Shutdown()
+
+    async def run() -> None:
+        transport = httpx.ASGITransport(application(shutdown))
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            opened = asyncio.create_task(client.post("/waiting"))
+            await asyncio.sleep(0.05)
+            opened.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await opened
+
+    asyncio.run(run())
+    assert not shutdown.open_tasks
+
+
 def test_it_waits_no_longer_than_it_may() -> None:
     shutdown, engine = Shutdown(), Engine()
     shutdown.attach(engine)
-    shutdown.num_open = 1
+    shutdown.open_tasks.add(OPEN)
     start = time.monotonic()
     engine.shutdown(timeout=0.2)
     assert 0.2 <= time.monotonic() - start < 5
@@ -95,7 +180,7 @@ def test_it_does_not_wait(timeout: float | None, dead: bool) -> None:
     """Without a timeout, as by vLLM's default, or with a dead engine."""
     shutdown, engine = Shutdown(), Engine(dead)
     shutdown.attach(engine)
-    shutdown.num_open = 1
+    shutdown.open_tasks.add(OPEN)
     engine.shutdown(timeout=timeout)
     assert engine.timeouts == [timeout]
     assert shutdown.draining
@@ -104,7 +189,7 @@ def test_it_does_not_wait(timeout: float | None, dead: bool) -> None:
 def test_it_never_waits_in_the_thread_that_answers() -> None:
     shutdown, engine = Shutdown(), Engine()
     shutdown.attach(engine)
-    shutdown.num_open = 1
+    shutdown.open_tasks.add(OPEN)
 
     async def run() -> None:
         engine.shutdown(timeout=20)

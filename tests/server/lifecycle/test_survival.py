@@ -10,13 +10,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
+from ficoco_vllm.benchmarks.harness.http import chat, data_url
 from ficoco_vllm.benchmarks.soak.server.client import ANSWERED, LOST, SERVER_ERROR, Client, Outcome
 from ficoco_vllm.benchmarks.soak.server.mixture import Request
 from ficoco_vllm.benchmarks.soak.server.state import read_gauges
 from ficoco_vllm.server.lifecycle.cleanup import SHARED_MEMORY
+from tests.support.pictures import noise
 from tests.support.server import Server, serve
 
 pytestmark = [pytest.mark.compat, pytest.mark.server, pytest.mark.long]
@@ -36,6 +39,8 @@ SERVE = ("-c", SUPERVISOR, "supervisor", sys.executable, "-m", "ficoco_vllm.serv
 # Between the kill and the last client's error: vLLM notices within a second and looks every five.
 ERROR_SECONDS = 30.0
 END_SECONDS = 60.0
+# Beyond the shutdown's timeout, for the engine's end and for the answers to those that it has not reached.
+ANSWER_SECONDS = 20.0
 NUM_REQUESTS = 16
 
 
@@ -177,3 +182,32 @@ def test_a_stopping_server_answers_accepted_requests(supervised: Supervised) -> 
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(("127.0.0.1", server.port))
+
+
+@pytest.mark.parametrize("timeout", [0, 3])
+def test_a_stopping_server_does_not_wait_for_requests_before_the_engine(tmp_path: Path, timeout: int) -> None:
+    """Many images wait for the one thread that processes them; clients would wait for ten minutes."""
+    arguments = ["--ficoco-method", "ficoco-v", "--ficoco-keep", "64", "--shutdown-timeout", str(timeout)]
+    with serve(tmp_path / "log", *arguments) as server:
+        bodies = [
+            chat("ficoco-demo", "what is this?", [data_url(image)], max_tokens=4)
+            for image in noise([(1000, 1000)] * 60, seed=5)
+        ]
+
+        async def run() -> tuple[list[int], float]:
+            async with httpx.AsyncClient(base_url=server.url, timeout=600) as client:
+                sending = [
+                    asyncio.create_task(client.post("/v1/chat/completions", json=body)) for body in bodies
+                ]
+                while sum(task.done() for task in sending) < 2:
+                    await asyncio.sleep(0.05)
+                psutil.Process(server.process.pid).send_signal(15)
+                start = time.monotonic()
+                answers = await asyncio.gather(*sending)
+                return [answer.status_code for answer in answers], time.monotonic() - start
+
+        statuses, seconds = asyncio.run(run())
+        assert set(statuses) <= {200, 503}
+        assert timeout or 503 in statuses
+        assert seconds < timeout + ANSWER_SECONDS
+        assert server.process.wait(END_SECONDS) == 0

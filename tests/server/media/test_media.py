@@ -8,8 +8,10 @@ import socket
 import warnings
 from collections.abc import Iterator
 from ipaddress import ip_address
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from vllm.exceptions import (
@@ -41,6 +43,17 @@ def data_url(content: bytes) -> str:
 def png(side: int, mode: str = "L") -> bytes:
     buffer = io.BytesIO()
     Image.new(mode, (side, side)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def picture(form: str, mode: str = "RGB", sides: tuple[int, int] = (9, 7)) -> bytes:
+    """A file of one picture."""
+    return saved(Image.radial_gradient("L").resize(sides).convert(mode), form)
+
+
+def saved(image: Image.Image, form: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
     return buffer.getvalue()
 
 
@@ -81,7 +94,7 @@ def test_only_allowed_domains_are_fetched_from(site: Site, waits: bool) -> None:
         f"http://localhost:{site.port}\\@127.0.0.1/b",
         f"http://2130706433:{site.port}/b",
     ):
-        with pytest.raises(ValueError, match="one of the allowed domains"):
+        with pytest.raises(VLLMValidationError, match="one of the allowed domains"):
             fetch(connector, url, waits)
     assert site.paths == ["/a"]
 
@@ -175,7 +188,7 @@ def test_an_image_of_too_many_bytes(
             fetch(connector, url, waits)
         assert caught.value.http_status == 413
     exactly = data_url(bytes(LARGE_BYTES // 2))
-    with pytest.raises(ValueError, match="cannot identify image"):
+    with pytest.raises(VLLMValidationError, match="the data are not an image"):
         fetch(connector, exactly, waits)
 
 
@@ -207,6 +220,94 @@ def test_the_operator_s_limit_of_pixels(monkeypatch: pytest.MonkeyPatch) -> None
             connector.fetch_image(data_url(png(101)))
 
 
+UNREADABLE = {
+    "no image": (data_url(b"this is no image"), "the data are not an image; allowed: PNG, JPEG"),
+    "nothing": (data_url(b""), "the data are not an image"),
+    "text as an image": ("data:text/plain;base64,aGVsbG8=", "the data are not an image"),
+    "a vector image": (data_url(b"<svg xmlns='http://www.w3.org/2000/svg'/>"), "the data are not an image"),
+    "cut off": (data_url(png(64, "RGB")[:60]), "Failed to load image|the data are not an image"),
+    "no base64": ("data:image/png;base64,@@@@", "not valid base64"),
+    "cut off base64": ("data:image/png;base64,iVBORw0KG", "not valid base64"),
+    "not in base64": ("data:image/png,abc", "Only base64 data URLs"),
+    "no comma": ("data:image/png;base64", "missing ',' separator"),
+    "no data": ("data:", "missing ',' separator"),
+    "another scheme": ("ftp://example.invalid/a.png", "must be either a HTTP, data or file URL"),
+    "no URL": ("image.png", "must be either a HTTP, data or file URL"),
+    "a broken address": ("http://[::1", "not fetched from the network"),
+    "a file": ("file:///etc/hostname", "allowed-local-media-path"),
+}
+
+
+@both_doors
+@pytest.mark.parametrize(("url", "words"), UNREADABLE.values(), ids=UNREADABLE)
+def test_what_cannot_be_read_is_named(url: str, words: str, waits: bool) -> None:
+    with pytest.raises(VLLMValidationError, match=f"^image_url: .*({words})") as caught:
+        fetch(FicocoMediaConnector(), url, waits)
+    assert caught.value.parameter == "image_url"
+    assert "<" not in str(caught.value), "the text is for people"
+
+
+@both_doors
+def test_files_that_cannot_be_read(tmp_path: Path, waits: bool) -> None:
+    folder = tmp_path / "media"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "text.png").write_text("hello")
+    connector = FicocoMediaConnector(allowed_local_media_path=str(folder))
+    for name, words in (
+        ("missing.png", "the file does not exist"),
+        ("inner", "the URL names a folder"),
+        ("text.png/more.png", "the file cannot be read"),
+        ("text.png", "the data are not an image"),
+        (f"{'a' * 300}.png", "the file cannot be read"),
+        ("..", "must be a subpath"),
+        ("%00.png", "image_url: "),
+    ):
+        with pytest.raises(VLLMValidationError, match=words) as caught:
+            fetch(connector, f"file://{folder}/{name}", waits)
+        assert caught.value.parameter == "image_url"
+
+
+@both_doors
+@pytest.mark.parametrize("sides", [(1, 201), (201, 1), (2, 10_000), (1, 100_000)])
+def test_thin_lines_are_refused(sides: tuple[int, int], waits: bool) -> None:
+    """The processor would scale the shorter side up to hundreds of pixels, and the longer one by as much."""
+    with pytest.raises(VLLMValidationError, match=rf"{sides[0]} x {sides[1]} pixels .* up to 200 times"):
+        fetch(FicocoMediaConnector(), data_url(picture("PNG", sides=sides)), waits)
+
+
+@both_doors
+def test_unusual_images_are_read(waits: bool) -> None:
+    """Modes, bit depths, frames, and a type in the URL that is not the data's."""
+    frames = [Image.new("P", (9, 7), color) for color in (1, 2, 3)]
+    deep = Image.fromarray(np.full((7, 9), 40_000, dtype=np.uint16))
+    for content in (
+        picture("JPEG", "CMYK"),
+        picture("JPEG", "L"),
+        picture("PNG", "1"),
+        picture("PNG", "LA"),
+        picture("PNG", "P"),
+        picture("PNG", "RGBA"),
+        picture("TIFF", "F"),
+        picture("TIFF", "I"),
+        saved(deep, "PNG"),
+        saved(frames[0], "GIF", save_all=True, append_images=frames[1:]),
+        saved(frames[0].convert("RGB"), "WEBP", save_all=True, append_images=frames[1:]),
+        picture("PNG", sides=(1, 1)),
+    ):
+        image = fetch(FicocoMediaConnector(), data_url(content), waits)
+        assert image.size in ((9, 7), (1, 1))
+        assert image.mode == "RGB"
+
+
+@both_doors
+@pytest.mark.parametrize("content", [b"", b"no tensor", b"\x93NUMPY", b"PK\x03\x04"])
+def test_embeddings_that_cannot_be_read(content: bytes, waits: bool) -> None:
+    data = base64.b64encode(content).decode() or "@"
+    with pytest.raises(VLLMValidationError, match="image_embeds: the data cannot be read") as caught:
+        fetch(FicocoMediaConnector(), data, waits, "image_embedding")
+    assert caught.value.parameter == "image_embeds"
+
+
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "WEBP", "AVIF", "DDS", "TIFF", "ICO", "BMP"])
 def test_broken_files_are_the_client_s_error(form: str) -> None:
     """Bytes changed at random, seeded: no exception of Pillow's readers leads to HTTP 500."""
@@ -225,6 +326,6 @@ def test_broken_files_are_the_client_s_error(form: str) -> None:
                     del content[place : place + generator.randint(1, 20)]
             try:
                 connector.fetch_image(data_url(bytes(content)))
-            except (VLLMClientError, ValueError):  # vLLM answers both with 400
+            except VLLMClientError:
                 num_broken += 1
     assert num_broken > 10

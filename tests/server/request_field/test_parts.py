@@ -3,12 +3,15 @@
 from typing import Any
 
 import pytest
+from vllm.exceptions import VLLMValidationError
 
 from ficoco_vllm import demo_model
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.planning.server import ServerPlan
+from ficoco_vllm.request_fields import find_misplaced, misplaced
+from ficoco_vllm.server.request_field.apply import _in_terms_of
 from ficoco_vllm.server.request_field.resolve import UNBOUNDED, Bounds, Resolver
-from ficoco_vllm.server.request_field.schema import parse
+from ficoco_vllm.server.request_field.schema import FicocoRequest, parse
 
 
 def resolver(settings: dict[str, Any], bounds: Bounds = UNBOUNDED) -> Resolver:
@@ -21,7 +24,7 @@ def resolver(settings: dict[str, Any], bounds: Bounds = UNBOUNDED) -> Resolver:
 
 def resolve(resolver: Resolver, ficoco: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arguments of processor and decoder."""
-    requested = parse(ficoco)
+    requested = parse(ficoco, resolver.allowed)
     assert requested is not None
     resolved = resolver.resolve(requested)
     return dict(resolved.tower), dict(resolved.decoder)
@@ -77,7 +80,7 @@ def test_bounds() -> None:
     for ficoco, words in (
         ({"keep": 31}, "an integer from 32 to 576"),
         ({"kv_budget": 31}, "32.00 to 576.00"),
-        ({"method": "evit"}, "allowed: ficoco-v, tome$"),
+        ({"method": "evit"}, "chosen others .--ficoco-allow-methods.; allowed: ficoco-v, tome$"),
         ("off", "allowed: tome, ficoco-v"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -91,3 +94,77 @@ def test_bounds() -> None:
     assert resolve(resolver({"method": "ficoco-v"}, Bounds(1, ("off",))), {"keep": 576})
     with pytest.raises(ValueError, match=r"mm_processor_kwargs.ficoco_method = 'evit'"):
         bounded.check_raw("mm_processor_kwargs", {"ficoco_method": "evit"})
+
+
+@pytest.mark.parametrize("keep", [0, -3, 577, "64", 64.5, True, [64], None])
+@pytest.mark.parametrize("method", ["ficoco-v", "ficoco-l", "ficoco-vl"])
+def test_a_budget_out_of_range_is_refused_with_the_range(method: str, keep: Any) -> None:
+    server = resolver({"method": method, "keep": 64}, Bounds(4))
+    if keep is None:  # as if it were not there
+        assert resolve(server, {"keep": None}) == ({}, {})
+        return
+    with pytest.raises((ValueError, VLLMValidationError)) as caught:
+        resolve(server, {"keep": keep})
+    assert f"ficoco.keep = {keep!r} is not allowed; allowed: an integer from 4 to 576" in str(caught.value)
+
+
+@pytest.mark.parametrize("kv_budget", [0, -1, "64", float("nan"), 577])
+def test_an_average_out_of_range_is_refused_with_the_range(kv_budget: Any) -> None:
+    with pytest.raises((ValueError, VLLMValidationError), match=r"allowed: 1.00 to 576.00"):
+        resolve(resolver({"method": "ficoco-v"}), {"kv_budget": kv_budget})
+
+
+@pytest.mark.parametrize(
+    ("server", "name", "reason"),
+    [
+        ("ficoco-v", "fastv", "it reduces in the decoder, and this server in the vision tower"),
+        ("ficoco-v", "ficoco-vl", "it reduces twice, for which a server is started with it"),
+        ("ficoco-l", "ficoco-v", "it reduces in the vision tower, and this server in the decoder"),
+        ("ficoco-l", "tome", "it reduces in the vision tower, and this server in the decoder"),
+        ("ficoco-vl", "ficoco-v", "this server reduces twice, by ficoco-vl"),
+        ("ficoco-v", "trim", r"needs the signal `text_relevance` \(it takes another model's text encoder"),
+        ("ficoco-v", "cdpruner", "needs the signal `text_relevance`"),
+        ("ficoco-v", "magic", None),
+        ("ficoco-vl", "magic", None),
+    ],
+)
+def test_a_method_that_is_not_served_here_is_refused_with_the_reason(
+    server: str, name: str, reason: str | None
+) -> None:
+    since = "" if reason is None else f", since .*{reason}.*"
+    with pytest.raises(
+        ValueError, match=rf"^ficoco.method = '{name}' is not allowed{since}; allowed: .*ficoco-"
+    ):
+        resolve(resolver({"method": server}), {"method": name})
+
+
+@pytest.mark.parametrize(
+    ("body", "path"),
+    [
+        ({}, None),
+        ({"ficoco": {"keep": 9}}, None),
+        ({"extra_body": {"top_k": 5}, "metadata": None, "tools": [{"ficoco": 1}]}, None),
+        ({"extra_body": {"ficoco": {"keep": 9}}}, "extra_body.ficoco"),
+        ({"ficoco": "off", "extra_body": {"ficoco": "off"}}, "extra_body.ficoco"),
+        ({"additional_config": {"ficoco": {"method": "tome"}}}, "additional_config.ficoco"),
+        ({"extra_args": {"ficoco": {}}}, "extra_args.ficoco"),
+        ({"mm_processor_kwargs": {"ficoco": {"keep": 9}}}, "mm_processor_kwargs.ficoco"),
+        ({"vllm_xargs": {"ficoco": "off"}}, "vllm_xargs.ficoco"),
+        ({"ficoco_keep": 9}, "ficoco_keep"),
+        ({"FiCoCo": {"keep": 9}}, "FiCoCo"),
+        ({"ficoco-method": "tome"}, "ficoco-method"),
+    ],
+)
+def test_the_field_in_another_place(body: dict[str, Any], path: str | None) -> None:
+    assert find_misplaced(body) == path
+    if path is not None:
+        assert misplaced(path).startswith(f"{path} is not read; allowed: ficoco at the top level")
+
+
+def test_errors_about_arguments_that_we_wrote_are_in_the_client_s_words() -> None:
+    error = VLLMValidationError("ficoco_keep = 1: no schedule", parameter="ficoco_keep")
+    ours = _in_terms_of(FicocoRequest(keep=1), error)
+    assert (ours.args[0], ours.parameter) == ("ficoco.keep = 1: no schedule", "ficoco.keep")
+    assert _in_terms_of(None, error) is error
+    twice = VLLMValidationError("mm_processor_kwargs.ficoco_keep beside ficoco is not allowed")
+    assert _in_terms_of(FicocoRequest(keep=1), twice).args[0] == twice.args[0]

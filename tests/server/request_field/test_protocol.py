@@ -176,7 +176,7 @@ PROBES: dict[str, tuple[str, str, Any]] = {
     "out of range": ("POST", "/v1/chat/completions", {**CHAT, "temperature": -1}),
     "no messages": ("POST", "/v1/chat/completions", {"model": MODEL}),
     "no JSON": ("POST", "/v1/chat/completions", "{"),
-    "an unknown field": ("POST", "/v1/chat/completions", {**CHAT, "ficoco_": {"keep": 1}}),
+    "an unknown field": ("POST", "/v1/chat/completions", {**CHAT, "ficco": {"keep": 1}}),
     "too long": ("POST", "/v1/completions", {"model": MODEL, "prompt": "a " * 9000, "max_tokens": 4}),
     "scale-out": ("POST", "/inference/v1/generate", {"token_ids": [1], "sampling_params": {}}),
 }

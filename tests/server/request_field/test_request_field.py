@@ -200,7 +200,7 @@ def test_routes_that_do_not_read_it_say_so(server: Server, path: str) -> None:
         ({"keep": True}, "ficoco.keep", "ficoco.keep = True"),
         ({"method": "magic"}, "ficoco.method", "'magic'"),
         ({"method": "fastv"}, "ficoco.method", "ficoco-v"),
-        ({"kv_budget": -1}, "ficoco.kv_budget", "greater than 0"),
+        ({"kv_budget": -1}, "ficoco.kv_budget", "1.00 to 576.00"),
         ({"kv_budget": 1000}, "ficoco.kv_budget", "1.00 to 576.00"),
         ({"kv_budget": 64, "keep": 64}, "ficoco.kv_budget", "one of them"),
         ({"method": "off", "keep": 64}, "ficoco.method", "no keep"),
@@ -213,6 +213,25 @@ def test_refused(server: Server, ficoco: Any, param: str, words: str) -> None:
     assert error["param"] == param
     assert words in error["message"]
     assert server.is_healthy()
+
+
+@pytest.mark.parametrize(
+    ("extra", "param"),
+    [
+        ({"extra_body": {"ficoco": {"keep": 96}}}, "extra_body.ficoco"),
+        ({"additional_config": {"ficoco": "off"}}, "additional_config.ficoco"),
+        ({"ficoco_keep": 96}, "ficoco_keep"),
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize", "/v1/messages", "/v1/responses"])
+def test_in_another_place(server: Server, path: str, extra: dict[str, Any], param: str) -> None:
+    chat = body(None)
+    chat["input"] = response_input()
+    answer = post(server, path, chat | extra)
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["param"] == param
+    assert f"{param} is not read" in error["message"]
 
 
 def test_not_twice(server: Server) -> None:
