@@ -23,7 +23,7 @@ from ficoco_vllm.planning.tower import Budget
 from ficoco_vllm.processing import FicocoNextProcessingInfo, FicocoNextProcessor, reducible
 from ficoco_vllm.request_fields import KEEP, METHOD, TRACE
 from ficoco_vllm.vision.packing import Kept, pack
-from ficoco_vllm.vision.tower import cropped
+from ficoco_vllm.vision.tower import Observers, cropped
 
 # Tiles of equal budget and crop, which run together: index of the image, index of the tile in its layout, tile.
 _Jobs = list[tuple[int, int, Tile]]
@@ -54,13 +54,13 @@ class FicocoLlavaNext(ReducingLlava, LlavaNextForConditionalGeneration):
         """Embed the images of a step, tiles of one budget and crop together.
 
         Args:
-            **kwargs: vLLM's fields of a batch of n images, with `ficoco_keep` and `ficoco_method` (n,) on the host.
+            **kwargs: vLLM's fields of a batch of n images, with `ficoco_keep` and `ficoco_method` (n,) on the host,
+                and `ficoco_trace` (n,) where they are traced.
 
         Returns:
             One tensor (num_tokens, hidden size) for each image, in order.
         """
-        keep, method = (kwargs.pop(name, None) for name in (KEEP, METHOD))
-        kwargs.pop(TRACE, None)  # never set: `explain` is refused at start-up
+        keep, method, trace = (kwargs.pop(name, None) for name in (KEEP, METHOD, TRACE))
         pixels: Any = kwargs.get("pixel_values")
         if self.planner is None or not isinstance(keep, Tensor) or pixels is None:
             return super().embed_multimodal(**kwargs)
@@ -84,14 +84,15 @@ class FicocoLlavaNext(ReducingLlava, LlavaNextForConditionalGeneration):
             )
             for index, embedding in zip(whole, of_whole, strict=True):
                 embeddings[index] = embedding
-        kept = self._keep(pixels, layouts, budgets)
+        traced = dict(enumerate(trace.tolist())) if isinstance(trace, Tensor) else {}
+        kept = self._keep(pixels, layouts, budgets, traced)
         for index, layout in enumerate(layouts):
             if layout.reduces:
                 embeddings[index] = pack(layout, kept[index], self.image_newline, self.planner.shape.grid[0])
         return embeddings
 
     def _keep(
-        self, pixels: Any, layouts: Sequence[Layout], budgets: Sequence[Budget]
+        self, pixels: Any, layouts: Sequence[Layout], budgets: Sequence[Budget], traced: dict[int, int]
     ) -> dict[int, list[Kept]]:
         """Run all tiles of the images that are reduced.
 
@@ -99,6 +100,7 @@ class FicocoLlavaNext(ReducingLlava, LlavaNextForConditionalGeneration):
             pixels: (n, tiles, 3, height, width), or as many tensors, of different numbers of tiles.
             layouts: of the images.
             budgets: of the images.
+            traced: image to trace id, for the images that are traced.
 
         Returns:
             Image to the kept tokens of each tile of its layout.
@@ -112,7 +114,11 @@ class FicocoLlavaNext(ReducingLlava, LlavaNextForConditionalGeneration):
             for start in range(0, len(jobs), self.max_images):
                 chunk = jobs[start : start + self.max_images]
                 batch = torch.stack([pixels[image][tile.place.number] for image, _, tile in chunk])
-                tokens, position = self._run(batch, Budget(method, count), chunk[0][2])
+                observers = self._observers(
+                    {place: traced[image] for place, (image, _, _) in enumerate(chunk) if image in traced},
+                    {place: tile.place.number for place, (_, _, tile) in enumerate(chunk)},
+                )
+                tokens, position = self._run(batch, Budget(method, count), chunk[0][2], observers)
                 for (image, number, _), *one in zip(chunk, tokens, position, strict=True):
                     kept[image, number] = Kept(*one)
         return {
@@ -121,13 +127,16 @@ class FicocoLlavaNext(ReducingLlava, LlavaNextForConditionalGeneration):
             if layout.reduces
         }
 
-    def _run(self, pixels: Tensor, budget: Budget, tile: Tile) -> tuple[Tensor, Tensor]:
+    def _run(
+        self, pixels: Tensor, budget: Budget, tile: Tile, observers: Observers | None
+    ) -> tuple[Tensor, Tensor]:
         """Run tiles of one budget and one crop.
 
         Args:
             pixels: (B, 3, height, width).
             budget: of the tile.
             tile: one of them.
+            observers: the observer of each reduction, if a tile is traced.
 
         Returns:
             Projected tokens (B, keep, hidden size of the language model) and their positions (B, keep) in the crop.
@@ -140,7 +149,7 @@ class FicocoLlavaNext(ReducingLlava, LlavaNextForConditionalGeneration):
             position = torch.arange(crop.num_patches, device=features.device).expand(len(pixels), -1)
         else:
             padded = (crop.rows, crop.columns) != grid
-            tokens = self._encode(pixels, plan, crop=crop if padded else None)
+            tokens = self._encode(pixels, plan, observers, crop if padded else None)
             features, position = tokens.hidden[:, 1:], tokens.position
         return self.multi_modal_projector(features), position
 

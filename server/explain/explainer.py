@@ -2,16 +2,22 @@
 
 import asyncio
 import secrets
+from collections.abc import Awaitable, Callable
 from copy import copy
+from dataclasses import dataclass
 from typing import Any
 
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.exceptions import VLLMValidationError
 
+from ficoco_vllm.hooks.wrapping import wrap
+from ficoco_vllm.processing import BUDGET, SIZES
 from ficoco_vllm.request_fields import KEEP, MAX_TRACE_ID, METHOD, TRACE
 from ficoco_vllm.server.explain.chat import Reply, send_chat
+from ficoco_vllm.server.explain.pages import examples
 from ficoco_vllm.server.explain.schema import ExplainRequest, Explanation, Measured, Options
 from ficoco_vllm.server.explain.served_model import ServedModel
+from ficoco_vllm.server.explain.views import TracedImage
 from ficoco_vllm.server.request_field.resolve import UNBOUNDED, Bounds
 from ficoco_vllm.tracing.chain import Step, read_steps
 
@@ -25,18 +31,38 @@ class TraceLostError(RuntimeError):
     """A trace was incomplete when it was fetched."""
 
 
-def trusting(chat: Any) -> Any:
-    """Copy vLLM's chat handler for our own chats: the copy accepts our arguments of the image processor.
+def trusting(chat: Any) -> tuple[Any, list[Any]]:
+    """Copy vLLM's chat handler for one chat of ours: the copy accepts our arguments of the image processor.
 
     Clients never reach the copy; the chat route stays as the operator configured it.
 
     Args:
         chat: vLLM's `OpenAIServingChat`.
+
+    Returns:
+        The copy, and a list that receives the prompts that it renders.
     """
     ours, renderer = copy(chat), copy(chat.online_renderer)
     renderer.trust_request_mm_kwargs = True
+    prompts: list[Any] = []
+
+    async def record(render: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any) -> Any:
+        rendered = await render(*args, **kwargs)
+        prompts.extend(rendered[1])
+        return rendered
+
+    wrap(renderer, "preprocess_chat", record)
     ours.online_renderer = renderer
-    return ours
+    return ours, prompts
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """One chat with its trace."""
+
+    reply: Reply
+    image: TracedImage
+    steps: list[Step]
 
 
 class Explainer:
@@ -55,7 +81,9 @@ class Explainer:
         """
         self.bounds = bounds
         self.engine_client = engine_client
-        self.chat = trusting(chat)
+        # A copy of its own: requests of clients go through wrappers that the original gets later.
+        self.chat = copy(chat)
+        self.chat.online_renderer = copy(chat.online_renderer)
         self.served = ServedModel.of(engine_client.vllm_config)
         self._is_warm = False
         self._limit = asyncio.Semaphore(MAX_CONCURRENT)
@@ -74,8 +102,9 @@ class Explainer:
             method=served.method,
             keep=served.keep,
             min_keep=self.bounds.min_keep,
-            max_keep=served.shape.num_patches,
-            grid=served.shape.grid,
+            max_keep=served.most,
+            grid=served.tower.shape.grid,
+            examples=examples(),
         )
 
     async def explain(self, request: ExplainRequest, raw_request: Any) -> Explanation:
@@ -101,7 +130,7 @@ class Explainer:
                 self.bounds.check_method("method", request.method)
             # The planners refuse values that no server allows, with their own messages.
             if request.keep is not None and 1 <= request.keep < self.bounds.min_keep:
-                self.bounds.check_keep("keep", request.keep, self.served.shape.num_patches)
+                self.bounds.check_keep("keep", request.keep, self.served.most)
         except ValueError as error:
             raise VLLMValidationError(str(error), parameter=str(error).split(" ", 1)[0]) from error
         if not self._is_warm:
@@ -112,18 +141,18 @@ class Explainer:
             self._is_warm = True
         full = None
         if request.compare:
-            full_reply, none = await self._chat(request, raw_request, None, None)
-            full = self._measured(full_reply, none, None)
-        reply, steps = await self._chat(request, raw_request, method, keep)
-        layers, destinations = Explanation.summarize(steps)
+            full = self._measured(await self._chat(request, raw_request, None, None), None)
+        traced = await self._chat(request, raw_request, method, keep)
+        layers, destinations = Explanation.summarize(traced.steps)
         return Explanation(
             model=self.model,
             question=request.question,
             method=method,
             keep=keep,
-            grid=self.served.shape.grid,
+            views=list(traced.image.views),
+            grid=traced.image.views[0].grid,
             central_square=self.served.central_square,
-            reduced=self._measured(reply, steps, method),
+            reduced=self._measured(traced, method),
             full=full,
             layers=layers,
             destinations=destinations,
@@ -131,7 +160,7 @@ class Explainer:
 
     async def _chat(
         self, request: ExplainRequest, raw_request: Any, method: str | None, keep: int | None
-    ) -> tuple[Reply, list[Step]]:
+    ) -> _Traced:
         """Send one chat, and fetch its trace. Its unique trace id keeps its image out of every cache."""
         trace_id = secrets.randbelow(MAX_TRACE_ID)
         chat = ChatCompletionRequest.model_validate(
@@ -153,8 +182,9 @@ class Explainer:
                 **self._budget(method, keep, trace_id),
             }
         )
+        handler, prompts = trusting(self.chat)
         try:
-            reply = await send_chat(self.chat, chat, raw_request)
+            reply = await send_chat(handler, chat, raw_request)
         finally:
             # Always fetched, so that no trace stays in the workers.
             traces = await self.engine_client.collective_rpc(
@@ -162,12 +192,14 @@ class Explainer:
             )
         # All workers that hold a part of a layer record the same trace.
         trace: list[dict[str, Any]] = next((trace for trace in traces if trace), [])
+        (prompt,) = prompts
+        image = self.served.image(prompt[BUDGET], prompt[SIZES][0])
         try:
-            steps = read_steps(trace, self.served.shape.num_patches)
-            self.served.check_complete(steps, keep)
+            steps = read_steps(image.complete(trace), image.num_patches, image.pack)
+            self.served.check_complete(steps, image, keep)
         except ValueError as error:
             raise TraceLostError(str(error)) from error
-        return reply, steps
+        return _Traced(reply, image, steps)
 
     def _budget(self, method: str | None, keep: int | None, trace_id: int) -> dict[str, Any]:
         """Fields of the chat that carry method, budget and trace id; without a method, a budget of all tokens."""
@@ -175,8 +207,8 @@ class Explainer:
         tower: dict[str, Any] = {TRACE: trace_id}
         decoder: dict[str, Any] = {TRACE: trace_id}
         if method is None:
-            tower[KEEP] = served.shape.num_patches
-            decoder[KEEP] = served.shape.num_patches + served.shape.with_cls
+            tower[KEEP] = served.tower.most_keep
+            decoder[KEEP] = served.most + served.tower.shape.with_cls
         else:
             part = decoder if served.in_decoder else tower
             part[KEEP] = keep
@@ -189,8 +221,9 @@ class Explainer:
             fields["vllm_xargs"] = decoder
         return fields
 
-    def _measured(self, reply: Reply, steps: list[Step], method: str | None) -> Measured:
-        entering, last = self.served.visual_tokens(steps)
+    def _measured(self, traced: _Traced, method: str | None) -> Measured:
+        reply, image, steps = traced.reply, traced.image, traced.steps
+        entering, last = self.served.visual_tokens(steps, image)
         return Measured(
             answer=reply.text,
             method=method,
@@ -200,5 +233,5 @@ class Explainer:
             completion_tokens=reply.completion_tokens,
             ttft_seconds=reply.ttft_seconds,
             total_seconds=reply.total_seconds,
-            kv_bytes=self.served.kv_bytes(reply.prompt_tokens, steps),
+            kv_bytes=self.served.kv_bytes(reply.prompt_tokens, steps, image),
         )
