@@ -114,14 +114,14 @@ class ServedModel:
         Args:
             steps: trace of an image.
             image: the image.
-            keep: budget of the request; None without reduction.
+            keep: budget of the request in the decoder; None where that does not reduce.
 
         Raises:
             ValueError: a part is missing.
         """
         entering, last = self.visual_tokens(steps, image)
         expected = image.num_entering
-        if self.in_decoder and keep is not None:
+        if keep is not None:
             expected = min(keep, expected)
         if (entering, last) != (image.num_entering, expected):
             raise ValueError(
