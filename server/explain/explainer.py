@@ -100,7 +100,7 @@ class Explainer:
 
     def options(self) -> Options:
         """Choices for the page."""
-        served, bounds = self.served, self.resolver.bounds
+        served, bounds, plan = self.served, self.resolver.bounds, self.resolver.plan
         return Options(
             model=self.model,
             methods=[choice for choice in served.methods if choice.name in self.resolver.methods],
@@ -109,6 +109,9 @@ class Explainer:
             min_keep=bounds.min_keep,
             max_keep=served.most,
             grid=served.tower.shape.grid,
+            keep_per="image"
+            if served.in_decoder or served.tower.shape.tiling is None
+            else plan.config.keep_per,
             examples=examples(),
         )
 

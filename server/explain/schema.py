@@ -1,7 +1,7 @@
 """Request and response of `POST /ficoco/explain`."""
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
@@ -166,4 +166,5 @@ class Options(BaseModel):
     min_keep: int
     max_keep: int
     grid: tuple[int, int]
+    keep_per: Literal["image", "tile"] = Field(description="what a budget counts")
     examples: list[ExampleChoice]

@@ -34,6 +34,7 @@ async function loadOptions() {
   $("model").textContent = options.model;
   $("model").hidden = false;
   $("method").replaceChildren(...options.methods.map(({ name, title }) => new Option(title, name)));
+  $("keep-label").textContent = options.keep_per === "tile" ? "Tokens kept in each tile" : "Visual tokens kept";
   $("keep").min = options.min_keep;
   $("keep").max = options.max_keep;
   $("examples").replaceChildren(...options.examples.map(thumbnail));
@@ -126,6 +127,7 @@ function setBusy(controller) {
 
 async function ask(state = {}) {
   if (asking) asking.abort();
+  if (!options) await loadOptions();
   if (!options) return;
   if (!image) {
     $("error").textContent = "Choose an image first.";
@@ -266,10 +268,12 @@ document.addEventListener("paste", (event) => {
   takeImage(file, file.name);
 });
 $("copy").addEventListener("click", async () => {
-  await navigator.clipboard.writeText(location.href).then(
-    () => ($("copied").textContent = shown.example ? "Link copied." : "Link copied. It does not contain your image."),
-    () => ($("copied").textContent = "Copy the address of this page: it is the link."),
-  );
+  try {
+    await navigator.clipboard.writeText(location.href); // absent over plain HTTP off this computer
+    $("copied").textContent = shown.example ? "Link copied." : "Link copied. It does not contain your image.";
+  } catch {
+    $("copied").textContent = "This browser cannot copy here. The address of the page is the link.";
+  }
 });
 $("download").addEventListener("click", async () => {
   const blob = await picture(stage, shown.image, shown.question, shown.said, options.model);

@@ -117,6 +117,12 @@ def test_metrics_count_tiles_crops_and_newlines(next_server: Server) -> None:
 
 
 @pytest.mark.server
+def test_the_page_counts_tokens_of_a_tile(next_server: Server) -> None:
+    options = httpx.get(f"{next_server.url}/ficoco/options").json()
+    assert (options["keep"], options["max_keep"], options["keep_per"]) == (16, 144, "tile")
+
+
+@pytest.mark.server
 @pytest.mark.parametrize(
     ("ficoco", "kept", "fused"),
     [
