@@ -28,7 +28,7 @@ DEV     := $(VENV)/.installed-dev
 
 .PHONY: help install serve test test-long test-kernels check format lint types imports kernels-aot bench-kernels bench-ttft bench-gpu \
     bench-efficiency bench-concurrency soak soak-engine bench-metrics bench-elastic bench-load bench-cpu-mode \
-    bench-accuracy bench-accuracy-decoder bench-smoke figures lmms dist release-check container-check \
+    bench-accuracy bench-accuracy-decoder bench-smoke figures screenshots lmms dist release-check container-check \
     charts-check ray-check compat docs clean
 
 help:  ## list the targets
@@ -135,6 +135,9 @@ bench-accuracy-decoder: $(DEV)  ## the same for the decoder's methods
 figures: $(DEV)  ## write the README's table and pictures and docs/accuracy.md from benchmarks/results/
 	@$(BIN)/python -m ficoco_vllm.benchmarks.accuracy.tables
 	@$(BIN)/python -m ficoco_vllm.benchmarks.overview
+
+screenshots: $(DEV)  ## redraw the pictures of the page /ficoco/ in docs/images/ (needs Chromium and npm)
+	@FICOCO_SCREENSHOTS=docs/images $(BIN)/python -m pytest tests/server/test_viewer.py -k every_state $(ARGS)
 
 bench-smoke: $(DEV)  ## run every benchmark in miniature, and check that planted regressions are detected
 	@$(BIN)/python -m pytest tests/benchmarks tests/server/elastic/test_overload.py $(ARGS)

@@ -109,7 +109,9 @@ class ImageEncoder:
             planner,
             most=sum(counts),
             whole=self.tower.features,
-            encode=lambda batch, plan, crop: encode(self.tower, batch, plan, planner.shape.grid, crop=crop),
+            encode=lambda batch, plan, crop, _: encode(
+                self.tower, batch, plan, planner.shape.grid, crop=crop
+            ),
             project=self.model.multi_modal_projector,
         )
         for index, of_tiles in kept.items():

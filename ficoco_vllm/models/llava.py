@@ -89,7 +89,7 @@ class FicocoLlava(ReducingLlava, LlavaForConditionalGeneration):
         if not self.planner.reduces(budget):
             features = self._image_pixels_to_features(self.vision_tower, pixels)
         else:
-            features = self._encode(pixels, self.planner.plan(budget), traced).hidden
+            features = self._encode(pixels, self.planner.plan(budget), self._observers(traced)).hidden
             if not self.planner.shape.with_cls:
                 features = features[:, 1:]
         projected: Tensor = self.multi_modal_projector(features)

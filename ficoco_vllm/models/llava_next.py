@@ -17,11 +17,13 @@ from vllm.multimodal.processing import BaseMultiModalProcessor, InputProcessingC
 
 from ficoco_vllm.models.reduced_llava import ReducingLlava
 from ficoco_vllm.planning.tiles import Layout
-from ficoco_vllm.planning.tower import Budget
+from ficoco_vllm.planning.tiling import Crop
+from ficoco_vllm.planning.tower import Budget, VisionPlan
 from ficoco_vllm.processing import FicocoNextProcessingInfo, FicocoNextProcessor, reducible
 from ficoco_vllm.request_fields import KEEP, METHOD, TRACE
 from ficoco_vllm.vision.packing import Kept, pack
 from ficoco_vllm.vision.tiles import keep_tiles
+from ficoco_vllm.vision.tower import Tokens
 
 
 def _build_info(ctx: InputProcessingContext) -> LlavaNextProcessingInfo:
@@ -49,13 +51,13 @@ class FicocoLlavaNext(ReducingLlava, LlavaNextForConditionalGeneration):
         """Embed the images of a step, tiles of one budget and crop together.
 
         Args:
-            **kwargs: vLLM's fields of a batch of n images, with `ficoco_keep` and `ficoco_method` (n,) on the host.
+            **kwargs: vLLM's fields of a batch of n images, with `ficoco_keep` and `ficoco_method` (n,) on the host,
+                and `ficoco_trace` (n,) where they are traced.
 
         Returns:
             One tensor (num_tokens, hidden size) for each image, in order.
         """
-        keep, method = (kwargs.pop(name, None) for name in (KEEP, METHOD))
-        kwargs.pop(TRACE, None)  # never set: `explain` is refused at start-up
+        keep, method, trace = (kwargs.pop(name, None) for name in (KEEP, METHOD, TRACE))
         pixels: Any = kwargs.get("pixel_values")
         if self.planner is None or not isinstance(keep, Tensor) or pixels is None:
             return super().embed_multimodal(**kwargs)
@@ -79,17 +81,35 @@ class FicocoLlavaNext(ReducingLlava, LlavaNextForConditionalGeneration):
             )
             for index, embedding in zip(whole, of_whole, strict=True):
                 embeddings[index] = embedding
-        kept = self._keep(pixels, layouts, budgets)
+        traced = dict(enumerate(trace.tolist())) if isinstance(trace, Tensor) else {}
+        kept = self._keep(pixels, layouts, budgets, traced)
         for index, layout in enumerate(layouts):
             if layout.reduces:
                 embeddings[index] = pack(layout, kept[index], self.image_newline, self.planner.shape.grid[0])
         return embeddings
 
     def _keep(
-        self, pixels: Any, layouts: Sequence[Layout], budgets: Sequence[Budget]
+        self, pixels: Any, layouts: Sequence[Layout], budgets: Sequence[Budget], traced: dict[int, int]
     ) -> dict[int, list[Kept]]:
-        """Run all tiles of the images that are reduced; see `keep_tiles`."""
+        """Run all tiles of the images that are reduced; see `keep_tiles`.
+
+        Args:
+            pixels: see `keep_tiles`.
+            layouts: of the images.
+            budgets: of the images.
+            traced: image to trace id, for the images that are traced.
+        """
         assert self.planner is not None
+
+        def encode(
+            batch: Tensor, plan: VisionPlan, crop: Crop | None, tiles: Sequence[tuple[int, int]]
+        ) -> Tokens:
+            observers = self._observers(
+                {place: traced[image] for place, (image, _) in enumerate(tiles) if image in traced},
+                {place: number for place, (_, number) in enumerate(tiles)},
+            )
+            return self._encode(batch, plan, observers, crop)
+
         return keep_tiles(
             pixels,
             layouts,
@@ -97,7 +117,7 @@ class FicocoLlavaNext(ReducingLlava, LlavaNextForConditionalGeneration):
             self.planner,
             most=self.max_images,
             whole=lambda batch: self._image_pixels_to_features(self.vision_tower, batch),
-            encode=lambda batch, plan, crop: self._encode(batch, plan, crop=crop),
+            encode=encode,
             project=self.multi_modal_projector,
         )
 

@@ -19,7 +19,7 @@ from ficoco_vllm.planning.server import ServerPlan
 from ficoco_vllm.planning.tiling import Crop
 from ficoco_vllm.planning.tower import VisionPlan, VisionPlanner
 from ficoco_vllm.tracing.store import Traces
-from ficoco_vllm.vision.tower import Tokens, encode
+from ficoco_vllm.vision.tower import Observers, Tokens, encode
 from ficoco_vllm.vision.vllm_tower import VllmTower
 
 
@@ -107,26 +107,29 @@ class ReducingLlava(nn.Module):
         return self.decoder(positions, inputs_embeds, reduction)
 
     def _encode(
-        self, pixels: Tensor, plan: VisionPlan, traced: dict[int, int] | None = None, crop: Crop | None = None
+        self, pixels: Tensor, plan: VisionPlan, observers: Observers | None, crop: Crop | None = None
     ) -> Tokens:
         """Run the tower over images, or tiles, that follow one plan.
 
         Args:
             pixels: (B, 3, height, width).
             plan: of all of them.
-            traced: maps index in the batch to trace id, for the images that are traced.
+            observers: the observer of each reduction, if an image is traced.
             crop: of tiles with padding, the patches that show the image.
         """
         assert self.planner is not None
         # vLLM's dummy images, which it profiles before it allocates the KV cache, are not timed.
         stopwatch = self.stopwatch if self._has_kv_cache() else None
         lap = None if stopwatch is None else stopwatch.lap(plan.reducer.method.name, pixels.device)
-        observers = partial(self.traces.observer, traced=traced) if traced else None
         tower, grid = VllmTower(self.vision_tower.vision_model), self.planner.shape.grid
         tokens = encode(tower, pixels, plan, grid, lap, observers, crop)
         if stopwatch is not None and lap is not None:
             stopwatch.hand_in(lap)
         return tokens
+
+    def _observers(self, traced: dict[int, int], tiles: dict[int, int] | None = None) -> Observers | None:
+        """The observers of the images, or tiles, of a batch; None if none is traced. See `Traces.observer`."""
+        return partial(self.traces.observer, traced=traced, tiles=tiles) if traced else None
 
     def _has_kv_cache(self) -> bool:
         layers = self.language_model.model.layers

@@ -265,10 +265,6 @@ def _check_tiles(config: FicocoConfig, shape: TowerShape) -> None:
     """
     if shape.tiling is None:
         return
-    if config.explain:
-        raise ValueError(
-            "ficoco.explain = True is not allowed with LLaVA-NeXT, whose tiles the viewer cannot draw; allowed: False"
-        )
     if config.encoder.get("keep_per") == "image" and "keep" not in config.encoder:
         raise ValueError("ficoco.encoder.keep_per = 'image' is allowed with ficoco.encoder.keep only")
     schedule = config.tower_part(shape.num_patches).settings.get("schedule")

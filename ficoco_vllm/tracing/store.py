@@ -1,6 +1,7 @@
 """Traces in the worker: recorded while a request is reduced, kept until the server fetches them."""
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,9 @@ from ficoco_vllm.reduction import Observation, Observer
 
 # Traces that a worker holds, about 1 MB each for LLaVA-1.5; new ones evict those that are never fetched.
 MAX_TRACES = 16
+
+# Site, layer, and number of the tile in its image: 0 for a whole image.
+_Place = tuple[str, int, int]
 
 
 @dataclass(frozen=True)
@@ -66,15 +70,18 @@ class Traces:
             max_traces: number that is held.
         """
         self.max_traces = max_traces
-        self._layers: OrderedDict[int, dict[tuple[str, int], LayerTrace]] = OrderedDict()
+        self._layers: OrderedDict[int, dict[_Place, LayerTrace]] = OrderedDict()
 
-    def observer(self, site: str, layer: int, traced: dict[int, int]) -> Observer | None:
+    def observer(
+        self, site: str, layer: int, traced: Mapping[int, int], tiles: Mapping[int, int] | None = None
+    ) -> Observer | None:
         """The observer that records a reduction.
 
         Args:
             site: "encoder", "features" or "decoder".
             layer: index.
-            traced: index in the batch to trace, of the images that are traced.
+            traced: index in the batch to trace id, for the images, or tiles, that are traced.
+            tiles: index in the batch to number of the tile in its image; None for whole images.
 
         Returns:
             The observer for the reducer; None where nothing is traced.
@@ -85,7 +92,8 @@ class Traces:
         def record(seen: Observation) -> None:
             for index, trace_id in traced.items():
                 # A preempted request is reduced again, with the same result.
-                self._open(trace_id)[site, layer] = LayerTrace.of(seen, index)
+                tile = 0 if tiles is None else tiles[index]
+                self._open(trace_id)[site, layer, tile] = LayerTrace.of(seen, index)
 
         return record
 
@@ -96,13 +104,15 @@ class Traces:
             trace_id: of the request.
 
         Returns:
-            Its reductions in the order in which tokens met them, each with `site` and `layer`; empty where nothing
-            was recorded.
+            Its reductions, each with `site`, `layer` and `tile`; empty where nothing was recorded.
         """
         layers = self._layers.pop(trace_id, {})
-        return [{"site": site, "layer": layer, **trace.wire()} for (site, layer), trace in layers.items()]
+        return [
+            {"site": site, "layer": layer, "tile": tile, **trace.wire()}
+            for (site, layer, tile), trace in layers.items()
+        ]
 
-    def _open(self, trace_id: int) -> dict[tuple[str, int], LayerTrace]:
+    def _open(self, trace_id: int) -> dict[_Place, LayerTrace]:
         layers = self._layers.setdefault(trace_id, {})
         self._layers.move_to_end(trace_id)
         while len(self._layers) > self.max_traces:

@@ -25,7 +25,7 @@ def keep_tiles(
     *,
     most: int,
     whole: Callable[[Tensor], Tensor],
-    encode: Callable[[Tensor, VisionPlan, Crop | None], Tokens],
+    encode: Callable[[Tensor, VisionPlan, Crop | None, Sequence[tuple[int, int]]], Tokens],
     project: Callable[[Tensor], Tensor],
 ) -> dict[int, list[Kept]]:
     """Run all tiles of the images that are reduced.
@@ -37,7 +37,8 @@ def keep_tiles(
         planner: of the model.
         most: tiles that run in one batch.
         whole: patch features of tiles that are not reduced, (B, 3, height, width) to (B, N, D).
-        encode: runs the tower by a plan; a crop is given where tiles have padding.
+        encode: runs the tower by a plan; a crop is given where tiles have padding, then the image and the number of
+            each tile.
         project: features to tokens of the language model.
 
     Returns:
@@ -58,7 +59,8 @@ def keep_tiles(
                 features = cropped(whole(batch), grid, crop)
                 position = torch.arange(crop.num_patches, device=features.device).expand(len(batch), -1)
             else:
-                tokens = encode(batch, plan, crop if (crop.rows, crop.columns) != grid else None)
+                tiles = [(image, tile.place.number) for image, _, tile in chunk]
+                tokens = encode(batch, plan, crop if (crop.rows, crop.columns) != grid else None, tiles)
                 features, position = tokens.hidden[:, 1:], tokens.position
             for (image, number, _), *one in zip(chunk, project(features), position, strict=True):
                 kept[image, number] = Kept(*one)

@@ -2,17 +2,26 @@
 
 import asyncio
 import secrets
+from collections.abc import Awaitable, Callable
 from copy import copy
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.exceptions import VLLMValidationError
 
-from ficoco_vllm.request_fields import KEEP, MAX_TRACE_ID, METHOD, TRACE
+from ficoco_vllm.hooks.wrapping import wrap
+from ficoco_vllm.metrics.families import count_refusal
+from ficoco_vllm.planning.server import ServerPlan
+from ficoco_vllm.processing import BUDGET, SIZES
+from ficoco_vllm.request_fields import KEEP, MAX_TRACE_ID, TRACE
 from ficoco_vllm.server.explain.chat import Reply, send_chat
+from ficoco_vllm.server.explain.pages import examples
 from ficoco_vllm.server.explain.schema import ExplainRequest, Explanation, Measured, Options
 from ficoco_vllm.server.explain.served_model import ServedModel
-from ficoco_vllm.server.request_field.resolve import UNBOUNDED, Bounds
+from ficoco_vllm.server.explain.views import TracedImage
+from ficoco_vllm.server.request_field.resolve import UNBOUNDED, Bounds, Resolved, Resolver
+from ficoco_vllm.server.request_field.schema import FIELD, OFF, FicocoRequest
 from ficoco_vllm.tracing.chain import Step, read_steps
 
 # A worker only hands over recorded data; one that takes longer does not answer at all.
@@ -25,18 +34,38 @@ class TraceLostError(RuntimeError):
     """A trace was incomplete when it was fetched."""
 
 
-def trusting(chat: Any) -> Any:
-    """Copy vLLM's chat handler for our own chats: the copy accepts our arguments of the image processor.
+def trusting(chat: Any) -> tuple[Any, list[Any]]:
+    """Copy vLLM's chat handler for one chat of ours: the copy accepts our arguments of the image processor.
 
     Clients never reach the copy; the chat route stays as the operator configured it.
 
     Args:
         chat: vLLM's `OpenAIServingChat`.
+
+    Returns:
+        The copy, and a list that receives the prompts that it renders.
     """
     ours, renderer = copy(chat), copy(chat.online_renderer)
     renderer.trust_request_mm_kwargs = True
+    prompts: list[Any] = []
+
+    async def record(render: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any) -> Any:
+        rendered = await render(*args, **kwargs)
+        prompts.extend(rendered[1])
+        return rendered
+
+    wrap(renderer, "preprocess_chat", record)
     ours.online_renderer = renderer
-    return ours
+    return ours, prompts
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """One chat with its trace."""
+
+    reply: Reply
+    image: TracedImage
+    steps: list[Step]
 
 
 class Explainer:
@@ -53,10 +82,14 @@ class Explainer:
             chat: vLLM's `OpenAIServingChat`.
             bounds: the operator's bounds for the answer with reduction; the other one always keeps all tokens.
         """
-        self.bounds = bounds
         self.engine_client = engine_client
-        self.chat = trusting(chat)
+        # A copy of its own: requests of clients go through wrappers that the original gets later.
+        self.chat = copy(chat)
+        self.chat.online_renderer = copy(chat.online_renderer)
         self.served = ServedModel.of(engine_client.vllm_config)
+        plan = ServerPlan.served(engine_client.model_config.hf_config)
+        self.resolver = Resolver(plan, bounds)
+        self._whole = Resolver(plan, UNBOUNDED).resolve(OFF)
         self._is_warm = False
         self._limit = asyncio.Semaphore(MAX_CONCURRENT)
 
@@ -67,15 +100,19 @@ class Explainer:
 
     def options(self) -> Options:
         """Choices for the page."""
-        served, allowed = self.served, self.bounds.methods
+        served, bounds, plan = self.served, self.resolver.bounds, self.resolver.plan
         return Options(
             model=self.model,
-            methods=[choice for choice in served.methods if allowed is None or choice.name in allowed],
+            methods=[choice for choice in served.methods if choice.name in self.resolver.methods],
             method=served.method,
             keep=served.keep,
-            min_keep=self.bounds.min_keep,
-            max_keep=served.shape.num_patches,
-            grid=served.shape.grid,
+            min_keep=bounds.min_keep,
+            max_keep=served.most,
+            grid=served.tower.shape.grid,
+            keep_per="image"
+            if served.in_decoder or served.tower.shape.tiling is None
+            else plan.config.keep_per,
+            examples=examples(),
         )
 
     async def explain(self, request: ExplainRequest, raw_request: Any) -> Explanation:
@@ -96,42 +133,52 @@ class Explainer:
     async def _explain(self, request: ExplainRequest, raw_request: Any) -> Explanation:
         method = request.method or self.served.method
         keep = self.served.keep if request.keep is None else request.keep
-        try:
-            if request.method is not None:
-                self.bounds.check_method("method", request.method)
-            # The planners refuse values that no server allows, with their own messages.
-            if request.keep is not None and 1 <= request.keep < self.bounds.min_keep:
-                self.bounds.check_keep("keep", request.keep, self.served.shape.num_patches)
-        except ValueError as error:
-            raise VLLMValidationError(str(error), parameter=str(error).split(" ", 1)[0]) from error
+        reduced, whole = self._resolve(request), self._whole
         if not self._is_warm:
             # The first run of each kind on a server takes longer and must not be measured.
             short = request.model_copy(update={"max_tokens": 1})
-            await self._chat(short, raw_request, method, keep)
-            await self._chat(short, raw_request, None, None)
+            await self._chat(short, raw_request, reduced)
+            await self._chat(short, raw_request, whole)
             self._is_warm = True
         full = None
         if request.compare:
-            full_reply, none = await self._chat(request, raw_request, None, None)
-            full = self._measured(full_reply, none, None)
-        reply, steps = await self._chat(request, raw_request, method, keep)
-        layers, destinations = Explanation.summarize(steps)
+            full = self._measured(await self._chat(request, raw_request, whole), None)
+        traced = await self._chat(request, raw_request, reduced)
+        layers, destinations = Explanation.summarize(traced.steps)
         return Explanation(
             model=self.model,
             question=request.question,
             method=method,
             keep=keep,
-            grid=self.served.shape.grid,
+            views=list(traced.image.views),
+            grid=traced.image.views[0].grid,
             central_square=self.served.central_square,
-            reduced=self._measured(reply, steps, method),
+            reduced=self._measured(traced, method),
             full=full,
             layers=layers,
             destinations=destinations,
         )
 
-    async def _chat(
-        self, request: ExplainRequest, raw_request: Any, method: str | None, keep: int | None
-    ) -> tuple[Reply, list[Step]]:
+    def _resolve(self, request: ExplainRequest) -> Resolved:
+        """Method and budget of a request, as the field `ficoco` of a chat would set them.
+
+        Raises:
+            VLLMValidationError: they are not allowed.
+        """
+        served = self.served
+        try:
+            resolved = self.resolver.resolve(FicocoRequest(method=request.method, keep=request.keep))
+        except ValueError as error:
+            count_refusal(self.engine_client.model_config)
+            message = str(error).removeprefix(f"{FIELD}.")
+            raise VLLMValidationError(message, parameter=message.split(" ", 1)[0]) from error
+        # The server's budget is written down, as another one may follow the load.
+        default = {KEEP: served.keep}
+        if served.in_decoder:
+            return replace(resolved, decoder=default | dict(resolved.decoder))
+        return replace(resolved, tower=default | dict(resolved.tower))
+
+    async def _chat(self, request: ExplainRequest, raw_request: Any, resolved: Resolved) -> _Traced:
         """Send one chat, and fetch its trace. Its unique trace id keeps its image out of every cache."""
         trace_id = secrets.randbelow(MAX_TRACE_ID)
         chat = ChatCompletionRequest.model_validate(
@@ -150,11 +197,12 @@ class Explainer:
                 "max_tokens": request.max_tokens,
                 "stream": True,
                 "stream_options": {"include_usage": True},
-                **self._budget(method, keep, trace_id),
+                **self._fields(resolved, trace_id),
             }
         )
+        handler, prompts = trusting(self.chat)
         try:
-            reply = await send_chat(self.chat, chat, raw_request)
+            reply = await send_chat(handler, chat, raw_request)
         finally:
             # Always fetched, so that no trace stays in the workers.
             traces = await self.engine_client.collective_rpc(
@@ -162,35 +210,28 @@ class Explainer:
             )
         # All workers that hold a part of a layer record the same trace.
         trace: list[dict[str, Any]] = next((trace for trace in traces if trace), [])
+        (prompt,) = prompts
+        image = self.served.image(prompt[BUDGET], prompt[SIZES][0])
         try:
-            steps = read_steps(trace, self.served.shape.num_patches)
-            self.served.check_complete(steps, keep)
+            steps = read_steps(image.complete(trace), image.num_patches, image.pack)
+            self.served.check_complete(steps, image, resolved.decoder.get(KEEP))
         except ValueError as error:
             raise TraceLostError(str(error)) from error
-        return reply, steps
+        return _Traced(reply, image, steps)
 
-    def _budget(self, method: str | None, keep: int | None, trace_id: int) -> dict[str, Any]:
-        """Fields of the chat that carry method, budget and trace id; without a method, a budget of all tokens."""
-        served = self.served
-        tower: dict[str, Any] = {TRACE: trace_id}
-        decoder: dict[str, Any] = {TRACE: trace_id}
-        if method is None:
-            tower[KEEP] = served.shape.num_patches
-            decoder[KEEP] = served.shape.num_patches + served.shape.with_cls
-        else:
-            part = decoder if served.in_decoder else tower
-            part[KEEP] = keep
-            if method != served.method:
-                part[METHOD] = method
+    def _fields(self, resolved: Resolved, trace_id: int) -> dict[str, Any]:
+        """Fields of the chat that carry method, budget and trace id."""
+        mark = {TRACE: trace_id}
         fields = {}
-        if served.in_tower:
-            fields["mm_processor_kwargs"] = tower
-        if served.in_decoder:
-            fields["vllm_xargs"] = decoder
+        if self.served.in_tower:
+            fields["mm_processor_kwargs"] = mark | dict(resolved.tower)
+        if self.served.in_decoder:
+            fields["vllm_xargs"] = mark | dict(resolved.decoder)
         return fields
 
-    def _measured(self, reply: Reply, steps: list[Step], method: str | None) -> Measured:
-        entering, last = self.served.visual_tokens(steps)
+    def _measured(self, traced: _Traced, method: str | None) -> Measured:
+        reply, image, steps = traced.reply, traced.image, traced.steps
+        entering, last = self.served.visual_tokens(steps, image)
         return Measured(
             answer=reply.text,
             method=method,
@@ -200,5 +241,5 @@ class Explainer:
             completion_tokens=reply.completion_tokens,
             ttft_seconds=reply.ttft_seconds,
             total_seconds=reply.total_seconds,
-            kv_bytes=self.served.kv_bytes(reply.prompt_tokens, steps),
+            kv_bytes=self.served.kv_bytes(reply.prompt_tokens, steps, image),
         )

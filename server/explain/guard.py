@@ -1,6 +1,7 @@
 """API keys and rate limit of explanations."""
 
 import time
+from collections import deque
 from collections.abc import Sequence
 
 from fastapi import HTTPException, Request
@@ -35,13 +36,10 @@ def check_key(headers: Headers, keys: Sequence[str]) -> None:
 
 
 class RateLimiter:
-    """Limit of explanations a minute for each client address, since one costs several chats.
-
-    It is a token bucket: after a pause a client may send several requests in a row.
-    """
+    """Limit of explanations for each client address in any 60 seconds, since one costs several chats."""
 
     def __init__(self, per_minute: int, max_clients: int = 4096) -> None:
-        """Start with full buckets.
+        """Start with no explanation counted.
 
         Args:
             per_minute: explanations; 0 for no limit.
@@ -49,7 +47,8 @@ class RateLimiter:
         """
         self.per_minute = per_minute
         self.max_clients = max_clients
-        self._buckets: dict[str, tuple[float, float]] = {}
+        # When each client's latest explanations were counted.
+        self._counted: dict[str, deque[float]] = {}
 
     def wait_seconds(self, client: str, now: float) -> float:
         """Count one explanation.
@@ -63,13 +62,13 @@ class RateLimiter:
         """
         if self.per_minute == 0:
             return 0.0
-        left, then = self._buckets.pop(client, (float(self.per_minute), now))
-        left = min(self.per_minute, left + (now - then) * self.per_minute / 60.0)
-        wait = 0.0 if left >= 1.0 else (1.0 - left) * 60.0 / self.per_minute
-        self._buckets[client] = (left - 1.0 if wait == 0.0 else left, now)
-        while len(self._buckets) > self.max_clients:
-            del self._buckets[next(iter(self._buckets))]
-        return wait
+        counted = self._counted[client] = self._counted.pop(client, deque(maxlen=self.per_minute))
+        while len(self._counted) > self.max_clients:
+            del self._counted[next(iter(self._counted))]
+        if len(counted) == self.per_minute and counted[0] > now - 60.0:
+            return counted[0] + 60.0 - now
+        counted.append(now)
+        return 0.0
 
     def check(self, request: Request) -> None:
         """Count one explanation for the client of a request.

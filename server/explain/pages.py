@@ -5,13 +5,25 @@ from importlib.resources import files
 from fastapi import APIRouter, HTTPException
 from fastapi.responses import RedirectResponse, Response
 
+from ficoco_vllm import demo_model
+from ficoco_vllm.server.explain.schema import ExampleChoice
+
 PAGE = "index.html"
+_SCRIPTS = (
+    "viewer.js",
+    "answers.js",
+    "api.js",
+    "image.js",
+    "link.js",
+    "marks.js",
+    "picture.js",
+    "stage.js",
+    "trace.js",
+)
 _TYPES = {
     "index.html": "text/html; charset=utf-8",
     "viewer.css": "text/css; charset=utf-8",
-    "viewer.js": "text/javascript; charset=utf-8",
-    "stage.js": "text/javascript; charset=utf-8",
-    "trace.js": "text/javascript; charset=utf-8",
+    **dict.fromkeys(_SCRIPTS, "text/javascript; charset=utf-8"),
     "icon.svg": "image/svg+xml",
 }
 # The page loads from this server alone, cannot be framed, and never runs an answer of the model as a script.
@@ -38,10 +50,27 @@ async def page() -> Response:
     return _file(PAGE)
 
 
+@router.get("/ficoco/examples/{name}")
+async def example(name: str) -> Response:
+    """An example image."""
+    for example in demo_model.examples():
+        if example.image.name == name:
+            return Response(example.image.read_bytes(), media_type="image/png", headers=_HEADERS)
+    raise HTTPException(404, "Not Found")
+
+
 @router.get("/ficoco/{name}")
 async def asset(name: str) -> Response:
     """A file that the page loads."""
     return _file(name)
+
+
+def examples() -> list[ExampleChoice]:
+    """The demo model's examples, which this server can serve."""
+    return [
+        ExampleChoice(image=f"examples/{example.image.name}", question=example.question)
+        for example in demo_model.examples()
+    ]
 
 
 def _file(name: str) -> Response:

@@ -16,6 +16,9 @@ from ficoco_vllm.server.explain.guard import RateLimiter, api_keys, check_key
 from ficoco_vllm.server.explain.schema import ExplainRequest, Explanation, Options
 from ficoco_vllm.server.openai_errors import error_response
 
+# As web servers log it: the client closed the connection before the response.
+_CLIENT_CLOSED_REQUEST = 499
+
 
 class OpenAIErrors(APIRoute):
     """Route that answers errors in OpenAI's form.
@@ -75,9 +78,14 @@ def attach(app: FastAPI, args: Namespace, get_explainer: Callable[[], Explainer 
         responses=errors,
         dependencies=[Depends(validate_json_request), Depends(limiter.check)],
     )
-    @with_cancellation
     async def explain(request: ExplainRequest, raw_request: Request) -> Response:
         """Answer with and without reduction, and report which patches were kept and where the others went."""
+        response = await answer(request, raw_request)
+        # vLLM's decorator returns None where the client has left, which nobody receives.
+        return Response(status_code=_CLIENT_CLOSED_REQUEST) if response is None else response
+
+    @with_cancellation
+    async def answer(request: ExplainRequest, raw_request: Request) -> Response | None:
         try:
             explanation = await explainer().explain(request, raw_request)
         except RefusedError as error:

@@ -1,7 +1,7 @@
 """Request and response of `POST /ficoco/explain`."""
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
@@ -14,6 +14,8 @@ MAX_TARGETS = 16
 _DIGITS = 5
 
 Share = tuple[int, float]
+# Left, top, width and height.
+Box = tuple[float, float, float, float]
 
 
 class ExplainRequest(BaseModel):
@@ -97,18 +99,30 @@ class Layer(BaseModel):
         )
 
 
+class View(BaseModel):
+    """Part of the image that the vision tower sees alone, without its padding."""
+
+    first: int = Field(description="number of its first token; the others follow row by row")
+    grid: tuple[int, int] = Field(description="rows and columns of patches")
+    box: Box = Field(description="left, top, width and height in the image, whose own width and height are 1")
+    tile: tuple[int, int] | None = Field(
+        description="row and column of a tile, from 0; None: the view of the whole image"
+    )
+
+
 class Explanation(BaseModel):
     """Both answers, and the path of every patch.
 
-    A token's number is its patch's index in the grid, row by row. Tokens without a patch (fused ones, [CLS]) have the
-    numbers after those.
+    Patches are numbered view by view, row by row. Tokens without a patch (fused ones, newlines, [CLS]) have the numbers
+    after those.
     """
 
     model: str
     question: str
     method: str
     keep: int
-    grid: tuple[int, int] = Field(description="rows and columns of patches")
+    views: list[View] = Field(description="one, or LLaVA-NeXT's base view and its tiles")
+    grid: tuple[int, int] = Field(description="rows and columns of patches of the first view")
     central_square: float | None = Field(
         description="the grid covers the central square of the image; side of that square as a multiple of the "
         "image's shorter side; None: the whole image, stretched"
@@ -132,6 +146,14 @@ class MethodChoice(BaseModel):
     name: str
     title: str
     site: Site
+    summary: str = Field(description="what it does, in one line")
+
+
+class ExampleChoice(BaseModel):
+    """An image of this server, with a question."""
+
+    image: str = Field(description="address, relative to the page")
+    question: str
 
 
 class Options(BaseModel):
@@ -144,3 +166,5 @@ class Options(BaseModel):
     min_keep: int
     max_keep: int
     grid: tuple[int, int]
+    keep_per: Literal["image", "tile"] = Field(description="what a budget counts")
+    examples: list[ExampleChoice]

@@ -5,10 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ficoco_vllm.planning.server import ServerPlan
-from ficoco_vllm.planning.tower_shape import TowerShape
+from ficoco_vllm.planning.tower import Budget, VisionPlanner
 from ficoco_vllm.reduction import get
+from ficoco_vllm.reduction.method import Site
 from ficoco_vllm.reduction.pipeline import PIPELINES
 from ficoco_vllm.server.explain.schema import MethodChoice
+from ficoco_vllm.server.explain.summaries import summary
+from ficoco_vllm.server.explain.views import TracedImage
 from ficoco_vllm.tracing.chain import Step
 
 
@@ -17,25 +20,25 @@ class ServedModel:
     """The served model and its reduction.
 
     Attributes:
-        shape: shape of the vision tower.
+        tower: planner of the vision tower.
         num_layers: layers of the decoder.
         token_bytes: KV cache of one token in one layer, over all workers.
         central_square: see `Explanation`.
         method: the server's method.
         keep: the server's budget.
+        most: the largest budget.
         methods: methods that a request may name.
-        in_tower: whether the tower reduces.
         in_decoder: whether the decoder reduces.
     """
 
-    shape: TowerShape
+    tower: VisionPlanner
     num_layers: int
     token_bytes: int
     central_square: float | None
     method: str
     keep: int
+    most: int
     methods: tuple[MethodChoice, ...]
-    in_tower: bool
     in_decoder: bool
 
     @classmethod
@@ -58,66 +61,82 @@ class ServedModel:
             names, keep = plan.decoder.methods, plan.decoder.keep
         if config.method in PIPELINES:
             pipeline = PIPELINES[config.method]
-            choices = [MethodChoice(name=pipeline.name, title=pipeline.title, site="decoder")]
+            choices = [_choice(pipeline.name, pipeline.title, "decoder")]
         else:
             methods = [get(name) for name in sorted(names)]
-            choices = [
-                MethodChoice(name=method.name, title=method.title, site=method.site) for method in methods
-            ]
+            choices = [_choice(method.name, method.title, method.site) for method in methods]
         dtype = kv_cache_dtype_str_to_dtype(vllm_config.cache_config.cache_dtype, model)
         return cls(
-            shape=tower.shape,
+            tower=tower,
             num_layers=plan.num_layers,
             token_bytes=2 * model.get_total_num_kv_heads() * model.get_head_size() * dtype.itemsize,
-            central_square=central_square(cached_image_processor_from_config(model)),
+            central_square=None
+            if tower.shape.tiling
+            else central_square(cached_image_processor_from_config(model)),
             method=config.method,
             keep=keep,
+            most=plan.most,
             methods=tuple(choices),
-            in_tower=tower.active,
             in_decoder=plan.decoder is not None,
         )
 
-    def visual_tokens(self, steps: Sequence[Step]) -> tuple[int, int]:
+    @property
+    def in_tower(self) -> bool:
+        """Whether the tower reduces."""
+        return self.tower.active
+
+    def image(self, budget: Budget, size: tuple[int, int]) -> TracedImage:
+        """Plan an image.
+
+        Args:
+            budget: of the tower.
+            size: height and width in pixels.
+        """
+        return TracedImage.of(self.tower, budget, size, self.central_square)
+
+    def visual_tokens(self, steps: Sequence[Step], image: TracedImage) -> tuple[int, int]:
         """Count the visual tokens of an image that enter the decoder, and those in its last layer.
 
         Args:
             steps: trace of the image; empty if no token was removed.
+            image: the image.
         """
-        entering, last = self.shape.num_patches + self.shape.with_cls, None
+        entering, last = sum(image.num_patches) + image.num_extra, None
         for step in steps:
             if step.site != "decoder":
-                entering = len(step.kept) + self.shape.with_cls
+                entering = len(step.kept) + image.num_extra
             last = len(step.kept) if step.site == "decoder" else entering
         return entering, entering if last is None else last
 
-    def check_complete(self, steps: Sequence[Step], keep: int | None) -> None:
+    def check_complete(self, steps: Sequence[Step], image: TracedImage, keep: int | None) -> None:
         """Check that a trace covers all reductions of its request.
 
         Args:
             steps: trace of an image.
-            keep: budget of the request; None without reduction.
+            image: the image.
+            keep: budget of the request in the decoder; None where that does not reduce.
 
         Raises:
             ValueError: a part is missing.
         """
-        entering, last = self.visual_tokens(steps)
-        if keep is None:
-            keep = self.shape.num_patches + self.shape.with_cls
-        elif not self.in_decoder:  # a budget of the decoder counts [CLS] itself
-            keep += self.shape.with_cls
-        if last != min(keep, entering):
+        entering, last = self.visual_tokens(steps, image)
+        expected = image.num_entering
+        if keep is not None:
+            expected = min(keep, expected)
+        if (entering, last) != (image.num_entering, expected):
             raise ValueError(
-                f"the trace is incomplete: it ends with {last} visual tokens, the budget is {keep}"
+                f"the trace is incomplete: it ends with {last} visual tokens, the plan has {expected}"
             )
 
-    def kv_bytes(self, num_prompt_tokens: int, steps: Sequence[Step]) -> int:
+    def kv_bytes(self, num_prompt_tokens: int, steps: Sequence[Step], image: TracedImage) -> int:
         """KV cache of a prompt with one image, over all layers.
 
         Args:
             num_prompt_tokens: tokens that enter the decoder.
             steps: trace of the image; a token removed in a layer still has its entry there, and none in later layers.
+            image: the image.
         """
-        entering, _ = self.visual_tokens(steps)
+        entering, _ = self.visual_tokens(steps, image)
         num_tokens = self.num_layers * num_prompt_tokens
         before = entering
         for step in steps:
@@ -125,6 +144,10 @@ class ServedModel:
                 num_tokens -= (before - len(step.kept)) * (self.num_layers - 1 - step.layer)
                 before = len(step.kept)
         return num_tokens * self.token_bytes
+
+
+def _choice(name: str, title: str, site: Site) -> MethodChoice:
+    return MethodChoice(name=name, title=title, site=site, summary=summary(name, site))
 
 
 def central_square(image_processor: Any) -> float | None:

@@ -1,25 +1,31 @@
 // Follows information through the layers of an explanation. Tokens are numbers; see the schema of /ficoco/explain.
 
-// Location of the information of `token` after the first `count` layers: shares by token, and the lost share.
-export function whereIs(layers, token, count) {
-  let mass = new Map([[token, 1]]);
-  let lost = 0;
-  for (const layer of layers.slice(0, count)) {
-    const next = new Map(mass);
+const byShare = (shares) => [...shares].sort((a, b) => b[1] - a[1] || a[0] - b[0]);
+
+// Location of the information of every token that has left after the first `count` layers: token to
+// { shares: [[token, share], ...], lost }, the largest share first.
+export function destinations(layers, count) {
+  const held = new Map();
+  for (const layer of layers.slice(0, count).reverse()) {
     for (const left of layer.left) {
-      const amount = mass.get(left.token);
-      if (amount === undefined) continue;
-      next.delete(left.token);
-      for (const [target, share] of left.targets) next.set(target, (next.get(target) ?? 0) + amount * share);
-      lost += amount * (left.lost + left.rest);
+      const mass = new Map();
+      let lost = left.lost + left.rest;
+      for (const [target, share] of left.targets) {
+        const later = held.get(target);
+        if (!later) mass.set(target, (mass.get(target) ?? 0) + share);
+        else {
+          for (const [token, part] of later.shares) mass.set(token, (mass.get(token) ?? 0) + share * part);
+          lost += share * later.lost;
+        }
+      }
+      held.set(left.token, { shares: byShare(mass), lost });
     }
-    mass = next;
   }
-  return { shares: [...mass].sort((a, b) => b[1] - a[1] || a[0] - b[0]), lost };
+  return held;
 }
 
 // Tokens merged into `token` by the first `count` layers, with the share of their own information.
-export function whatWentInto(layers, token, count) {
+export function origins(layers, token, count) {
   const weight = new Map([[token, 1]]);
   for (const layer of layers.slice(0, count).reverse()) {
     for (const left of layer.left) {
@@ -28,7 +34,7 @@ export function whatWentInto(layers, token, count) {
     }
   }
   weight.delete(token);
-  return [...weight].sort((a, b) => b[1] - a[1] || a[0] - b[0]);
+  return byShare(weight);
 }
 
 // Token to the index of the layer (in `layers`) where it left.
@@ -38,7 +44,7 @@ export function departures(layers) {
   return when;
 }
 
-export function ordinal(number) {
+function ordinal(number) {
   const tens = number % 100;
   const ending = tens > 10 && tens < 14 ? "th" : ({ 1: "st", 2: "nd", 3: "rd" })[number % 10] ?? "th";
   return `${number}${ending}`;

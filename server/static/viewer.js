@@ -1,156 +1,252 @@
-// The form and the two answers.
+// The form, and the way from a question to its answers.
+import { show, showFigures } from "./answers.js";
+import { call, key } from "./api.js";
+import { download, fileOf, read } from "./image.js";
+import * as link from "./link.js";
+import { picture } from "./picture.js";
 import { Stage } from "./stage.js";
 
-// Larger images are scaled down before they are sent: the model sees a few hundred pixels.
-const MAX_SIDE = 2048;
+// A question is asked so many times; the times shown are medians.
+const RUNS = 3;
 const $ = (id) => document.getElementById(id);
-const stage = new Stage();
+const stage = new Stage(writeLink);
+let options = null;
 let image = null;
-
-function seconds(value) {
-  return value < 1 ? `${Math.round(value * 1000)} ms` : `${value.toFixed(2)} s`;
-}
-
-function bytes(value) {
-  const unit = value >= 1e9 ? [1e9, "GB"] : value >= 1e6 ? [1e6, "MB"] : [1e3, "kB"];
-  return `${(value / unit[0]).toPrecision(3)} ${unit[1]}`;
-}
-
-async function call(path, body) {
-  const headers = body ? { "Content-Type": "application/json" } : {};
-  if ($("key").value) headers.Authorization = `Bearer ${$("key").value}`;
-  const options = body ? { method: "POST", headers, body: JSON.stringify(body) } : { headers };
-  const answer = await fetch(path, options);
-  const data = await answer.json().catch(() => null);
-  if (answer.status === 401) $("key-field").hidden = false;
-  if (!answer.ok) {
-    const detail = data?.error?.message ?? (typeof data?.error === "string" ? data.error : data?.detail);
-    throw new Error(typeof detail === "string" ? detail : `The server answered ${answer.status}.`);
-  }
-  return data;
-}
+let example = null; // file name of the chosen example, null for an image of the user
+let asking = null; // AbortController of the question that is being asked
+let shown = null; // what the result shows: image, question and texts
 
 async function loadOptions() {
   try {
-    const options = await call("options");
-    $("error").textContent = "";
-    $("model").textContent = options.model;
-    $("method").replaceChildren(
-      ...options.methods.map(({ name, title }) => new Option(title, name, false, name === options.method)),
-    );
-    $("keep").min = options.min_keep;
-    $("keep").max = options.max_keep;
-    $("keep").value = options.keep;
-    $("keep-value").textContent = `${options.keep} of ${options.max_keep}`;
-    $("ask").disabled = false;
+    options = await call("options");
   } catch (error) {
-    $("ask").disabled = true;
-    $("error").textContent = $("key").value || $("key-field").hidden ? error.message : "";
-  }
-}
-
-// Redraws the image, so that the shown image equals the sent one: rotation applied, of bounded size.
-async function takeImage(file) {
-  $("error").textContent = "";
-  if (!file) return;
-  try {
-    const bitmap = await createImageBitmap(file);
-    const scale = Math.min(1, MAX_SIDE / Math.max(bitmap.width, bitmap.height));
-    const canvas = document.createElement("canvas");
-    canvas.width = Math.max(1, Math.round(bitmap.width * scale));
-    canvas.height = Math.max(1, Math.round(bitmap.height * scale));
-    const context = canvas.getContext("2d");
-    context.fillStyle = "#fff"; // background of transparent images
-    context.fillRect(0, 0, canvas.width, canvas.height);
-    context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
-    image = new Image();
-    image.src = file.type === "image/jpeg" ? canvas.toDataURL("image/jpeg", 0.95) : canvas.toDataURL("image/png");
-    await image.decode();
-    $("preview").src = image.src;
-    $("preview").alt = `Chosen image: ${file.name}`;
-    $("preview").hidden = false;
-    $("drop").classList.add("has-image");
-    $("drop-text").firstChild.textContent = "Choose another image";
-  } catch {
-    $("error").textContent = `${file.name || "This file"} is not an image that this browser can read.`;
-  }
-}
-
-function card(measured, other, title, isReduced) {
-  const section = document.createElement("section");
-  section.className = isReduced ? "answer is-reduced" : "answer";
-  const add = (parent, tag, text, name) => {
-    const element = document.createElement(tag);
-    if (text !== undefined) element.textContent = text;
-    if (name) element.className = name;
-    return parent.appendChild(element);
-  };
-  add(section, "h2", title);
-  add(section, "p", measured.answer.trim() || "(no words)", "said");
-  const list = add(section, "dl");
-  const tokens = measured.last_visual_tokens === measured.visual_tokens
-    ? `${measured.visual_tokens}`
-    : `${measured.visual_tokens} → ${measured.last_visual_tokens}`;
-  const rows = [
-    ["Visual tokens", tokens, "last_visual_tokens"],
-    ["First token", seconds(measured.ttft_seconds), "ttft_seconds"],
-    ["Whole answer", seconds(measured.total_seconds), "total_seconds"],
-    ["KV cache", bytes(measured.kv_bytes), "kv_bytes"],
-  ];
-  for (const [name, text, field] of rows) {
-    add(list, "dt", name);
-    const bar = add(add(list, "dd", undefined, "bar"), "span");
-    bar.style.setProperty("--part", (measured[field] / Math.max(measured[field], other?.[field] ?? 0, 1e-9)).toFixed(4));
-    bar.parentElement.setAttribute("aria-hidden", "true");
-    add(list, "dd", text);
-  }
-  return section;
-}
-
-async function ask(event) {
-  event.preventDefault();
-  if (!image) {
-    $("error").textContent = "Choose an image first.";
+    options = null;
+    $("error").textContent = error.message;
+    if (error.status === 401) {
+      key.forget();
+      $("key-field").hidden = false;
+      $("key").focus();
+    }
     return;
   }
   $("error").textContent = "";
-  $("ask").disabled = true;
-  $("ask").textContent = "Asking …";
+  $("key-field").hidden = true;
+  $("model").textContent = options.model;
+  $("model").hidden = false;
+  $("method").replaceChildren(...options.methods.map(({ name, title }) => new Option(title, name)));
+  $("keep-label").textContent = options.keep_per === "tile" ? "Tokens kept in each tile" : "Visual tokens kept";
+  $("keep").min = options.min_keep;
+  $("keep").max = options.max_keep;
+  $("examples").replaceChildren(...options.examples.map(thumbnail));
+  $("examples-field").hidden = !options.examples.length;
+  await openLink();
+}
+
+function setFields({ method, keep }) {
+  const known = options.methods.some(({ name }) => name === method);
+  $("method").value = known ? method : options.method;
+  $("keep").value = keep ?? options.keep;
+  describeFields();
+}
+
+function describeFields() {
+  $("keep-value").textContent = `${$("keep").value} of ${$("keep").max}`;
+  $("method-summary").textContent = options?.methods.find(({ name }) => name === $("method").value)?.summary ?? "";
+}
+
+function thumbnail(choice) {
+  const button = document.createElement("button");
+  button.type = "button";
+  button.dataset.name = nameOf(choice);
+  button.setAttribute("aria-pressed", "false");
+  button.setAttribute("aria-label", `Example: ${choice.question}`);
+  button.title = choice.question;
+  button.append(Object.assign(new Image(), { src: choice.image, alt: "" }));
+  button.addEventListener("click", async () => {
+    if (await takeExample(choice)) ask();
+  });
+  return button;
+}
+
+const nameOf = (choice) => choice.image.split("/").pop();
+
+async function takeExample(choice, question = choice.question) {
   try {
-    const sent = image;
-    const explanation = await call("explain", {
-      image: sent.src,
-      question: $("question").value,
-      method: $("method").value,
-      keep: Number($("keep").value),
-    });
-    const title = $("method").selectedOptions[0].textContent;
-    const cards = [card(explanation.reduced, explanation.full, `${title}, ${explanation.keep} kept`, true)];
-    if (explanation.full) {
-      cards.unshift(card(explanation.full, explanation.reduced, `All ${explanation.full.visual_tokens} visual tokens`, false));
-    }
-    $("answers").replaceChildren(...cards);
-    $("empty").hidden = true;
-    $("answers").hidden = false;
-    $("way").hidden = false;
-    stage.load(explanation, sent);
-    if (matchMedia("(max-width: 860px)").matches) $("result").scrollIntoView();
-  } catch (error) {
-    $("error").textContent = error.message;
-  } finally {
-    $("ask").disabled = false;
-    $("ask").textContent = "Ask";
+    const blob = await (await fetch(choice.image)).blob();
+    $("question").value = question;
+    return await takeImage(blob, nameOf(choice), true);
+  } catch {
+    $("error").textContent = "The example cannot be loaded. The server may have stopped.";
+    return false;
   }
 }
 
-$("form").addEventListener("submit", ask);
-$("keep").addEventListener("input", () => ($("keep-value").textContent = `${$("keep").value} of ${$("keep").max}`));
-$("file").addEventListener("change", () => takeImage($("file").files[0]));
-$("key-use").addEventListener("click", loadOptions);
+async function takeImage(blob, name, isExample = false) {
+  if (!blob) return false;
+  $("error").textContent = "";
+  try {
+    image = await read(blob, name);
+  } catch (error) {
+    $("error").textContent = error.message;
+    return false;
+  }
+  example = isExample ? name : null;
+  for (const button of $("examples").children) button.setAttribute("aria-pressed", String(button.dataset.name === example));
+  $("preview").src = image.src;
+  $("preview").alt = `Chosen image: ${name}`;
+  $("preview").hidden = false;
+  $("drop").classList.add("has-image");
+  $("drop-text").textContent = "Choose another image";
+  return true;
+}
+
+// The view of the address; a link to an example asks its question.
+async function openLink() {
+  const state = link.read();
+  setFields(state);
+  const choice = options.examples.find((one) => nameOf(one) === state.example);
+  if (state.question) $("question").value = state.question;
+  if (choice && (await takeExample(choice, state.question ?? undefined))) await ask(state);
+}
+
+function writeLink() {
+  if (!shown) return;
+  const step = stage.step === stage.lastStep ? null : stage.step;
+  const mode = stage.mode === "kept" ? null : stage.mode;
+  const { question, method, keep } = shown;
+  link.write({ example: shown.example, question, method, keep, mode, step, patch: stage.chosen });
+}
+
+function setBusy(controller) {
+  asking = controller;
+  $("ask").textContent = controller ? "Cancel" : "Ask";
+  $("ask").classList.toggle("primary", !controller);
+  $("result").setAttribute("aria-busy", String(Boolean(controller)));
+  document.body.classList.toggle("is-busy", Boolean(controller));
+}
+
+async function ask(state = {}) {
+  if (asking) asking.abort();
+  if (!options) await loadOptions();
+  if (!options) return;
+  if (!image) {
+    $("error").textContent = "Choose an image first.";
+    $("file").focus();
+    return;
+  }
+  if (!$("form").reportValidity()) return;
+  const controller = new AbortController();
+  setBusy(controller);
+  $("error").textContent = "";
+  const started = performance.now();
+  const clock = setInterval(() => ($("elapsed").textContent = `${((performance.now() - started) / 1000).toFixed(0)} s`), 250);
+  $("elapsed").textContent = "0 s";
+  try {
+    await run(controller.signal, state);
+  } catch (error) {
+    if (asking === controller || !asking) fail(error, controller.signal.aborted);
+  } finally {
+    clearInterval(clock);
+    if (asking === controller) {
+      $("elapsed").textContent = "";
+      setBusy(null);
+    }
+  }
+}
+
+function fail(error, isCancelled) {
+  $("status").textContent = isCancelled ? "Cancelled." : "";
+  if (isCancelled) return;
+  $("error").textContent = error.message;
+  if (error.status === 401) {
+    key.forget();
+    $("key-field").hidden = false;
+  }
+}
+
+async function run(signal, state) {
+  const method = $("method").value;
+  const title = $("method").selectedOptions[0].textContent;
+  const request = { image: image.src, question: $("question").value, method, keep: Number($("keep").value) };
+  const asked = { ...request, example, image };
+  const runs = [];
+  $("status").textContent = `Asking with all tokens and with ${request.keep}.`;
+  for (let index = 0; index < RUNS; index += 1) {
+    const answer = index ? await again(request, signal) : await patiently(request, signal);
+    if (!answer) break;
+    runs.push(answer);
+    if (index) showFigures(runs);
+    else {
+      shown = { ...asked, said: show(runs, title) };
+      $("empty").hidden = true;
+      $("summary").hidden = $("way").hidden = false;
+      stage.load(answer, shown.image, { mode: null, step: null, patch: null, ...state });
+      writeLink();
+      announce(shown.said);
+      if (matchMedia("(max-width: 860px)").matches) $("result").scrollIntoView();
+    }
+    const isDone = runs.length === RUNS;
+    $("status").textContent = isDone ? "" : `Measuring again, ${runs.length + 1} of ${RUNS}.`;
+  }
+  $("status").textContent = "";
+}
+
+// For screen readers; everyone else sees the result.
+function announce({ headline, explained, answers }) {
+  $("heard").textContent = [`${headline}.`, explained, ...answers.map(([name, text]) => `${name}: ${text}.`)].join(" ");
+}
+
+// Waits where the server allows no explanation yet.
+async function patiently(request, signal) {
+  for (;;) {
+    try {
+      return await call("explain", { body: request, signal });
+    } catch (error) {
+      if (error.status !== 429 || !error.waitSeconds) throw error;
+      $("status").textContent = `${sentence(error.message)} Asking then.`;
+      await new Promise((resolve, reject) => {
+        setTimeout(resolve, 1000 * error.waitSeconds);
+        signal.addEventListener("abort", () => reject(signal.reason), { once: true });
+      });
+    }
+  }
+}
+
+const sentence = (text) => `${text[0].toUpperCase()}${text.slice(1)}.`;
+
+// Another measurement; the server may refuse it, which leaves those that there are.
+async function again(request, signal) {
+  try {
+    return await call("explain", { body: request, signal });
+  } catch (error) {
+    if (signal.aborted) throw error;
+    return null;
+  }
+}
+
+function useKey() {
+  if (!$("key").value) return;
+  key.set($("key").value);
+  $("key").value = "";
+  loadOptions();
+}
+
+$("form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  if (asking) asking.abort();
+  else ask();
+});
+$("question").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("form").requestSubmit();
+});
+$("keep").addEventListener("input", describeFields);
+$("method").addEventListener("change", describeFields);
+$("file").addEventListener("change", () => takeImage($("file").files[0], $("file").files[0]?.name));
+$("key-use").addEventListener("click", useKey);
 $("key").addEventListener("keydown", (event) => {
   if (event.key !== "Enter") return;
   event.preventDefault();
-  loadOptions();
+  useKey();
 });
 for (const name of ["dragenter", "dragover"]) {
   document.addEventListener(name, (event) => {
@@ -162,6 +258,26 @@ document.addEventListener("dragleave", (event) => event.relatedTarget ?? $("drop
 document.addEventListener("drop", (event) => {
   event.preventDefault();
   $("drop").classList.remove("is-over");
-  takeImage(event.dataTransfer.files[0]);
+  const file = fileOf(event.dataTransfer);
+  takeImage(file, file?.name);
 });
+document.addEventListener("paste", (event) => {
+  const file = fileOf(event.clipboardData);
+  if (!file) return; // text, for the field that has the focus
+  event.preventDefault();
+  takeImage(file, file.name);
+});
+$("copy").addEventListener("click", async () => {
+  try {
+    await navigator.clipboard.writeText(location.href); // absent over plain HTTP off this computer
+    $("copied").textContent = shown.example ? "Link copied." : "Link copied. It does not contain your image.";
+  } catch {
+    $("copied").textContent = "This browser cannot copy here. The address of the page is the link.";
+  }
+});
+$("download").addEventListener("click", async () => {
+  const blob = await picture(stage, shown.image, shown.question, shown.said, options.model);
+  download(blob, `${shown.method}-${shown.keep}.png`);
+});
+addEventListener("hashchange", () => options && openLink());
 loadOptions();

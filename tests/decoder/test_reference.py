@@ -203,7 +203,7 @@ def test_a_trace_matches_the_reference(
     answers = engine.call(ask, asks)
     shown = Shown(image, num_patches, left("ficoco-l", num_patches, 16))
     reference.judge("ficoco-l", text, [shown], answers[2].tokens)
-    steps = read_steps(engine.call(take_trace, 12), num_patches)
+    steps = read_steps(engine.call(take_trace, 12), [num_patches])
     assert [step.layer for step in steps] == list(LAYERS["ficoco-l"])
     # Shares are ratios of attention weights, which differ as the log-probabilities do.
     assert_same_story(steps, spy.mixes, num_patches, TOLERANCE)

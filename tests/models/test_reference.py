@@ -95,7 +95,7 @@ def test_a_trace_matches_the_reference(
     torch.testing.assert_close(traced.logprobs, plain.logprobs, atol=TOLERANCE, rtol=0)
     (trace,) = engine.collective_rpc("ficoco_take_trace", args=(11,))
     # Shares are ratios of attention weights, which differ as the log-probabilities do.
-    assert_same_story(read_steps(trace, 576), spy.mixes, 576, TOLERANCE)
+    assert_same_story(read_steps(trace, [576]), spy.mixes, 576, TOLERANCE)
     assert engine.collective_rpc("ficoco_take_trace", args=(11,)) == [[]]
 
 

@@ -135,7 +135,6 @@ def test_shares() -> None:
     [
         ({"keep": 577}, r"ficoco.keep = 577 is not allowed; allowed: an integer from 1 to 576"),
         ({"keep": 2881, "keep_per": "image"}, r"allowed: an integer from 1 to 2880"),
-        ({"keep": 64, "explain": True}, r"ficoco.explain = True is not allowed with LLaVA-NeXT"),
         ({"keep": 564, "schedule": [1] * 12}, r"ficoco.schedule = \[1, .*not allowed with LLaVA-NeXT"),
         ({"method": "ficoco-vl", "encoder": {"keep_per": "image"}}, r"ficoco.encoder.keep_per = 'image'"),
         ({"method": "ficoco-l", "keep_per": "image"}, r"keep_per = 'image' is for the tower"),

@@ -17,6 +17,8 @@ NUM_PATCHES = 576
 # The demo model: 8 layers, keys and values, 4 heads of 32.
 TOKEN_BYTES = 8 * 2 * 4 * 32 * VALUE_BYTES
 
+STATIC = Path(__file__).parents[2] / "server" / "static"
+
 pytestmark = pytest.mark.server
 
 
@@ -167,7 +169,7 @@ def test_the_page_needs_no_key_and_loads_nothing_from_elsewhere(server: Server) 
     assert page.url.path == "/ficoco/"
     assert "default-src 'none'" in page.headers["content-security-policy"]
     assert page.headers["x-content-type-options"] == "nosniff"
-    for name in ("viewer.js", "stage.js", "trace.js", "viewer.css", "icon.svg"):
+    for name in (path.name for path in STATIC.iterdir()):
         file = httpx.get(f"{server.url}/ficoco/{name}")
         assert file.status_code == 200
         text = file.text.replace("http://www.w3.org/2000/svg", "")
@@ -185,6 +187,12 @@ def test_options(server: Server) -> None:
     names = [method["name"] for method in options["methods"]]
     assert {"ficoco-v", "tome", "topk-cls"} <= set(names)
     assert "fastv" not in names
+    assert all(method["summary"].endswith(".") for method in options["methods"])
+    for choice, example in zip(options["examples"], examples(), strict=True):
+        assert choice["question"] == example.question
+        assert httpx.get(f"{server.url}/ficoco/{choice['image']}").content == example.image.read_bytes()
+    for name in ("none.png", "examples.json", "..%2findex.html"):
+        assert httpx.get(f"{server.url}/ficoco/examples/{name}").status_code == 404
 
 
 def test_the_command_draws_a_picture(

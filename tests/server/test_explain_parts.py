@@ -1,7 +1,10 @@
 """The parts of an explanation that need no server: bytes, limits, plugins, the picture, the command's own errors."""
 
+import asyncio
+import json
 import os
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,31 +15,42 @@ from PIL import Image
 from starlette.datastructures import Headers
 
 from ficoco_vllm import environment
+from ficoco_vllm.config import FicocoConfig
+from ficoco_vllm.planning.tower import Budget, VisionPlanner
 from ficoco_vllm.planning.tower_shape import TowerShape
+from ficoco_vllm.reduction import available
+from ficoco_vllm.reduction.pipeline import PIPELINES
 from ficoco_vllm.server.cli import main
 from ficoco_vllm.server.endpoint import FicocoEndpoint
+from ficoco_vllm.server.explain import routes
 from ficoco_vllm.server.explain.guard import RateLimiter, api_keys, check_key
-from ficoco_vllm.server.explain.picture import draw, examples, visible_part
-from ficoco_vllm.server.explain.schema import MAX_TARGETS, Explanation, Layer, Left, Measured
+from ficoco_vllm.server.explain.picture import Panel, draw, examples, panels
+from ficoco_vllm.server.explain.schema import MAX_TARGETS, Explanation, Layer, Left, Measured, View
 from ficoco_vllm.server.explain.served_model import ServedModel, central_square
+from ficoco_vllm.server.explain.summaries import SUMMARIES, summary
+from ficoco_vllm.server.explain.views import TracedImage
 from ficoco_vllm.tracing.chain import Departure, Step
 
 RED, GREEN, WHITE = (211, 34, 42), (15, 140, 80), (255, 255, 255)
 
 
-def served(num_layers: int = 8, with_cls: bool = False) -> ServedModel:
+def served(num_layers: int = 8, in_decoder: bool = True, with_cls: bool = False) -> ServedModel:
     shape = TowerShape(grid=(4, 4), num_layers=8, num_executed_layers=7, with_cls=with_cls)
     return ServedModel(
-        shape=shape,
+        tower=VisionPlanner.shared(FicocoConfig.parse({"method": "ficoco-v", "keep": 9}), shape),
         num_layers=num_layers,
         token_bytes=10,
         central_square=1.0,
         method="ficoco-vl",
         keep=4,
+        most=16,
         methods=(),
-        in_tower=True,
-        in_decoder=True,
+        in_decoder=in_decoder,
     )
+
+
+def image(keep: int = 9, **shape: Any) -> TracedImage:
+    return served(**shape).image(Budget("ficoco-v", keep), (300, 200))
 
 
 def step(site: Any, layer: int, kept: int) -> Step:
@@ -45,35 +59,36 @@ def step(site: Any, layer: int, kept: int) -> Step:
 
 def test_kv_bytes_of_a_tower_method_are_those_of_its_prompt() -> None:
     steps = [step("encoder", 3, 10), step("encoder", 4, 6)]
-    assert served().visual_tokens(steps) == (6, 6)
-    assert served().kv_bytes(20, steps) == 20 * 8 * 10
-    assert served(with_cls=True).visual_tokens(steps) == (7, 7)
+    assert served().visual_tokens(steps, image()) == (6, 6)
+    assert served().kv_bytes(20, steps, image()) == 20 * 8 * 10
+    assert served(with_cls=True).visual_tokens(steps, image(with_cls=True)) == (7, 7)
 
 
 def test_kv_bytes_of_a_decoder_method_shrink_from_layer_to_layer() -> None:
     """16 tokens enter; the reducing layer writes all of them, later layers the kept ones."""
     steps = [step("decoder", 1, 10), step("decoder", 5, 4)]
-    assert served().visual_tokens(steps) == (16, 4)
+    assert served().visual_tokens(steps, image(16)) == (16, 4)
     tokens = [20, 20, 14, 14, 14, 14, 8, 8]
-    assert served().kv_bytes(20, steps) == sum(tokens) * 10
+    assert served().kv_bytes(20, steps, image(16)) == sum(tokens) * 10
     both = [step("encoder", 3, 9), step("decoder", 3, 5)]
-    assert served().visual_tokens(both) == (9, 5)
-    assert served().kv_bytes(13, both) == (4 * 13 + 4 * 9) * 10
+    assert served().visual_tokens(both, image()) == (9, 5)
+    assert served().kv_bytes(13, both, image()) == (4 * 13 + 4 * 9) * 10
 
 
 def test_nothing_left() -> None:
-    assert served().visual_tokens([]) == (16, 16)
-    assert served().kv_bytes(20, []) == 20 * 8 * 10
+    assert served().visual_tokens([], image(16)) == (16, 16)
+    assert served().kv_bytes(20, [], image(16)) == 20 * 8 * 10
 
 
 def test_a_trace_that_others_have_pushed_out_is_noticed() -> None:
     whole = [step("encoder", 3, 9), step("decoder", 3, 5)]
-    served().check_complete(whole, 5)
-    served().check_complete([], None)
-    served(with_cls=True).check_complete([], None)
-    for part in (whole[:1], []):
+    served().check_complete(whole, image(), 5)
+    served().check_complete([], image(16), None)
+    served(with_cls=True).check_complete([], image(16, with_cls=True), None)
+    served(in_decoder=False).check_complete(whole[:1], image(), 9)
+    for part in (whole[:1], whole[1:], []):
         with pytest.raises(ValueError, match="the trace is incomplete: it ends with"):
-            served().check_complete(part, 5)
+            served().check_complete(part, image(), 5)
 
 
 @pytest.mark.parametrize(
@@ -97,22 +112,31 @@ def test_many_targets_are_summed_up() -> None:
     assert left.lost == pytest.approx(0.1)
 
 
-def test_so_many_a_minute() -> None:
+def test_so_many_in_any_minute() -> None:
     limiter = RateLimiter(3)
-    assert [limiter.wait_seconds("a", 0.0) for _ in range(3)] == [0.0] * 3
-    assert limiter.wait_seconds("a", 0.0) == pytest.approx(20.0)
-    assert limiter.wait_seconds("b", 0.0) == 0.0
-    assert limiter.wait_seconds("a", 19.0) == pytest.approx(1.0)
-    assert limiter.wait_seconds("a", 21.0) == 0.0
-    assert limiter.wait_seconds("a", 22.0) > 0.0
-    assert [limiter.wait_seconds("a", 1e6) for _ in range(4)][:3] == [0.0] * 3
+    assert [limiter.wait_seconds("a", now) for now in (0.0, 10.0, 20.0)] == [0.0] * 3
+    assert limiter.wait_seconds("a", 20.0) == pytest.approx(40.0)
+    assert limiter.wait_seconds("b", 20.0) == 0.0
+    assert limiter.wait_seconds("a", 59.0) == pytest.approx(1.0)
+    assert limiter.wait_seconds("a", 60.0) == 0.0
+    assert limiter.wait_seconds("a", 61.0) == pytest.approx(9.0)
+    assert [limiter.wait_seconds("a", 1e6) for _ in range(4)] == [0.0] * 3 + [60.0]
+
+
+def test_the_limit_holds_from_the_first_second() -> None:
+    """A client that asks once a second gets what the limit says, and no more while it goes on."""
+    limiter = RateLimiter(20)
+    admitted = [second for second in range(180) if limiter.wait_seconds("a", float(second)) == 0.0]
+    assert len([second for second in admitted if second < 22]) == 20
+    for start in range(120):
+        assert len([second for second in admitted if start <= second < start + 60]) <= 20
 
 
 def test_clients_are_forgotten() -> None:
     limiter = RateLimiter(1, max_clients=10)
     for index in range(1000):
         assert limiter.wait_seconds(str(index), 0.0) == 0.0
-    assert len(limiter._buckets) == 10
+    assert len(limiter._counted) == 10
     assert limiter.wait_seconds("999", 0.0) > 0.0
 
 
@@ -196,6 +220,7 @@ def explanation(lost: bool = False) -> Explanation:
         question="what " * 200,
         method="ficoco-v",
         keep=15,
+        views=[View(first=0, grid=(4, 4), box=(0.0, 0.0, 1.0, 1.0), tile=None)],
         grid=(4, 4),
         central_square=1.0,
         reduced=side,
@@ -222,16 +247,27 @@ def test_the_picture_boxes_what_left_and_where_it_went() -> None:
 
 
 def test_only_what_left_is_followed() -> None:
-    assert examples(explanation()) == [0]
-    assert examples(explanation(lost=True)) == []
+    for lost, chosen in ((False, [0]), (True, [])):
+        (panel,) = panels(Image.new("RGB", (64, 64)), explanation(lost))
+        assert examples(panel, explanation(lost)) == chosen
 
 
 def test_the_part_that_the_model_sees() -> None:
-    image = Image.new("RGB", (300, 100), WHITE)
-    image.paste((0, 0, 255), (100, 0, 200, 100))
-    assert colours(visible_part(image, 1.0)) == {(0, 0, 255)}
-    assert visible_part(image, 0.5).size == (50, 50)
-    assert visible_part(image, None) is image
+    picture = Image.new("RGB", (300, 100), WHITE)
+    picture.paste((0, 0, 255), (100, 0, 200, 100))
+    for square, size, seen in (
+        (1.0, (100, 100), {(0, 0, 255)}),
+        (0.5, (50, 50), {(0, 0, 255)}),
+        (None, (300, 100), None),
+    ):
+        traced = replace(served(), central_square=square).image(Budget("ficoco-v", 9), (100, 300))
+        panel = Panel.of(picture, traced.views)
+        assert panel.image.size == size
+        assert seen is None or colours(panel.image) == seen
+        width, height = size
+        assert next(panel.boxes(0))[:2] == (0, 0)
+        assert next(panel.boxes(15))[2:] == (width - 1, height - 1)
+        assert list(panel.boxes(16)) == []
 
 
 @pytest.mark.parametrize(
@@ -271,3 +307,52 @@ def test_the_command_reports_a_missing_server(tmp_path: Path, capsys: pytest.Cap
     arguments = [str(tmp_path / "image.png"), "?", "--out", str(tmp_path / "out.png")]
     assert main(["explain", *arguments, "--url", "http://127.0.0.1:9"]) == 1
     assert "no answer from http://127.0.0.1:9" in capsys.readouterr().err
+
+
+def test_a_client_that_leaves_early() -> None:
+    """The work stops, and nothing is raised for a response that nobody receives."""
+    cancelled = []
+
+    class Slow:
+        async def explain(self, request: Any, raw_request: Any) -> Explanation:
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                cancelled.append(request.question)
+                raise
+            return explanation()
+
+    app = FastAPI()
+    routes.attach(app, Namespace(ficoco_explain_rate=0, api_key=None), Slow)  # type: ignore[arg-type,return-value]
+    body = json.dumps({"image": "data:,", "question": "what?"}).encode()
+    arriving = [{"type": "http.request", "body": body, "more_body": False}, {"type": "http.disconnect"}]
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        await asyncio.sleep(0.01)
+        return arriving.pop(0) if arriving else await asyncio.sleep(60)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": "/ficoco/explain",
+        "raw_path": b"/ficoco/explain",
+        "query_string": b"",
+        "root_path": "",
+        "headers": [(b"content-type", b"application/json")],
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 80),
+    }
+    asyncio.run(app(scope, receive, send))
+    assert [message["status"] for message in sent if "status" in message] == [499]
+    assert cancelled == ["what?"]
+
+
+def test_every_method_has_its_line() -> None:
+    assert {*available(), *PIPELINES} == set(SUMMARIES)
+    assert summary("a third party's", "features") == "Reduces tokens once, after the vision tower."

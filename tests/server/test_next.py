@@ -1,15 +1,18 @@
-"""A server of LLaVA-NeXT: allowed requests, reported usage and metrics."""
+"""A server of LLaVA-NeXT: allowed requests, reported usage, metrics and explanations."""
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from PIL import Image
 
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.planning.server import ServerPlan
-from ficoco_vllm.server.cli import main
+from ficoco_vllm.server.explain.picture import draw
+from ficoco_vllm.server.explain.schema import Explanation
 from ficoco_vllm.server.request_field.resolve import UNBOUNDED, Resolved, Resolver
 from ficoco_vllm.server.request_field.schema import FicocoRequest
 from tests.planning.test_tiles import config
@@ -32,7 +35,15 @@ def images() -> list[str]:
 @pytest.fixture(scope="module")
 def next_server(random_next: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """FiCoCo-V with 16 tokens a tile."""
-    arguments = [str(random_next), "--served-model-name", "next", "--ficoco-keep", "16", "--enforce-eager"]
+    arguments = [
+        str(random_next),
+        "--served-model-name",
+        "next",
+        "--ficoco-keep",
+        "16",
+        "--ficoco-explain",
+        "--enforce-eager",
+    ]
     arguments += ["--kv-cache-memory-bytes", str(2**28), "--max-model-len", "2048", "--dtype", DTYPE]
     with serve(tmp_path_factory.mktemp("next-server") / "log", *arguments) as server:
         yield server
@@ -106,10 +117,48 @@ def test_metrics_count_tiles_crops_and_newlines(next_server: Server) -> None:
 
 
 @pytest.mark.server
-def test_explanations_are_refused(random_next: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["serve", str(random_next), "--ficoco-keep", "16", "--ficoco-explain"]) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
-    assert "explain = True is not allowed with LLaVA-NeXT" in line
+def test_the_page_counts_tokens_of_a_tile(next_server: Server) -> None:
+    options = httpx.get(f"{next_server.url}/ficoco/options").json()
+    assert (options["keep"], options["max_keep"], options["keep_per"]) == (16, 144, "tile")
+
+
+@pytest.mark.server
+@pytest.mark.parametrize(
+    ("ficoco", "kept", "fused"),
+    [
+        ({}, ((5 * 16, 5 * 16 + 2), (4 * 16, 4 * 16 + 1)), 0),
+        ({"method": "evit", "keep": 40}, ((5 * 40, 5 * 40 + 2), (4 * 40, 4 * 40 + 1)), None),
+        ({"method": "topk-cls", "keep": 100}, ((5 * 100, 5 * 100 + 2), (100 + 3 * 48, 100 + 3 * 48 + 1)), 0),
+    ],
+    ids=["encoder", "fused", "features"],
+)
+def test_explained(next_server: Server, ficoco: Any, kept: Any, fused: int | None, tmp_path: Path) -> None:
+    """Every patch that shows the image is kept or has left, in its tile; the answer's counts are the prompt's."""
+    for (width, height), url, (num_kept, num_tokens) in zip(SIZES, images(), kept, strict=True):
+        body = {"image": url, "question": "how many?", "max_tokens": 2, **ficoco}
+        answer = httpx.post(f"{next_server.url}/ficoco/explain", json=body, timeout=300)
+        assert answer.status_code == 200, answer.text
+        result = Explanation.model_validate_json(answer.content)
+        base, *tiles = result.views
+        assert (base.grid, base.tile, base.box) == ((12, 12), None, (0, 0, 1, 1))
+        assert {view.grid for view in tiles} == {(12, 12) if height == width else (4, 12)}
+        assert result.full is not None
+        assert result.full.visual_tokens == SIZES[width, height]
+        assert result.reduced.visual_tokens == result.reduced.last_visual_tokens == num_tokens
+        assert result.full.prompt_tokens - result.reduced.prompt_tokens == SIZES[width, height] - num_tokens
+        num_patches = sum(view.grid[0] * view.grid[1] for view in result.views)
+        last = result.layers[-1].kept
+        assert len(last) == num_kept
+        seen = {
+            token for token in (*last, *(item.token for item in result.destinations)) if token < num_patches
+        }
+        assert seen == set(range(num_patches))
+        starts = [view.first for view in result.views]
+        for item in result.destinations if fused == 0 else ():
+            places = {bisect_right(starts, token) for token, _ in item.targets}
+            assert places <= {bisect_right(starts, item.token)}, "a tile is reduced alone"
+        picture = draw(Image.new("RGB", (width, height), (200, 200, 10)), result)
+        assert picture.width == 1120
 
 
 @pytest.mark.parametrize(

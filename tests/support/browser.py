@@ -40,6 +40,14 @@ for (const kind of ["dragenter", "dragover", "drop"]) {
   target.dispatchEvent(new DragEvent(kind, { bubbles: true, cancelable: true, dataTransfer: transfer }));
 }
 """
+# Pastes an image as a user does, wherever the focus is.
+PASTE = """
+const [name, data] = arguments;
+const bytes = Uint8Array.from(atob(data), (letter) => letter.charCodeAt(0));
+const clipboardData = new DataTransfer();
+clipboardData.items.add(new File([bytes], name, { type: "image/png" }));
+document.activeElement.dispatchEvent(new ClipboardEvent("paste", { bubbles: true, cancelable: true, clipboardData }));
+"""
 
 
 def why_missing() -> str | None:
@@ -109,6 +117,10 @@ class Browser:
         """Drop an image file on an element."""
         data = base64.b64encode(image.read_bytes()).decode()
         self.run(DROP, self.find(selector), image.name, data)
+
+    def paste(self, image: Path) -> None:
+        """Paste an image from the clipboard."""
+        self.run(PASTE, image.name, base64.b64encode(image.read_bytes()).decode())
 
     def complaints(self) -> list[str]:
         """Messages of the browser's console since the last call, without plain ones."""

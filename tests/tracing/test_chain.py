@@ -59,7 +59,7 @@ def total_by_matrices(steps: list[Step]) -> torch.Tensor:
     ],
 )
 def test_shares_over_all_layers(method: str, removals: list[int], settings: dict[str, Any]) -> None:
-    steps = read_steps(layers_of(method, removals, **settings), NUM_PATCHES)
+    steps = read_steps(layers_of(method, removals, **settings), [NUM_PATCHES])
     assert [step.layer for step in steps] == list(range(len(removals)))
     result = destinations(steps)
     fused = {name for step in steps for name in step.kept if name >= NUM_PATCHES}
@@ -78,7 +78,7 @@ def test_shares_over_all_layers(method: str, removals: list[int], settings: dict
 
 def test_what_patches_bring_is_what_the_reduction_counts() -> None:
     """The sizes that the reduction itself carries along are the sums of all shares."""
-    steps = read_steps(layers_of("ficoco-v", [8, 8, 8], epsilon=0.9), NUM_PATCHES)
+    steps = read_steps(layers_of("ficoco-v", [8, 8, 8], epsilon=0.9), [NUM_PATCHES])
     held = dict.fromkeys(steps[-1].kept, 1.0)
     for item in destinations(steps):
         for name, share in item.targets:
@@ -89,7 +89,7 @@ def test_what_patches_bring_is_what_the_reduction_counts() -> None:
 
 def test_names_are_the_positions_of_the_engine() -> None:
     trace = layers_of("evit", [8, 8])
-    for layer, step in zip(trace, read_steps(trace, NUM_PATCHES), strict=True):
+    for layer, step in zip(trace, read_steps(trace, [NUM_PATCHES]), strict=True):
         assert layer["position"] == [name if name < NUM_PATCHES else -1 for name in step.kept]
         assert step.num_fused == 1
 
@@ -97,26 +97,26 @@ def test_names_are_the_positions_of_the_engine() -> None:
 def test_a_trace_goes_on_in_the_decoder() -> None:
     """There the tokens are those that left the tower, perhaps after a [CLS]."""
     tower = layers_of("ficoco-v", [NUM_PATCHES - 9])
-    decoder = {"site": "decoder", "layer": 3, "rows": [0], "columns": [1], "values": [1.0]}
+    decoder = {"site": "decoder", "layer": 3, "tile": 0, "rows": [0], "columns": [1], "values": [1.0]}
     without = {**decoder, "source": [2], "target": [0, 1, *range(3, 9)], "size": [1.0] * 8, "position": []}
-    first, second = read_steps([*tower, without], NUM_PATCHES)
+    first, second = read_steps([*tower, without], [NUM_PATCHES])
     assert second.left[0].token == first.kept[2]
     assert second.left[0].targets == ((first.kept[1], 1.0),)
     with_cls = {**decoder, "source": [2], "target": [0, 1, *range(3, 10)], "size": [1.0] * 9, "position": []}
-    first, second = read_steps([*tower, with_cls], NUM_PATCHES)
+    first, second = read_steps([*tower, with_cls], [NUM_PATCHES])
     assert second.kept[0] == NUM_PATCHES
     assert second.left[0].token == first.kept[1]
 
 
 def test_nothing_left() -> None:
-    assert read_steps([], NUM_PATCHES) == []
+    assert read_steps([], [NUM_PATCHES]) == []
     assert destinations([]) == []
 
 
 def test_a_gap_is_an_error() -> None:
     trace = layers_of("ficoco-v", [8, 8, 8])
     with pytest.raises(ValueError, match="incomplete: encoder layer 2 has 20 tokens, and 28 came before"):
-        read_steps([trace[0], trace[2]], NUM_PATCHES)
+        read_steps([trace[0], trace[2]], [NUM_PATCHES])
 
 
 def test_the_oldest_traces_make_room() -> None:
