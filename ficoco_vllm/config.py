@@ -7,12 +7,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ficoco_vllm.environment import NAME as NAME
 from ficoco_vllm.kernels.backend import Backend
 from ficoco_vllm.reduction import Method, available, get
 from ficoco_vllm.reduction.pipeline import PIPELINES
 
-NAME = "ficoco"
-DEFAULT_METHOD = "ficoco-v"
+# The reasons are in docs/serving.md.
+DEFAULT_METHOD = "divprune"
 
 
 def default_keep(num_tokens: int) -> int:
