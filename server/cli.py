@@ -4,6 +4,7 @@ A command's module is imported when the command runs: the list of commands answe
 """
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: command line without the program's name; None takes the process's own.
 
     Returns:
-        The exit status: 0, 2 for bad input (with one line on stderr), or 130 where Ctrl-C ended it.
+        The exit status: 0, 2 for bad input (with one line on stderr), 130 after Ctrl-C.
     """
     is_program = arguments is None
     arguments = sys.argv[1:] if arguments is None else list(arguments)
@@ -48,6 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if is_program:
             signal.signal(signal.SIGTERM, _exit)  # ends the servers that a command has started
         return int(command(args.command).run(args))
+    except BrokenPipeError:  # of `| head`; nothing may be flushed at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print("ficoco-vllm: stopped", file=sys.stderr)
         return 130

@@ -45,12 +45,19 @@ def light_parser(prog: str, usage: str) -> Any:
         ModuleNotFoundError: vLLM is not installed.
     """
     parser = _light_class()(prog=prog, usage=usage, add_help=False)
-    parser.add_argument("model_tag", nargs="?")
+    add_vllm_options(parser)
+    return parser
+
+
+def add_vllm_options(parser: argparse.ArgumentParser) -> None:
+    """Add the names of vLLM's options, and the model, to a parser."""
+    parser.add_argument("model_tag", metavar="MODEL", nargs="?")
     for count, options in json.loads(TABLE.read_text()).items():
         for spellings in options:
-            taken = {"action": "store_true"} if count == "0" else {} if count == "1" else {"nargs": count}
+            taken: dict[str, Any] = {"nargs": count}
+            if count in "01":
+                taken = {"action": "store_true"} if count == "0" else {}
             parser.add_argument(*spellings.split(), **taken)
-    return parser
 
 
 @cache
