@@ -12,8 +12,10 @@ from ficoco_vllm.kernels.backend import Backend
 from ficoco_vllm.reduction import Method, available, get
 from ficoco_vllm.reduction.pipeline import PIPELINES
 
-# The reasons are in docs/serving.md.
+# Method of a server with a budget and no method; docs/serving.md has the reasons.
 DEFAULT_METHOD = "divprune"
+# Method to which hyperparameters belong that come without one.
+SETTINGS_METHOD = "ficoco-v"
 
 
 def default_keep(num_tokens: int) -> int:
@@ -59,7 +61,7 @@ class FicocoConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _gather_settings(cls, values: Any) -> Any:
-        """Move top-level hyperparameters into `settings`, and fill in the default method."""
+        """Move top-level hyperparameters into `settings`, and fill in the method."""
         if not isinstance(values, Mapping):
             raise ValueError(f"{NAME} = {values!r} is not a mapping of settings")
         fields = {key: value for key, value in values.items() if key in cls.model_fields}
@@ -70,7 +72,7 @@ class FicocoConfig(BaseModel):
             value for key, value in fields.items() if key not in ("backend", "metrics", "explain", "keep_per")
         ]
         if any(value not in (None, {}) for value in about_method) and fields.get("method") is None:
-            fields["method"] = DEFAULT_METHOD
+            fields["method"] = SETTINGS_METHOD if fields.get("settings") else DEFAULT_METHOD
         return fields
 
     @model_validator(mode="after")
