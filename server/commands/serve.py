@@ -290,16 +290,18 @@ def _in_words(plan: "ServerPlan | None", args: argparse.Namespace) -> str:
     if args.ficoco_elastic is not None:
         return f"{config.method}, with a budget that follows the load: {args.ficoco_elastic}"
     if config.kv_budget is not None:
-        return f"{config.method}, keeps {config.kv_budget:g} visual tokens of an image on average over the layers"
+        return (
+            f"{config.method} keeps {config.kv_budget:g} visual tokens of an image on average over the layers"
+        )
     tower = plan.tower
     if plan.decoder is None:
         tiled = tower.shape.tiling is not None and config.keep_per == "tile"
         part = "each tile of an image" if tiled else "an image"
-        return f"{config.method}, keeps {tower.default.keep} of {tower.most_keep} visual tokens of {part}"
+        return f"{config.method} keeps {tower.default.keep} of {tower.most_keep} visual tokens of {part}"
     entering = tower.num_output_tokens(tower.default)
     kept = plan.decoder.keep_of(entering)
     return (
-        f"{config.method}, keeps {kept} of {plan.most} visual tokens of an image in the decoder's last layers"
+        f"{config.method} keeps {kept} of {plan.most} visual tokens of an image in the decoder's last layers"
     )
 
 

@@ -42,7 +42,7 @@ def test_the_block_is_true(log: str, server: Server) -> None:
     rows = dict(re.findall(r"^  (URL|model|method|page|metrics|try) +(.*)$", log, re.MULTILINE))
     assert rows["URL"] == f"{server.url}/v1"
     assert rows["model"].startswith("ficoco-demo (")
-    assert rows["method"] == "ficoco-v, keeps 64 of 576 visual tokens of an image"
+    assert rows["method"] == "ficoco-v keeps 64 of 576 visual tokens of an image"
     for page in ("page", "metrics"):
         assert httpx.get(rows[page]).status_code == 200
     done = subprocess.run(

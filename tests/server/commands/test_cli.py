@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -331,7 +332,7 @@ class _SubparserHelp:
         return argparse.ArgumentParser()
 
     @classmethod
-    def of(cls, module: object) -> list[str]:
+    def of(cls, module: Any) -> list[str]:
         recorder = cls()
         module.add_parser(recorder)
         return recorder.lines

@@ -45,6 +45,19 @@ def yaml_file(values: dict[str, Any]) -> Iterator[str]:
         yield file.name
 
 
+def started_with(patch: pytest.MonkeyPatch) -> list[Any]:
+    """Arguments, options and settings of each server that would start."""
+    started: list[Any] = []
+
+    def start(*given: Any) -> int:
+        started.append(given)
+        return 0
+
+    patch.setattr(serve, "_start", start)
+    patch.setattr(serve, "check_port", lambda options: None)
+    return started
+
+
 @st.composite
 def option(draw: st.DrawFn, name: str, value: Any, short: str | None = None) -> list[str]:
     """One option on the command line: dashes or underscores, abbreviated, `=` or a space."""
@@ -68,7 +81,8 @@ def command_lines(draw: st.DrawFn) -> tuple[list[str], dict[str, Any], dict[str,
             file[draw(st.sampled_from([name, name.replace("_", "-")]))] = VLLM[name]
         else:
             words += draw(option(name, VLLM[name]))
-    chosen = {name: OURS[name] for name in draw(st.sets(st.sampled_from(sorted(OURS))))}
+    names = draw(st.sets(st.sampled_from(sorted(OURS))))
+    chosen = {name: OURS[name] for name in (names | {"method"} if names else ())}
     # Method and budget are options; the rest, and they too, may come in three other ways.
     left = dict(chosen)
     for name, short in (("method", "ficoco-me"), ("keep", "ficoco-k")):
@@ -116,9 +130,7 @@ def test_all_spellings_mean_the_same(
     with yaml_file(file) as name, pytest.MonkeyPatch.context() as patch:
         if file:
             words = [*words, f"--config={name}"] if joined else [*words, "--config", name]
-        started: list[Any] = []
-        patch.setattr(serve, "_start", lambda *given: started.append(given) or 0)
-        patch.setattr(serve, "check_port", lambda options: None)
+        started = started_with(patch)
         assert main(["serve", *words]) == 0
         ((expanded, options, found),) = started
         args = full_parser().parse_args(expanded)
@@ -155,9 +167,7 @@ def test_a_method_of_the_decoder_is_known_before_vllm_is_imported(
     words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the environment says decides about Triton and shared metrics when vLLM is imported."""
-    started: list[Any] = []
-    monkeypatch.setattr(serve, "_start", lambda *given: started.append(given) or 0)
-    monkeypatch.setattr(serve, "check_port", lambda options: None)
+    started = started_with(monkeypatch)
     assert main(["serve", *words]) == 0
     assert FicocoConfig.parse(started[0][2]).decoder_method is not None
 
