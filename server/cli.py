@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 from ficoco_vllm import __version__
 
@@ -39,8 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = arguments[0] if arguments else None
     try:
         if chosen == "serve":
-            # vLLM's parser reads the options.
-            return int(import_module("ficoco_vllm.server.commands.serve").main(arguments[1:]))
+            status = int(command("serve").main(arguments[1:]))  # vLLM's parser reads the options
+            if is_program:
+                _end(status)
+            return status
         parser = make_parser([name for name in COMMANDS if name == chosen])
         args = parser.parse_args(arguments)
         if args.command is None:
@@ -79,6 +81,13 @@ def make_parser(complete: Sequence[str]) -> argparse.ArgumentParser:
 def command(name: str) -> Any:
     """The module of a command."""
     return import_module(f"ficoco_vllm.server.commands.{name}")
+
+
+def _end(status: int) -> NoReturn:
+    """End this process at once: as the interpreter ends, Triton's bindings would list all that they have not freed."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _exit(number: int, frame: Any) -> None:

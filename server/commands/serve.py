@@ -270,6 +270,7 @@ def _use_demo_model(args: argparse.Namespace) -> None:
     """Serve the model that ships with the package, with settings for its size."""
     args.model_tag = _model_of(args)
     args.served_model_name = args.served_model_name or ["ficoco-demo"]
+    args.use_tqdm_on_load = False  # it loads at once
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if is_cpu_build():
         # With a few million parameters, compiling takes longer than it saves, and 1 GiB holds dozens of full contexts.
