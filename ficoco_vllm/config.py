@@ -7,12 +7,15 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ficoco_vllm.environment import NAME as NAME
 from ficoco_vllm.kernels.backend import Backend
 from ficoco_vllm.reduction import Method, available, get
 from ficoco_vllm.reduction.pipeline import PIPELINES
 
-NAME = "ficoco"
-DEFAULT_METHOD = "ficoco-v"
+# Method of a server with a budget and no method; docs/serving.md has the reasons.
+DEFAULT_METHOD = "divprune"
+# Method to which hyperparameters belong that come without one.
+SETTINGS_METHOD = "ficoco-v"
 
 
 def default_keep(num_tokens: int) -> int:
@@ -69,7 +72,7 @@ class FicocoConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _gather_settings(cls, values: Any) -> Any:
-        """Move top-level hyperparameters into `settings`, and fill in the default method."""
+        """Move top-level hyperparameters into `settings`, and fill in the method."""
         if not isinstance(values, Mapping):
             raise ValueError(f"{NAME} = {values!r} is not a mapping of settings")
         fields = {key: value for key, value in values.items() if key in cls.model_fields}
@@ -79,7 +82,7 @@ class FicocoConfig(BaseModel):
         general = ("backend", "metrics", "explain", "keep_per", "windows", "rounding")
         about_method = [value for key, value in fields.items() if key not in general]
         if any(value not in (None, {}) for value in about_method) and fields.get("method") is None:
-            fields["method"] = DEFAULT_METHOD
+            fields["method"] = SETTINGS_METHOD if fields.get("settings") else DEFAULT_METHOD
         return fields
 
     @model_validator(mode="after")

@@ -3,6 +3,8 @@
 import os
 from importlib.metadata import entry_points
 
+# Key of our settings in vLLM's `additional_config`.
+NAME = "ficoco"
 # Value of VLLM_MEDIA_CONNECTOR that selects our image loader; `ficoco-vllm serve` sets it.
 MEDIA_CONNECTOR = "ficoco"
 # Limits of `ficoco-vllm serve`: --ficoco-max-image-pixels, --ficoco-max-image-mb and --ficoco-max-body-mb (in bytes),
@@ -13,6 +15,10 @@ MAX_BODY_BYTES = "FICOCO_MAX_BODY_BYTES"
 ALLOW_PRIVATE_MEDIA = "FICOCO_ALLOW_PRIVATE_MEDIA"
 # Set where the processes of a server add up their metrics in files.
 COUNTS_IN_FILES = "FICOCO_COUNTS_IN_FILES"
+# Set where messages that a user need not act on are hidden.
+QUIET = "FICOCO_QUIET"
+# Query of the request by which `ficoco-vllm serve` learns that its server answers.
+HEALTH_QUERY = "from=ficoco-vllm"
 # Our entry points in vLLM's group of endpoint plugins.
 ENDPOINT_PLUGIN = "ficoco_endpoint"
 ELASTIC_PLUGIN = "ficoco_elastic"

@@ -2,7 +2,7 @@
 
 import os
 
-from ficoco_vllm.environment import COUNTS_IN_FILES, MEDIA_CONNECTOR
+from ficoco_vllm.environment import COUNTS_IN_FILES, MEDIA_CONNECTOR, QUIET
 from ficoco_vllm.models import ARCHITECTURES
 
 
@@ -15,6 +15,10 @@ def register() -> None:
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
+    if os.environ.get(QUIET):
+        from ficoco_vllm.server.lifecycle.quiet import hide
+
+        hide()
     if os.environ.get(COUNTS_IN_FILES):
         from ficoco_vllm.hooks.metric_files import hook_metric_files
 

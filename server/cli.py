@@ -1,21 +1,27 @@
-"""`ficoco-vllm`, the command line."""
+"""`ficoco-vllm`, the command line.
+
+A command's module is imported when the command runs: the list of commands answers at once.
+"""
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Any
+from importlib import import_module
+from typing import Any, NoReturn
 
 from ficoco_vllm import __version__
-from ficoco_vllm.server.commands import bench, calibrate, explain, methods, plan, serve
 
+# Command -> its line in the list. Its module in `server/commands` has `add_parser` and `run`.
 COMMANDS = {
-    "serve": serve,
-    "methods": methods,
-    "plan": plan,
-    "explain": explain,
-    "bench": bench,
-    "calibrate": calibrate,
+    "serve": "serve a model with vLLM's OpenAI-compatible server",
+    "methods": "list the reduction methods and which to choose, or the settings of one",
+    "plan": "compute the cost of a method and a budget on a model: tokens, TFLOPs, KV cache, memory, speed-up",
+    "explain": "draw which patches of an image are kept, and where the others' information goes",
+    "bench": "measure accuracy and load through the endpoint",
+    "calibrate": "find the smallest budget that answers your own questions as the full model does",
+    "completion": "print the completion of a shell",
 }
 
 
@@ -26,27 +32,62 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: command line without the program's name; None takes the process's own.
 
     Returns:
-        The exit status: 0, or 2 for bad input (with one line on stderr).
+        The exit status: 0, 2 for bad input (with one line on stderr), 130 after Ctrl-C.
     """
     is_program = arguments is None
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    chosen = arguments[0] if arguments else None
+    try:
+        if chosen == "serve":
+            status = int(command("serve").main(arguments[1:]))  # vLLM's parser reads the options
+            if is_program:
+                _end(status)
+            return status
+        parser = make_parser([name for name in COMMANDS if name == chosen])
+        args = parser.parse_args(arguments)
+        if args.command is None:
+            parser.print_help()
+            return 2
+        if is_program:
+            signal.signal(signal.SIGTERM, _exit)  # ends the servers that a command has started
+        return int(command(args.command).run(args))
+    except BrokenPipeError:  # of `| head`; nothing may be flushed at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        print("ficoco-vllm: stopped", file=sys.stderr)
+        return 130
+
+
+def make_parser(complete: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser of the command line.
+
+    Args:
+        complete: commands with their options, whose modules are imported; the others have a name and a line.
+    """
     parser = argparse.ArgumentParser(
         prog="ficoco-vllm", description="Serves LLaVA with a fraction of its visual tokens."
     )
     parser.add_argument("-v", "--version", action="version", version=f"ficoco-vllm {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for command in COMMANDS.values():
-        command.add_parser(subparsers)
-    # vLLM's parser reads the options of `serve`. It takes seconds to import, so the other commands avoid it.
-    if arguments[:1] == ["serve"]:
-        return int(serve.main(arguments))
-    args = parser.parse_args(arguments)
-    if args.command is None:
-        parser.print_help()
-        return 2
-    if is_program:
-        signal.signal(signal.SIGTERM, _exit)  # ends the servers that a command has started
-    return int(COMMANDS[args.command].run(args))
+    for name, line in COMMANDS.items():
+        if name in complete:
+            command(name).add_parser(subparsers)
+        else:
+            subparsers.add_parser(name, help=line)
+    return parser
+
+
+def command(name: str) -> Any:
+    """The module of a command."""
+    return import_module(f"ficoco_vllm.server.commands.{name}")
+
+
+def _end(status: int) -> NoReturn:
+    """End this process at once: as the interpreter ends, Triton's bindings would list all that they have not freed."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _exit(number: int, frame: Any) -> None:

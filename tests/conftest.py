@@ -166,7 +166,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Server]":
     log = tmp_path_factory.mktemp("server") / "log"
     arguments = ["--ficoco-method", "ficoco-v", "--ficoco-keep", str(DEMO_KEEP), "--trust-request-mm-kwargs"]
     arguments += ["--api-key", API_KEY, "--ficoco-explain", "--ficoco-explain-rate", "0"]
-    with serve(log, *arguments) as server:
+    with serve(log, *arguments, verbose=False) as server:
         yield server
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ficoco_vllm.config import DEFAULT_METHOD, FicocoConfig
+from ficoco_vllm.config import DEFAULT_METHOD, SETTINGS_METHOD, FicocoConfig
 
 
 @pytest.mark.parametrize(
@@ -17,14 +17,14 @@ from ficoco_vllm.config import DEFAULT_METHOD, FicocoConfig
         ({"keep": 64}, DEFAULT_METHOD, 64, {}),
         ({"method": "tome"}, "tome", None, {}),
         ({"backend": "torch"}, None, None, {}),
-        ({"keep": 9, "lam": 0.5}, DEFAULT_METHOD, 9, {"lam": 0.5}),
+        ({"keep": 9, "lam": 0.5}, SETTINGS_METHOD, 9, {"lam": 0.5}),
         (
             {"method": "ficoco-v", "settings": {"lam": 0.5}, "epsilon": 0.9},
             "ficoco-v",
             None,
             {"lam": 0.5, "epsilon": 0.9},
         ),
-        ({"filter": "cls_attention"}, DEFAULT_METHOD, None, {"filter": "cls_attention"}),
+        ({"filter": "cls_attention"}, SETTINGS_METHOD, None, {"filter": "cls_attention"}),
         ({"method": "tome", "explain": True}, "tome", None, {}),
         ({"explain": False}, None, None, {}),
     ],

@@ -79,6 +79,10 @@ def test_wheel_has_the_page(shipped: set[str]) -> None:
         assert f"ficoco_vllm/server/static/{file.name}" in shipped
 
 
+def test_wheel_has_the_names_of_vllm_s_options(shipped: set[str]) -> None:
+    assert "ficoco_vllm/server/commands/vllm_options.json" in shipped
+
+
 def test_sdist_has_what_an_install_without_a_gpu_needs(release: Release) -> None:
     """Also licence, documentation, what containers are built from, and the tests."""
     with tarfile.open(release.sdist) as archive:

@@ -11,6 +11,8 @@ from typing import Any
 
 # Folder in site-packages; requirements/install.sh puts the package of requirements/interpreter there.
 INTERPRETER_FOLDER = "ficoco_interpreter_path"
+# Environment variable of a server whose processes do without Triton.
+HIDE_TRITON = "FICOCO_HIDE_TRITON"
 # Keeps the definitions alive: a torch.library.Library that is collected takes its schemas with it.
 _LIBRARIES: list[Any] = []
 
@@ -64,8 +66,12 @@ def hook_interpreter() -> None:
     """Let Triton find the backend `cpu` if the environment enables its interpreter. Imports nothing heavy.
 
     The CPU install keeps that backend in a separate folder: if it were always visible to Triton, vLLM's CPU build would
-    choose model runner V2 for every model, and none of its kernels would run.
+    choose model runner V2 for every model, and none of its kernels would run. A server that runs no kernel hides Triton
+    altogether: vLLM would import it, warn that it has no backend for CPUs, and not use it.
     """
+    if os.environ.get(HIDE_TRITON) == "1":
+        sys.modules.setdefault("triton", None)  # type: ignore[arg-type]
+        return
     folder = os.path.join(sysconfig.get_path("purelib"), INTERPRETER_FOLDER)
     if os.environ.get("TRITON_INTERPRET") == "1" and os.path.isdir(folder) and folder not in sys.path:
         sys.path.append(folder)
@@ -77,6 +83,15 @@ def use_interpreter() -> None:
         return
     os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1")
+    hook_interpreter()
+
+
+def do_without_triton() -> None:
+    """Hide Triton from this process and those that it starts, unless a GPU or the interpreter runs its kernels."""
+    if not is_cpu_build() or os.environ.get("TRITON_INTERPRET") == "1":
+        return
+    os.environ[HIDE_TRITON] = "1"
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # it needs Triton
     hook_interpreter()
 
 

@@ -1,24 +1,34 @@
-"""`ficoco-vllm methods`: the reduction methods with their site, source and settings."""
+"""`ficoco-vllm methods`: which method to choose, all methods with site and source, the settings of one."""
 
 import argparse
 import re
+import shutil
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+from ficoco_vllm.config import DEFAULT_METHOD
 from ficoco_vllm.reduction import available, get
+from ficoco_vllm.reduction.method import SITES
 from ficoco_vllm.reduction.pipeline import PIPELINES
-from ficoco_vllm.reduction.settings import describe
+from ficoco_vllm.reduction.settings import Settings, describe
+from ficoco_vllm.server.commands.advice import as_text
 from ficoco_vllm.server.commands.arguments import fail
+
+_WIDTH = 100
+_SETTING = re.compile(r"^ {8}(\w+): (.*?)(?=^ {8}\w+: |\Z)", re.DOTALL | re.MULTILINE)
 
 
 def add_parser(subparsers: Any) -> None:
     """Add the command's options."""
-    parser = subparsers.add_parser("methods", help="list the reduction methods, or the settings of one")
+    parser = subparsers.add_parser(
+        "methods", help="list the reduction methods and which to choose, or the settings of one"
+    )
     parser.add_argument("name", metavar="NAME", nargs="?", help="a method whose settings are printed")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the list, or the settings of one method with their defaults and ranges.
+    """Print the lists, or the settings of one method with meaning, default and range.
 
     Returns:
         0, or 2 if there is no such method.
@@ -31,13 +41,41 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def obstacle(name: str) -> str | None:
+    """Reason why a LLaVA cannot serve a method, or None; the method can be planned all the same.
+
+    Args:
+        name: of a method, or of one that reduces twice.
+    """
+    if name in PIPELINES:
+        return None
+    try:
+        get(name).configure().check_signals(SITES[get(name).site])
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def _all_methods() -> list[str]:
-    rows = [("NAME", "SITE", "SOURCE", "TITLE")]
-    rows += [(name, get(name).site, _source(get(name).source), get(name).title) for name in available()]
-    for name, pipeline in PIPELINES.items():
-        sites = f"{pipeline.encoder.site}+{pipeline.decoder.site}"
-        rows.append((name, sites, _source(pipeline.source), pipeline.title))
-    return _table([rows[0], *sorted(rows[1:])])
+    rows = []
+    obstacles = {name: obstacle(name) for name in (*available(), *PIPELINES)}
+    for name, reason in obstacles.items():
+        pipeline = PIPELINES.get(name)
+        method = pipeline or get(name)
+        site = f"{pipeline.encoder.site}+{pipeline.decoder.site}" if pipeline else get(name).site
+        rows.append((name, site, "no" if reason else "yes", _source(method.source), method.title))
+    width = _width()
+    refused = [f"  {reason}" for _, reason in sorted(obstacles.items()) if reason]
+    return [
+        *as_text(width),
+        "",
+        *_table([("NAME", "SITE", "SERVED", "SOURCE", "TITLE"), *sorted(rows)]),
+        "",
+        "Not served with a LLaVA:",
+        *(part for line in refused for part in textwrap.wrap(line, width, subsequent_indent="    ")),
+        "",
+        f"A server with a budget and no method uses {DEFAULT_METHOD}. Settings: `ficoco-vllm methods NAME`.",
+    ]
 
 
 def _one_method(name: str) -> list[str]:
@@ -45,23 +83,46 @@ def _one_method(name: str) -> list[str]:
         parts = (PIPELINES[name].encoder.name, PIPELINES[name].decoder.name)
         title = f"{PIPELINES[name].title} ({name}): first {parts[0]}, then {parts[1]}"
         return [title, "", *_one_method(parts[0]), "", *_one_method(parts[1])]
-    method = get(name)
-    head = [
+    method, reason = get(name), obstacle(name)
+    lines = [
         f"{method.title} ({method.name})",
         f"site     {method.site}",
+        f"served   {'no: ' + reason if reason else 'yes'}",
         f"source   {_source(method.source)}",
         f"signals  {', '.join(sorted(method.required_signals())) or 'none'}",
         "",
     ]
     rows = [("SETTING", "DEFAULT", "ALLOWED")]
-    for key, field in method.settings.model_fields.items():
-        rows.append((key, str(field.default), describe(field)))
-    return head + _table(rows)
+    fields = method.settings.model_fields
+    rows += [(key, str(field.default), describe(field)) for key, field in fields.items()]
+    heading, *table = _table(rows)
+    lines.append(heading if fields else "no settings")
+    meanings = _meanings(method.settings)
+    for key, line in zip(fields, table, strict=True):
+        lines.append(line)
+        meaning = meanings.get(key, "")
+        lines += textwrap.wrap(meaning, _width(), initial_indent="    ", subsequent_indent="    ")
+    return lines
+
+
+def _meanings(settings: type[Settings]) -> dict[str, str]:
+    """Map from a setting to its meaning, from the docstrings of the models that define it."""
+    meanings: dict[str, str] = {}
+    for model in reversed(settings.__mro__):
+        _, _, attributes = (vars(model).get("__doc__") or "").partition("Attributes:\n")
+        meanings |= {name: " ".join(text.split()) for name, text in _SETTING.findall(attributes)}
+    return meanings
 
 
 def _source(source: str) -> str:
-    """Print an arXiv identifier as one, and other sources, such as "none", as they are."""
+    """Print an arXiv identifier as one, and another source as it is."""
+    if source == "none":
+        return "no paper"
     return f"arXiv:{source}" if re.fullmatch(r"\d{4}\.\d{4,5}(v\d+)?", source) else source
+
+
+def _width() -> int:
+    return min(_WIDTH, shutil.get_terminal_size().columns)
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:

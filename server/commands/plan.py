@@ -13,7 +13,6 @@ from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.planning.server import ServerPlan
 from ficoco_vllm.planning.tower import VisionPlanner
 from ficoco_vllm.planning.tower_shape import TowerShape
-from ficoco_vllm.reduction import get
 from ficoco_vllm.reduction.cost import (
     DEVICES,
     KNOWN_MODELS,
@@ -27,9 +26,8 @@ from ficoco_vllm.reduction.cost import (
     reached,
     speedup,
 )
-from ficoco_vllm.reduction.method import SITES
-from ficoco_vllm.reduction.pipeline import PIPELINES
 from ficoco_vllm.server.commands.arguments import fail
+from ficoco_vllm.server.commands.methods import obstacle
 from ficoco_vllm.server.commands.plan_options import DEMO, add_parser, parse_size, settings
 
 __all__ = ["DEMO", "add_parser", "as_text", "make_report", "read_config", "run"]
@@ -152,14 +150,14 @@ def as_text(report: Mapping[str, Any]) -> str:
     for label, field, unit in _ROWS:
         before, after = (report[side][field] / unit for side in ("unreduced", "reduced"))
         lines.append(f"{label:<26}{before:>14.3f}{after:>16.3f}")
-    gain, obstacle = report["prefill_speedup"], _obstacle(report["method"])
+    gain, reason = report["prefill_speedup"], obstacle(report["method"])
     lines += [
         *(_device_lines(report) if "device" in report else ()),
         "",
         f"Expected speed-up of prefill: {gain['memory_bound']:.2f}x where memory bandwidth is the limit,",
         f"{gain['compute_bound']:.2f}x where arithmetic is (long prompts, large batches).",
         "A multiply-add is 2 FLOPs; MB and GB are decimal. The reduction itself is counted as FiCoCo's (Eqs. 18, 19).",
-        *([f"A LLaVA cannot serve this: {obstacle}."] if obstacle else []),
+        *([f"A LLaVA cannot serve this: {reason}."] if reason else []),
     ]
     return "\n".join(lines)
 
@@ -194,22 +192,11 @@ def read_config(model: str) -> Mapping[str, Any]:
     return config
 
 
-def _obstacle(method: str) -> str | None:
-    """Reason why a LLaVA cannot serve a method, or None; the method can be planned all the same."""
-    if method in PIPELINES:
-        return None
-    try:
-        get(method).configure().check_signals(SITES[get(method).site])
-    except ValueError as error:
-        return str(error)
-    return None
-
-
 def _server_plan(
     config: FicocoConfig, shape: ModelShape, pinpoints: tuple[tuple[int, int], ...] | None
 ) -> ServerPlan:
     assert config.method is not None
-    if config.decoder_method is None and _obstacle(config.method):
+    if config.decoder_method is None and obstacle(config.method):
         # No server can run this plan, but its counts are known.
         tower = VisionPlanner(config, TowerShape.from_model_shape(shape, pinpoints))
         tower.check(tower.default)

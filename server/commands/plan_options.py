@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import floor, isfinite
 from typing import Any
 
-from ficoco_vllm.config import FicocoConfig
+from ficoco_vllm.config import DEFAULT_METHOD, FicocoConfig
 from ficoco_vllm.reduction import available, get
 from ficoco_vllm.reduction.cost import BITS, DEVICES, KNOWN_MODELS, ModelShape
 from ficoco_vllm.reduction.method import Method
@@ -41,7 +41,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="MODEL",
         help=f"a folder with config.json, a config.json, or one of: {known} (default: {DEMO}, the demo model)",
     )
-    add("--method", default="ficoco-v", help="a reduction method (default: %(default)s)")
+    add("--method", default=DEFAULT_METHOD, help="a reduction method (default: %(default)s)")
     add(
         "--keep",
         type=int,

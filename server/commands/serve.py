@@ -2,141 +2,275 @@
 
 import argparse
 import os
-import sys
 import tempfile
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ficoco_vllm.compat import is_cpu_build, multiplies_bfloat16, set_cpu_defaults, use_interpreter
-from ficoco_vllm.config import NAME, FicocoConfig
+from ficoco_vllm.compat import (
+    do_without_triton,
+    is_cpu_build,
+    multiplies_bfloat16,
+    set_cpu_defaults,
+    use_interpreter,
+)
 from ficoco_vllm.environment import (
     ELASTIC_PLUGIN,
     ENDPOINT_PLUGIN,
     MEDIA_CONNECTOR,
+    NAME,
+    QUIET,
     enable_endpoint_plugin,
 )
-from ficoco_vllm.models import ARCHITECTURES
-from ficoco_vllm.planning.server import ServerPlan
 from ficoco_vllm.server.commands.arguments import fail
+from ficoco_vllm.server.commands.preflight import as_hf_config, check_architecture, check_port, read_model
 from ficoco_vllm.server.commands.serve_options import (
+    BODY_LIMIT,
+    PROGRAM,
+    USAGE,
     add_arguments,
     apply_limits,
-    counts_savings,
-    read_settings,
-    reduces_in_decoder,
-    without_metrics,
+    print_help,
+    read_options,
+    settings_of,
 )
-from ficoco_vllm.server.elastic.defaults import check_elastic
-from ficoco_vllm.server.elastic.settings import OPTION, ElasticSettings
-from ficoco_vllm.server.lifecycle.cleanup import tidied
-from ficoco_vllm.server.lifecycle.shared_metrics import MULTIPROC, shared_metrics, starts_several_servers
-from ficoco_vllm.server.lifecycle.shutdown import Shutdown
+from ficoco_vllm.server.commands.vllm_options import expand
 
-HELP = "serve a model with vLLM's OpenAI-compatible server"
-
-
-def add_parser(subparsers: Any) -> None:
-    """Add the command to the list of commands; vLLM's parser reads its options."""
-    subparsers.add_parser("serve", help=HELP, add_help=False)
+if TYPE_CHECKING:  # they import torch, which the first checks do without
+    from ficoco_vllm.config import FicocoConfig
+    from ficoco_vllm.planning.server import ServerPlan
+    from ficoco_vllm.server.elastic.settings import ElasticSettings
+    from ficoco_vllm.server.lifecycle.ready import Progress
 
 
 def main(arguments: Sequence[str]) -> int:
     """Serve until stopped.
 
     Args:
-        arguments: command line, with `serve` first.
+        arguments: command line after `serve`.
 
     Returns:
         The exit status: 2 for settings that are not allowed, 1 if the engine died, otherwise 0.
     """
+    arguments = expand(arguments)
+    if {"-h", "--help"} & set(arguments):
+        print_help()
+        return 0
+    if any(argument.startswith("--help=") for argument in arguments):
+        _vllm_parser().parse_args(arguments)  # prints and exits
+    try:
+        options = read_options(arguments)
+        check_port(options)
+        model = _model_of(options)
+        architecture = read_model(model, options)
+        settings, elastic = resolve_settings(options)
+        apply_limits(options)
+        hf_config = None if architecture is None else as_hf_config(architecture)
+        if settings and architecture is not None:
+            check_architecture(model, architecture.get("architectures") or [])
+        if settings and hf_config is not None:
+            make_plan(settings, elastic, hf_config, options)
+    except (ValueError, ModuleNotFoundError) as error:
+        return fail(str(error))
+    return _start(arguments, options, settings)
+
+
+def _start(arguments: Sequence[str], options: argparse.Namespace, settings: dict[str, Any]) -> int:
+    """Set what vLLM reads when it is imported, then serve."""
+    from ficoco_vllm.config import FicocoConfig
+    from ficoco_vllm.server.lifecycle.cleanup import tidied
+    from ficoco_vllm.server.lifecycle.quiet import set_quiet
+    from ficoco_vllm.server.lifecycle.ready import Progress
+    from ficoco_vllm.server.lifecycle.shared_metrics import shared_metrics
+
+    config = FicocoConfig.parse(settings)
     set_cpu_defaults()
-    if reduces_in_decoder(arguments):
+    if config.decoder_method is not None:
         use_interpreter()  # vLLM detects Triton when it is imported
+    else:
+        do_without_triton()
     os.environ.setdefault("VLLM_MEDIA_CONNECTOR", MEDIA_CONNECTOR)
     # A redirect could lead out of the allowed domains.
     os.environ.setdefault("VLLM_MEDIA_URL_ALLOW_REDIRECTS", "0")
-    with (
-        tidied(),
-        shared_metrics(counts_savings(arguments)) as metrics_folder,
-        tempfile.TemporaryDirectory(prefix="ficoco-elastic-", ignore_cleanup_errors=True) as elastic_folder,
-    ):
-        return _serve(arguments, metrics_folder, elastic_folder)
+    set_quiet(options)
+    progress = Progress()
+    try:
+        with (
+            tidied(),
+            shared_metrics(config.method is not None and config.metrics) as metrics_folder,
+            tempfile.TemporaryDirectory(
+                prefix="ficoco-elastic-", ignore_cleanup_errors=True
+            ) as elastic_folder,
+        ):
+            return _serve(arguments, metrics_folder, elastic_folder, progress)
+    finally:
+        progress.end()
 
 
-def _serve(arguments: Sequence[str], metrics_folder: str | None, elastic_folder: str) -> int:
+def _serve(
+    arguments: Sequence[str], metrics_folder: str | None, elastic_folder: str, progress: "Progress"
+) -> int:
+    progress.stage("importing vLLM")
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
     from vllm.plugins import load_general_plugins
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from ficoco_vllm.server.lifecycle.shared_metrics import MULTIPROC, starts_several_servers
+    from ficoco_vllm.server.lifecycle.shutdown import Shutdown
 
     cli_env_setup()
     load_general_plugins()
     command = ServeSubcommand()
-    parser = FlexibleArgumentParser(prog="ficoco-vllm")
-    serve_parser = command.subparser_init(parser.add_subparsers(dest="subparser"))
-    serve_parser.usage = "ficoco-vllm serve [MODEL] [options]   (without MODEL: the demo model)"
-    serve_parser.description = HELP
-    add_arguments(serve_parser)
-    args = parser.parse_args(list(arguments))
+    args = _vllm_parser().parse_args(list(arguments))
     # vLLM hands `args` to every API server process.
     args.ficoco_elastic_folder = elastic_folder
     args.ficoco_shutdown = Shutdown()
     try:
-        configure(args)
-    except ValueError as error:
-        return fail(str(error))
-    if metrics_folder is not None and starts_several_servers(args):
-        del os.environ[MULTIPROC]  # vLLM then creates a folder of its own, and would warn about ours
-    configure_logging_from_args(args)
-    command.validate(args)
-    command.cmd(args)
+        plan = configure(args)
+        if metrics_folder is not None and starts_several_servers(args):
+            del os.environ[MULTIPROC]  # vLLM then creates a folder of its own, and would warn about ours
+        configure_logging_from_args(args)
+        command.validate(args)
+        progress.stage("starting the engine: its processes import vLLM and load the model")
+        if not args.headless:
+            progress.announce(args, _in_words(plan, args))
+        command.cmd(args)
+    except (ValueError, RuntimeError, OSError) as error:
+        if args.verbose:
+            raise
+        status = 2 if isinstance(error, ValueError) else 1
+        return fail(f"{_message(error)} (--verbose shows where)", status)
+    print("ficoco-vllm: stopped", flush=True)
     # A supervisor treats vLLM's exit status 0 as an intended stop. (Several API servers raise an error instead.)
     return int(bool(args.ficoco_shutdown.engine_died))
 
 
-def configure(args: argparse.Namespace) -> None:
-    """Turn our options into vLLM's, and check them against the model before it is loaded.
+def _vllm_parser() -> Any:
+    """Parser of all options, ours and vLLM's. It reads the words after `serve`, where vLLM demands a model."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser, SortedHelpFormatter
+
+    class Formatter(SortedHelpFormatter):
+        """Names defaults where there are some, once."""
+
+        def _get_help_string(self, action: argparse.Action) -> str | None:
+            named = action.default in (None, argparse.SUPPRESS) or "default" in (action.help or "")
+            return action.help if named else str(super()._get_help_string(action))
+
+    parser = FlexibleArgumentParser(prog=PROGRAM, usage=USAGE, formatter_class=Formatter)
+    add_arguments(parser)
+    make_arg_parser(parser)
+    parser.set_defaults(model=None)  # vLLM's own default would hide that no model was named
+    return parser
+
+
+def _model_of(args: argparse.Namespace) -> str:
+    """The model that was named, else the demo model."""
+    from ficoco_vllm import demo_model
+
+    return str(args.model_tag or args.model or demo_model.path())
+
+
+def resolve_settings(args: argparse.Namespace) -> "tuple[dict[str, Any], ElasticSettings | None]":
+    """Settings of the server and of the budget that follows the load, validated without a model.
+
+    Args:
+        args: options, from vLLM's parser or from the light one.
 
     Raises:
         ValueError: naming the option, its value and what is allowed.
     """
-    from vllm.logger import init_logger
+    from ficoco_vllm.config import FicocoConfig
+    from ficoco_vllm.server.elastic.settings import OPTION, ElasticSettings
 
-    model = args.model_tag or (args.model if "--model" in sys.argv else None)
-    if model is None:
-        _use_demo_model(args)
-    elif args.dtype == "auto" and is_cpu_build() and not multiplies_bfloat16():
-        init_logger("vllm.ficoco").warning(
-            "This CPU has no instructions for bfloat16: --dtype float32 is about ten times as fast, with twice the "
-            "memory."
-        )
-    settings = read_settings(args.ficoco_method, args.ficoco_keep, args.ficoco_config)
-    settings = settings or (args.additional_config or {}).get(NAME) or {}
-    apply_limits(args)
+    settings = settings_of(args)
     elastic = None if args.ficoco_elastic is None else ElasticSettings.load(args.ficoco_elastic)
     if elastic is not None:
-        settings = _prepare_elastic(args, elastic, settings)
+        if FicocoConfig.parse(settings).method is None:
+            raise ValueError(
+                f"{OPTION} needs a method; allowed: one of `ficoco-vllm methods` as --ficoco-method"
+            )
+        if args.disable_log_stats:
+            raise ValueError(
+                f"--disable-log-stats is not allowed with {OPTION}, which follows these statistics"
+            )
+        if settings.get("keep") is None and settings.get("kv_budget") is None:
+            # vLLM sizes its own budgets by the default.
+            settings = {**settings, "keep": elastic.floor}
     if args.ficoco_explain:
         if args.ficoco_explain_rate < 0:
             raise ValueError(
                 f"--ficoco-explain-rate = {args.ficoco_explain_rate} is not allowed; allowed: 0 (no limit) and more"
             )
         settings = {**settings, "explain": True}
-    if settings:
-        enable_endpoint_plugin(ENDPOINT_PLUGIN)
-        settings = without_metrics(settings) if args.ficoco_no_metrics else settings
-        args.additional_config = {**(args.additional_config or {}), NAME: settings}
-    if (args.additional_config or {}).get(NAME):
-        _check_model(args, elastic)
+    FicocoConfig.parse(settings)
+    return settings, elastic
+
+
+def make_plan(
+    settings: dict[str, Any],
+    elastic: "ElasticSettings | None",
+    hf_config: Any,
+    args: argparse.Namespace,
+) -> "ServerPlan":
+    """Plan the server.
+
+    Raises:
+        ValueError: the settings do not fit the model, naming the field, its value and what is allowed.
+    """
+    from ficoco_vllm.config import FicocoConfig
+    from ficoco_vllm.planning.server import ServerPlan
+    from ficoco_vllm.server.elastic.defaults import check_elastic
+
+    config = FicocoConfig.parse(settings)
+    if elastic is not None:
+        check_elastic(elastic, config, hf_config, args.ficoco_min_keep or 1)
+    return ServerPlan.of(config, hf_config)
+
+
+def configure(args: argparse.Namespace) -> "ServerPlan | None":
+    """Turn our options into vLLM's, and check them against the model before it is loaded.
+
+    Returns:
+        The plan of a server that reduces.
+
+    Raises:
+        ValueError: naming the option, its value and what is allowed.
+    """
+    from vllm.logger import init_logger
+    from vllm.transformers_utils.config import get_config
+
+    if not (args.model_tag or args.model):
+        _use_demo_model(args)
+    elif args.dtype == "auto" and is_cpu_build() and not multiplies_bfloat16():
+        init_logger("vllm.ficoco").warning(
+            "This CPU has no instructions for bfloat16: --dtype float32 is about ten times as fast, with twice the "
+            "memory."
+        )
+    args.model = args.model_tag = _model_of(args)
+    apply_limits(args)
+    args.middleware = [*(args.middleware or ()), BODY_LIMIT]
+    if os.environ.get(QUIET):
+        from ficoco_vllm.server.lifecycle.quiet import SERVING_LOG
+
+        args.middleware.append(SERVING_LOG)
+    settings, elastic = resolve_settings(args)
+    if not settings:
+        return None
+    enable_endpoint_plugin(ENDPOINT_PLUGIN)
+    if elastic is not None:
+        enable_endpoint_plugin(ELASTIC_PLUGIN)
+    args.additional_config = {**(args.additional_config or {}), NAME: settings}
+    hf_config = get_config(args.model, trust_remote_code=args.trust_remote_code, revision=args.revision)
+    check_architecture(args.model, list(getattr(hf_config, "architectures", None) or []))
+    return make_plan(settings, elastic, hf_config, args)
 
 
 def _use_demo_model(args: argparse.Namespace) -> None:
     """Serve the model that ships with the package, with settings for its size."""
-    from ficoco_vllm import demo_model
-
-    args.model_tag = str(demo_model.path())
+    args.model_tag = _model_of(args)
     args.served_model_name = args.served_model_name or ["ficoco-demo"]
+    args.use_tqdm_on_load = False  # it loads at once
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if is_cpu_build():
         # With a few million parameters, compiling takes longer than it saves, and 1 GiB holds dozens of full contexts.
@@ -149,40 +283,31 @@ def _use_demo_model(args: argparse.Namespace) -> None:
             args.dtype = "float32"
 
 
-def _prepare_elastic(
-    args: argparse.Namespace, elastic: ElasticSettings, settings: dict[str, Any]
-) -> dict[str, Any]:
-    """Enable the load-following budget.
-
-    Returns:
-        Our settings, with the smallest budget as the default, by which vLLM sizes its own budgets.
-
-    Raises:
-        ValueError: naming the option and what is allowed.
-    """
-    if FicocoConfig.parse(settings).method is None:
-        raise ValueError(f"{OPTION} needs a method; allowed: one of `ficoco-vllm methods` as --ficoco-method")
-    if args.disable_log_stats:
-        raise ValueError(f"--disable-log-stats is not allowed with {OPTION}, which follows these statistics")
-    enable_endpoint_plugin(ELASTIC_PLUGIN)
-    if settings.get("keep") is None and settings.get("kv_budget") is None:
-        return {**settings, "keep": elastic.floor}
-    return settings
-
-
-def _check_model(args: argparse.Namespace, elastic: ElasticSettings | None = None) -> None:
-    """Refuse a model that would be served without the requested reduction, and settings that do not fit the model."""
-    from vllm.transformers_utils.config import get_config
-
-    model = args.model_tag or args.model
-    config = get_config(model, trust_remote_code=args.trust_remote_code, revision=args.revision)
-    architectures = list(getattr(config, "architectures", None) or [])
-    if not set(architectures) & set(ARCHITECTURES):
-        raise ValueError(
-            f"model = {model!r} has the architecture {', '.join(architectures) or 'none'}, "
-            f"whose visual tokens cannot be reduced; allowed: {', '.join(ARCHITECTURES)}"
+def _in_words(plan: "ServerPlan | None", args: argparse.Namespace) -> str:
+    """Method and budget, for the block that ends the start."""
+    if plan is None:
+        return "none: stock vLLM (--ficoco-method and --ficoco-keep reduce the visual tokens)"
+    config: FicocoConfig = plan.config
+    if args.ficoco_elastic is not None:
+        return f"{config.method}, with a budget that follows the load: {args.ficoco_elastic}"
+    if config.kv_budget is not None:
+        return (
+            f"{config.method} keeps {config.kv_budget:g} visual tokens of an image on average over the layers"
         )
-    settings = FicocoConfig.parse(args.additional_config[NAME])
-    if elastic is not None:
-        check_elastic(elastic, settings, config, getattr(args, "ficoco_min_keep", None) or 1)
-    ServerPlan.of(settings, config)
+    tower = plan.tower
+    if plan.decoder is None:
+        tiled = tower.shape.tiling is not None and config.keep_per == "tile"
+        part = "each tile of an image" if tiled else "an image"
+        return f"{config.method} keeps {tower.default.keep} of {tower.most_keep} visual tokens of {part}"
+    entering = tower.num_output_tokens(tower.default)
+    kept = plan.decoder.keep_of(entering)
+    return (
+        f"{config.method} keeps {kept} of {plan.most} visual tokens of an image in the decoder's last layers"
+    )
+
+
+def _message(error: Exception) -> str:
+    """Text of an error in one line."""
+    errors = getattr(error, "errors", None)  # pydantic
+    parts = [str(item["msg"]) for item in errors()] if callable(errors) else [str(error)]
+    return " ".join(" ".join(parts).split())

@@ -1,16 +1,21 @@
-"""Our options of `ficoco-vllm serve`, which are read before vLLM is imported."""
+"""Our options of `ficoco-vllm serve`, which are read before vLLM is imported.
+
+`serve --help` and shell completion take them from here: no import of torch at the top.
+"""
 
 import argparse
+import difflib
 import json
 import os
 from collections.abc import Sequence
 from typing import Any
 
-from ficoco_vllm.config import NAME, FicocoConfig
-from ficoco_vllm.environment import ALLOW_PRIVATE_MEDIA, MAX_BODY_BYTES, MAX_IMAGE_BYTES, MAX_PIXELS
-from ficoco_vllm.reduction import available
-from ficoco_vllm.reduction.pipeline import PIPELINES
+from ficoco_vllm.environment import ALLOW_PRIVATE_MEDIA, MAX_BODY_BYTES, MAX_IMAGE_BYTES, MAX_PIXELS, NAME
 from ficoco_vllm.server.commands.arguments import names
+from ficoco_vllm.server.commands.vllm_options import light_parser
+
+PROGRAM = "ficoco-vllm serve"
+USAGE = f"{PROGRAM} [MODEL] [options]   (without MODEL: the demo model)"
 
 # An explanation takes two chats without any cache.
 DEFAULT_EXPLAIN_RATE = 20
@@ -21,14 +26,35 @@ DEFAULT_MAX_IMAGE_MB = 20
 DEFAULT_MAX_BODY_MB = 64
 
 
+# Options of vLLM that `serve --help` names, with the name of their value.
+_SELECTION = (
+    ("--host", "ADDRESS", "address to listen on (default: all of this machine)"),
+    ("--port", "N", "port to listen on (default: 8000)"),
+    ("--api-key", "KEY", "key that clients must send"),
+    ("--served-model-name", "NAME", "name of the model in requests"),
+    ("--config", "FILE.yaml", "read options from a file"),
+    ("--max-model-len", "N", "longest prompt with its answer, in tokens"),
+    ("--dtype", "TYPE", "type of weights and activations"),
+    ("--gpu-memory-utilization", "X", "share of the GPU's memory (default: 0.92)"),
+    ("--tensor-parallel-size", "N", "GPUs that share a model"),
+    ("--allowed-media-domains", "NAME", "domains from which images are fetched"),
+)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add our options to those of vLLM's server."""
     group = parser.add_argument_group(
         "ficoco", "Reduction of visual tokens; without these options, stock vLLM."
     )
-    group.add_argument("--ficoco-method", metavar="NAME", help="one of `ficoco-vllm methods`")
     group.add_argument(
-        "--ficoco-keep", metavar="N", help="visual tokens kept of an image; requests may override it"
+        "--ficoco-method",
+        metavar="NAME",
+        help="one of `ficoco-vllm methods` (default with a budget: divprune)",
+    )
+    group.add_argument(
+        "--ficoco-keep",
+        metavar="N",
+        help="visual tokens kept of an image; requests may override it (default with a method: a ninth)",
     )
     group.add_argument(
         "--ficoco-explain", action="store_true", help="serve POST /ficoco/explain and its page at /ficoco/"
@@ -82,6 +108,52 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--ficoco-no-metrics", action="store_true", help="omit the savings of the reduction from /metrics"
     )
+    group.add_argument("--verbose", action="store_true", help="show all that vLLM logs while it starts")
+
+
+def print_help() -> None:
+    """Print our options, and those of vLLM that most servers name."""
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        usage=USAGE,
+        add_help=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Serve a model with vLLM's OpenAI-compatible server. Options of ficoco-vllm first.",
+        epilog=f"All options of vLLM: {PROGRAM} --help=all; one group: --help=Frontend, --help=ModelConfig, ...\n"
+        "Spellings: --a-b, --a_b, --a=b, --json-option.key value, and --config FILE.yaml with the same names.",
+    )
+    add_arguments(parser)
+    group = parser.add_argument_group("vLLM, a selection")
+    for name, metavar, text in _SELECTION:
+        group.add_argument(name, metavar=metavar, help=text)
+    group.add_argument("-h", "--help", action="store_true", help="this help; --help=all for all options")
+    print(parser.format_help(), end="")
+
+
+def read_options(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line without vLLM. Values of vLLM's options stay text.
+
+    Args:
+        arguments: command line after `serve`, expanded.
+
+    Raises:
+        ValueError: a file, a value or an option of ours is wrong.
+    """
+    parser = light_parser(PROGRAM, USAGE)
+    add_arguments(parser)
+    try:
+        options: argparse.Namespace = parser.parse_args(list(arguments))
+    except (
+        Exception
+    ) as error:  # vLLM's parser may fail in any way: YAML that is no mapping, a dotted option at the end
+        raise ValueError(f"the options cannot be read: {error}") from error
+    known = [name for name in parser._option_string_actions if name.startswith("--ficoco-")]
+    for argument in options.unknown:
+        name = argument.partition("=")[0].replace("_", "-")
+        if name.startswith("--ficoco"):
+            close = difflib.get_close_matches(name, known, n=3)
+            raise ValueError(f"{name} is not an option; allowed: {', '.join(close or known)}")
+    return options
 
 
 def apply_limits(args: argparse.Namespace) -> None:
@@ -96,10 +168,12 @@ def apply_limits(args: argparse.Namespace) -> None:
         os.environ[MAX_PIXELS] = str(_count("--ficoco-max-image-pixels", args.ficoco_max_image_pixels, 2))
     os.environ[MAX_IMAGE_BYTES] = str(_count("--ficoco-max-image-mb", args.ficoco_max_image_mb, 0) * 2**20)
     os.environ[MAX_BODY_BYTES] = str(_count("--ficoco-max-body-mb", args.ficoco_max_body_mb, 0) * 2**20)
-    args.middleware = [*(args.middleware or ()), BODY_LIMIT]
     if args.ficoco_allow_private_media:
         os.environ[ALLOW_PRIVATE_MEDIA] = "1"
     if args.ficoco_allow_methods is not None:
+        from ficoco_vllm.reduction import available
+        from ficoco_vllm.reduction.pipeline import PIPELINES
+
         allowed = names(args.ficoco_allow_methods)
         known = (*sorted({*available(), *PIPELINES}), "off")
         if not allowed or set(allowed) - set(known):
@@ -116,42 +190,33 @@ def _count(option: str, text: str, minimum: int) -> int:
     return int(text)
 
 
-def reduces_in_decoder(arguments: Sequence[str]) -> bool:
-    """Whether our options name a method of the decoder. Wrong options are reported later.
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Our settings, from all options that name them: `--ficoco-method` and `--ficoco-keep` override `--ficoco-config`,
+    which overrides `--additional-config`.
 
     Args:
-        arguments: command line.
+        args: options, read by vLLM's parser or by the light one, which leaves JSON as text.
+
+    Returns:
+        The settings, not yet validated.
+
+    Raises:
+        ValueError: naming the option, its value and what is allowed.
     """
-    return _settings_of(arguments).decoder_method is not None
-
-
-def counts_savings(arguments: Sequence[str]) -> bool:
-    """Whether the server reduces and reports the savings at `/metrics`.
-
-    Args:
-        arguments: command line.
-    """
-    settings = _settings_of(arguments)
-    return settings.method is not None and settings.metrics
-
-
-def _settings_of(arguments: Sequence[str]) -> FicocoConfig:
-    """Our settings, before vLLM is imported; none if they are wrong."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    add_arguments(parser)
-    parser.add_argument("--additional-config", "--additional_config", default="{}")
-    ours, _ = parser.parse_known_args(list(arguments))
-    try:
-        settings = read_settings(ours.ficoco_method, ours.ficoco_keep, ours.ficoco_config)
-        settings = settings or json.loads(ours.additional_config).get(NAME) or {}
-        return FicocoConfig.parse(without_metrics(settings) if ours.ficoco_no_metrics else settings)
-    except (ValueError, AttributeError):
-        return FicocoConfig()
-
-
-def without_metrics(settings: Any) -> Any:
-    """Our settings with the metrics switched off."""
-    return {**settings, "metrics": False} if isinstance(settings, dict) else settings
+    additional = args.additional_config
+    if isinstance(additional, str):
+        try:
+            additional = json.loads(additional)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--additional-config = {additional!r} is not valid JSON ({error})") from error
+    settings = additional.get(NAME) if isinstance(additional, dict) else None
+    if not isinstance(settings, dict | None):
+        raise ValueError(
+            f"--additional-config: {NAME} = {settings!r} is not allowed; allowed: an object of settings"
+        )
+    ours = read_settings(args.ficoco_method, args.ficoco_keep, args.ficoco_config)
+    settings = {**(settings or {}), **ours}
+    return {**settings, "metrics": False} if settings and args.ficoco_no_metrics else settings
 
 
 def read_settings(method: str | None, keep: str | None, config: str | None) -> dict[str, Any]:
@@ -160,6 +225,8 @@ def read_settings(method: str | None, keep: str | None, config: str | None) -> d
     Raises:
         ValueError: naming the option, its value and what is allowed.
     """
+    from ficoco_vllm.config import FicocoConfig
+
     settings = {} if config is None else FicocoConfig.load(config)
     if method is not None:
         settings["method"] = method

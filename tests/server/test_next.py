@@ -35,15 +35,8 @@ def images() -> list[str]:
 @pytest.fixture(scope="module")
 def next_server(random_next: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """FiCoCo-V with 16 tokens a tile."""
-    arguments = [
-        str(random_next),
-        "--served-model-name",
-        "next",
-        "--ficoco-keep",
-        "16",
-        "--ficoco-explain",
-        "--enforce-eager",
-    ]
+    arguments = [str(random_next), "--served-model-name", "next", "--enforce-eager", "--ficoco-explain"]
+    arguments += ["--ficoco-method", "ficoco-v", "--ficoco-keep", "16"]
     arguments += ["--kv-cache-memory-bytes", str(2**28), "--max-model-len", "2048", "--dtype", DTYPE]
     with serve(tmp_path_factory.mktemp("next-server") / "log", *arguments) as server:
         yield server

@@ -69,6 +69,7 @@ def serve(
     program: Sequence[str] = OURS,
     python: Path = Path(sys.executable),
     folder: Path | None = None,
+    verbose: bool = True,
     **environment: str,
 ) -> Iterator[Server]:
     """Run a server until the block ends; only this process and its children are stopped.
@@ -79,9 +80,12 @@ def serve(
         program: words after `python` that start the server.
         python: which one runs it; its `ficoco_vllm` is the one that serves.
         folder: working directory; None means that of the tests.
+        verbose: whether our own server logs all that vLLM says while it starts.
         environment: variables beside those of this process.
     """
     variables = {**dict.fromkeys(_ONLY_IN_PROCESS), **environment}
+    if program == OURS and verbose:
+        arguments += ("--verbose",)
     with serving(arguments, log, variables, program, python, folder) as served:
         yield Server(served.port, log, served.process)
 

@@ -3,20 +3,28 @@
 import argparse
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ficoco_vllm import __version__
-from ficoco_vllm.reduction import available
-from ficoco_vllm.server.cli import main
-from ficoco_vllm.server.commands.methods import _source
+from ficoco_vllm.config import DEFAULT_METHOD
+from ficoco_vllm.reduction import available, get
+from ficoco_vllm.reduction.pipeline import PIPELINES
+from ficoco_vllm.server.cli import COMMANDS, command, main, make_parser
+from ficoco_vllm.server.commands.advice import ADVICE, TITLE, as_markdown
+from ficoco_vllm.server.commands.completion import SHELLS, script
+from ficoco_vllm.server.commands.methods import _meanings, _source
 from ficoco_vllm.server.commands.serve import _use_demo_model
 from ficoco_vllm.server.commands.serve_options import read_settings
 
+ROOT = Path(__file__).parents[3]
 ELASTIC = '{"floor": 64, "ceiling": 288}'
 
 
@@ -34,10 +42,42 @@ def test_without_a_command_it_helps(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_methods_lists_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["NAME", "SITE", "SOURCE", "TITLE"]
-    assert sorted(line.split()[0] for line in lines[1:]) == sorted([*available(), "ficoco-vl"])
-    assert all("arXiv:" in line for line in lines[1:])
+    printed = capsys.readouterr().out
+    assert printed.startswith(TITLE)
+    lines = printed.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("NAME"))
+    assert lines[start].split() == ["NAME", "SITE", "SERVED", "SOURCE", "TITLE"]
+    rows = {line.split()[0]: line.split()[1:] for line in lines[start + 1 : lines.index("", start)]}
+    assert sorted(rows) == sorted([*available(), "ficoco-vl"])
+    refused = {name for name, row in rows.items() if row[1] == "no"}
+    assert refused == {"cdpruner", "recoverable", "trim"}
+    assert all(f"{name} needs the signal `text_relevance`" in printed for name in refused)
+    assert rows["best"][2:4] == ["no", "paper"]
+    assert rows["ficoco-v"][2] == "arXiv:2411.17686"
+
+
+def test_the_advice_repeats_what_was_measured() -> None:
+    """Points that a method loses of the demo model's correct answers, from the published table."""
+    page = (ROOT / "docs" / "accuracy.md").read_text()
+    losses = {
+        name: [float(cell.split("(")[1].split(":")[0]) for cell in row.split("|")[:4]]
+        for name, row in re.findall(
+            r"^\| `([a-z-]+)` \| (?:tower|decoder|both) \| (.*\(.*) \|$", page, re.MULTILINE
+        )
+    }
+    known = {advice.methods[0]: advice.known for advice in ADVICE[:3]}
+    assert losses["divprune"] == [0, 0, 0, 0]
+    assert "Loses 0 points at 288 to 64" in known["divprune"]
+    assert [round(-value) for value in losses["tome"]] == [0, 0, 0, 6]
+    assert "loses 0 points at 192 tokens, 6 at 64" in known["tome"]
+    last = {name: round(-row[3]) for name, row in losses.items()}
+    said = "`ficoco-v` loses {ficoco-v} points at 64 tokens, `ficoco-l` {ficoco-l}, `ficoco-vl` {ficoco-vl};"
+    for name in ("ficoco-v", "ficoco-l", "ficoco-vl"):
+        said = said.replace(f"{{{name}}}", str(last[name]))
+    assert said in known["ficoco-v"]
+    assert {name for advice in ADVICE for name in advice.methods} <= {*available(), *PIPELINES}
+    assert ADVICE[0].methods[0] == DEFAULT_METHOD
+    assert as_markdown().count("\n") == len(ADVICE) + 1
 
 
 def test_methods_shows_settings(capsys: pytest.CaptureFixture[str]) -> None:
@@ -48,9 +88,17 @@ def test_methods_shows_settings(capsys: pytest.CaptureFixture[str]) -> None:
     assert "0.998" in rows["epsilon"]
 
 
+def test_methods_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in available():
+        settings = get(name).settings
+        assert set(settings.model_fields) <= set(_meanings(settings)), name
+    assert main(["methods", "ficoco-v"]) == 0
+    assert "rows and columns of a window" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("source", "printed"),
-    [("2411.17686", "arXiv:2411.17686"), ("none", "none"), ("https://x.org/y", "https://x.org/y")],
+    [("2411.17686", "arXiv:2411.17686"), ("none", "no paper"), ("https://x.org/y", "https://x.org/y")],
 )
 def test_only_papers_are_printed_as_papers(source: str, printed: str) -> None:
     assert _source(source) == printed
@@ -68,7 +116,6 @@ def test_method_and_keep_win_over_the_file() -> None:
     assert read_settings(None, None, None) == {}
 
 
-@pytest.mark.server
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
@@ -77,7 +124,7 @@ def test_method_and_keep_win_over_the_file() -> None:
         (["--ficoco-keep", "many"], ["--ficoco-keep = 'many'", "an integer"]),
         (["--ficoco-keep", "577"], ["ficoco.keep = 577", "an integer from 1 to 576"]),
         (["--ficoco-config", "{"], ["--ficoco-config", "not valid JSON"]),
-        (["--ficoco-config", '{"lam": 7}'], ["lam = 7", "<= 1"]),
+        (["--ficoco-config", '{"method": "ficoco-v", "lam": 7}'], ["lam = 7", "<= 1"]),
         (["--ficoco-elastic", "{"], ["--ficoco-elastic = '{'", "not valid JSON", "floor"]),
         (["--ficoco-elastic", '{"floor": 64, "ceiling": 64}'], ["ceiling = 64", "above floor"]),
         (["--ficoco-elastic", ELASTIC], ["--ficoco-elastic needs a method"]),
@@ -119,7 +166,6 @@ def test_serve_refuses_in_one_line(
     check_line(capsys.readouterr().err, parts)
 
 
-@pytest.mark.server
 def test_serve_refuses_an_unknown_architecture(tmp_path: Path) -> None:
     """In a separate process, as a user runs it: status 2, one line, no traceback."""
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
@@ -189,6 +235,7 @@ def test_the_demo_model_is_computed_in_float32_on_cpus(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     args = argparse.Namespace(
         model_tag=None,
+        model=None,
         served_model_name=None,
         kv_cache_memory_bytes=None,
         enforce_eager=False,
@@ -196,3 +243,146 @@ def test_the_demo_model_is_computed_in_float32_on_cpus(
     )
     _use_demo_model(args)
     assert args.dtype == expected
+
+
+def test_mistakes_are_refused_before_anything_is_imported(tmp_path: Path) -> None:
+    """Port and model without torch, settings without vLLM: each in less than two seconds of work."""
+    (tmp_path / "empty").mkdir()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        code = f"""
+import os, sys, time
+from ficoco_vllm.server.cli import main
+
+def refused(*words):
+    start = time.process_time()
+    assert main(["serve", *words]) == 2, words
+    assert time.process_time() - start < 2, words
+
+refused("--port", "{port}", "--host", "127.0.0.1")
+refused("--port={port}", "--ficoco-keep", "64")
+refused("--port", "many")
+refused("--host", "198.51.100.7")
+refused("/no/such/model")
+refused("{tmp_path}/empty")
+refused("--model", "{tmp_path}/empty")
+os.environ["HF_HUB_OFFLINE"] = "1"
+refused("someone/never-downloaded")
+assert "torch" not in sys.modules
+refused("--ficoco-method", "magic")
+refused("--ficoco-keep", "577")
+refused("--ficoco-method", "trim")
+assert not {{"vllm", "transformers"}} & set(sys.modules)
+"""
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120
+        )
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert all(line.startswith("ficoco-vllm: error: ") for line in lines)
+    assert len(lines) == 11
+    assert f"--port = {port} cannot be used on 127.0.0.1 (Address already in use)" in lines[0]
+    assert "does not exist" in lines[4]
+    assert "without config.json" in lines[5]
+    assert "HF_HUB_OFFLINE=1 allows no download, while the cache" in lines[7]
+
+
+@pytest.mark.parametrize("words", [["--help"], ["serve", "--help"], ["serve", "--ficoco-keep", "64", "-h"]])
+def test_help_imports_nothing_heavy(words: list[str]) -> None:
+    code = f"""
+import sys
+from ficoco_vllm.server.cli import main
+try:
+    main({words})
+finally:
+    print([name for name in ("torch", "vllm", "pydantic", "transformers") if name in sys.modules])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
+    )
+    *lines, imported = done.stdout.splitlines()
+    assert imported == "[]"
+    if "serve" in words:
+        first = next(line for line in lines if line.startswith("  --"))
+        assert first.startswith("  --ficoco-method")
+        assert "--help=all" in done.stdout
+    assert "None" not in done.stdout
+
+
+def test_the_list_of_commands_is_that_of_their_modules() -> None:
+    parser = make_parser([])
+    listed = next(action for action in parser._actions if isinstance(action.choices, dict))
+    for name, line in COMMANDS.items():
+        assert name in listed.choices
+        if name != "serve":
+            (own,) = _SubparserHelp.of(command(name))
+            assert own == line
+
+
+class _SubparserHelp:
+    """Stands in for argparse's list of commands and records their lines."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def add_parser(self, name: str, help: str, **rest: object) -> argparse.ArgumentParser:
+        self.lines.append(help)
+        return argparse.ArgumentParser()
+
+    @classmethod
+    def of(cls, module: Any) -> list[str]:
+        recorder = cls()
+        module.add_parser(recorder)
+        return recorder.lines
+
+
+def test_python_m_runs_the_command_line() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "ficoco_vllm", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"ficoco-vllm {__version__}\n"
+
+
+def test_a_closed_pipe_is_no_traceback() -> None:
+    done = subprocess.run(
+        f"set -o pipefail; {sys.executable} -m ficoco_vllm methods | true",
+        shell=True,
+        executable="/bin/bash",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_completion_knows_commands_options_and_methods(shell: str) -> None:
+    text = script(shell)
+    for word in (
+        *COMMANDS,
+        "--ficoco-method",
+        "--ficoco-keep",
+        "--tensor-parallel-size",
+        "divprune",
+        "ficoco-vl",
+    ):
+        assert word in text
+
+
+def test_bash_completes(tmp_path: Path) -> None:
+    (tmp_path / "completion").write_text(script("bash"))
+    for words, expected in (
+        (["ficoco-vllm", "pl"], "plan"),
+        (["ficoco-vllm", "serve", "--ficoco-ke"], "--ficoco-keep"),
+        (["ficoco-vllm", "serve", "--ficoco-method", "divp"], "divprune"),
+    ):
+        code = f"""
+source {tmp_path}/completion
+COMP_WORDS=({" ".join(words)}); COMP_CWORD={len(words) - 1}
+_shtab_ficoco_vllm
+printf '%s\\n' "${{COMPREPLY[@]}}"
+"""
+        done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.split() == [expected], done.stderr

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from ficoco_vllm.config import FicocoConfig
+from ficoco_vllm.config import DEFAULT_METHOD, FicocoConfig
 from ficoco_vllm.planning.tower import VisionPlanner
 from ficoco_vllm.planning.tower_shape import TowerShape
 from ficoco_vllm.reduction import available, get
 from ficoco_vllm.reduction.cost import KNOWN_MODELS
+from ficoco_vllm.reduction.pipeline import PIPELINES
 from ficoco_vllm.server.commands import plan
 
 LLAVA_7B = "llava-hf/llava-1.5-7b-hf"
@@ -88,7 +89,7 @@ def test_the_json_is_stable(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_table_shows_both_sides(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(LLAVA_7B, "--keep", "64") == 0
+    assert run(LLAVA_7B, "--method", "ficoco-v", "--keep", "64") == 0
     lines = capsys.readouterr().out.splitlines()
     cells = [line.split() for line in lines]
     for row in (
@@ -184,7 +185,8 @@ def test_every_method_has_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
 def test_schedules(
     capsys: pytest.CaptureFixture[str], options: list[str], encoder: list[int], decoder: list[int]
 ) -> None:
-    parsed = report(capsys, LLAVA_7B, *options)
+    method = () if "--method" in options else ("--method", "ficoco-v")
+    parsed = report(capsys, LLAVA_7B, *method, *options)
     assert parsed["encoder_tokens"] == encoder
     assert parsed["decoder_visual_tokens"] == decoder
 
@@ -203,6 +205,13 @@ def test_the_tower_does_what_is_planned(capsys: pytest.CaptureFixture[str], meth
         gone = removals.get(layer, 0)
         counts.append(counts[-1] - gone + (num_extra if gone else 0))
     assert parsed["encoder_tokens"] == counts
+
+
+@pytest.mark.parametrize("model", [LLAVA_7B, "llava-hf/llava-v1.6-vicuna-7b-hf", "demo"])
+def test_every_method_has_a_plan_without_options(capsys: pytest.CaptureFixture[str], model: str) -> None:
+    for method in (*available(), *PIPELINES):
+        assert run(model, "--method", method) == 0
+        assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("method", ["ficoco-v", "ficoco-l", "ficoco-vl"])
@@ -239,7 +248,8 @@ def test_the_demo_model_is_found(
     (tmp_path / "config.json").write_text(json.dumps(KNOWN_MODELS[LLAVA_7B]))
     monkeypatch.setattr("ficoco_vllm.demo_model.path", lambda: tmp_path)
     named = report(capsys, "demo", "--keep", "64")
-    assert named["encoder_tokens"][-1] == 64
+    assert named["decoder_visual_tokens"][-1] == 64
+    assert named["method"] == DEFAULT_METHOD
     assert report(capsys, "--keep", "64") == named, "without a model it is the demo model"
     (tmp_path / "config.json").unlink()
     assert run("--keep", "64") == 2
@@ -268,7 +278,7 @@ def test_the_demo_model_is_found(
         ),
         ([LLAVA_7B, "--schedule", "3:4:5"], "schedule: got '3:4:5', allowed"),
         (
-            [LLAVA_7B, "--keep", "64", "--start-layer", "23"],
+            [LLAVA_7B, "--method", "ficoco-v", "--keep", "64", "--start-layer", "23"],
             "start_layer = 23 is not allowed; allowed: an integer from 0 to 22",
         ),
         (

@@ -82,6 +82,7 @@ def test_both_processes_give_the_same_budget(small: Server, result: Result) -> N
     log = small.log.read_text()
     assert "ApiServer_0" in log
     assert "ApiServer_1" in log
+    assert log.count("ficoco-vllm is ready after") == 1
     with small.client() as client:
         explicit: Any = client.chat.completions.create(
             model="ficoco-demo",

@@ -1,0 +1,71 @@
+"""What `ficoco-vllm serve` prints: progress, one block that holds what it says, and no warning to be ignored."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from ficoco_vllm.server.lifecycle.quiet import HIDDEN
+from tests.support.server import API_KEY, Server
+
+
+@pytest.fixture
+def log(server: Server) -> str:
+    """Output of the server up to the end of its block, printed a moment after the first answer."""
+    deadline = time.monotonic() + 30
+    while "  try  " not in (text := server.log.read_text()):
+        assert time.monotonic() < deadline, text
+        time.sleep(0.1)
+    return text
+
+
+@pytest.mark.server
+def test_the_log_is_short_and_clean(log: str) -> None:
+    before, _, _ = log.partition("ficoco-vllm is ready")
+    lines = [line for line in before.splitlines() if not line.startswith("INFO:  ")]  # of requests
+    assert "importing vLLM" in lines[0]
+    assert any("starting the engine" in line for line in lines)
+    strange = [line for line in lines if line.strip() and not line.startswith("ficoco-vllm: ")]
+    assert all("Loading safetensors" in line for line in strange)
+    assert not re.search("warning|nanobind|Triton", before, re.IGNORECASE)
+
+
+@pytest.mark.server
+def test_the_block_is_true(log: str, server: Server) -> None:
+    assert log.count("ficoco-vllm is ready after") == 1
+    rows = dict(re.findall(r"^  (URL|model|method|page|metrics|try) +(.*)$", log, re.MULTILINE))
+    assert rows["URL"] == f"{server.url}/v1"
+    assert rows["model"].startswith("ficoco-demo (")
+    assert rows["method"] == "ficoco-v keeps 64 of 576 visual tokens of an image"
+    for page in ("page", "metrics"):
+        assert httpx.get(rows[page]).status_code == 200
+    done = subprocess.run(
+        ["bash", "-c", rows["try"]],
+        env={**os.environ, "VLLM_API_KEY": API_KEY},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    answer = json.loads(done.stdout)
+    assert answer["choices"][0]["message"]["content"].strip().isdigit()
+    assert answer["usage"]["ficoco"]["visual_tokens_kept"] == 64
+
+
+@pytest.mark.compat
+def test_what_is_hidden_is_what_the_installed_packages_say() -> None:
+    """A text that has changed would be shown again, or hide nothing for ever."""
+    for name, texts in HIDDEN.items():
+        package, *rest = name.split(".")
+        folder = importlib.util.find_spec(package).submodule_search_locations[0]
+        path = Path(folder, *rest).with_suffix(".py")
+        # `uvicorn.error` is a name that no file has; its texts are in the server.
+        files = [path] if path.is_file() else list(Path(folder).rglob("*.py"))
+        source = re.sub(r'"\s*f?"', "", "".join(file.read_text() for file in files))
+        for text in texts:
+            assert text in source, (name, text)
