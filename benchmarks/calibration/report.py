@@ -125,7 +125,9 @@ def _verdicts(report: Report) -> list[str]:
 def _section(entry: Mapping[str, Any], report: Report, by_name: Mapping[str, Item]) -> Section:
     safe, worst = entry["safe"], entry["worst"]
     where = f"{entry['worst_keep']} tokens, questions of the {entry['worst_of']}"
-    shown = f"Worst disagreements at {where}:" if worst else f"No disagreements at {where}."
+    shown = f"Worst disagreements at {where}." if worst else f"No disagreements at {where}."
+    if any(row["patches"] is None for row in worst):
+        shown += " For the kept patches, start the server with --ficoco-explain."
     return Section(
         entry["method"],
         lines=["To serve this budget:"] if safe else ["No budget is safe."],
@@ -145,7 +147,7 @@ def _budgets(entry: Mapping[str, Any], report: Report) -> Table:
     rows = []
     for keep in sorted(searched.keys() | tested.keys(), reverse=True):
         test = tested.get(keep)
-        verdict = "not tested" if test is None else "safe" if _is_safe(test, report) else "not safe"
+        verdict = _verdict(searched.get(keep), test, report)
         bound = "" if test is None else f"{test['at_least']:.1%}"
         rows.append((str(keep), _counts(searched.get(keep)), _counts(test), bound, verdict))
     return Table(
@@ -157,6 +159,14 @@ def _budgets(entry: Mapping[str, Any], report: Report) -> Table:
     )
 
 
+def _verdict(seen: Mapping[str, Any] | None, test: Mapping[str, Any] | None, report: Report) -> str:
+    if test is not None:
+        return "safe" if _is_safe(test, report) else "not safe"
+    if seen is not None and seen["agreeing"] < report["target_agreement"] * seen["count"]:
+        return "below the target in the search"
+    return "not tested"
+
+
 def _is_safe(test: Mapping[str, Any], report: Report) -> bool:
     return bool(test["at_least"] >= report["target_agreement"])
 
@@ -165,7 +175,7 @@ def _counts(test: Mapping[str, Any] | None) -> str:
     return (
         ""
         if test is None
-        else f"{test['agreeing']} of {test['count']} ({test['agreeing'] / test['count']:.0%})"
+        else f"{test['agreeing']} of {test['count']}, {test['agreeing'] / test['count']:.0%}"
     )
 
 
@@ -214,7 +224,7 @@ def _case(row: Mapping[str, Any], item: Item) -> Markup:
 def _patches(explanation: Mapping[str, Any] | None, item: Item, source: str) -> Markup:
     """The image again, with the removed patches darkened."""
     if explanation is None:
-        return Markup("<small>For the kept patches, start the server with --ficoco-explain.</small>")
+        return Markup()
     with Image.open(io.BytesIO(item.image or b"")) as picture:
         width, height = ImageOps.exif_transpose(picture).size
     (rows, columns), square = explanation["grid"], explanation["central_square"]

@@ -63,6 +63,8 @@ class Task:
     def describe(self, label: str) -> None:
         """Say what is being done now."""
         self.label = label
+        if not self._console.is_terminal:
+            self.say(label)
         self._progress.update(self._task, description=label)
 
     def advance(self, steps: int = 1) -> None:
@@ -131,12 +133,23 @@ def _drawn(table: Table) -> RichTable:
         title=plain(table.caption),
         title_justify="left",
         title_style="bold",
+        caption="\n".join(map(plain, table.notes)) or None,
+        caption_justify="left",
         box=box.SIMPLE_HEAD,
-        row_styles=["", "dim"],
+        padding=(0, 1, 0, 0),
     )
-    drawn.caption, drawn.caption_justify = "\n".join(map(plain, table.notes)) or None, "left"
     for name, number in zip(table.header, table.is_number, strict=True):
-        drawn.add_column(plain(name), justify="right" if number else "left")
+        drawn.add_column(
+            plain(name), justify="right" if number else "left", no_wrap=not number, overflow="fold"
+        )
     for row in table.rows:
-        drawn.add_row(*(Text(plain(cell)) for cell in row))
+        drawn.add_row(*map(_cell, row))
     return drawn
+
+
+def _cell(text: str) -> Text:
+    """A cell; of the brackets only a change remains, since intervals and ranges leave no room for other columns."""
+    figure, _, interval = text.partition(" (")
+    change, colon, _ = interval.partition(":")
+    style = "cyan" if text.startswith("`") else "italic" if text.startswith("*") else ""
+    return Text.assemble((plain(figure), style), (f" ({change})" if colon else "", "dim"))

@@ -1,9 +1,10 @@
-"""Prompts for a server whose tokenizer is not at hand: words and noise images, their length set by its `/tokenize`."""
+"""Prompts for a server whose tokenizer is not at hand: letters and noise, their length set by its `/tokenize`."""
 
 import json
 import random
 from collections.abc import Mapping
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 import httpx
@@ -11,50 +12,6 @@ from PIL import Image
 
 from ficoco_vllm.benchmarks.harness.http import data_url
 from ficoco_vllm.benchmarks.load.settings import Traffic
-
-# Common English nouns: one token each in most vocabularies.
-_WORDS = (
-    "time",
-    "year",
-    "people",
-    "way",
-    "day",
-    "man",
-    "thing",
-    "life",
-    "child",
-    "world",
-    "school",
-    "state",
-    "family",
-    "group",
-    "country",
-    "hand",
-    "part",
-    "place",
-    "week",
-    "company",
-    "system",
-    "work",
-    "number",
-    "night",
-    "point",
-    "home",
-    "water",
-    "room",
-    "area",
-    "money",
-    "story",
-    "fact",
-    "month",
-    "right",
-    "study",
-    "book",
-    "eye",
-    "job",
-    "word",
-    "side",
-)
 
 
 def write_dataset(folder: Path, url: str, model: str, traffic: Traffic, seed: int, api_key: str = "") -> Path:
@@ -65,7 +22,7 @@ def write_dataset(folder: Path, url: str, model: str, traffic: Traffic, seed: in
         url: of the server, without a path.
         model: served name.
         traffic: number and length of the prompts.
-        seed: of words and pixels.
+        seed: of letters and pixels.
         api_key: of the server, or empty.
 
     Returns:
@@ -79,7 +36,7 @@ def write_dataset(folder: Path, url: str, model: str, traffic: Traffic, seed: in
             text = _text(
                 client,
                 model,
-                " ".join(rng.choices(_WORDS, k=traffic.num_text_tokens)),
+                " ".join(rng.choices(ascii_lowercase, k=traffic.num_text_tokens)),
                 traffic.num_text_tokens,
             )
             image = Image.frombytes("RGB", (side, side), rng.randbytes(3 * side * side))
@@ -90,7 +47,7 @@ def write_dataset(folder: Path, url: str, model: str, traffic: Traffic, seed: in
 
 
 def _text(client: httpx.Client, model: str, text: str, num_tokens: int) -> str:
-    """The first tokens of a text; the whole text, one word for each token, where the server does not tokenize."""
+    """The first tokens of a text; the whole text, a letter for each token, where the server does not tokenize."""
     tokens = _post(client, "/tokenize", {"model": model, "prompt": text, "add_special_tokens": False}).get(
         "tokens"
     )
