@@ -69,6 +69,8 @@ class Task:
 
     def advance(self, steps: int = 1) -> None:
         """Count steps."""
+        if not steps:
+            return
         self.done += steps
         self._progress.update(self._task, completed=self.done)
         now = time.monotonic()

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from io import StringIO
@@ -61,6 +62,7 @@ def run_point(
     # The client's module takes seconds to import.
     from vllm.benchmarks.serve import main_async
 
+    logging.getLogger("vllm").setLevel(logging.ERROR)
     printed = StringIO()
     with TemporaryDirectory() as folder:
         dataset = None

@@ -56,9 +56,7 @@ def tables(rows: Rows, summary: Rows) -> list[Table]:
         latency.append(
             (
                 *head,
-                "{:.2f} ({:.2f}-{:.2f})".format(
-                    *(row[f"request_throughput{end}"] for end in ("", "_min", "_max"))
-                ),
+                _throughput(row),
                 "-" if speedup is None else f"{speedup:.2f}x",
                 *(_percentile(row, "ttft", p, num_requests, 1e-3, ".3f") for p in (50, 90, 99)),
                 *(_percentile(row, "itl", p, num_gaps, 1.0, ".1f") for p in (50, 99)),
@@ -121,6 +119,11 @@ def _speedup(rows: Rows, server: str, point: str) -> float | None:
     if not any(row["server"] == STOCK and row["point"] == point for row in rows):
         return None
     return ratio(rows, "request_throughput", server, STOCK, point)
+
+
+def _throughput(row: Mapping[str, Any]) -> str:
+    median, low, high = (row[f"request_throughput{end}"] for end in ("", "_min", "_max"))
+    return f"{median:.2f}" + f" ({low:.2f}-{high:.2f})" * (row["num_rounds"] > 1)
 
 
 def _percentile(row: Mapping[str, Any], name: str, percent: int, count: int, factor: float, form: str) -> str:

@@ -22,11 +22,11 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Medians over the rounds.
 
     Returns:
-        For each point and server, stock first: `server`, `point`, `num_rounds`, and for each
+        For each point and server, by load and stock first: `server`, `point`, `num_rounds`, and for each
         of `FIGURES` its median, with `_min` and `_max` beside it; None where /metrics did not say.
     """
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for row in sorted(rows, key=lambda row: (row["point"], row["server"] != STOCK, row["server"])):
+    for row in sorted(rows, key=_place):
         groups.setdefault((row["server"], row["point"]), []).append(row)
     return [
         {"server": server, "point": point, "num_rounds": len(members), **_spread(members)}
@@ -44,6 +44,11 @@ def ratio(rows: Sequence[Mapping[str, Any]], figure: str, server: str, base: str
 def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     """Every row, without its samples over time."""
     return csv_text(("server", "round", "point", "seed", "completed", "failed", "duration", *FIGURES), rows)
+
+
+def _place(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    rate, concurrency = row["traffic"]["rate"], row["traffic"]["concurrency"]
+    return rate is None, rate or concurrency, row["server"] != STOCK, row["server"]
 
 
 def _spread(members: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:

@@ -155,7 +155,9 @@ def test_csv_holds_every_row() -> None:
 
 
 def test_report_draws_every_picture_the_same_each_time() -> None:
-    other = [{**line, "point": "concurrency 16"} for line in ROWS]
+    other = [
+        {**line, "point": "concurrency 16", "traffic": Traffic(concurrency=16).model_dump()} for line in ROWS
+    ]
     result = {
         "model": "<demo>",
         "environment": {"cpu": "c", "cores": 2, "versions": {"torch": "2"}},
@@ -166,6 +168,7 @@ def test_report_draws_every_picture_the_same_each_time() -> None:
         "summary": summarise([*ROWS, *other]),
         "rows": [*ROWS, *other],
     }
+    assert [line["point"] for line in result["summary"]] == ["concurrency 4"] * 2 + ["concurrency 16"] * 2
     html = page(result).html()
     assert html == page(result).html()
     assert "&lt;demo&gt;" in html
