@@ -123,7 +123,7 @@ def _speedup(rows: Rows, server: str, point: str) -> float | None:
 
 def _throughput(row: Mapping[str, Any]) -> str:
     median, low, high = (row[f"request_throughput{end}"] for end in ("", "_min", "_max"))
-    return f"{median:.2f}" + f" ({low:.2f}-{high:.2f})" * (row["num_rounds"] > 1)
+    return f"{median:.2f} ({low:.2f}-{high:.2f})" if row["num_rounds"] > 1 else f"{median:.2f}"
 
 
 def _percentile(row: Mapping[str, Any], name: str, percent: int, count: int, factor: float, form: str) -> str:

@@ -158,7 +158,7 @@ def test_report_draws_every_picture_the_same_each_time() -> None:
     other = [
         {**line, "point": "concurrency 16", "traffic": Traffic(concurrency=16).model_dump()} for line in ROWS
     ]
-    result = {
+    result: dict[str, Any] = {
         "model": "<demo>",
         "environment": {"cpu": "c", "cores": 2, "versions": {"torch": "2"}},
         "command": "ficoco-vllm bench load",
