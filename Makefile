@@ -129,7 +129,7 @@ bench-accuracy: $(DEV)  ## measure the accuracy of the tower's methods by budget
 
 bench-accuracy-decoder: $(DEV)  ## the same for the decoder's methods
 	@$(BIN)/ficoco-vllm bench accuracy --sites decoder,both --count 19 --few-count 19 --concurrency 32 \
-	    --answers build/accuracy-decoder.jsonl --out build/accuracy-decoder.json $(ARGS)
+	    --out build/accuracy-decoder $(ARGS)
 
 # Benchmarks write to build/. To publish a result, copy its JSON to benchmarks/results/ first.
 figures: $(DEV)  ## write the README's table and pictures and docs/accuracy.md from benchmarks/results/

@@ -11,6 +11,7 @@ from ficoco_vllm.benchmarks.accuracy.store import Reply, Store
 from ficoco_vllm.benchmarks.accuracy.variants import Variant
 from ficoco_vllm.benchmarks.accuracy.workload import Item
 from ficoco_vllm.benchmarks.harness.http import chat, data_url
+from ficoco_vllm.benchmarks.harness.terminal import Task
 
 Job = tuple[Variant, Item]
 
@@ -31,6 +32,12 @@ class Endpoint:
     max_tokens: int = 16
     num_logprobs: int = 1
 
+    def client(self, max_retries: int) -> AsyncOpenAI:
+        """A client of the server, to be closed after use."""
+        return AsyncOpenAI(
+            base_url=f"{self.url}/v1", api_key=self.api_key, max_retries=max_retries, timeout=600
+        )
+
     def body(self, variant: Variant, item: Item) -> dict[str, Any]:
         """Arguments of `chat.completions.create` for one question."""
         with_image = variant.with_image and item.image is not None
@@ -39,7 +46,14 @@ class Endpoint:
         return chat(self.model, item.question, urls, **fields)
 
 
-def replay(endpoint: Endpoint, jobs: Sequence[Job], store: Store, concurrency: int, label: str) -> None:
+def unanswered(jobs: Iterable[Job], store: Store) -> list[Job]:
+    """Variants with questions that they have not answered yet."""
+    return [(variant, item) for variant, item in jobs if (variant.key, item.name) not in store]
+
+
+def replay(
+    endpoint: Endpoint, jobs: Sequence[Job], store: Store, concurrency: int, progress: str | Task
+) -> None:
     """Ask what has not been answered yet; each answer is written as soon as it arrives.
 
     Args:
@@ -47,36 +61,36 @@ def replay(endpoint: Endpoint, jobs: Sequence[Job], store: Store, concurrency: i
         jobs: variants with questions.
         store: of the answers; questions with an answer are skipped.
         concurrency: questions at the same time.
-        label: of the progress bar.
+        progress: advances with each answer; a text is the label of one for these questions alone.
 
     Raises:
         openai.APIError: the server refuses a question or does not answer.
     """
+    missing = unanswered(jobs, store)
+    if isinstance(progress, str):
+        with Task(progress, len(jobs), len(jobs) - len(missing)) as task:
+            return replay(endpoint, missing, store, concurrency, task)
     try:
-        asyncio.run(_replay(endpoint, jobs, store, concurrency, label))
+        asyncio.run(_replay(endpoint, missing, store, concurrency, progress))
     except ExceptionGroup as group:  # the error of the first worker ended the others
         raise group.exceptions[0] from group
+    return None
 
 
 async def _replay(
-    endpoint: Endpoint, jobs: Sequence[Job], store: Store, concurrency: int, label: str
+    endpoint: Endpoint, missing: Sequence[Job], store: Store, concurrency: int, task: Task
 ) -> None:
-    from tqdm import tqdm
-
-    missing = [(variant, item) for variant, item in jobs if (variant.key, item.name) not in store]
     waiting = iter(missing)
-    client = AsyncOpenAI(base_url=f"{endpoint.url}/v1", api_key=endpoint.api_key, max_retries=3, timeout=600)
-    async with client:
-        with tqdm(total=len(jobs), initial=len(jobs) - len(missing), desc=label, mininterval=1.0) as bar:
+    async with endpoint.client(max_retries=3) as client:
 
-            async def work() -> None:
-                for variant, item in waiting:
-                    store.add(variant.key, item.name, await _ask(client, endpoint, variant, item))
-                    bar.update()
+        async def work() -> None:
+            for variant, item in waiting:
+                store.add(variant.key, item.name, await _ask(client, endpoint, variant, item))
+                task.advance()
 
-            async with asyncio.TaskGroup() as group:
-                for _ in range(concurrency):
-                    group.create_task(work())
+        async with asyncio.TaskGroup() as group:
+            for _ in range(concurrency):
+                group.create_task(work())
 
 
 async def _ask(client: AsyncOpenAI, endpoint: Endpoint, variant: Variant, item: Item) -> Reply:

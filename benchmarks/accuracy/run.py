@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ficoco_vllm.benchmarks.accuracy.client import Job, replay
+from ficoco_vllm.benchmarks.accuracy.client import Job, replay, unanswered
 from ficoco_vllm.benchmarks.accuracy.host import CONCURRENCY, Host, endpoint
 from ficoco_vllm.benchmarks.accuracy.store import Store
 from ficoco_vllm.benchmarks.accuracy.suites import Row, methods_of, rows
@@ -13,6 +13,7 @@ from ficoco_vllm.benchmarks.accuracy.summary import summarise
 from ficoco_vllm.benchmarks.accuracy.variants import SITES
 from ficoco_vllm.benchmarks.accuracy.workload import Item, embedded
 from ficoco_vllm.benchmarks.harness.results import environment
+from ficoco_vllm.benchmarks.harness.terminal import Task
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,17 @@ def measure(options: Options) -> dict[str, Any]:
     wanted = rows(methods, options.keeps, options.tables, options.kinds)
     items = embedded(options.kinds, max(options.count, options.few_count), options.seed)
     with Store(options.answers, options.identity) as store:
-        for site in SITES:
-            jobs = [job for job in _jobs(wanted, items, options) if job[0].site == site]
-            missing = [(variant, item) for variant, item in jobs if (variant.key, item.name) not in store]
-            if not missing:
-                continue
-            with endpoint(options.host, site, [variant for variant, _ in missing]) as server:
-                replay(server, jobs, store, options.concurrency, site)
+        jobs = _jobs(wanted, items, options)
+        left = len(unanswered(jobs, store))
+        with Task("questions", len(jobs), len(jobs) - left) as task:
+            for site in SITES:
+                missing = unanswered((job for job in jobs if job[0].site == site), store)
+                if not missing:
+                    continue
+                task.describe(f"questions, starting the server: {site}")
+                with endpoint(options.host, site, [variant for variant, _ in missing]) as server:
+                    task.describe(f"questions, {site}")
+                    replay(server, missing, store, options.concurrency, task)
         result = summarise(wanted, items, store, options.host.num_tokens, lambda row: _count(row, options))
     head = {"schema": 1, **options.identity, "environment": environment()}
     return {**head, "count": options.count, "few_count": options.few_count, **result}

@@ -1,4 +1,4 @@
-"""Tables of docs/accuracy.md, from the JSON: `python -m ficoco_vllm.benchmarks.accuracy.tables [--check]`."""
+"""Tables of a run, and those of docs/accuracy.md: `python -m ficoco_vllm.benchmarks.accuracy.tables [--check]`."""
 
 import sys
 from collections.abc import Mapping
@@ -6,20 +6,25 @@ from typing import Any
 
 from ficoco_vllm.benchmarks.accuracy.paper import ABLATIONS
 from ficoco_vllm.benchmarks.accuracy.variants import FULL, NO_IMAGE
-from ficoco_vllm.benchmarks.harness.pages import ROOT, fill, table, write_pages
+from ficoco_vllm.benchmarks.harness.pages import ROOT, fill, write_pages
+from ficoco_vllm.benchmarks.harness.report import Table
 from ficoco_vllm.benchmarks.harness.results import read
 
 PAGE = ROOT / "docs" / "accuracy.md"
 # Two runs, since methods of the decoder take far longer without a GPU; the prefix marks the blocks of the second.
 RESULTS = {"": "accuracy", "decoder-": "accuracy-decoder"}
+CHANGE = (
+    "In brackets: change against all visual tokens on the same questions in percentage points, with the 95% interval "
+    "of a paired bootstrap."
+)
 Result = Mapping[str, Any]
 
 
-def methods_table(result: Result) -> list[str]:
+def methods_table(result: Result) -> Table:
     """Accuracy of every method at every budget, with the difference to all visual tokens."""
-    rows = _rows(result, "methods")
+    rows = of_table(result, "methods")
     keeps = sorted({row["keep"] for row in rows if row["keep"] is not None}, reverse=True)
-    blank = [""] * (len(keeps) - 1)
+    blank = [""] * len(keeps)
     lines = [
         [f"*{row['label']}*", row["site"], f"{row['accuracy']:.1f}", *blank]
         for row in rows
@@ -31,15 +36,14 @@ def methods_table(result: Result) -> list[str]:
     for method in dict.fromkeys(row["method"] for row in rows if row["method"]):
         mine = [row for row in rows if row["method"] == method]
         cells = {row["keep"]: _with_change(row) for row in mine}
-        lines.append([f"`{method}`", mine[0]["site"], *(cells.get(keep, "") for keep in keeps)])
-    return table(["method", "site", *(f"{keep} tokens" for keep in keeps)], lines)
+        lines.append([f"`{method}`", mine[0]["site"], "", *(cells.get(keep, "") for keep in keeps)])
+    header = ["method", "site", "no budget", *(f"{keep} tokens" for keep in keeps)]
+    return Table("methods", "Correct answers, %, by visual tokens per image", header, lines, [CHANGE])
 
 
-def kinds_table(result: Result) -> list[str]:
+def kinds_table(result: Result) -> Table:
     """Accuracy of every method at its smallest budget, each type of question alone."""
-    rows = _rows(result, "methods")
-    if not rows:
-        return []
+    rows = of_table(result, "methods")
     kinds = list(rows[0]["kinds"])
     smallest = min((row["keep"] for row in rows if row["keep"] is not None), default=None)
     lines = [["*majority*", *(f"{result['majority'][kind]:.0f}" for kind in kinds)]]
@@ -47,12 +51,14 @@ def kinds_table(result: Result) -> list[str]:
         if row["keep"] in (None, smallest):
             name = f"`{row['label']}`" if row["method"] else f"*{row['label']}, {row['site']}*"
             lines.append([name, *(_interval(row["kinds"][kind]) for kind in kinds)])
-    return table([f"method, {smallest} tokens", *(kind.replace("_", " ") for kind in kinds)], lines)
+    header = [f"method, {smallest} tokens", *(kind.replace("_", " ") for kind in kinds)]
+    note = "In brackets: Wilson's 95% interval."
+    return Table("kinds", "Correct answers, %, by type of question", header, lines, [note])
 
 
-def paired_table(result: Result, name: str) -> list[str]:
+def paired_table(result: Result, name: str) -> Table:
     """An ablation or a sensitivity table: difference to the table's first reduced row, with the paper's figures."""
-    rows = sorted(_rows(result, name), key=lambda row: row["label"] != FULL)
+    rows = sorted(of_table(result, name), key=lambda row: row["label"] != FULL)
     kinds = list(rows[0]["kinds"])
     paper = ABLATIONS.get(name)
     lines = []
@@ -63,22 +69,27 @@ def paired_table(result: Result, name: str) -> list[str]:
             cells += ["" if value is None else f"{value:.2f}" for value in printed]
         lines.append([row["label"], *cells])
     extra = ["the paper: SQA", "TextVQA"] if paper else []
-    return table(["", "mean", *(kind.replace("_", " ") for kind in kinds), *extra], lines)
+    header = ["", "mean", *(kind.replace("_", " ") for kind in kinds), *extra]
+    return Table(name, f"Correct answers, %: {name}", header, lines, [CHANGE])
 
 
-def provenance(result: Result) -> list[str]:
-    """The command, the machine and the versions."""
+def provenance(result: Result) -> str:
+    """The questions, the machine and the versions."""
     machine = result["environment"]
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
-    counts = {row["table"]: sum(k["count"] for k in row["kinds"].values()) for row in result["rows"]}
-    questions = "; ".join(f"{table}: {count}" for table, count in counts.items())
-    return [
-        f"Questions a row: {questions}. Model `{result['model']}`, seed {result['seed']}, greedy; "
+    return (
+        f"Questions a row: {questions(result)}. Model `{result['model']}`, seed {result['seed']}, greedy; "
         f"{machine['cores']} cores of an {machine['cpu']}, no GPU; {versions}."
-    ]
+    )
 
 
-def composition_table(result: Result) -> list[str]:
+def questions(result: Result) -> str:
+    """Questions a row, by table."""
+    counts = {row["table"]: sum(k["count"] for k in row["kinds"].values()) for row in result["rows"]}
+    return "; ".join(f"{table}: {count}" for table, count in counts.items())
+
+
+def composition_table(result: Result) -> Table:
     """`best` against other methods on questions that the search for it did not use."""
     rows = result["test"]
     others = [name for name in dict.fromkeys(row["against"] for row in rows) if name != FULL]
@@ -88,23 +99,29 @@ def composition_table(result: Result) -> list[str]:
         cells = [_against(figures[name]) if name in figures else "" for name in others]
         best = next(iter(figures.values()))["after"]
         lines.append([str(keep or "mean of the first four"), f"{100 * best:.1f}", *cells])
-    return table(["tokens", "`best`", *(f"against `{name}`" for name in others)], lines)
+    header = ["tokens", "`best`", *(f"against `{name}`" for name in others)]
+    return Table("composition", "The preset `best`", header, lines)
+
+
+def tables(result: Result) -> list[Table]:
+    """Every table of a run."""
+    names = list(dict.fromkeys(row["table"] for row in result["rows"]))
+    compared = [methods_table(result), kinds_table(result)] if "methods" in names else []
+    return compared + [paired_table(result, name) for name in names if name != "methods"]
 
 
 def blocks() -> dict[str, list[str]]:
     """Every block of the page by its name, from the committed results."""
-    lines = {"composition": composition_table(read("composition"))}
+    lines = {"composition": composition_table(read("composition")).markdown()}
     for prefix, name in RESULTS.items():
         result = read(name)
-        lines[f"{prefix}methods"] = methods_table(result)
-        lines[f"{prefix}kinds"] = kinds_table(result)
-        lines[f"{prefix}provenance"] = provenance(result)
-        for table_name in dict.fromkeys(row["table"] for row in result["rows"] if row["table"] != "methods"):
-            lines[prefix + table_name] = paired_table(result, table_name)
+        lines[f"{prefix}provenance"] = [provenance(result)]
+        lines |= {prefix + table.name: table.markdown() for table in tables(result)}
     return lines
 
 
-def _rows(result: Result, table: str) -> list[Mapping[str, Any]]:
+def of_table(result: Result, table: str) -> list[Mapping[str, Any]]:
+    """Rows of one table."""
     return [row for row in result["rows"] if row["table"] == table]
 
 

@@ -1,9 +1,8 @@
 """The patches of an image that a server kept, from its explanations (docs/explain.md)."""
 
-import json
-import urllib.error
-import urllib.request
 from typing import Any
+
+import httpx
 
 from ficoco_vllm.benchmarks.accuracy.client import Endpoint
 from ficoco_vllm.benchmarks.accuracy.variants import Variant
@@ -30,15 +29,13 @@ def kept_patches(endpoint: Endpoint, variant: Variant, item: Item) -> dict[str, 
         "compare": False,
     }
     setting = {"method": variant.served_name, "keep": variant.keep}
-    request = urllib.request.Request(
-        f"{endpoint.url}/ficoco/explain",
-        json.dumps(body | setting).encode(),
-        {"Content-Type": "application/json", "Authorization": f"Bearer {endpoint.api_key}"},
-    )
+    headers = {"Authorization": f"Bearer {endpoint.api_key}"}
     try:
-        with urllib.request.urlopen(request, timeout=_SECONDS) as answer:
-            explanation = json.load(answer)
-    except (urllib.error.URLError, TimeoutError, ConnectionError):
+        answer = httpx.post(
+            f"{endpoint.url}/ficoco/explain", json=body | setting, headers=headers, timeout=_SECONDS
+        )
+        explanation = answer.raise_for_status().json()
+    except httpx.HTTPError:
         return None
     rows, columns = explanation["grid"]
     last = explanation["layers"][-1]["kept"] if explanation["layers"] else list(range(rows * columns))

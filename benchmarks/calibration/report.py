@@ -1,94 +1,48 @@
-"""The calibration report: a page that needs nothing else, and lines for the terminal."""
+"""The report of a calibration: page, CSV, and lines for the terminal."""
 
 import io
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
+from markupsafe import Markup
+from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
+from ficoco_vllm.benchmarks.accuracy.statistics import wilson
 from ficoco_vllm.benchmarks.accuracy.workload import Item
 from ficoco_vllm.benchmarks.harness.http import data_url
-
-_STYLE = """
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; width: 100%; }
-th, td { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
-pre { padding: .7rem; overflow-x: auto; background: color-mix(in srgb, currentColor 8%, transparent); }
-figure { display: grid; grid-template-columns: 9rem 9rem 1fr; gap: 1rem; margin: 1rem 0; }
-img, svg { width: 9rem; }
-dl { margin: 0; display: grid; grid-template-columns: max-content 1fr; gap: .2rem .8rem; }
-dt { opacity: .7; } dd { margin: 0; }
-"""
+from ficoco_vllm.benchmarks.harness.plots import COLOURS, Plot, draw
+from ficoco_vllm.benchmarks.harness.report import Page, Section, Table, facts
+from ficoco_vllm.benchmarks.harness.results import csv_text
 
 Report = Mapping[str, Any]
+_COLUMNS = ("method", "part", "keep", "agreeing", "count", "agreement", "at_least", "safe")
 
 
-def lines(report: Report) -> list[str]:
-    """The outcome for the terminal."""
-    questions = report["questions"]
-    printed = [
-        f"{questions['search']} questions searched, {questions['certificate']} fresh ones for the certificate; target "
-        f"{report['target_agreement']:.3f} with {report['confidence']:.0%} confidence, for each method alone"
-    ]
-    for entry in report["methods"]:
-        printed += ["", *_of_method(entry, report["target_agreement"])]
-    return printed
+def page(report: Report, items: Sequence[Item]) -> Page:
+    """The report.
 
-
-def _of_method(entry: Mapping[str, Any], target: float) -> list[str]:
-    name, safe = entry["method"], entry["safe"]
-    printed = [f"WARNING {line}" for line in entry["warnings"]]
-    if entry["full_agrees_with_itself"] < target:
-        printed.append(
-            f"{name}: with all tokens the server agrees with itself in {entry['full_agrees_with_itself']:.1%} only, "
-            "so no budget can be expected to reach the target"
-        )
-    if safe is None:
-        tried = ", ".join(
-            f"{test['keep']}: {test['agreeing']} of {test['count']}"
-            for test in entry["tested"] or entry["searched"]
-        )
-        return [*printed, f"{name}: no budget is safe ({tried})"]
-    cache, first = safe["kv_cache"], safe["first_token"][name]
-    return [
-        *printed,
-        f"{name}: {safe['keep']} tokens agree in {safe['agreement']:.1%} (at least {safe['at_least']:.1%}); "
-        f"KV cache of a prompt {cache['saving']:.0%} smaller; first token {first['speedup']:.2f}x as fast, "
-        f"{1000 * first['seconds']:.0f} ms",
-        f"    {safe['serve']}",
-    ]
-
-
-def page(report: Report, items: Sequence[Item]) -> str:
-    """A self-contained HTML page."""
+    Args:
+        report: of `run.calibrate`.
+        items: the questions, of which those that disagree are shown.
+    """
     by_name = {item.name: item for item in items}
-    parts = [
-        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",
-        f"<title>Calibration</title><style>{_STYLE}</style><h1>Calibration</h1>",
-        f"<p>{escape(lines(report)[0])}. Model {escape(str(report['model']))}.</p>",
-        _table(report),
-    ]
-    for entry in report["methods"]:
-        parts.append(f"<h2>{escape(entry['method'])}</h2>")
-        parts += [f"<p><strong>{escape(line)}</strong></p>" for line in entry["warnings"]]
-        if entry["safe"] is None:
-            parts.append(f"<p>{escape(' '.join(_of_method(entry, report['target_agreement'])))}</p>")
-            continue
-        parts.append(f"<pre>{escape(entry['safe']['serve'])}</pre>")
-        worst = entry["worst"]
-        parts.append(f"<p>Worst disagreements on fresh questions: {len(worst) or 'none'}.</p>")
-        parts += [_figure(row, by_name[row["item"]]) for row in worst]
-    return "\n".join(parts) + "\n"
+    return Page(
+        title="Calibration",
+        lead=_verdicts(report),
+        sections=[
+            Section("Smallest safe budgets", lines=[lines(report)[0] + "."], tables=[overview(report)]),
+            *(_section(entry, report, by_name) for entry in report["methods"]),
+        ],
+        facts=facts(report["environment"], model=report["model"]),
+    )
 
 
-def _table(report: Report) -> str:
-    head = ("method", "tokens", "agreement", "at least", "divergence", "KV cache saved", "first token")
-    rows = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>"]
+def overview(report: Report) -> Table:
+    """The smallest safe budget of each method, and what it saves."""
+    rows = []
     for entry in report["methods"]:
-        safe = entry["safe"]
+        name, safe = entry["method"], entry["safe"]
         cells = ["none", *[""] * 5]
         if safe is not None:
             cells = [
@@ -97,31 +51,180 @@ def _table(report: Report) -> str:
                 f"{safe['at_least']:.1%}",
                 f"{safe['first_token_divergence']['mean']:.4f}",
                 f"{safe['kv_cache']['saving']:.0%}",
-                f"{safe['first_token'][entry['method']]['speedup']:.2f}x",
+                f"{safe['first_token'][name]['speedup']:.2f}x",
             ]
-        rows.append(
-            f"<tr><td>{escape(entry['method'])}</td>"
-            + "".join(f"<td class=number>{cell}</td>" for cell in cells)
-            + "</tr>"
-        )
-    return f"<table>{''.join(rows)}</table>"
-
-
-def _figure(row: Mapping[str, Any], item: Item) -> str:
-    source = data_url(item.image or b"", item.media_type)
-    return (
-        f"<figure><img alt='' src='{source}'>{_patches(row['patches'], item, source)}<dl>"
-        f"<dt>question</dt><dd>{escape(item.question)}</dd>"
-        f"<dt>all tokens</dt><dd>{escape(row['full'])}</dd>"
-        f"<dt>reduced</dt><dd>{escape(row['reduced'])}</dd>"
-        f"<dt>divergence</dt><dd>{row['divergence']:.3f} nats or more</dd></dl></figure>"
+        rows.append([f"`{name}`", *cells])
+    return Table(
+        "calibration",
+        f"Smallest budget with an agreement of at least {report['target_agreement']:.1%}",
+        (
+            "method",
+            "visual tokens",
+            "agreement",
+            "agreement, at least",
+            "first-token divergence",
+            "KV cache saved",
+            "first token, speed-up",
+        ),
+        rows,
+        [f"At least: one-sided lower bound with {report['confidence']:.0%} confidence. Divergence in nats."],
     )
 
 
-def _patches(explanation: Mapping[str, Any] | None, item: Item, source: str) -> str:
+def lines(report: Report) -> list[str]:
+    """The outcome for the terminal: what was asked, then each method."""
+    questions = report["questions"]
+    head = (
+        f"{questions['search']} questions searched, {questions['certificate']} fresh ones for the certificate; target "
+        f"{report['target_agreement']:.3f} with {report['confidence']:.0%} confidence, for each method alone"
+    )
+    serve = [f"    {entry['safe']['serve']}" for entry in report["methods"] if entry["safe"]]
+    return [head, *(line.replace("`", "") for line in _verdicts(report)), *serve]
+
+
+def as_csv(report: Report) -> str:
+    """Every budget of each method, in the search and in the certificate."""
+    rows = []
+    for entry in report["methods"]:
+        for part, tests in (("search", entry["searched"]), ("certificate", entry["tested"])):
+            for test in tests:
+                share = round(test["agreeing"] / test["count"], 4)
+                safe = _is_safe(test, report) if part == "certificate" else None
+                rows.append(
+                    {"method": entry["method"], "part": part, **test, "agreement": share, "safe": safe}
+                )
+    return csv_text(_COLUMNS, rows)
+
+
+def _verdicts(report: Report) -> list[str]:
+    """A sentence for each method."""
+    printed = []
+    for entry in report["methods"]:
+        name, safe = f"`{entry['method']}`", entry["safe"]
+        if entry["full_agrees_with_itself"] < report["target_agreement"]:
+            printed.append(
+                f"{name}: with all tokens the server agrees with itself in {entry['full_agrees_with_itself']:.1%} "
+                "only, so no budget can be expected to reach the target."
+            )
+        if safe is None:
+            largest = (entry["tested"] or entry["searched"][::-1])[0]
+            printed.append(
+                f"{name}: no budget is safe; at {largest['keep']} tokens {largest['agreeing']} of {largest['count']} "
+                "answers agree."
+            )
+            continue
+        first = safe["first_token"][entry["method"]]
+        printed.append(
+            f"{name}: {safe['keep']} tokens agree in {safe['agreement']:.1%} (at least {safe['at_least']:.1%}). KV "
+            f"cache of a prompt {safe['kv_cache']['saving']:.0%} smaller, first token {first['speedup']:.2f}x faster "
+            f"({1000 * first['seconds']:.0f} ms)."
+        )
+    return printed
+
+
+def _section(entry: Mapping[str, Any], report: Report, by_name: Mapping[str, Item]) -> Section:
+    safe, worst = entry["safe"], entry["worst"]
+    where = f"{entry['worst_keep']} tokens, questions of the {entry['worst_of']}"
+    shown = f"Worst disagreements at {where}." if worst else f"No disagreements at {where}."
+    if any(row["patches"] is None for row in worst):
+        shown += " For the kept patches, start the server with --ficoco-explain."
+    return Section(
+        entry["method"],
+        lines=["To serve this budget:"] if safe else ["No budget is safe."],
+        command=safe["serve"] if safe else "",
+        warnings=entry["warnings"],
+        tables=[_budgets(entry, report)],
+        plots=[_agreement(entry, report)],
+        extra=Markup("<p>{}</p>\n<div class='cases'>\n{}\n</div>").format(
+            shown, Markup("\n").join(_case(row, by_name[row["item"]]) for row in worst)
+        ),
+    )
+
+
+def _budgets(entry: Mapping[str, Any], report: Report) -> Table:
+    """Every budget with its answers in the search and in the certificate."""
+    searched, tested = ({test["keep"]: test for test in entry[part]} for part in ("searched", "tested"))
+    rows = []
+    for keep in sorted(searched.keys() | tested.keys(), reverse=True):
+        test = tested.get(keep)
+        verdict = _verdict(searched.get(keep), test, report)
+        bound = "" if test is None else f"{test['at_least']:.1%}"
+        rows.append((str(keep), _counts(searched.get(keep)), _counts(test), bound, verdict))
+    return Table(
+        f"budgets-{entry['method']}",
+        f"Budgets of `{entry['method']}`",
+        ("visual tokens", "agree in the search", "agree in the certificate", "at least", "verdict"),
+        rows,
+        ["Only the certificate, on questions that the search has not seen, shows that a budget is safe."],
+    )
+
+
+def _verdict(seen: Mapping[str, Any] | None, test: Mapping[str, Any] | None, report: Report) -> str:
+    if test is not None:
+        return "safe" if _is_safe(test, report) else "not safe"
+    if seen is not None and seen["agreeing"] < report["target_agreement"] * seen["count"]:
+        return "below the target in the search"
+    return "not tested"
+
+
+def _is_safe(test: Mapping[str, Any], report: Report) -> bool:
+    return bool(test["at_least"] >= report["target_agreement"])
+
+
+def _counts(test: Mapping[str, Any] | None) -> str:
+    return (
+        ""
+        if test is None
+        else f"{test['agreeing']} of {test['count']}, {test['agreeing'] / test['count']:.0%}"
+    )
+
+
+def _agreement(entry: Mapping[str, Any], report: Report) -> Plot:
+    """Agreement over the budget, with Wilson's intervals, in the search and in the certificate."""
+
+    def paint(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        ticks = sorted({test["keep"] for part in ("searched", "tested") for test in entry[part]})
+        for part, label, colour, shift in (
+            ("searched", "search", COLOURS[0], -0.08),
+            ("tested", "certificate", COLOURS[4], 0.08),
+        ):
+            for index, test in enumerate(entry[part]):
+                place = ticks.index(test["keep"]) + shift
+                low, high = (100 * bound for bound in wilson(test["agreeing"], test["count"]))
+                axes.plot([place, place], [low, high], color=colour, linewidth=1.5)
+                share = 100 * test["agreeing"] / test["count"]
+                axes.plot([place], [share], "o", color=colour, label=None if index else label, clip_on=False)
+        axes.axhline(100 * report["target_agreement"], color="#777777", linestyle=":", label="target")
+        axes.set_xticks(range(len(ticks)), map(str, ticks))
+        axes.set_xlabel("visual tokens")
+        axes.set_ylabel("agreement, %, with 95% interval")
+        axes.set_ylim(top=100)
+        figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=8)
+
+    name = f"agreement-{entry['method']}"
+    return draw(name, f"Answers of {entry['method']} that agree with the full model's", (5.6, 3.4), paint)
+
+
+def _case(row: Mapping[str, Any], item: Item) -> Markup:
+    source = data_url(item.image or b"", item.media_type)
+    return Markup(
+        "<div class='case'><img alt='' src='{}'>{}<dl><dt>question</dt><dd>{}</dd><dt>all tokens</dt><dd>{}</dd>"
+        "<dt>reduced</dt><dd>{}</dd><dt>divergence</dt><dd>at least {:.3f} nats</dd></dl></div>"
+    ).format(
+        source,
+        _patches(row["patches"], item, source),
+        item.question,
+        row["full"],
+        row["reduced"],
+        row["divergence"],
+    )
+
+
+def _patches(explanation: Mapping[str, Any] | None, item: Item, source: str) -> Markup:
     """The image again, with the removed patches darkened."""
     if explanation is None:
-        return "<small>for the kept patches, start the server with --ficoco-explain</small>"
+        return Markup()
     with Image.open(io.BytesIO(item.image or b"")) as picture:
         width, height = ImageOps.exif_transpose(picture).size
     (rows, columns), square = explanation["grid"], explanation["central_square"]
@@ -132,7 +235,7 @@ def _patches(explanation: Mapping[str, Any] | None, item: Item, source: str) -> 
         f"M{left + token % columns * w:.2f} {top + token // columns * h:.2f}h{w:.2f}v{h:.2f}h{-w:.2f}z"
         for token in gone
     )
-    return (
-        f"<svg role=img aria-label='{len(explanation['kept'])} patches that were kept' viewBox='0 0 {width} {height}'>"
-        f"<image href='{source}' width='{width}' height='{height}'/><path d='{cells}' fill-opacity='.7'/></svg>"
-    )
+    return Markup(
+        "<svg role=img aria-label='{} patches that were kept' viewBox='0 0 {} {}'>"
+        "<image href='{}' width='{}' height='{}'/><path d='{}' fill-opacity='.7'/></svg>"
+    ).format(len(explanation["kept"]), width, height, source, width, height, cells)

@@ -198,6 +198,7 @@ def _report(
         ],
         "safe": None,
         "warnings": _warnings(run, method, outcome),
+        **_disagreements(run, method, outcome),
     }
     if outcome.safe is None:
         return report
@@ -228,7 +229,6 @@ def _report(
             )
         ),
     }
-    report["worst"] = _worst(run, variant)
     return report
 
 
@@ -245,19 +245,33 @@ def _warnings(run: Replayed, method: str, outcome: Outcome) -> list[str]:
     return lines
 
 
-def _worst(run: Replayed, variant: Variant) -> list[dict[str, Any]]:
-    """Fresh questions that are answered otherwise than by the full model, the surest of its answers first."""
+def _disagreements(run: Replayed, method: str, outcome: Outcome) -> dict[str, Any]:
+    """The worst disagreements at the safe budget, or where none is safe at the largest one that was tested.
+
+    Returns:
+        `worst_keep`, the budget; `worst_of`, whether its questions are those of the certificate or of the search; and
+        `worst`, the questions that are answered otherwise than by the full model, the surest of its answers first.
+    """
+    if outcome.tested:
+        last = outcome.safe or outcome.tested[0]
+        keep, part, items = last.keep, "certificate", run.fresh
+    else:
+        keep, part = max(outcome.searched), "search"
+        items = run.searched[: outcome.searched[keep][1]]
+    variant = Variant(method, site_of(method), method, keep)
     reference = full(variant.site)
     rows = []
-    for item in run.fresh:
+    for item in items:
         before, after = run.store[reference.key, item.name], run.store[variant.key, item.name]
         if before.text != after.text:
-            moved = divergence(before.likely, after.likely)
-            rows.append(
-                {"item": item.name, "full": before.text, "reduced": after.text, "divergence": round(moved, 4)}
-            )
-    worst = sorted(rows, key=lambda row: -float(str(row["divergence"])))[:NUM_WORST]
-    by_name = {item.name: item for item in run.fresh}
-    return [
-        {**row, "patches": kept_patches(run.endpoint, variant, by_name[str(row["item"])])} for row in worst
-    ]
+            moved = round(divergence(before.likely, after.likely), 4)
+            rows.append((moved, item, {"item": item.name, "full": before.text, "reduced": after.text}))
+    rows.sort(key=lambda row: -row[0])
+    return {
+        "worst_keep": keep,
+        "worst_of": part,
+        "worst": [
+            {**texts, "divergence": moved, "patches": kept_patches(run.endpoint, variant, item)}
+            for moved, item, texts in rows[:NUM_WORST]
+        ],
+    }

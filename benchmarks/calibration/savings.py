@@ -7,7 +7,6 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from openai import AsyncOpenAI
 from PIL import Image
 
 from ficoco_vllm.benchmarks.accuracy.client import Endpoint
@@ -67,18 +66,10 @@ def kv_saving(
     return {"full_bytes": before, "bytes": after, "saving": round(1 - after / before, 4)}
 
 
-async def first_token_seconds(endpoint: Endpoint, variant: Variant, item: Item) -> float:
-    """Time to the first token of one question, sent alone."""
-    url = f"{endpoint.url}/v1"
-    async with AsyncOpenAI(base_url=url, api_key=endpoint.api_key, max_retries=0, timeout=600) as client:
-        seconds, _ = await first_token(client, endpoint.body(variant, item))
-    return seconds
-
-
 def first_token_ratio(
     endpoint: Endpoint, variants: Sequence[Variant], items: Sequence[Item], seed: int
 ) -> dict[str, dict[str, float]]:
-    """Median time to first token of each variant; they take turns, each time with a new image.
+    """Median time to first token of each variant; they take turns, one request at a time, each with a new image.
 
     Args:
         endpoint: the server.
@@ -90,12 +81,16 @@ def first_token_ratio(
         Key of the variant to `seconds` and `speedup` over the first variant, medians over the questions.
     """
     rng = random.Random(seed)
-    seconds: dict[str, list[float]] = {variant.key: [] for variant in variants}
-    for place, item in enumerate(items):
-        for variant in rng.sample(list(variants), len(variants)):
-            taken = asyncio.run(first_token_seconds(endpoint, variant, with_new_pixel(item, rng)))
-            if place:
-                seconds[variant.key].append(taken)
+    turns = [
+        (variant, with_new_pixel(item, rng))
+        for item in items
+        for variant in rng.sample(list(variants), len(variants))
+    ]
+    times = asyncio.run(_first_tokens(endpoint, turns))
+    counted = list(zip(turns, times, strict=True))[len(variants) :]
+    seconds = {
+        variant.key: [time for (timed, _), time in counted if timed == variant] for variant in variants
+    }
     base = seconds[variants[0].key]
     return {
         key: {
@@ -104,6 +99,11 @@ def first_token_ratio(
         }
         for key, taken in seconds.items()
     }
+
+
+async def _first_tokens(endpoint: Endpoint, turns: Sequence[tuple[Variant, Item]]) -> list[float]:
+    async with endpoint.client(max_retries=0) as client:
+        return [(await first_token(client, endpoint.body(variant, item)))[0] for variant, item in turns]
 
 
 def with_new_pixel(item: Item, rng: random.Random) -> Item:

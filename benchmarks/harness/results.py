@@ -1,6 +1,7 @@
 """The end of every benchmark: its JSON, and its bars, each a limit with the measured figure."""
 
 import argparse
+import csv
 import json
 import os
 import platform
@@ -8,6 +9,7 @@ import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +125,20 @@ def write(result: Mapping[str, Any], path: Path) -> None:
         lines = ",\n".join(f"    {json.dumps(row)}" for row in result["rows"])
         head = f'{head[:-2]},\n  "rows": [\n{lines}\n  ]\n}}'
     path.write_text(head + "\n", encoding="utf-8")
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows as CSV; a missing value leaves its cell empty.
+
+    Args:
+        columns: names, in order; other entries of a row are left out.
+        rows: column to value.
+    """
+    text = StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def read(name: str) -> dict[str, Any]:

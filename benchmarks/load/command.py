@@ -4,21 +4,17 @@ import argparse
 import json
 import math
 import os
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ficoco_vllm.benchmarks.harness.results import Bar, at_most, environment, report, write
-from ficoco_vllm.benchmarks.load.checks import check
-from ficoco_vllm.benchmarks.load.run import Target, run_turn, run_turns
-from ficoco_vllm.benchmarks.load.settings import STOCK, Server, Traffic, Turn, make_points, make_turns
-from ficoco_vllm.benchmarks.load.summary import as_csv, as_table, ratio, summarise
-from ficoco_vllm.compat import multiplies_bfloat16
-from ficoco_vllm.reduction.cost import model_shape
+from ficoco_vllm.benchmarks.harness.results import Bar, at_most, environment
+
+if TYPE_CHECKING:
+    from ficoco_vllm.benchmarks.load.settings import Server, Traffic, Turn
 
 DEMO = "demo"
 WIDE = "llava-1.5-7b-width"
@@ -26,11 +22,11 @@ WIDE = "llava-1.5-7b-width"
 _STOCK_REQUESTS = 12
 _STOCK_VISUAL_TOKENS = 576
 _BLOCK = 32
-_DEFAULT_SERVERS = (STOCK, "ficoco-v:64", "ficoco-v:192")
+_DEFAULT_SERVERS = ("stock", "ficoco-v:64", "ficoco-v:192")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's options."""
+    """The command's options, beside those that all benchmarks of a server share."""
     add = parser.add_argument
     add(
         "--model",
@@ -39,13 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--layers decoder layers and random weights (default: %(default)s)",
     )
     add("--layers", type=int, default=2, help=f"decoder layers of {WIDE!r} (default: %(default)s)")
+    add("--served-model-name", help="name of the model in requests (default with --url: the server's first)")
     add(
-        "--url",
-        help="measure a server that is up, instead of starting any; --servers then has one name for it",
+        "--tokenizer",
+        help="folder or name, for prompts of a known length (default: the model; with --url the server's /tokenize)",
     )
-    add("--api-key", default=os.environ.get("OPENAI_API_KEY"), help="of the server at --url")
-    add("--served-model-name", default="load", help="name of the model in requests (default: %(default)s)")
-    add("--tokenizer", help="folder or name, for prompts of a known length (default: the model)")
     add("--servers", nargs="+", default=list(_DEFAULT_SERVERS), help="stock, METHOD or METHOD:KEEP, each")
     add("--rates", nargs="*", default=[], help="requests a second, one point each")
     add("--concurrency", nargs="*", type=int, default=[4, 16], help="concurrent requests, one point each")
@@ -54,7 +48,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--answer-tokens", type=int, default=32, help="of an answer (default: %(default)s)")
     add("--image-side", type=int, default=336, help="pixels (default: %(default)s)")
     add("--rounds", type=int, default=2, help="turns of each server (default: %(default)s)")
-    add("--seed", type=int, default=0)
     add("--sample-seconds", type=float, default=0.5, help="between two reads of /metrics")
     add(
         "--server-options", default="", help="more options of vLLM's server, as one argument, for all servers"
@@ -62,11 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--bar", type=float, help="least throughput of each method over stock's, at the last point")
     add("--bar-token", type=float, help="most time of a token of each method over stock's, at the last point")
     add("--remark", default="", help="stored with the figures, for example the other load of the machine")
-    add("--out", type=Path, default=Path("build/load"), help="folder of the results (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, write JSON, CSV and HTML, print the table and the bars.
+    """Measure, write the report, print the tables and the bars.
 
     Returns:
         0; 1 if a bar fails or a server does not reduce as configured.
@@ -74,17 +66,23 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: an option is not allowed.
         RuntimeError: a server failed.
+        openai.APIError: the server at `--url` does not answer.
     """
-    servers, points = _read(args)
-    from ficoco_vllm.benchmarks.load.report import as_html  # needs packages of the extra `bench`
+    # Not at the top: they need packages of the extra `bench`, or seconds.
+    from ficoco_vllm.benchmarks.harness import terminal
+    from ficoco_vllm.benchmarks.harness.report import save
+    from ficoco_vllm.benchmarks.load.checks import check
+    from ficoco_vllm.benchmarks.load.report import page
+    from ficoco_vllm.benchmarks.load.settings import make_turns
+    from ficoco_vllm.benchmarks.load.summary import as_csv, summarise
 
+    servers, points = _read(args)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # of the client's own import of vLLM
-    turns = make_turns(servers, points, args.rounds, args.seed)
-    rows = _measure(args, turns)
+    rows = _measure(args, make_turns(servers, points, args.rounds, args.seed))
     patches = _STOCK_VISUAL_TOKENS if args.model in (DEMO, WIDE) else None  # of other models unknown
     warnings = [] if args.url is not None else check(rows, servers, patches)
     result = {
-        "model": f"{args.model}, {args.layers} layers" if args.model == WIDE else args.model,
+        "model": _model_name(args),
         "environment": environment(),
         "command": _command(args),
         "remark": args.remark,
@@ -95,17 +93,15 @@ def run(args: argparse.Namespace) -> int:
         "summary": summarise(rows),
         "rows": rows,
     }
-    write(result, args.out / "load.json")
-    (args.out / "load.csv").write_text(as_csv(rows))
-    (args.out / "load.html").write_text(as_html(result))
-    print(as_table(result["summary"]))
-    print(f"\nwritten: {args.out}/load.json, load.csv, load.html")
-    for line in warnings:
-        _say(f"WARNING {line}")
-    return report(_bars(args, servers, points, rows)) or int(bool(warnings))
+    report = page(result)
+    written = save(report, result, as_csv(rows), args.out, "load")
+    terminal.show(report.tables, [written], warnings)
+    return terminal.report(_bars(args, servers, points, rows, warnings))
 
 
-def _read(args: argparse.Namespace) -> tuple[list[Server], list[Traffic]]:
+def _read(args: argparse.Namespace) -> "tuple[list[Server], list[Traffic]]":
+    from ficoco_vllm.benchmarks.load.settings import Server, make_points
+
     servers = [Server.parse(text) for text in args.servers]
     if len({server.name for server in servers}) < len(servers):
         raise ValueError(f"--servers = {args.servers} names one twice")
@@ -113,10 +109,6 @@ def _read(args: argparse.Namespace) -> tuple[list[Server], list[Traffic]]:
         servers = [Server(name="remote")]
     if args.rounds < 1:
         raise ValueError(f"--rounds = {args.rounds} is not allowed; allowed: an integer of at least 1")
-    if args.url is not None and args.model == DEMO and args.tokenizer is None:
-        raise ValueError(
-            "--tokenizer is needed with --url: a folder or name that holds the model's tokenizer"
-        )
     points = make_points(
         args.rates,
         args.concurrency,
@@ -130,30 +122,39 @@ def _read(args: argparse.Namespace) -> tuple[list[Server], list[Traffic]]:
     return servers, points
 
 
-def _measure(args: argparse.Namespace, turns: Sequence[Turn]) -> list[dict[str, Any]]:
+def _measure(args: argparse.Namespace, turns: "list[Turn]") -> list[dict[str, Any]]:
     """The rows of all turns, from the server at `--url` or from servers that are started."""
+    from ficoco_vllm.benchmarks.harness.http import served_model
+    from ficoco_vllm.benchmarks.load.run import Target, run_turns
+
     if args.url is not None:
-        target = Target("", args.served_model_name, args.tokenizer or args.model, (), args.out)
-        headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
-        return [
-            row
-            for turn in turns
-            for row in run_turn(turn, args.url.rstrip("/"), target, headers, args.sample_seconds, _say)
-        ]
+        name = args.served_model_name or served_model(args.url, args.api_key or "none")
+        target = Target("", name, args.tokenizer, (), args.out, args.api_key, args.sample_seconds)
+        return run_turns(turns, target, args.url)
     with tempfile.TemporaryDirectory() if args.model == WIDE else nullcontext("") as scratch:
         model, options = _model(args, Path(scratch))
         target = Target(
             model,
-            args.served_model_name,
+            args.served_model_name or "load",
             args.tokenizer or model,
             (*options, *args.server_options.split()),
             args.out,
+            sample_seconds=args.sample_seconds,
         )
-        return run_turns(list(turns), target, args.sample_seconds, _say)
+        return run_turns(turns, target)
+
+
+def _model_name(args: argparse.Namespace) -> str:
+    if args.url is not None:
+        return f"served at {args.url}"
+    return f"{args.model}, {args.layers} layers" if args.model == WIDE else str(args.model)
 
 
 def _model(args: argparse.Namespace, scratch: Path) -> tuple[str, tuple[str, ...]]:
     """Folder of the model, and the options that it needs."""
+    from ficoco_vllm.compat import multiplies_bfloat16
+    from ficoco_vllm.reduction.cost import model_shape
+
     options: tuple[str, ...] = ()
     if args.model == DEMO:
         folder = Path(import_module("ficoco_vllm.demo_model").path())
@@ -179,15 +180,19 @@ def _model(args: argparse.Namespace, scratch: Path) -> tuple[str, tuple[str, ...
 
 def _bars(
     args: argparse.Namespace,
-    servers: Sequence[Server],
-    points: Sequence[Traffic],
+    servers: "Sequence[Server]",
+    points: "Sequence[Traffic]",
     rows: Sequence[Mapping[str, Any]],
+    warnings: Sequence[str],
 ) -> list[Bar]:
+    from ficoco_vllm.benchmarks.load.settings import STOCK
+    from ficoco_vllm.benchmarks.load.summary import ratio
+
     if args.url is not None:
         return []
     last = points[-1].name
     methods = [server.name for server in servers if server.method is not None]
-    bars = []
+    bars = [at_most("load-servers-that-do-not-reduce-as-configured", len(warnings))]
     if args.bar is not None:
         for name in methods:
             throughput = ratio(rows, "request_throughput", name, STOCK, last)
@@ -201,8 +206,9 @@ def _bars(
 
 def _command(args: argparse.Namespace) -> str:
     shown = {
-        "model": args.model,
-        "servers": " ".join(args.servers),
+        "model": args.model if args.url is None else None,
+        "url": args.url,
+        "servers": " ".join(args.servers) if args.url is None else None,
         "rates": " ".join(args.rates),
         "concurrency": " ".join(map(str, args.concurrency)),
         "requests": args.requests,
@@ -214,7 +220,3 @@ def _command(args: argparse.Namespace) -> str:
     }
     words = " ".join(f"--{name} {value}" for name, value in shown.items() if value not in ("", None))
     return f"ficoco-vllm bench load {words}" + (f" --layers {args.layers}" if args.model == WIDE else "")
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -1,125 +1,127 @@
-"""Pictures of a load test, as SVG."""
+"""Pictures of a load test."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ficoco_vllm.benchmarks.harness.plots import COLOURS, as_svg
+from ficoco_vllm.benchmarks.harness.plots import COLOURS, Plot, draw, from_zero, legend_above
 
-_SIZE_INCHES = (7.0, 3.6)
+_SIZE_INCHES = (4.8, 3.2)
+# Latencies whose 99th percentile is so many times the median are drawn on a logarithmic scale.
+_WIDE = 20
+Rows = Sequence[Mapping[str, Any]]
+Colours = Mapping[str, str]
 
 
-def draw(rows: Sequence[Mapping[str, Any]], summary: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """Every picture of the report.
+def plots(rows: Rows, summary: Rows) -> list[Plot]:
+    """Every picture that has something to show.
 
-    Returns:
-        Title and SVG of each.
+    Args:
+        rows: of the run.
+        summary: their medians.
     """
     servers = list(dict.fromkeys(row["server"] for row in summary))
     points = list(dict.fromkeys(row["point"] for row in summary))
     colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(servers)}
+
+    def picture(name: str, caption: str, paint: Callable[..., None], *arguments: Any) -> Plot:
+        def fill(figure: Figure) -> None:
+            axes = figure.add_subplot()
+            paint(axes, *arguments, colours)
+            if axes.get_yscale() == "linear":
+                from_zero(axes)
+            legend_above(figure)
+
+        return draw(name, caption, _SIZE_INCHES, fill)
+
     pictures = [
-        ("Throughput over time to first token", _svg(_throughput, summary, colours)),
-        ("Time to first token, p50 to p99", _svg(_latency, summary, colours, points, "ttft", "s", 1e-3)),
-        ("Time between tokens, p50 to p99", _svg(_latency, summary, colours, points, "itl", "ms", 1.0)),
+        picture("throughput", "Requests per second, smallest to largest round", _throughput, summary),
+        picture("ttft", "Time to first token", _latency, "ttft", "s", 1e-3, summary),
+        picture("itl", "Time between tokens", _latency, "itl", "ms", 1.0, summary),
     ]
-    if any(row["samples"] for row in rows):
-        pictures += [
-            ("Concurrent requests, at most", _svg(_bars, summary, colours, points, "num_running_max")),
-            ("Preemptions", _svg(_bars, summary, colours, points, "num_preemptions")),
-        ]
-        pictures += [(f"KV cache in use, {point}", _svg(_cache, rows, colours, point)) for point in points]
+    if len(points) > 1:
+        caption = "Time to first token over throughput"
+        pictures.append(picture("ttft-by-throughput", caption, _curve, summary))
+    if any(row["num_preemptions"] for row in summary):
+        pictures.append(picture("preemptions", "Preemptions", _bars, "num_preemptions", "", summary))
+    for index, point in enumerate(points):
+        mine = [row for row in rows if row["point"] == point]
+        if any(row["samples"] for row in mine):
+            pictures.append(picture(f"kv-cache-{index}", f"KV cache in use, {point}", _cache, mine))
     return pictures
 
 
-def _svg(paint: Any, *arguments: Any) -> str:
-    def fill(figure: Figure) -> None:
-        axes = figure.add_subplot()
-        paint(axes, *arguments)
-        axes.legend(frameon=False, fontsize=8)
+def _throughput(axes: Axes, summary: Rows, colours: Colours) -> None:
+    name = "request_throughput"
+    _bars(axes, name, "requests/s", summary, colours)
+    for row, place, _ in _placed(summary, colours):
+        axes.plot([place, place], [row[f"{name}_min"], row[f"{name}_max"]], color="#000000", linewidth=1)
+        axes.annotate(
+            f"{row[name]:.2f}",
+            (place, row[f"{name}_max"]),
+            (0, 2),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+        )
+    axes.margins(y=0.12)
 
-    return as_svg(_SIZE_INCHES, fill)
 
-
-def _throughput(axes: Axes, summary: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> None:
+def _curve(axes: Axes, summary: Rows, colours: Colours) -> None:
     for server, colour in colours.items():
         mine = sorted(
-            (row for row in summary if row["server"] == server), key=lambda row: row["request_throughput"]
+            (row["request_throughput"], row["ttft_ms_p50"] / 1e3)
+            for row in summary
+            if row["server"] == server
         )
-        axes.plot(
-            [row["request_throughput"] for row in mine],
-            [row["ttft_ms_p50"] / 1000 for row in mine],
-            marker="o",
-            color=colour,
-            label=server,
-        )
+        axes.plot(*zip(*mine, strict=True), marker="o", color=colour, label=server)
     axes.set_xlabel("requests/s")
     axes.set_ylabel("TTFT p50, s")
-    axes.set_ylim(bottom=0)
+    from_zero(axes, "x")
 
 
-def _latency(
-    axes: Axes,
-    summary: Sequence[Mapping[str, Any]],
-    colours: Mapping[str, str],
-    points: Sequence[str],
-    name: str,
-    unit: str,
-    factor: float,
-) -> None:
-    """From the median up to the 99th percentile, with a mark at the 90th."""
-    for row, place, bar in _placed(summary, colours, points):
+def _latency(axes: Axes, name: str, unit: str, factor: float, summary: Rows, colours: Colours) -> None:
+    for row, place, colour in _placed(summary, colours):
         low, middle, high = (row[f"{name}_ms_p{p}"] * factor for p in (50, 90, 99))
-        axes.bar(place, high - low, bottom=low, **bar)
-        half = bar["width"] / 2
-        axes.plot([place - half, place + half], [middle, middle], color="white", linewidth=1)
-    _label(axes, points, f"{name.upper()}, {unit}")
+        axes.plot([place, place], [low, high], color=colour, linewidth=1)
+        axes.plot([place, place], [low, middle], color=colour, linewidth=5, solid_capstyle="butt")
+        axes.plot([place], [low], "o", color=colour, label=row["server"])
+    if any(row[f"{name}_ms_p99"] > _WIDE * row[f"{name}_ms_p50"] > 0 for row in summary):
+        axes.set_yscale("log")
+    _label(axes, summary, f"{name.upper()}, {unit}")
 
 
-def _bars(
-    axes: Axes,
-    summary: Sequence[Mapping[str, Any]],
-    colours: Mapping[str, str],
-    points: Sequence[str],
-    figure: str,
-) -> None:
-    for row, place, bar in _placed(summary, colours, points):
-        axes.bar(place, row[figure] or 0, **bar)
-    _label(axes, points, "")
+def _bars(axes: Axes, figure: str, unit: str, summary: Rows, colours: Colours) -> None:
+    for row, place, colour in _placed(summary, colours):
+        axes.bar(place, row[figure] or 0, 0.7 / len(colours), color=colour, label=row["server"])
+    _label(axes, summary, unit)
 
 
-def _cache(axes: Axes, rows: Sequence[Mapping[str, Any]], colours: Mapping[str, str], point: str) -> None:
-    seen: set[str] = set()
-    for row in (row for row in rows if row["point"] == point):
-        server = row["server"]
+def _cache(axes: Axes, rows: Rows, colours: Colours) -> None:
+    for row in rows:
         axes.plot(
             [sample["seconds"] for sample in row["samples"]],
             [100 * sample["kv_cache_usage"] for sample in row["samples"]],
-            color=colours[server],
+            color=colours[row["server"]],
             linewidth=1.2,
-            label=None if server in seen else server,
+            label=row["server"],
         )
-        seen.add(server)
     axes.set_xlabel("seconds")
     axes.set_ylabel("KV cache in use, %")
-    axes.set_ylim(bottom=0)
 
 
-def _placed(
-    summary: Sequence[Mapping[str, Any]], colours: Mapping[str, str], points: Sequence[str]
-) -> Iterator[tuple[Mapping[str, Any], float, dict[str, Any]]]:
-    """Rows with the place and looks of their bars: points side by side, servers within them."""
-    servers, width = list(colours), 0.8 / len(colours)
+def _placed(summary: Rows, colours: Colours) -> Iterator[tuple[Mapping[str, Any], float, str]]:
+    """Rows with their place and colour: points side by side, servers within them."""
+    points, servers = list(dict.fromkeys(row["point"] for row in summary)), list(colours)
     for row in summary:
-        server, point = row["server"], row["point"]
-        place = points.index(point) + (servers.index(server) - (len(servers) - 1) / 2) * width
-        label = server if point == points[0] else None
-        yield row, place, {"width": 0.9 * width, "color": colours[server], "label": label}
+        offset = (servers.index(row["server"]) - (len(servers) - 1) / 2) * 0.8 / len(servers)
+        yield row, points.index(row["point"]) + offset, colours[row["server"]]
 
 
-def _label(axes: Axes, points: Sequence[str], unit: str) -> None:
+def _label(axes: Axes, summary: Rows, unit: str) -> None:
+    points = list(dict.fromkeys(row["point"] for row in summary))
     axes.set_xticks(range(len(points)), points)
+    axes.set_xlim(-0.5, len(points) - 0.5)
     axes.set_ylabel(unit)
-    axes.set_ylim(bottom=0)

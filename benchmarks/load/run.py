@@ -1,12 +1,13 @@
 """Rounds of turns: each server is started, sent the traffic and stopped before the next one starts."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ficoco_vllm.benchmarks.harness.serving import STOCK, serving
+from ficoco_vllm.benchmarks.harness.terminal import Task
 from ficoco_vllm.benchmarks.load.client import run_point
 from ficoco_vllm.benchmarks.load.settings import Turn
 from ficoco_vllm.compat import set_cpu_defaults
@@ -21,23 +22,31 @@ class Target:
     """What is served, and how.
 
     Attributes:
-        model: folder or name; None for the demo model.
-        tokenizer: folder or name, of the client.
-        options: of vLLM's server, alike for every server.
-        log_folder: takes the logs of the servers.
+        model: folder or name.
+        name: of the model in requests.
+        tokenizer: folder or name, of the client; None leaves the prompts' length to the server.
+        options: of vLLM's server, the same for every server.
+        log_folder: for the logs of the servers.
+        api_key: of a server that is up, or empty.
+        sample_seconds: between two reads of /metrics.
     """
 
     model: str
     name: str
-    tokenizer: str
+    tokenizer: str | None
     options: tuple[str, ...]
     log_folder: Path
+    api_key: str = ""
+    sample_seconds: float = 0.5
 
 
-def run_turns(
-    turns: list[Turn], target: Target, sample_seconds: float, say: Callable[[str], None]
-) -> list[dict[str, Any]]:
-    """Run all turns on servers of our own.
+def run_turns(turns: list[Turn], target: Target, url: str | None = None) -> list[dict[str, Any]]:
+    """Run all turns.
+
+    Args:
+        turns: in order.
+        target: what is served.
+        url: of a server that is up, or None: each turn starts its own.
 
     Returns:
         One mapping a point: `server`, `round`, `traffic`, `seed` and the figures of `run_point`.
@@ -46,32 +55,47 @@ def run_turns(
         RuntimeError: a server does not start, or a request fails.
     """
     rows = []
-    for turn in turns:
-        with _started(turn, target) as url:
-            rows += run_turn(turn, url, target, None, sample_seconds, say)
+    total = sum(_WARM_UP + traffic.num_requests for turn in turns for traffic, _ in turn.points)
+    total -= sum(_WARM_UP * (len(turn.points) - 1) for turn in turns)
+    with Task("requests", total) as task:
+        for turn in turns:
+            task.describe(f"round {turn.round_index + 1}, starting {turn.server.name}")
+            with nullcontext(url) if url is not None else _started(turn, target) as address:
+                rows += run_turn(turn, address, target, task)
     return rows
 
 
-def run_turn(
-    turn: Turn,
-    url: str,
-    target: Target,
-    headers: Mapping[str, str] | None,
-    sample_seconds: float,
-    say: Callable[[str], None],
-) -> list[dict[str, Any]]:
+def run_turn(turn: Turn, url: str, target: Target, task: Task) -> list[dict[str, Any]]:
     """Run the points of one turn against a server that is up; see `run_turns`."""
     first = turn.points[0][0]
     warm_up = first.model_copy(update={"num_requests": _WARM_UP, "rate": None, "concurrency": _WARM_UP})
-    run_point(url, target.name, target.tokenizer, warm_up, _WARM_UP_SEED, headers, sample_seconds)
     rows = []
-    for traffic, seed in turn.points:
-        point = run_point(url, target.name, target.tokenizer, traffic, seed, headers, sample_seconds)
+    for traffic, seed in [(warm_up, _WARM_UP_SEED), *turn.points]:
+        name = "warm-up" if traffic is warm_up else traffic.name
+        label = f"round {turn.round_index + 1}, {turn.server.name}, {name}"
+        task.describe(label)
+        before = task.done
+
+        def finished(count: float, before: int = before, most: int = traffic.num_requests) -> None:
+            task.advance(before + min(int(count), most) - task.done)
+
+        point = run_point(
+            url,
+            target.name,
+            target.tokenizer,
+            traffic,
+            seed,
+            target.api_key,
+            target.sample_seconds,
+            finished,
+        )
+        finished(traffic.num_requests)
+        if traffic is warm_up:
+            continue
         head = {"server": turn.server.name, "round": turn.round_index, "point": traffic.name}
         rows.append({**head, "traffic": traffic.model_dump(), "seed": seed, **point})
-        say(
-            f"round {turn.round_index}, {turn.server.name}, {traffic.name}: "
-            f"{point['request_throughput']:.2f} requests/s, TTFT {point['ttft_ms_p50']:.0f} ms"
+        task.say(
+            f"{label}: {point['request_throughput']:.2f} requests/s, TTFT {point['ttft_ms_p50']:.0f} ms (median)"
         )
     return rows
 

@@ -3,6 +3,7 @@
 import threading
 import time
 import urllib.error
+from collections.abc import Callable
 
 from ficoco_vllm.benchmarks.harness.http import read_metrics, samples
 
@@ -12,6 +13,7 @@ _SUMS = {
     "vllm:num_requests_waiting": "num_waiting",
     "vllm:num_preemptions_total": "num_preemptions",
     "vllm:prompt_tokens_total": "num_prompt_tokens",
+    "vllm:request_success_total": "num_finished",
 }
 _MAXIMA = {"vllm:kv_cache_usage_perc": "kv_cache_usage"}
 # Our metric, by method; stock vLLM does not have it.
@@ -19,32 +21,40 @@ _AVOIDED = "ficoco:kv_tokens_avoided_total"
 
 
 class Sampler:
-    """Looks at /metrics in a thread of its own from entering to leaving.
+    """Reads /metrics in a thread of its own from entering to leaving.
+
+    Args:
+        url: of the server, without a path.
+        interval_seconds: between two reads.
+        finished: called after each read with the requests that have been answered since the first one.
 
     Attributes:
-        samples: one mapping a look, `seconds` since the start and the figures of `_SUMS` and `_MAXIMA`; empty where
+        samples: one mapping a read, `seconds` since the start and the figures of `_SUMS` and `_MAXIMA`; empty where
             the server has no /metrics.
-        avoided: method to the prompt tokens without a KV slot that it has counted, at the first look and at the last.
+        avoided: method to the prompt tokens without a KV slot that it has counted, at the first read and at the last.
     """
 
-    def __init__(self, url: str, interval_seconds: float) -> None:
+    def __init__(
+        self, url: str, interval_seconds: float, finished: Callable[[float], None] = lambda count: None
+    ) -> None:
         self.samples: list[dict[str, float]] = []
         self.avoided: list[dict[str, float]] = []
         self._url = url
         self._interval = interval_seconds
+        self._finished = finished
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> "Sampler":
         self._start = time.monotonic()
-        self._look()
+        self._read()
         self._thread.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._stop.set()
         self._thread.join()
-        self._look()
+        self._read()
 
     def summary(self) -> dict[str, float | None]:
         """Most concurrent requests and largest share of the cache; preemptions and prompt tokens in between."""
@@ -68,9 +78,9 @@ class Sampler:
 
     def _run(self) -> None:
         while not self._stop.wait(self._interval):
-            self._look()
+            self._read()
 
-    def _look(self) -> None:
+    def _read(self) -> None:
         try:
             text = read_metrics(self._url)
         except (urllib.error.URLError, TimeoutError, ConnectionError):
@@ -79,14 +89,15 @@ class Sampler:
         if figures:
             self.samples.append({"seconds": round(time.monotonic() - self._start, 3), **figures})
             self.avoided = [*self.avoided[:1], read_avoided(text)]
+            self._finished(figures["num_finished"] - self.samples[0]["num_finished"])
 
 
 def read_figures(text: str) -> dict[str, float]:
     """The figures that the load test follows.
 
     Returns:
-        `num_running`, `num_waiting`, `num_preemptions`, `num_prompt_tokens`, `kv_cache_usage` (0 to 1), or nothing
-        where one is missing.
+        `num_running`, `num_waiting`, `num_preemptions`, `num_prompt_tokens`, `num_finished`, `kv_cache_usage` (0 to
+        1), or nothing where one is missing.
     """
     figures: dict[str, float] = {}
     for sample in samples(text):

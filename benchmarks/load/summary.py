@@ -1,12 +1,10 @@
 """Rows of a load test, one line for each server and point: medians over the rounds, with their spread."""
 
-import csv
 import statistics
 from collections.abc import Mapping, Sequence
-from io import StringIO
 from typing import Any
 
-from ficoco_vllm.benchmarks.harness.pages import table
+from ficoco_vllm.benchmarks.harness.results import csv_text
 from ficoco_vllm.benchmarks.load.settings import STOCK
 
 # Figures of a row, in the order of the CSV's columns.
@@ -24,11 +22,11 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Medians over the rounds.
 
     Returns:
-        For each point and server, stock first: `server`, `point`, `num_rounds`, and for each
+        For each point and server, by load and stock first: `server`, `point`, `num_rounds`, and for each
         of `FIGURES` its median, with `_min` and `_max` beside it; None where /metrics did not say.
     """
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for row in sorted(rows, key=lambda row: (row["point"], row["server"] != STOCK, row["server"])):
+    for row in sorted(rows, key=_place):
         groups.setdefault((row["server"], row["point"]), []).append(row)
     return [
         {"server": server, "point": point, "num_rounds": len(members), **_spread(members)}
@@ -45,32 +43,12 @@ def ratio(rows: Sequence[Mapping[str, Any]], figure: str, server: str, base: str
 
 def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     """Every row, without its samples over time."""
-    columns = ("server", "round", "point", "seed", "completed", "failed", "duration", *FIGURES)
-    text = StringIO()
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return csv_text(("server", "round", "point", "seed", "completed", "failed", "duration", *FIGURES), rows)
 
 
-def as_table(summary: Sequence[Mapping[str, Any]]) -> str:
-    """The summary in Markdown, for the README."""
-    low, high = "request_throughput_min", "request_throughput_max"
-    rows = [
-        (
-            *(row["point"], row["server"]),
-            f"{row['request_throughput']:.2f} ({row[low]:.2f}-{row[high]:.2f})",
-            *(f"{row[name] / 1000:.2f} s" for name in ("ttft_ms_p50", "ttft_ms_p99")),
-            f"{row['itl_ms_p50']:.0f} ms",
-            *(
-                _shown(row[name], form)
-                for name, form in zip(FIGURES[-3:], (".0f", ".0%", ".0f"), strict=True)
-            ),
-        )
-        for row in summary
-    ]
-    head = ("load", "server", "requests/s", "TTFT p50", "TTFT p99", "ITL p50", "concurrent", "KV cache, most")
-    return "\n".join(table((*head, "preemptions"), rows))
+def _place(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    rate, concurrency = row["traffic"]["rate"], row["traffic"]["concurrency"]
+    return rate is None, rate or concurrency, row["server"] != STOCK, row["server"]
 
 
 def _spread(members: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
@@ -81,7 +59,3 @@ def _spread(members: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
         spread[f"{figure}_min"] = min(values, default=None)
         spread[f"{figure}_max"] = max(values, default=None)
     return spread
-
-
-def _shown(value: float | None, form: str) -> str:
-    return "-" if value is None else f"{value:{form}}"

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ficoco_vllm.benchmarks.accuracy.plots import budget_lines, token_axis
 from ficoco_vllm.benchmarks.harness.plots import COLOURS, as_svg
-from ficoco_vllm.benchmarks.overview.rows import Results, accuracies, full_accuracy, shallowest
+from ficoco_vllm.benchmarks.overview.rows import PATCHES, Results, accuracies, full_accuracy, shallowest
 
-_MARKERS, _STYLES = "osD^vP*X<>ph", ("-", "--", "-.")
 _PANEL_WIDTH, _HEIGHT = 4.2, 3.3
 
 
@@ -32,19 +32,8 @@ def _accuracy(results: Results) -> str:
     def paint(figure: Figure) -> None:
         columns: Sequence[Axes] = figure.subplots(1, len(panels), sharey=True)
         for axes, (title, shown) in zip(columns, panels, strict=True):
-            axes.axhline(full_accuracy(results), color="#555", linewidth=1, linestyle=":", label="all tokens")
-            for index, name in enumerate(dict.fromkeys(row["method"] for row in shown)):
-                points = sorted((row["keep"], row["accuracy"]) for row in shown if row["method"] == name)
-                axes.plot(
-                    *zip(*points, strict=True),
-                    label=name,
-                    color=COLOURS[index % len(COLOURS)],
-                    linestyle=_STYLES[index // len(COLOURS) % len(_STYLES)],
-                    marker=_MARKERS[index % len(_MARKERS)],
-                    markersize=4,
-                    linewidth=2.2 if name.startswith("ficoco") else 1,
-                )
-            _tokens(axes, [row["keep"] for row in shown])
+            budget_lines(axes, shown, full_accuracy(results))
+            token_axis(axes, [row["keep"] for row in shown], PATCHES)
             axes.set_title(title, fontsize=9)
             axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.02))
         columns[0].set_ylabel("correct answers, %")
@@ -74,7 +63,7 @@ def _serving(results: Results) -> str:
                 keeps = sorted(rows)
                 values = [rows[keep][key] for keep in keeps]
                 left.plot(keeps, values, style, color=colour, marker="o", markersize=3, label=label + suffix)
-            _tokens(left, list(rows))
+            token_axis(left, list(rows), PATCHES)
         left.set_title("speed-up of the first token, FiCoCo-V", fontsize=9)
         left.set_ylim(bottom=0)
         left.legend(frameon=False, fontsize=7)
@@ -84,11 +73,3 @@ def _serving(results: Results) -> str:
         right.set_title("concurrent requests in the same KV memory", fontsize=9)
 
     return as_svg((2 * _PANEL_WIDTH, _HEIGHT), paint)
-
-
-def _tokens(axes: Axes, keeps: Sequence[int]) -> None:
-    axes.set_xscale("log", base=2)
-    ticks = sorted(set(keeps))
-    axes.set_xticks(ticks, [str(keep) for keep in ticks])
-    axes.minorticks_off()
-    axes.set_xlabel("visual tokens of 576")

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-import sys
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from ficoco_vllm.benchmarks.load import command as load
 from ficoco_vllm.server.commands.arguments import base_url, counts, fail, names
 
 NEEDS = "pip install 'ficoco-vllm[bench]'"
+Command = Callable[[argparse.Namespace], int]
 
 
 def add_parser(subparsers: Any) -> None:
@@ -28,8 +29,84 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         0; 1 if a server fails or does not apply the requested method; 2 for input that is not allowed.
     """
-    command: Callable[[argparse.Namespace], int] = args.command_function
-    return command(args)
+    return guarded(args.command_function, args)
+
+
+def guarded(command: Command, args: argparse.Namespace) -> int:
+    """Run a command that measures, and report its errors in one line.
+
+    Args:
+        command: returns an exit status.
+        args: its options.
+
+    Returns:
+        That status; 1 if a server fails; 2 for input that is not allowed or a package that is missing.
+    """
+    try:
+        return command(args)
+    except ModuleNotFoundError as error:
+        return fail(f"{error}; {NEEDS}")
+    except (ValueError, OSError) as error:
+        return fail(str(error))
+    except Exception as error:
+        if isinstance(error, RuntimeError) or type(error).__module__.partition(".")[0] == "openai":
+            return fail(str(error), 1)
+        raise
+
+
+def add_server(parser: argparse.ArgumentParser, out: str, *, api_key: str = "none") -> None:
+    """Options of every benchmark of a server.
+
+    Args:
+        parser: takes them.
+        out: default folder of the results.
+        api_key: default of `--api-key`.
+    """
+    add = parser.add_argument
+    add("--url", type=base_url, help="a running server (default: servers are started)")
+    add("--api-key", default=api_key, help="API key of the server")
+    add("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
+    add(
+        "--out",
+        type=_folder,
+        default=Path(out),
+        metavar="DIR",
+        help="folder for the report (HTML), JSON, CSV, LaTeX tables and plots (default: %(default)s)",
+    )
+
+
+def add_questions(parser: argparse.ArgumentParser) -> None:
+    """Options of benchmarks that ask questions and store the answers."""
+    add = parser.add_argument
+    add("--model", help="folder of the model to serve, with config.json (default: the demo model)")
+    add(
+        "--visual-tokens",
+        type=int,
+        default=576,
+        help="visual tokens of an unreduced image (default: %(default)s)",
+    )
+    add("--concurrency", type=int, default=16, help="concurrent questions (default: %(default)s)")
+    add(
+        "--answers",
+        type=Path,
+        help="JSONL of all answers, to continue from (default: answers.jsonl in --out)",
+    )
+
+
+def asked(args: argparse.Namespace) -> dict[str, Any]:
+    """Fields that the settings of these benchmarks share, from `add_server` and `add_questions`."""
+    from ficoco_vllm.benchmarks.accuracy.host import Host
+
+    host = Host(url=args.url, model=args.model, api_key=args.api_key, num_tokens=args.visual_tokens)
+    answers = args.answers or args.out / "answers.jsonl"
+    return {"host": host, "answers": answers, "seed": args.seed, "concurrency": args.concurrency}
+
+
+def _folder(text: str) -> Path:
+    path = Path(text)
+    if path.suffix in (".json", ".html") or path.is_file():
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: a folder for the results")
+    return path
 
 
 def _add_accuracy(benchmarks: Any) -> None:
@@ -37,13 +114,12 @@ def _add_accuracy(benchmarks: Any) -> None:
         "accuracy",
         help="every method at every budget, ablations and sensitivity, through the HTTP endpoint",
         description="Sends the embedded benchmark (easy-VQA's test split and rendered signs) to a running server, or "
-        "to servers that it starts. An interrupted run continues from --answers.",
+        "to servers that it starts, one for each site. An interrupted run continues from --answers.",
     )
     parser.set_defaults(command_function=_accuracy)
+    add_server(parser, "build/accuracy")
+    add_questions(parser)
     add = parser.add_argument
-    add("--url", type=base_url, help="a running server (default: servers are started, one for each site)")
-    add("--api-key", default="none", help="API key of the server")
-    add("--model", help="folder of the model to serve (default: the demo model)")
     add(
         "--sites",
         type=names,
@@ -62,27 +138,7 @@ def _add_accuracy(benchmarks: Any) -> None:
     add("--kinds", type=names, metavar="A,B", help="types of question (default: all but colour_by_number)")
     add("--count", type=int, default=100, help="questions of each type (default: %(default)s)")
     add("--few-count", type=int, default=100, help="the same for all but the method comparison")
-    add(
-        "--visual-tokens",
-        type=int,
-        default=576,
-        help="visual tokens of an unreduced image (default: %(default)s)",
-    )
-    add("--seed", type=int, default=0, help="seed of the questions")
-    add("--concurrency", type=int, default=16, help="concurrent questions (default: %(default)s)")
     add("--reference", type=Path, help="JSON of an earlier run; warn where this one is worse")
-    add(
-        "--answers",
-        type=Path,
-        default=Path("build/accuracy.jsonl"),
-        help="JSONL of all answers (default: %(default)s)",
-    )
-    add(
-        "--out",
-        type=Path,
-        default=Path("build/accuracy.json"),
-        help="JSON of the figures (default: %(default)s)",
-    )
 
 
 def _add_lmms(benchmarks: Any) -> None:
@@ -119,75 +175,45 @@ def _add_load(benchmarks: Any) -> None:
     parser = benchmarks.add_parser(
         "load",
         help="stock vLLM and reducing servers under the same load, in turns",
-        description="Starts the servers one after the other, sends each the same traffic with vLLM's own benchmark "
-        "client, and writes JSON, CSV and an HTML report.",
+        description="Starts the servers one after the other and sends each the same traffic with vLLM's own benchmark "
+        "client. With --url it measures a server that is up; --servers then has one name for it.",
     )
-    parser.set_defaults(command_function=_load)
+    parser.set_defaults(command_function=load.run)
+    add_server(parser, "build/load", api_key=os.environ.get("OPENAI_API_KEY", ""))
     load.add_arguments(parser)
 
 
-def _load(args: argparse.Namespace) -> int:
-    try:
-        return load.run(args)
-    except ModuleNotFoundError as error:
-        return fail(f"{error}; {NEEDS}")
-    except ValueError as error:
-        return fail(str(error))
-    except RuntimeError as error:
-        return fail(str(error), 1)
-
-
 def _accuracy(args: argparse.Namespace) -> int:
-    try:
-        from openai import APIError
+    from ficoco_vllm.benchmarks.accuracy.regression import regressions
+    from ficoco_vllm.benchmarks.accuracy.report import as_csv, bars, page, summary
+    from ficoco_vllm.benchmarks.accuracy.run import Options, measure
+    from ficoco_vllm.benchmarks.accuracy.suites import TABLES, methods_of
+    from ficoco_vllm.benchmarks.accuracy.variants import SITES
+    from ficoco_vllm.benchmarks.accuracy.workload import KINDS
+    from ficoco_vllm.benchmarks.harness import terminal
+    from ficoco_vllm.benchmarks.harness.report import save
 
-        from ficoco_vllm.benchmarks.accuracy.host import Host
-        from ficoco_vllm.benchmarks.accuracy.regression import regressions
-        from ficoco_vllm.benchmarks.accuracy.run import Options, measure
-        from ficoco_vllm.benchmarks.accuracy.suites import TABLES, methods_of
-        from ficoco_vllm.benchmarks.accuracy.tables import methods_table
-        from ficoco_vllm.benchmarks.accuracy.variants import SITES
-        from ficoco_vllm.benchmarks.accuracy.workload import KINDS
-        from ficoco_vllm.benchmarks.harness.results import write
-
-        options = Options(
-            tables=args.tables or TABLES,
-            kinds=args.kinds or KINDS,
-            keeps=args.keeps,
-            count=args.count,
-            few_count=args.few_count,
-            answers=args.answers,
-            methods=args.methods or methods_of(args.sites or SITES),
-            host=Host(
-                url=args.url,
-                model=args.model,
-                api_key=args.api_key,
-                num_tokens=args.visual_tokens,
-            ),
-            seed=args.seed,
-            concurrency=args.concurrency,
-        )
-        result = measure(options)
-        if args.reference is not None:
-            result["warnings"] += regressions(result, json.loads(args.reference.read_text(encoding="utf-8")))
-    except ModuleNotFoundError as error:
-        return fail(f"{error}; {NEEDS}")
-    except (ValueError, OSError) as error:
-        return fail(str(error))
-    except (RuntimeError, APIError) as error:
-        return fail(str(error), 1)
-    write(result, args.out)
-    if any(row["table"] == "methods" for row in result["rows"]):
-        print("\n".join(methods_table(result)))
-    for warning in result["warnings"]:
-        print(f"WARNING {warning}", file=sys.stderr)
-    return int(bool(result["warnings"]))
+    reference = args.reference and json.loads(args.reference.read_text(encoding="utf-8"))
+    options = Options(
+        tables=args.tables or TABLES,
+        kinds=args.kinds or KINDS,
+        keeps=args.keeps,
+        count=args.count,
+        few_count=args.few_count,
+        methods=args.methods or methods_of(args.sites or SITES),
+        **asked(args),
+    )
+    result = measure(options)
+    regressed = regressions(result, reference) if reference else []
+    limits = bars(result, regressed if reference else None)
+    result["warnings"] += regressed
+    written = save(page(result), result, as_csv(result), args.out, "accuracy")
+    terminal.show(summary(result), [written], result["warnings"])
+    return terminal.report(limits)
 
 
 def _lmms(args: argparse.Namespace) -> int:
     """Run one benchmark of lmms-eval, or print the table of all results."""
-    from openai import APIError
-
     from ficoco_vllm.benchmarks.lmms.benchmarks import BENCHMARKS
     from ficoco_vllm.benchmarks.lmms.collect import read_results, table
     from ficoco_vllm.benchmarks.lmms.command import PYTHON, Run, evaluate
@@ -197,24 +223,20 @@ def _lmms(args: argparse.Namespace) -> int:
         return 0
     if args.name not in BENCHMARKS:
         return fail(f"BENCHMARK = {args.name!r} is not allowed; allowed: {', '.join(BENCHMARKS)}")
-    request = Run(
-        args.name,
-        BENCHMARKS[args.name],
-        args.lmms_python or PYTHON,
-        url=args.url,
-        model=args.model,
-        method=args.method,
-        keep=args.keep,
-        api_key=args.api_key,
-        concurrency=args.concurrency,
-        limit=args.limit,
+    result = evaluate(
+        Run(
+            args.name,
+            BENCHMARKS[args.name],
+            args.lmms_python or PYTHON,
+            url=args.url,
+            model=args.model,
+            method=args.method,
+            keep=args.keep,
+            api_key=args.api_key,
+            concurrency=args.concurrency,
+            limit=args.limit,
+        )
     )
-    try:
-        result = evaluate(request)
-    except ValueError as error:
-        return fail(str(error))
-    except (RuntimeError, APIError) as error:
-        return fail(str(error), 1)
     args.out.mkdir(parents=True, exist_ok=True)
     name = f"{args.name}-{args.method or 'full'}-{args.keep or 'all'}.json"
     (args.out / name).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

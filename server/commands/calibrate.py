@@ -1,12 +1,11 @@
 """`ficoco-vllm calibrate`: the smallest budget that agrees with the full model on your own traffic."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from ficoco_vllm.server.commands.arguments import base_url, counts, fail, names
-from ficoco_vllm.server.commands.bench import NEEDS
+from ficoco_vllm.server.commands.arguments import counts, names
+from ficoco_vllm.server.commands.bench import add_questions, add_server, asked, guarded
 from ficoco_vllm.server.commands.plan import DEMO, read_config
 
 
@@ -16,8 +15,10 @@ def add_parser(subparsers: Any) -> None:
         "calibrate",
         help="find the smallest budget that answers your own questions as the full model does",
         description="Replays images and prompts against the full model and reduced ones; no labels are needed. Prints "
-        "the smallest safe setting of each method and writes a report as HTML, and as JSON beside it.",
+        "the smallest safe setting of each method. With --url, --model still describes the server's model.",
     )
+    add_server(parser, "build/calibration")
+    add_questions(parser)
     add = parser.add_argument
     add(
         "--data",
@@ -35,20 +36,7 @@ def add_parser(subparsers: Any) -> None:
     )
     add("--methods", type=names, default="ficoco-v", metavar="A,B", help="default: %(default)s")
     add("--budgets", type=counts, metavar="N,N", help="visual tokens (default: 288,192,144,96,64,48,32,16)")
-    add("--model", help="folder of the model to serve, with config.json (default: the demo model)")
-    add("--url", type=base_url, help="a running server instead; --model still describes it")
-    add("--api-key", default="none", help="API key of the server")
-    add(
-        "--visual-tokens",
-        type=int,
-        default=576,
-        help="visual tokens of an unreduced image (default: %(default)s)",
-    )
     add("--max-tokens", type=int, default=16, help="limit of an answer (default: %(default)s)")
-    add("--concurrency", type=int, default=16, help="concurrent questions (default: %(default)s)")
-    add("--seed", type=int, default=0, help="seed of the order of the questions")
-    add("--answers", type=Path, help="JSONL of all answers, to continue from (default: next to --out)")
-    add("--out", type=Path, default=Path("build/calibration.html"), help="the report (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -58,44 +46,29 @@ def run(args: argparse.Namespace) -> int:
         0; 1 if no method has a safe budget, the server fails or does not reduce as requested; 2 for input that is
         not allowed.
     """
-    try:
-        from openai import APIError
+    return guarded(_calibrate, args)
 
-        from ficoco_vllm.benchmarks.accuracy.host import Host
-        from ficoco_vllm.benchmarks.calibration.data import read_items, shuffled
-        from ficoco_vllm.benchmarks.calibration.report import lines, page
-        from ficoco_vllm.benchmarks.calibration.run import BUDGETS, Settings, calibrate
 
-        answers = args.answers or args.out.with_suffix(".jsonl")
-        host = Host(
-            url=args.url,
-            model=args.model,
-            api_key=args.api_key,
-            num_tokens=args.visual_tokens,
-        )
-        settings = Settings(
-            methods=args.methods,
-            target=args.target_agreement,
-            config=read_config(args.model or DEMO),
-            answers=answers,
-            host=host,
-            budgets=args.budgets or BUDGETS,
-            confidence=args.confidence,
-            max_tokens=args.max_tokens,
-            seed=args.seed,
-            concurrency=args.concurrency,
-        )
-        items = shuffled(read_items(args.data, args.prompt), args.seed)
-        report = calibrate(settings, items)
-    except ModuleNotFoundError as error:
-        return fail(f"{error}; {NEEDS}")
-    except (ValueError, OSError) as error:
-        return fail(str(error))
-    except (RuntimeError, APIError) as error:
-        return fail(str(error), 1)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(page(report, items), encoding="utf-8")
-    args.out.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print("\n".join([*lines(report), "", f"report: {args.out}"]))
+def _calibrate(args: argparse.Namespace) -> int:
+    from ficoco_vllm.benchmarks.calibration.data import read_items, shuffled
+    from ficoco_vllm.benchmarks.calibration.report import as_csv, lines, overview, page
+    from ficoco_vllm.benchmarks.calibration.run import BUDGETS, Settings, calibrate
+    from ficoco_vllm.benchmarks.harness import terminal
+    from ficoco_vllm.benchmarks.harness.report import save
+
+    settings = Settings(
+        methods=args.methods,
+        target=args.target_agreement,
+        config=read_config(args.model or DEMO),
+        budgets=args.budgets or BUDGETS,
+        confidence=args.confidence,
+        max_tokens=args.max_tokens,
+        **asked(args),
+    )
+    items = shuffled(read_items(args.data, args.prompt), args.seed)
+    report = calibrate(settings, items)
+    written = save(page(report, items), report, as_csv(report), args.out, "calibration")
     entries = report["methods"]
-    return int(all(entry["safe"] is None for entry in entries) or any(entry["warnings"] for entry in entries))
+    warnings = [line for entry in entries for line in entry["warnings"]]
+    terminal.show([overview(report)], [*lines(report), written], warnings)
+    return int(all(entry["safe"] is None for entry in entries) or bool(warnings))

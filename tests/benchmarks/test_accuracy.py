@@ -31,7 +31,7 @@ def command(server: Server, folder: Path) -> list[str]:
     return [
         *("bench", "accuracy", "--url", server.url, "--api-key", API_KEY, "--methods", "ficoco-v,topk-cls"),
         *("--keeps", "192,64", "--tables", "methods", "--count", str(COUNT), "--kinds", ",".join(KINDS)),
-        *("--answers", str(folder / "answers.jsonl"), "--out", str(folder / "accuracy.json")),
+        *("--out", str(folder)),
     ]
 
 

@@ -9,14 +9,17 @@ from xml.etree import ElementTree
 
 import pytest
 
+from ficoco_vllm.benchmarks.harness.terminal import Task
 from ficoco_vllm.benchmarks.load.checks import check
-from ficoco_vllm.benchmarks.load.report import as_html
+from ficoco_vllm.benchmarks.load.client import decoding_together, latencies
+from ficoco_vllm.benchmarks.load.prompts import write_dataset
+from ficoco_vllm.benchmarks.load.report import page, tables
 from ficoco_vllm.benchmarks.load.run import Target, run_turn, run_turns
 from ficoco_vllm.benchmarks.load.sampling import read_avoided, read_figures
 from ficoco_vllm.benchmarks.load.settings import Server, Traffic, Turn, make_points, make_turns
-from ficoco_vllm.benchmarks.load.summary import FIGURES, as_csv, as_table, ratio, summarise
-from ficoco_vllm.demo_model import path
+from ficoco_vllm.benchmarks.load.summary import FIGURES, as_csv, ratio, summarise
 from ficoco_vllm.server.cli import main
+from tests.support.answering import answering
 from tests.support.server import API_KEY
 from tests.support.server import Server as RunningServer
 
@@ -34,6 +37,9 @@ vllm:num_preemptions_total{engine="0",model_name="m"} 4.0
 vllm:num_preemptions_created{engine="0",model_name="m"} 1.7e9
 # TYPE vllm:prompt_tokens counter
 vllm:prompt_tokens_total{engine="0",model_name="m"} 700.0
+# TYPE vllm:request_success counter
+vllm:request_success_total{engine="0",finished_reason="stop",model_name="m"} 6.0
+vllm:request_success_total{engine="1",finished_reason="length",model_name="m"} 1.0
 # TYPE ficoco:kv_tokens_avoided counter
 ficoco:kv_tokens_avoided_total{engine="0",model_name="m",method="tome",segment="0"} 5.0
 ficoco:kv_tokens_avoided_total{engine="0",model_name="m",method="tome",segment="1"} 7.0
@@ -101,7 +107,6 @@ def test_servers_that_are_not_allowed(text: str, message: str) -> None:
         (["--requests", "1"], "num_requests = 1"),
         (["--rounds", "0"], "--rounds = 0"),
         (["--servers", "stock", "stock"], "names one twice"),
-        (["--url", "http://127.0.0.1:1"], "--tokenizer is needed"),
     ],
 )
 def test_options_that_are_not_allowed(
@@ -122,6 +127,7 @@ def test_metrics_of_several_engines() -> None:
         "num_waiting": 1.0,
         "num_preemptions": 4.0,
         "num_prompt_tokens": 700.0,
+        "num_finished": 7.0,
         "kv_cache_usage": 0.75,
     }
     assert read_avoided(METRICS) == {"tome": 12.0, "off": 0.0}
@@ -139,7 +145,7 @@ def test_summary_and_ratio_are_taken_round_by_round() -> None:
     assert ratio(ROWS, "request_throughput", "tome-64", "stock", "concurrency 4") == 2.75
     silent = [{**row, "num_running_max": None} for row in ROWS]
     assert summarise(silent)[0]["num_running_max"] is None
-    assert "| - |" in as_table(summarise(silent))
+    assert "-" in tables(silent, summarise(silent))[1].rows[0]
 
 
 def test_csv_holds_every_row() -> None:
@@ -149,26 +155,47 @@ def test_csv_holds_every_row() -> None:
 
 
 def test_report_draws_every_picture_the_same_each_time() -> None:
-    result = {
+    other = [
+        {**line, "point": "concurrency 16", "traffic": Traffic(concurrency=16).model_dump()} for line in ROWS
+    ]
+    result: dict[str, Any] = {
         "model": "<demo>",
         "environment": {"cpu": "c", "cores": 2, "versions": {"torch": "2"}},
         "command": "ficoco-vllm bench load",
         "seed": 0,
         "num_rounds": 2,
-        "summary": summarise(ROWS),
-        "rows": ROWS,
+        "warnings": ["tome-64: <doubt>"],
+        "summary": summarise([*ROWS, *other]),
+        "rows": [*ROWS, *other],
     }
-    page = as_html(result)
-    assert page == as_html(result)
-    assert "&lt;demo&gt;" in page
-    assert "2.75" not in page
-    pictures = page.split("<svg")[1:]
-    assert len(pictures) == 6
+    assert [line["point"] for line in result["summary"]] == ["concurrency 4"] * 2 + ["concurrency 16"] * 2
+    html = page(result).html()
+    assert html == page(result).html()
+    assert "&lt;demo&gt;" in html
+    assert "tome-64: &lt;doubt&gt;" in html
+    assert html.count("2.75x") == 3  # a row of each point, and the lead
+    pictures = html.split("<svg")[1:]
+    assert len(pictures) == 7
     for picture in pictures:
         svg = ElementTree.fromstring("<svg" + picture[: picture.index("</svg>")] + "</svg>")
         words = "".join(svg.itertext())
         assert "stock" in words
         assert "tome-64" in words
+
+
+def test_requests_that_decode_together_are_counted_from_the_clients_times() -> None:
+    """Four at a time; /metrics, read twice a second, may see one of them only."""
+    measured = {
+        "start_times": [0.0, 0.0, 0.0, 0.0, 0.3],
+        "ttfts": [0.1, 0.1, 0.15, 0.2, 0.1],
+        "latencies": [0.3, 0.25, 0.25, 0.3, 0.3],
+        "output_lens": [3, 1, 2, 2, 2],
+        "itls": [[0.1, 0.1], [], [0.1], [0.1], [0.2]],
+    }
+    assert decoding_together(measured) == 4
+    figures = latencies(measured)
+    assert figures["tpot"] == pytest.approx([0.1, 0.1, 0.1, 0.2])
+    assert figures["itl"] == [0.1, 0.1, 0.1, 0.1, 0.2]
 
 
 SERVERS = [Server.parse("stock"), Server.parse("tome:64")]
@@ -203,17 +230,29 @@ def test_a_decoder_method_that_takes_all_blocks_is_doubted() -> None:
 
 @pytest.mark.server
 def test_a_server_of_another_method_or_budget_is_noticed(server: RunningServer, tmp_path: Path) -> None:
-    """The server that the tests share runs FiCoCo-V with 64 tokens, independent of the tested settings."""
-    target = Target("", "ficoco-demo", str(path()), (), tmp_path)
-    headers = {"Authorization": f"Bearer {API_KEY}"}
+    """The server that the tests share runs FiCoCo-V with 64 tokens; its tokenizer is not at hand."""
+    target = Target("", "ficoco-demo", None, (), tmp_path, API_KEY)
     traffic = Traffic(concurrency=2, num_requests=2, num_answer_tokens=2)
     for text, doubt in (("ficoco-v:64", None), ("random:64", "reduces by ficoco-v, not by random")):
         requested = Server.parse(text)
-        rows = run_turn(
-            Turn(0, requested, ((traffic, 1),)), server.url, target, headers, 0.5, lambda line: None
-        )
+        with Task("requests", 6) as task:
+            rows = run_turn(Turn(0, requested, ((traffic, 1),)), server.url, target, task)
+        assert task.done == 6
         matches = check(rows, [requested], 576)
         assert matches == ([] if doubt is None else [f"{requested.name}, concurrency 2: the server {doubt}"])
+        # The server's own tokenizer has set the length: template, image and text.
+        assert rows[0]["num_prompt_tokens"] / 2 == pytest.approx(64 + traffic.num_text_tokens, abs=16)
+
+
+def test_prompts_without_a_tokenizer(tmp_path: Path) -> None:
+    """A server that does not tokenize gets as many words; all prompts and images differ, and a seed repeats them."""
+    traffic = Traffic(concurrency=2, num_requests=3, num_text_tokens=7, image_side=8)
+    with answering([], {}) as (url, _):
+        texts = [write_dataset(tmp_path, url, "m", traffic, seed).read_text() for seed in (1, 1, 2)]
+    assert texts[0] == texts[1]
+    rows = [json.loads(line) for text in texts[1:] for line in text.splitlines()]
+    assert {len(row["prompt"].split()) for row in rows} == {7}
+    assert len({row["image_files"][0] for row in rows}) == 6
 
 
 @pytest.mark.long
@@ -249,7 +288,9 @@ def test_miniature_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "reduces by nothing" in check([stock, secretly_off], servers, 576)[0]
     pretending = {**secretly_off, "reduced_by": ["ficoco-v"]}
     assert "by 0 tokens, not by 567" in check([stock, pretending], servers, 576)[0]
+    assert "BAR load-servers-that-do-not-reduce-as-configured 0 0 PASS" in printed
     assert (tmp_path / "load.html").read_text().startswith("<!doctype html>")
+    assert r"\texttt{ficoco-v-9}" in (tmp_path / "load.tex").read_text()
     with pytest.raises(RuntimeError, match="did not start"):
         load_broken(tmp_path)
 
@@ -258,4 +299,4 @@ def load_broken(out: Path) -> None:
     """A server that cannot start is an error with the end of its log."""
     turns = make_turns([Server(name="stock")], make_points([], [1]), 1, 0)
     target = Target(str(out / "nothing"), "m", str(out), (), out)
-    run_turns(turns, target, 0.5, lambda line: None)
+    run_turns(turns, target)
