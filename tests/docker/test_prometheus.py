@@ -2,8 +2,11 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
+from typing import Any
 
+import pytest
 import yaml
 from prometheus_client import CollectorRegistry
 
@@ -25,6 +28,11 @@ def families() -> set[str]:
 ENDINGS = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
 
 
+def rules() -> list[dict[str, Any]]:
+    groups = yaml.safe_load((PROMETHEUS / "rules" / "ficoco.yml").read_text())["groups"]
+    return [rule for group in groups for rule in group["rules"]]
+
+
 def used(text: str) -> set[str]:
     return set(re.findall(r"ficoco:[a-z_]+", text))
 
@@ -33,7 +41,7 @@ def used(text: str) -> set[str]:
 def test_promtool_accepts_the_configuration() -> None:
     result = promtool("check", "config", str(PROMETHEUS / "prometheus.yml"))
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "6 rules found" in result.stdout
+    assert "11 rules found" in result.stdout
 
 
 @needs_prometheus
@@ -43,22 +51,46 @@ def test_promtool_passes_the_tests_of_the_rules() -> None:
 
 
 @needs_prometheus
-def test_a_wrong_threshold_fails_the_tests_of_the_rules(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("> 0.95", "> 0.98"),
+        ("max by (instance, model_name, engine)", "max by (model_name, engine)"),
+        ("[30m]) >= 2", "[30m]) >= 4"),
+        ('up{job="ficoco-vllm"} == 0', "up == 0"),
+        ("rate(vllm:prompt_tokens_total[5m]) + ", ""),
+        ('status="5xx"', 'status="4xx"'),
+        ("histogram_quantile(0.95", "histogram_quantile(0.5"),
+    ],
+)
+def test_a_wrong_rule_fails_the_tests_of_the_rules(right: str, wrong: str, tmp_path: Path) -> None:
     """The tests of the rules can fail."""
     for name in ("rules", "tests"):
-        (tmp_path / name).mkdir()
-        text = (PROMETHEUS / name / "ficoco.yml").read_text()
-        (tmp_path / name / "ficoco.yml").write_text(text.replace("> 0.95", "> 0.98"))
+        shutil.copytree(PROMETHEUS / name, tmp_path / name)
+    copied = tmp_path / "rules" / "ficoco.yml"
+    text = copied.read_text()
+    assert right in text
+    copied.write_text(text.replace(right, wrong))
     assert promtool("test", "rules", str(tmp_path / "tests" / "ficoco.yml")).returncode != 0
 
 
 def test_every_alert_is_tested_both_ways() -> None:
-    rules = yaml.safe_load((PROMETHEUS / "rules" / "ficoco.yml").read_text())["groups"][0]["rules"]
     tests = yaml.safe_load((PROMETHEUS / "tests" / "ficoco.yml").read_text())["tests"]
     cases = [case for test in tests for case in test["alert_rule_test"]]
-    for rule in rules:
+    for rule in rules():
         outcomes = {bool(case["exp_alerts"]) for case in cases if case["alertname"] == rule["alert"]}
         assert outcomes == {True, False}, rule["alert"]
+
+
+def test_every_alert_is_in_the_table() -> None:
+    listed = re.findall(r"^\| `(Ficoco\w+)` \|", (ROOT / "docs" / "metrics.md").read_text(), re.MULTILINE)
+    assert listed == [rule["alert"] for rule in rules()]
+
+
+def test_rules_and_scrapes_name_the_same_job() -> None:
+    (scrape,) = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())["scrape_configs"]
+    jobs = set(re.findall(r'job="([^"]+)"', (PROMETHEUS / "rules" / "ficoco.yml").read_text()))
+    assert jobs == {scrape["job_name"]}
 
 
 def test_dashboard_and_rules_name_metrics_that_exist() -> None:
