@@ -116,6 +116,22 @@ def known_names() -> set[str]:
     return families() | {family._name for family in Metrics(CollectorRegistry()).__dict__.values()}
 
 
+def test_colours_change_where_alerts_are_raised() -> None:
+    limits = {rule["alert"]: float(rule["expr"].split()[-1]) for rule in rules()}
+    panels = {panel["title"]: panel for panel in json.loads(DASHBOARD.read_text())["panels"]}
+    for title, alert in (
+        ("KV cache use", "FicocoKVCacheFull"),
+        ("KV cache in use", "FicocoKVCacheFull"),
+        ("First token, 95th percentile", "FicocoFirstTokenSlow"),
+        ("Time to first token", "FicocoFirstTokenSlow"),
+        ("Error rate", "FicocoServerErrors"),
+        ("Error rate by status", "FicocoServerErrors"),
+        ("Preemptions", "FicocoPreemptions"),
+    ):
+        red = panels[title]["fieldConfig"]["defaults"]["thresholds"]["steps"][-1]
+        assert (red["color"], red["value"]) == ("red", limits[alert]), title
+
+
 def test_provisioning_matches_the_dashboard() -> None:
     dashboard = json.loads(DASHBOARD.read_text())
     ids = [panel["id"] for panel in dashboard["panels"]]
