@@ -148,6 +148,11 @@ def test_every_example_is_listed() -> None:
     assert all(f"]({path.name})" in listed for path in (ROOT / "examples").glob("*.py"))
 
 
+def test_advice_is_that_of_the_command() -> None:
+    advice = pytest.importorskip("ficoco_vllm.server.commands.advice")
+    assert f"<!-- begin advice -->\n{advice.as_markdown()}\n<!-- end advice -->" in README
+
+
 def test_every_method_is_listed() -> None:
     rows = [line for line in README.splitlines() if line.startswith("| `")]
     listed = {name for row in rows for name in re.findall(r"`([a-z0-9-]+)`", row.split("|")[1])}

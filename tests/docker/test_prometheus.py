@@ -4,14 +4,13 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 from prometheus_client import CollectorRegistry
 
 from ficoco_vllm.metrics.families import Metrics
-from tests.support.prometheus import DASHBOARD, ROOT, needs_prometheus, panels, promtool
+from tests.support.prometheus import DASHBOARD, ROOT, needs_prometheus, panels, promtool, rules
 
 PROMETHEUS = ROOT / "docker" / "prometheus"
 GRAFANA = ROOT / "docker" / "grafana"
@@ -26,11 +25,6 @@ def families() -> set[str]:
 
 
 ENDINGS = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
-
-
-def rules() -> list[dict[str, Any]]:
-    groups = yaml.safe_load((PROMETHEUS / "rules" / "ficoco.yml").read_text())["groups"]
-    return [rule for group in groups for rule in group["rules"]]
 
 
 def used(text: str) -> set[str]:
@@ -118,7 +112,7 @@ def known_names() -> set[str]:
 
 def test_colours_change_where_alerts_are_raised() -> None:
     limits = {rule["alert"]: float(rule["expr"].split()[-1]) for rule in rules()}
-    panels = {panel["title"]: panel for panel in json.loads(DASHBOARD.read_text())["panels"]}
+    shown = {panel["title"]: panel for panel in json.loads(DASHBOARD.read_text())["panels"]}
     for title, alert in (
         ("KV cache use", "FicocoKVCacheFull"),
         ("KV cache in use", "FicocoKVCacheFull"),
@@ -128,7 +122,7 @@ def test_colours_change_where_alerts_are_raised() -> None:
         ("Error rate by status", "FicocoServerErrors"),
         ("Preemptions", "FicocoPreemptions"),
     ):
-        red = panels[title]["fieldConfig"]["defaults"]["thresholds"]["steps"][-1]
+        red = shown[title]["fieldConfig"]["defaults"]["thresholds"]["steps"][-1]
         assert (red["color"], red["value"]) == ("red", limits[alert]), title
 
 

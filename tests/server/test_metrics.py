@@ -1,5 +1,6 @@
 """`/metrics` after known traffic: the counters, promtool's opinion, and every query of the dashboard."""
 
+import re
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from tests.support.prometheus import (
     needs_prometheus,
     panels,
     promtool,
+    rules,
     scrape,
 )
 from tests.support.server import DEMO_KEEP, VALUE_BYTES, Server, budget, data_url, message
@@ -77,6 +79,7 @@ class Traffic:
     during_queries: dict[str, dict[Labels, float]] = field(default_factory=dict)
     queries: dict[tuple[str, int], dict[Labels, float]] = field(default_factory=dict)
     unfiltered: list[tuple[str, int]] = field(default_factory=list)
+    alerts: dict[str, dict[Labels, float]] = field(default_factory=dict)
 
     def grown(self, name: str, **labels: str) -> float:
         key = (name, tuple(sorted(labels.items())))
@@ -160,6 +163,11 @@ def traffic(
                     ]
                     result.queries[title, index] = selected
                     result.unfiltered += [(title, index) for values in others if values]
+            for rule in rules():
+                expression = re.sub(r" (?:>=?|==) [0-9.]+", "", rule["expr"])
+                for ours, here in (('job="ficoco-vllm"', 'job="server"'), ('"5xx"', '"4xx"')):
+                    expression = expression.replace(ours, here)
+                result.alerts[rule["alert"]] = prometheus.query(expression)
         yield result
 
 
@@ -337,6 +345,13 @@ def test_every_query_of_the_dashboard(traffic: Traffic) -> None:
     assert by(query("Budget of a request that names none"), "engine") == {"0": DEMO_KEEP}
     assert left == {}
     assert traffic.unfiltered == []
+
+
+@needs_prometheus
+def test_every_alert_reads_what_is_there(traffic: Traffic) -> None:
+    """Without its limits each expression has a value; there are no 5xx here, so it reads the 4xx."""
+    assert len(traffic.alerts) == len(rules())
+    assert all(traffic.alerts.values()), traffic.alerts
 
 
 @needs_prometheus
