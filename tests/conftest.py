@@ -41,7 +41,7 @@ MISSING = pytest.StashKey[set[str]]()
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Let tests marked `alone` run while no other worker's test does. Who waits for that is not overtaken."""
+    """Let tests marked `alone` run while no other worker's test does. A waiting test is not overtaken."""
     run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
     if run is None:
         return (yield)
@@ -78,7 +78,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """Receive it."""
+    """Collect what a worker lacks."""
     node.config.stash[MISSING] |= set(getattr(node, "workeroutput", {}).get("missing", ()))
 
 
@@ -90,7 +90,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.fixture(autouse=True, scope="module")
 def interpreter_stays_hidden() -> Iterator[None]:
-    """Fail a module that leaves Triton's backend `cpu` where every later engine would find it, and run on V2."""
+    """Fail a module that leaves Triton's backend `cpu` on the path: every later engine would run model runner V2."""
     before = list(sys.path)
     yield
     left = [folder for folder in sys.path if folder not in before and folder.endswith(INTERPRETER_FOLDER)]
@@ -160,7 +160,7 @@ def host() -> "Iterator[Host]":
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Server]":
-    """The demo model as `make serve` serves it, with budgets of their own allowed to requests."""
+    """The demo model as `make serve` serves it; requests may also name a budget in `mm_processor_kwargs`."""
     from tests.support.server import API_KEY, DEMO_KEEP, serve
 
     log = tmp_path_factory.mktemp("server") / "log"

@@ -2,37 +2,52 @@
 
 import contextlib
 import io
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
+from PIL import Image
 
 from examples.chat import ask
+from ficoco_vllm import demo_model
 from ficoco_vllm.demo_model import examples
 from ficoco_vllm.reduction import available
 from ficoco_vllm.reduction.pipeline import PIPELINES
-from tests.support.server import DEMO_KEEP, Server
+from tests.support.server import API_KEY, DEMO_KEEP, Server
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
+def code_of(language: str, word: str) -> str:
+    """The README's only block in the language that holds the word."""
+    blocks = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    (code,) = [block for block in blocks if word in block]
+    return str(code)
+
+
+CLIENT = code_of("python", "import ask")
+IMAGE, QUESTION = re.findall(r'ask\("([^"]+)", "([^"]+)"\)', CLIENT)[0]
+(TRANSCRIPT,) = re.findall(r"^# (.*)$", CLIENT, re.MULTILINE)
+
+
 def transcript_of(url: str) -> tuple[str, str]:
     """Output of the README's client for the server at `url`, and the output that the README shows."""
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    (transcript,) = re.findall(r"```text\n(.*?)```", README, re.DOTALL)
     printed = io.StringIO()
     with (
         contextlib.redirect_stdout(printed),
         contextlib.chdir(ROOT),
         mock.patch.dict(os.environ, FICOCO_URL=url),
     ):
-        exec(code, {})
-    return printed.getvalue(), transcript
+        exec(CLIENT, {})
+    return printed.getvalue(), f"{TRANSCRIPT}\n"
 
 
 def run_example(name: str, *arguments: str, **environment: str) -> str:
@@ -51,6 +66,42 @@ def test_transcript_is_what_the_server_answers(server: Server) -> None:
     """The first screen's code, run against the demo model as `make serve` serves it."""
     printed, transcript = transcript_of(server.url)
     assert printed == transcript
+
+
+@pytest.mark.server
+@pytest.mark.needs(bool(shutil.which("curl")), "the README's curl line: no curl")
+def test_curl_gets_the_same_answer(server: Server, tmp_path: Path) -> None:
+    """The pasted lines, for the test server's address and key."""
+    (tmp_path / ".curlrc").write_text(f'header = "Authorization: Bearer {API_KEY}"\n')
+    lines = code_of("bash", "curl").replace("http://127.0.0.1:8000", server.url)
+    variables = {**os.environ, "CURL_HOME": str(tmp_path)}
+    done = subprocess.run(
+        ["bash", "-eu"],
+        input=lines.encode(),
+        cwd=ROOT,
+        env=variables,
+        capture_output=True,
+        check=True,
+        timeout=300,
+    )
+    answer = json.loads(done.stdout)
+    text, usage = answer["choices"][0]["message"]["content"], answer["usage"]
+    assert f"{text.strip()} {usage['prompt_tokens']} {usage['ficoco']}" == TRANSCRIPT
+
+
+def test_hugging_face_gets_the_same_answer() -> None:
+    pytest.importorskip("ficoco_vllm.hf")
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration.from_pretrained(demo_model.path(), dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(demo_model.path())
+    content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+    chat = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    inputs = processor(images=Image.open(ROOT / IMAGE), text=chat, return_tensors="pt")
+    names = {"model": model, "inputs": inputs}
+    exec(code_of("python", "reduce_tokens"), names)
+    answer = names["output"][0, inputs["input_ids"].shape[1] :]
+    assert processor.decode(answer, skip_special_tokens=True).strip() == TRANSCRIPT.split()[0]
 
 
 @pytest.mark.server
@@ -95,6 +146,11 @@ def test_example_reduce_tensors() -> None:
 def test_every_example_is_listed() -> None:
     listed = (ROOT / "examples" / "README.md").read_text()
     assert all(f"]({path.name})" in listed for path in (ROOT / "examples").glob("*.py"))
+
+
+def test_advice_is_that_of_the_command() -> None:
+    advice = pytest.importorskip("ficoco_vllm.server.commands.advice")
+    assert f"<!-- begin advice -->\n{advice.as_markdown()}\n<!-- end advice -->" in README
 
 
 def test_every_method_is_listed() -> None:

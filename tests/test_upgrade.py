@@ -46,7 +46,7 @@ def test_the_seams_that_the_pages_name_are_among_them(needed: dict[Seam, set[str
 
 @pytest.mark.parametrize("page", ["upgrading-vllm.md"])
 def test_the_tests_that_the_pages_name_are_contract_tests(page: str) -> None:
-    """A name without a folder is of the folder named before it, or of one that has it."""
+    """A file named without a folder is in the folder named before it, or in any that has such a file."""
     text = (ROOT / "docs" / page).read_text()
     tables = "\n".join(line for line in text.splitlines() if line.startswith("|"))
     named = [PurePosixPath(name) for name in re.findall(r"`((?:tests/)?[\w/]*test_\w+\.py)`", tables)]
@@ -59,7 +59,7 @@ def test_the_tests_that_the_pages_name_are_contract_tests(page: str) -> None:
 
 
 def changed(installed: Tree, module: str, old: str, new: str, folder: Path) -> Tree:
-    """A vLLM in which one module reads otherwise: the others are links."""
+    """A copy of vLLM in which one module differs; the others are links."""
     path = Path(*module.split(".")[1:]).with_suffix(".py")
     root = folder / "vllm"
     root.mkdir()

@@ -138,6 +138,13 @@ def as_panels(panels: Sequence[Panel], num_columns: int, title: str) -> str:
             formatter = PercentFormatter(1.0) if is_share else EngFormatter(_UNITS.get(panel.unit, ""))
             axes.yaxis.set_major_formatter(formatter)
             axes.xaxis.set_major_formatter(EngFormatter("s"))
-            axes.legend(frameon=False, fontsize=6, ncols=2)
+            axes.legend(
+                frameon=False,
+                fontsize=6,
+                ncols=3,
+                loc="upper center",
+                bbox_to_anchor=(0.5, -0.1),
+                columnspacing=1,
+            )
 
     return as_svg((4.2 * num_columns, 2.4 * num_rows), paint)

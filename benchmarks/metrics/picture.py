@@ -66,10 +66,11 @@ def main() -> int:
             start = time.time()
             for phase in PHASES:
                 asyncio.run(_phase(server.url, phase, args.seconds))
-            panels = _panels(prometheus, start, time.time())
+            end = time.time()
+            panels, now = _panels(prometheus, start, end), _now(prometheus, end)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     title = "ficoco-vllm dashboard: all 576 tokens, then ficoco-v with 64, then top-k by [CLS] with 32, at equal load"
-    args.out.write_text(as_panels(panels, 3, title))
+    args.out.write_text(as_panels(panels, 3, f"{title}\n{now}"))
     return 0
 
 
@@ -96,8 +97,26 @@ async def _phase(url: str, kwargs: Mapping[str, Any], seconds: float) -> None:
         await asyncio.gather(*(ask(index) for index in range(CONCURRENCY)))
 
 
+def _shown() -> list[dict[str, Any]]:
+    panels: list[dict[str, Any]] = json.loads(DASHBOARD.read_text())["panels"]
+    return panels
+
+
+def _now(prometheus: Prometheus, end: float) -> str:
+    """The dashboard's row of single values."""
+    words = []
+    for panel in _shown():
+        if panel["type"] == "stat":
+            (value,) = prometheus.query(filled_in(panel["targets"][0]["expr"], WINDOW_SECONDS), end).values()
+            form = {"percentunit": "{:.0%}", "s": "{:.1f} s"}.get(
+                panel["fieldConfig"]["defaults"]["unit"], "{:.0f}"
+            )
+            words.append(f"{panel['title']}: {form.format(value)}")
+    return "at the end: " + "; ".join(words)
+
+
 def _panels(prometheus: Prometheus, start: float, end: float) -> list[Panel]:
-    shown = {panel["title"]: panel for panel in json.loads(DASHBOARD.read_text())["panels"]}
+    shown = {panel["title"]: panel for panel in _shown()}
     panels = []
     for title in PANELS:
         lines: dict[str, list[tuple[float, float]]] = {}

@@ -29,9 +29,9 @@ class Prometheus:
         with urllib.request.urlopen(url, timeout=60) as answer:
             return list(json.load(answer)["data"]["result"])
 
-    def query(self, expression: str) -> dict[Labels, float]:
-        """Evaluate now: sorted labels of each series to its value."""
-        result = self.ask("query", query=expression)
+    def query(self, expression: str, at: float | None = None) -> dict[Labels, float]:
+        """Evaluate now, or at a time in seconds since 1970: sorted labels of each series to its value."""
+        result = self.ask("query", query=expression, time=at or time.time())
         return {tuple(sorted(row["metric"].items())): float(row["value"][1]) for row in result}
 
     def is_ready(self) -> bool:
@@ -60,6 +60,9 @@ def scrape(folder: Path, target: str) -> Iterator[Prometheus]:
         yield prometheus
 
 
-def filled_in(expression: str, window_seconds: int, model: str = ".*") -> str:
+def filled_in(expression: str, window_seconds: int, model: str = ".*", instance: str = ".*") -> str:
     """A query of the dashboard with Grafana's variables replaced."""
-    return expression.replace("$__rate_interval", f"{window_seconds}s").replace("$model", model)
+    variables = {"$__rate_interval": f"{window_seconds}s", "$model": model, "$instance": instance}
+    for name, value in variables.items():
+        expression = expression.replace(name, value)
+    return expression

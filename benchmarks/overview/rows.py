@@ -37,7 +37,7 @@ class Row:
 
 
 STOCK = Row("stock vLLM", str(PATCHES), "stock", "stock")
-FICOCO_V = Row("FiCoCo-V, in the vision tower", "64", "keep-64", "V 64")
+FICOCO_V = Row("FiCoCo-V, in the vision encoder", "64", "keep-64", "V 64")
 FICOCO_VL = Row("FiCoCo-VL, in both", "64 in the last layers", "ficoco-vl", "VL 64")
 FICOCO_L = Row("FiCoCo-L, in the decoder", "64 in the last layers", "ficoco-l", "L 64")
 README_ROWS = (STOCK, FICOCO_V, FICOCO_VL, FICOCO_L)

@@ -75,7 +75,7 @@ def refusal(engine: LLM, one: Ask, **more: Any) -> str:
 def ask_noting_preemptions(
     engine: LLM, asks: list[Ask], send: Callable[[LLM, list[Ask]], list[Any]] = ask
 ) -> tuple[list[Any], list[bool]]:
-    """Send requests together; also, of each that had to give its blocks back, whether its prompt is reduced."""
+    """Send requests together; report also, for each preempted one, whether its prompt is reduced."""
     scheduler = scheduler_of(engine)
     original, noted = scheduler._preempt_request, []
 
@@ -109,14 +109,14 @@ def held(engine: LLM) -> list[dict[str, int]]:
 
 
 def abort_in(engine: LLM, asks: list[Ask], phase: str, every: int) -> tuple[list[int], dict[int, list[int]]]:
-    """Send requests and abort those that come into a phase.
+    """Send requests and abort some of them in a phase.
 
     Args:
         engine: in this process.
         asks: to be sent together.
         phase: "waiting", "prefilled" (its prompt has been computed, but no token returned),
             "decoding" or "preempted".
-        every: which of the requests are to be aborted: each so-manieth.
+        every: every how many requests one is aborted, the first included.
 
     Returns:
         Indices of those that were aborted, and the tokens of the others.

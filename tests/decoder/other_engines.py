@@ -42,7 +42,7 @@ def layers_of(
 
 @dataclass
 class Cache:
-    """The KV cache of an engine: bytes of a token in one layer, as metrics count them; and by group, its segment and
+    """KV cache of an engine: bytes of a token in one layer, as metrics count them, and for each group its segment and
     the bytes of a block in one layer.
     """
 

@@ -21,7 +21,7 @@ CLOSE = {"atol": 1e-6, "rtol": 1e-5}
 
 
 def close(result: Tensor, expected: Tensor) -> None:
-    """The same but for rounding."""
+    """Equal up to rounding."""
     torch.testing.assert_close(result.double(), expected.double(), **CLOSE)
 
 
@@ -71,7 +71,7 @@ def dense(heads: DecoderHeads, request: int, logits: bool) -> Tensor:
 @pytest.mark.parametrize("logits", [False, True])
 @pytest.mark.parametrize("requests", [(0,), (1,), (0, 1)])
 def test_equals_the_whole_map(heads: DecoderHeads, logits: bool, requests: tuple[int, ...]) -> None:
-    """One image, whose tokens are viewed where they are, and two of different prompts, which are gathered."""
+    """The tokens of one image are a view; those of two prompts are gathered."""
     images = ImageAttention(heads, group(requests), visual=True, logits=logits)
     text, visual = images.text_attention(), images.visual_attention()
     source, target = torch.tensor([[1, 3]] * len(requests)), torch.tensor([[0, 2, 4]] * len(requests))
@@ -138,7 +138,7 @@ def test_text_alone_looks_at_no_visual_query(heads: DecoderHeads) -> None:
 
 
 def test_two_workers_sum_to_the_whole(heads: DecoderHeads) -> None:
-    """Each sees half of the heads; the sum over workers divided by all heads is the mean, the text counted once."""
+    """Each worker has half of the heads; the workers' sum divided by all heads is the mean, with the text once."""
     halves = [
         replace(heads, query=heads.query[:, 3 * part : 3 * part + 3], key=heads.key[:, part, None])
         for part in (0, 1)

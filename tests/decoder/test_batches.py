@@ -1,4 +1,4 @@
-"""Many requests in one engine: each as if it were alone, and every block comes back."""
+"""Many requests in one engine: each is answered as if it were alone, and every block comes back."""
 
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def mixed(images: list[Image.Image], count: int) -> list[Ask]:
 
 @pytest.fixture(scope="module")
 def engine(host: Host, small_llava: Path) -> Remote:
-    """So few blocks that requests are preempted; with the minimum, too few run concurrently for that."""
+    """Too few blocks for all requests, so that some are preempted; with the minimum too few would run at once."""
     options = {
         "block_size": 32,
         "max_model_len": 512,
@@ -77,7 +77,7 @@ def windowed(host: Host, small_llava: Path) -> Remote:
 
 @pytest.fixture(scope="module")
 def alone(engine: Remote, images: list[Image.Image]) -> list[Answer]:
-    """Each of the mixed requests, when it has the engine for itself."""
+    """Answers to the mixed requests, each alone in the engine."""
     return [engine.call(calls.ask, [one])[0] for one in mixed(images, 40)]
 
 

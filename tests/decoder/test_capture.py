@@ -1,4 +1,4 @@
-"""CUDA graphs of decoding read the same memory at every replay: as much of it as a CPU can show."""
+"""CUDA graphs of decoding read the same memory at every replay, as far as a CPU can show it."""
 
 from typing import Any
 

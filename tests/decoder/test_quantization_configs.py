@@ -1,6 +1,6 @@
 """Configurations that need a GPU to run: layers, KV cache and refusals, without any weights.
 
-And an fp8 KV cache, which vLLM's CPU build has too, in use.
+An fp8 KV cache, which vLLM's CPU build has too, is also used.
 """
 
 import json
@@ -76,7 +76,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.fixture(scope="module")
 def engine(host: Host, small_llava: Path) -> Remote:
-    """FiCoCo-L over an fp8 KV cache, where there can be one; most tests only need its process."""
+    """FiCoCo-L with an fp8 KV cache where the CPU supports one; most tests need only its process."""
     cache = "fp8" if HAS_FP8_CACHE else "auto"
     return host.get(small_llava, L, block_size=32, kv_cache_dtype=cache)
 
@@ -114,7 +114,7 @@ def test_layers_are_those_of_stock_vllm(
 
 @pytest.mark.parametrize("ours", [FicocoLlava, FicocoLlavaNext])
 def test_names_in_checkpoints_mean_what_they_mean_to_vllm(ours: Any) -> None:
-    """By these two vLLM finds the layers that a quantization names, and loads adapters and weights."""
+    """With both mappings vLLM finds the layers that a quantization names, and loads adapters and weights."""
     stock = ours.__mro__[2]
     assert stock.__module__.startswith("vllm.")
     assert ours.packed_modules_mapping == stock.packed_modules_mapping
@@ -169,7 +169,7 @@ def test_layers_left_out_of_an_fp8_cache(engine: Remote, small_llava: Path, fico
 
 @needs_fp8_cache
 def test_an_fp8_cache_in_use(engine: Remote, small_llava: Path, images: list[Image.Image]) -> None:
-    """Comparison with an oracle whose attention reads rounded keys and values, and its reduction exact ones."""
+    """Compared with an oracle whose attention reads rounded keys and values and whose reduction reads exact ones."""
     exact, rounded = ReferenceDecoder(small_llava), ReferenceDecoder(small_llava)
     rounded.stored = to_e4m3
     shown = [Shown(image, 144, left("ficoco-l", 144, 16)) for image in images]

@@ -1,4 +1,4 @@
-"""Quantized decoders that reduce: against an oracle that rounds as the checkpoint's scheme does, and in their cache."""
+"""Quantized decoders that reduce: answers against an oracle that rounds as the scheme does, and the KV cache."""
 
 import math
 from collections.abc import Iterator
@@ -67,7 +67,7 @@ def distances(
 def test_equals_an_oracle_that_rounds(
     engine: Remote, small_llava: Path, kind: Kind, images: list[Image.Image], method: str
 ) -> None:
-    """And neither one that does not round, nor one that reduces otherwise, nor one that does not in the decoder."""
+    """Other oracles are farther away: without rounding, with another reduction, with none in the decoder."""
     oracle, unrounded = ReferenceDecoder(small_llava), ReferenceDecoder(small_llava)
     quantized.quantize_oracle(oracle.model.model.language_model, kind)
     answers = engine.call(ask, [asking(method, image) for image in images])

@@ -20,7 +20,7 @@ FICOCO = {"method": "ficoco-l", "keep": 16}
 
 
 def config(**changed: Any) -> Any:
-    """As much of a vLLM configuration as the check reads, all of it allowed; `changed` by dotted path."""
+    """The part of a vLLM configuration that the check reads, all allowed; `changed` maps dotted paths to values."""
     result = SimpleNamespace(
         parallel_config=SimpleNamespace(
             pipeline_parallel_size=1,
@@ -120,7 +120,7 @@ def test_model_runner_v1_is_named_with_its_reason(monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture(scope="module")
 def engine(host: Host, small_llava: Path) -> Remote:
-    """With a step limit that is too small for the longest prompt, which start-up raises."""
+    """An engine whose step limit is smaller than the longest prompt; start-up raises the limit."""
     return host.get(small_llava, FICOCO, block_size=32, max_model_len=1024, max_num_batched_tokens=300)
 
 
@@ -152,7 +152,7 @@ def engine(host: Host, small_llava: Path) -> Remote:
 def test_options_that_are_refused_at_start_up(
     engine: Remote, small_llava: Path, options: dict[str, Any], part: str
 ) -> None:
-    """By vLLM's own configuration, as an engine or a server makes it; without our settings it passes."""
+    """The check is part of building vLLM's configuration; without our settings the options pass."""
     result = engine.call(calls.start_up_error, str(small_llava), FICOCO, options)
     assert "ficoco.method = 'ficoco-l': " in result
     assert part in result

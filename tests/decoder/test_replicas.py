@@ -125,7 +125,7 @@ def test_the_longest_that_is_accepted_is_answered(
 ) -> None:
     """All images that are allowed, text up to the last token: with every block of the cache, or nearly none.
 
-    Whoever asks for a longer answer than there is room for gets one that ends at the last place.
+    An answer for which there is too little room ends at the last position.
     """
     room = LONGEST - NUM_IMAGES * 144 - len("USER: " + "\n" * NUM_IMAGES + " ASSISTANT:")
     answer = chat(
@@ -140,7 +140,7 @@ def test_the_longest_that_is_accepted_is_answered(
 
 
 def test_log_probabilities_of_a_prompt_of_text(server: Server) -> None:
-    """Nothing is reduced, so `echo` with `logprobs` is right: that of a token is the one it was generated with."""
+    """Nothing is reduced, so `echo` with `logprobs` is right: each token has the one with which it was generated."""
     prompt = list(range(40, 70))
     generated = complete(server, prompt, echo=False)
     token, logprob = generated.model_extra["token_ids"][0], generated.logprobs.token_logprobs[0]

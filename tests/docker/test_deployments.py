@@ -2,7 +2,10 @@
 
 import json
 import re
+import shutil
+import subprocess
 import tomllib
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -45,7 +48,20 @@ def test_ray_starts_vllm_with_our_settings() -> None:
     plugins(config["runtime_env"]["env_vars"]["VLLM_PLUGINS"])
 
 
-def test_images_have_this_version() -> None:
+def test_the_page_s_lines_put_in_a_registry(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "many-machines.md").read_text()
+    (lines,) = re.findall(r"^export REGISTRY.*?^```", page, re.MULTILINE | re.DOTALL)
+    (registry,) = re.findall(r"REGISTRY=(\S+)", lines)
+    shutil.copytree(KUBERNETES, tmp_path / "docker" / "kubernetes")
+    commands = "docker() { true; }\n" + lines.removesuffix("```")
+    subprocess.run(["bash", "-euc", commands], cwd=tmp_path, check=True)
     for file in KUBERNETES.glob("*.yaml"):
+        text = (tmp_path / "build" / file.name).read_text()
+        assert "example.com" not in text
+        assert f"{registry}/ficoco-vllm" in str(yaml.safe_load(text))
+
+
+def test_images_have_this_version() -> None:
+    for file in [*KUBERNETES.glob("*.yaml"), ROOT / "docs" / "many-machines.md"]:
         tags = set(re.findall(r"gpu-([\d.]+\d)", file.read_text()))
         assert tags == {__version__}, file.name

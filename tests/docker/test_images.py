@@ -1,7 +1,9 @@
 """Dockerfiles and compose: pinned, not root, with health checks, and consistent with the other files in docker/."""
 
 import json
+import os
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -20,6 +22,10 @@ SERVICES: dict[str, dict[str, Any]] = yaml.safe_load(COMPOSE.read_text())["servi
 PULLED = {name: service for name, service in SERVICES.items() if "build" not in service}
 
 
+# Variables of the environment that both servers read.
+READ = {"FICOCO_MODEL", "FICOCO_METHOD", "FICOCO_KEEP", "FICOCO_BIND", "HF_TOKEN", "VLLM_API_KEY"}
+
+
 def client() -> list[str] | None:
     """The compose client, as a plugin of docker's or as Debian's."""
     if shutil.which("docker"):
@@ -29,24 +35,66 @@ def client() -> list[str] | None:
     return ["docker-compose"] if shutil.which("docker-compose") else None
 
 
-@pytest.mark.needs(client() is not None, "compose's tests: no docker compose (or Debian's docker-compose)")
-@pytest.mark.parametrize("profile", ["cpu", "gpu"])
-def test_the_client_accepts_compose(profile: str, tmp_path: Path) -> None:
+needs_client = pytest.mark.needs(
+    client() is not None, "compose's tests: no docker compose (or Debian's docker-compose)"
+)
+
+
+def render(profile: str, file: Path = COMPOSE, **variables: str) -> subprocess.CompletedProcess[str]:
+    """What the client makes of the file, with only these variables of ours in its environment."""
     compose = client()
     assert compose is not None
+    inherited = {name: value for name, value in os.environ.items() if name not in READ}
+    command = [*compose, "-f", str(file), "--profile", profile, "config"]
+    return subprocess.run(
+        command, env=inherited | variables, capture_output=True, text=True, check=False, timeout=60
+    )
 
-    def config(file: Path) -> subprocess.CompletedProcess[str]:
-        command = [*compose, "-f", str(file), "--profile", profile, "config"]
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
-    rendered = config(COMPOSE)
+def words(command: str | list[str]) -> list[str]:
+    """Arguments of a service: Debian's client renders the string, the plugin a list."""
+    return shlex.split(command) if isinstance(command, str) else command
+
+
+@needs_client
+@pytest.mark.parametrize("profile", ["cpu", "gpu"])
+def test_the_client_accepts_compose(profile: str, tmp_path: Path) -> None:
+    rendered = render(profile)
     assert rendered.returncode == 0, rendered.stderr
     services = yaml.safe_load(rendered.stdout)["services"]
     # Debian's client renders every profile, the plugin only the requested one.
     assert {f"server-{profile}", "prometheus", "grafana"} <= set(services)
     mistyped = tmp_path / "compose.yaml"
     mistyped.write_text(COMPOSE.read_text().replace("read_only:", "readonly:"))
-    assert config(mistyped).returncode != 0
+    assert render(profile, mistyped).returncode != 0
+
+
+@needs_client
+@pytest.mark.parametrize(("profile", "default"), [("cpu", []), ("gpu", ["llava-hf/llava-1.5-7b-hf"])])
+def test_variables_reach_the_server(profile: str, default: list[str]) -> None:
+    def server(**variables: str) -> dict[str, Any]:
+        rendered = render(profile, **variables)
+        assert rendered.returncode == 0, rendered.stderr
+        service: dict[str, Any] = yaml.safe_load(rendered.stdout)["services"][f"server-{profile}"]
+        return service
+
+    fixed = ["--shutdown-timeout=90"]
+    assert words(server()["command"]) == [*default, "--ficoco-method=ficoco-v", "--ficoco-keep=64", *fixed]
+    chosen = server(
+        FICOCO_MODEL="me/llava", FICOCO_METHOD="tome", FICOCO_KEEP="96", HF_TOKEN="token", VLLM_API_KEY="key"
+    )
+    assert words(chosen["command"]) == ["me/llava", "--ficoco-method=tome", "--ficoco-keep=96", *fixed]
+    assert chosen["environment"]["HF_TOKEN"] == "token"
+    assert chosen["environment"]["VLLM_API_KEY"] == "key"
+
+
+def test_both_profiles_read_the_documented_variables() -> None:
+    documented = set(
+        re.findall(r"`((?:FICOCO|HF|VLLM)_[A-Z_]+)`", (ROOT / "docs" / "operate.md").read_text())
+    )
+    for name in ("server-cpu", "server-gpu"):
+        read = set(re.findall(r"\$\{([A-Z_]+):-", json.dumps(SERVICES[name])))
+        assert documented & read >= READ, name
 
 
 def test_each_profile_is_whole() -> None:
@@ -105,7 +153,9 @@ def test_mounted_files_exist_where_the_provisioning_looks() -> None:
 def test_options_of_the_commands_exist() -> None:
     known = options_of_serve()
     for service in ("server-cpu", "server-gpu"):
-        options = {part.split("=")[0] for part in SERVICES[service]["command"] if part.startswith("--")}
+        options = {
+            part.split("=")[0] for part in words(SERVICES[service]["command"]) if part.startswith("--")
+        }
         assert options
         assert options <= known
 

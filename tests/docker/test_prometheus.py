@@ -2,13 +2,15 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
+import pytest
 import yaml
 from prometheus_client import CollectorRegistry
 
 from ficoco_vllm.metrics.families import Metrics
-from tests.support.prometheus import DASHBOARD, ROOT, needs_prometheus, panels, promtool
+from tests.support.prometheus import DASHBOARD, ROOT, needs_prometheus, panels, promtool, rules
 
 PROMETHEUS = ROOT / "docker" / "prometheus"
 GRAFANA = ROOT / "docker" / "grafana"
@@ -33,7 +35,7 @@ def used(text: str) -> set[str]:
 def test_promtool_accepts_the_configuration() -> None:
     result = promtool("check", "config", str(PROMETHEUS / "prometheus.yml"))
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "6 rules found" in result.stdout
+    assert "11 rules found" in result.stdout
 
 
 @needs_prometheus
@@ -43,22 +45,46 @@ def test_promtool_passes_the_tests_of_the_rules() -> None:
 
 
 @needs_prometheus
-def test_a_wrong_threshold_fails_the_tests_of_the_rules(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("> 0.95", "> 0.98"),
+        ("max by (instance, model_name, engine)", "max by (model_name, engine)"),
+        ("[30m]) >= 2", "[30m]) >= 4"),
+        ('up{job="ficoco-vllm"} == 0', "up == 0"),
+        ("rate(vllm:prompt_tokens_total[5m]) + ", ""),
+        ('status="5xx"', 'status="4xx"'),
+        ("histogram_quantile(0.95", "histogram_quantile(0.5"),
+    ],
+)
+def test_a_wrong_rule_fails_the_tests_of_the_rules(right: str, wrong: str, tmp_path: Path) -> None:
     """The tests of the rules can fail."""
     for name in ("rules", "tests"):
-        (tmp_path / name).mkdir()
-        text = (PROMETHEUS / name / "ficoco.yml").read_text()
-        (tmp_path / name / "ficoco.yml").write_text(text.replace("> 0.95", "> 0.98"))
+        shutil.copytree(PROMETHEUS / name, tmp_path / name)
+    copied = tmp_path / "rules" / "ficoco.yml"
+    text = copied.read_text()
+    assert right in text
+    copied.write_text(text.replace(right, wrong))
     assert promtool("test", "rules", str(tmp_path / "tests" / "ficoco.yml")).returncode != 0
 
 
 def test_every_alert_is_tested_both_ways() -> None:
-    rules = yaml.safe_load((PROMETHEUS / "rules" / "ficoco.yml").read_text())["groups"][0]["rules"]
     tests = yaml.safe_load((PROMETHEUS / "tests" / "ficoco.yml").read_text())["tests"]
     cases = [case for test in tests for case in test["alert_rule_test"]]
-    for rule in rules:
+    for rule in rules():
         outcomes = {bool(case["exp_alerts"]) for case in cases if case["alertname"] == rule["alert"]}
         assert outcomes == {True, False}, rule["alert"]
+
+
+def test_every_alert_is_in_the_table() -> None:
+    listed = re.findall(r"^\| `(Ficoco\w+)` \|", (ROOT / "docs" / "metrics.md").read_text(), re.MULTILINE)
+    assert listed == [rule["alert"] for rule in rules()]
+
+
+def test_rules_and_scrapes_name_the_same_job() -> None:
+    (scrape,) = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())["scrape_configs"]
+    jobs = set(re.findall(r'job="([^"]+)"', (PROMETHEUS / "rules" / "ficoco.yml").read_text()))
+    assert jobs == {scrape["job_name"]}
 
 
 def test_dashboard_and_rules_name_metrics_that_exist() -> None:
@@ -82,6 +108,22 @@ def test_every_metric_is_on_the_dashboard_and_in_the_table() -> None:
 def known_names() -> set[str]:
     """Names as they may stand in prose: of the series, and of histograms without ending."""
     return families() | {family._name for family in Metrics(CollectorRegistry()).__dict__.values()}
+
+
+def test_colours_change_where_alerts_are_raised() -> None:
+    limits = {rule["alert"]: float(rule["expr"].split()[-1]) for rule in rules()}
+    shown = {panel["title"]: panel for panel in json.loads(DASHBOARD.read_text())["panels"]}
+    for title, alert in (
+        ("KV cache use", "FicocoKVCacheFull"),
+        ("KV cache in use", "FicocoKVCacheFull"),
+        ("First token, 95th percentile", "FicocoFirstTokenSlow"),
+        ("Time to first token", "FicocoFirstTokenSlow"),
+        ("Error rate", "FicocoServerErrors"),
+        ("Error rate by status", "FicocoServerErrors"),
+        ("Preemptions", "FicocoPreemptions"),
+    ):
+        red = shown[title]["fieldConfig"]["defaults"]["thresholds"]["steps"][-1]
+        assert (red["color"], red["value"]) == ("red", limits[alert]), title
 
 
 def test_provisioning_matches_the_dashboard() -> None:

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.compat
 
 
 def test_an_image_counts_as_sent_once_it_is() -> None:
-    """Beside vLLM's own method, which takes an image for sent that was only rendered."""
+    """In vLLM itself an image counts as sent when it was only rendered."""
     hook_processor_cache()
     hook_processor_cache()
     settings: Any = SimpleNamespace(get_multimodal_config=lambda: SimpleNamespace(mm_processor_cache_gb=1))

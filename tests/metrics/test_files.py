@@ -89,7 +89,7 @@ def test_with_room_nothing_changes(tmp_path: Path) -> None:
 
 
 def test_a_read_only_folder(tmp_path: Path) -> None:
-    """As for `/metrics` it is there, and empty."""
+    """`/metrics` finds the folder, empty."""
     folder = Path("/proc/self/fdinfo")  # not even root makes a file here
     result = run(folder, hooked=True, number=3)
     assert "no space for metrics" in result.stderr

@@ -41,7 +41,7 @@ def account(of: Accountant, num_text: int, *lengths: int, **kwargs: Any) -> Acco
 @pytest.mark.parametrize("num_text", [1, 2, 3, 60, 1000])
 @pytest.mark.parametrize("num_images", [1, 3])
 def test_tower(method: str, num_text: int, num_images: int) -> None:
-    """Against the cost of the plan at each length of text."""
+    """Equal to the cost of the plan at each length of text."""
     of = accountant(method, keep=64)
     result = account(of, num_text, *[64] * num_images)
     assert result.method == method

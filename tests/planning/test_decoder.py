@@ -196,7 +196,7 @@ Penalty = create_model("Penalty", __base__=get("ficoco-l").filter.settings, loca
 
 
 def other_method(name: str, **changed: Any) -> Method:
-    """A method of another package: FastV with something exchanged."""
+    """A method of another package: FastV with some stages or settings replaced."""
     return replace(get("fastv"), name=name, **changed)
 
 

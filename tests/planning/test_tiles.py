@@ -41,7 +41,7 @@ def config(**changes: Any) -> LlavaNextConfig:
 
 
 class StockInfo(LlavaNextProcessingInfo):
-    """vLLM's, without an engine around it."""
+    """vLLM's own processing info, without an engine."""
 
     def __init__(self) -> None:
         pass
@@ -100,7 +100,7 @@ def test_the_crop_of_a_wide_image() -> None:
 
 @pytest.mark.parametrize(("height", "width", "before"), [(1, 4000, 576), (4000, 1, 576 + 24)])
 def test_a_line_of_pixels_has_a_base_view_only(height: int, width: int, before: int) -> None:
-    """Scaled it is thinner than a patch, and stock vLLM crops all of it away; of a tall one it leaves the newlines."""
+    """Scaled, it is thinner than a patch: stock vLLM crops a wide line; of a tall one it leaves the newlines."""
     result = planner(keep=64).layout(Budget("ficoco-v", 64), height, width)
     assert (result.num_tokens, result.num_before, result.newline_rows) == (64, before, ())
 
@@ -112,7 +112,7 @@ def test_a_tile_with_fewer_patches_than_its_budget_keeps_them() -> None:
 
 @pytest.mark.parametrize("keep", [1, 3, 100, 1295, 1296, 1297, 2880])
 def test_a_budget_of_an_image(keep: int) -> None:
-    """The image of 300 x 2000 has 576 + 3 x 240 patches; all of them are stock vLLM's way, with its newlines."""
+    """The image of 300 x 2000 has 576 + 3 x 240 patches; keeping all is stock vLLM's layout, with its newlines."""
     served = planner(method="ficoco-v", keep=320, keep_per="image")
     result = served.layout(Budget("ficoco-v", keep), 300, 2000)
     if keep >= 1296:

@@ -13,7 +13,7 @@ DEMO = TowerShape(grid=(24, 24), num_layers=8, num_executed_layers=7, with_cls=F
 
 
 def planner(shape: TowerShape = LLAVA_1_5, **settings: Any) -> VisionPlanner:
-    """Checked, as at start-up."""
+    """A planner whose settings are checked, as at start-up."""
     return VisionPlanner.shared(FicocoConfig.parse(settings), shape)
 
 

@@ -1,5 +1,6 @@
 """`/metrics` after known traffic: the counters, promtool's opinion, and every query of the dashboard."""
 
+import re
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from tests.support.prometheus import (
     needs_prometheus,
     panels,
     promtool,
+    rules,
     scrape,
 )
 from tests.support.server import DEMO_KEEP, VALUE_BYTES, Server, budget, data_url, message
@@ -34,6 +36,11 @@ NUM_REDUCED, NUM_OFF, NUM_TEXT, NUM_REFUSED, NUM_STREAMS = 8, 4, 3, 4, 3
 pytestmark = [pytest.mark.compat, pytest.mark.server, pytest.mark.alone]
 
 Labels = tuple[tuple[str, str], ...]
+
+
+def instance(server: Server) -> str:
+    """The label that Prometheus gives to the server."""
+    return server.url.removeprefix("http://")
 
 
 def scraped(server: Server) -> dict[tuple[str, Labels], float]:
@@ -71,6 +78,8 @@ class Traffic:
     window_seconds: int = 0
     during_queries: dict[str, dict[Labels, float]] = field(default_factory=dict)
     queries: dict[tuple[str, int], dict[Labels, float]] = field(default_factory=dict)
+    unfiltered: list[tuple[str, int]] = field(default_factory=list)
+    alerts: dict[str, dict[Labels, float]] = field(default_factory=dict)
 
     def grown(self, name: str, **labels: str) -> float:
         key = (name, tuple(sorted(labels.items())))
@@ -102,10 +111,18 @@ def send(server: Server, images: list[Image.Image], traffic: Traffic, prometheus
         traffic.during = scraped(server)
         if prometheus is not None:
             prometheus.wait_for_scrapes()
-            for title in ("KV cache in use", "KV blocks", "Running and waiting"):
+            titles = (
+                "KV cache in use",
+                "KV blocks",
+                "Running and waiting",
+                "Requests running",
+                "KV cache use",
+            )
+            at = time.time()
+            for title in titles:
                 for index, expression in enumerate(panels()[title]):
                     traffic.during_queries[f"{title} {index}"] = prometheus.query(
-                        filled_in(expression, 60, MODEL)
+                        filled_in(expression, 60, MODEL, instance(server)), at
                     )
 
 
@@ -115,14 +132,16 @@ def traffic(
 ) -> Iterator[Traffic]:
     """Known traffic, before which and after which `/metrics` was read; Prometheus looks on where there is one."""
     with server.client() as client:
-        for _ in range(3):  # Prometheus cuts the rate of a counter that was zero shortly before the window
+        for _ in range(3):  # a rate is cut where its counter was zero, or missing, shortly before the window
             chat(client, images[4], DEMO_KEEP)
+        with pytest.raises(openai.BadRequestError):
+            chat(client, images[4], NUM_PATCHES + 1)
     time.sleep(1)
     with ExitStack() as stack:
         prometheus = None
         if needs_prometheus.args[0]:
             folder = tmp_path_factory.mktemp("prometheus")
-            prometheus = stack.enter_context(scrape(folder, server.url.removeprefix("http://")))
+            prometheus = stack.enter_context(scrape(folder, instance(server)))
             prometheus.wait_for_scrapes()
         start = time.monotonic()
         result = Traffic(scraped(server))
@@ -138,8 +157,17 @@ def traffic(
             result.window_seconds = int(time.monotonic() - start) + 2
             for title, expressions in panels().items():
                 for index, expression in enumerate(expressions):
-                    query = filled_in(expression, result.window_seconds, MODEL)
-                    result.queries[title, index] = prometheus.query(query)
+                    selected, *others = [
+                        prometheus.query(filled_in(expression, result.window_seconds, *names))
+                        for names in ((MODEL, instance(server)), ("other", ".*"), (".*", "other:8000"))
+                    ]
+                    result.queries[title, index] = selected
+                    result.unfiltered += [(title, index) for values in others if values]
+            for rule in rules():
+                expression = re.sub(r" (?:>=?|==) [0-9.]+", "", rule["expr"])
+                for ours, here in (('job="ficoco-vllm"', 'job="server"'), ('"5xx"', '"4xx"')):
+                    expression = expression.replace(ours, here)
+                result.alerts[rule["alert"]] = prometheus.query(expression)
         yield result
 
 
@@ -256,7 +284,7 @@ def test_every_query_of_the_dashboard(traffic: Traffic) -> None:
     Rates are right within 15%: Prometheus extrapolates from the scrapes within the window to its ends.
     """
     seconds = traffic.window_seconds
-    reduced = NUM_REDUCED + NUM_STREAMS
+    reduced, num_images = NUM_REDUCED + NUM_STREAMS, NUM_REDUCED + NUM_STREAMS + NUM_OFF
     missing = reduced * (NUM_PATCHES - DEMO_KEEP)
     left = dict(traffic.queries)
 
@@ -267,6 +295,17 @@ def test_every_query_of_the_dashboard(traffic: Traffic) -> None:
 
     def a_second(count: float) -> Any:
         return pytest.approx(count / seconds, rel=0.15)
+
+    assert query("Requests running")[()] == 0
+    assert query("Requests waiting")[()] == 0
+    assert query("KV cache use")[()] == 0
+    assert 0 < query("First token, 95th percentile")[()] <= 2 * traffic.slowest_seconds
+    saved = query("Visual tokens saved")[()]
+    assert saved == pytest.approx(missing / (num_images * NUM_PATCHES), rel=0.15)
+    assert query("Error rate")[()] == 0
+    num_chats = num_images + NUM_TEXT + NUM_REFUSED
+    statuses = by(query("Error rate by status"), "status")
+    assert statuses == {"4xx": pytest.approx(NUM_REFUSED / num_chats, rel=0.15)}
 
     removed = by(query("Visual tokens removed"), "method")
     assert removed["ficoco-v"] == pytest.approx(1 - DEMO_KEEP / NUM_PATCHES, rel=1e-3)
@@ -305,6 +344,14 @@ def test_every_query_of_the_dashboard(traffic: Traffic) -> None:
     )  # bucket 48-64
     assert by(query("Budget of a request that names none"), "engine") == {"0": DEMO_KEEP}
     assert left == {}
+    assert traffic.unfiltered == []
+
+
+@needs_prometheus
+def test_every_alert_reads_what_is_there(traffic: Traffic) -> None:
+    """Without its limits each expression has a value; there are no 5xx here, so it reads the 4xx."""
+    assert len(traffic.alerts) == len(rules())
+    assert all(traffic.alerts.values()), traffic.alerts
 
 
 @needs_prometheus
@@ -318,3 +365,5 @@ def test_headroom_while_requests_run(traffic: Traffic) -> None:
     without = next(iter(during["KV cache in use 1"].values()))
     assert without / usage == pytest.approx((held + saved) / held)
     assert during["Running and waiting 0"][()] == NUM_STREAMS
+    assert during["Requests running 0"][()] == NUM_STREAMS
+    assert during["KV cache use 0"][()] == usage

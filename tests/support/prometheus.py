@@ -6,6 +6,7 @@ import subprocess
 from typing import Any
 
 import pytest
+import yaml
 
 from ficoco_vllm.benchmarks.metrics.prometheus import DASHBOARD, ROOT, Labels, Prometheus, filled_in, scrape
 
@@ -23,6 +24,12 @@ def panels() -> dict[str, list[str]]:
         for panel in dashboard["panels"]
         if panel["type"] != "row"
     }
+
+
+def rules() -> list[dict[str, Any]]:
+    """The alerts."""
+    file = ROOT / "docker" / "prometheus" / "rules" / "ficoco.yml"
+    return [rule for group in yaml.safe_load(file.read_text())["groups"] for rule in group["rules"]]
 
 
 def promtool(*arguments: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
