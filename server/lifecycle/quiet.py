@@ -23,6 +23,7 @@ _SHUTDOWN = "[shutdown]"
 HIDDEN: Mapping[str, tuple[str, ...]] = {
     "torch._library.triton": ("Triton not available, find_triton_kernels = []",),
     "vllm.config.model": ("Default vLLM sampling parameters have been overridden by %s",),
+    "vllm.config.scheduler": ("Using custom scheduler class %s.",),
     "vllm.config.vllm": (
         "Enforce eager set, disabling torch.compile, CUDAGraphs, and JIT kernel warmup.",
         "Inductor compilation was disabled by user settings",
