@@ -176,6 +176,22 @@ def test_noise_is_gumbel_s(double: bool) -> None:
         assert abs(np.corrcoef(one.reshape(-1), other.reshape(-1))[0, 1]) < 0.01
 
 
+def test_kernels_are_replaced_once(small_engine: Remote) -> None:
+    assert small_engine.call(replace_again)
+
+
+def replace_again(engine: LLM) -> bool:
+    """Whether the engine samples without Triton, and a second call changes nothing."""
+    from vllm.triton_utils.dispatcher import KernelOverride
+    from vllm.v1.worker.gpu.sample import gumbel
+
+    from ficoco_vllm.hooks.kernels import hook_kernels
+
+    before = gumbel._gumbel_sample_kernel
+    hook_kernels()
+    return isinstance(before, KernelOverride) and gumbel._gumbel_sample_kernel is before
+
+
 # Fields that only the Python interface has, and values that only it lets through.
 OFFLINE: list[dict[str, Any]] = [
     {"prompt_logprob_token_ids": [[1, 2], [3, 4]]},
