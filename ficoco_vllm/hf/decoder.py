@@ -9,7 +9,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
 from ficoco_vllm.decoder.attention import DecoderHeads
-from ficoco_vllm.decoder.boundary import Boundary, boundary, num_rows
+from ficoco_vllm.decoder.boundary import Boundary, Part, boundary, num_rows
 from ficoco_vllm.decoder.reduction import Rows, reduce_rows
 from ficoco_vllm.hf.batch import padded
 from ficoco_vllm.planning.decoder import DecoderPlanner, RequestPlan
@@ -69,6 +69,7 @@ class SegmentedLlama:
         """
         segments, model = self.planner.segments, self.model
         starts = [0, *valid.sum(dim=1).cumsum(0).tolist()] if plans else []
+        parts = [Part(plan, 0, plan.num_prompt_tokens) for plan in plans or ()]
         positions = position[valid]
         origin = torch.arange(len(positions), device=hidden.device)
         size = torch.ones(len(positions), dtype=torch.float32, device=hidden.device)
@@ -90,17 +91,17 @@ class SegmentedLlama:
                 **kwargs,
             }
             edge = None
-            if plans and segment < segments.num_segments - 1:
-                edge = boundary(starts, plans, segment, self._needs_equal_text)
+            if parts and segment < segments.num_segments - 1:
+                edge = boundary(starts, parts, segment, self._needs_equal_text)
             for layer in model.layers[first : segments.end(segment) + (not (edge and edge.groups))]:
                 hidden = layer(hidden, position_ids=position, use_cache=cache is not None, **inputs)
-            if not (edge and edge.groups) or plans is None:
+            if not (edge and edge.groups):
                 continue
             layer = model.layers[segments.end(segment)]
             hidden, heads = self._attend(layer, hidden, valid, **inputs)
             rows = self._reduce(Rows(hidden[valid], origin, size), heads, edge)
             origin, size = rows.origin, rows.size
-            counts = num_rows(starts, plans, segment + 1)
+            counts = num_rows(starts, parts, segment + 1)
             hidden, valid = padded(rows.hidden, counts)
             position, _ = padded(positions.to(origin.device)[origin], counts)
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))

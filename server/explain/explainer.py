@@ -14,14 +14,14 @@ from ficoco_vllm.hooks.wrapping import wrap
 from ficoco_vllm.metrics.families import count_refusal
 from ficoco_vllm.planning.server import ServerPlan
 from ficoco_vllm.processing import BUDGET, SIZES
-from ficoco_vllm.request_fields import KEEP, MAX_TRACE_ID, TRACE
+from ficoco_vllm.request_fields import FIELD, KEEP, MAX_TRACE_ID, TRACE
 from ficoco_vllm.server.explain.chat import Reply, send_chat
 from ficoco_vllm.server.explain.pages import examples
 from ficoco_vllm.server.explain.schema import ExplainRequest, Explanation, Measured, Options
 from ficoco_vllm.server.explain.served_model import ServedModel
 from ficoco_vllm.server.explain.views import TracedImage
 from ficoco_vllm.server.request_field.resolve import UNBOUNDED, Bounds, Resolved, Resolver
-from ficoco_vllm.server.request_field.schema import FIELD, OFF, FicocoRequest
+from ficoco_vllm.server.request_field.schema import OFF, FicocoRequest
 from ficoco_vllm.tracing.chain import Step, read_steps
 
 # A worker only hands over recorded data; one that takes longer does not answer at all.
