@@ -60,7 +60,6 @@ ATTRIBUTES = (
     ("vllm.multimodal.media.connector", "MediaConnector.__init__", "self.allowed_media_domains"),
     ("vllm.entrypoints.launchers.api_server.app_state", "init_app_state", "state.online_renderer"),
     ("vllm.entrypoints.launchers.api_server.app_state", "init_app_state", "state.serving_tokenization"),
-    ("vllm.v1.request", "Request.__init__", "self._block_hasher"),
     ("vllm.v1.request", "Request.__init__", "self.block_hashes"),
     ("vllm.lora.punica_wrapper.punica_base", "PunicaWrapperBase.__init__", "self._token_lora_indices"),
     ("vllm.lora.punica_wrapper.punica_base", "PunicaWrapperBase.__init__", "self.indices_len"),

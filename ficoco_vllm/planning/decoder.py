@@ -97,7 +97,9 @@ class RequestPlan:
         """
         length = num_tokens - num_tokens % block
         for window in reversed(self.windows):
-            whole = all(drop % block == 0 for index in window.images for drop in self._drops[index])
+            # The hash of a block that the prompt does not fill could not name the window.
+            named = window.start // block < self.num_prompt_tokens // block
+            whole = named and all(drop % block == 0 for index in window.images for drop in self._drops[index])
             if window.start < length and not (whole and self._image_ends[window.images[-1]] <= length):
                 length = window.start - window.start % block
         return length

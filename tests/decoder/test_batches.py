@@ -116,7 +116,7 @@ def test_mixed_requests_with_caches_and_chunks_equal_each_alone(
         for answer, one in zip(together[::order], cold, strict=True):
             assert answer.tokens == one.tokens
             torch.testing.assert_close(answer.logprobs, one.logprobs, atol=TOLERANCE, rtol=0)
-    assert num_found > 4
+    assert num_found > 0
     aborted, answers = windowed.call(calls.abort_in, asks[:12], "decoding", 3)
     assert aborted
     for index, tokens in answers.items():

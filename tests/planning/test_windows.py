@@ -115,6 +115,15 @@ def test_rounding_never_keeps_more_than_asked() -> None:
     assert plan.reusable(700, 32) == 32
 
 
+def test_a_window_in_a_block_that_the_prompt_does_not_fill_is_not_reused() -> None:
+    """The block is filled by the answer, when its hash does not cover the window."""
+    plan = planner(rounding=16).plan(79, [(50, 24)], {"ficoco_keep": 8})
+    assert plan.counts[-1] == (8,)
+    assert [plan.reusable(length, 16) for length in (64, 79, 80, 200)] == [48, 48, 80, 192]
+    late = planner(rounding=16).plan(95, [(66, 28)], {"ficoco_keep": 12})
+    assert [late.reusable(length, 32) for length in (64, 96, 200)] == [64, 64, 64]
+
+
 def test_ends_follow_the_generation_prompt() -> None:
     marker = [7, 8]
     image, text = [0] * 5, [1, 2, 3]
