@@ -17,6 +17,7 @@ SOURCES = {
     str(path.relative_to(ROOT)): path.read_text()
     for folder in ("ficoco_vllm", "server", "kernels")
     for path in sorted((ROOT / folder).rglob("*.py"))
+    if path.parent != ROOT / "ficoco_vllm" / "hf"  # replaces methods of the caller's model, none of vLLM's
 }
 
 

@@ -120,7 +120,7 @@ class ReferenceDecoder(ReferenceLlava):
                 stay, merged, sizes = RULES[method](seen, removed)
                 kept = [now[i] for i in stay]
                 x = x.clone()
-                x[kept] = torch.from_numpy(merged)
+                x[kept] = torch.from_numpy(merged).to(x)
                 size[kept] = sizes
                 alive[now] = False
                 alive[kept] = True
