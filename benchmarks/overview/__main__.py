@@ -13,7 +13,7 @@ from ficoco_vllm.benchmarks.overview.tables import blocks
 README, PAGE, IMAGES = ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "images"
 NAMES = ("accuracy", "accuracy-decoder", "ttft", "load", "concurrency")
 # Page to the blocks that it holds.
-BLOCKS = {README: ("savings", "accuracy"), PAGE: ("ttft", "load", "machines")}
+BLOCKS = {README: ("savings", "accuracy", "advice"), PAGE: ("ttft", "load", "machines")}
 
 
 def committed() -> dict[str, Any]:

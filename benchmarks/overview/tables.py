@@ -18,6 +18,7 @@ from ficoco_vllm.benchmarks.overview.rows import (
     largest_load,
     shallowest,
 )
+from ficoco_vllm.reduction.advice import as_markdown
 
 _TITLES = {"ficoco-v": "FiCoCo-V", "ficoco-vl": "FiCoCo-VL", "ficoco-l": "FiCoCo-L"}
 
@@ -31,6 +32,7 @@ def blocks(results: Results) -> dict[str, list[str]]:
     return {
         "savings": savings(results),
         "accuracy": accuracy(results),
+        "advice": as_markdown().splitlines(),
         "ttft": ttft(results),
         "load": load(results),
         "machines": machines(results),

@@ -9,10 +9,10 @@ from typing import Any
 
 from ficoco_vllm.config import DEFAULT_METHOD
 from ficoco_vllm.reduction import available, get
+from ficoco_vllm.reduction.advice import as_text
 from ficoco_vllm.reduction.method import SITES
 from ficoco_vllm.reduction.pipeline import PIPELINES
 from ficoco_vllm.reduction.settings import Settings, describe
-from ficoco_vllm.server.commands.advice import as_text
 from ficoco_vllm.server.commands.arguments import fail
 
 _WIDTH = 100

@@ -73,8 +73,8 @@ def _light_class() -> Any:
     # All that the file imports of vLLM. The later, full reading of the command line logs the same messages.
     silent: Any = logging.Logger("ficoco-vllm", logging.CRITICAL + 1)
     silent.warning_once = silent.warning
-    standin: Any = ModuleType("vllm.logger")
-    standin.init_logger = lambda name: silent
+    standin = ModuleType("vllm.logger")
+    vars(standin)["init_logger"] = lambda name: silent
     replaced = {name: sys.modules.get(name) for name in ("vllm", "vllm.logger")}
     sys.modules.update({"vllm": ModuleType("vllm"), "vllm.logger": standin})
     try:

@@ -24,7 +24,7 @@ def config(**ficoco: Any) -> Any:
         vision_feature_select_strategy="default",
     )
     hf_config.ficoco = ficoco
-    return SimpleNamespace(model_config=SimpleNamespace(hf_config=hf_config))
+    return SimpleNamespace(model_config=SimpleNamespace(hf_config=hf_config), use_v2_model_runner=False)
 
 
 def request(

@@ -10,7 +10,7 @@ import torch
 from prometheus_client import CollectorRegistry, Histogram
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-from ficoco_vllm.config import FicocoConfig
+from ficoco_vllm.config import DEFAULT_METHOD, FicocoConfig
 from ficoco_vllm.metrics.families import observe_all
 from ficoco_vllm.metrics.savings import Account, Accountant
 from ficoco_vllm.metrics.stopwatch import Stopwatch
@@ -199,7 +199,7 @@ def test_stopwatch_on_cuda() -> None:
 
 def test_the_switch_alone_chooses_no_method() -> None:
     assert FicocoConfig.parse({"metrics": False}).method is None
-    assert FicocoConfig.parse({"metrics": False, "keep": 64}).method == "ficoco-v"
+    assert FicocoConfig.parse({"metrics": False, "keep": 64}).method == DEFAULT_METHOD
     with pytest.raises(ValueError, match=r"ficoco.metrics = 'no'"):
         FicocoConfig.parse({"metrics": "no"})
 

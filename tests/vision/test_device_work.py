@@ -20,6 +20,7 @@ from ficoco_vllm.planning.tower import Budget, VisionPlanner
 from ficoco_vllm.planning.tower_shape import TowerShape
 from ficoco_vllm.reduction import available
 from ficoco_vllm.vision.tower import encode
+from ficoco_vllm.vision.vllm_tower import VllmTower
 from tests.kernels.conftest import INTERPRETED
 
 pytest.importorskip("triton", reason="kernels are written in Triton, which is not installed")
@@ -168,7 +169,7 @@ def work(method: str, handed_out: bool, monkeypatch: pytest.MonkeyPatch) -> Devi
     )
     pixels = torch.empty(2, 577, WIDTH, device="meta")
     with torch.inference_mode(), DeviceWork() as done:
-        encode(tower, pixels, plan, GRID)
+        encode(VllmTower(tower), pixels, plan, GRID)
     return done
 
 

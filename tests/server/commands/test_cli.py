@@ -16,9 +16,9 @@ import pytest
 from ficoco_vllm import __version__
 from ficoco_vllm.config import DEFAULT_METHOD
 from ficoco_vllm.reduction import available, get
+from ficoco_vllm.reduction.advice import ADVICE, TITLE, as_markdown
 from ficoco_vllm.reduction.pipeline import PIPELINES
 from ficoco_vllm.server.cli import COMMANDS, command, main, make_parser
-from ficoco_vllm.server.commands.advice import ADVICE, TITLE, as_markdown
 from ficoco_vllm.server.commands.completion import SHELLS, script
 from ficoco_vllm.server.commands.methods import _meanings, _source
 from ficoco_vllm.server.commands.serve import _use_demo_model
@@ -60,7 +60,7 @@ def test_the_advice_repeats_what_was_measured() -> None:
     """Points that a method loses of the demo model's correct answers, from the published table."""
     page = (ROOT / "docs" / "accuracy.md").read_text()
     losses = {
-        name: [float(cell.split("(")[1].split(":")[0]) for cell in row.split("|")[:4]]
+        name: [float(change) for change in re.findall(r"\(([-+0-9.]+):", row)]
         for name, row in re.findall(
             r"^\| `([a-z-]+)` \| (?:tower|decoder|both) \| (.*\(.*) \|$", page, re.MULTILINE
         )
