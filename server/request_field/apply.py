@@ -23,8 +23,7 @@ from ficoco_vllm.server.request_field.routes import HANDLERS
 from ficoco_vllm.server.request_field.schema import OFF, FicocoRequest, FicocoUsage, parse
 
 _PROCESSOR_FIELD, _DECODER_FIELD = "mm_processor_kwargs", "vllm_xargs"
-# Raised by vLLM for bodies with which it does not reckon, such as a part of a message whose type is null; rendering
-# depends on the body alone. vLLM answers them with 500.
+# Raised by vLLM for bodies with which it does not reckon; rendering depends on the body alone. vLLM answers them with 500.
 _RENDERING_ERRORS = (AssertionError, AttributeError, LookupError, RecursionError)
 
 
@@ -116,6 +115,7 @@ class FieldApplier:
         path = find_misplaced(extra | extensions)
         if path is not None:
             raise VLLMValidationError(misplaced(path), parameter=path)
+        _check_parts(getattr(request, "messages", None))
         return parse(extra.get(FIELD), self.resolver.allowed)
 
     async def _render(
@@ -229,6 +229,18 @@ def _mapping(request: Any, name: str) -> Mapping[str, Any]:
     """A field of the body; empty where it is no object, as where a route does not declare it and vLLM drops it."""
     value = getattr(request, name, None)
     return value if isinstance(value, Mapping) else {}
+
+
+def _check_parts(messages: Any) -> None:
+    """Refuse parts of messages whose type is no text: vLLM renders them, then fails."""
+    for number, message in enumerate(messages if isinstance(messages, list) else ()):
+        content = message.get("content") if isinstance(message, dict) else None
+        for place, part in enumerate(content if isinstance(content, list) else ()):
+            if isinstance(part, dict) and not isinstance(part.get("type", ""), str):
+                path = f"messages[{number}].content[{place}].type"
+                raise VLLMValidationError(
+                    f"{path} = {part['type']!r} is not allowed; allowed: a string", parameter=path
+                )
 
 
 def _unrenderable(error: Exception) -> VLLMValidationError:

@@ -82,8 +82,8 @@ def test_answers_with_the_server_s_budget_and_their_own(server: Server, images: 
         ({"prompt_logprobs": 1}, "prompt_logprobs", ["prompt_logprobs = 1"]),
         (
             {"echo": True, "logprobs": True, "top_logprobs": 1},
-            "prompt_logprobs",
-            ["nor echo with logprobs"],
+            "echo",
+            ["echo = True", "whole prompt"],
         ),
         ({"use_beam_search": True, "n": 2}, "use_beam_search", ["use_beam_search = True", "ficoco-vl"]),
     ],

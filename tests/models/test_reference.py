@@ -121,7 +121,7 @@ def test_equals_hugging_face(
         assert_equal(answer.tokens, answer.logprobs, tokens, logprobs, ends=weights == "demo")
     for number, kept in enumerate(reduction.kept[: len(questions)]):
         (trace,) = engine.collective_rpc("ficoco_take_trace", args=(21 + number,))
-        assert list(read_steps(trace, 576)[-1].kept) == kept.tolist()
+        assert list(read_steps(trace, [576])[-1].kept) == kept.tolist()
 
 
 def test_the_check_can_fail(pair: Pair, questions: list[tuple[str, Image.Image]]) -> None:

@@ -82,7 +82,7 @@ def test_requested_and_reported(next_server: Server, ficoco: Any, method: str, k
     ("ficoco", "message"),
     [
         ({"keep": 145}, "ficoco.keep = 145 is not allowed; allowed: an integer from 1 to 144"),
-        ({"method": "evit", "keep": 1}, "ficoco_keep = 1"),
+        ({"method": "evit", "keep": 1}, "ficoco.keep = 1"),
     ],
 )
 def test_refused(next_server: Server, ficoco: Any, message: str) -> None:

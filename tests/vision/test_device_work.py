@@ -50,6 +50,7 @@ FREE = {
         "_unsafe_view",
         "expand",
         "expand_as",
+        "unflatten",
         "transpose",
         "permute",
         "slice",

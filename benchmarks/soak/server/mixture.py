@@ -21,7 +21,7 @@ CHAT = "/v1/chat/completions"
 NUM_DIFFERENT = 240
 MOST_TOKENS = 8
 # Width and height: one pixel, slivers, larger than any tower's view, odd.
-ODD_SIZES = ((1, 1), (1, 400), (640, 3), (577, 63), (193, 191), (1100, 700))
+ODD_SIZES = ((1, 1), (1, 200), (600, 3), (577, 63), (193, 191), (1100, 700))
 SHARES = {"image": 0.34, "two": 0.1, "odd": 0.1, "text": 0.16, "sample": 0.14, "refused": 0.16}
 STREAM_SHARE, ABORT_SHARE = 0.5, 0.3
 # When the client disconnects: before the first token, or with more to come.
