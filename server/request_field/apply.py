@@ -23,7 +23,7 @@ from ficoco_vllm.server.request_field.routes import HANDLERS
 from ficoco_vllm.server.request_field.schema import OFF, FicocoRequest, FicocoUsage, parse
 
 _PROCESSOR_FIELD, _DECODER_FIELD = "mm_processor_kwargs", "vllm_xargs"
-# Raised by vLLM for bodies with which it does not reckon; rendering depends on the body alone. vLLM answers them with 500.
+# Raised by vLLM for bodies with which it does not reckon, and answered with 500. Rendering depends on the body alone.
 _RENDERING_ERRORS = (AssertionError, AttributeError, LookupError, RecursionError)
 
 
