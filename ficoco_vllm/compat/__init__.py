@@ -70,7 +70,8 @@ def hook_interpreter() -> None:
     altogether: vLLM would import it, warn that it has no backend for CPUs, and not use it.
     """
     if os.environ.get(HIDE_TRITON) == "1":
-        sys.modules.setdefault("triton", None)  # type: ignore[arg-type]
+        modules: dict[str, Any] = sys.modules
+        modules.setdefault("triton", None)  # every import of it raises ImportError
         return
     folder = os.path.join(sysconfig.get_path("purelib"), INTERPRETER_FOLDER)
     if os.environ.get("TRITON_INTERPRET") == "1" and os.path.isdir(folder) and folder not in sys.path:

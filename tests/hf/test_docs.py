@@ -38,6 +38,6 @@ def test_the_notebook() -> None:
     for cell, expected in zip(outputs, stored, strict=True):
         printed, shown = notebook.text_of(cell), notebook.text_of(expected)
         assert PERCENT.sub("", printed) == PERCENT.sub("", shown)
-        # Of twenty questions, rounding on another CPU may decide two otherwise.
+        # Rounding on another CPU may change the answers to two of twenty questions.
         for now, then in zip(PERCENT.findall(printed), PERCENT.findall(shown), strict=True):
             assert abs(int(now) - int(then)) <= 10

@@ -27,7 +27,7 @@ LAUNCHES = Device("launches", 1e30, 1e30, 80e9, 1e-6, "made up")
 
 
 def plan(keep: int | None, method: str = "ficoco-v") -> TokenPlan:
-    """Of one image; None keeps all."""
+    """Tokens of one image, layer by layer; `keep` None keeps all."""
     if keep is None:
         return unreduced(SHAPE)
     return ServerPlan.for_model(FicocoConfig(method=method, keep=keep), SHAPE).image_tokens()

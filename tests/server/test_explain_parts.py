@@ -323,7 +323,8 @@ def test_a_client_that_leaves_early() -> None:
             return explanation()
 
     app = FastAPI()
-    routes.attach(app, Namespace(ficoco_explain_rate=0, api_key=None), Slow)  # type: ignore[arg-type,return-value]
+    explainer: Any = Slow
+    routes.attach(app, Namespace(ficoco_explain_rate=0, api_key=None), explainer)
     body = json.dumps({"image": "data:,", "question": "what?"}).encode()
     arriving = [{"type": "http.request", "body": body, "more_body": False}, {"type": "http.disconnect"}]
     sent: list[Any] = []
