@@ -146,6 +146,11 @@ class ShutdownGate:
             # A stream that has begun ends without its last event.
             if not is_started:
                 await _unavailable(LEFT)(scope, receive, send)
+        except Exception:
+            # Of a thread that is gone; without a handler it would become 500 outside of this middleware.
+            if is_started or not self.shutdown.ended or self.shutdown.engine_died:
+                raise
+            await _unavailable(LEFT)(scope, receive, send)
         finally:
             self.shutdown.open_tasks.discard(task)
 

@@ -64,6 +64,11 @@ def application(shutdown: Shutdown) -> FastAPI:
         await asyncio.sleep(0.2)
         return JSONResponse({"error": "cannot schedule new futures after shutdown"}, 500)
 
+    @app.post("/raising")
+    async def raising() -> JSONResponse:
+        await asyncio.sleep(0.2)
+        raise RuntimeError("cannot schedule new futures after shutdown")
+
     @app.post("/begun")
     async def begun() -> StreamingResponse:
         async def pieces() -> Any:
@@ -131,14 +136,18 @@ def test_requests_that_nothing_will_answer_get_503_after_the_timeout(timeout: fl
 @pytest.mark.parametrize(
     ("stops", "dead", "status"), [(True, False, 503), (True, True, 500), (False, False, 500)]
 )
-def test_errors_about_an_engine_that_was_stopped_are_503(stops: bool, dead: bool, status: int) -> None:
+@pytest.mark.parametrize("path", ["/failing", "/raising"])
+def test_errors_about_an_engine_that_was_stopped_are_503(
+    stops: bool, dead: bool, status: int, path: str
+) -> None:
+    """Whether a handler of vLLM's answers the error, or nothing does."""
     shutdown, engine = Shutdown(), Engine(dead)
     shutdown.attach(engine)
 
     async def run() -> httpx.Response:
-        transport = httpx.ASGITransport(application(shutdown))
+        transport = httpx.ASGITransport(application(shutdown), raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
-            opened = asyncio.create_task(client.post("/failing"))
+            opened = asyncio.create_task(client.post(path))
             await asyncio.sleep(0.05)
             if stops:
                 await asyncio.get_running_loop().run_in_executor(None, engine.shutdown)
