@@ -50,29 +50,26 @@ def mixed(images: list[Image.Image], count: int) -> list[Ask]:
     return asks
 
 
+# Too few blocks for all requests, so that some are preempted; with the minimum too few would run at once.
+OPTIONS: dict[str, Any] = {
+    "block_size": 32,
+    "max_model_len": 512,
+    "max_num_seqs": 16,
+    "num_gpu_blocks_override": BLOCKS + 11,
+}
+
+
 @pytest.fixture(scope="module")
 def engine(host: Host, small_llava: Path) -> Remote:
-    """Too few blocks for all requests, so that some are preempted; with the minimum too few would run at once."""
-    options = {
-        "block_size": 32,
-        "max_model_len": 512,
-        "max_num_seqs": 16,
-        "num_gpu_blocks_override": BLOCKS + 11,
-    }
-    return host.get(small_llava, {"method": "ficoco-l", "keep": 16}, **options)
+    """Prompts are computed whole."""
+    return host.get(small_llava, {"method": "ficoco-l", "keep": 16}, **OPTIONS)
 
 
 @pytest.fixture(scope="module")
 def windowed(host: Host, small_llava: Path) -> Remote:
     """The same with prefix cache and prompts in pieces: a step holds two windows."""
-    options = {
-        "block_size": 32,
-        "max_model_len": 512,
-        "max_num_seqs": 16,
-        "num_gpu_blocks_override": BLOCKS + 11,
-        "max_num_batched_tokens": 400,
-    }
-    return host.get(small_llava, {"method": "ficoco-l", "keep": 16, "windows": "turn"}, **options)
+    ficoco = {"method": "ficoco-l", "keep": 16, "windows": "turn"}
+    return host.get(small_llava, ficoco, **OPTIONS, max_num_batched_tokens=400)
 
 
 @pytest.fixture(scope="module")
