@@ -42,7 +42,10 @@ class ServerPlan:
             ValueError: the settings do not fit the model.
         """
         num_layers = hf_config.get_text_config().num_hidden_layers
-        return _shared(config.model_dump_json(), TowerShape.from_hf_config(hf_config), num_layers)
+        # Feature i of the tower is added after decoder layer i.
+        deepstack = getattr(hf_config.vision_config, "deepstack_visual_indexes", None) or ()
+        shape = TowerShape.from_hf_config(hf_config)
+        return _shared(config.model_dump_json(), shape, num_layers, len(deepstack))
 
     @classmethod
     def served(cls, hf_config: Any) -> "ServerPlan":
@@ -148,13 +151,13 @@ def decoder_planner(hf_config: Any) -> DecoderPlanner:
 
 
 @cache
-def _shared(config_json: str, shape: TowerShape, num_layers: int) -> ServerPlan:
+def _shared(config_json: str, shape: TowerShape, num_layers: int, first_layer: int = 0) -> ServerPlan:
     config = FicocoConfig.model_validate_json(config_json)
     tower = VisionPlanner.shared(config, shape)
     decoder = None
     if config.decoder_method is not None:
         entering = tower.num_output_tokens(tower.default)
-        decoder = DecoderPlanner.shared(config, num_layers, entering, tower.decoder_most)
+        decoder = DecoderPlanner.shared(config, num_layers, entering, tower.decoder_most, first_layer)
     return ServerPlan(config, tower, decoder, num_layers)
 
 

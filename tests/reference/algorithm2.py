@@ -35,7 +35,7 @@ class Shown:
 
 
 class ReferenceDecoder(ReferenceLlava):
-    """Hugging Face's Llama unrolled by hand.
+    """Hugging Face's language model unrolled by hand: Llama, Mistral, Qwen2 or Qwen3.
 
     Attributes:
         stored: what a KV cache makes of keys and values, which attention reads; None keeps them. Reductions look at
@@ -92,9 +92,12 @@ class ReferenceDecoder(ReferenceLlava):
         for index, layer in enumerate(decoder.layers):
             attention, normed = layer.self_attn, layer.input_layernorm(x)
             query, key, value = (
-                linear(normed).view(1, T, -1, attention.head_dim).transpose(1, 2)
+                linear(normed).view(1, T, -1, attention.head_dim)
                 for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
             )
+            if hasattr(attention, "q_norm"):
+                query, key = attention.q_norm(query), attention.k_norm(key)
+            query, key, value = (part.transpose(1, 2) for part in (query, key, value))
             query, key = apply_rotary_pos_emb(query, key, cos, sin)
             key, value = (repeat_kv(t, attention.num_key_value_groups) for t in (key, value))
             seen = torch.ones(T, T, dtype=torch.bool).tril() & alive | torch.eye(T, dtype=torch.bool)
