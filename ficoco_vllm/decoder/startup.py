@@ -12,6 +12,7 @@ from vllm.utils.torch_utils import is_quantized_kv_cache
 from ficoco_vllm.config import NAME, FicocoConfig
 from ficoco_vllm.decoder.layers import why_not_reducible
 from ficoco_vllm.planning.decoder import DecoderPlanner
+from ficoco_vllm.planning.families import tower_shape
 from ficoco_vllm.planning.server import decoder_planner
 
 SCHEDULER = "ficoco_vllm.kv.scheduler.SegmentScheduler"
@@ -140,7 +141,7 @@ def find_refusal(vllm_config: Any) -> str | None:
     events = vllm_config.kv_events_config
     refused = {
         "vision_feature_select_strategy = 'full' hands [CLS] to the decoder; allowed: 'default'": (
-            hf_config.vision_feature_select_strategy == "full"
+            tower_shape(hf_config).with_cls
         ),
         "--pipeline-parallel-size must be 1, since every worker needs all segments": (
             parallel.pipeline_parallel_size > 1

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from vllm import LLM
 
 from ficoco_vllm.hf import reduce_tokens
 from ficoco_vllm.planning.server import ServerPlan
@@ -20,7 +19,7 @@ from tests.decoder.test_reference import left
 from tests.reference.algorithm2 import ReferenceDecoder, Shown
 from tests.reference.tiles import TiledDecoder
 from tests.support.compare import NUM_TOKENS, TOLERANCE, assert_equal
-from tests.support.engine import PROMPT, TEXT_ONLY, TWO_IMAGES, Answer, Engines
+from tests.support.engine import PROMPT, TEXT_ONLY, TWO_IMAGES, Answer
 from tests.support.hugging_face import HfLlava
 from tests.support.pictures import noise
 from tests.support.random_llava import build, build_next
@@ -151,8 +150,8 @@ def test_all_kept_equals_stock_bit_for_bit(case: Case, engines: Engines, picture
         most = max((len(case.reference.features(image, case.num_patches)) for image in images), default=0)
         kept.append(case.one(prompt, images, "ficoco-l", most))
     plain = [Ask(one.prompt, one.images, one.num_tokens) for one in kept]
-    stock: LLM = engines.get(case.folder, block_size=BLOCK_SIZE)
-    for answer, expected in zip(case.engine.call(ask, kept), ask(stock, plain), strict=True):
+    stock = host.get(case.folder, {}, block_size=BLOCK_SIZE)
+    for answer, expected in zip(case.engine.call(ask, kept), stock.call(ask, plain), strict=True):
         assert (answer.tokens, answer.num_prompt_tokens) == (expected.tokens, expected.num_prompt_tokens)
         assert torch.equal(answer.logprobs, expected.logprobs)
 
