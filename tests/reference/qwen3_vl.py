@@ -1,8 +1,8 @@
 """Qwen3-VL with fewer visual tokens, written plainly on Hugging Face's model: the oracle of the served one.
 
-A unit is the group of 2 x 2 patches that the patch merger turns into one token. Whole units leave; what leaves is merged
-place by place: the upper left patch of a unit into upper left patches, and so on. There is no [CLS]: where a method
-reads its attention, the attention that a unit receives on average takes its place.
+A unit is the group of 2 x 2 patches that the patch merger turns into one token. Whole units leave; what leaves is
+merged place by place: the upper left patch of a unit into upper left patches, and so on. There is no [CLS]: where a
+method reads its attention, the attention that a unit receives on average takes its place.
 
 All of it is float64. For FiCoCo-V nothing of ours is used; any other method brings its own rule and schedule.
 """
