@@ -108,7 +108,7 @@ def check_keep_ratio(value: Any) -> float:
     Raises:
         ValueError: starting with the field, then its value and what is allowed.
     """
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= 1:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) <= 1:
         raise ValueError(f"{KEEP_RATIO} = {value!r} is not allowed; allowed: a number above 0, at most 1")
     return float(value)
 

@@ -25,6 +25,7 @@ class Resolution(Tiling):
     unit_size: int
     min_pixels: int
     max_pixels: int
+    dynamic = True
 
     @property
     def most_tiles(self) -> int:

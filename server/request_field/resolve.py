@@ -141,7 +141,14 @@ class Resolver:
         named = {} if method is None else {METHOD: method}
         keep = requested.keep
         if requested.keep_ratio is not None:
-            return Resolved({**named, KEEP_RATIO: self._checked_ratio(requested.keep_ratio)})
+            name = f"{FIELD}.keep_ratio"
+            if decoder is not None:
+                raise ValueError(
+                    f"{name} = {requested.keep_ratio} is not allowed, since this server reduces in the decoder; "
+                    f"allowed: {FIELD}.keep"
+                )
+            self._check_ratio(name, requested.keep_ratio)
+            return Resolved({**named, KEEP_RATIO: requested.keep_ratio})
         if requested.kv_budget is not None:
             keep = self._keep_of(method, requested.kv_budget)
         if keep is None:
@@ -171,24 +178,21 @@ class Resolver:
             min_keep = min(min_keep, entering)
         if isinstance(keep, int | float) and 1 <= keep < min_keep:
             self.bounds.check_keep(f"{name}.{KEEP}", keep, self.max_keep)
+        ratio = values.get(KEEP_RATIO)
+        if isinstance(ratio, int | float) and 0 < ratio <= 1:
+            self._check_ratio(f"{name}.{KEEP_RATIO}", ratio)
         method = values.get(METHOD)
         config = self.plan.config
         own = (config.method, config.decoder_method.name if config.decoder_method else None)
         if method is not None and method not in own:
             self.bounds.check_method(f"{name}.{METHOD}", method)
 
-    def _checked_ratio(self, ratio: float) -> float:
-        """A share of the tokens of each image, within the bounds as far as the largest image is concerned."""
-        name = f"{FIELD}.keep_ratio"
-        if self.plan.decoder is not None:
-            raise ValueError(
-                f"{name} = {ratio} is not allowed, since this server reduces in the decoder; allowed: {FIELD}.keep"
-            )
+    def _check_ratio(self, name: str, ratio: float) -> None:
+        """Refuse a share of the tokens of each image that is outside of the bounds for the largest image."""
         self.bounds.check_reduces(name, ratio, 1)
         if max(1, round(ratio * self.max_keep)) < self.bounds.min_keep:
             least = self.bounds.min_keep / self.max_keep
             raise ValueError(f"{name} = {ratio} is not allowed; allowed: a number from {least:.4f} to 1")
-        return ratio
 
     def _entering(self, keep: int) -> tuple[int, dict[str, Any]]:
         """Visual tokens that enter the decoder for a budget, and the arguments of the tower that lead there."""
