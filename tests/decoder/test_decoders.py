@@ -142,8 +142,8 @@ def test_slots_and_blocks_are_the_plans(case: Case, pictures: list[Image.Image],
         assert min(expected) < num_tokens
 
 
-def test_all_kept_equals_stock_bit_for_bit(case: Case, engines: Engines, pictures: list[Image.Image]) -> None:
-    """Stock gets no settings."""
+def test_all_kept_equals_stock_bit_for_bit(case: Case, host: Host, pictures: list[Image.Image]) -> None:
+    """Stock is model runner V2 without settings, whose layers share one block table."""
     prompts = [(PROMPT, pictures[:1]), (TWO_IMAGES, pictures[1:3]), (TEXT_ONLY, [])]
     kept = []
     for prompt, images in prompts:
