@@ -45,6 +45,9 @@ class ReducingQwen(ReducingModel):
     """
 
     visual: Any
+    _process_image_input: Any
+    _process_video_input: Any
+    _parse_and_validate_multimodal_inputs: Any
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         hf_config = vllm_config.model_config.hf_config
