@@ -53,15 +53,15 @@ class Layer:
         """See `EncoderLayer`."""
         return self.layer(hidden)
 
-    def heads(self, hidden: Tensor) -> tuple[Tensor, ...]:
+    def heads(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `EncoderLayer`."""
         attention, x = self.layer.attention, self.layer.layernorm_before(hidden)
-        parts = (
-            attention.q_norm(attention.q_proj(x)),
-            attention.k_norm(attention.k_proj(x)),
-            attention.v_proj(x),
-        )
-        return tuple(part.view(*x.shape[:2], self.num_heads, -1).transpose(1, 2) for part in parts)
+
+        def apart(part: Tensor) -> Tensor:
+            return part.view(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
+
+        query, key = attention.q_norm(attention.q_proj(x)), attention.k_norm(attention.k_proj(x))
+        return apart(query), apart(key), apart(attention.v_proj(x))
 
     def project(self, mixed: Tensor) -> Tensor:
         """See `EncoderLayer`."""
