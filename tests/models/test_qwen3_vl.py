@@ -14,7 +14,6 @@ from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 
 from ficoco_vllm.models.qwen3_vl import FicocoQwen3VL
-from ficoco_vllm.planning.resolution import Resolution
 from ficoco_vllm.vision.mrope import CHANNELS, put_places, with_places, without_places
 from tests.reference.qwen3_vl import ReferenceQwen
 from tests.support.engine import Answers, Engines, Question, ask, ask_all, request
@@ -236,25 +235,3 @@ def test_places_survive_sixteen_bits() -> None:
         assert filled[2].tolist() == [7, 7, 7 + 1601, 7 + 1799, 7]
     left = without_places(torch.zeros(2, 4))[:, -CHANNELS:]
     assert torch.equal(put_places(start, torch.tensor([1, 2]), left), start)
-
-
-def test_grids_are_those_of_the_processor(reference: ReferenceQwen) -> None:
-    resolution = Resolution(PATCH * MERGE, LEAST_UNITS * 256, MOST_UNITS * 256)
-    rng = np.random.default_rng(0)
-    sizes = [(height, width) for (width, height) in GRIDS]
-    sizes += [tuple(int(side) for side in rng.integers(8, 900, 2)) for _ in range(200)]
-    for height, width in sizes:
-        image = Image.new("RGB", (width, height))
-        assert resolution.grid(height, width) == reference.grid(image), (height, width)
-
-
-def test_shrunk_grids_fit_the_budget() -> None:
-    resolution = Resolution(32, 65536, 2**24)
-    for height, width in ((768, 1024), (32, 6000), (6000, 32), (640, 640)):
-        rows, columns = resolution.grid(height, width)
-        assert resolution.fit(height, width, rows * columns) == (rows, columns)
-        for most in (1, 2, 7, 64, 100):
-            fitted = resolution.fit(height, width, most)
-            assert 1 <= fitted[0] * fitted[1] <= most
-    assert resolution.fit(640, 640, 100) == (10, 10)
-    assert resolution.fit(768, 1024, 192) == (12, 16)
