@@ -38,6 +38,13 @@ _OPENAI = "vllm.entrypoints.openai"
 
 HOOKS = (
     Hook(
+        "vllm.config.VllmConfig",
+        "try_verify_and_update_config",
+        "",
+        "refuses our settings for a model that nothing of ours serves",
+        "tests/models/test_verify.py::test_other_models_are_refused",
+    ),
+    Hook(
         _INPUT,
         "process_inputs",
         "request_id prompt params",
@@ -140,6 +147,13 @@ HOOKS = (
         "is_multimodal_pruning_enabled",
         "",
         "recomputes positions once the tower has chosen the tokens that stay",
+        "tests/models/test_qwen3_vl.py::test_served_as_defined",
+    ),
+    Hook(
+        "vllm.v1.worker.gpu_model_runner.GPUModelRunner",
+        "_gather_mm_embeddings",
+        "scheduler_output shift_computed_tokens",
+        "the same on a CPU, whose runner never reads that configuration",
         "tests/models/test_qwen3_vl.py::test_served_as_defined",
     ),
     Hook(

@@ -46,6 +46,12 @@ class ReducingQwen(ReducingModel):
     """
 
     visual: Any
+    _process_image_input: Any
+    _process_video_input: Any
+    _parse_and_validate_multimodal_inputs: Any
+    _get_deepstack_input_embeds: Any
+    _clear_deepstack_input_embeds: Any
+    deepstack_num_level: int
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         hf_config = vllm_config.model_config.hf_config

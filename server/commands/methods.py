@@ -65,8 +65,8 @@ def _all_methods() -> list[str]:
     obstacles = {name: obstacle(name) for name in names()}
     for name, reason in obstacles.items():
         pipeline = PIPELINES.get(name)
-        method = pipeline or CONTROLS.get(name) or get(name)
-        site = f"{pipeline.encoder.site}+{pipeline.decoder.site}" if pipeline else method.site
+        method = CONTROLS.get(name) or pipeline or get(name)
+        site = f"{pipeline.encoder.site}+{pipeline.decoder.site}" if pipeline else _site(name)
         rows.append((name, site, "no" if reason else "yes", _source(method.source), method.title))
     width = _width()
     refused = [f"  {reason}" for _, reason in sorted(obstacles.items()) if reason]
@@ -116,6 +116,11 @@ def _one_method(name: str) -> list[str]:
         meaning = meanings.get(key, "")
         lines += textwrap.wrap(meaning, _width(), initial_indent="    ", subsequent_indent="    ")
     return lines
+
+
+def _site(name: str) -> str:
+    """Where a method or a control works."""
+    return CONTROLS[name].site if name in CONTROLS else get(name).site
 
 
 def _meanings(settings: type[Settings]) -> dict[str, str]:

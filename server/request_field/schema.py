@@ -80,10 +80,10 @@ def parse(value: Any, allowed: Callable[[str], str]) -> FicocoRequest | Literal[
             f"{FIELD}.{name}", f"= {first['input']!r} is not allowed; allowed: {allowed(name)}"
         ) from error
     if len(field.budgets) > 1:
-        (first, value), *_, (name, other) = field.budgets.items()
+        (one, value), *_, (other, beside) = field.budgets.items()
         raise _error(
-            f"{FIELD}.{name}",
-            f"= {other} beside {FIELD}.{first} = {value} is not allowed; allowed: one of them",
+            f"{FIELD}.{other}",
+            f"= {beside} beside {FIELD}.{one} = {value} is not allowed; allowed: one of them",
         )
     if field.method == OFF:
         if field.budgets:

@@ -27,7 +27,8 @@ class ReferenceQwenDecoder(ReferenceQwen):
         pad = self.config.image_token_id
         whole: list[int] = []  # the prompt before any reduction
         entering: list[int] = []  # the tokens of it that enter the decoder
-        spans, encoded, grids = [], [], []
+        spans: list[range] = []
+        encoded, grids = [], []
         for token in self.processor.tokenizer(prompt, add_special_tokens=False).input_ids:
             if token != pad:
                 entering.append(len(whole))
