@@ -82,7 +82,7 @@ def case(request: pytest.FixtureRequest, host: Host, tmp_path_factory: pytest.Te
     else:
         build(folder, patch_size=16, decoder_layers=8, decoder=decoder)
         reference = ReferenceDecoder(folder)
-    engine = host.get(folder, {"method": "ficoco-vl", "keep": 16}, block_size=BLOCK_SIZE)
+    engine = host.get(folder, {"method": "ficoco-vl", "keep": 16, "windows": "off"}, block_size=BLOCK_SIZE)
     return Case(engine, reference, folder, reference.num_patches)
 
 
@@ -123,7 +123,7 @@ def test_slots_and_blocks_are_the_plans(case: Case, pictures: list[Image.Image],
     """Counted in the cache itself, layer by layer."""
     reference = case.reference
     config = reference.config
-    config.ficoco = {"method": "ficoco-vl", "keep": 16}
+    config.ficoco = {"method": "ficoco-vl", "keep": 16, "windows": "off"}
     planner = ServerPlan.served(config).decoder
     assert planner is not None
     for prompt, images in ((PROMPT, pictures[:1]), (TWO_IMAGES, pictures[1:3])):

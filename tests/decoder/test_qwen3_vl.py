@@ -54,7 +54,9 @@ def options() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def engine(host: Host, folder: Path, options: dict[str, Any]) -> Remote:
-    return host.get(folder, {"method": "ficoco-vl", "keep": 16, "num_segments": 4}, **options)
+    return host.get(
+        folder, {"method": "ficoco-vl", "keep": 16, "num_segments": 4, "windows": "off"}, **options
+    )
 
 
 @pytest.fixture(scope="module")
