@@ -67,22 +67,47 @@ class ReferenceDecoder(ReferenceLlava):
         Returns:
             (tokens, vocabulary), float64.
         """
-        table = self.model.model.language_model.embed_tokens
-        pieces, spans, waiting, length = [], [], list(images), 0
-        for token in self.processor.tokenizer(prompt, add_special_tokens=False).input_ids:
-            if token == self.config.image_token_id:
-                shown = waiting.pop(0)
-                pieces.append(self.features(shown.image, shown.entering))
-                spans.append(range(length, length + len(pieces[-1])))
-            else:
-                pieces.append(table(torch.tensor([token])))
-            length += len(pieces[-1])
-        embeddings = torch.cat([*pieces, table(torch.tensor(answer[:-1], dtype=torch.int64))])
-        decoder, positions = self.model.model.language_model, torch.arange(len(embeddings))[None]
-        hidden = unroll(decoder, method, embeddings, positions, length, spans, images, self.stored)[
-            length - 1 :
-        ]
-        return torch.log_softmax(self.model.lm_head(hidden), dim=-1)
+        return judge(self, method, prompt, images, answer, stored=self.stored)
+
+
+def judge(
+    oracle: Any,
+    method: str,
+    prompt: str,
+    images: list[Shown],
+    answer: list[int],
+    around: tuple[list[int], list[int]] = ([], []),
+    stored: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """See `ReferenceDecoder.judge`.
+
+    Args:
+        oracle: of the tower, on Hugging Face's model.
+        method: name.
+        prompt: with one image token for each image.
+        images: in order.
+        answer: tokens.
+        around: tokens that the processor puts before and after each image.
+        stored: see `ReferenceDecoder`.
+    """
+    decoder = oracle.model.model.language_model
+    table = decoder.embed_tokens
+    ids: list[int] = []
+    for token in oracle.processor.tokenizer(prompt, add_special_tokens=False).input_ids:
+        ids += [*around[0], token, *around[1]] if token == oracle.config.image_token_id else [token]
+    pieces, spans, waiting, length = [], [], list(images), 0
+    for token in ids:
+        if token == oracle.config.image_token_id:
+            shown = waiting.pop(0)
+            pieces.append(oracle.features(shown.image, shown.entering))
+            spans.append(range(length, length + len(pieces[-1])))
+        else:
+            pieces.append(table(torch.tensor([token])))
+        length += len(pieces[-1])
+    embeddings = torch.cat([*pieces, table(torch.tensor(answer[:-1], dtype=torch.int64))])
+    positions = torch.arange(len(embeddings))[None]
+    hidden = unroll(decoder, method, embeddings, positions, length, spans, images, stored)
+    return torch.log_softmax(oracle.model.lm_head(hidden[length - 1 :]), dim=-1)
 
 
 def unroll(
