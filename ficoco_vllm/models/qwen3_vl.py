@@ -97,11 +97,11 @@ class ReducingQwen(ReducingModel):
         patches = pixels.split(thw.prod(-1).tolist())
 
         def stock(index: Sequence[int]) -> list[Tensor]:
-            whole = {
-                **items,
-                "pixel_values": torch.cat([patches[i] for i in index]),
-                "image_grid_thw": thw[index],
-            }
+            whole = type(items)(
+                type="pixel_values",
+                pixel_values=torch.cat([patches[i] for i in index]),
+                image_grid_thw=thw[index],
+            )
             return [without_places(embedding) for embedding in self._process_image_input(whole)]
 
         places = [Resolution.place(*grid) for grid in grids]

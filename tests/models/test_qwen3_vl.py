@@ -104,7 +104,7 @@ def test_a_share_of_the_units(engine: LLM, reference: ReferenceQwen, images: lis
 def test_together_equals_alone(engine: LLM, images: list[Image.Image]) -> None:
     """Grids, budgets and methods of one step."""
     requests = [
-        request(PROMPT, [images[index % 5]], ficoco_method=method, ficoco_keep=(5, 30)[index % 2])
+        request(PROMPT, [images[index % 5]], ficoco_method=method, ficoco_keep=(20, 30)[index % 2])
         for index, method in enumerate(["ficoco-v", "divprune", "tome", "ficoco-v", "ficoco-v", "downscale"])
     ]
     requests += [request(PROMPT, [images[0]], ficoco_keep=MOST_UNITS), {"prompt": TEXT}]

@@ -88,7 +88,10 @@ class ReferenceQwen:
                 [places[unit if unit >= 0 else _middle(rows, columns)] for unit in position]
             )
             query, key = (part * cos + rotate_half(part) * sin for part in (query, key))
-            weights = torch.softmax(query @ key.transpose(1, 2) * d**-0.5, dim=-1)
+            logits = query @ key.transpose(1, 2) * d**-0.5
+            if reducer is not None and getattr(reducer.settings, "proportional_attention", False):
+                logits += size[0].log().repeat_interleave(4)
+            weights = torch.softmax(logits, dim=-1)
             mixed = (weights @ value).transpose(0, 1).reshape(4 * count, D)
             hidden = hidden + layer.attn.proj(mixed).view(count, 4, D)
             # From unit to unit: the mean over the patches that look, the sum over those that are looked at.
