@@ -18,7 +18,16 @@ from ficoco_vllm.vision.mrope import CHANNELS, put_places, with_places, without_
 from tests.reference.qwen3_vl import ReferenceQwen
 from tests.support.engine import Answers, Engines, Question, ask, ask_all, request
 from tests.support.pictures import noise
-from tests.support.random_qwen import IMAGE, LEAST_UNITS, MERGE, MOST_UNITS, PATCH, VISION_END, VISION_START
+from tests.support.random_qwen import (
+    IMAGE,
+    LEAST_UNITS,
+    MERGE,
+    MOST_UNITS,
+    PATCH,
+    VISION_END,
+    VISION_START,
+    build,
+)
 from tests.support.subprocess_engine import answers
 
 # float32 against float64
@@ -95,6 +104,15 @@ def test_awkward_images_and_budgets(
 
 
 @pytest.mark.engine
+@pytest.mark.long
+def test_a_mixture_of_experts(engines: Engines, tmp_path: Path, images: list[Image.Image]) -> None:
+    folder = build(tmp_path, num_experts=4)
+    engine, reference = engines.get(folder, {"method": "ficoco-v", "keep": 20}), ReferenceQwen(folder)
+    check(engine, reference, TWO, [images[0], images[2]], [20, 6])
+    check(engine, reference, TWO, images[:2], [9, 9], ficoco_keep=9)
+
+
+@pytest.mark.engine
 def test_a_share_of_the_units(engine: LLM, reference: ReferenceQwen, images: list[Image.Image]) -> None:
     reference.method = None
     check(engine, reference, TWO, [images[0], images[2]], [36, 2], ficoco_keep_ratio=0.25)
@@ -114,6 +132,20 @@ def test_together_equals_alone(engine: LLM, images: list[Image.Image]) -> None:
         (alone,) = ask(engine, [one], 3)
         assert answer.tokens == alone.tokens
         torch.testing.assert_close(answer.logprobs, alone.logprobs, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.engine
+def test_chunks_and_cached_prefixes(engine: LLM, images: list[Image.Image]) -> None:
+    """More tokens than a step has, so that an image is split; then the same again, from the cache."""
+    requests = [request(TWO, [images[0], images[1]], ficoco_keep=keep) for keep in range(90, 104)]
+    engine.reset_prefix_cache()
+    together, again = ask(engine, requests, 3), ask(engine, requests, 3)
+    for one, *answers_of_one in zip(requests, together, again, strict=True):
+        engine.reset_prefix_cache()
+        (alone,) = ask(engine, [one], 3)
+        for answer in answers_of_one:
+            assert answer.tokens == alone.tokens
+            torch.testing.assert_close(answer.logprobs, alone.logprobs, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.engine
