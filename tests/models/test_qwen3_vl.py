@@ -24,6 +24,7 @@ from tests.support.random_qwen import (
     MERGE,
     MOST_UNITS,
     PATCH,
+    VIDEO,
     VISION_END,
     VISION_START,
     build,
@@ -110,6 +111,30 @@ def test_a_mixture_of_experts(engines: Engines, tmp_path: Path, images: list[Ima
     engine, reference = engines.get(folder, {"method": "ficoco-v", "keep": 20}), ReferenceQwen(folder)
     check(engine, reference, TWO, [images[0], images[2]], [20, 6])
     check(engine, reference, TWO, images[:2], [9, 9], ficoco_keep=9)
+
+
+@pytest.mark.engine
+@pytest.mark.long
+def test_videos_are_left_alone(
+    engines: Engines, engine: LLM, random_qwen: Path, images: list[Image.Image]
+) -> None:
+    """Beside an image that keeps all tokens, too: as without our settings, bit for bit."""
+    frames = np.stack([np.array(image.resize((96, 64))) for image in images[:4]])
+    known = {"fps": 2.0, "duration": 2.0, "total_num_frames": 4, "frames_indices": [0, 1, 2, 3]}
+    video = (frames, {**known, "video_backend": "opencv", "do_sample_frames": False})
+    clip = f"{VISION_START}{VIDEO}{VISION_END}"
+    requests: list[dict[str, Any]] = [
+        {"prompt": f"{TEXT}{clip}and then?", "multi_modal_data": {"video": [video]}},
+        {
+            "prompt": f"{TEXT}{PICTURE}or {clip}which?",
+            "multi_modal_data": {"video": [video], "image": [images[1]]},
+        },
+    ]
+    ours = ask(engine, requests, 3)
+    stock = ask(engines.get(random_qwen, None), requests, 3)
+    for answer, expected in zip(ours, stock, strict=True):
+        assert (answer.tokens, answer.num_prompt_tokens) == (expected.tokens, expected.num_prompt_tokens)
+        assert torch.equal(answer.logprobs, expected.logprobs)
 
 
 @pytest.mark.engine
