@@ -14,6 +14,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 
 from ficoco_vllm.models.qwen3_vl import FicocoQwen3VL
+from ficoco_vllm.models.verify import _check_positions
 from ficoco_vllm.vision.mrope import CHANNELS, put_places, with_places, without_places
 from tests.reference.qwen3_vl import ReferenceQwen
 from tests.support.engine import Answers, Engines, Question, ask, ask_all, request
@@ -238,6 +239,23 @@ def test_downscale_is_the_small_image(
 def test_refused(engine: LLM, images: list[Image.Image], fields: dict[str, Any], message: str) -> None:
     with pytest.raises(VLLMValidationError, match=message):
         ask(engine, [request(PROMPT, [images[0]], **fields)])
+
+
+@pytest.mark.parametrize(
+    ("prunes", "stages", "message"),
+    [
+        (True, 1, "--video-pruning-rate is not allowed"),
+        (False, 2, "--pipeline-parallel-size 2 is not allowed"),
+    ],
+)
+def test_what_does_not_know_the_positions_is_refused(prunes: bool, stages: int, message: str) -> None:
+    multimodal = SimpleNamespace(is_multimodal_pruning_enabled=lambda: prunes)
+    config: Any = SimpleNamespace(
+        model_config=SimpleNamespace(get_multimodal_config=lambda: multimodal),
+        parallel_config=SimpleNamespace(pipeline_parallel_size=stages),
+    )
+    with pytest.raises(ValueError, match=message):
+        _check_positions(config)
 
 
 def positions(prompt: list[int], images: list[tuple[int, int, int]]) -> tuple[Tensor, int]:
