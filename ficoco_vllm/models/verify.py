@@ -119,7 +119,7 @@ def _check_backend(config: FicocoConfig) -> None:
 
 def _check_positions(vllm_config: VllmConfig) -> None:
     """Refuse what does not know the positions of the tokens that stay, which follow from the tower."""
-    if vllm_config.model_config.get_multimodal_config().is_multimodal_pruning_enabled():
+    if vllm_config.model_config.get_multimodal_config().get_video_pruning_spec() is not None:
         raise ValueError(
             "--video-pruning-rate is not allowed with a method of the tower: both decide the positions of what "
             "follows; allowed: 0, or no method of the tower"

@@ -249,7 +249,7 @@ def test_refused(engine: LLM, images: list[Image.Image], fields: dict[str, Any],
     ],
 )
 def test_what_does_not_know_the_positions_is_refused(prunes: bool, stages: int, message: str) -> None:
-    multimodal = SimpleNamespace(is_multimodal_pruning_enabled=lambda: prunes)
+    multimodal = SimpleNamespace(get_video_pruning_spec=lambda: ("evs", 0.5) if prunes else None)
     config: Any = SimpleNamespace(
         model_config=SimpleNamespace(get_multimodal_config=lambda: multimodal),
         parallel_config=SimpleNamespace(pipeline_parallel_size=stages),
