@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from transformers import CLIPVisionConfig
 from vllm.config.compilation import CUDAGraphMode
 
 from ficoco_vllm.decoder.layers import LAYER_KINDS
@@ -48,6 +49,9 @@ def config(**changed: Any) -> Any:
             runner_type="generate",
             enable_prompt_embeds=False,
             hf_config=SimpleNamespace(
+                model_type="llava",
+                vision_config=CLIPVisionConfig(),
+                vision_feature_layer=-2,
                 vision_feature_select_strategy="default",
                 get_text_config=lambda: SimpleNamespace(model_type="llama"),
             ),
