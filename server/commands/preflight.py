@@ -141,7 +141,7 @@ def as_hf_config(config: dict[str, Any]) -> Any:
     Returns:
         The stand-in, or None where config.json leaves out what only transformers knows.
     """
-    from ficoco_vllm.reduction.cost.shapes import CLIP_DEFAULTS, LLAMA_DEFAULTS
+    from ficoco_vllm.reduction.cost.configurations import CLIP_DEFAULTS, LLAMA_DEFAULTS
 
     vision, language = config.get("vision_config"), config.get("text_config")
     tiled = config.get("model_type") == "llava_next"
