@@ -55,6 +55,21 @@ DECODER_DEFAULTS: Mapping[str, Mapping[str, int]] = {
     "qwen3": {**_QWEN_DEFAULTS, "head_dim": 128},
     "qwen3_vl_text": {**_QWEN_DEFAULTS, "head_dim": 128},
 }
+_LLAVA = {"clip_vision_model": CLIP_DEFAULTS}
+# By `model_type`: types of the tower with their defaults, and types of the decoder. The first of each is the default.
+TOWERS: Mapping[str, Mapping[str, Mapping[str, int]]] = {
+    "llava": _LLAVA,
+    "llava_next": _LLAVA,
+    "internvl": {"internvl_vision": INTERNVIT_DEFAULTS},
+    # Published files say qwen3_vl for the tower, too.
+    "qwen3_vl": {"qwen3_vl_vision": QWEN3_VL_TOWER_DEFAULTS, "qwen3_vl": QWEN3_VL_TOWER_DEFAULTS},
+}
+DECODERS: Mapping[str, tuple[str, ...]] = {
+    "llava": ("llama", "mistral"),
+    "llava_next": ("llama", "mistral"),
+    "internvl": ("qwen2", "qwen3", "llama"),
+    "qwen3_vl": ("qwen3_vl_text",),
+}
 # Side in pixels of the largest square image that Qwen3-VL's processor leaves as it is: `size.longest_edge` of
 # preprocessor_config.json is 16777216 pixels in all checkpoints.
 QWEN3_VL_LARGEST = 4096
@@ -78,19 +93,37 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
 
     Source: arXiv:2310.03744 (LLaVA-1.5), arXiv:2504.10479 (InternVL3), arXiv:2511.21631 (Qwen3-VL).
     """
+    tower, decoder = _readers(config)
+    return _MODELS[config["model_type"]](config, tower, _decoder(config, decoder))
+
+
+def sections(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`vision_config` and `text_config` with transformers' defaults.
+
+    Args:
+        config: the parsed config.json.
+
+    Raises:
+        ValueError: one is missing, or is of a type that this planner cannot count.
+    """
+    tower, decoder = _readers(config)
+    return tower.values, decoder.values
+
+
+def _readers(config: Mapping[str, Any]) -> "tuple[_Reader, _Reader]":
     model_type = config.get("model_type")
-    if model_type not in READERS:
-        raise ValueError(f"model_type: got {model_type!r}, allowed: {', '.join(READERS)}")
-    return READERS[model_type](config)
+    if model_type not in _MODELS:
+        raise ValueError(f"model_type: got {model_type!r}, allowed: {', '.join(_MODELS)}")
+    decoders = {name: DECODER_DEFAULTS[name] for name in DECODERS[model_type]}
+    return _Reader(config, "vision_config", TOWERS[model_type]), _Reader(config, "text_config", decoders)
 
 
-def _llava(config: Mapping[str, Any]) -> ModelShape:
+def _llava(config: Mapping[str, Any], read: "_Reader", decoder: DecoderShape) -> ModelShape:
     select = config.get("vision_feature_select_strategy", "default")
     if select != "default":
         raise ValueError(
             f"vision_feature_select_strategy: got {select!r}, allowed: 'default' (without [CLS])"
         )
-    read = _Reader(config, "vision_config", {"clip_vision_model": CLIP_DEFAULTS})
     num_layers = read.positive("num_hidden_layers", MAX_LAYERS)
     width, num_heads = read.divisible("hidden_size", "num_attention_heads")
     image_size, patch_size = _sides(read)
@@ -107,12 +140,10 @@ def _llava(config: Mapping[str, Any]) -> ModelShape:
         # [CLS], positions and the norm before the first layer; the embedding has no bias.
         small=width + ((image_size // patch_size) ** 2 + 1) * width + 2 * width,
     )
-    decoder = _decoder(config, ("llama", "mistral"))
     return ModelShape(tower, decoder, ProjectorShape(inner=decoder.hidden, small=2 * decoder.hidden))
 
 
-def _internvl(config: Mapping[str, Any]) -> ModelShape:
-    read = _Reader(config, "vision_config", {"internvl_vision": INTERNVIT_DEFAULTS})
+def _internvl(config: Mapping[str, Any], read: "_Reader", decoder: DecoderShape) -> ModelShape:
     num_layers = read.positive("num_hidden_layers", MAX_LAYERS)
     width, num_heads = read.divisible("hidden_size", "num_attention_heads")
     image_size, patch_size = _sides(read)
@@ -120,11 +151,11 @@ def _internvl(config: Mapping[str, Any]) -> ModelShape:
     ratio = config.get("downsample_ratio", 0.5)
     if ratio not in (0.5, 1.0):
         raise ValueError(f"downsample_ratio: got {ratio!r}, allowed: 0.5, 1.0")
-    unit = round(1 / ratio)
+    side = round(1 / ratio)
     grid = image_size // patch_size
-    if grid % unit:
+    if grid % side:
         raise ValueError(
-            f"vision_config.image_size: got {image_size}, allowed: a multiple of {unit * patch_size} (a unit)"
+            f"vision_config.image_size: got {image_size}, allowed: a multiple of {side * patch_size} (a unit)"
         )
     norm = width if read.values.get("norm_type") == "rms_norm" else 2 * width
     biases = 3 * width if read.values.get("attention_bias") else 0
@@ -138,57 +169,52 @@ def _internvl(config: Mapping[str, Any]) -> ModelShape:
         mlp=mlp,
         num_layers=num_layers,
         num_executed=_executed(config.get("vision_feature_layer", -1), num_layers),
-        unit=unit,
+        unit=side**2,
         # Beside norms and biases, two scales of the residual stream.
         layer_small=biases + query_key_norms + width + mlp + width + 2 * norm + 2 * width,
         small=width + (grid**2 + 1) * width + width + last_norm,
     )
-    decoder = _decoder(config, ("qwen2", "qwen3", "llama"))
-    small = 2 * unit**2 * width + 2 * decoder.hidden
+    small = 2 * side**2 * width + 2 * decoder.hidden
     return ModelShape(tower, decoder, ProjectorShape(inner=decoder.hidden, small=small))
 
 
-def _qwen3_vl(config: Mapping[str, Any]) -> ModelShape:
-    # Published files say qwen3_vl for the tower, too.
-    types = {"qwen3_vl_vision": QWEN3_VL_TOWER_DEFAULTS, "qwen3_vl": QWEN3_VL_TOWER_DEFAULTS}
-    read = _Reader(config, "vision_config", types)
+def _qwen3_vl(config: Mapping[str, Any], read: "_Reader", decoder: DecoderShape) -> ModelShape:
     num_layers = read.positive("depth", MAX_LAYERS)
     width, num_heads = read.divisible("hidden_size", "num_heads")
-    patch_size, unit = read.positive("patch_size", QWEN3_VL_LARGEST), read.positive("spatial_merge_size", 16)
+    patch_size, side = read.positive("patch_size", QWEN3_VL_LARGEST), read.positive("spatial_merge_size", 16)
     mlp, frames = read.positive("intermediate_size"), read.positive("temporal_patch_size", 16)
     layers = read.values.get("deepstack_visual_indexes", (8, 16, 24))
     if not isinstance(layers, list | tuple) or not all(layer in range(num_layers) for layer in layers):
         allowed = f"layers from 0 to {num_layers - 1}"
         raise ValueError(f"vision_config.deepstack_visual_indexes: got {layers!r}, allowed: {allowed}")
-    side = patch_size * unit
+    step = patch_size * side
     tower = TowerShape(
-        image_size=QWEN3_VL_LARGEST // side * side,
+        image_size=QWEN3_VL_LARGEST // step * step,
         patch_size=patch_size,
         hidden=width,
         num_heads=num_heads,
         mlp=mlp,
         num_layers=num_layers,
         num_executed=num_layers,
-        unit=unit,
+        unit=side**2,
         num_extra=0,
         frames=frames,
         dynamic=True,
         layer_small=4 * width + mlp + width + 4 * width,
         small=read.positive("num_position_embeddings") * width + width,
     )
-    decoder = _decoder(config, ("qwen3_vl_text",))
     if read.positive("out_hidden_size") != decoder.hidden:
         raise ValueError(
             f"vision_config.out_hidden_size: got {read.positive('out_hidden_size')}, allowed: {decoder.hidden}, as "
             "text_config.hidden_size"
         )
-    inner = unit**2 * width
+    inner = side**2 * width
     # The last run norms patches, those after other layers whole units.
     small = 2 * width + len(layers) * 2 * inner + (1 + len(layers)) * (inner + decoder.hidden)
     return ModelShape(tower, decoder, ProjectorShape(inner, tuple(layers), small))
 
 
-READERS = {"llava": _llava, "llava_next": _llava, "internvl": _internvl, "qwen3_vl": _qwen3_vl}
+_MODELS = {"llava": _llava, "llava_next": _llava, "internvl": _internvl, "qwen3_vl": _qwen3_vl}
 
 
 def _sides(read: "_Reader") -> tuple[int, int]:
@@ -212,8 +238,7 @@ def _executed(feature_layer: Any, num_layers: int) -> int:
     return int(feature_layer) if feature_layer > 0 else num_layers + 1 + int(feature_layer)
 
 
-def _decoder(config: Mapping[str, Any], types: tuple[str, ...]) -> DecoderShape:
-    read = _Reader(config, "text_config", {name: DECODER_DEFAULTS[name] for name in types})
+def _decoder(config: Mapping[str, Any], read: "_Reader") -> DecoderShape:
     num_heads = read.positive("num_attention_heads")
     if "head_dim" not in read.values:
         hidden, _ = read.divisible("hidden_size", "num_attention_heads")

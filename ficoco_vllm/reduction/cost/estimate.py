@@ -137,7 +137,7 @@ def speedup(reduced: Estimate, unreduced: Estimate) -> Speedup:
 def _tower_flops(shape: ModelShape, tile: TilePlan) -> int:
     layers = sum(flops.tower_layer(shape.tower, *counts).total for counts in tile.layers)
     tower = shape.tower
-    num_patches = tile.entering * tower.unit**2 if tower.dynamic else tower.num_patches
+    num_patches = tile.entering * tower.unit if tower.dynamic else tower.num_patches
     return flops.patch_embedding(tower, num_patches) + layers
 
 
@@ -147,7 +147,7 @@ def _decoder_flops(shape: ModelShape, tokens: Sequence[int]) -> int:
 
 
 def _reduction_flops(shape: ModelShape, image: TokenPlan) -> int:
-    tower, width = 0, shape.tower.unit**2 * shape.tower.hidden
+    tower, width = 0, shape.tower.unit * shape.tower.hidden
     for tile in image.tiles:
         # The step from the tower's output to the kept tokens is a reduction at the feature site.
         steps = [*tile.layers, (tile.layers[-1][1], tile.kept)] if tile.kept != tile.entering else []

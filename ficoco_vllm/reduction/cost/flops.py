@@ -106,7 +106,7 @@ def projector_weights(shape: ModelShape) -> int:
     Args:
         shape: the model.
     """
-    unit = shape.tower.unit**2 * shape.tower.hidden
+    unit = shape.tower.unit * shape.tower.hidden
     return shape.projector.inner * (unit + shape.decoder.hidden)
 
 

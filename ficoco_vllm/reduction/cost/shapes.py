@@ -18,7 +18,7 @@ class TowerShape:
         mlp: width between the MLP's two matrices.
         num_layers: of the checkpoint.
         num_executed: layers up to the one whose output the model reads: 23 of 24 for LLaVA's feature layer -2.
-        unit: rows and columns of patches of a unit.
+        unit: patches of a unit: 1 in LLaVA, 4 where 2 x 2 patches become one token.
         num_extra: tokens beside the patches: [CLS].
         frames: that a patch spans; an image is repeated.
         dynamic: whether the grid follows the image's size.
@@ -48,7 +48,7 @@ class TowerShape:
     @property
     def num_units(self) -> int:
         """Visual tokens of an image or of a tile before any reduction, [CLS] not counted."""
-        return self.num_patches // self.unit**2
+        return self.num_patches // self.unit
 
     @property
     def patch_elements(self) -> int:
@@ -57,7 +57,7 @@ class TowerShape:
 
     def rows(self, num_units: int) -> int:
         """Tokens of the tower for a number of units: their patches, and [CLS] if there is one."""
-        return num_units * self.unit**2 + self.num_extra
+        return num_units * self.unit + self.num_extra
 
 
 @dataclass(frozen=True)
