@@ -143,6 +143,20 @@ HOOKS = (
         "tests/decoder/test_batches.py::test_slots_written_and_blocks_held_are_the_plans",
     ),
     Hook(
+        "vllm.config.multimodal.MultiModalConfig",
+        "is_multimodal_pruning_enabled",
+        "",
+        "recomputes positions once the tower has chosen the tokens that stay",
+        "tests/models/test_qwen3_vl.py::test_served_as_defined",
+    ),
+    Hook(
+        "vllm.v1.worker.gpu_model_runner.GPUModelRunner",
+        "_gather_mm_embeddings",
+        "scheduler_output shift_computed_tokens",
+        "the same on a CPU, whose runner never reads that configuration",
+        "tests/models/test_qwen3_vl.py::test_served_as_defined",
+    ),
+    Hook(
         "vllm.v1.worker.gpu.spec_decode.ngram.speculator.NgramGPUSpeculator",
         "propose",
         "input_batch attn_metadata slot_mappings last_hidden_states aux_hidden_states num_sampled num_rejected "

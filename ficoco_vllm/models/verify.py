@@ -51,6 +51,11 @@ class FicocoModelConfig(VerifyAndUpdateConfig):
                 "tokens from layer to layer; allowed: adapters of the language model"
             )
         planner = VisionPlanner.shared(config, shape)
+        if planner.active and vllm_config.compilation_config.cudagraph_mm_encoder:
+            raise ValueError(
+                "--compilation-config cudagraph_mm_encoder = True is not allowed with a method of the tower: vLLM's "
+                "graph of the tower knows no reduction; allowed: False"
+            )
         if config.explain:
             _allow_traces(vllm_config)
         # The processor receives the model's configuration only, so the settings travel with it to every process.

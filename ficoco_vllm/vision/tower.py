@@ -145,9 +145,9 @@ def encode(
     """
     tokens = _embedded(tower, pixels)
     N = tokens.size.shape[1]
-    last = len(tower.layers) - 1
-    first = min((layer for layer, count in plan.removals.items() if count), default=last)
     layers = tower.layers_at(tokens.position)
+    last = len(layers) - 1
+    first = min((layer for layer, count in plan.removals.items() if count), default=last)
     for index in range(len(layers)):
         if crop is not None and index == first:
             tokens, grid = _without_padding(tokens, grid, crop, tower.unit), (crop.rows, crop.columns)

@@ -118,7 +118,7 @@ def test_refused(engine: LLM, pictures: list[Image.Image], kwargs: dict[str, obj
 
 def test_a_video_stays_whole(engine: LLM, pictures: list[Image.Image]) -> None:
     """Two frames beside an image that is reduced: the prompt has all units of the frames."""
-    frames = torch.stack([torch.full((3, 96, 96), value, dtype=torch.uint8) for value in (9, 200)])
+    frames = torch.stack([torch.full((96, 96, 3), value, dtype=torch.uint8) for value in (9, 200)])
     alone = {
         "prompt": "<s>USER: <video>\nhow many? ASSISTANT:",
         "multi_modal_data": {"video": [frames.numpy()]},

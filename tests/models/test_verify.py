@@ -65,6 +65,11 @@ def test_nothing_happens_without_settings(random_llava: Path) -> None:
             {"enable_lora": True, "enable_tower_connector_lora": True},
             ["enable_tower_connector_lora = True"],
         ),
+        (
+            {"keep": 64},
+            {"compilation_config": {"cudagraph_mm_encoder": True}},
+            ["cudagraph_mm_encoder = True is not allowed"],
+        ),
     ],
 )
 def test_refused(

@@ -41,8 +41,12 @@ class Layer:
     """Hugging Face's layer."""
 
     layer: Any
-    num_heads: int
     all_reduce: None = None
+
+    @property
+    def num_heads(self) -> int:
+        """See `EncoderLayer`."""
+        return int(self.layer.attention.num_heads)
 
     @property
     def scale(self) -> float:
@@ -77,9 +81,10 @@ class HfTower(Tower):
 
     unit = 4
 
-    def __init__(self, tower: Any, num_heads: int) -> None:
+    def __init__(self, tower: Any) -> None:
         self.tower = tower
-        self.layers = [Layer(layer, num_heads) for layer in tower.encoder.layer]
+        layers: list[Any] = [Layer(layer) for layer in tower.encoder.layer]
+        self.layers = layers
 
     def embed(self, pixels: Tensor) -> Tensor:
         """See `Tower`."""
@@ -123,7 +128,7 @@ def planner(method: str, keep: int) -> VisionPlanner:
 def test_whole_units_leave(reference: ReferenceInternVL, pixels: Tensor, method: str, keep: int) -> None:
     """Both tiles in a batch; each equals the oracle's, which runs it alone."""
     reference.method = method
-    tower = HfTower(reference.model.model.vision_tower, 4)
+    tower = HfTower(reference.model.model.vision_tower)
     plan = planner(method, keep).plan(Budget(method, keep))
     with torch.no_grad():
         result = encode(tower, pixels, plan, (SIDE, SIDE)).split(tower.unit)[1]
@@ -134,7 +139,7 @@ def test_whole_units_leave(reference: ReferenceInternVL, pixels: Tensor, method:
 
 def test_nothing_leaves(reference: ReferenceInternVL, pixels: Tensor) -> None:
     reference.method = "ficoco-v"
-    tower = HfTower(reference.model.model.vision_tower, 4)
+    tower = HfTower(reference.model.model.vision_tower)
     with torch.no_grad():
         result = run_whole(tower, pixels).split(tower.unit)[1]
         torch.testing.assert_close(result[0], reference.tile(pixels[:1], UNITS, SIDE))
@@ -182,7 +187,7 @@ def test_signals(unit: int, logits: bool, has_cls: bool) -> None:
 
 def test_an_observer_sees_units(reference: ReferenceInternVL, pixels: Tensor) -> None:
     seen: list[Observation] = []
-    tower = HfTower(reference.model.model.vision_tower, 4)
+    tower = HfTower(reference.model.model.vision_tower)
     plan = planner("ficoco-v", 9).plan(Budget("ficoco-v", 9))
     with torch.no_grad():
         encode(tower, pixels, plan, (SIDE, SIDE), observers=lambda site, layer: seen.append)
@@ -200,7 +205,7 @@ def test_a_tower_without_cls(reference: ReferenceInternVL, pixels: Tensor) -> No
         def embed(self, pixels: Tensor) -> Tensor:
             return super().embed(pixels)[:, 1:]
 
-    tower = Without(reference.model.model.vision_tower, 4)
+    tower = Without(reference.model.model.vision_tower)
     with torch.no_grad():
         for method in METHODS:
             plan = planner(method, 9).plan(Budget(method, 9))
