@@ -135,7 +135,7 @@ def on_cpus(
     """
     if minor == locked():
         return {proof.combination: TESTED for proof in proven}
-    result = {}
+    result: dict[Combination, str] = {}
     for run in compat:
         if minor_of(run["vllm"]) == minor:
             failed = {proof.combination for proof in proven if proof.test in run["failed"]}

@@ -6,7 +6,7 @@ from typing import Any
 
 from ficoco_vllm.planning.families import FAMILIES
 from ficoco_vllm.planning.tower_shape import IMAGES
-from ficoco_vllm.reduction.cost.configurations import sections
+from ficoco_vllm.reduction.cost.configurations import QWEN3_VL_LARGEST, sections
 
 # Transformers' defaults for fields of config.json, by `model_type`.
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
@@ -21,6 +21,7 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 # The image processor's settings in all published checkpoints, by `model_type`.
 _IMAGES: Mapping[str, Mapping[str, Any]] = {
     "internvl": {"crop_to_patches": True, "min_patches": 1, "max_patches": 12},
+    "qwen3_vl": {"do_resize": True, "size": {"shortest_edge": 256**2, "longest_edge": QWEN3_VL_LARGEST**2}},
 }
 
 
@@ -32,7 +33,7 @@ def hf_config_of(config: Mapping[str, Any], images: Mapping[str, Any] | None = N
         images: content of preprocessor_config.json; fields that it leaves out are those of published checkpoints.
 
     Raises:
-        ValueError: the family is not known, or a section is missing.
+        ValueError: the family is not known, a section is missing, or a setting of the image processor is none.
     """
     vision, text = sections(config)
     model_type = config["model_type"]
@@ -45,11 +46,19 @@ def hf_config_of(config: Mapping[str, Any], images: Mapping[str, Any] | None = N
     given = {
         **_DEFAULTS.get(model_type, {}),
         **config,
-        "vision_config": SimpleNamespace(**{"model_type": _type_of(config), **vision}),
+        "vision_config": SimpleNamespace(**vision),
         "text_config": text_config,
         "get_text_config": lambda: text_config,
     }
     read = FAMILIES[model_type].image_settings
     if read is not None:
-        given[IMAGES] = read(SimpleNamespace(**{**_IMAGES.get(model_type, {}), **(images or {})}), {})
+        known = {**_IMAGES.get(model_type, {}), **(images or {})}
+        try:
+            given[IMAGES] = read(SimpleNamespace(**known), {})
+            valid = all(isinstance(value, int) and value >= 0 for value in given[IMAGES].values())
+        except (AttributeError, KeyError, TypeError, ValueError):
+            valid = False
+        if not valid:
+            kept = {name: known[name] for name in _IMAGES.get(model_type, known)}
+            raise ValueError(f"preprocessor_config.json: got {kept}, allowed: the image processor's settings")
     return SimpleNamespace(**given)

@@ -185,7 +185,7 @@ def list_moved(new: Path) -> None:
     """Print the seams that a version moved."""
     needed = seams(Tree(installed()))
     gone = moved(Tree(new), needed)
-    print(f"   {len(gone)} of {len(needed)} seams moved")
+    print(f"   {len(gone)} of {len(needed)} seams moved", flush=True)
     for seam, what in sorted(gone.items()):
         print(f"   {seam}: {what}  [{', '.join(sorted(needed[seam]))}]")
 

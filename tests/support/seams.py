@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.support.release import ROOT
 
-SOURCES = ("ficoco_vllm", "server", "kernels", "benchmarks")
+SOURCES = ("ficoco_vllm", "server", "kernels", "benchmarks", "tests")
 
 
 @dataclass(frozen=True, order=True)

@@ -112,7 +112,7 @@ def sections(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
 
 def _readers(config: Mapping[str, Any]) -> "tuple[_Reader, _Reader]":
     model_type = config.get("model_type")
-    if model_type not in _MODELS:
+    if not isinstance(model_type, str) or model_type not in _MODELS:
         raise ValueError(f"model_type: got {model_type!r}, allowed: {', '.join(_MODELS)}")
     decoders = {name: DECODER_DEFAULTS[name] for name in DECODERS[model_type]}
     return _Reader(config, "vision_config", TOWERS[model_type]), _Reader(config, "text_config", decoders)
@@ -281,12 +281,12 @@ class _Reader:
         if not isinstance(section, Mapping):
             raise ValueError(f"{name}: got {section!r}, allowed: an object with the sizes of that part")
         model_type = section.get("model_type", next(iter(types)))
-        if model_type not in types:
+        if model_type not in tuple(types):
             raise ValueError(f"{name}.model_type: got {model_type!r}, allowed: {', '.join(types)}")
         self.name = name
         self.model_type: str = model_type
         given = {field: value for field, value in section.items() if value is not None}
-        self.values: dict[str, Any] = {**types[model_type], **given}
+        self.values: dict[str, Any] = {**types[model_type], **given, "model_type": model_type}
 
     def positive(self, field: str, most: int = MAX_SIZE) -> int:
         value = self.values.get(field)

@@ -115,7 +115,8 @@ class TokenPlan:
             if got != num_layers:
                 raise ValueError(f"{name}: got {got + 1} counts, allowed: {num_layers + 1} (layers and exit)")
         for tile in self.tiles:
-            _check_falling((shape.tower.num_units, *(n for pair in tile.layers for n in pair), tile.kept))
+            most = tile.entering if shape.tower.dynamic else shape.tower.num_units
+            _check_falling((most, *(n for pair in tile.layers for n in pair), tile.kept))
         _check_falling(self.decoder)
 
 

@@ -61,6 +61,7 @@ def test_the_json_is_stable(capsys: pytest.CaptureFixture[str]) -> None:
         "num_images",
         "dtype",
         "num_patches",
+        "patches_per_token",
         "encoder_tokens",
         "decoder_visual_tokens",
         "mean_visual_tokens",
@@ -107,7 +108,7 @@ def test_what_cannot_be_served_is_said(capsys: pytest.CaptureFixture[str], metho
     assert run(LLAVA_7B, "--method", method, "--keep", "64") == 0
     last = capsys.readouterr().out.splitlines()[-1]
     needs_another_model = method in ("cdpruner", "recoverable", "trim")
-    assert last.startswith(f"A LLaVA cannot serve this: {method} needs the signal") == needs_another_model
+    assert last.startswith(f"No server can run this: {method} needs the signal") == needs_another_model
 
 
 def test_every_method_has_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
