@@ -31,7 +31,7 @@ from ficoco_vllm.reduction.cost import (
 )
 from ficoco_vllm.server.commands.arguments import fail
 from ficoco_vllm.server.commands.methods import obstacle
-from ficoco_vllm.server.commands.plan_options import DEMO, add_parser, parse_size, settings
+from ficoco_vllm.server.commands.plan_options import CPU, DEMO, add_parser, parse_size, settings
 
 __all__ = ["DEMO", "add_parser", "as_text", "make_report", "read_config", "run"]
 
@@ -107,7 +107,7 @@ def make_report(args: argparse.Namespace) -> dict[str, Any]:
     tokens, stock = plan.image_tokens(size=size), plan.unreduced(size)
     prompt = {"num_text_tokens": args.text_tokens, "num_images": args.images, "dtype": args.dtype}
     cost, before = (estimate(shape, images, **prompt) for images in (tokens, stock))
-    device = None if args.device is None else reached(DEVICES[args.device])
+    device = None if args.device is None else _device(args.device)
     return {
         "schema": JSON_SCHEMA,
         "model": args.model,
@@ -250,6 +250,14 @@ def _tile_report(size: tuple[int, int], tokens: TokenPlan, stock: TokenPlan) -> 
 def _costs(cost: Estimate) -> dict[str, Any]:
     totals = {name: getattr(cost, name) for name in ("total_flops", "kv_bytes", "memory_bytes")}
     return {**asdict(cost), "kv_bytes_per_layer": list(cost.kv_bytes_per_layer), **totals}
+
+
+def _device(name: str) -> Device:
+    if name != CPU:
+        return reached(DEVICES[name])
+    from ficoco_vllm.benchmarks.harness.device import measure
+
+    return measure(where=CPU)
 
 
 def _device_report(

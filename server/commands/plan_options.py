@@ -17,7 +17,7 @@ from ficoco_vllm.reduction.pipeline import PIPELINES
 from ficoco_vllm.reduction.schedule import KINDS
 from ficoco_vllm.request_fields import check_keep_ratio
 
-DEMO = "demo"
+DEMO, CPU = "demo", "cpu"
 Pairs = Sequence[tuple[int, int]]
 
 
@@ -84,8 +84,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     add(
         "--device",
-        choices=sorted(DEVICES),
-        help="also predict least times, concurrency and throughput on one such device",
+        choices=[CPU, *sorted(DEVICES)],
+        help="also predict least times, concurrency and throughput on one such device; cpu is this machine's, whose "
+        "ceilings are measured in a second",
     )
     add(
         "--output-tokens",
