@@ -107,6 +107,10 @@ class FicocoConfig(BaseModel):
                 "tower"
             )
         if self.method in CONTROLS:
+            if self.explain:
+                raise ValueError(
+                    f"explain = True is not allowed with {self.method}: there is no reduction to explain"
+                )
             if self.settings:
                 raise ValueError(f"{min(self.settings)}: {self.method} has no settings; allowed: none")
         elif pipeline is None:

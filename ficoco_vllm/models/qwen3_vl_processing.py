@@ -7,13 +7,21 @@ from torch import Tensor
 from transformers import BatchFeature
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import SizeDict
+from vllm.exceptions import VLLMValidationError
+from vllm.inputs import MultiModalInput
 from vllm.model_executor.models.qwen3_vl import Qwen3VLMultiModalProcessor, Qwen3VLProcessingInfo
 from vllm.model_executor.models.qwen3_vl_moe import Qwen3VLMoeProcessingInfo
 from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems
+from vllm.multimodal.processing.context import TimingContext
+from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from ficoco_vllm.planning.tower import Budget
-from ficoco_vllm.processing import ReducingInfo, ReducingProcessor, without_ours
+from ficoco_vllm.processing import BUDGET, SIZES, ReducingInfo, ReducingProcessor, without_ours
 from ficoco_vllm.reduction.control import DOWNSCALE
+from ficoco_vllm.request_fields import KEEP
+
+# Positions in vLLM's table of rotations where it prunes, as a multiple of the model's own.
+KNOWN_POSITIONS = 4
 
 
 class QwenInfo(ReducingInfo, Qwen3VLProcessingInfo):
@@ -31,6 +39,34 @@ class QwenProcessor(ReducingProcessor, Qwen3VLMultiModalProcessor):
     """Qwen3-VL's processor, with a budget for each request."""
 
     info: QwenInfo
+
+    def apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> MultiModalInput:
+        """See `ReducingProcessor`.
+
+        Args:
+            inputs: see vLLM.
+            timing_ctx: see vLLM.
+
+        Raises:
+            VLLMValidationError: also where the prompt may have positions beyond those that the decoder knows. An image
+                takes as many as its longer side has units, however few tokens stay.
+        """
+        result: Any = super().apply(inputs, timing_ctx)
+        if BUDGET in result and self.info.planner.active:
+            beyond = sum(self._positions_without_token(result[BUDGET], *size) for size in result[SIZES])
+            known = KNOWN_POSITIONS * self.info.get_hf_config().get_text_config().max_position_embeddings
+            if beyond and self.info.ctx.model_config.max_model_len + beyond > known:
+                raise VLLMValidationError(
+                    f"{KEEP} = {result[BUDGET].keep} is not allowed for these images, whose sides take {beyond} "
+                    "positions more than tokens stay; allowed: fewer images or a larger budget",
+                    parameter=KEEP,
+                )
+        return cast(MultiModalInput, result)
+
+    def _positions_without_token(self, budget: Budget, height: int, width: int) -> int:
+        layout = self.info.planner.layout(budget, height, width)
+        rows, columns = cast(Any, self.info.planner.shape.tiling).grid(height, width)
+        return max(0, max(rows, columns) - layout.num_tokens) if layout.reduces else 0
 
     def num_images(self, processed: BatchFeature) -> int:
         """See `ReducingProcessor`."""

@@ -56,6 +56,14 @@ class FicocoModelConfig(VerifyAndUpdateConfig):
                 "--compilation-config cudagraph_mm_encoder = True is not allowed with a method of the tower: vLLM's "
                 "graph of the tower knows no reduction; allowed: False"
             )
+        if (
+            planner.active
+            and vllm_config.model_config.get_multimodal_config().is_multimodal_pruning_enabled()
+        ):
+            raise ValueError(
+                "--video-pruning-rate is not allowed with a method of the tower: both decide the positions of what "
+                "follows; allowed: 0, or no method of the tower"
+            )
         if config.explain:
             _allow_traces(vllm_config)
         # The processor receives the model's configuration only, so the settings travel with it to every process.
@@ -70,13 +78,7 @@ class FicocoModelConfig(VerifyAndUpdateConfig):
             prepare_decoder(vllm_config, config)
         if not planner.active:
             return
-        logger.info(
-            "ficoco: %s keeps %d of %d visual tokens of %s (a request may ask for another budget)",
-            planner.default.method,
-            planner.default.keep,
-            planner.most_keep,
-            "an image" if shape.tiling is None or config.keep_per == "image" else "each tile of an image",
-        )
+        logger.info("ficoco: %s (a request may ask for another budget)", planner.in_words)
 
 
 def hook_unknown_models() -> None:

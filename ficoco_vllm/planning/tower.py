@@ -130,6 +130,16 @@ class VisionPlanner:
         keep = max(1, round(ratio * self.most_keep))
         return Budget(method, keep, None if self.shape.tiling is None else ratio)
 
+    @property
+    def in_words(self) -> str:
+        """The default budget, for logs."""
+        method, keep, ratio = self.default
+        part = "an image"
+        if self.shape.tiling is not None and not self._is_dynamic and self.config.keep_per == "tile":
+            part = "each tile of an image"
+        share = f"{keep} of {self.most_keep}" if ratio is None else f"{ratio:.1%} of the"
+        return f"{method} keeps {share} visual tokens of {part}"
+
     @cached_property
     def fingerprint(self) -> str:
         """A short name of the settings, for the hashes of the caches."""

@@ -27,7 +27,7 @@ def shape(hf_config: Any) -> TowerShape:
         num_executed_layers=vision.depth,
         with_cls=False,
         tiling=resolution,
-        unit=vision.spatial_merge_size,
+        unit=vision.spatial_merge_size**2,
     )
 
 

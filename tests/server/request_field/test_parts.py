@@ -65,6 +65,32 @@ def test_kv_budget_is_met_from_below() -> None:
         resolve(decoder, {"kv_budget": mean(1) - 1})
 
 
+def test_a_share_of_the_tokens() -> None:
+    tower = resolver({"method": "ficoco-v", "keep": 64}, Bounds(32, ("tome", "ficoco-v")))
+    assert resolve(tower, {"keep_ratio": 0.25, "method": "tome"}) == (
+        {"ficoco_method": "tome", "ficoco_keep_ratio": 0.25},
+        {},
+    )
+    for ficoco, words in (
+        (
+            {"keep_ratio": 0.05},
+            r"ficoco.keep_ratio = 0.05 is not allowed; allowed: a number from 0.0556 to 1$",
+        ),
+        ({"keep_ratio": 1.0}, "fewer than all, which would be 'off'"),
+        ({"keep_ratio": 0}, r"ficoco.keep_ratio = 0 is not allowed; allowed: a number above 0, at most 1"),
+        ({"keep_ratio": True}, "ficoco.keep_ratio = True is not allowed"),
+        ({"keep_ratio": 0.5, "keep": 64}, r"ficoco.keep_ratio = 0.5 beside ficoco.keep = 64 is not allowed"),
+    ):
+        with pytest.raises((ValueError, VLLMValidationError), match=words):
+            resolve(tower, ficoco)
+    with pytest.raises(ValueError, match=r"mm_processor_kwargs.ficoco_keep_ratio = 0.05 is not allowed"):
+        tower.check_raw("mm_processor_kwargs", {"ficoco_keep_ratio": 0.05})
+    with pytest.raises(
+        ValueError, match=r"ficoco.keep_ratio = 0.5 .*reduces in the decoder; allowed: ficoco.keep$"
+    ):
+        resolve(resolver({"method": "ficoco-l"}), {"keep_ratio": 0.5})
+
+
 def test_both() -> None:
     both = resolver({"method": "ficoco-vl", "keep": 64})
     assert resolve(both, {"keep": 64}) == ({"ficoco_keep": 192}, {"ficoco_keep": 64})
@@ -124,6 +150,7 @@ def test_an_average_out_of_range_is_refused_with_the_range(kv_budget: Any) -> No
         ("ficoco-vl", "ficoco-v", "this server reduces twice, by ficoco-vl"),
         ("ficoco-v", "trim", r"needs the signal `text_relevance` \(it takes another model's text encoder"),
         ("ficoco-v", "cdpruner", "needs the signal `text_relevance`"),
+        ("ficoco-v", "downscale", "it needs a model with dynamic resolution"),
         ("ficoco-v", "magic", None),
         ("ficoco-vl", "magic", None),
     ],

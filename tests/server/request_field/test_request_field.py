@@ -190,9 +190,9 @@ def test_routes_that_do_not_read_it_say_so(server: Server, path: str) -> None:
 @pytest.mark.parametrize(
     ("ficoco", "param", "words"),
     [
-        ("on", "ficoco", "'off', or an object of method, keep, kv_budget"),
+        ("on", "ficoco", "'off', or an object of method, keep, keep_ratio, kv_budget"),
         ([], "ficoco", "'off', or an object"),
-        ({"kep": 3}, "ficoco.kep", "allowed: method, keep, kv_budget"),
+        ({"kep": 3}, "ficoco.kep", "allowed: method, keep, keep_ratio, kv_budget"),
         ({"keep": 0}, "ficoco.keep", "ficoco.keep = 0"),
         ({"keep": 577}, "ficoco.keep", "an integer from 1 to 576"),
         ({"keep": 3.5}, "ficoco.keep", "ficoco.keep = 3.5"),
