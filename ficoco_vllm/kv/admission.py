@@ -89,6 +89,11 @@ def check_request(vllm_config: Any, request: Any) -> None:
         params.extra_args = {**extra_args, KEEP: as_integer(extra_args[KEEP])}
     if not plan.reduces:
         return
+    if any(feature.modality != "image" for feature in request.mm_features):
+        raise VLLMValidationError(
+            "a video is not allowed where visual tokens are reduced in the decoder, since text stands between its "
+            f"frames; allowed: images, or {KEEP} = {max(length for _, length in images)}"
+        )
     if request.resumable:
         raise VLLMValidationError(
             "a prompt that comes in pieces is not allowed where its visual tokens are reduced in the decoder, since "

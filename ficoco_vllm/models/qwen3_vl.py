@@ -24,6 +24,7 @@ from vllm.multimodal.processing import BaseMultiModalProcessor, InputProcessingC
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
 from ficoco_vllm.config import FicocoConfig
+from ficoco_vllm.decoder.decoder import ReducingStep
 from ficoco_vllm.hooks.pruned_positions import hook_pruned_positions
 from ficoco_vllm.models.qwen3_vl_processing import QwenInfo, QwenMoeInfo, QwenProcessor
 from ficoco_vllm.models.reducing import ReducingModel, Requested
@@ -48,6 +49,9 @@ class ReducingQwen(ReducingModel):
     _process_image_input: Any
     _process_video_input: Any
     _parse_and_validate_multimodal_inputs: Any
+    _get_deepstack_input_embeds: Any
+    _clear_deepstack_input_embeds: Any
+    deepstack_num_level: int
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         hf_config = vllm_config.model_config.hf_config
@@ -55,6 +59,31 @@ class ReducingQwen(ReducingModel):
             # Before vLLM's class builds the decoder, whose table of rotations must hold the positions.
             hook_pruned_positions(vllm_config.model_config.multimodal_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: Tensor | None = None,
+        reduction: ReducingStep | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """See `ReducingModel`."""
+        output = super().forward(
+            input_ids, positions, intermediate_tensors, inputs_embeds, reduction, **kwargs
+        )
+        if reduction is not None:
+            assert inputs_embeds is not None
+            self._clear_deepstack_input_embeds(len(inputs_embeds))  # vLLM's forward does it in other steps
+        return output
+
+    def deepstack(self, num_tokens: int) -> Sequence[Tensor]:
+        """See `ReducingModel`."""
+        features = self._get_deepstack_input_embeds(num_tokens)
+        if features is None:
+            return ()
+        return [features[f"deepstack_input_embeds_{level}"] for level in range(self.deepstack_num_level)]
 
     def tower_of(self, grid: tuple[int, int]) -> Tower:
         """See `ReducingModel`."""
@@ -97,11 +126,11 @@ class ReducingQwen(ReducingModel):
         patches = pixels.split(thw.prod(-1).tolist())
 
         def stock(index: Sequence[int]) -> list[Tensor]:
-            whole = {
-                **items,
-                "pixel_values": torch.cat([patches[i] for i in index]),
-                "image_grid_thw": thw[index],
-            }
+            whole = type(items)(
+                type="pixel_values",
+                pixel_values=torch.cat([patches[i] for i in index]),
+                image_grid_thw=thw[index],
+            )
             return [without_places(embedding) for embedding in self._process_image_input(whole)]
 
         places = [Resolution.place(*grid) for grid in grids]

@@ -108,7 +108,7 @@ class ReducingModel(nn.Module):
 
         Args:
             input_ids: (tokens,) or None.
-            positions: (tokens,).
+            positions: (tokens,); (3, tokens) for M-RoPE.
             intermediate_tensors: None, since a decoder that reduces has no pipeline stages.
             inputs_embeds: (tokens, hidden size).
             reduction: set in the steps that reduce a prompt in the decoder.
@@ -117,11 +117,22 @@ class ReducingModel(nn.Module):
         if reduction is None:
             profiling = is_forward_context_available() and get_forward_context().attn_metadata is None
             if self.decoder is not None and profiling and inputs_embeds is not None:
-                self.decoder.warm_up(positions, inputs_embeds)
+                self.decoder.warm_up(positions, inputs_embeds, self.deepstack(len(inputs_embeds)))
             return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
         assert self.decoder is not None
         assert inputs_embeds is not None
-        return self.decoder(positions, inputs_embeds, reduction)
+        return self.decoder(positions, inputs_embeds, reduction, self.deepstack(len(inputs_embeds)))
+
+    def deepstack(self, num_tokens: int) -> Sequence[Tensor]:
+        """Features of a step that the language model adds to the outputs of its first layers, one for each.
+
+        Args:
+            num_tokens: of the step.
+
+        Returns:
+            (num_tokens, hidden size) tensors; none where the model has no deepstack.
+        """
+        return ()
 
     @property
     def newline(self) -> Tensor | None:

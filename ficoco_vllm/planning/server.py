@@ -150,7 +150,7 @@ def _shared(config_json: str, shape: TowerShape, num_layers: int) -> ServerPlan:
     decoder = None
     if config.decoder_method is not None:
         entering = tower.num_output_tokens(tower.default)
-        decoder = DecoderPlanner.shared(config, num_layers, entering, tower.decoder_most)
+        decoder = DecoderPlanner.shared(config, num_layers, entering, tower.decoder_most, shape.num_deepstack)
     return ServerPlan(config, tower, decoder, num_layers)
 
 

@@ -28,14 +28,18 @@ def config(**ficoco: Any) -> Any:
 
 
 def request(
-    extra: dict[str, Any] | None = None, num_tokens: int = 50, resumable: bool = False, **params: Any
+    extra: dict[str, Any] | None = None,
+    num_tokens: int = 50,
+    resumable: bool = False,
+    modality: str = "image",
+    **params: Any,
 ) -> Any:
     """One image of 36 tokens after four of text."""
     position = SimpleNamespace(offset=4, length=36)
     result = {"extra_args": extra, "prompt_logprobs": None, **params}
     return SimpleNamespace(
         sampling_params=SimpleNamespace(**result),
-        mm_features=[SimpleNamespace(mm_position=position, identifier="an image")],
+        mm_features=[SimpleNamespace(mm_position=position, identifier="an image", modality=modality)],
         prompt_token_ids=[0] * num_tokens,
         resumable=resumable,
     )
@@ -76,6 +80,7 @@ def test_integers_of_numpy_go_to_the_engine_as_python_s() -> None:
         (request(prompt_logprobs=0), "prompt_logprobs = 0"),
         (request(prompt_logprob_token_ids=[[1]]), "prompt_logprobs"),
         (request(resumable=True), "comes in pieces"),
+        (request(modality="video"), "a video is not allowed .* or ficoco_keep = 36"),
     ],
 )
 def test_refusals(requested: Any, part: str) -> None:
@@ -86,6 +91,7 @@ def test_refusals(requested: Any, part: str) -> None:
 def test_what_is_not_reduced_may_do_all_of_it() -> None:
     kept = request({"ficoco_keep": 36}, num_tokens=40, resumable=True, prompt_logprobs=1)
     check_request(config(method="ficoco-l"), kept)
+    check_request(config(method="ficoco-l"), request({"ficoco_keep": 36}, modality="video"))
 
 
 def test_the_engines_request_says_whether_more_will_come() -> None:

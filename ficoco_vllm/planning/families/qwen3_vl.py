@@ -28,6 +28,7 @@ def shape(hf_config: Any) -> TowerShape:
         with_cls=False,
         tiling=resolution,
         unit=vision.spatial_merge_size**2,
+        num_deepstack=len(vision.deepstack_visual_indexes),
     )
 
 
