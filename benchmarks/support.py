@@ -62,7 +62,7 @@ def proofs(folder: Path = ROOT / "tests") -> list[Proof]:
     """All marks of the tests, in the order of their files.
 
     Raises:
-        ValueError: a mark has other arguments than constants of the known names, or an unknown site.
+        ValueError: a mark has other arguments than these, as constants, or an unknown site.
     """
     result = []
     for file in sorted(folder.rglob("test_*.py")):
@@ -83,22 +83,23 @@ def _assigns(node: ast.stmt, name: str) -> bool:
 def _marks(tree: ast.AST, file: str) -> Iterator[Combination]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == f"pytest.mark.{MARK}":
-            given = {keyword.arg: getattr(keyword.value, "value", None) for keyword in node.keywords}
-            known = {name: value for name, value in given.items() if isinstance(value, str)}
-            if (
-                node.args
-                or known != given
-                or not {"family", "site"} <= {*known} <= {"family", "site", "decoder"}
-            ):
+            try:
+                given = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in node.keywords}
+                yield from _combinations(*node.args, **given)
+            except (TypeError, ValueError) as error:
                 raise ValueError(
-                    f"{file}: {ast.unparse(node)}; allowed: family=, site=, decoder= with constants"
-                )
-            combination = Combination(**{str(name): value for name, value in known.items()})
-            if combination.site not in SITES or (combination.site == "tower") != (not combination.decoder):
-                raise ValueError(
-                    f"{file}: {ast.unparse(node)}; allowed: site {', '.join(SITES)}, and a decoder unless tower"
-                )
-            yield combination
+                    f"{file}: {ast.unparse(node)}; allowed: constants for family, site ({', '.join(SITES)}, or a tuple "
+                    "of these) and, but for tower, decoder"
+                ) from error
+
+
+def _combinations(*, family: str, site: str | tuple[str, ...], decoder: str = "") -> Iterator[Combination]:
+    """The rows of one mark."""
+    sites = (site,) if isinstance(site, str) else site
+    for one in sites:
+        if one not in SITES or (one == "tower") == bool(decoder):
+            raise ValueError(one)
+        yield Combination(family, one, decoder)
 
 
 def minors() -> list[str]:

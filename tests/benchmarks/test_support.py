@@ -52,7 +52,9 @@ def test_cells() -> None:
 MARKED = """
 import pytest
 pytestmark = [pytest.mark.engine, pytest.mark.proves(family="A", site="tower")]
-@pytest.mark.parametrize("x", [pytest.param(1, marks=pytest.mark.proves(family="B", site="both", decoder="C"))])
+@pytest.mark.parametrize(
+    "x", [pytest.param(1, marks=pytest.mark.proves(family="B", site=("decoder", "both"), decoder="C"))]
+)
 def test_one(x): ...
 def test_two(): ...
 def helper(): ...
@@ -64,11 +66,8 @@ def test_marks_are_read(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "test_it.py").write_text(MARKED)
     read = [(proof.test.rpartition("/")[2], proof.combination.family) for proof in proofs(tmp_path / "tests")]
-    assert read == [
-        ("test_it.py::test_one", "A"),
-        ("test_it.py::test_one", "B"),
-        ("test_it.py::test_two", "A"),
-    ]
+    first = [("test_it.py::test_one", family) for family in "ABB"]
+    assert read == [*first, ("test_it.py::test_two", "A")]
 
 
 @pytest.mark.parametrize(
@@ -77,6 +76,7 @@ def test_marks_are_read(tmp_path: Path) -> None:
         'family="A"',
         'family="A", site="projector"',
         'family="A", site="decoder"',
+        'family="A", site=("decoder", "tower"), decoder="B"',
         'family="A", site="tower", decoder="B"',
         'family=NAME, site="tower"',
         '"A", "tower"',
