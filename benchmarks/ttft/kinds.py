@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ficoco_vllm.benchmarks.ttft.models import MODELS, NUM_TEXT_TOKENS
+from ficoco_vllm.benchmarks.ttft.models import MODELS
+from ficoco_vllm.benchmarks.ttft.models import NUM_TEXT_TOKENS as NUM_TEXT_TOKENS
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.planning.configurations import hf_config_of
 from ficoco_vllm.planning.server import ServerPlan
