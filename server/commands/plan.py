@@ -314,6 +314,8 @@ def _tiles(report: Mapping[str, Any]) -> list[str]:
     tiles = report["tiles"]
     if len(tiles) == 1:
         kept = f"keeps {tiles[0]['kept']} of {report['image_tokens']}"
+    elif all(tile == tiles[0] for tile in tiles):
+        kept = f"has {len(tiles)} tiles, each of which keeps {tiles[0]['kept']} of {tiles[0]['patches']}"
     else:
         each = ", ".join(f"{tile['kept']} of {tile['patches']}" for tile in tiles)
         kept = f"has {len(tiles)} tiles, which keep {each}"

@@ -112,7 +112,12 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "An image of 1280 x 720 pixels keeps 98 of 880 visual tokens" in out
     assert "Units of 4 patches of an image that enter each layer of the vision tower" in out
     _, out, _ = run(capsys, INTERNVL, "--keep", "64", "--image-size", "896x448")
-    assert "has 3 tiles, which keep 64 of 256, 64 of 256, 64 of 256 visual tokens" in out
+    assert "has 3 tiles, each of which keeps 64 of 256 visual tokens" in out
+
+
+def test_tiles_with_padding(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, "llava-hf/llava-v1.6-vicuna-7b-hf", "--keep", "300", "--image-size", "2000x300")
+    assert "has 4 tiles, which keep 300 of 576, 240 of 240, 240 of 240, 240 of 240 visual tokens" in out
 
 
 @pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json"])
