@@ -56,14 +56,8 @@ class FicocoModelConfig(VerifyAndUpdateConfig):
                 "--compilation-config cudagraph_mm_encoder = True is not allowed with a method of the tower: vLLM's "
                 "graph of the tower knows no reduction; allowed: False"
             )
-        if (
-            planner.active
-            and vllm_config.model_config.get_multimodal_config().is_multimodal_pruning_enabled()
-        ):
-            raise ValueError(
-                "--video-pruning-rate is not allowed with a method of the tower: both decide the positions of what "
-                "follows; allowed: 0, or no method of the tower"
-            )
+        if planner.active and vllm_config.model_config.uses_mrope:
+            _check_positions(vllm_config)
         if config.explain:
             _allow_traces(vllm_config)
         # The processor receives the model's configuration only, so the settings travel with it to every process.
@@ -120,6 +114,21 @@ def _check_backend(config: FicocoConfig) -> None:
         raise ValueError(
             "ficoco.backend = 'triton' is not allowed without a GPU; allowed: 'auto', 'torch' (TRITON_INTERPRET=1 in "
             "the environment runs the kernels in Triton's interpreter, very slowly)"
+        )
+
+
+def _check_positions(vllm_config: VllmConfig) -> None:
+    """Refuse what does not know the positions of the tokens that stay, which follow from the tower."""
+    if vllm_config.model_config.get_multimodal_config().get_video_pruning_spec() is not None:
+        raise ValueError(
+            "--video-pruning-rate is not allowed with a method of the tower: both decide the positions of what "
+            "follows; allowed: 0, or no method of the tower"
+        )
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    if stages > 1:
+        raise ValueError(
+            f"--pipeline-parallel-size {stages} is not allowed with a method of the tower of this model: vLLM gives "
+            "the positions of the tokens that stay to the first stage alone; allowed: 1"
         )
 
 

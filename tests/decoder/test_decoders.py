@@ -133,7 +133,7 @@ def test_a_batch_equals_each_alone(case: Case, pictures: list[Image.Image]) -> N
         torch.testing.assert_close(answer.logprobs, alone.logprobs, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("method", ["ficoco-l", "fastv", "ficoco-vl"])
+@pytest.mark.parametrize("method", ["ficoco-l", "ficoco-vl"])
 def test_slots_and_blocks_are_the_plans(case: Case, pictures: list[Image.Image], method: str) -> None:
     """Counted in the cache itself, layer by layer."""
     for prompt, images in ((PROMPT, pictures[:1]), (TWO_IMAGES, pictures[1:3])):
@@ -152,6 +152,14 @@ def test_slots_and_blocks_are_the_plans(case: Case, pictures: list[Image.Image],
         assert expected[-1] < num_tokens
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        "internvl",
+        *(pytest.param(name, marks=pytest.mark.long) for name in LLAVAS),
+    ],
+    indirect=True,
+)
 def test_all_kept_equals_stock_bit_for_bit(case: Case, host: Host, pictures: list[Image.Image]) -> None:
     """Stock is model runner V2 without settings, whose layers share one block table."""
     prompts = [(PROMPT, pictures[:1]), (TWO_IMAGES, pictures[1:3]), (TEXT_ONLY, [])]

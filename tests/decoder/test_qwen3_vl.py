@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.decoder import window_calls
 from tests.decoder.calls import Ask, ask, written_slots
 from tests.decoder.test_reference import left
 from tests.reference.algorithm2 import Shown
@@ -161,3 +162,22 @@ def test_all_kept_equals_stock_bit_for_bit(
     for answer, expected in zip(answers, stock.call(ask, plain), strict=True):
         assert (answer.tokens, answer.num_prompt_tokens) == (expected.tokens, expected.num_prompt_tokens)
         assert torch.equal(answer.logprobs, expected.logprobs)
+
+
+@pytest.mark.long
+def test_a_cached_window_equals_reference(
+    host: Host, folder: Path, options: dict[str, Any], reference: ReferenceQwenDecoder
+) -> None:
+    """The decoder's method alone: a second turn finds the image of the first, whose positions have three rows."""
+    (image,) = noise([(240, 160)], seed=7)
+    second = f"{PROMPT}a sign<|im_end|>\n<|im_start|>user\nand now?<|im_end|>\n<|im_start|>assistant\n"
+    settings = {"method": "ficoco-l", "keep": 30, "num_segments": 4, "windows": "turn"}
+    engine = host.get(folder, settings, **options)
+    (first,) = engine.call(window_calls.ask, [Ask(PROMPT, [image], NUM_TOKENS)])
+    (warm,) = engine.call(window_calls.ask, [Ask(second, [image], NUM_TOKENS)])
+    assert warm.num_cached > first.num_prompt_tokens - BLOCK_SIZE
+    # 150 tokens down to 30 in two steps, in multiples of a block: 64 leave, then another 64.
+    images = [Shown(image, 150, {3: 86, 5: 22}, end=first.num_prompt_tokens)]
+    for prompt, reply in ((PROMPT, first), (second, warm)):
+        logprobs = reference.judge("ficoco-l", prompt, images, reply.tokens)
+        assert_equal(reply.tokens, reply.logprobs, logprobs.argmax(dim=-1).tolist(), logprobs, ends=False)

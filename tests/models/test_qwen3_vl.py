@@ -14,11 +14,22 @@ from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 
 from ficoco_vllm.models.qwen3_vl import FicocoQwen3VL
+from ficoco_vllm.models.verify import _check_positions
 from ficoco_vllm.vision.mrope import CHANNELS, put_places, with_places, without_places
 from tests.reference.qwen3_vl import ReferenceQwen
 from tests.support.engine import Answers, Engines, Question, ask, ask_all, request
 from tests.support.pictures import noise
-from tests.support.random_qwen import IMAGE, LEAST_UNITS, MERGE, MOST_UNITS, PATCH, VISION_END, VISION_START
+from tests.support.random_qwen import (
+    IMAGE,
+    LEAST_UNITS,
+    MERGE,
+    MOST_UNITS,
+    PATCH,
+    VIDEO,
+    VISION_END,
+    VISION_START,
+    build,
+)
 from tests.support.subprocess_engine import answers
 
 # float32 against float64
@@ -97,6 +108,39 @@ def test_awkward_images_and_budgets(
 
 
 @pytest.mark.engine
+@pytest.mark.long
+def test_a_mixture_of_experts(engines: Engines, tmp_path: Path, images: list[Image.Image]) -> None:
+    folder = build(tmp_path, num_experts=4)
+    engine, reference = engines.get(folder, {"method": "ficoco-v", "keep": 20}), ReferenceQwen(folder)
+    check(engine, reference, TWO, [images[0], images[2]], [20, 6])
+    check(engine, reference, TWO, images[:2], [9, 9], ficoco_keep=9)
+
+
+@pytest.mark.engine
+@pytest.mark.long
+def test_videos_are_left_alone(
+    engines: Engines, engine: LLM, random_qwen: Path, images: list[Image.Image]
+) -> None:
+    """Beside an image that keeps all tokens, too: as without our settings, bit for bit."""
+    frames = np.stack([np.array(image.resize((96, 64))) for image in images[:4]])
+    known = {"fps": 2.0, "duration": 2.0, "total_num_frames": 4, "frames_indices": [0, 1, 2, 3]}
+    video = (frames, {**known, "video_backend": "opencv", "do_sample_frames": False})
+    clip = f"{VISION_START}{VIDEO}{VISION_END}"
+    requests: list[dict[str, Any]] = [
+        {"prompt": f"{TEXT}{clip}and then?", "multi_modal_data": {"video": [video]}},
+        {
+            "prompt": f"{TEXT}{PICTURE}or {clip}which?",
+            "multi_modal_data": {"video": [video], "image": [images[1]]},
+        },
+    ]
+    ours = ask(engine, requests, 3)
+    stock = ask(engines.get(random_qwen, None), requests, 3)
+    for answer, expected in zip(ours, stock, strict=True):
+        assert (answer.tokens, answer.num_prompt_tokens) == (expected.tokens, expected.num_prompt_tokens)
+        assert torch.equal(answer.logprobs, expected.logprobs)
+
+
+@pytest.mark.engine
 def test_a_share_of_the_units(engine: LLM, reference: ReferenceQwen, images: list[Image.Image]) -> None:
     reference.method = None
     check(engine, reference, TWO, [images[0], images[2]], [36, 2], ficoco_keep_ratio=0.25)
@@ -106,7 +150,7 @@ def test_a_share_of_the_units(engine: LLM, reference: ReferenceQwen, images: lis
 def test_together_equals_alone(engine: LLM, images: list[Image.Image]) -> None:
     """Grids, budgets and methods of one step."""
     requests = [
-        request(PROMPT, [images[index % 5]], ficoco_method=method, ficoco_keep=(5, 30)[index % 2])
+        request(PROMPT, [images[index % 5]], ficoco_method=method, ficoco_keep=(20, 30)[index % 2])
         for index, method in enumerate(["ficoco-v", "divprune", "tome", "ficoco-v", "ficoco-v", "downscale"])
     ]
     requests += [request(PROMPT, [images[0]], ficoco_keep=MOST_UNITS), {"prompt": TEXT}]
@@ -116,6 +160,20 @@ def test_together_equals_alone(engine: LLM, images: list[Image.Image]) -> None:
         (alone,) = ask(engine, [one], 3)
         assert answer.tokens == alone.tokens
         torch.testing.assert_close(answer.logprobs, alone.logprobs, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.engine
+def test_chunks_and_cached_prefixes(engine: LLM, images: list[Image.Image]) -> None:
+    """More tokens than a step has, so that an image is split; then the same again, from the cache."""
+    requests = [request(TWO, [images[0], images[1]], ficoco_keep=keep) for keep in range(90, 104)]
+    engine.reset_prefix_cache()
+    together, again = ask(engine, requests, 3), ask(engine, requests, 3)
+    for one, *answers_of_one in zip(requests, together, again, strict=True):
+        engine.reset_prefix_cache()
+        (alone,) = ask(engine, [one], 3)
+        for answer in answers_of_one:
+            assert answer.tokens == alone.tokens
+            torch.testing.assert_close(answer.logprobs, alone.logprobs, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.engine
@@ -183,6 +241,23 @@ def test_downscale_is_the_small_image(
 def test_refused(engine: LLM, images: list[Image.Image], fields: dict[str, Any], message: str) -> None:
     with pytest.raises(VLLMValidationError, match=message):
         ask(engine, [request(PROMPT, [images[0]], **fields)])
+
+
+@pytest.mark.parametrize(
+    ("prunes", "stages", "message"),
+    [
+        (True, 1, "--video-pruning-rate is not allowed"),
+        (False, 2, "--pipeline-parallel-size 2 is not allowed"),
+    ],
+)
+def test_what_does_not_know_the_positions_is_refused(prunes: bool, stages: int, message: str) -> None:
+    multimodal = SimpleNamespace(get_video_pruning_spec=lambda: ("evs", 0.5) if prunes else None)
+    config: Any = SimpleNamespace(
+        model_config=SimpleNamespace(get_multimodal_config=lambda: multimodal),
+        parallel_config=SimpleNamespace(pipeline_parallel_size=stages),
+    )
+    with pytest.raises(ValueError, match=message):
+        _check_positions(config)
 
 
 def positions(prompt: list[int], images: list[tuple[int, int, int]]) -> tuple[Tensor, int]:

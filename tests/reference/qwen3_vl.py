@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm, rotate_half
+from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextRMSNorm
 
 from ficoco_vllm.reduction import Signals, get
 from ficoco_vllm.reduction.schedule import make_schedule
@@ -33,11 +34,13 @@ class ReferenceQwen:
     method: str | None = None
 
     def __init__(self, folder: Path) -> None:
-        self.model = (
-            Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval().double()
+        # Experts one by one: the grouped product knows no float64.
+        model = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=torch.float32, experts_implementation="eager"
         )
+        self.model: Any = model.eval().double()
         for module in self.model.modules():
-            if isinstance(module, Qwen3VLTextRMSNorm):
+            if isinstance(module, Qwen3VLTextRMSNorm | Qwen3VLMoeTextRMSNorm):
                 module.forward = MethodType(plain_norm, module)
         rotary = self.model.model.language_model.rotary_emb
         rotary.forward = MethodType(_text_angles, rotary)
@@ -88,7 +91,10 @@ class ReferenceQwen:
                 [places[unit if unit >= 0 else _middle(rows, columns)] for unit in position]
             )
             query, key = (part * cos + rotate_half(part) * sin for part in (query, key))
-            weights = torch.softmax(query @ key.transpose(1, 2) * d**-0.5, dim=-1)
+            logits = query @ key.transpose(1, 2) * d**-0.5
+            if reducer is not None and getattr(reducer.settings, "proportional_attention", False):
+                logits += size[0].log().repeat_interleave(4)
+            weights = torch.softmax(logits, dim=-1)
             mixed = (weights @ value).transpose(0, 1).reshape(4 * count, D)
             hidden = hidden + layer.attn.proj(mixed).view(count, 4, D)
             # From unit to unit: the mean over the patches that look, the sum over those that are looked at.

@@ -97,7 +97,7 @@ def test_explained_unit_by_unit(qwen_server: Server) -> None:
     assert (view.grid, tuple(view.box), view.tile) == ((10, 15), (0, 0, 1, 1), None)
     assert (explanation.keep, explanation.reduced.visual_tokens) == (38, 38)
     assert sum(1 for place in explanation.destinations if place is None) <= 150
-    assert draw(explanation, noise(list(SIZES), seed=3)[1])
+    assert draw(noise(list(SIZES), seed=3)[1], explanation).width
     named = httpx.post(url, json={**request, "keep": 9, "method": "divprune"}, timeout=300).json()
     assert (named["keep"], named["reduced"]["visual_tokens"]) == (9, 9)
     refused = httpx.post(url, json={**request, "method": "downscale"}, timeout=300)
