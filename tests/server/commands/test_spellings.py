@@ -88,7 +88,7 @@ def command_lines(draw: st.DrawFn) -> tuple[list[str], dict[str, Any], dict[str,
     chosen = {name: OURS[name] for name in (names | {"method"} if names else ())}
     # Method and budget are options; the rest, and they too, may come in three other ways.
     left = dict(chosen)
-    for name, short in (("method", "ficoco-me"), ("keep", "ficoco-k")):
+    for name, short in (("method", "ficoco-me"), ("keep", None)):
         if name in left and draw(st.booleans()):
             value = left.pop(name)
             if draw(st.booleans()):
