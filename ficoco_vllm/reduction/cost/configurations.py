@@ -22,7 +22,7 @@ INTERNVIT_DEFAULTS: Mapping[str, int] = {
     "image_size": 448,
     "patch_size": 14,
 }
-QWEN3_VL_TOWER_DEFAULTS: Mapping[str, int] = {
+QWEN3_VL_TOWER_DEFAULTS: Mapping[str, Any] = {
     "hidden_size": 1152,
     "depth": 27,
     "num_heads": 16,
@@ -32,6 +32,7 @@ QWEN3_VL_TOWER_DEFAULTS: Mapping[str, int] = {
     "temporal_patch_size": 2,
     "out_hidden_size": 3584,
     "num_position_embeddings": 2304,
+    "deepstack_visual_indexes": (8, 16, 24),
 }
 LLAMA_DEFAULTS: Mapping[str, int] = {
     "hidden_size": 4096,
@@ -57,7 +58,7 @@ DECODER_DEFAULTS: Mapping[str, Mapping[str, int]] = {
 }
 _LLAVA = {"clip_vision_model": CLIP_DEFAULTS}
 # By `model_type`: types of the tower with their defaults, and types of the decoder. The first of each is the default.
-TOWERS: Mapping[str, Mapping[str, Mapping[str, int]]] = {
+TOWERS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "llava": _LLAVA,
     "llava_next": _LLAVA,
     "internvl": {"internvl_vision": INTERNVIT_DEFAULTS},
@@ -183,7 +184,7 @@ def _qwen3_vl(config: Mapping[str, Any], read: "_Reader", decoder: DecoderShape)
     width, num_heads = read.divisible("hidden_size", "num_heads")
     patch_size, side = read.positive("patch_size", QWEN3_VL_LARGEST), read.positive("spatial_merge_size", 16)
     mlp, frames = read.positive("intermediate_size"), read.positive("temporal_patch_size", 16)
-    layers = read.values.get("deepstack_visual_indexes", (8, 16, 24))
+    layers = read.values["deepstack_visual_indexes"]
     if not isinstance(layers, list | tuple) or not all(layer in range(num_layers) for layer in layers):
         allowed = f"layers from 0 to {num_layers - 1}"
         raise ValueError(f"vision_config.deepstack_visual_indexes: got {layers!r}, allowed: {allowed}")
@@ -276,7 +277,7 @@ class _Reader:
         types: model types that are allowed, each with the defaults of its fields.
     """
 
-    def __init__(self, config: Mapping[str, Any], name: str, types: Mapping[str, Mapping[str, int]]) -> None:
+    def __init__(self, config: Mapping[str, Any], name: str, types: Mapping[str, Mapping[str, Any]]) -> None:
         section = config.get(name)
         if not isinstance(section, Mapping):
             raise ValueError(f"{name}: got {section!r}, allowed: an object with the sizes of that part")

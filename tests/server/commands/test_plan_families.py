@@ -166,3 +166,16 @@ def test_a_broken_file_of_settings(capsys: pytest.CaptureFixture[str], tmp_path:
         (tmp_path / "preprocessor_config.json").write_text(wrong)
         status, _, err = run(capsys, str(tmp_path))
         assert (status, "preprocessor_config.json: got {'do_resize'" in err) == (2, True)
+
+
+@pytest.mark.parametrize("model_type", ["internvl", "qwen3_vl"])
+def test_fields_left_out_are_transformers_defaults(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, model_type: str
+) -> None:
+    text = {"hidden_size": 3584, "num_attention_heads": 28, "num_key_value_heads": 4}
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": model_type, "vision_config": {}, "text_config": text})
+    )
+    planned = report(capsys, str(tmp_path), "--keep", "28", "--method", "ficoco-vl")
+    assert len(planned["encoder_tokens"]) == {"internvl": 24, "qwen3_vl": 27}[model_type] + 1
+    assert len(planned["decoder_visual_tokens"]) == 32 + 1
