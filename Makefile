@@ -132,9 +132,10 @@ bench-accuracy-decoder: $(DEV)  ## the same for the decoder's methods
 	    --out build/accuracy-decoder $(ARGS)
 
 # Benchmarks write to build/. To publish a result, copy its JSON to benchmarks/results/ first.
-figures: $(DEV)  ## write the README's table and pictures and docs/accuracy.md from benchmarks/results/
+figures: $(DEV)  ## write the README's table and pictures, docs/accuracy.md and docs/support.md from benchmarks/results/
 	@$(BIN)/python -m ficoco_vllm.benchmarks.accuracy.tables
 	@$(BIN)/python -m ficoco_vllm.benchmarks.overview
+	@$(BIN)/python -m ficoco_vllm.benchmarks.support
 
 screenshots: $(DEV)  ## redraw the pictures of the page /ficoco/ in docs/images/ (needs Chromium and npm)
 	@FICOCO_SCREENSHOTS=docs/images $(BIN)/python -m pytest tests/server/test_viewer.py -k every_state $(ARGS)

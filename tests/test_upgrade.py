@@ -1,12 +1,13 @@
 """Every place of vLLM that our code names or overrides is where the installed version has it."""
 
+import ast
 import re
 from pathlib import Path, PurePosixPath
 
 import pytest
 
 from tests.support.release import ROOT
-from tests.support.seams import Seam, Tree, moved, seams
+from tests.support.seams import Seam, Tree, alternatives, broken, moved, seams
 
 pytestmark = pytest.mark.compat
 
@@ -107,3 +108,38 @@ def test_moved_seams_are_reported(
 ) -> None:
     tree = changed(installed, module, old, new, tmp_path)
     assert {seam.name for seam in moved(tree, needed)} == reported
+
+
+def test_a_method_that_hands_on_what_it_does_not_name_is_not_broken(
+    installed: Tree, needed: dict[Seam, set[str]], tmp_path: Path
+) -> None:
+    """Of two methods that get a parameter, ours of `get_bytes` takes any; that of `get_async_response` names them."""
+    old, new = "allow_redirects: bool = True,", "allow_redirects: bool = True,\n        again: int = 0,"
+    tree = changed(installed, "vllm.connections", old, new, tmp_path)
+    names = {"HTTPConnection.get_bytes", "HTTPConnection.get_async_response"}
+    assert {seam.name for seam in moved(tree, needed)} == names
+    assert {seam.name for seam in broken(tree, installed)} == {"HTTPConnection.get_async_response"}
+
+
+def test_a_name_may_be_in_one_of_two_places(needed: dict[Seam, set[str]], tmp_path: Path) -> None:
+    source = """
+def cli_env_setup():
+    try:
+        from vllm.new import cli_env_setup, unused
+    except ImportError:
+        from vllm.old import cli_env_setup
+    cli_env_setup()
+"""
+    (places,) = alternatives(ast.parse(source))
+    assert places == (("vllm.new", "cli_env_setup"), ("vllm.old", "cli_env_setup"))
+    for name, gone in (("old", False), ("new", False), ("older", True)):
+        root = tmp_path / name
+        root.mkdir()
+        (root / f"{name}.py").write_text("def cli_env_setup(): ...\n")
+        seam = Seam(*places[0], others=places[1:])
+        assert (seam in moved(Tree(root), {seam: set()})) is gone
+    assert {seam.name for seam, files in needed.items() if "ficoco_vllm/compat/versions.py" in files} == {
+        "cli_env_setup",
+        "is_quantized_kv_cache",
+        "make_arg_parser",
+    }

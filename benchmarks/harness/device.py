@@ -13,17 +13,19 @@ from ficoco_vllm.reduction.cost import Device
 REPEATS = 7
 
 
-def measure(dtype: torch.dtype = torch.bfloat16) -> Device:
+def measure(dtype: torch.dtype = torch.bfloat16, where: str | None = None) -> Device:
     """Measure the ceilings, in a second or two.
 
     Args:
         dtype: of the product.
+        where: "cpu" measures the CPU even where there is a GPU.
 
     Returns:
         The best of several repeats, as `ficoco_vllm.reduction.cost.predict` takes them.
     """
-    flops, bandwidth = _flops(dtype), _bandwidth()
-    if not torch.cuda.is_available():
+    where = where or name()
+    flops, bandwidth = _flops(dtype, where), _bandwidth(where)
+    if where == "cpu":
         memory = float(psutil.virtual_memory().total)
         return Device("cpu", flops, bandwidth, memory, 0.0, "measured here")
     torch.cuda.empty_cache()  # an engine takes a share of all the memory
@@ -36,15 +38,15 @@ def name() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _flops(dtype: torch.dtype) -> float:
-    side = 8192 if name() == "cuda" else 2048
-    a, b = torch.randn((2, side, side), device=name()).to(dtype)
+def _flops(dtype: torch.dtype, where: str) -> float:
+    side = 8192 if where == "cuda" else 2048
+    a, b = torch.randn((2, side, side), device=where).to(dtype)
     return 2 * side**3 / _seconds(lambda: a @ b)
 
 
-def _bandwidth() -> float:
-    num_bytes = 2**31 if name() == "cuda" else 2**28
-    source = torch.zeros(num_bytes, dtype=torch.uint8, device=name())
+def _bandwidth(where: str) -> float:
+    num_bytes = 2**31 if where == "cuda" else 2**28
+    source = torch.zeros(num_bytes, dtype=torch.uint8, device=where)
     target = torch.empty_like(source)
     return 2 * num_bytes / _seconds(lambda: target.copy_(source))
 

@@ -2,9 +2,10 @@
 
 Both engines run on the same machine; images are random and never repeated, one request at a time. A speed-up is stock's
 time over ours, round by round; the bars compare it with what a roofline predicts for the same prompt, whose ceilings,
-arithmetic and memory, are measured first. The decoder is cut to a few layers to fit memory. Methods of the tower are
-run at each depth, and their medians are extrapolated linearly to all layers; methods of the decoder at
-`--decoder-layers` only, since the layers in which they reduce do not scale with the depth.
+arithmetic and memory, are measured first. The roofline's times are held against the measured ones, too. The decoder is
+cut to a few layers to fit memory. Methods of the tower are run at each depth, and their medians are extrapolated
+linearly to all layers; methods of the decoder at `--decoder-layers` only, since the layers in which they reduce do not
+scale with the depth.
 """
 
 import argparse
@@ -22,10 +23,8 @@ from typing import Any
 
 import torch
 
-from ficoco_vllm.benchmarks.harness import model
 from ficoco_vllm.benchmarks.harness.device import measure as ceilings
 from ficoco_vllm.benchmarks.harness.engine import Remote, bench_engine
-from ficoco_vllm.benchmarks.harness.model import WHOLE_MODELS
 from ficoco_vllm.benchmarks.harness.results import (
     Bar,
     at_most,
@@ -38,38 +37,47 @@ from ficoco_vllm.benchmarks.harness.results import (
 from ficoco_vllm.benchmarks.harness.rounds import ranged, ratios, spread, take_turns
 from ficoco_vllm.benchmarks.ttft import worker
 from ficoco_vllm.benchmarks.ttft.kinds import (
-    DECODER_KINDS,
-    ENCODER_KINDS,
-    KINDS,
-    NUM_TEXT_TOKENS,
-    SMALLEST,
-    STOCK,
     Kind,
+    decoder_kinds,
+    encoder_kinds,
+    kinds,
     predicted_speedup,
+    predicted_ttft,
+    stock,
     token_plan,
 )
+from ficoco_vllm.benchmarks.ttft.models import MODELS, NUM_TEXT_TOKENS
+from ficoco_vllm.benchmarks.ttft.models import write as write_model
 from ficoco_vllm.reduction.cost import Device
 
 SPEEDUP_SHARE = 0.9
 REDUCTION_SHARE = 0.05
+# A roofline is a lower bound: times below it mean wrong ceilings. How far above it they may be.
+ROOFLINE_EXCESS, ROOFLINE_SHARE = 1.1, 0.5
 
 
 def main() -> int:
     """Run the benchmark, write its JSON, print its bars."""
     parser = make_parser(__doc__, "ttft")
     add = parser.add_argument
-    add("--layers", type=int, nargs="+", default=[8, 16], help="decoder layers to run with")
+    add("--layers", type=int, nargs="+", help="decoder layers to run with (default: two that fit 24 GB)")
     add(
         "--decoder-layers",
         type=int,
         nargs="*",
         default=[8],
-        help="those of --layers to run ficoco-l and -vl with",
+        help="those of --layers to run ficoco-l and -vl with (default: 8)",
     )
-    add("--model-size", default="7b", choices=list(WHOLE_MODELS), help="widths of LLaVA-1.5")
+    add(
+        "--model-size",
+        default="7b",
+        choices=list(MODELS),
+        help="a model whose widths it has; 7b and 13b are LLaVA-1.5 (default: %(default)s)",
+    )
     add("--rounds", type=int, default=5, help="measured requests of each kind")
     add("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     args = parser.parse_args()
+    args.layers = args.layers or list(MODELS[args.model_size].depths)
     if len(set(args.layers)) < 2:
         parser.error("--layers needs two depths at least, to extrapolate to the whole model")
     unknown = sorted(set(args.decoder_layers) - set(args.layers))
@@ -89,24 +97,27 @@ def main() -> int:
 
 def bars(result: Mapping[str, Any]) -> Iterator[Bar]:
     """The bars: prompts as planned, nearly the predicted speed-up, and a cheap reduction."""
-    smallest = f"keep-{SMALLEST}"
+    size = result.get("model_size", "7b")
+    rows, smallest = kinds(size), encoder_kinds(size)[-1].name
     for run in result["runs"]:
+        around = NUM_TEXT_TOKENS + MODELS[size].num_around
+        planned = {name: token_plan(rows[name], run["layers"], size).decoder[0] for name in run["kinds"]}
         amiss = max(
-            abs(
-                row["num_prompt_tokens"]
-                - NUM_TEXT_TOKENS
-                - token_plan(KINDS[name], run["layers"]).encoder[-1]
-            )
-            for name, row in run["kinds"].items()
+            abs(row["num_prompt_tokens"] - around - planned[name]) for name, row in run["kinds"].items()
         )
         yield at_most(f"ttft-prompt-tokens-amiss-{run['layers']}-layers", amiss)
-        for name in (smallest, *(kind.name for kind in DECODER_KINDS)):
+        for name in (smallest, *(kind.name for kind in decoder_kinds(size))):
             if name in run["kinds"]:
                 row = run["kinds"][name]
                 share = row["speedup"] / row["predicted_speedup"]
                 yield Bar(f"ttft-{name}-of-predicted-{run['layers']}-layers", share, SPEEDUP_SHARE)
         share = run["kinds"][smallest]["reduction_share_of_tower"]
         yield at_most(f"reduction-share-of-tower-{run['layers']}-layers", share, REDUCTION_SHARE)
+        shares = [row["roofline_share"] for row in run["kinds"].values() if "roofline_share" in row]
+        if shares:  # older results have none
+            name = f"ttft-roofline-of-measured-{run['layers']}-layers"
+            yield Bar(name, min(shares), ROOFLINE_SHARE)
+            yield at_most(f"{name}-at-most", max(shares), ROOFLINE_EXCESS)
     whole = result["whole_model"][smallest]
     share = whole["speedup"] / whole["predicted_speedup"]
     yield Bar(f"ttft-{smallest}-of-predicted-{_whole(result)}-layers-extrapolated", share, SPEEDUP_SHARE)
@@ -114,34 +125,35 @@ def bars(result: Mapping[str, Any]) -> Iterator[Bar]:
 
 def _whole(result: Mapping[str, Any]) -> int:
     """Decoder layers of the whole model."""
-    return WHOLE_MODELS[result.get("model_size", "7b")]
+    return MODELS[result.get("model_size", "7b")].num_layers
 
 
 def _run(num_layers: int, device: Device, args: argparse.Namespace) -> dict[str, Any]:
     """All kinds of one depth: those of one engine at a time, each group beside stock vLLM."""
-    groups: list[Sequence[Kind]] = [ENCODER_KINDS]
+    size = args.model_size
+    groups: list[Sequence[Kind]] = [encoder_kinds(size)]
     if num_layers in args.decoder_layers:
-        groups += [(kind,) for kind in DECODER_KINDS]
+        groups += [(kind,) for kind in decoder_kinds(size)]
     order = random.Random(args.seed)
     summary: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        model.write(Path(folder), num_layers, args.model_size)
-        with engine(folder, STOCK, args.dtype) as stock:
-            for kinds in groups:
-                with engine(folder, kinds[0], args.dtype) as ours:
-                    samples = measure_in_turns(num_layers, stock, ours, kinds, args.rounds, order)
+        write_model(Path(folder), num_layers, size)
+        with engine(folder, stock(size), args.dtype) as theirs:
+            for group in groups:
+                with engine(folder, group[0], args.dtype) as ours:
+                    samples = measure_in_turns(num_layers, theirs, ours, group, args.rounds, order)
                 # Stock vLLM is run again beside each engine; its own row is that of the first group.
-                summary = summarise(num_layers, samples, device, args.model_size) | summary
-    rows = {name: summary[name] for name in KINDS if name in summary}
+                summary = summarise(num_layers, samples, device, size) | summary
+    rows = {name: summary[name] for name in kinds(size) if name in summary}
     return {"layers": num_layers, "rounds": args.rounds, "kinds": rows}
 
 
 def measure_in_turns(
-    num_layers: int, stock: Remote, ours: Remote, kinds: Sequence[Kind], rounds: int, order: random.Random
+    num_layers: int, theirs: Remote, ours: Remote, group: Sequence[Kind], rounds: int, order: random.Random
 ) -> dict[str, list[dict[str, float]]]:
     """Results of `worker.measure` in every round, by the name of the kind; stock vLLM takes turns with ours."""
-    asks = {STOCK.name: partial(stock.call, worker.measure, None, 1)}
-    for kind in kinds:
+    asks = {"stock": partial(theirs.call, worker.measure, None, 1)}
+    for kind in group:
         asks[kind.name] = partial(ours.call, worker.measure, None if kind.in_decoder else kind.keep, 1)
     return take_turns(asks, rounds, order, f"{num_layers} layers")
 
@@ -156,11 +168,13 @@ def summarise(
     num_layers: int, samples: dict[str, list[dict[str, float]]], device: Device, size: str = "7b"
 ) -> dict[str, dict[str, Any]]:
     """Medians and ratios of each kind, as in the JSON."""
-    stock = [sample["ttft_seconds"] for sample in samples["stock"]]
+    unreduced = [sample["ttft_seconds"] for sample in samples["stock"]]
+    known = kinds(size)
     summary: dict[str, dict[str, Any]] = {}
     for name, rows in samples.items():
         seconds = [row["ttft_seconds"] for row in rows]
-        speedup = spread(ratios(stock, seconds))
+        speedup = spread(ratios(unreduced, seconds))
+        predicted = predicted_ttft(known[name], num_layers, device, size)
         summary[name] = {
             "num_prompt_tokens": rows[0]["num_prompt_tokens"],
             **{f"ttft_seconds_{which}": value for which, value in spread(seconds).items()},
@@ -172,12 +186,14 @@ def summarise(
             "speedup": speedup["median"],
             "speedup_min": speedup["min"],
             "speedup_max": speedup["max"],
-            "predicted_speedup": predicted_speedup(KINDS[name], num_layers, device, size),
+            "predicted_speedup": predicted_speedup(known[name], num_layers, device, size),
+            "predicted_ttft_seconds": predicted,
+            "roofline_share": predicted / statistics.median(seconds),
         }
-        if KINDS[name].in_decoder:
-            plan = token_plan(KINDS[name], num_layers, size)
+        if known[name].in_decoder:
+            plan = token_plan(known[name], num_layers, size)
             summary[name]["visual_tokens"] = {"tower": plan.encoder[-1], "decoder": plan.decoder[:-1]}
-            summary[name]["stock_ttft_seconds_median"] = statistics.median(stock)
+            summary[name]["stock_ttft_seconds_median"] = statistics.median(unreduced)
             summary[name]["decoder_reduction_seconds_median"] = statistics.median(
                 row["decoder_reduction_seconds"] for row in rows
             )
@@ -186,17 +202,18 @@ def summarise(
 
 def _extrapolate(runs: list[dict[str, Any]], device: Device, size: str) -> dict[str, dict[str, float]]:
     """Least-squares line of each kind's median over the number of layers, at the whole model's."""
-    layers = [run["layers"] for run in runs]
+    layers, known = [run["layers"] for run in runs], kinds(size)
+    whole = MODELS[size].num_layers
     seconds = {}
-    for name in (kind.name for kind in (STOCK, *ENCODER_KINDS)):
+    for name in (kind.name for kind in (stock(size), *encoder_kinds(size))):
         medians = [run["kinds"][name]["ttft_seconds_median"] for run in runs]
         slope, intercept = statistics.linear_regression(layers, medians)
-        seconds[name] = intercept + slope * WHOLE_MODELS[size]
+        seconds[name] = intercept + slope * whole
     return {
         name: {
             "ttft_seconds": value,
             "speedup": seconds["stock"] / value,
-            "predicted_speedup": predicted_speedup(KINDS[name], WHOLE_MODELS[size], device, size),
+            "predicted_speedup": predicted_speedup(known[name], whole, device, size),
         }
         for name, value in seconds.items()
     }
@@ -206,12 +223,20 @@ def _print(result: dict[str, Any]) -> None:
     ceiling = result["ceilings"]
     print(f"\n{ceiling['flops'] / 1e9:.0f} GFLOP/s, {ceiling['bandwidth'] / 1e9:.1f} GB/s, measured first")
     print(f"{json.dumps(result['environment'])}, {result['dtype']}, one request at a time")
-    head = ("TTFT median (min-max), s", "speed-up (min-max)", "predicted", "tower, s", "reduction share")
+    head = (
+        "TTFT median (min-max), s",
+        "roofline of it",
+        "speed-up (min-max)",
+        "predicted",
+        "tower, s",
+        "reduction share",
+    )
     for run in result["runs"]:
         rows = [
             (
                 name,
                 ranged(row, "ttft_seconds_", 3),
+                f"{row['roofline_share']:.0%}",
                 f"{row['speedup']:.2f} ({row['speedup_min']:.2f}-{row['speedup_max']:.2f})",
                 f"{row['predicted_speedup']:.2f}",
                 f"{row['tower_seconds_median']:.3f}",

@@ -1,20 +1,15 @@
-"""The rows of `make bench-ttft`, stock vLLM and ours by method and budget, with their predicted speed-ups."""
+"""The rows of `make bench-ttft`, stock vLLM and ours by method and budget, with their predicted times."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ficoco_vllm.benchmarks.harness import model
-from ficoco_vllm.benchmarks.harness.model import WHOLE_MODELS
+from ficoco_vllm.benchmarks.ttft.models import MODELS
+from ficoco_vllm.benchmarks.ttft.models import NUM_TEXT_TOKENS as NUM_TEXT_TOKENS
 from ficoco_vllm.config import FicocoConfig
+from ficoco_vllm.planning.configurations import hf_config_of
 from ficoco_vllm.planning.server import ServerPlan
-from ficoco_vllm.reduction.cost import Device, TokenPlan, model_shape, predict, unreduced
-
-NUM_TEXT_TOKENS = 60
-PATCHES = model.PATCHES
-SMALLEST = 64
-# Decoder layers of LLaVA-1.5-7B, to which times are extrapolated.
-WHOLE_MODEL = WHOLE_MODELS["7b"]
+from ficoco_vllm.reduction.cost import Device, TokenPlan, model_shape, predict
 
 
 @dataclass(frozen=True)
@@ -33,33 +28,66 @@ class Kind:
     in_decoder: bool = field(default=False)
 
 
-STOCK = Kind("stock", None, PATCHES)
-_V = {"method": "ficoco-v", "keep": SMALLEST}
-ENCODER_KINDS = tuple(Kind(f"keep-{keep}", _V, keep) for keep in (PATCHES, 192, 128, SMALLEST))
-DECODER_KINDS = (
-    Kind("ficoco-l", {"method": "ficoco-l", "keep": SMALLEST}, SMALLEST, True),
-    Kind(
-        "ficoco-l-one-shot", {"method": "ficoco-l", "keep": SMALLEST, "schedule": "one-shot"}, SMALLEST, True
-    ),
-    Kind("ficoco-vl", {"method": "ficoco-vl", "keep": SMALLEST}, SMALLEST, True),
+def stock(size: str) -> Kind:
+    """VLLM without any plugin.
+
+    Args:
+        size: one of `MODELS`.
+    """
+    return Kind("stock", None, MODELS[size].keeps[0])
+
+
+def encoder_kinds(size: str) -> tuple[Kind, ...]:
+    """FiCoCo-V with all tokens of an image, down to about a ninth; see `stock`."""
+    keeps = MODELS[size].keeps
+    return tuple(Kind(f"keep-{keep}", {"method": "ficoco-v", "keep": keeps[-1]}, keep) for keep in keeps)
+
+
+def decoder_kinds(size: str) -> tuple[Kind, ...]:
+    """Methods of the decoder with about a ninth of the tokens; see `stock`."""
+    keep = MODELS[size].keeps[-1]
+    settings: dict[str, dict[str, Any]] = {
+        "ficoco-l": {"method": "ficoco-l"},
+        "ficoco-l-one-shot": {"method": "ficoco-l", "schedule": "one-shot"},
+        "ficoco-vl": {"method": "ficoco-vl"},
+    }
+    return tuple(Kind(name, {**given, "keep": keep}, keep, True) for name, given in settings.items())
+
+
+def kinds(size: str) -> dict[str, Kind]:
+    """All rows by name; see `stock`."""
+    return {kind.name: kind for kind in (stock(size), *encoder_kinds(size), *decoder_kinds(size))}
+
+
+# Those of LLaVA-1.5, which other benchmarks share.
+PATCHES, SMALLEST = MODELS["7b"].keeps[0], MODELS["7b"].keeps[-1]
+WHOLE_MODEL = MODELS["7b"].num_layers
+STOCK, ENCODER_KINDS, DECODER_KINDS, KINDS = (
+    stock("7b"),
+    encoder_kinds("7b"),
+    decoder_kinds("7b"),
+    kinds("7b"),
 )
-KINDS = {kind.name: kind for kind in (STOCK, *ENCODER_KINDS, *DECODER_KINDS)}
 
 
 def token_plan(kind: Kind, num_layers: int, size: str = "7b") -> TokenPlan:
     """Visual tokens layer by layer, as the engine serves them."""
-    shape = model_shape(model.config(num_layers, size))
-    if kind.settings is None:
-        return unreduced(shape)
-    config = FicocoConfig.model_validate({**kind.settings, "keep": kind.keep})
-    return ServerPlan.for_model(config, shape).image_tokens()
+    used = MODELS[size]
+    hf_config = hf_config_of(used.config(num_layers))
+    settings = {"method": "ficoco-v"} if kind.settings is None else kind.settings
+    plan = ServerPlan.of(FicocoConfig.model_validate({**settings, "keep": kind.keep}), hf_config)
+    pixels = None if plan.tower.shape.tiling is None else (used.side, used.side)
+    return plan.unreduced(pixels) if kind.settings is None else plan.image_tokens(size=pixels)
+
+
+def predicted_ttft(kind: Kind, num_layers: int, device: Device, size: str = "7b") -> float:
+    """The least time to the first token on a device, in seconds."""
+    used = MODELS[size]
+    plan, num_text = token_plan(kind, num_layers, size), NUM_TEXT_TOKENS + used.num_around
+    return predict(model_shape(used.config(num_layers)), plan, device, num_text_tokens=num_text).ttft_seconds
 
 
 def predicted_speedup(kind: Kind, num_layers: int, device: Device, size: str = "7b") -> float:
     """Ratio of the least times to the first token on a device, without reduction over with it."""
-    shape = model_shape(model.config(num_layers, size))
-    plans = (unreduced(shape), token_plan(kind, num_layers, size))
-    full, reduced = (
-        predict(shape, plan, device, num_text_tokens=NUM_TEXT_TOKENS).ttft_seconds for plan in plans
-    )
+    full, reduced = (predicted_ttft(one, num_layers, device, size) for one in (stock(size), kind))
     return full / reduced

@@ -7,8 +7,8 @@ from typing import Any
 from unittest.mock import patch
 
 from ficoco_vllm.benchmarks.harness.device import span, synchronise
-from ficoco_vllm.benchmarks.harness.engine import image_request, worker_of
-from ficoco_vllm.benchmarks.ttft.kinds import NUM_TEXT_TOKENS
+from ficoco_vllm.benchmarks.harness.engine import worker_of
+from ficoco_vllm.benchmarks.ttft.models import request
 
 
 def measure(engine: Any, keep: int | None, batch: int, seed: int) -> dict[str, float]:
@@ -29,7 +29,7 @@ def measure(engine: Any, keep: int | None, batch: int, seed: int) -> dict[str, f
     params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, detokenize=False)
     stock = not engine.llm_engine.vllm_config.additional_config
     budget = {} if stock or keep is None else {"ficoco_keep": keep}
-    bodies = [image_request(engine, NUM_TEXT_TOKENS, seed + index, **budget) for index in range(batch)]
+    bodies = [request(engine, seed + index, **budget) for index in range(batch)]
     with _stopwatch(engine, stock) as seconds:
         start = time.perf_counter()
         output, *_ = engine.generate(bodies, params, use_tqdm=False)
@@ -58,7 +58,7 @@ def _stopwatch(engine: Any, stock: bool) -> Iterator[dict[str, float]]:
 
         return call
 
-    patches = [(model.vision_tower, "forward", "tower")]
+    patches = [(getattr(model, "vision_tower", None) or model.visual, "forward", "tower")]
     if not stock:
         from ficoco_vllm.decoder import decoder
         from ficoco_vllm.models import reducing

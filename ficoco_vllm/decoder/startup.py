@@ -7,8 +7,8 @@ import vllm.envs as envs
 from vllm.config.compilation import CUDAGraphMode
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
-from vllm.utils.torch_utils import is_quantized_kv_cache
 
+from ficoco_vllm.compat.versions import is_quantized_kv_cache
 from ficoco_vllm.config import NAME, FicocoConfig
 from ficoco_vllm.decoder.layers import why_not_reducible
 from ficoco_vllm.planning.decoder import DecoderPlanner

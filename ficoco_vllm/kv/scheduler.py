@@ -55,13 +55,19 @@ class SegmentScheduler(AsyncScheduler):
         for gauge in self.blocks_held:
             gauge.report()
 
-    def _get_local_prefix_cache_hit(self, request: Request) -> Any:
-        """The prefix of a request that the cache of every segment holds; see vLLM's scheduler."""
+    def _get_local_prefix_cache_hit(self, request: Request, *limit: int | None) -> Any:
+        """The prefix of a request that the cache of every segment holds; see vLLM's scheduler.
+
+        Args:
+            request: that is about to be scheduled.
+            limit: the most tokens of the prefix; vLLM 0.32 has none.
+        """
         plan, manager = self.plans.get(request.request_id), self.kv_cache_manager
         if plan is None or not plan.reduces or not manager.prefix_cache_lookup_enabled(request):
-            return super()._get_local_prefix_cache_hit(request)
+            return super()._get_local_prefix_cache_hit(request, *limit)
         # The last token is computed in any case, for its logits.
-        most = min(request.num_tokens - 1, len(request.block_hashes) * self.block_size)
+        computed = (request.num_tokens - 1, len(request.block_hashes) * self.block_size)
+        most = min(*computed, *(tokens for tokens in limit if tokens is not None))
         length = plan.reusable(most, self.block_size)
         for segment in self.managers:
             _, length = segment.find_blocks(plan, request.block_hashes, length)

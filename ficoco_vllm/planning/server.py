@@ -56,23 +56,17 @@ class ServerPlan:
         return cls.of(FicocoConfig.of(hf_config), hf_config)
 
     @classmethod
-    def for_model(
-        cls,
-        config: FicocoConfig,
-        shape: ModelShape,
-        pinpoints: tuple[tuple[int, int], ...] | None = None,
-    ) -> "ServerPlan":
-        """The plan of a server of a model that is known by its config.json alone.
+    def for_model(cls, config: FicocoConfig, shape: ModelShape) -> "ServerPlan":
+        """The plan of a server of a LLaVA-1.5 whose sizes the cost model has read.
 
         Args:
             config: settings of the server.
             shape: of the model.
-            pinpoints: of a model that cuts its images into tiles.
 
         Raises:
             ValueError: the settings do not fit the model.
         """
-        tower = TowerShape.from_model_shape(shape, pinpoints)
+        tower = TowerShape.from_model_shape(shape)
         return _shared(config.model_dump_json(), tower, shape.decoder.num_layers)
 
     @property
@@ -183,9 +177,10 @@ def _image_tokens(
             encoder = (num_shown,) * (num_layers + 1)
             if tile_plan is not None:
                 encoder = tile_plan.layer_counts(num_shown, num_layers)
-            tiles.append(TilePlan.of(num_patches, encoder, tile.keep))
+            num_entering = num_patches if tower.shape.tiling.pads else num_shown
+            tiles.append(TilePlan.of(num_entering, encoder, tile.keep))
             # Stock vLLM crops the padding after the projector.
-            projected += tile.keep if layout.reduces else num_patches
+            projected += tile.keep if layout.reduces else num_entering
     if counts is None:
         counts = (entering,)
         if decoder is not None:

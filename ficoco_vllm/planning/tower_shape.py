@@ -1,10 +1,9 @@
 """The sizes of a vision tower that a plan depends on."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ficoco_vllm.planning.tiling import AnyRes, Tiling
+from ficoco_vllm.planning.tiling import Tiling
 from ficoco_vllm.reduction.cost import ModelShape
 
 # Attribute of transformers' configuration that holds the image processor's settings.
@@ -53,16 +52,12 @@ class TowerShape:
         return self.grid[0] * self.grid[1]
 
     @classmethod
-    def from_model_shape(
-        cls, shape: ModelShape, pinpoints: Sequence[tuple[int, int]] | None = None
-    ) -> "TowerShape":
-        """Read the sizes that the cost model has read from a config.json.
+    def from_model_shape(cls, shape: ModelShape) -> "TowerShape":
+        """Read the sizes of a LLaVA-1.5 that the cost model has read from a config.json.
 
         Args:
             shape: of the model.
-            pinpoints: of a model that cuts its images into tiles.
         """
         tower = shape.tower
         side = tower.image_size // tower.patch_size
-        tiling = None if pinpoints is None else AnyRes(tuple(pinpoints), tower.image_size, side)
-        return cls((side, side), tower.num_layers, tower.num_executed, with_cls=False, tiling=tiling)
+        return cls((side, side), tower.num_layers, tower.num_executed, with_cls=False)

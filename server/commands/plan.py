@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ficoco_vllm.config import FicocoConfig
+from ficoco_vllm.planning.configurations import hf_config_of
+from ficoco_vllm.planning.families import tower_shape
 from ficoco_vllm.planning.server import ServerPlan
 from ficoco_vllm.planning.tower import VisionPlanner
 from ficoco_vllm.planning.tower_shape import TowerShape
+from ficoco_vllm.reduction.control import CONTROLS
 from ficoco_vllm.reduction.cost import (
     DEVICES,
     KNOWN_MODELS,
@@ -28,7 +31,7 @@ from ficoco_vllm.reduction.cost import (
 )
 from ficoco_vllm.server.commands.arguments import fail
 from ficoco_vllm.server.commands.methods import obstacle
-from ficoco_vllm.server.commands.plan_options import DEMO, add_parser, parse_size, settings
+from ficoco_vllm.server.commands.plan_options import CPU, DEMO, add_parser, parse_size, settings
 
 __all__ = ["DEMO", "add_parser", "as_text", "make_report", "read_config", "run"]
 
@@ -90,24 +93,28 @@ def make_report(args: argparse.Namespace) -> dict[str, Any]:
     """
     config = read_config(args.model)
     shape = model_shape(config)
-    tiled = config.get("model_type") == "llava_next"
-    if args.image_size is not None and not tiled:
-        raise ValueError(f"image_size: got {args.image_size!r}, allowed with a LLaVA-NeXT only")
-    pinpoints = _pinpoints(config) if tiled else None
-    plan = _server_plan(settings(args, shape, tiled=tiled), shape, pinpoints)
-    size, tiling = None, plan.tower.shape.tiling
-    if tiling is not None:
-        size = parse_size(args.image_size) or tiling.largest
+    if config["model_type"] == "llava_next":
+        _check_pinpoints(config)
+    hf_config = hf_config_of(config, read_images(args.model))
+    tower = tower_shape(hf_config)
+    tiling = tower.tiling
+    if args.image_size is not None and tiling is None:
+        raise ValueError(
+            f"image_size: got {args.image_size!r}, allowed where it decides the number of tokens"
+        )
+    plan = _server_plan(settings(args, tower, shape.decoder), tower, hf_config)
+    size = None if tiling is None else parse_size(args.image_size) or tiling.largest
     tokens, stock = plan.image_tokens(size=size), plan.unreduced(size)
     prompt = {"num_text_tokens": args.text_tokens, "num_images": args.images, "dtype": args.dtype}
     cost, before = (estimate(shape, images, **prompt) for images in (tokens, stock))
-    device = None if args.device is None else reached(DEVICES[args.device])
+    device = None if args.device is None else _device(args.device)
     return {
         "schema": JSON_SCHEMA,
         "model": args.model,
         "method": args.method,
         **prompt,
         "num_patches": shape.tower.num_patches,
+        "patches_per_token": shape.tower.unit,
         "encoder_tokens": list(tokens.encoder),
         "decoder_visual_tokens": list(tokens.decoder),
         "mean_visual_tokens": tokens.mean_visual_tokens,
@@ -131,15 +138,16 @@ def as_text(report: Mapping[str, Any]) -> str:
         Lines, without a newline at the end.
     """
     encoder, decoder = report["encoder_tokens"], report["decoder_visual_tokens"]
-    tiled = "tiles" in report
+    tiled, unit = "tiles" in report, report["patches_per_token"]
     num_tokens = report["image_tokens"] if tiled else report["num_patches"]
-    seen = "the base view" if tiled else "an image"
+    seen = "the first tile" if tiled and len(report["tiles"]) > 1 else "an image"
+    counted = "Patch tokens" if unit == 1 else f"Units of {unit} patches"
     lines = [
         f"{report['model']}: {report['method']}, {report['dtype']}, {report['num_text_tokens']} text tokens, "
         f"{report['num_images']} x {num_tokens} visual tokens",
         *(_tiles(report) if tiled else ()),
         "",
-        f"Patch tokens of {seen} that enter each layer of the vision tower ([CLS] not counted)",
+        f"{counted} of {seen} that enter each layer of the vision tower ([CLS] not counted)",
         *_runs(encoder),
         "Visual tokens of an image that enter each layer of the decoder",
         *_runs(decoder),
@@ -150,14 +158,15 @@ def as_text(report: Mapping[str, Any]) -> str:
     for label, field, unit in _ROWS:
         before, after = (report[side][field] / unit for side in ("unreduced", "reduced"))
         lines.append(f"{label:<26}{before:>14.3f}{after:>16.3f}")
-    gain, reason = report["prefill_speedup"], obstacle(report["method"])
+    gain = report["prefill_speedup"]
+    reason = None if report["method"] in CONTROLS else obstacle(report["method"])
     lines += [
         *(_device_lines(report) if "device" in report else ()),
         "",
         f"Expected speed-up of prefill: {gain['memory_bound']:.2f}x where memory bandwidth is the limit,",
         f"{gain['compute_bound']:.2f}x where arithmetic is (long prompts, large batches).",
         "A multiply-add is 2 FLOPs; MB and GB are decimal. The reduction itself is counted as FiCoCo's (Eqs. 18, 19).",
-        *([f"A LLaVA cannot serve this: {reason}."] if reason else []),
+        *([f"No server can run this: {reason}."] if reason else []),
     ]
     return "\n".join(lines)
 
@@ -183,25 +192,50 @@ def read_config(model: str) -> Mapping[str, Any]:
     if not path.is_file():
         allowed = f"a folder with config.json, a config.json, {DEMO!r}, or one of {', '.join(KNOWN_MODELS)}"
         raise ValueError(f"model: got {model!r}, but there is no file {path}, allowed: {allowed}")
+    return _read_json(path)
+
+
+def read_images(model: str) -> Mapping[str, Any]:
+    """Settings of the image processor that lie beside the config.json that `model` names; empty where there are none.
+
+    Args:
+        model: as for `read_config`.
+
+    Raises:
+        ValueError: a file is not a JSON object.
+        OSError: a file cannot be read.
+    """
+    if model in KNOWN_MODELS or model == DEMO:
+        return {}
+    path = Path(model)
+    folder = path if path.is_dir() else path.parent
+    for name, section in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
+        if (folder / name).is_file():
+            content = _read_json(folder / name)
+            settings = content if section is None else content.get(section)
+            if isinstance(settings, dict):
+                return settings
+    return {}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, a number of too many digits
         raise ValueError(f"model: {path} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"model: {path} holds a {type(config).__name__}, allowed: a JSON object")
-    return config
+    if not isinstance(content, dict):
+        raise ValueError(f"model: {path} holds a {type(content).__name__}, allowed: a JSON object")
+    return content
 
 
-def _server_plan(
-    config: FicocoConfig, shape: ModelShape, pinpoints: tuple[tuple[int, int], ...] | None
-) -> ServerPlan:
-    assert config.method is not None
-    if config.decoder_method is None and obstacle(config.method):
-        # No server can run this plan, but its counts are known.
-        tower = VisionPlanner(config, TowerShape.from_model_shape(shape, pinpoints))
-        tower.check(tower.default)
-        return ServerPlan(config, tower, None, shape.decoder.num_layers)
-    return ServerPlan.for_model(config, shape, pinpoints)
+def _server_plan(config: FicocoConfig, tower: TowerShape, hf_config: Any) -> ServerPlan:
+    planner = VisionPlanner(config, tower)
+    served = config.decoder_method is not None or config.method in (*planner.methods, *CONTROLS)
+    if served:
+        return ServerPlan.of(config, hf_config)
+    # No server can run this plan, but its counts are known.
+    planner.check(planner.default)
+    return ServerPlan(config, planner, None, hf_config.get_text_config().num_hidden_layers)
 
 
 def _tile_report(size: tuple[int, int], tokens: TokenPlan, stock: TokenPlan) -> dict[str, Any]:
@@ -216,6 +250,14 @@ def _tile_report(size: tuple[int, int], tokens: TokenPlan, stock: TokenPlan) -> 
 def _costs(cost: Estimate) -> dict[str, Any]:
     totals = {name: getattr(cost, name) for name in ("total_flops", "kv_bytes", "memory_bytes")}
     return {**asdict(cost), "kv_bytes_per_layer": list(cost.kv_bytes_per_layer), **totals}
+
+
+def _device(name: str) -> Device:
+    if name != CPU:
+        return reached(DEVICES[name])
+    from ficoco_vllm.benchmarks.harness.device import measure
+
+    return measure(where=CPU)
 
 
 def _device_report(
@@ -254,7 +296,7 @@ def _demo_folder() -> Path:
     return Path(import_module("ficoco_vllm.demo_model").path())
 
 
-def _pinpoints(config: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
+def _check_pinpoints(config: Mapping[str, Any]) -> None:
     given = config.get("image_grid_pinpoints")
     side = config["vision_config"].get("image_size")
     try:
@@ -265,13 +307,19 @@ def _pinpoints(config: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
         raise ValueError(
             f"image_grid_pinpoints: got {given!r}, allowed: pairs of height and width, multiples of image_size = {side}"
         )
-    return pinpoints
 
 
 def _tiles(report: Mapping[str, Any]) -> list[str]:
     width, height = report["image_size"]
-    tiles = ", ".join(f"{tile['kept']} of {tile['patches']}" for tile in report["tiles"])
-    return [f"An image of {width} x {height} pixels: base view and tiles keep {tiles} patches"]
+    tiles = report["tiles"]
+    if len(tiles) == 1:
+        kept = f"keeps {tiles[0]['kept']} of {report['image_tokens']}"
+    elif all(tile == tiles[0] for tile in tiles):
+        kept = f"has {len(tiles)} tiles, each of which keeps {tiles[0]['kept']} of {tiles[0]['patches']}"
+    else:
+        each = ", ".join(f"{tile['kept']} of {tile['patches']}" for tile in tiles)
+        kept = f"has {len(tiles)} tiles, which keep {each}"
+    return [f"An image of {width} x {height} pixels {kept} visual tokens"]
 
 
 def _runs(counts: Sequence[int]) -> list[str]:

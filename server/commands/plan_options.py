@@ -7,13 +7,17 @@ from math import floor, isfinite
 from typing import Any
 
 from ficoco_vllm.config import DEFAULT_METHOD, FicocoConfig
+from ficoco_vllm.planning.tower_shape import TowerShape
 from ficoco_vllm.reduction import available, get
-from ficoco_vllm.reduction.cost import BITS, DEVICES, KNOWN_MODELS, ModelShape
+from ficoco_vllm.reduction.control import CONTROLS
+from ficoco_vllm.reduction.cost import BITS, DEVICES, KNOWN_MODELS
+from ficoco_vllm.reduction.cost.shapes import DecoderShape
 from ficoco_vllm.reduction.method import Method
 from ficoco_vllm.reduction.pipeline import PIPELINES
 from ficoco_vllm.reduction.schedule import KINDS
+from ficoco_vllm.request_fields import check_keep_ratio
 
-DEMO = "demo"
+DEMO, CPU = "demo", "cpu"
 Pairs = Sequence[tuple[int, int]]
 
 
@@ -54,13 +58,19 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="N",
         help="instead of --keep: visual tokens in a decoder layer, on average",
     )
+    add(
+        "--keep-ratio",
+        type=float,
+        metavar="R",
+        help="instead of --keep, for methods of the tower: a share of the image's visual tokens",
+    )
     add("--text-tokens", type=int, default=60, metavar="M", help="text tokens (default: %(default)s)")
     add("--images", type=int, default=1, metavar="I", help="images (default: %(default)s)")
     add(
         "--image-size",
         metavar="WIDTHxHEIGHT",
-        help="size of the images of a LLaVA-NeXT, which cuts them into tiles (default: one with most tokens); "
-        "methods of the tower keep N tokens of each tile, those of the decoder N of each image",
+        help="size of the images, where it decides the number of tokens (tiles, dynamic resolution; default: one with "
+        "most tokens); methods of the tower keep N tokens of each tile, those of the decoder N of each image",
     )
     add("--schedule", help=f"{names}, or LAYER:KEEP,LAYER:KEEP,... with layers counted from 0")
     add("--start-layer", type=int, metavar="L", help="first reducing layer, counted from 0")
@@ -74,8 +84,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     add(
         "--device",
-        choices=sorted(DEVICES),
-        help="also predict least times, concurrency and throughput on one such device",
+        choices=[CPU, *sorted(DEVICES)],
+        help="also predict least times, concurrency and throughput on one such device; cpu is this machine's, whose "
+        "ceilings are measured in a second",
     )
     add(
         "--output-tokens",
@@ -87,23 +98,25 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add("--json", action="store_true", help="print JSON instead of a table")
 
 
-def settings(args: argparse.Namespace, shape: ModelShape, *, tiled: bool) -> FicocoConfig:
+def settings(args: argparse.Namespace, tower: TowerShape, decoder: DecoderShape) -> FicocoConfig:
     """The options as settings of a server.
 
     Args:
         args: parsed by the parser of `add_parser`.
-        shape: of the model.
-        tiled: whether the model cuts its images into tiles.
+        tower: of the model.
+        decoder: of the model.
 
     Raises:
         ValueError: an option is wrong, or no server supports it.
     """
-    if args.method not in available() and args.method not in PIPELINES:
-        known = ", ".join(sorted({*available(), *PIPELINES}))
-        raise ValueError(f"method: got {args.method!r}, allowed: {known}")
+    known = sorted({*available(), *PIPELINES, *CONTROLS})
+    if args.method not in known:
+        raise ValueError(f"method: got {args.method!r}, allowed: {', '.join(known)}")
+    if args.method in CONTROLS:
+        return _of_control(args)
     pipeline = PIPELINES.get(args.method)
     method = pipeline.decoder if pipeline else get(args.method)
-    num_patches = shape.tower.num_patches
+    num_units = tower.num_units
     parts = [Site("", method, args.keep, parse_schedule("schedule", args.schedule), args.start_layer)]
     encoder_schedule = parse_schedule("encoder_schedule", args.encoder_schedule)
     encoder = (args.encoder_keep, encoder_schedule, args.encoder_start_layer)
@@ -114,20 +127,20 @@ def settings(args: argparse.Namespace, shape: ModelShape, *, tiled: bool) -> Fic
     if pipeline is not None:
         parts.append(Site("encoder_", pipeline.encoder, *encoder))
     for part in parts:
-        if tiled and part.pairs:
+        if tower.tiling is not None and part.pairs:
             raise ValueError(
-                f"{part.prefix}schedule: got LAYER:KEEP, allowed with a LLaVA-NeXT, whose tiles and images begin with "
-                f"different numbers of tokens: {', '.join(KINDS)}"
+                f"{part.prefix}schedule: got LAYER:KEEP, allowed with this model, whose images begin with different "
+                f"numbers of tokens: {', '.join(KINDS)}"
             )
     values: dict[str, Any] = {"method": args.method}
     if pipeline is not None:
-        values["encoder"] = parts[1].settings(num_patches, shape.tower.num_executed)
+        values["encoder"] = parts[1].settings(num_units, tower.num_executed_layers)
     if method.site == "decoder":
         final = {} if parts[0].keep is None else {"keep": max(1, parts[0].keep)}
-        entering = FicocoConfig.parse({**values, **final}).tower_part(num_patches).keep or num_patches
-        values |= parts[0].settings(entering, shape.decoder.num_layers)
+        entering = FicocoConfig.parse({**values, **final}).tower_part(num_units).keep or num_units
+        values |= parts[0].settings(entering, decoder.num_layers)
     else:
-        values |= parts[0].settings(num_patches, shape.tower.num_executed)
+        values |= parts[0].settings(num_units, tower.num_executed_layers)
     if args.kv_budget is not None:
         if not (isfinite(args.kv_budget) and args.kv_budget >= 1):
             raise ValueError(f"kv_budget: got {args.kv_budget}, allowed: a number of at least 1")
@@ -136,7 +149,30 @@ def settings(args: argparse.Namespace, shape: ModelShape, *, tiled: bool) -> Fic
         # The tower's output is in every decoder layer, so budget and average are equal.
         in_decoder = method.site == "decoder"
         values |= {"kv_budget": args.kv_budget} if in_decoder else {"keep": floor(args.kv_budget)}
-    return FicocoConfig.parse(values)
+    return FicocoConfig.parse({**values, **_ratio(args)})
+
+
+def _of_control(args: argparse.Namespace) -> FicocoConfig:
+    """The options of a control, which has a budget and nothing else."""
+    given = (
+        "schedule",
+        "start_layer",
+        "encoder_keep",
+        "encoder_schedule",
+        "encoder_start_layer",
+        "kv_budget",
+    )
+    for name in given:
+        if getattr(args, name) is not None:
+            raise ValueError(
+                f"{name}: got {getattr(args, name)!r}, allowed with {args.method}: keep, keep_ratio"
+            )
+    keep = {} if args.keep is None else {"keep": args.keep}
+    return FicocoConfig.parse({"method": args.method, **keep, **_ratio(args)})
+
+
+def _ratio(args: argparse.Namespace) -> dict[str, float]:
+    return {} if args.keep_ratio is None else {"keep_ratio": check_keep_ratio(args.keep_ratio)}
 
 
 @dataclass(frozen=True)

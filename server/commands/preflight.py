@@ -6,7 +6,6 @@ import os
 import re
 import socket
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 _DEFAULT_PORT = 8000
@@ -141,8 +140,8 @@ def as_hf_config(config: dict[str, Any]) -> Any:
     Returns:
         The stand-in, or None where config.json leaves out what only transformers knows.
     """
+    from ficoco_vllm.planning.configurations import hf_config_of
     from ficoco_vllm.planning.families import FAMILIES
-    from ficoco_vllm.reduction.cost.shapes import CLIP_DEFAULTS, LLAMA_DEFAULTS
 
     known = FAMILIES.get(str(config.get("model_type")))
     if known is None or known.image_settings is not None:
@@ -153,12 +152,7 @@ def as_hf_config(config: dict[str, Any]) -> Any:
         return None
     if tiled and not config.get("image_grid_pinpoints"):
         return None
-    text = SimpleNamespace(**{**LLAMA_DEFAULTS, **language})
-    return SimpleNamespace(
-        model_type=config.get("model_type"),
-        vision_config=SimpleNamespace(**{"model_type": "clip_vision_model", **CLIP_DEFAULTS, **vision}),
-        vision_feature_layer=config.get("vision_feature_layer", -2),
-        vision_feature_select_strategy=config.get("vision_feature_select_strategy", "default"),
-        image_grid_pinpoints=config.get("image_grid_pinpoints"),
-        get_text_config=lambda: text,
-    )
+    try:
+        return hf_config_of(config)
+    except ValueError:
+        return None  # vLLM names what is wrong, or serves it

@@ -111,10 +111,10 @@ def _serve(
 ) -> int:
     progress.stage("importing vLLM")
     from vllm.entrypoints.cli.serve import ServeSubcommand
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
     from vllm.plugins import load_general_plugins
 
+    from ficoco_vllm.compat.versions import cli_env_setup
     from ficoco_vllm.server.lifecycle.shared_metrics import MULTIPROC, starts_several_servers
     from ficoco_vllm.server.lifecycle.shutdown import Shutdown
 
@@ -147,8 +147,9 @@ def _serve(
 
 def _vllm_parser() -> Any:
     """Parser of all options, ours and vLLM's. It reads the words after `serve`, where vLLM demands a model."""
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser, SortedHelpFormatter
+
+    from ficoco_vllm.compat.versions import make_arg_parser
 
     class Formatter(SortedHelpFormatter):
         """Names defaults where there are some, once."""

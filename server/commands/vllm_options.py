@@ -17,7 +17,8 @@ from types import ModuleType
 from typing import Any
 
 # Map from the number of values, as argparse writes it ("0" for a flag), to the options that take it; an option is its
-# spellings, separated by spaces. Written by `python -m ficoco_vllm.server.commands.vllm_options`.
+# spellings in all supported versions, separated by spaces. `python -m ficoco_vllm.server.commands.vllm_options` adds
+# those of the installed vLLM; delete the file first to lose those of a version that is no longer supported.
 TABLE = Path(__file__).with_suffix(".json")
 
 
@@ -64,7 +65,7 @@ def add_vllm_options(parser: argparse.ArgumentParser) -> None:
 def _light_class() -> Any:
     found = importlib.util.find_spec("vllm")
     if found is None or not found.submodule_search_locations:
-        raise ModuleNotFoundError("vLLM is not installed; allowed: vLLM 0.32, see docs/install.md")
+        raise ModuleNotFoundError("vLLM is not installed; allowed: vLLM 0.32 or 0.33, see docs/install.md")
     path = Path(found.submodule_search_locations[0], "utils", "argparse_utils.py")
     spec = importlib.util.spec_from_file_location("ficoco_argparse_utils", path)
     assert spec is not None
@@ -99,17 +100,36 @@ def _light_class() -> Any:
 
 
 def vllm_table() -> dict[str, list[str]]:
-    """The content of the table, from the installed vLLM."""
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    """The options of the installed vLLM, as in the table."""
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    from ficoco_vllm.compat.versions import make_arg_parser
+
+    # The parser also accepts spellings that its actions, which write the help, do not list.
+    spellings: dict[Any, list[str]] = {}
+    for spelling, action in make_arg_parser(
+        FlexibleArgumentParser(add_help=False)
+    )._option_string_actions.items():
+        spellings.setdefault(action, []).append(spelling)
     table: dict[str, list[str]] = {}
-    for action in make_arg_parser(FlexibleArgumentParser(add_help=False))._actions:
-        if action.option_strings:
-            count = "1" if action.nargs is None else str(action.nargs)
-            table.setdefault(count, []).append(" ".join(action.option_strings))
-    return {count: sorted(options) for count, options in sorted(table.items())}
+    for action, names in spellings.items():
+        table.setdefault("1" if action.nargs is None else str(action.nargs), []).append(" ".join(names))
+    return table
+
+
+def merged(table: dict[str, list[str]], added: dict[str, list[str]]) -> dict[str, list[str]]:
+    """A table with the options and spellings of another one. An option is recognized by any of its spellings."""
+    result = {count: [option.split() for option in options] for count, options in table.items()}
+    for count, options in added.items():
+        for names in map(str.split, options):
+            known = next((option for option in result.setdefault(count, []) if {*names} & {*option}), None)
+            if known is None:
+                result[count].append(names)
+            else:
+                known += [name for name in names if name not in known]
+    return {count: sorted(map(" ".join, options)) for count, options in sorted(result.items())}
 
 
 if __name__ == "__main__":
-    TABLE.write_text(json.dumps(vllm_table(), indent=1) + "\n")
+    before = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    TABLE.write_text(json.dumps(merged(before, vllm_table()), indent=1) + "\n")

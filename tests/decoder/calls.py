@@ -10,11 +10,11 @@ from vllm import LLM, SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
 
 from ficoco_vllm.benchmarks.soak.engine import mixture as soak
 from ficoco_vllm.benchmarks.soak.engine.run import Driver
 from tests.support.engine import Answer, request, scheduler_of, worker_of
+from tests.support.versions import get_kv_cache_configs
 
 
 @dataclass

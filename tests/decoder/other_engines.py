@@ -10,10 +10,10 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.models.llava import LlavaForConditionalGeneration
 from vllm.utils.torch_utils import set_default_torch_dtype
-from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
 
 from ficoco_vllm.metrics.counting import token_layer_bytes
 from tests.decoder.calls import configure
+from tests.support.versions import get_kv_cache_configs
 
 
 def layers_of(

@@ -103,6 +103,10 @@ def pictures() -> list[Image.Image]:
     return noise(SIZES, seed=3)
 
 
+@pytest.mark.proves(family="LLaVA-1.5", site=("decoder", "both"), decoder="Qwen2")
+@pytest.mark.proves(family="LLaVA-1.5", site=("decoder", "both"), decoder="Qwen3")
+@pytest.mark.proves(family="LLaVA-NeXT", site=("decoder", "both"), decoder="Mistral")
+@pytest.mark.proves(family="InternVL3", site=("decoder", "both"), decoder="Qwen2")
 @pytest.mark.parametrize("method", [*METHODS, "ficoco-vl"])
 def test_equals_reference(case: Case, pictures: list[Image.Image], method: str) -> None:
     """In one step: several budgets, two images, and a prompt without any."""

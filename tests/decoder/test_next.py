@@ -64,6 +64,7 @@ def check(
         assert_equal(answer.tokens, answer.logprobs, greedy, logprobs, ends=False)
 
 
+@pytest.mark.proves(family="LLaVA-NeXT", site="decoder", decoder="Llama")
 @pytest.mark.parametrize("keep", [None, 20, 120])
 def test_equals_reference(
     engine: Remote, reference: TiledDecoder, pictures: list[Image.Image], keep: int | None
@@ -100,6 +101,7 @@ def test_any_image_may_name_the_budget_of_the_largest(engine: Remote, pictures: 
     assert f"an integer from 1 to {largest}" in message
 
 
+@pytest.mark.proves(family="LLaVA-NeXT", site="both", decoder="Llama")
 def test_tower_then_decoder(
     host: Host, model: Path, reference: TiledDecoder, pictures: list[Image.Image]
 ) -> None:

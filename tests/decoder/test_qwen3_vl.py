@@ -91,6 +91,7 @@ def check(reference: ReferenceQwenDecoder, asked: Ask, answer: Answer, method: s
     assert_equal(answer.tokens, answer.logprobs, greedy, logprobs, ends=False)
 
 
+@pytest.mark.proves(family="Qwen3-VL", site=("decoder", "both"), decoder="Qwen3")
 @pytest.mark.parametrize("method", [*LAYERS, "ficoco-vl"])
 def test_equals_reference(
     engine: Remote, reference: ReferenceQwenDecoder, pictures: list[Image.Image], method: str

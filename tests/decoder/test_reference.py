@@ -101,6 +101,7 @@ def check(
     assert_equal(answer.tokens, answer.logprobs, greedy, logprobs, trained, in_float32 if trained else None)
 
 
+@pytest.mark.proves(family="LLaVA-1.5", site="decoder", decoder="Llama")
 @pytest.mark.parametrize("method", list(LAYERS))
 def test_equals_reference(
     pair: tuple[Remote, ReferenceDecoder],
@@ -231,6 +232,7 @@ def test_the_check_can_fail(
     assert (answer.logprobs - logprobs).abs().max() > 10 * TOLERANCE
 
 
+@pytest.mark.proves(family="LLaVA-1.5", site="both", decoder="Llama")
 def test_tower_then_decoder(
     host: Host, model: Path, questions: list[tuple[str, Image.Image]], trained: bool
 ) -> None:

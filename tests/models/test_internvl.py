@@ -43,6 +43,7 @@ def reference(random_internvl: Path) -> ReferenceInternVL:
     return ReferenceInternVL(random_internvl)
 
 
+@pytest.mark.proves(family="InternVL3", site="tower")
 @pytest.mark.parametrize("keep", [UNITS, UNITS - 1, 16, 4, 1])
 def test_equals_reference(
     engine: LLM, reference: ReferenceInternVL, pictures: list[Image.Image], keep: int

@@ -53,6 +53,7 @@ def reference(random_next: Path) -> TiledLlava:
     return TiledLlava(random_next)
 
 
+@pytest.mark.proves(family="LLaVA-NeXT", site="tower")
 @pytest.mark.parametrize("keep", BUDGETS)
 def test_equals_reference(engine: LLM, reference: TiledLlava, pictures: list[Image.Image], keep: int) -> None:
     result = ask(engine, [request(PROMPT, [image], ficoco_keep=keep) for image in pictures], NUM_TOKENS)

@@ -81,7 +81,9 @@ def check(
     torch.testing.assert_close(answer.logprobs.double(), logprobs, atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.compat
 @pytest.mark.engine
+@pytest.mark.proves(family="Qwen3-VL", site="tower")
 @pytest.mark.parametrize(
     "method", ["ficoco-v", "tome", "evit", "topk-cls", "divprune", "visionzip", "spatial-pool", "prumerge"]
 )

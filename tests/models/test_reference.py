@@ -17,7 +17,7 @@ from tests.support.oracle import Spy, assert_same_story
 
 BUDGETS = (576, 575, 192, 64, 9, 1)
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.compat, pytest.mark.engine]
 
 
 @pytest.fixture(params=["random", "demo"])
@@ -39,6 +39,7 @@ def questions(weights: str, images: list[Image.Image]) -> list[tuple[str, Image.
     return demo_questions() if weights == "demo" else [(PROMPT, image) for image in images[:6]]
 
 
+@pytest.mark.proves(family="LLaVA-1.5", site="tower")
 @pytest.mark.parametrize("keep", BUDGETS)
 def test_equals_reference(
     pair: Pair, weights: str, questions: list[tuple[str, Image.Image]], keep: int

@@ -113,8 +113,9 @@ def test_kubernetes_accepts_what_is_rendered(manifests: dict[str, Manifest]) -> 
 
 
 def test_vllm_is_started_with_our_settings(server: Manifest) -> None:
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from ficoco_vllm.compat.versions import make_arg_parser
 
     assert server["image"] == f"registry.example.com/ficoco-vllm:gpu-{__version__}"
     assert server["command"][:3] == ["vllm", "serve", MODEL]

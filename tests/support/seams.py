@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.support.release import ROOT
 
-SOURCES = ("ficoco_vllm", "server", "kernels", "benchmarks")
+SOURCES = ("ficoco_vllm", "server", "kernels", "benchmarks", "tests")
 
 
 @dataclass(frozen=True, order=True)
@@ -22,21 +22,25 @@ class Seam:
     Attributes:
         module: of vLLM.
         name: in that module; empty for the module itself, `Class.method` for what is overridden.
-        parameters: by which vLLM can call the method and which ours takes; empty for other kinds.
+        parameters: of vLLM's method, which ours overrides; empty for other kinds.
+        others: places where other versions of vLLM have the name, each a module and a name.
     """
 
     module: str
     name: str
     parameters: tuple[str, ...] = field(default=(), compare=False)
+    others: tuple[tuple[str, str], ...] = field(default=(), compare=False)
 
     def __str__(self) -> str:
         return f"{self.module}:{self.name}" if self.name else self.module
 
 
-def our_files() -> list[Path]:
-    """Sources that use vLLM; the links in the package to folders beside it are not followed."""
+@cache
+def our_sources() -> tuple[tuple[str, ast.Module], ...]:
+    """Files that may use vLLM, with their syntax; the links in the package to folders beside it are not followed."""
     files = (file for folder in SOURCES for file in sorted((ROOT / folder).rglob("*.py")))
-    return [file for file in files if not any(parent.is_symlink() for parent in file.parents)]
+    ours = (file for file in files if not any(parent.is_symlink() for parent in file.parents))
+    return tuple((str(file.relative_to(ROOT)), ast.parse(file.read_text())) for file in ours)
 
 
 def imports(tree: ast.Module) -> dict[str, tuple[str, str]]:
@@ -50,6 +54,21 @@ def imports(tree: ast.Module) -> dict[str, tuple[str, str]]:
             for alias in node.names:
                 if is_vllm(alias.name):
                     result[alias.asname or alias.name] = (alias.name, "")
+    return result
+
+
+def alternatives(tree: ast.Module) -> list[tuple[tuple[str, str], ...]]:
+    """Places of a name that is imported where one of `try` and `except ImportError` finds it."""
+    result = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Try):
+            parts = [node.body, *(handler.body for handler in node.handlers)]
+            names = [imports(ast.Module(part, [])) for part in parts]
+            result += [
+                tuple(part[name] for part in names)
+                for name in names[0]
+                if all(name in part for part in names)
+            ]
     return result
 
 
@@ -93,6 +112,7 @@ class Tree:
                 return ast.parse(file.read_text())
         return None
 
+    @cache  # noqa: B019
     def find(self, module: str, name: str) -> tuple[str, ast.AST] | None:
         """Definition of a name of a module, through imports within vLLM.
 
@@ -160,22 +180,17 @@ class Tree:
         return None
 
 
-def seams(reference: Tree) -> dict[Seam, set[str]]:
-    """Requirements of our sources.
+def overrides(reference: Tree) -> Iterator[tuple[Seam, str, tuple[str, ...]]]:
+    """Methods of ours that override one of vLLM's.
 
     Args:
-        reference: the vLLM that they were written for; it shows which methods of our classes override one of vLLM's.
+        reference: the vLLM that shows which ones do.
 
-    Returns:
-        Each seam with our files that need it.
+    Yields:
+        The seam, our file and the parameters that our method takes.
     """
-    needed: dict[Seam, set[str]] = {}
-    for file in our_files():
-        tree = ast.parse(file.read_text())
+    for where, tree in our_sources():
         names = imports(tree)
-        where = str(file.relative_to(ROOT))
-        for module, name in names.values():
-            needed.setdefault(Seam(module, name), set()).add(where)
         for cls in (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)):
             for base in cls.bases:
                 base = base.value if isinstance(base, ast.Subscript) else base
@@ -186,7 +201,26 @@ def seams(reference: Tree) -> dict[Seam, set[str]]:
                     theirs = reference.method(module, name, function.name)
                     if theirs is not None:
                         seam = Seam(module, f"{name}.{function.name}", parameters(theirs))
-                        needed.setdefault(seam, set()).add(where)
+                        yield seam, where, parameters(function)
+
+
+def seams(reference: Tree) -> dict[Seam, set[str]]:
+    """Requirements of our sources.
+
+    Args:
+        reference: the vLLM that they were written for; it shows which methods of our classes override one of vLLM's.
+
+    Returns:
+        Each seam with our files that need it.
+    """
+    needed: dict[Seam, set[str]] = {}
+    for where, tree in our_sources():
+        choices = {place: choice for choice in alternatives(tree) for place in choice}
+        for place in imports(tree).values():
+            seam = Seam(*choices.get(place, (place,))[0], others=choices.get(place, ())[1:])
+            needed.setdefault(seam, set()).add(where)
+    for seam, where, _ in overrides(reference):
+        needed.setdefault(seam, set()).add(where)
     return needed
 
 
@@ -198,12 +232,30 @@ def moved(tree: Tree, needed: dict[Seam, set[str]]) -> dict[Seam, str]:
             if tree.module(seam.module) is None:
                 gone[seam] = "the module is gone"
         elif "." in seam.name:
-            cls, method = seam.name.split(".")
-            function = tree.method(seam.module, cls, method)
+            function = _method(tree, seam)
             if function is None:
                 gone[seam] = "nothing is overridden any more"
             elif parameters(function) != seam.parameters:
                 gone[seam] = f"({', '.join(seam.parameters)}) became ({', '.join(parameters(function))})"
-        elif tree.find(seam.module, seam.name) is None:
+        elif all(tree.find(*place) is None for place in ((seam.module, seam.name), *seam.others)):
             gone[seam] = "the module is gone" if tree.module(seam.module) is None else "the name is gone"
     return gone
+
+
+def broken(tree: Tree, reference: Tree) -> dict[Seam, str]:
+    """Seams that a vLLM has moved and our sources do not handle; an override with `*` or `**` hands on the rest."""
+    gone = moved(tree, seams(reference))
+    handled = {seam: True for seam in gone if _method(tree, seam) is not None}
+    for seam, _, ours in overrides(reference):
+        if seam in handled:
+            names = [name for name in ours if not name.startswith("*")]
+            theirs = list(parameters(_method(tree, seam)))
+            handled[seam] &= theirs[: len(names)] == names and (
+                len(theirs) == len(names) or len(ours) > len(names)
+            )
+    return {seam: what for seam, what in gone.items() if not handled.get(seam)}
+
+
+def _method(tree: Tree, seam: Seam) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
+    cls, _, method = seam.name.partition(".")
+    return tree.method(seam.module, cls, method) if method else None

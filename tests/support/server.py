@@ -97,9 +97,9 @@ def budget(keep: int | None) -> dict[str, Any]:
 
 def options_of_serve() -> set[str]:
     """All options of `ficoco-vllm serve`: vLLM's and ours."""
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    from ficoco_vllm.compat.versions import make_arg_parser
     from ficoco_vllm.server.commands.serve_options import add_arguments
 
     parser = make_arg_parser(FlexibleArgumentParser())

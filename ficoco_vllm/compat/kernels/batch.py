@@ -71,6 +71,7 @@ def prepare_rope_positions(
     query_start_loc_ptr: Tensor,
     prefill_lens_ptr: Tensor,
     num_computed_tokens_ptr: Tensor,
+    BLOCK_SIZE: int,
     NUM_DIMS: int,
     **_: Any,
 ) -> None:

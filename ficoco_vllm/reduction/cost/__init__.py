@@ -9,11 +9,12 @@ plan = ServerPlan.for_model(FicocoConfig(method="ficoco-v", keep=64), shape)
 estimate(shape, plan.image_tokens(), num_text_tokens=60).decoder_flops
 """
 
+from ficoco_vllm.reduction.cost.configurations import model_shape
 from ficoco_vllm.reduction.cost.estimate import Estimate, Speedup, estimate, estimate_prompt, speedup
 from ficoco_vllm.reduction.cost.known_models import KNOWN_MODELS
 from ficoco_vllm.reduction.cost.memory import BITS
 from ficoco_vllm.reduction.cost.roofline import DEVICES, Device, Times, predict, reached
-from ficoco_vllm.reduction.cost.shapes import ModelShape, model_shape
+from ficoco_vllm.reduction.cost.shapes import ModelShape
 from ficoco_vllm.reduction.cost.tokens import TilePlan, TokenPlan, constant, unreduced
 
 __all__ = [

@@ -102,11 +102,11 @@ def estimate_prompt(
 
     decoder_layers = zip(*(plan.decoder for plan in images), strict=True)
     decoder_tokens = [num_text_tokens + total(layer) for layer in decoder_layers]
-    tower_layers = zip(*(plan.tower_tokens for plan in images), strict=True)
+    tower_layers = zip(*(plan.tower_tokens(shape) for plan in images), strict=True)
     tower_tokens = [(total(n for n, _ in layer), total(m for _, m in layer)) for layer in tower_layers]
     return Estimate(
         tower_flops=total(sum(_tower_flops(shape, tile) for tile in plan.tiles) for plan in images),
-        projector_flops=flops.projector(shape, total(plan.projected for plan in images)),
+        projector_flops=flops.projector(shape, total(plan.num_projected(shape) for plan in images)),
         decoder_flops=_decoder_flops(shape, decoder_tokens),
         reduction_flops=total(_reduction_flops(shape, plan) for plan in images),
         kv_bytes_per_layer=kv_bytes(shape.decoder, decoder_tokens[:-1], dtype),
@@ -136,7 +136,9 @@ def speedup(reduced: Estimate, unreduced: Estimate) -> Speedup:
 
 def _tower_flops(shape: ModelShape, tile: TilePlan) -> int:
     layers = sum(flops.tower_layer(shape.tower, *counts).total for counts in tile.layers)
-    return flops.patch_embedding(shape.tower) + layers
+    tower = shape.tower
+    num_patches = tile.entering * tower.unit if tower.dynamic else tower.num_patches
+    return flops.patch_embedding(tower, num_patches) + layers
 
 
 def _decoder_flops(shape: ModelShape, tokens: Sequence[int]) -> int:
@@ -145,10 +147,10 @@ def _decoder_flops(shape: ModelShape, tokens: Sequence[int]) -> int:
 
 
 def _reduction_flops(shape: ModelShape, image: TokenPlan) -> int:
-    tower = 0
+    tower, width = 0, shape.tower.unit * shape.tower.hidden
     for tile in image.tiles:
         # The step from the tower's output to the kept tokens is a reduction at the feature site.
         steps = [*tile.layers, (tile.layers[-1][1], tile.kept)] if tile.kept != tile.entering else []
-        tower += sum(paper.encoder_overhead(n, n - m, shape.tower.hidden) for n, m in steps)
+        tower += sum(paper.encoder_overhead(n, n - m, width) for n, m in steps)
     decoder = pairwise(image.decoder)
     return tower + sum(paper.decoder_overhead(n, n - m, shape.decoder.hidden) for n, m in decoder)

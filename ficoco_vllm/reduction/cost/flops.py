@@ -1,4 +1,4 @@
-"""FLOPs of a LLaVA prefill, layer by layer. A multiply-add is 2 FLOPs.
+"""FLOPs of the prefill of a vision-language model, layer by layer. A multiply-add is 2 FLOPs.
 
 Only matrix products are counted; norms, activations, softmax, RoPE and biases are below 0.5% together. Attention is
 counted over the full square of tokens, also in the causal decoder, as the paper and its tool do. A reducing layer
@@ -25,19 +25,19 @@ class LayerFlops:
 
 
 def tower_layer(shape: TowerShape, tokens_in: int, tokens_out: int) -> LayerFlops:
-    """One layer of the vision tower for one image.
+    """One layer of the vision tower for one image or tile.
 
     Args:
         shape: the tower.
-        tokens_in: patch tokens that enter the layer; [CLS] is added here.
-        tokens_out: patch tokens after the reduction between attention and MLP.
+        tokens_in: units that enter the layer; it runs on their patches and on [CLS] if there is one.
+        tokens_out: units after the reduction between attention and MLP.
 
     Returns:
         FLOPs: projections 8 n D^2, attention 4 n^2 D, MLP of two matrices 4 m D H.
 
     Source: arXiv:2411.17686, Eq. 16 (first line, doubled).
     """
-    n, m = tokens_in + 1, tokens_out + 1
+    n, m = shape.rows(tokens_in), shape.rows(tokens_out)
     return LayerFlops(
         projections=8 * n * shape.hidden**2,
         attention=4 * n**2 * shape.hidden,
@@ -68,34 +68,46 @@ def decoder_layer(shape: DecoderShape, tokens_in: int, tokens_out: int) -> Layer
     )
 
 
-def patch_embedding(shape: TowerShape) -> int:
-    """The patch convolution of one image: 2 N (3 p^2) D FLOPs for patches of p x p pixels.
+def patch_embedding(shape: TowerShape, num_patches: int) -> int:
+    """The patch convolution of one image or tile: 2 N (3 f p^2) D FLOPs for patches of p x p pixels in f frames.
 
     Args:
         shape: the tower.
+        num_patches: N, padding included.
 
     Returns:
         FLOPs.
 
     Source: arXiv:2010.11929, Eq. 1.
     """
-    return 2 * shape.num_patches * 3 * shape.patch_size**2 * shape.hidden
+    return 2 * num_patches * shape.patch_elements * shape.hidden
 
 
 def projector(shape: ModelShape, num_visual_tokens: int) -> int:
-    """The two-layer projector from the tower's width V to the decoder's width D: 2 K (V D + D^2) FLOPs.
+    """The two-layer projector from a unit's width V to the decoder's width D: 2 K (V I + I D) FLOPs.
+
+    I, the width between the layers, is D in LLaVA and InternVL and V in Qwen3-VL.
 
     Args:
         shape: the model.
-        num_visual_tokens: K, tokens that leave the tower.
+        num_visual_tokens: K, units that it runs on, after all layers of the tower together.
 
     Returns:
         FLOPs.
 
     Source: arXiv:2310.03744, Section 3.3.
     """
-    hidden = shape.decoder.hidden
-    return 2 * num_visual_tokens * (shape.tower.hidden * hidden + hidden**2)
+    return 2 * num_visual_tokens * projector_weights(shape)
+
+
+def projector_weights(shape: ModelShape) -> int:
+    """Elements of the projector's two matrices.
+
+    Args:
+        shape: the model.
+    """
+    unit = shape.tower.unit * shape.tower.hidden
+    return shape.projector.inner * (unit + shape.decoder.hidden)
 
 
 def language_head(shape: DecoderShape) -> int:

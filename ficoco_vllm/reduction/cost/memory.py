@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
+from ficoco_vllm.reduction.cost.flops import projector_weights
 from ficoco_vllm.reduction.cost.shapes import DecoderShape, ModelShape
 
 BITS: Mapping[str, int] = {"fp16": 16, "int8": 8, "int4": 4}
@@ -56,20 +57,18 @@ def num_parameters(shape: ModelShape) -> int:
 
     Source: arXiv:2310.03744.
     """
-    tower, decoder = shape.tower, shape.decoder
-    width = tower.hidden
-    # Attention and MLP of CLIP carry biases, its two norms a scale and a shift each.
-    tower_layer = 4 * (width**2 + width) + 2 * width * tower.mlp + tower.mlp + width + 4 * width
-    embeddings = width + 3 * tower.patch_size**2 * width + (tower.num_patches + 1) * width + 2 * width
-    hidden = decoder.hidden
-    projector = (width + 1) * hidden + (hidden + 1) * hidden
+    tower, decoder, projector = shape.tower, shape.decoder, shape.projector
+    width, hidden = tower.hidden, decoder.hidden
+    tower_layer = 4 * width**2 + 2 * width * tower.mlp + tower.layer_small
     attention = 2 * hidden * (decoder.query_width + decoder.kv_width)
-    decoder_layer = attention + 3 * hidden * decoder.mlp + 2 * hidden
+    decoder_layer = attention + 3 * hidden * decoder.mlp + decoder.layer_small
     vocabulary = decoder.vocab * hidden * (1 if decoder.tied_head else 2)
     return (
-        embeddings
+        tower.patch_elements * width
+        + tower.small
         + tower.num_executed * tower_layer
-        + projector
+        + (1 + len(projector.layers)) * projector_weights(shape)
+        + projector.small
         + decoder.num_layers * decoder_layer
         + hidden
         + vocabulary

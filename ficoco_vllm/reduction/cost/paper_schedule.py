@@ -20,7 +20,7 @@ def tower_tokens(shape: ModelShape, keep: int) -> tuple[int, ...]:
     """
     num_layers = shape.tower.num_executed
     reducing = range(default_start_layer(shape.tower.num_layers), num_layers)
-    return _counts("even", shape.tower.num_patches, keep, num_layers, reducing)
+    return _counts("even", shape.tower.num_units, keep, num_layers, reducing)
 
 
 def decoder_tokens(shape: ModelShape, entering: int, keep: int, schedule: str) -> tuple[int, ...]:

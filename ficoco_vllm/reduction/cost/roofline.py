@@ -162,20 +162,20 @@ class _Work:
 
     def tower(self, device: Device, batch: int = 1) -> float:
         """Seconds of vision tower and projector."""
-        tower, hidden = self.shape.tower, self.shape.decoder.hidden
+        tower = self.shape.tower
         images = batch * self.num_images
         layer_bytes = to_bytes(4 * tower.hidden**2 + 2 * tower.hidden * tower.mlp, self.dtype)
         seconds, launches = 0.0, 0
         for tiles in zip(*(tile.layers for tile in self.plan.tiles), strict=True):
             work = images * sum(flops.tower_layer(tower, *counts).total for counts in tiles)
             # Residual stream, queries, keys, values, MLP: written once and read once.
-            rows = images * sum(n + 1 for n, _ in tiles)
+            rows = images * sum(tower.rows(n) for n, _ in tiles)
             moved = layer_bytes + 2 * to_bytes(rows * (6 * tower.hidden + tower.mlp), self.dtype)
             seconds += max(work / device.flops, moved / device.bandwidth)
             reduces = any(n != m for n, m in tiles)
             launches += TOWER_LAUNCHES + REDUCTION_LAUNCHES * reduces
-        visual = images * self.plan.projected
-        projector_bytes = to_bytes(tower.hidden * hidden + hidden**2, self.dtype)
+        visual, runs = images * self.plan.num_projected(self.shape), 1 + len(self.shape.projector.layers)
+        projector_bytes = to_bytes(runs * flops.projector_weights(self.shape), self.dtype)
         seconds += max(flops.projector(self.shape, visual) / device.flops, projector_bytes / device.bandwidth)
         return max(seconds, launches * device.launch_seconds)
 

@@ -1,35 +1,29 @@
-"""Sizes of a LLaVA that determine its cost, read from its Hugging Face configuration."""
+"""Sizes of a vision-language model that determine its cost. `configurations.py` reads them from a config.json."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-# Transformers' defaults for fields that config.json leaves out, which are most of them in LLaVA checkpoints.
-CLIP_DEFAULTS: Mapping[str, int] = {
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "intermediate_size": 3072,
-    "image_size": 224,
-    "patch_size": 32,
-}
-LLAMA_DEFAULTS: Mapping[str, int] = {
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "intermediate_size": 11008,
-    "vocab_size": 32000,
-}
-MODEL_TYPES = ("llava", "llava_next")
-# Larger values are mistakes, and counting them layer by layer would take forever.
-MAX_LAYERS, MAX_SIZE = 4096, 2**24
 
 
 @dataclass(frozen=True)
 class TowerShape:
-    """The executed part of a CLIP vision tower.
+    """The executed part of a vision tower.
 
-    `num_executed` counts the layers up to the one whose output LLaVA reads: 23 of 24 for feature layer -2.
+    A unit is the group of patches that becomes one visual token.
+
+    Attributes:
+        image_size: height and width in pixels of an image or of a tile; of the largest square image where the grid
+            follows the image's size.
+        patch_size: height and width in pixels of a patch.
+        hidden: width.
+        num_heads: of an attention.
+        mlp: width between the MLP's two matrices.
+        num_layers: of the checkpoint.
+        num_executed: layers up to the one whose output the model reads: 23 of 24 for LLaVA's feature layer -2.
+        unit: patches of a unit: 1 in LLaVA, 4 where 2 x 2 patches become one token.
+        num_extra: tokens beside the patches: [CLS].
+        frames: that a patch spans; an image is repeated.
+        dynamic: whether the grid follows the image's size.
+        layer_small: parameters of a layer beside its six matrices: biases, norms, scales.
+        small: parameters beside layers and patch embedding: [CLS], table of positions, norms, bias of the embedding.
     """
 
     image_size: int
@@ -39,16 +33,64 @@ class TowerShape:
     mlp: int
     num_layers: int
     num_executed: int
+    unit: int = 1
+    num_extra: int = 1
+    frames: int = 1
+    dynamic: bool = False
+    layer_small: int = 0
+    small: int = 0
 
     @property
     def num_patches(self) -> int:
-        """Visual tokens of one image before any reduction, [CLS] not counted."""
+        """Patches of an image or of a tile, of the largest one where the grid follows the image's size."""
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def num_units(self) -> int:
+        """Visual tokens of an image or of a tile before any reduction, [CLS] not counted."""
+        return self.num_patches // self.unit
+
+    @property
+    def patch_elements(self) -> int:
+        """Numbers in a patch: three colours of its pixels, in each of its frames."""
+        return 3 * self.frames * self.patch_size**2
+
+    def rows(self, num_units: int) -> int:
+        """Tokens of the tower for a number of units: their patches, and [CLS] if there is one."""
+        return num_units * self.unit + self.num_extra
+
+
+@dataclass(frozen=True)
+class ProjectorShape:
+    """The two layers that turn a unit of the tower's width into one token of the decoder's.
+
+    Attributes:
+        inner: width between the two layers.
+        layers: layers of the tower, counted from 0, after which it also runs, each time with weights of its own; their
+            results are added in the first layers of the decoder (Qwen3-VL's deepstack).
+        small: parameters beside the matrices, all runs together.
+    """
+
+    inner: int
+    layers: tuple[int, ...] = ()
+    small: int = 0
 
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """A Llama decoder: gated MLP of three matrices, no biases."""
+    """A decoder of Llama's kind: gated MLP of three matrices.
+
+    Attributes:
+        hidden: width.
+        num_layers: number of layers.
+        num_heads: query heads.
+        num_kv_heads: heads of keys, and of values.
+        head_dim: width of a head.
+        mlp: width of the gate.
+        vocab: tokens.
+        tied_head: whether the language head is the table of embeddings.
+        layer_small: parameters of a layer beside its seven matrices: norms, biases.
+    """
 
     hidden: int
     num_layers: int
@@ -58,6 +100,7 @@ class DecoderShape:
     mlp: int
     vocab: int
     tied_head: bool
+    layer_small: int = 0
 
     @property
     def query_width(self) -> int:
@@ -72,124 +115,8 @@ class DecoderShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Vision tower, two-layer projector and decoder of one LLaVA."""
+    """Vision tower, decoder, and the projector between them."""
 
     tower: TowerShape
     decoder: DecoderShape
-
-
-def model_shape(config: Mapping[str, Any]) -> ModelShape:
-    """Reads the sizes of a LLaVA from the content of its config.json.
-
-    Args:
-        config: the parsed config.json; `vision_config` and `text_config` may leave out what transformers
-            defaults.
-
-    Returns:
-        The sizes, all checked.
-
-    Raises:
-        ValueError: a field is missing, is not a positive integer, or describes a model that this planner
-            cannot count.
-
-    Source: arXiv:2310.03744 (LLaVA-1.5).
-    """
-    model_type = config.get("model_type")
-    if model_type not in MODEL_TYPES:
-        raise ValueError(f"model_type: got {model_type!r}, allowed: {', '.join(MODEL_TYPES)}")
-    select = config.get("vision_feature_select_strategy", "default")
-    if select != "default":
-        raise ValueError(
-            f"vision_feature_select_strategy: got {select!r}, allowed: 'default' (without [CLS])"
-        )
-    return ModelShape(_tower(config), _decoder(config))
-
-
-def _tower(config: Mapping[str, Any]) -> TowerShape:
-    section = _section(config, "vision_config")
-    read = _Reader("vision_config", section, CLIP_DEFAULTS, ("clip_vision_model",))
-    num_layers = read.positive("num_hidden_layers", MAX_LAYERS)
-    hidden, num_heads = read.divisible("hidden_size", "num_attention_heads")
-    image_size, patch_size = read.positive("image_size"), read.positive("patch_size")
-    if patch_size > image_size:
-        raise ValueError(
-            f"vision_config.patch_size: got {patch_size}, allowed: 1 to image_size = {image_size}"
-        )
-    return TowerShape(
-        image_size=image_size,
-        patch_size=patch_size,
-        hidden=hidden,
-        num_heads=num_heads,
-        mlp=read.positive("intermediate_size"),
-        num_layers=num_layers,
-        num_executed=_executed(config.get("vision_feature_layer", -2), num_layers),
-    )
-
-
-def _executed(feature_layer: Any, num_layers: int) -> int:
-    # hidden_states starts with the embeddings, so index k is the output of the k-th layer, counted from 1.
-    whole = isinstance(feature_layer, int) and not isinstance(feature_layer, bool)
-    if not whole or not -num_layers <= feature_layer <= num_layers or feature_layer == 0:
-        allowed = f"one of -{num_layers}..-1, 1..{num_layers}"
-        raise ValueError(f"vision_feature_layer: got {feature_layer!r}, allowed: {allowed}")
-    return int(feature_layer) if feature_layer > 0 else num_layers + 1 + int(feature_layer)
-
-
-def _decoder(config: Mapping[str, Any]) -> DecoderShape:
-    section = _section(config, "text_config")
-    read = _Reader("text_config", section, LLAMA_DEFAULTS, ("llama", "mistral"))
-    num_heads = read.positive("num_attention_heads")
-    if section.get("head_dim") is None:
-        hidden, _ = read.divisible("hidden_size", "num_attention_heads")
-        head_dim = hidden // num_heads
-    else:
-        hidden, head_dim = read.positive("hidden_size"), read.positive("head_dim")
-    num_kv_heads = num_heads
-    if section.get("num_key_value_heads") is not None:
-        _, num_kv_heads = read.divisible("num_attention_heads", "num_key_value_heads")
-    return DecoderShape(
-        hidden=hidden,
-        num_layers=read.positive("num_hidden_layers", MAX_LAYERS),
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        mlp=read.positive("intermediate_size"),
-        vocab=read.positive("vocab_size"),
-        tied_head=bool(section.get("tie_word_embeddings", config.get("tie_word_embeddings", False))),
-    )
-
-
-def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    section = config.get(name)
-    if not isinstance(section, Mapping):
-        raise ValueError(f"{name}: got {section!r}, allowed: an object with the sizes of that part")
-    return section
-
-
-class _Reader:
-    """Reads sizes out of one section; the first of `types` is the one that `defaults` belong to."""
-
-    def __init__(
-        self, name: str, section: Mapping[str, Any], defaults: Mapping[str, int], types: tuple[str, ...]
-    ) -> None:
-        model_type = section.get("model_type", types[0])
-        if model_type not in types:
-            raise ValueError(f"{name}.model_type: got {model_type!r}, allowed: {', '.join(types)}")
-        self.name = name
-        self.values = {**(defaults if model_type == types[0] else {}), **_given(section)}
-
-    def positive(self, field: str, most: int = MAX_SIZE) -> int:
-        value = self.values.get(field)
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-            raise ValueError(f"{self.name}.{field}: got {value!r}, allowed: an integer from 1 to {most}")
-        return value
-
-    def divisible(self, field: str, by: str) -> tuple[int, int]:
-        value, divisor = self.positive(field), self.positive(by)
-        if value % divisor:
-            raise ValueError(f"{self.name}.{field}: got {value}, allowed: a multiple of {by} = {divisor}")
-        return value, divisor
-
-
-def _given(section: Mapping[str, Any]) -> dict[str, Any]:
-    return {field: value for field, value in section.items() if value is not None}
+    projector: ProjectorShape

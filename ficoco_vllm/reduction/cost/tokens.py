@@ -1,8 +1,10 @@
-"""Visual token counts of each layer: the part of a plan that depends on no image and no weight."""
+"""Visual token counts of each layer: the part of a plan that depends on no image and no weight.
+
+Counts of the tower are units: groups of patches that become one token, single patches in LLaVA.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 
 from ficoco_vllm.reduction.cost.shapes import ModelShape
@@ -13,8 +15,8 @@ class TilePlan:
     """One tile in the tower, which is the whole image unless the model cuts images into tiles.
 
     Attributes:
-        layers: patch tokens that enter each executed layer, and those that its MLP works on.
-        entering: patches that show the image; the others, padding, leave before the first layer that reduces.
+        layers: units that enter each executed layer, and those that its MLP works on.
+        entering: units that show the image; the others, padding, leave before the first layer that reduces.
         kept: tokens that are left after the tower and any reduction on its features.
     """
 
@@ -23,12 +25,12 @@ class TilePlan:
     kept: int
 
     @classmethod
-    def of(cls, num_patches: int, counts: Sequence[int], kept: int) -> "TilePlan":
-        """A tile from the counts of its patches that show the image.
+    def of(cls, num_units: int, counts: Sequence[int], kept: int) -> "TilePlan":
+        """A tile from the counts of its units that show the image.
 
         Args:
-            num_patches: of a whole tile, padding included.
-            counts: patch tokens that enter each executed layer if there were no padding, and those that leave the last.
+            num_units: of a whole tile, padding included.
+            counts: units that enter each executed layer if there were no padding, and those that leave the last.
             kept: tokens after a reduction on the features, otherwise the last of `counts`.
         """
         num_layers = len(counts) - 1
@@ -37,7 +39,7 @@ class TilePlan:
         )
         if kept == counts[0]:
             first = num_layers  # a tile that loses no patch goes through whole
-        whole = ((num_patches, num_patches),) * first
+        whole = ((num_units, num_units),) * first
         return cls((*whole, *list(pairwise(counts))[first:]), counts[0], kept)
 
 
@@ -50,7 +52,7 @@ class TokenPlan:
 
     Attributes:
         tiles: of the image in the tower.
-        projected: tokens that go through the projector.
+        projected: tokens of the tower's output that go through the projector.
         decoder: visual tokens that enter each decoder layer, and one entry for the last one's output.
     """
 
@@ -63,7 +65,7 @@ class TokenPlan:
         """An image that the tower sees as one tile.
 
         Args:
-            encoder: patch tokens that enter each executed layer of the tower, and one for the last one's output.
+            encoder: units that enter each executed layer of the tower, and one for the last one's output.
             decoder: see the attributes. It starts below the last of `encoder` if tokens are dropped between tower and
                 projector.
         """
@@ -72,15 +74,27 @@ class TokenPlan:
 
     @property
     def encoder(self) -> tuple[int, ...]:
-        """Patch tokens of the first tile that enter each executed layer, and those that leave the last."""
+        """Units of the first tile that enter each executed layer, and those that leave the last."""
         layers = self.tiles[0].layers
         return (*(entering for entering, _ in layers), layers[-1][1])
 
-    @cached_property
-    def tower_tokens(self) -> tuple[tuple[int, int], ...]:
-        """Patch and [CLS] tokens of all tiles that enter each executed layer, and those that its MLP works on."""
-        layers = zip(*(tile.layers for tile in self.tiles), strict=True)
-        return tuple((sum(n + 1 for n, _ in tiles), sum(m + 1 for _, m in tiles)) for tiles in layers)
+    def tower_tokens(self, shape: ModelShape) -> tuple[tuple[int, int], ...]:
+        """Patch and [CLS] tokens of all tiles that enter each executed layer, and those that its MLP works on.
+
+        Args:
+            shape: of the model.
+        """
+        layers, rows = zip(*(tile.layers for tile in self.tiles), strict=True), shape.tower.rows
+        return tuple((sum(rows(n) for n, _ in tiles), sum(rows(m) for _, m in tiles)) for tiles in layers)
+
+    def num_projected(self, shape: ModelShape) -> int:
+        """Units that the projector runs on, after all layers of the tower together.
+
+        Args:
+            shape: of the model.
+        """
+        earlier = sum(tile.layers[layer][1] for tile in self.tiles for layer in shape.projector.layers)
+        return self.projected + earlier
 
     @property
     def mean_visual_tokens(self) -> float:
@@ -101,7 +115,8 @@ class TokenPlan:
             if got != num_layers:
                 raise ValueError(f"{name}: got {got + 1} counts, allowed: {num_layers + 1} (layers and exit)")
         for tile in self.tiles:
-            _check_falling((shape.tower.num_patches, *(n for pair in tile.layers for n in pair), tile.kept))
+            most = tile.entering if shape.tower.dynamic else shape.tower.num_units
+            _check_falling((most, *(n for pair in tile.layers for n in pair), tile.kept))
         _check_falling(self.decoder)
 
 
@@ -112,11 +127,11 @@ def unreduced(shape: ModelShape) -> TokenPlan:
         shape: of the model.
 
     Returns:
-        All patches in every layer.
+        All units in every layer, of the largest image where the grid follows the image's size.
 
     Source: arXiv:2310.03744.
     """
-    return constant(shape, shape.tower.num_patches)
+    return constant(shape, shape.tower.num_units)
 
 
 def constant(shape: ModelShape, num_visual_tokens: int) -> TokenPlan:
@@ -131,7 +146,7 @@ def constant(shape: ModelShape, num_visual_tokens: int) -> TokenPlan:
 
     Source: arXiv:2402.16363 (LLM-Viewer has a single token count).
     """
-    tower = (shape.tower.num_patches,) * (shape.tower.num_executed + 1)
+    tower = (shape.tower.num_units,) * (shape.tower.num_executed + 1)
     return TokenPlan.whole(tower, (num_visual_tokens,) * (shape.decoder.num_layers + 1))
 
 

@@ -89,6 +89,14 @@ def test_methods_shows_settings(capsys: pytest.CaptureFixture[str]) -> None:
     assert "0.998" in rows["epsilon"]
 
 
+def test_methods_shows_a_control(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods", "downscale"]) == 0
+    printed = capsys.readouterr().out
+    assert "no reduction, the image is shrunk" in printed
+    assert "site     image" in printed
+    assert "arXiv:2510.07143" in printed
+
+
 def test_methods_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     for name in available():
         settings = get(name).settings

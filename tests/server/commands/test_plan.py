@@ -13,7 +13,7 @@ from ficoco_vllm.config import DEFAULT_METHOD, FicocoConfig
 from ficoco_vllm.planning.tower import VisionPlanner
 from ficoco_vllm.planning.tower_shape import TowerShape
 from ficoco_vllm.reduction import available, get
-from ficoco_vllm.reduction.cost import KNOWN_MODELS
+from ficoco_vllm.reduction.cost import KNOWN_MODELS, Device
 from ficoco_vllm.reduction.pipeline import PIPELINES
 from ficoco_vllm.server.commands import plan
 
@@ -61,6 +61,7 @@ def test_the_json_is_stable(capsys: pytest.CaptureFixture[str]) -> None:
         "num_images",
         "dtype",
         "num_patches",
+        "patches_per_token",
         "encoder_tokens",
         "decoder_visual_tokens",
         "mean_visual_tokens",
@@ -107,7 +108,7 @@ def test_what_cannot_be_served_is_said(capsys: pytest.CaptureFixture[str], metho
     assert run(LLAVA_7B, "--method", method, "--keep", "64") == 0
     last = capsys.readouterr().out.splitlines()[-1]
     needs_another_model = method in ("cdpruner", "recoverable", "trim")
-    assert last.startswith(f"A LLaVA cannot serve this: {method} needs the signal") == needs_another_model
+    assert last.startswith(f"No server can run this: {method} needs the signal") == needs_another_model
 
 
 def test_every_method_has_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
@@ -398,6 +399,20 @@ sys.exit(main(["plan", {model!r}, "--method", "ficoco-vl", "--keep", "64", "--js
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["decoder_visual_tokens"][-1] == 64
+
+
+def test_the_cpu_of_this_machine_is_measured(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(where: str) -> Device:
+        return Device(where, 1e11, 2e10, 24e9, 0.0, "measured here")
+
+    monkeypatch.setattr("ficoco_vllm.benchmarks.harness.device.measure", measured)
+    parsed = report(capsys, LLAVA_7B, "--keep", "64", "--device", "cpu")
+    assert (parsed["device"]["name"], parsed["device"]["flops"]) == ("cpu", 1e11)
+    # Not the assumed share of a data sheet's figures.
+    arithmetic = parsed["unreduced"]["decoder_flops"] / 1e11
+    assert parsed["predicted"]["unreduced"]["prefill_seconds"] == pytest.approx(arithmetic, rel=1e-3)
 
 
 def test_device(capsys: pytest.CaptureFixture[str]) -> None:

@@ -89,8 +89,12 @@ def test_figures(capsys: pytest.CaptureFixture[str]) -> None:
         (NEXT_7B, ["--image-size", "0x3"], "image_size: got '0x3'"),
         (NEXT_7B, ["--keep", "577"], "577"),
         (NEXT_7B, ["--images", "0"], "num_images: got 0"),
-        (NEXT_7B, ["--schedule", "11:64"], "schedule: got LAYER:KEEP, allowed with a LLaVA-NeXT"),
-        ("llava-hf/llava-1.5-7b-hf", ["--image-size", "3x3"], "allowed with a LLaVA-NeXT only"),
+        (NEXT_7B, ["--schedule", "11:64"], "schedule: got LAYER:KEEP, allowed with this model"),
+        (
+            "llava-hf/llava-1.5-7b-hf",
+            ["--image-size", "3x3"],
+            "allowed where it decides the number of tokens",
+        ),
     ],
 )
 def test_wrong_input(

