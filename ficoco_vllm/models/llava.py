@@ -20,6 +20,7 @@ from ficoco_vllm.models.reduced_llava import ReducingLlava
 from ficoco_vllm.planning.tower import Budget
 from ficoco_vllm.processing import FicocoMultiModalProcessor, FicocoProcessingInfo
 from ficoco_vllm.request_fields import KEEP, METHOD, TRACE
+from ficoco_vllm.vision.graphs import TowerGraphs
 
 
 def _build_info(ctx: InputProcessingContext) -> BaseLlavaProcessingInfo:
@@ -40,7 +41,7 @@ def _build_processor(
 @MULTIMODAL_REGISTRY.register_processor(
     _build_processor, info=_build_info, dummy_inputs=LlavaDummyInputsBuilder
 )
-class FicocoLlava(ReducingLlava, LlavaForConditionalGeneration):
+class FicocoLlava(TowerGraphs, ReducingLlava, LlavaForConditionalGeneration):
     """vLLM's LLaVA, with reduction of the images whose budget is below the number of patches."""
 
     def embed_multimodal(self, **kwargs: object) -> MultiModalEmbeddings:
@@ -85,8 +86,7 @@ class FicocoLlava(ReducingLlava, LlavaForConditionalGeneration):
         Returns:
             (B, num_tokens, hidden size of the language model).
         """
-        assert self.planner is not None
-        if not self.planner.reduces(budget):
+        if self.planner is None or not self.planner.reduces(budget):
             features = self._image_pixels_to_features(self.vision_tower, pixels)
         else:
             features = self._encode(pixels, self.planner.plan(budget), self._observers(traced)).hidden
