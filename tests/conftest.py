@@ -115,6 +115,14 @@ def random_next(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def random_internvl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An InternVL with random weights, 36 visual tokens in each of up to seven tiles."""
+    from tests.support.random_internvl import build
+
+    return build(tmp_path_factory.mktemp("random-internvl"))
+
+
+@pytest.fixture(scope="session")
 def demo_model() -> Path:
     """The model that ships with the package."""
     from ficoco_vllm.demo_model import path

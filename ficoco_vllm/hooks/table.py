@@ -38,6 +38,13 @@ _OPENAI = "vllm.entrypoints.openai"
 
 HOOKS = (
     Hook(
+        "vllm.config.VllmConfig",
+        "try_verify_and_update_config",
+        "",
+        "refuses our settings for a model that nothing of ours serves",
+        "tests/models/test_verify.py::test_other_models_are_refused",
+    ),
+    Hook(
         _INPUT,
         "process_inputs",
         "request_id prompt params",

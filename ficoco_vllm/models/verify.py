@@ -1,6 +1,7 @@
 """Start-up validation of the settings, which are then stored where processor and workers read them."""
 
 import os
+from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
@@ -8,8 +9,10 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
 from ficoco_vllm.config import NAME, FicocoConfig
+from ficoco_vllm.hooks.wrapping import wrap
+from ficoco_vllm.planning.families import ARCHITECTURES, family, tower_shape
 from ficoco_vllm.planning.tower import VisionPlanner
-from ficoco_vllm.planning.tower_shape import TowerShape
+from ficoco_vllm.planning.tower_shape import IMAGES
 from ficoco_vllm.tracing.worker import QUALIFIED_NAME as TRACING_WORKER
 
 # A child of vLLM's logger, whose handlers and level it shares.
@@ -39,7 +42,8 @@ class FicocoModelConfig(VerifyAndUpdateConfig):
         config = FicocoConfig.parse(values)
         _check_backend(config)
         hf_config = vllm_config.model_config.hf_config
-        shape = TowerShape.from_hf_config(hf_config)
+        _leave_image_settings(vllm_config)
+        shape = tower_shape(hf_config)
         lora = vllm_config.lora_config
         if lora is not None and lora.enable_tower_connector_lora:
             raise ValueError(
@@ -47,6 +51,12 @@ class FicocoModelConfig(VerifyAndUpdateConfig):
                 "tokens from layer to layer; allowed: adapters of the language model"
             )
         planner = VisionPlanner.shared(config, shape)
+        graphs = vllm_config.compilation_config.cudagraph_mm_encoder
+        if planner.active and graphs and not family(hf_config).tower_graphs:
+            raise ValueError(
+                "--compilation-config cudagraph_mm_encoder = True is not allowed with a method of the tower of this "
+                "model: vLLM's graph of the tower knows no reduction; allowed: False"
+            )
         if config.explain:
             _allow_traces(vllm_config)
         # The processor receives the model's configuration only, so the settings travel with it to every process.
@@ -68,6 +78,38 @@ class FicocoModelConfig(VerifyAndUpdateConfig):
             planner.most_keep,
             "an image" if shape.tiling is None or config.keep_per == "image" else "each tile of an image",
         )
+
+
+def hook_unknown_models() -> None:
+    """Make vLLM refuse our settings for a model that nothing of ours serves. Idempotent."""
+    wrap(VllmConfig, "try_verify_and_update_config", _verify)
+
+
+def _verify(original: Any, self: VllmConfig) -> None:
+    original(self)
+    additional, model = self.additional_config, self.model_config
+    if (
+        model is None
+        or model.runner == "draft"
+        or not (isinstance(additional, dict) and additional.get(NAME))
+    ):
+        return
+    if not hasattr(model.hf_config, NAME):
+        raise ValueError(
+            f"ficoco: the architecture {model.architecture!r} cannot be reduced; allowed: {', '.join(ARCHITECTURES)}"
+        )
+
+
+def _leave_image_settings(vllm_config: VllmConfig) -> None:
+    """Put the settings of the image processor that a family counts with where every process finds them."""
+    model = vllm_config.model_config
+    read = family(model.hf_config).image_settings
+    if read is None:
+        return
+    from vllm.transformers_utils.processor import cached_image_processor_from_config
+
+    overrides = model.get_multimodal_config().mm_processor_kwargs or {}
+    setattr(model.hf_config, IMAGES, read(cached_image_processor_from_config(model), overrides))
 
 
 def _check_backend(config: FicocoConfig) -> None:

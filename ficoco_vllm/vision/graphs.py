@@ -18,11 +18,10 @@ is about that of the largest: eight images of the whole tower.
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from vllm.model_executor.models.interfaces import SupportsEncoderCudaGraph
 from vllm.model_executor.models.utils import scatter_output_slices
 from vllm.v1.worker.encoder_cudagraph_defs import (
     EncoderCudaGraphCaptureInputs,
@@ -32,10 +31,11 @@ from vllm.v1.worker.encoder_cudagraph_defs import (
     EncoderItemSpec,
 )
 
+from ficoco_vllm.planning.families import tower_shape
 from ficoco_vllm.planning.server import ServerPlan
 from ficoco_vllm.planning.tower import Budget, VisionPlanner
-from ficoco_vllm.planning.tower_shape import TowerShape
 from ficoco_vllm.request_fields import KEEP, METHOD, TRACE
+from ficoco_vllm.vision.staging import take_items
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -46,8 +46,10 @@ PIXELS = "pixel_values"
 WHOLE = "whole"  # path of the tower without a reduction
 
 
-class TowerGraphs(SupportsEncoderCudaGraph):
-    """vLLM's interface for graphs of the encoder, for a LLaVA whose tower sees the whole image.
+class TowerGraphs:
+    """vLLM's `SupportsEncoderCudaGraph`, for a LLaVA whose tower sees the whole image.
+
+    Not a subclass of it: a protocol has an `__init__` of its own, which comes between those of vLLM's classes.
 
     Attributes:
         planner: of the tower, None unless a method works there.
@@ -55,11 +57,23 @@ class TowerGraphs(SupportsEncoderCudaGraph):
         stopwatch: times the reductions in the tower.
     """
 
+    supports_encoder_cudagraph: ClassVar[Literal[True]] = True
     planner: VisionPlanner | None
     config: Any
     stopwatch: Any
-    _embed: Callable[[Tensor, Budget, dict[int, int]], Tensor]
     embed_multimodal: Callable[..., Any]
+
+    def embed_budget(self, pixels: Tensor, budget: Budget) -> Tensor:
+        """Embed images of one budget, all of which take the same way.
+
+        Args:
+            pixels: (B, 3, height, width).
+            budget: of each image.
+
+        Returns:
+            (B, num_tokens, hidden size of the language model).
+        """
+        raise NotImplementedError
 
     @cached_property
     def graph_budgets(self) -> dict[str, Budget]:
@@ -88,6 +102,10 @@ class TowerGraphs(SupportsEncoderCudaGraph):
             paths={path: EncoderCudaGraphPathConfig() for path in self.graph_budgets},
         )
 
+    def get_input_modality(self, mm_kwargs: dict[str, Any]) -> str:
+        """LLaVA takes images only."""
+        return "image"
+
     def get_max_frames_per_video(self) -> int:
         """LLaVA takes no videos."""
         return 1
@@ -114,7 +132,7 @@ class TowerGraphs(SupportsEncoderCudaGraph):
         """
         if indices == list(range(_count(mm_kwargs))):
             return dict(mm_kwargs)
-        return {name: _take(values, indices) for name, values in mm_kwargs.items()}
+        return {name: take_items(values, indices) for name, values in mm_kwargs.items()}
 
     def prepare_encoder_cudagraph_capture_inputs(
         self,
@@ -173,7 +191,7 @@ class TowerGraphs(SupportsEncoderCudaGraph):
         """
         stopwatch, self.stopwatch = self.stopwatch, None  # an event within a graph holds no time
         try:
-            return self._embed(inputs[PIXELS], self.graph_budgets[path], {}).flatten(0, 1)
+            return self.embed_budget(inputs[PIXELS], self.graph_budgets[path]).flatten(0, 1)
         finally:
             self.stopwatch = stopwatch
 
@@ -241,17 +259,10 @@ class TowerGraphs(SupportsEncoderCudaGraph):
         """Tokens of each image."""
         if PIXELS not in mm_kwargs:
             return [len(embeddings) for embeddings in next(iter(mm_kwargs.values()))]
-        with_cls = TowerShape.from_hf_config(self.config).with_cls
+        with_cls = tower_shape(self.config).with_cls
         return [budget.keep + with_cls for budget in self._budgets(mm_kwargs)]
 
 
 def _count(mm_kwargs: Mapping[str, Any]) -> int:
     """Number of images of a batch."""
     return len(next(iter(mm_kwargs.values())))
-
-
-def _take(values: Any, index: list[int]) -> Any:
-    """Items of a batch, which is a tensor or a list."""
-    if isinstance(values, Tensor):
-        return values[torch.tensor(index, dtype=torch.int64, device=values.device)]
-    return [values[place] for place in index]

@@ -13,6 +13,7 @@ from vllm.exceptions import VLLMValidationError
 from ficoco_vllm.hooks.admission import FrontEnd
 from ficoco_vllm.hooks.unread_field import READ
 from ficoco_vllm.hooks.wrapping import wrap
+from ficoco_vllm.kv.admission import visual_range
 from ficoco_vllm.metrics.families import count_refusal
 from ficoco_vllm.metrics.savings import Account, Accountant
 from ficoco_vllm.processing import BUDGET, SIZES
@@ -192,7 +193,7 @@ class FieldApplier:
     def _account(self, request: Any, prompt: Mapping[str, Any]) -> Account | None:
         """Savings of a rendered prompt; None without images."""
         places = (prompt.get("mm_placeholders") or {}).get("image", ())
-        images = [(place.offset, place.length) for place in places]
+        images = [visual_range(place) for place in places]
         if not images:
             return None
         extra_args = dict(_mapping(request, _DECODER_FIELD))

@@ -1,7 +1,6 @@
 """A reducing tower and a reducing decoder layer from end to end, once with the Triton kernels and once without."""
 
 from importlib import import_module
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from ficoco_vllm.planning.decoder import DecoderPlanner
 from ficoco_vllm.planning.tower import Budget, VisionPlanner
 from ficoco_vllm.planning.tower_shape import TowerShape
 from ficoco_vllm.vision import attention
-from ficoco_vllm.vision.tower import encode
+from ficoco_vllm.vision.tower import Tower, encode
 from tests.kernels.conftest import DEVICE, needs_triton
 
 # Rounding of sums in another order, carried through the layers; a choice that differs is off by about 1.
@@ -79,6 +78,16 @@ class Layer(nn.Module):
         return output
 
 
+class Embedded(Tower):
+    """A tower whose images are patches already."""
+
+    def __init__(self, layers: list[Layer]) -> None:
+        self.layers = layers
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        return pixels
+
+
 @pytest.mark.parametrize(
     ("method", "settings", "ops"),
     [
@@ -113,7 +122,7 @@ def test_tower(
     torch.manual_seed(0)
     pixels = torch.randn(2, 26, WIDTH, device=DEVICE)
     layers = [Layer().to(DEVICE) for _ in range(3)]
-    tower: Any = SimpleNamespace(layers=layers, embed=lambda x: x)
+    tower = Embedded(layers)
     shape = TowerShape(grid=(5, 5), num_layers=3, num_executed_layers=3, with_cls=False)
     result = {}
     with torch.inference_mode():

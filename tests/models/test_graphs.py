@@ -136,13 +136,13 @@ def test_reductions_in_graphs_are_not_timed(
 ) -> None:
     """An event that a capture records cannot be read."""
     seen = []
-    stopwatch, embed = model.stopwatch, model._embed
+    stopwatch, embed = model.stopwatch, model.embed_budget
 
     def embedded(*given: Any) -> Any:
         seen.append(model.stopwatch)
         return embed(*given)
 
-    monkeypatch.setattr(model, "_embed", embedded)
+    monkeypatch.setattr(model, "embed_budget", embedded)
     manager.capture((0, 0))
     assert seen
     assert not any(seen)

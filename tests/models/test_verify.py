@@ -76,6 +76,13 @@ def test_refused(
         assert part in str(caught.value)
 
 
+def test_graphs_of_the_tower_where_they_know_the_reduction(random_llava: Path, random_next: Path) -> None:
+    graphs = {"compilation_config": {"cudagraph_mm_encoder": True}}
+    configure(random_llava, {"keep": 64}, **graphs)
+    with pytest.raises(ValueError, match="cudagraph_mm_encoder = True is not allowed"):
+        configure(random_next, {"keep": 64}, **graphs)
+
+
 @pytest.mark.parametrize(
     ("section", "field", "value", "part"),
     [
@@ -98,3 +105,15 @@ def test_other_towers_are_refused(
     with pytest.raises(ValueError) as caught:  # noqa: PT011 (the message is what is tested)
         configure(folder, {"keep": 64})
     assert part in str(caught.value)
+
+
+def test_other_models_are_refused(random_llava: Path, tmp_path: Path) -> None:
+    """A language model alone, which vLLM would serve without a reduction."""
+    config = json.loads((random_llava / "config.json").read_text())["text_config"]
+    folder = shutil.copytree(random_llava, tmp_path / "model")
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match="'LlamaForCausalLM' cannot be reduced; allowed: LlavaForConditional"
+    ):
+        configure(folder, {"keep": 64})
+    configure(folder, None)
