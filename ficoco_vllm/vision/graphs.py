@@ -1,9 +1,9 @@
 """CUDA graphs of the tower, captured and replayed by vLLM's encoder graphs.
 
-A reduction is ten launches in each of twelve layers, and a GPU runs the work of a single image faster than a host
-launches it. With `cudagraph_mm_encoder` in vLLM's `--compilation-config`, the tower and the projector of each budget
-that the server names are captured once for 1, 2, 4 and 8 images; a replay is one launch. All other budgets and traced
-images run eagerly, in the same step.
+A layer is twelve launches and a reduction of FiCoCo-V eight more, and a GPU runs the work of a single image faster than a
+host launches it. With `cudagraph_mm_encoder` in vLLM's `--compilation-config`, the tower and the projector of each
+budget that the server names are captured once for 1, 2, 4 and 8 images; a replay is one launch. All other budgets and
+traced images run eagerly, in the same step.
 
 vLLM's manager packs the images of a step by tokens and captures one graph for each token budget. Two things of it make
 room for budgets: a *path*, of which an image may take one and leave out the others, is a budget here; and the tokens
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 # Images of the largest graph; with more, the arithmetic takes longer than the launches.
 MOST_IMAGES = 8
+MOST_CONFIGURED = 32
 PIXELS = "pixel_values"
 WHOLE = "whole"  # path of the tower without a reduction
 
@@ -154,7 +155,15 @@ class TowerGraphs:
             dtype: of the tower.
             path: of a budget.
             axis_keys: not used.
+
+        Raises:
+            ValueError: so many images would take the memory of the KV cache; vLLM's option counts tokens elsewhere.
         """
+        if token_budget > MOST_CONFIGURED:
+            raise ValueError(
+                f"encoder_cudagraph_token_budgets: {token_budget} is not allowed; allowed: numbers of images from 1 to "
+                f"{MOST_CONFIGURED}"
+            )
         side = self.config.vision_config.image_size
         images = torch.zeros((token_budget, 3, side, side), device=device, dtype=dtype)
         return EncoderCudaGraphCaptureInputs({PIXELS: images})

@@ -62,8 +62,8 @@ def test_scores(dtype: torch.dtype, hard: Hardship, backend: Backend) -> None:
     lse, _ = kernels.softmax_stats(q, k, SCALE, backend=backend)
     exact = reference.log_sum_exp(query, key, SCALE)
     torch.testing.assert_close(lse.double().cpu(), exact, rtol=2**-21, atol=atol)
-    to_cls, from_cls, keys = kernels.cls_scores(q, k, lse, SCALE, with_keys=True, backend=backend)
-    torch.testing.assert_close(to_cls.double().cpu(), expected[:, :, 0], rtol=0, atol=2 * atol)
+    to_others, from_cls, keys = kernels.cls_scores(q, k, lse, SCALE, with_keys=True, backend=backend)
+    torch.testing.assert_close(to_others.cpu(), 1.0 - expected[:, :, 0], rtol=0, atol=2 * atol)
     torch.testing.assert_close(from_cls.double().cpu(), expected[:, 0], rtol=0, atol=2 * atol)
     # A sum of H halves in single precision.
     torch.testing.assert_close(keys.double().cpu(), key.double().mean(1), rtol=2**-22, atol=2**-22)
@@ -78,10 +78,10 @@ def test_a_sink_leaves_the_others_their_order(dtype: torch.dtype, backend: Backe
     query, key = heads(dtype, sink)
     q, k = query.to(DEVICE), key.to(DEVICE)
     lse, _ = kernels.softmax_stats(q, k, SCALE, backend=backend)
-    to_cls, from_cls, _ = kernels.cls_scores(q, k, lse, SCALE, backend=backend)
+    to_others, from_cls, _ = kernels.cls_scores(q, k, lse, SCALE, backend=backend)
     position = torch.arange(N - 1, device=DEVICE).expand(B, -1)
     scores = kernels.filter_scores(
-        1.0 - to_cls[:, 1:].double(),
+        to_others[:, 1:],
         from_cls[:, 1:],
         0.35,
         position=position,

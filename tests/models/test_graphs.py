@@ -155,6 +155,13 @@ def test_a_budget_that_cannot_be_met_is_named(model: Any, monkeypatch: pytest.Mo
         model.get_encoder_cudagraph_config()
 
 
+def test_budgets_of_vllm_count_images(model: Any) -> None:
+    with pytest.raises(ValueError, match="4096 is not allowed; allowed: numbers of images from 1 to 32"):
+        model.prepare_encoder_cudagraph_capture_inputs(
+            4096, 8, 0, torch.device("cpu"), torch.float32, "whole"
+        )
+
+
 @pytest.mark.parametrize(("tokens", "most"), [(16384, 8), (1200, 2), (100, 1)])
 def test_a_graph_holds_no_more_than_a_step(model: Any, tokens: int, most: int) -> None:
     config: Any = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_batched_tokens=tokens))

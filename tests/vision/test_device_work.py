@@ -37,7 +37,7 @@ BUDGET = {
     "best": 22,
     "divprune": 16,
     "evit": 18,
-    "ficoco-v": 10,
+    "ficoco-v": 8,
     "prumerge": 32,
     "prumerge-plus": 67,
     "random": 21,
