@@ -1,7 +1,7 @@
 """CUDA graphs of the tower, captured and replayed by vLLM's encoder graphs.
 
-A layer is twelve launches and a reduction of FiCoCo-V eight more, and a GPU runs the work of a single image faster than a
-host launches it. With `cudagraph_mm_encoder` in vLLM's `--compilation-config`, the tower and the projector of each
+A layer is twelve launches and a reduction of FiCoCo-V eight more, and a GPU runs the work of a single image faster than
+a host launches it. With `cudagraph_mm_encoder` in vLLM's `--compilation-config`, the tower and the projector of each
 budget that the server names are captured once for 1, 2, 4 and 8 images; a replay is one launch. All other budgets and
 traced images run eagerly, in the same step.
 
