@@ -124,7 +124,7 @@ def test_traced_images_and_embeddings_run_eagerly(model: Any, manager: EncoderCu
     traced = manager.execute({**given, "ficoco_trace": torch.tensor([7, 8])})
     for one, other in zip(traced, model.embed_multimodal(**given), strict=True):
         torch.testing.assert_close(one, other, atol=CLOSE, rtol=0)
-    assert model.traces.take(7) is not None
+    assert model.traces.take(7)
     model.traces.take(8)
     embeddings = torch.randn(2, 64, model.config.text_config.hidden_size)
     assert torch.equal(torch.stack(manager.execute({"image_embeds": embeddings})), embeddings)
