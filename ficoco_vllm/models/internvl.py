@@ -27,6 +27,7 @@ from ficoco_vllm.planning.families.internvl import SIDE_OF_UNIT, Mosaic
 from ficoco_vllm.processing import ReducingInfo, ReducingProcessor, reducible
 from ficoco_vllm.vision.staging import take_items
 from ficoco_vllm.vision.tower import Tower
+from ficoco_vllm.vision.units import by_units
 
 
 @dataclass(frozen=True)
@@ -99,28 +100,12 @@ class InternTower(Tower):
     def embed(self, pixels: Tensor) -> Tensor:
         """See `Tower`. A unit's patches are in raster order, as the pixel shuffle joins them."""
         hidden, _ = self.tower.embeddings(pixels)
-        return torch.cat([hidden[:, :1], by_units(hidden[:, 1:], self.grid)], dim=1)
+        return torch.cat([hidden[:, :1], by_units(hidden[:, 1:], self.grid, SIDE_OF_UNIT)], dim=1)
 
     def finish(self, hidden: Tensor) -> Tensor:
         """See `Tower`."""
         output: Tensor = self.tower.layernorm(hidden)
         return output
-
-
-def by_units(patches: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Order patches unit by unit.
-
-    Args:
-        patches: (B, N, D) in raster order.
-        grid: rows and columns of units.
-
-    Returns:
-        (B, N, D).
-    """
-    B, N, D = patches.shape
-    rows, columns = grid
-    blocks = patches.view(B, rows, SIDE_OF_UNIT, columns, SIDE_OF_UNIT, D)
-    return blocks.transpose(2, 3).reshape(B, N, D)
 
 
 class InternVLProcessingInfo(ReducingInfo, InternS1ProcessingInfo):

@@ -287,8 +287,8 @@ def _check_tiles(config: FicocoConfig, shape: TowerShape) -> None:
     schedule = config.tower_part(shape.num_units).settings.get("schedule")
     if schedule is not None and not isinstance(schedule, str):
         raise ValueError(
-            f"ficoco.schedule = {schedule!r} is not allowed with LLaVA-NeXT, whose tiles begin with different numbers "
-            "of patches; allowed: a schedule by name"
+            f"ficoco.schedule = {schedule!r} is not allowed with images in tiles, whose numbers of tokens differ; "
+            "allowed: a schedule by name"
         )
 
 

@@ -1,4 +1,4 @@
-"""Signals of units: those of their patches, pooled."""
+"""Units: their order, and their signals, which are those of their patches, pooled."""
 
 from dataclasses import dataclass
 
@@ -7,6 +7,22 @@ from torch import Tensor
 
 from ficoco_vllm.reduction.signals import AttentionMap, via_text
 from ficoco_vllm.vision.attention import ClipHeads
+
+
+def by_units(patches: Tensor, grid: tuple[int, int], side: int) -> Tensor:
+    """Order patches unit by unit, within a unit row by row.
+
+    Args:
+        patches: (B, N, D) in raster order.
+        grid: rows and columns of units.
+        side: rows and columns of patches of a unit.
+
+    Returns:
+        (B, N, D).
+    """
+    B, N, D = patches.shape
+    rows, columns = grid
+    return patches.view(B, rows, side, columns, side, D).transpose(2, 3).reshape(B, N, D)
 
 
 @dataclass(frozen=True)

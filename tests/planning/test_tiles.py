@@ -136,7 +136,7 @@ def test_shares() -> None:
     [
         ({"keep": 577}, r"ficoco.keep = 577 is not allowed; allowed: an integer from 1 to 576"),
         ({"keep": 2881, "keep_per": "image"}, r"allowed: an integer from 1 to 2880"),
-        ({"keep": 564, "schedule": [1] * 12}, r"ficoco.schedule = \[1, .*not allowed with LLaVA-NeXT"),
+        ({"keep": 564, "schedule": [1] * 12}, r"ficoco.schedule = \[1, .*not allowed with images in tiles"),
         ({"method": "ficoco-vl", "encoder": {"keep_per": "image"}}, r"ficoco.encoder.keep_per = 'image'"),
         ({"method": "ficoco-l", "keep_per": "image"}, r"keep_per = 'image' is for the tower"),
         ({"keep": 64, "keep_per": "row"}, r"ficoco.keep_per = 'row' is not allowed"),

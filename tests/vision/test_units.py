@@ -15,7 +15,7 @@ from ficoco_vllm.planning.tower_shape import TowerShape
 from ficoco_vllm.reduction import Observation
 from ficoco_vllm.vision.attention import ClipHeads, attention_with_lse
 from ficoco_vllm.vision.tower import Tower, encode, run_whole
-from ficoco_vllm.vision.units import UnitHeads
+from ficoco_vllm.vision.units import UnitHeads, by_units
 from tests.reference.internvl import ReferenceInternVL
 from tests.support.random_internvl import MOST_TILES, TILE, UNITS
 
@@ -90,14 +90,7 @@ class HfTower(Tower):
         """See `Tower`."""
         hidden = self.tower.embeddings(pixels)
         hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-        order = [
-            1 + (2 * row + down) * 2 * SIDE + 2 * column + right
-            for row in range(SIDE)
-            for column in range(SIDE)
-            for down in (0, 1)
-            for right in (0, 1)
-        ]
-        return hidden[:, [0, *order]]
+        return torch.cat([hidden[:, :1], by_units(hidden[:, 1:], (SIDE, SIDE), 2)], dim=1)
 
     def finish(self, hidden: Tensor) -> Tensor:
         """See `Tower`."""
