@@ -32,7 +32,7 @@ GRID, WIDTH, H, d = (24, 24), 64, 2, 32
 # Launches of a tower that reduces nothing: positions and sizes at its start, two residual sums in the last layer, and
 # its heads' outputs side by side.
 OTHERS = Counter({"arange": 1, "new_ones": 1, "add": 2, "reshape": 1})
-# Launches of one reduction. Two more compute the normalisers, where the attention returns none.
+# Launches of one reduction. Three more compute the normalisers, where the attention returns none.
 BUDGET = {
     "best": 22,
     "divprune": 16,
@@ -41,10 +41,10 @@ BUDGET = {
     "prumerge": 32,
     "prumerge-plus": 67,
     "random": 21,
-    "spatial-pool": 59,
-    "tome": 41,
+    "spatial-pool": 61,
+    "tome": 45,
     "topk-cls": 9,
-    "turbo": 43,
+    "turbo": 46,
     "visionzip": 59,
 }
 
@@ -114,12 +114,12 @@ def test_every_served_method_has_a_budget() -> None:
     assert set(BUDGET) == set(VisionPlanner.shared(FicocoConfig.parse({"method": "tome"}), shape).methods)
 
 
-def test_normalisers_cost_two_launches(recorded: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_normalisers_cost_three_launches(recorded: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
     totals = []
     for handed_out in (True, False):
         recorded.clear()
         totals.append((work("ficoco-v", handed_out, monkeypatch).launches + recorded).total())
-    assert totals[1] == totals[0] + 2
+    assert totals[1] == totals[0] + 3
 
 
 @pytest.mark.parametrize("wait", [lambda x: x[0, 0].item(), lambda x: x[x > 0], lambda x: x.tolist()])
