@@ -27,7 +27,7 @@ RUNTIME := $(VENV)/.installed
 DEV     := $(VENV)/.installed-dev
 
 .PHONY: help install serve test test-long test-kernels check format lint types imports kernels-aot bench-kernels bench-ttft bench-gpu \
-    bench-efficiency bench-concurrency soak soak-engine bench-metrics bench-elastic bench-load bench-cpu-mode \
+    bench-efficiency bench-concurrency soak soak-engine bench-metrics bench-elastic bench-load bench-cpu-mode bench-precision \
     bench-accuracy bench-accuracy-decoder bench-smoke figures screenshots lmms dist release-check container-check \
     charts-check ray-check compat docs clean
 
@@ -105,6 +105,9 @@ bench-ttft: $(DEV)  ## time to first token at LLaVA-1.5-7B's width, stock and re
 # On a GPU host `python -m ficoco_vllm.benchmarks.gpu` in the environment of `pip install ".[gpu,bench]"`.
 bench-gpu:  ## on a GPU host: answers, kernels, tower, serving against stock vLLM; PYTHON is that of the environment
 	@$(PYTHON) -m ficoco_vllm.benchmarks.gpu $(ARGS)
+
+bench-precision: $(DEV)  ## kept tokens and log-probabilities in half precision and with an fp8 KV cache, against float64
+	@$(BIN)/python -m ficoco_vllm.benchmarks.precision $(ARGS)
 
 bench-efficiency: $(DEV)  ## the rows of the paper's Tables 8 and 9 on whole models: bfloat16, INT8, INT4; none, V, L, VL
 	@$(BIN)/python -m ficoco_vllm.benchmarks.efficiency $(ARGS)

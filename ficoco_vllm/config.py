@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -52,6 +52,8 @@ class FicocoConfig(BaseModel):
         encoder: for a method that reduces twice: `keep` and settings of its part in the tower.
         backend: implementation of the fused ops: "triton", "torch", or "auto": Triton on a GPU and torch elsewhere. A
             named implementation never falls back to another.
+        graph_budgets: budgets whose tower is captured as CUDA graphs beside the default budget's, where vLLM's
+            `cudagraph_mm_encoder` is on.
         metrics: whether `/metrics` reports the reduction's savings and costs.
         explain: whether a request may request a trace of its reduction, for the viewer.
     """
@@ -70,6 +72,7 @@ class FicocoConfig(BaseModel):
     rounding: int = Field(default=1, ge=1, strict=True)
     encoder: dict[str, Any] = Field(default_factory=dict)
     backend: Backend = "auto"
+    graph_budgets: tuple[Annotated[int, Field(ge=1, strict=True)], ...] = ()
     metrics: bool = Field(default=True, strict=True)
     explain: bool = Field(default=False, strict=True)
 
@@ -83,7 +86,7 @@ class FicocoConfig(BaseModel):
         loose = {key: value for key, value in values.items() if key not in cls.model_fields}
         if loose:
             fields["settings"] = {**fields.get("settings", {}), **loose}
-        general = ("backend", "metrics", "explain", "keep_per", "windows", "rounding")
+        general = ("backend", "graph_budgets", "metrics", "explain", "keep_per", "windows", "rounding")
         about_method = [value for key, value in fields.items() if key not in general]
         if any(value not in (None, {}) for value in about_method) and fields.get("method") is None:
             fields["method"] = SETTINGS_METHOD if fields.get("settings") else DEFAULT_METHOD

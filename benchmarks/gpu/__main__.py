@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.util import find_spec
@@ -29,7 +29,7 @@ from typing import Any
 from ficoco_vllm import demo_model
 from ficoco_vllm.benchmarks.gpu import worker
 from ficoco_vllm.benchmarks.harness import device, model
-from ficoco_vllm.benchmarks.harness.engine import IN_PROCESS, bench_engine, remote
+from ficoco_vllm.benchmarks.harness.engine import DECODE_GRAPHS, IN_PROCESS, Remote, bench_engine, remote
 from ficoco_vllm.benchmarks.harness.results import Bar, at_most, environment, make_parser, report, write
 from ficoco_vllm.benchmarks.harness.rounds import spread, take_turns
 from ficoco_vllm.benchmarks.ttft import worker as ttft
@@ -38,6 +38,7 @@ from ficoco_vllm.benchmarks.ttft.kinds import (
     ENCODER_KINDS,
     KINDS,
     NUM_TEXT_TOKENS,
+    PATCHES,
     SMALLEST,
     STOCK,
     Kind,
@@ -48,9 +49,12 @@ from ficoco_vllm.reduction.cost import Device, ModelShape, Times, model_shape, p
 from ficoco_vllm.reduction.cost.memory import num_parameters, to_bytes
 from ficoco_vllm.reduction.cost.roofline import MEMORY_SHARE
 
+# Our class with the whole tower, which graphs replay as they replay the reducing ones: stock's own is launched.
+NO_METHOD = Kind("no-method", {}, PATCHES)
 # Engines that are compared, with the rows that each of them serves.
 ENGINES: Sequence[Sequence[Kind]] = (
     (STOCK,),
+    (NO_METHOD,),
     tuple(kind for kind in ENCODER_KINDS if kind.keep in (576, 192, 64)),
     *((kind,) for kind in DECODER_KINDS if not kind.name.endswith("one-shot")),
 )
@@ -138,7 +142,7 @@ def _serving_bars(rows: Mapping[str, Mapping[str, Any]], num_requests: int) -> I
         return
     stock = rows["stock"]
     for name, row in rows.items():
-        if KINDS[name].keep != SMALLEST:
+        if name == NO_METHOD.name or KINDS[name].keep != SMALLEST:
             continue
         measured = stock["ttft_seconds"]["median"] / row["ttft_seconds"]["median"]
         predicted = stock["predicted"]["ttft_seconds"] / row["predicted"]["ttft_seconds"]
@@ -148,9 +152,9 @@ def _serving_bars(rows: Mapping[str, Mapping[str, Any]], num_requests: int) -> I
         yield Bar(f"gpu-throughput-{name}-of-roofline", measured / predicted, 0.9)
         planned = min(num_requests, row["predicted"]["num_concurrent"])
         yield Bar(f"gpu-concurrent-{name}-of-plan", row["num_running"] / planned, 0.95)
-    tower = rows[f"keep-{SMALLEST}"]
+    tower, whole = rows[f"keep-{SMALLEST}"], rows.get(NO_METHOD.name, stock)
     for which, limit in (("tower_seconds", 1.05), ("tower_batch_seconds", 1.0)):
-        share = tower[which]["median"] / stock[which]["median"]
+        share = tower[which]["median"] / whole[which]["median"]
         yield at_most(f"gpu-{which.replace('_', '-')}-over-stock", share, limit)
 
 
@@ -183,10 +187,10 @@ def _serving(args: argparse.Namespace, ceilings: Device) -> Iterator[dict[str, d
     rows: dict[str, dict[str, Any]] = {}
     with _model(args) as (path, options):
         for kinds in ENGINES:
-            with bench_engine(path, kinds[0].settings, **options) as engine:
+            with _engine(path, kinds, options) as (engine, has_graphs):
                 for kind in kinds:
                     # A method of the decoder takes its budget from the server's settings.
-                    keep = None if kind.in_decoder or kind.settings is None else kind.keep
+                    keep = None if kind.in_decoder or not kind.settings else kind.keep
                     times = _predicted(_shape(path), kind, ceilings, args)
                     asks = {
                         kind.name: partial(engine.call, ttft.measure, keep, 1),
@@ -201,12 +205,30 @@ def _serving(args: argparse.Namespace, ceilings: Device) -> Iterator[dict[str, d
                         "ttft_seconds": spread([one["ttft_seconds"] for one in samples[kind.name]]),
                         "tower_seconds": spread([one["tower_seconds"] for one in samples[kind.name]]),
                         "tower_batch_seconds": spread([one["tower_seconds"] for one in samples["batch"]]),
+                        "tower_graphs": has_graphs,
                         "num_prompt_tokens": samples[kind.name][0]["num_prompt_tokens"],
                         "predicted": {**asdict(times), "ttft_seconds": times.ttft_seconds},
                         **loads[-1],  # the first one warms up
                     }
                     print(kind.name, rows[kind.name], flush=True)
                     yield rows
+
+
+@contextmanager
+def _engine(path: str, kinds: Sequence[Kind], options: Mapping[str, Any]) -> Iterator[tuple[Remote, bool]]:
+    """The engine of some rows, on a GPU with graphs of the tower, unless it fails to start with them."""
+    settings = kinds[0].settings and {**kinds[0].settings, "graph_budgets": [kind.keep for kind in kinds]}
+    with ExitStack() as stack:
+        if device.name() == "cuda":
+            graphs = {"compilation_config": {**DECODE_GRAPHS, "cudagraph_mm_encoder": True}}
+            try:
+                engine = stack.enter_context(bench_engine(path, settings, **options, **graphs))
+            except RuntimeError as error:
+                print(f"{kinds[0].name}: no graphs of the tower: {error}", file=sys.stderr)
+            else:
+                yield engine, settings is not None
+                return
+        yield stack.enter_context(bench_engine(path, settings, **options)), False
 
 
 def _steps(args: argparse.Namespace, ceilings: Device) -> Iterator[dict[str, float]]:
@@ -247,7 +269,7 @@ def _shape(path: str) -> ModelShape:
 def _predicted(shape: ModelShape, kind: Kind, ceilings: Device, args: argparse.Namespace) -> Times:
     """The roofline's times of one row, with the memory of the benchmark's KV cache."""
     plan = unreduced(shape)
-    if kind.settings is not None:
+    if kind.settings:
         config = FicocoConfig.model_validate({**kind.settings, "keep": kind.keep})
         plan = ServerPlan.for_model(config, shape).image_tokens()
     memory = (to_bytes(num_parameters(shape), "fp16") + args.kv_gib * 2**30) / MEMORY_SHARE

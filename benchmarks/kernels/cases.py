@@ -53,10 +53,10 @@ def tower(B: int, dtype: torch.dtype, device: str, backend: Backend) -> list[Cas
         return kernels.softmax_stats(*qk, layer.scale, backend=backend)[0]
 
     def scores(lse: Tensor) -> tuple[Tensor, ...]:
-        to_cls, from_cls, _ = kernels.cls_scores(*qk, lse, layer.scale, backend=backend)
+        to_others, from_cls, _ = kernels.cls_scores(*qk, lse, layer.scale, backend=backend)
         index: dict[str, Any] = {"row_index": layer.source, "column_index": layer.target}
         correlation = kernels.attention_block(*qk, lse, layer.scale, **index, backend=backend)
-        return 1 - to_cls[:, 1:], from_cls[:, 1:], correlation
+        return to_others[:, 1:], from_cls[:, 1:], correlation
 
     def obvious() -> tuple[Tensor, ...]:
         return naive.tower_scores(*qk, layer.scale, layer.source, layer.target)

@@ -143,7 +143,7 @@ def _of_layer(shape: Shape, B: int, dtype: torch.dtype, device: str) -> list[Wor
         size, position = torch.ones((B, P), device=device), layer.per_item(torch.arange(P))
         add(
             "cls_scores",
-            2 * N * row_bytes + 4 * B * N * (H + 2),
+            2 * N * row_bytes + 4 * B * N * (H + 3),
             4 * B * H * N * d,
             lambda: triton_cls.cls_scores(query, key, lse, scale, None, False, H),
         )

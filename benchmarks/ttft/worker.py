@@ -45,7 +45,8 @@ def _stopwatch(engine: Any, stock: bool) -> Iterator[dict[str, float]]:
     The reduction is everything that a stock tower does not do: scores from queries and keys, selection, merge. A GPU's
     work is timed by events in its stream; on a CPU a call has finished when it returns.
     """
-    model = worker_of(engine).model_runner.get_model()
+    runner = worker_of(engine).model_runner
+    model = runner.get_model()
     spans: dict[str, list[Callable[[], float]]] = {"tower": [], "reduction": [], "decoder_reduction": []}
     seconds = dict.fromkeys(spans, 0.0)
 
@@ -66,6 +67,10 @@ def _stopwatch(engine: Any, stock: bool) -> Iterator[dict[str, float]]:
 
         patches += [(reducing, "encode", "tower"), (tower, "_reduce", "reduction")]
         patches += [(decoder, "reduce_rows", "decoder_reduction")]
+    # A replayed graph calls none of these; it holds the projector, too.
+    encoder = getattr(getattr(runner, "model_state", None), "encoder_runner", None)
+    if (manager := getattr(encoder, "cudagraph_manager", None)) is not None:
+        patches.append((manager, "_run_budget_graph", "tower"))
     with ExitStack() as stack:
         for owner, name, key in patches:
             stack.enter_context(patch.object(owner, name, timed(getattr(owner, name), key)))

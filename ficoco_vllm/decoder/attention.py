@@ -18,6 +18,7 @@ from ficoco_vllm.decoder.boundary import ImageGroup, Index
 from ficoco_vllm.kernels import Backend
 from ficoco_vllm.reduction.logits import LogitMap, mean_logits
 from ficoco_vllm.reduction.signals import AttentionMap, via_text
+from ficoco_vllm.vision.staging import to_device_together
 
 
 @dataclass(frozen=True)
@@ -87,16 +88,18 @@ class ImageAttention:
         length = group.text_place[:, -1:] + 1 - first  # the text is padded on the left and ends the window
         place = np.minimum(np.arange(int(length.max())), length - 1) + first
         row = group.visual[:, :1] - group.visual_place[:, :1]
-        self.query = _take(heads.query, row + place, device)
-        self.context_key = _take(heads.context_key, group.context, device)
-        self.key = _take(heads.key, group.visual, device)
-        self.visual_query = _take(heads.query, group.visual, device) if visual else None
+        text = np.where(group.has_text, group.text_place - first, -1)
+        arrays = [row + place, group.context, group.visual, group.visual_place, text]
+        arrays += [first[:, 0], length[:, 0], group.visual_place - first]
+        query, context, tokens, self.visual_place, self.text_index, *rest = to_device_together(arrays, device)
+        self.query = _take(heads.query, arrays[0], query)
+        self.context_key = _take(heads.context_key, group.context, context)
+        self.key = _take(heads.key, group.visual, tokens)
+        self.visual_query = _take(heads.query, group.visual, tokens) if visual else None
         # Whole prompts need no offset, so that fully masked tiles are skipped on any device.
-        self.first = torch.from_numpy(first[:, 0]).to(device) if first.any() else None
-        self.length = torch.from_numpy(length[:, 0]).to(device)
-        self.text_index = torch.from_numpy(np.where(group.has_text, group.text_place - first, -1)).to(device)
-        self.visual_place = torch.from_numpy(group.visual_place).to(device)
-        self.visual_index = torch.from_numpy(group.visual_place - first).to(device) if visual else None
+        self.first = rest[0] if first.any() else None
+        self.length = rest[1]
+        self.visual_index = rest[2] if visual else None
 
     def text_attention(self) -> Tensor:
         """Head-mean attention of the text after each image to its tokens.
@@ -267,10 +270,10 @@ def _heads_and_size(values: Tensor) -> tuple[int, int, int]:
     return values.shape[1], -1, values.shape[3]
 
 
-def _take(values: Tensor, rows: Index, device: torch.device) -> Tensor:
-    """Rows (B, H, S, d) of (tokens, H, d); a view for one image whose rows are contiguous."""
+def _take(values: Tensor, rows: Index, index: Tensor) -> Tensor:
+    """Rows (B, H, S, d) of (tokens, H, d), on the host and on the device; a view for an image of contiguous rows."""
     if len(rows) == 1:
         start, length = int(rows[0, 0]), rows.shape[1]
         if np.array_equal(rows[0], np.arange(start, start + length)):
             return values[start : start + length].transpose(0, 1)[None]
-    return values[torch.from_numpy(rows).to(device)].transpose(1, 2)
+    return values[index].transpose(1, 2)

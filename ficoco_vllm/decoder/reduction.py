@@ -10,6 +10,7 @@ from ficoco_vllm.decoder.attention import DecoderHeads, ImageAttention
 from ficoco_vllm.decoder.boundary import Boundary, ImageGroup
 from ficoco_vllm.planning.decoder import DecoderPlanner
 from ficoco_vllm.reduction import Observer, Reducer, Signals
+from ficoco_vllm.vision.staging import to_device, to_device_together
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,13 @@ def reduce_rows(
     Source: arXiv:2411.17686, Alg. 2.
     """
     device = rows.hidden.device
-    source = torch.from_numpy(boundary.source).to(device)
+    indices = [boundary.source, *(index for group in boundary.groups for index in (group.visual, group.kept))]
+    source, *of_groups = to_device_together(indices, device)
     merged = []
-    for group in boundary.groups:
+    for group, visual, kept in zip(boundary.groups, of_groups[::2], of_groups[1::2], strict=True):
         observer = observer_of and observer_of(group)
-        index, tokens, size = _reduce_group(rows, heads, group, planner.reducer(group.method), grid, observer)
-        kept = torch.from_numpy(group.kept).to(device)
+        reducer = planner.reducer(group.method)
+        index, tokens, size = _reduce_group(rows, heads, group, visual, reducer, grid, observer)
         source[kept] = index
         merged.append((kept, tokens, size))
     hidden, sizes = rows.hidden[source], rows.size[source]
@@ -70,6 +72,7 @@ def _reduce_group(
     rows: Rows,
     heads: DecoderHeads,
     group: ImageGroup,
+    visual: Tensor,
     reducer: Reducer,
     grid: tuple[int, int],
     observer: Observer | None,
@@ -79,8 +82,6 @@ def _reduce_group(
     Returns:
         (B, K) int64 rows that the kept tokens come from, their hidden states (B, K, D) and sizes (B, K).
     """
-    device = rows.hidden.device
-    visual = torch.from_numpy(group.visual).to(device)
     N = visual.shape[1]
     signals = _measure(rows, heads, group, visual, reducer, grid)
     num_removed = N - group.kept.shape[1]
@@ -103,7 +104,7 @@ def _measure(
     images = ImageAttention(heads, group, "visual_attention" in needed, logits)
     text_features = None
     if "text_features" in needed:
-        text_features = rows.hidden[torch.from_numpy(group.text).to(visual.device)]
+        text_features = rows.hidden[to_device(group.text, visual.device)]
     B, N = visual.shape
     return Signals(
         text_attention=images.text_attention() if "text_attention" in needed else None,

@@ -18,7 +18,7 @@ MODELS = (LlavaForConditionalGeneration, LlavaNextForConditionalGeneration)
 # Its `generate` encodes images once, and its masks follow the length of a layer's cache.
 OLDEST = (5, 19)
 # Settings of a server that mean nothing here.
-_OF_SERVERS = ("metrics", "explain")
+_OF_SERVERS = ("metrics", "explain", "graph_budgets")
 _ATTRIBUTE = "_ficoco"
 _applying = Lock()
 

@@ -22,9 +22,10 @@ from vllm.multimodal.processing import (
     PromptUpdateDetails,
 )
 
-from ficoco_vllm.models.reducing import ReducingModel, take_items
+from ficoco_vllm.models.reducing import ReducingModel
 from ficoco_vllm.planning.families.internvl import SIDE_OF_UNIT, Mosaic
 from ficoco_vllm.processing import ReducingInfo, ReducingProcessor, reducible
+from ficoco_vllm.vision.staging import take_items
 from ficoco_vllm.vision.tower import Tower
 from ficoco_vllm.vision.units import by_units
 

@@ -1,7 +1,6 @@
 """LLaVA with visual tokens reduced in the vision tower or the decoder; replaces vLLM's class."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -19,8 +18,10 @@ from vllm.model_executor.models.llava import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import BaseMultiModalProcessor, InputProcessingContext
 
-from ficoco_vllm.models.reducing import ReducingModel
+from ficoco_vllm.models.reducing import ReducingModel, Requested
+from ficoco_vllm.planning.tower import Budget
 from ficoco_vllm.processing import ReducingInfo, ReducingProcessor
+from ficoco_vllm.vision.graphs import TowerGraphs
 from ficoco_vllm.vision.tower import Tower
 from ficoco_vllm.vision.vllm_tower import VllmTower
 
@@ -53,7 +54,7 @@ def _build_processor(
 @MULTIMODAL_REGISTRY.register_processor(
     _build_processor, info=_build_info, dummy_inputs=LlavaDummyInputsBuilder
 )
-class FicocoLlava(ReducingModel, LlavaForConditionalGeneration):
+class FicocoLlava(TowerGraphs, ReducingModel, LlavaForConditionalGeneration):
     """vLLM's LLaVA, with reduction of the images whose budget is below the number of patches."""
 
     vision_tower: Any
@@ -75,4 +76,14 @@ class FicocoLlava(ReducingModel, LlavaForConditionalGeneration):
         requested, pixels = self.requested(kwargs), kwargs.get("pixel_values")
         if requested is None or not isinstance(pixels, Tensor):
             return super().embed_multimodal(**kwargs)
-        return self.embed_whole(pixels, requested, partial(self._image_pixels_to_features, self.vision_tower))
+        return self.embed_whole(pixels, requested, self._stock)
+
+    def embed_budget(self, pixels: Tensor, budget: Budget) -> Tensor:
+        """See `TowerGraphs`."""
+        if self.planner is None:
+            return self.project(self._stock(pixels))
+        return self._embed(pixels, budget, Requested([], {}), (), self._stock)
+
+    def _stock(self, pixels: Tensor) -> Tensor:
+        """Features of images from which nothing leaves, in vLLM's own code."""
+        return self._image_pixels_to_features(self.vision_tower, pixels)

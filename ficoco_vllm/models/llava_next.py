@@ -14,8 +14,9 @@ from vllm.model_executor.models.llava_next import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import BaseMultiModalProcessor, InputProcessingContext
 
-from ficoco_vllm.models.reducing import ReducingModel, take_items
+from ficoco_vllm.models.reducing import ReducingModel
 from ficoco_vllm.processing import ReducingInfo, ReducingProcessor, reducible
+from ficoco_vllm.vision.staging import take_items
 from ficoco_vllm.vision.tower import Tower
 from ficoco_vllm.vision.vllm_tower import VllmTower
 

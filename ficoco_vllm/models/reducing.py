@@ -24,6 +24,7 @@ from ficoco_vllm.planning.tower import Budget, VisionPlan, VisionPlanner
 from ficoco_vllm.request_fields import KEEP, KEEP_RATIO, METHOD, TRACE
 from ficoco_vllm.tracing.store import Traces
 from ficoco_vllm.vision.packing import Kept, pack
+from ficoco_vllm.vision.staging import take_items
 from ficoco_vllm.vision.tiles import keep_tiles
 from ficoco_vllm.vision.tower import Observers, Tokens, Tower, encode, run_whole
 
@@ -323,20 +324,6 @@ class ReducingModel(nn.Module):
     def _has_kv_cache(self) -> bool:
         layers = self.language_model.model.layers
         return any(_numel(layer.self_attn.attn.kv_cache) for layer in layers if hasattr(layer, "self_attn"))
-
-
-def take_items(values: Any, index: list[int]) -> Any:
-    """Items of a batch, which is a tensor or a list.
-
-    Args:
-        values: of all images.
-        index: of the images that are taken.
-    """
-    return (
-        values[torch.tensor(index, device=values.device)]
-        if isinstance(values, Tensor)
-        else [values[i] for i in index]
-    )
 
 
 def _numel(kv_cache: Any) -> int:

@@ -51,10 +51,11 @@ class FicocoModelConfig(VerifyAndUpdateConfig):
                 "tokens from layer to layer; allowed: adapters of the language model"
             )
         planner = VisionPlanner.shared(config, shape)
-        if planner.active and vllm_config.compilation_config.cudagraph_mm_encoder:
+        graphs = vllm_config.compilation_config.cudagraph_mm_encoder
+        if planner.active and graphs and not family(hf_config).tower_graphs:
             raise ValueError(
-                "--compilation-config cudagraph_mm_encoder = True is not allowed with a method of the tower: vLLM's "
-                "graph of the tower knows no reduction; allowed: False"
+                "--compilation-config cudagraph_mm_encoder = True is not allowed with a method of the tower of this "
+                "model: vLLM's graph of the tower knows no reduction; allowed: False"
             )
         if planner.active and vllm_config.model_config.uses_mrope:
             _check_positions(vllm_config)

@@ -143,7 +143,10 @@ class VisionPlanner:
     @cached_property
     def fingerprint(self) -> str:
         """A short name of the settings, for the hashes of the caches."""
-        text = json.dumps(self.config.model_dump(mode="json", exclude={"metrics", "explain"}), sort_keys=True)
+        text = json.dumps(
+            self.config.model_dump(mode="json", exclude={"metrics", "explain", "graph_budgets"}),
+            sort_keys=True,
+        )
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property

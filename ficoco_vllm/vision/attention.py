@@ -171,11 +171,15 @@ class ClipHeads:
 
     @cached_property
     def sums(self) -> tuple[Tensor, Tensor]:
-        """Attention of each token to [CLS] and of [CLS] to each token, (B, 1 + N) fp32 each."""
-        to_cls, from_cls, _ = self._pass
+        """Attention of each token to all but [CLS], (B, 1 + N) fp64, and of [CLS] to each token, (B, 1 + N) fp32."""
+        to_others, from_cls, _ = self._pass
         if self.all_reduce is not None:
+            to_cls = (
+                1.0 - to_others
+            ).float()  # of the heads of this rank, which the sum over the ranks completes
             to_cls, from_cls = self.reduced(torch.stack([to_cls, from_cls])).unbind()
-        return to_cls, from_cls
+            to_others = 1.0 - to_cls.double()
+        return to_others, from_cls
 
     @cached_property
     def _pass(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -209,7 +213,7 @@ class ClipAttention:
         return torch.Size((B, N, N))
 
     def row_sum(self) -> Tensor:
-        """Attention of each token to all patches: one minus its attention to [CLS].
+        """Attention of each token to all patches, which are all but [CLS].
 
         Returns:
             (B, N) fp64: close to 1 fp32 rounds away the differences between tokens.
@@ -218,7 +222,7 @@ class ClipAttention:
         """
         if not self.heads.has_cls:
             return self.heads.query.new_ones(self.shape[:2], dtype=torch.float64)
-        return 1.0 - self.heads.sums[0][:, 1:].double()
+        return self.heads.sums[0][:, 1:]
 
     def column_sum(self) -> Tensor:
         """Attention that each token receives from all patches.

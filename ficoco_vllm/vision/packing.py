@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ficoco_vllm.planning.tiles import Layout
+from ficoco_vllm.vision.staging import to_device
 
 
 class Kept(NamedTuple):
@@ -49,7 +50,7 @@ def pack(layout: Layout, kept: Sequence[Kept], newline: Tensor | None, side: int
     width = side * (1 + max((tile.place.column for tile in layout.tiles), default=0)) + 2
     pieces, keys = (
         [newline.expand(len(rows), -1)],
-        [_numbers([(row + 1) * side * width - 1 for row in rows], newline)],
+        [to_device([(row + 1) * side * width - 1 for row in rows], newline.device)],
     )
     base: list[Tensor] = []
     for tile, (tokens, position) in zip(layout.tiles, kept, strict=True):
@@ -64,7 +65,3 @@ def pack(layout: Layout, kept: Sequence[Kept], newline: Tensor | None, side: int
         pieces.append(tokens)
     order = torch.cat(keys).argsort(stable=True)
     return torch.cat([*base, torch.cat(pieces)[order]])
-
-
-def _numbers(values: list[int], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64, device=like.device)

@@ -102,6 +102,6 @@ def cls_scores(
 @cls_scores.register_fake
 def _(query, key, lse, scale, bias, with_keys, num_heads):  # type: ignore[no-untyped-def]
     B, _, N, d = query.shape
-    scores = query.new_empty((B, N), dtype=torch.float32)
+    to_others, from_cls = (query.new_empty((B, N), dtype=dtype) for dtype in (torch.float64, torch.float32))
     keys = query.new_empty((B, N, d) if with_keys else (0,), dtype=torch.float32)
-    return scores, torch.empty_like(scores), keys
+    return to_others, from_cls, keys

@@ -122,7 +122,8 @@ def cls_scores(
         from_cls = from_cls + logits.exp_().sum(dim=1)
         if with_keys:
             mean += keys.sum(dim=1)
-    return to_cls.div_(num_heads), from_cls.div_(num_heads), mean.div_(num_heads)
+    to_others = 1.0 - to_cls.div_(num_heads).double()
+    return to_others, from_cls.div_(num_heads), mean.div_(num_heads)
 
 
 def _parts(

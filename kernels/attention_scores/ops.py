@@ -153,10 +153,10 @@ def cls_scores(
     num_heads: int | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention of each token to [CLS], of [CLS] to each token, and head-mean keys, in one pass.
+    """Attention of each token to all but [CLS], of [CLS] to each token, and head-mean keys, in one pass.
 
-    [CLS] is token 0. Where it is the only token that is not a patch, the row sum of a patch over the patches is one
-    minus its attention to [CLS]: Eq. 11 needs no map at all.
+    [CLS] is token 0. Where it is the only token that is not a patch, the first of these is the row sum of a patch over
+    the patches: Eq. 11 needs no map at all.
 
     Args:
         query: (B, H, N, d), fp16, bf16 or fp32, any strides, d up to 128.
@@ -169,7 +169,8 @@ def cls_scores(
         backend: see `ficoco_vllm.kernels.backend`.
 
     Returns:
-        to_cls (B, N) fp32; from_cls (B, N) fp32; keys (B, N, d) fp32, or an empty tensor. All include the entry of
+        to_others (B, N) fp64, one minus the head-mean attention to [CLS]: close to 1 fp32 rounds away the differences
+        between tokens; from_cls (B, N) fp32; keys (B, N, d) fp32, or an empty tensor. All include the entry of
         [CLS] itself.
 
     Raises:

@@ -17,7 +17,7 @@ def cls_scores_kernel(
     key,
     lse,
     bias,
-    to_cls,
+    to_others,
     from_cls,
     mean,
     query_stride_b,
@@ -40,7 +40,7 @@ def cls_scores_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Attention of each token to [CLS] and of [CLS] to each token, and the head-mean keys.
+    """Attention of each token to all but [CLS], of [CLS] to each token, and the head-mean keys.
 
     Two dot products a token and head: memory bandwidth sets the time, so BLOCK_H heads are in flight at once. Grid:
     (tiles of the tokens, B); the sum over the heads runs in one program, in a fixed order.
@@ -76,7 +76,7 @@ def cls_scores_kernel(
         from_sum += tl.sum(tl.where(valid, tl.exp2(inward * LOG2E), 0.0), 0)
         if mean is not None:
             keys += tl.sum(k, 0)
-    tl.store(to_cls + item * N + n, to_sum * one_head, mask=n < N)
+    tl.store(to_others + item * N + n, 1.0 - (to_sum * one_head).to(tl.float64), mask=n < N)
     tl.store(from_cls + item * N + n, from_sum * one_head, mask=n < N)
     if mean is not None:
         address = mean + (item * N + n[:, None]) * D + d[None, :]
@@ -96,17 +96,17 @@ def cls_scores(
     query, key = rows_contiguous(query), rows_contiguous(key)
     bias = None if bias is None else rows_contiguous(bias)
     B, H, N, D = query.shape
-    to_cls = torch.empty((B, N), dtype=torch.float32, device=query.device)
-    from_cls = torch.empty_like(to_cls)
+    to_others = torch.empty((B, N), dtype=torch.float64, device=query.device)
+    from_cls = torch.empty((B, N), dtype=torch.float32, device=query.device)
     mean = torch.empty((B, N, D) if with_keys else (0,), dtype=torch.float32, device=query.device)
     chosen = config("cls_scores", query.device, 1 if D > 64 or query.dtype == torch.float32 else 0)
-    if to_cls.numel():
+    if from_cls.numel():
         cls_scores_kernel[(triton.cdiv(N, chosen.tiles["BLOCK_N"]), B)](
             query,
             key,
             lse,
             bias,
-            to_cls,
+            to_others,
             from_cls,
             mean if with_keys else None,
             *query.stride()[:3],
@@ -122,4 +122,4 @@ def cls_scores(
             BLOCK_D=triton.next_power_of_2(D),
             **chosen.arguments,
         )
-    return to_cls, from_cls, mean
+    return to_others, from_cls, mean

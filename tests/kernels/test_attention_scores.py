@@ -90,7 +90,7 @@ def test_cls_scores(case: Case, with_bias: bool, backend: Backend) -> None:
     atol = tolerance(query, key, case.scale, bias=bias)
     attention = reference.attention(query, key, case.scale, bias=bias)
     lse = reference.log_sum_exp(query, key, case.scale, bias=bias).float()
-    to_cls, from_cls, keys = kernels.cls_scores(
+    to_others, from_cls, keys = kernels.cls_scores(
         query.to(DEVICE),
         key.to(DEVICE),
         lse.to(DEVICE),
@@ -99,7 +99,8 @@ def test_cls_scores(case: Case, with_bias: bool, backend: Backend) -> None:
         with_keys=True,
         backend=backend,
     )
-    close(to_cls, attention[:, :, 0], atol)
+    assert to_others.dtype == torch.float64
+    close(to_others, 1.0 - attention[:, :, 0], atol)
     close(from_cls, attention[:, 0], atol)
     close(keys, key.double().mean(1), 2**-20 * max(1.0, case.spread))
 
@@ -152,11 +153,11 @@ def test_as_the_vision_tower_has_it(with_bias: bool, backend: Backend) -> None:
     whole = reference.attention(query, key, 0.2, bias=bias)
     there = None if bias is None else bias.to(DEVICE)
     q, k, normalisers = query.to(DEVICE), key.to(DEVICE), lse.to(DEVICE)
-    to_cls, from_cls, keys = kernels.cls_scores(
+    to_others, from_cls, keys = kernels.cls_scores(
         q, k, normalisers, 0.2, bias=there, with_keys=True, backend=backend
     )
     atol = tolerance(query, key, 0.2, bias=bias)
-    close(1.0 - to_cls[:, 1:], whole[:, 1:, 1:].sum(-1), atol)
+    close(to_others[:, 1:], whole[:, 1:, 1:].sum(-1), atol)
     close(from_cls[:, 1:], whole[:, 0, 1:], atol)
     close(keys[:, 1:], key[:, :, 1:].mean(dim=1), 1e-6)
     index = torch.tensor([[0, 3, 48], [7, 8, 30]])

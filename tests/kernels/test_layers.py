@@ -1,13 +1,11 @@
 """A reducing tower and a reducing decoder layer from end to end, once with the Triton kernels and once without."""
 
 from importlib import import_module
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.decoder.attention import DecoderHeads
@@ -17,8 +15,7 @@ from ficoco_vllm.planning.decoder import DecoderPlanner
 from ficoco_vllm.planning.tower import Budget, VisionPlanner
 from ficoco_vllm.planning.tower_shape import TowerShape
 from ficoco_vllm.vision import attention
-from ficoco_vllm.vision.tower import encode
-from ficoco_vllm.vision.vllm_tower import VllmTower
+from ficoco_vllm.vision.tower import Tower, encode
 from tests.kernels.conftest import DEVICE, needs_triton
 
 # Rounding of sums in another order, carried through the layers; a choice that differs is off by about 1.
@@ -53,47 +50,42 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return names
 
 
-class Projection(nn.Linear):
-    """A linear layer that returns a pair, as vLLM's do."""
-
-    def forward(self, x: Tensor) -> Any:
-        return super().forward(x), None
-
-
 class Layer(nn.Module):
-    """A layer before the reducing ones changes nothing here, where the tower calls it whole, as on a GPU."""
+    """One CLIP layer (`EncoderLayer`), without vLLM. Before the reducing ones it changes nothing."""
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    scale, num_heads, all_reduce = d**-0.5, H, None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.second_norm = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * H * d), nn.Linear(H * d, WIDTH)
+        self.feed = nn.Linear(WIDTH, WIDTH)
+
+    def whole(self, hidden: Tensor) -> Tensor:
         return hidden
 
+    def heads(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        heads = self.qkv(self.norm(hidden)).unflatten(-1, (3, H, d))
+        query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)
+        return query, key, value
 
-def mixed(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Output of vLLM's attention module for query, key and value, (B, N, H * d) each."""
-    heads = (x.unflatten(-1, (H, d)).transpose(1, 2) for x in (query, key, value))
-    return scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+    def project(self, mixed: Tensor) -> Tensor:
+        projected: Tensor = self.out(mixed)
+        return projected
+
+    def mlp(self, hidden: Tensor) -> Tensor:
+        output: Tensor = self.feed(self.second_norm(hidden))
+        return output
 
 
-def layer() -> Any:
-    """The parts of a CLIP layer that the tower reads."""
-    module = SimpleNamespace(
-        qkv_proj=Projection(WIDTH, 3 * H * d),
-        out_proj=Projection(H * d, WIDTH),
-        num_heads_per_partition=H,
-        num_heads=H,
-        head_dim=d,
-        scale=d**-0.5,
-        tp_size=1,
-        attn=mixed,
-    )
-    made: Any = Layer()
-    made.layer_norm1, made.layer_norm2, made.mlp = (
-        nn.LayerNorm(WIDTH),
-        nn.LayerNorm(WIDTH),
-        nn.Linear(WIDTH, WIDTH),
-    )
-    made.qkv, made.out = module.qkv_proj, module.out_proj  # so that they move with the layer
-    made.self_attn = module
-    return made.to(DEVICE)
+class Embedded(Tower):
+    """A tower whose images are patches already."""
+
+    def __init__(self, layers: list[Layer]) -> None:
+        self.layers = layers
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        return pixels
 
 
 @pytest.mark.parametrize(
@@ -129,11 +121,8 @@ def test_tower(
         )
     torch.manual_seed(0)
     pixels = torch.randn(2, 26, WIDTH, device=DEVICE)
-    tower: Any = SimpleNamespace(
-        embeddings=lambda x: x,
-        pre_layrnorm=lambda x: x,
-        encoder=SimpleNamespace(layers=[layer() for _ in range(3)]),
-    )
+    layers = [Layer().to(DEVICE) for _ in range(3)]
+    tower = Embedded(layers)
     shape = TowerShape(grid=(5, 5), num_layers=3, num_executed_layers=3, with_cls=False)
     result = {}
     with torch.inference_mode():
@@ -143,7 +132,7 @@ def test_tower(
                 {"method": method, "keep": 9, "backend": backend, **start, **settings}
             )
             planner = VisionPlanner.shared(config, shape)
-            result[backend] = encode(VllmTower(tower), pixels, planner.plan(Budget(method, 9)), (5, 5)).hidden
+            result[backend] = encode(tower, pixels, planner.plan(Budget(method, 9)), (5, 5)).hidden
             assert bool(launched) == (backend == "triton")
     looks = method != "tome" and settings.get("attention") != "logits"
     expected = ops | ({"softmax_stats"} if looks and not handed_out else set())

@@ -24,17 +24,24 @@ class Family:
         image_settings: where the number of tokens depends on settings of the image processor (tiles, pixels): reads
             them, by name, from the processor and the server's `mm_processor_kwargs`. At start-up they are left on the
             model's configuration, where `shape` finds them with `image_settings`. A request may not change them.
+        tower_graphs: whether the class captures its reducing tower as CUDA graphs (`vision/graphs.py`).
     """
 
     architecture: str
     model_class: str
     shape: Callable[[Any], TowerShape]
     image_settings: Callable[[Any, Mapping[str, Any]], dict[str, Any]] | None = None
+    tower_graphs: bool = False
 
 
 # By `model_type` of the configuration.
 FAMILIES = {
-    "llava": Family("LlavaForConditionalGeneration", "ficoco_vllm.models.llava:FicocoLlava", llava.shape),
+    "llava": Family(
+        "LlavaForConditionalGeneration",
+        "ficoco_vllm.models.llava:FicocoLlava",
+        llava.shape,
+        tower_graphs=True,
+    ),
     "llava_next": Family(
         "LlavaNextForConditionalGeneration", "ficoco_vllm.models.llava_next:FicocoLlavaNext", llava.next_shape
     ),

@@ -14,8 +14,10 @@ from ficoco_vllm.reduction.cost.memory import kv_bytes, num_parameters, to_bytes
 from ficoco_vllm.reduction.cost.shapes import ModelShape
 from ficoco_vllm.reduction.cost.tokens import TokenPlan
 
-# Launches of a layer of vLLM's CLIP tower, of one reduction (tests/vision/test_device_work.py), of a Llama layer.
-TOWER_LAUNCHES, REDUCTION_LAUNCHES, DECODER_LAUNCHES = 12, 12, 10
+# Launches of a layer of vLLM's CLIP tower and of a Llama layer, and of FiCoCo's reduction in each, copies of indices
+# included (test_device_work.py in tests/vision and tests/decoder).
+TOWER_LAUNCHES, DECODER_LAUNCHES = 12, 10
+TOWER_REDUCTION_LAUNCHES, DECODER_REDUCTION_LAUNCHES = 8, 32
 # vLLM's defaults: tokens of a step, requests at once, share of the memory that it takes.
 STEP_TOKENS, MOST_REQUESTS, MEMORY_SHARE = 8192, 256, 0.9
 
@@ -173,7 +175,7 @@ class _Work:
             moved = layer_bytes + 2 * to_bytes(rows * (6 * tower.hidden + tower.mlp), self.dtype)
             seconds += max(work / device.flops, moved / device.bandwidth)
             reduces = any(n != m for n, m in tiles)
-            launches += TOWER_LAUNCHES + REDUCTION_LAUNCHES * reduces
+            launches += TOWER_LAUNCHES + TOWER_REDUCTION_LAUNCHES * reduces
         visual, runs = images * self.plan.num_projected(self.shape), 1 + len(self.shape.projector.layers)
         projector_bytes = to_bytes(runs * flops.projector_weights(self.shape), self.dtype)
         seconds += max(flops.projector(self.shape, visual) / device.flops, projector_bytes / device.bandwidth)
@@ -188,7 +190,7 @@ class _Work:
             width = 3 * decoder.hidden + 2 * (decoder.query_width + decoder.kv_width)
             rows = to_bytes(batch * (n * width + 3 * m * decoder.mlp), self.dtype)
             seconds += max(work / device.flops, (self.layer_bytes + 2 * rows) / device.bandwidth)
-            launches += DECODER_LAUNCHES + REDUCTION_LAUNCHES * (n != m)
+            launches += DECODER_LAUNCHES + DECODER_REDUCTION_LAUNCHES * (n != m)
         head = batch * flops.language_head(decoder)
         seconds += max(head / device.flops, self.head_bytes / device.bandwidth)
         return max(seconds, launches * device.launch_seconds)

@@ -1,0 +1,1 @@
+"""Benchmark of numeric precision: what half precision changes in a reduction."""

@@ -1,0 +1,120 @@
+"""`make bench-precision`: what half precision and an fp8 KV cache change in a reduction.
+
+Against the same model in float64 (of which only the scores are computed in float32, as the fused ops do):
+
+- kept: share of the kept tokens that half precision chooses otherwise, after each reducing layer, on the trained demo
+  model and on a tower of LLaVA-1.5's widths with random weights, whose tokens are nearly equal.
+- log-probabilities: error of the demo model's first answer token, beside that of the same precision and no reduction.
+"""
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ficoco_vllm.benchmarks.harness.results import (
+    Bar,
+    at_most,
+    environment,
+    make_parser,
+    print_table,
+    report,
+    write,
+)
+from ficoco_vllm.benchmarks.precision import measure
+from ficoco_vllm.benchmarks.questions.held_out import held_out
+from ficoco_vllm.planning.families import tower_shape
+
+METHODS = {"demo": ("ficoco-v", "evit", "divprune", "visionzip"), "wide": ("ficoco-v", "divprune")}
+KEEP = 64
+# A reduction may move a log-probability by this many times the error that the precision makes without one.
+MOST_TIMES = 3.0
+# Share of the demo model's kept tokens that bfloat16 may choose otherwise.
+MOST_DIFFERING = 0.2
+
+
+def main() -> int:
+    """Measure, write the JSON, print the tables and bars."""
+    parser = make_parser(__doc__, "precision")
+    parser.add_argument("--images", type=int, default=4, help="of each tower")
+    parser.add_argument("--layers", type=int, help="of the wide tower (default: all 24)")
+    parser.add_argument("--questions", type=int, default=32)
+    args = parser.parse_args()
+    result: dict[str, Any] = {
+        "environment": environment(),
+        "settings": {name: getattr(args, name) for name in ("images", "layers", "questions", "seed")},
+        "kept": {},
+    }
+    demo = measure.demo()
+    torch.manual_seed(args.seed)
+    shape = measure.wide_shape(args.layers)
+    side = shape.grid[0] * 14
+    towers = {
+        "demo": (
+            demo.model.vision_tower,
+            tower_shape(demo.config),
+            _pictures(args.images, args.seed),
+        ),
+        "wide": (measure.wide(args.layers, args.seed), shape, torch.randn(args.images, 3, side, side)),
+    }
+    for name, (tower, sizes, images) in towers.items():
+        result["kept"][name] = {
+            method: measure.differing(tower, sizes, images, method, KEEP) for method in METHODS[name]
+        }
+        write(result, args.out)
+    result["log_probabilities"] = measure.log_probabilities(args.questions, args.seed)
+    write(result, args.out)
+    _print(result)
+    return report(bars(result))
+
+
+def bars(result: dict[str, Any]) -> Iterator[Bar]:
+    """Limits on what half precision changes on trained weights; random ones have no answer to lose."""
+    for method, rows in result["kept"]["demo"].items():
+        yield at_most(f"precision-kept-{method}-bfloat16", rows["bfloat16"]["share"][-1], MOST_DIFFERING)
+    stock = result["log_probabilities"]["none"]
+    for variant, rows in result["log_probabilities"].items():
+        if variant == "none":
+            continue
+        for name, row in rows.items():
+            yield at_most(
+                f"precision-logprob-{variant}-{name}", row["mean"] / stock[name]["mean"], MOST_TIMES
+            )
+
+
+def _pictures(count: int, seed: int) -> torch.Tensor:
+    """Held-out images as the demo model's processor hands them over."""
+    from transformers import AutoImageProcessor
+
+    from ficoco_vllm import demo_model
+
+    processor = AutoImageProcessor.from_pretrained(demo_model.path())
+    images = [one.scene.image for one in held_out("number_by_colour_2", count, seed)]
+    pixels: torch.Tensor = processor(images, return_tensors="pt")["pixel_values"]
+    return pixels
+
+
+def _print(result: dict[str, Any]) -> None:
+    rows = [
+        (
+            f"{tower}, {method}, {name}",
+            f"{row['share'][0]:.2%}",
+            f"{row['share'][-1]:.2%}",
+            f"{row['feature_error'][0]:.2e}",
+        )
+        for tower, methods in result["kept"].items()
+        for method, precisions in methods.items()
+        for name, row in precisions.items()
+    ]
+    print_table(("kept otherwise", "first layer", "last layer", "features' error"), rows)
+    rows = [
+        (f"{variant}, {name}", f"{row['mean']:.4f}", f"{row['most']:.4f}", f"{row['changed']:.1%}")
+        for variant, precisions in result["log_probabilities"].items()
+        for name, row in precisions.items()
+    ]
+    print_table(("error of a log-probability", "mean", "most", "other token"), rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""CUDA graphs without a GPU: the calls of a capture are noted, and done again at each replay.
+
+A replay runs the same operators on the same tensors and writes results to where the capture has written them, as a
+graph does. What Python decides, or reads from a tensor, at the time of capture stays as it was: a value that should
+follow the data shows as a wrong result.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Graph:
+    """In place of `torch.cuda.CUDAGraph`.
+
+    Attributes:
+        replays: of all graphs, since they were installed.
+    """
+
+    replays = 0
+
+    def __init__(self, *_: object) -> None:
+        self.calls: list[Callable[[], None]] = []
+
+    def replay(self) -> None:
+        """Do what was captured again."""
+        Graph.replays += 1
+        for call in self.calls:
+            call()
+
+    def reset(self) -> None:
+        """Forget what was captured."""
+        self.calls.clear()
+
+    def pool(self) -> object:
+        """Handle of the memory pool, which a CPU has not."""
+        return (0, 0)
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, calls: list[Callable[[], None]]) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with _paused(self):
+            result = op(*args, **kwargs)
+        given = {one.untyped_storage().data_ptr() for one in _tensors((args, kwargs))}
+        made = [one for one in _tensors(result) if one.untyped_storage().data_ptr() not in given]
+
+        def again() -> None:
+            places = _tensors(result)
+            for new, old in zip(_tensors(op(*args, **kwargs)), places, strict=True):
+                if any(old is one for one in made) and "empty" not in op.name():
+                    old.copy_(new)
+
+        self.calls.append(again)
+        return result
+
+
+@contextmanager
+def _paused(recorder: _Recorder) -> Iterator[None]:
+    """What an operator calls inside is not recorded again."""
+    with torch.utils._python_dispatch._disable_current_modes():
+        yield
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+@contextmanager
+def _capture(graph: Graph, **_: object) -> Iterator[None]:
+    with _Recorder(graph.calls):
+        yield
+
+
+def install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put these in place of torch's for a test."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", _capture)
+    monkeypatch.setattr(Graph, "replays", 0)
