@@ -1,6 +1,7 @@
 """Each step's sequence lengths, slots and attention metadata, segment by segment."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,12 +23,38 @@ from ficoco_vllm.request_fields import TRACE
 Counts = npt.NDArray[np.int32]
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of a step in one segment.
+
+    Attributes:
+        query_start: first row of each request, on the device.
+        query_start_cpu: the same on the host.
+        num_tokens: rows.
+        most: the most rows of a request.
+        seq_lens: tokens of each request that the segment holds after the step.
+        most_seq_lens: an upper bound of them, on the host.
+        places: of the rows in their sequences.
+        slots: (groups, rows), of the rows in the KV cache.
+    """
+
+    query_start: Tensor
+    query_start_cpu: Tensor
+    num_tokens: int
+    most: int
+    seq_lens: Tensor
+    most_seq_lens: Tensor
+    places: Tensor
+    slots: Tensor
+
+
 class DecoderModelState(DefaultModelState):
     """vLLM's model state, with the token counts of each segment instead of one for all layers.
 
     Decoding does not change the number of rows: slots are rewritten in place and sequence lengths live in persistent
-    buffers, so that CUDA graphs captured for decoding stay valid. Only a step that prefills a reduced prompt has fewer
-    rows from segment to segment; it passes a `ReducingStep` to the model.
+    buffers, so that CUDA graphs captured for decoding stay valid. What a segment does not hold of a request is on the
+    device since its first step, so the host copies nothing. Only a step that prefills a reduced prompt has fewer rows
+    from segment to segment; it passes a `ReducingStep` to the model.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -39,25 +66,46 @@ class DecoderModelState(DefaultModelState):
         self.plans: dict[str, RequestPlan] = {}
         self.traced: dict[str, int] = {}  # request to trace id
         self.step: ReducingStep | None = None
-        shape = (self.planner.segments.num_segments, self.max_num_reqs)
-        self.seq_lens = torch.zeros(shape, dtype=torch.int32, device=self.device)
+        num_segments, num_reqs = self.planner.segments.num_segments, self.max_num_reqs
+        self.seq_lens = torch.zeros(num_segments, num_reqs, dtype=torch.int32, device=self.device)
+        # By the number of a request in this worker: its prompt up to the last image, and tokens that leave it.
+        self.numbers: dict[str, int] = {}
+        self.last_image_end = np.zeros(num_reqs, dtype=np.int32)
+        self.missing = np.zeros((num_segments, num_reqs), dtype=np.int32)
+        self.missing_device = torch.zeros_like(self.seq_lens)
+        # Room for the arithmetic of a step.
+        size = num_segments * self.max_num_tokens
+        self._missing = torch.empty(num_segments * num_reqs, dtype=torch.int32, device=self.device)
+        self._places, self._block, self._offset = torch.empty(3, size, dtype=torch.int64, device=self.device)
+        self._block_ids = torch.empty(size, dtype=torch.int32, device=self.device)
+        self._request = torch.arange(num_reqs, device=self.device)
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         """Plan a request; the scheduler computes the same plan."""
         super().add_request(req_index, new_req_data)
-        params = new_req_data.sampling_params
+        req_id, params = new_req_data.req_id, new_req_data.sampling_params
         num_tokens = len(new_req_data.prompt_token_ids)
         plan = self.planner.plan(num_tokens, images_of(new_req_data), params.extra_args if params else None)
         if plan.reduces:
-            self.plans[new_req_data.req_id] = plan
+            self.plans[req_id] = plan
+            self.numbers[req_id] = req_index
+            self.last_image_end[req_index] = sum(plan.images[-1])
+            self.missing[:, req_index] = plan.dropped
             if params and TRACE in (params.extra_args or {}):
-                self.traced[new_req_data.req_id] = int(params.extra_args[TRACE])
+                self.traced[req_id] = int(params.extra_args[TRACE])
+
+    def apply_staged_writes(self) -> None:
+        """Copy to the device what new requests need there."""
+        super().apply_staged_writes()
+        self.missing_device.copy_(torch.from_numpy(self.missing), non_blocking=True)
 
     def remove_request(self, req_id: str) -> None:
         """Forget the plan of a request that has ended or was preempted."""
         super().remove_request(req_id)
-        self.plans.pop(req_id, None)
         self.traced.pop(req_id, None)
+        if self.plans.pop(req_id, None) is not None:
+            number = self.numbers.pop(req_id)
+            self.last_image_end[number] = self.missing[:, number] = 0
 
     def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
         """Pass the step of `prepare_attn` to the model."""
@@ -81,91 +129,199 @@ class DecoderModelState(DefaultModelState):
         `slot_mappings` is rewritten in place where the number of rows does not change.
         """
         self.step = None
+        full = cudagraph_mode == CUDAGraphMode.FULL
+        padded_reqs = input_batch.num_reqs_after_padding if full else input_batch.num_reqs
+        padded_tokens = input_batch.num_tokens_after_padding if full else input_batch.num_tokens
+        beyond_images = input_batch.num_computed_tokens_np >= self.last_image_end[input_batch.idx_mapping_np]
+        if beyond_images.all():
+            segments = self._later_rows(input_batch, padded_reqs, padded_tokens, block_tables, slot_mappings)
+        else:
+            segments = self._rows(
+                input_batch, padded_reqs, padded_tokens, block_tables, slot_mappings, attn_groups
+            )
+        metadata: dict[str, Any] = {}
+        only: list[list[Any]] = [[]] * len(attn_groups)
+        is_prefilling = torch.from_numpy(input_batch.is_prefilling_np)
+        for segment, rows in enumerate(segments):
+            only[segment] = attn_groups[segment]
+            metadata |= build_attn_metadata(
+                attn_groups=only,
+                num_reqs=padded_reqs,
+                num_tokens=rows.num_tokens,
+                query_start_loc_gpu=rows.query_start,
+                query_start_loc_cpu=rows.query_start_cpu,
+                max_query_len=rows.most,
+                seq_lens=rows.seq_lens,
+                max_seq_len=self.max_model_len if for_capture else int(rows.most_seq_lens.max()),
+                block_tables=block_tables,
+                slot_mappings=rows.slots,
+                kv_cache_config=kv_cache_config,
+                seq_lens_cpu_upper_bound=rows.most_seq_lens,
+                positions=rows.places,
+                is_prefilling=is_prefilling,
+                for_cudagraph_capture=for_capture,
+                ubatch_idx=ubatch_idx,
+                model_specific_attn_metadata=model_specific_attn_metadata,
+            )
+            only[segment] = []
+        return metadata
+
+    def _later_rows(
+        self,
+        input_batch: Any,
+        padded_reqs: int,
+        padded_tokens: int,
+        block_tables: tuple[Tensor, ...],
+        slot_mappings: Tensor,
+    ) -> list[_Rows]:
+        """Rows of a step whose requests have all of their images behind them: the same ones in every segment."""
+        num_reqs, num_segments = input_batch.num_reqs, self.planner.segments.num_segments
+        shape = (num_segments, num_reqs)
+        missing_np = self.missing[:, input_batch.idx_mapping_np]
+        missing = self._missing[: num_segments * num_reqs].view(shape)
+        torch.index_select(self.missing_device, 1, input_batch.idx_mapping, out=missing)
+        torch.sub(input_batch.seq_lens[:num_reqs], missing, out=self.seq_lens[:, :num_reqs])
+        if padded_reqs > num_reqs:
+            self.seq_lens[:, num_reqs:padded_reqs] = 0
+        most_seq_lens = np.zeros((num_segments, padded_reqs), dtype=np.int32)
+        bound = input_batch.seq_lens_cpu_upper_bound.numpy()[:num_reqs]
+        np.subtract(bound, missing_np, out=most_seq_lens[:, :num_reqs])
+        places = input_batch.positions.expand(num_segments, -1)
+        if missing_np.any():
+            places = self._rewrite_slots(input_batch, missing, block_tables, slot_mappings)
+        query_start = input_batch.query_start_loc[: padded_reqs + 1]
+        query_start_cpu = torch.from_numpy(input_batch.query_start_loc_np[: padded_reqs + 1])
+        most = input_batch.max_query_len or int(input_batch.num_scheduled_tokens.max())
+        per_segment = zip(
+            self.seq_lens[:, :padded_reqs].unbind(),
+            torch.from_numpy(most_seq_lens).unbind(),
+            places.unbind(),
+            strict=True,
+        )
+        return [
+            _Rows(query_start, query_start_cpu, padded_tokens, most, seq_lens, bounds, place, slot_mappings)
+            for seq_lens, bounds, place in per_segment
+        ]
+
+    def _rewrite_slots(
+        self, input_batch: Any, missing: Tensor, block_tables: tuple[Tensor, ...], slot_mappings: Tensor
+    ) -> Tensor:
+        """Move the rows of a step to their places in the KV cache of each segment.
+
+        Args:
+            input_batch: of the step.
+            missing: tokens of each request without a slot, (segments, requests).
+            block_tables: of each segment, (requests, blocks).
+            slot_mappings: (segments, rows), of the unreduced step; rewritten.
+
+        Returns:
+            Place of each row in its sequence, (segments, rows).
+        """
+        num_reqs, num_tokens, num_segments = input_batch.num_reqs, input_batch.num_tokens, len(missing)
+        request = self._request[:num_reqs]
+        if num_tokens > num_reqs:
+            rows = np.diff(input_batch.query_start_loc_np[: num_reqs + 1])
+            request = torch.from_numpy(np.repeat(np.arange(num_reqs), rows)).to(
+                self.device, non_blocking=True
+            )
+            missing = missing[:, request]
+        shape = (num_segments, num_tokens)
+        places, block, offset, block_ids = (
+            room[: num_segments * num_tokens].view(shape)
+            for room in (self._places, self._block, self._offset, self._block_ids)
+        )
+        (block_size,) = set(self.block_sizes)
+        torch.sub(input_batch.positions[:num_tokens], missing, out=places)
+        torch.floor_divide(places, block_size, out=block)
+        torch.remainder(places, block_size, out=offset)
+        block.add_(request, alpha=block_tables[0].shape[1])
+        for segment, table in enumerate(block_tables):
+            torch.take(table, block[segment], out=block_ids[segment])
+        torch.add(offset, block_ids, alpha=block_size, out=slot_mappings[:, :num_tokens])
+        return places
+
+    def _rows(
+        self,
+        input_batch: Any,
+        padded_reqs: int,
+        padded_tokens: int,
+        block_tables: tuple[Tensor, ...],
+        slot_mappings: Tensor,
+        attn_groups: list[list[Any]],
+    ) -> list[_Rows]:
+        """Rows of a step of which some are tokens of images, or come before them."""
         num_reqs, num_segments = input_batch.num_reqs, self.planner.segments.num_segments
         query_start_np = input_batch.query_start_loc_np[: num_reqs + 1]
         parts = self._parts(
             input_batch.req_ids[:num_reqs], input_batch.num_computed_tokens_np, query_start_np
         )
         # Tokens before and after the step that a segment does not hold.
-        before, after = np.zeros((2, num_reqs, num_segments), dtype=np.int32)
+        before, after = np.zeros((2, num_segments, num_reqs), dtype=np.int32)
         for index, part in enumerate(parts):
             if part is not None:
-                before[index], after[index] = part.dropped_before, part.dropped
+                before[:, index], after[:, index] = part.dropped_before, part.dropped
+        missing = np.zeros((num_segments, padded_reqs), dtype=np.int32)
+        missing[:, :num_reqs] = after
+        rows = np.zeros((num_segments, padded_reqs), dtype=np.int32)
+        rows[:, :num_reqs] = np.diff(query_start_np) - (after - before)
+        starts = np.zeros((num_segments, padded_reqs + 1), dtype=np.int32)
+        np.cumsum(rows, axis=1, out=starts[:, 1:])
+        missing_device, starts_device = (
+            torch.from_numpy(array).to(self.device, non_blocking=True) for array in (missing, starts)
+        )
+        seq_lens = self.seq_lens[:, :padded_reqs]
+        torch.sub(input_batch.seq_lens[:padded_reqs], missing_device, out=seq_lens).clamp_(min=0)
+        bounds = input_batch.seq_lens_cpu_upper_bound[:padded_reqs] - torch.from_numpy(missing)
         reducing = bool((before != after).any())
-        full = cudagraph_mode == CUDAGraphMode.FULL
-        padded_reqs = input_batch.num_reqs_after_padding if full else num_reqs
-        padded_tokens = input_batch.num_tokens_after_padding if full else input_batch.num_tokens
-        query_start = query_start_np.tolist()
-        metadata: dict[str, Any] = {}
+        result: list[_Rows] = []
         moved: dict[str, Tensor] = {}
         cached_slots: list[Tensor | None] = []
         for segment in range(num_segments):
-            groups = [
-                group if config.kv_cache_spec.segment == segment else []
-                for group, config in zip(attn_groups, kv_cache_config.kv_cache_groups, strict=True)
-            ]
-            missing = np.zeros(padded_reqs, dtype=np.int32)
-            missing[:num_reqs] = after[:, segment]
-            rows = np.zeros(padded_reqs, dtype=np.int32)
-            rows[:num_reqs] = np.diff(query_start_np) - (after - before)[:, segment]
-            shrinks = reducing and bool((before[:, segment] != after[:, segment]).any())
-            starts = np.zeros(padded_reqs + 1, dtype=np.int32)
-            np.cumsum(rows, out=starts[1:])
-            missing_device = torch.from_numpy(missing).to(self.device, non_blocking=True)
-            seq_lens = self.seq_lens[segment, :padded_reqs]
-            torch.sub(input_batch.seq_lens[:padded_reqs], missing_device, out=seq_lens).clamp_(min=0)
-            upper = input_batch.seq_lens_cpu_upper_bound[:padded_reqs] - torch.from_numpy(missing)
-            positions, slots = input_batch.positions, slot_mappings
-            if missing.any():
-                positions, slots = self._slots(
+            shrinks = bool((before[segment] != after[segment]).any())
+            places, slots = input_batch.positions, slot_mappings
+            if after[segment].any():
+                places, slots = self._slots(
                     input_batch,
-                    rows[:num_reqs],
-                    before[:, segment],
-                    block_tables,
+                    segment,
+                    rows[segment, :num_reqs],
+                    before[segment],
+                    block_tables[segment],
                     slot_mappings,
-                    groups,
                     shrinks,
                 )
             if shrinks:
-                names = [(index, g.layer_names) for index, group in enumerate(groups) for g in group]
-                moved |= {name: slots[index] for index, layers in names for name in layers}
-            most_rows = int(rows.max()) if shrinks else input_batch.max_query_len or int(rows.max())
-            metadata |= build_attn_metadata(
-                attn_groups=groups,
-                num_reqs=padded_reqs,
-                num_tokens=int(starts[-1]) if shrinks else padded_tokens,
-                query_start_loc_gpu=(
-                    torch.from_numpy(starts).to(self.device, non_blocking=True)
-                    if shrinks
-                    else input_batch.query_start_loc[: padded_reqs + 1]
-                ),
-                query_start_loc_cpu=torch.from_numpy(
-                    starts if shrinks else input_batch.query_start_loc_np[: padded_reqs + 1]
-                ),
-                max_query_len=most_rows,
-                seq_lens=seq_lens,
-                max_seq_len=self.max_model_len if for_capture else int(upper.max()),
-                block_tables=block_tables,
-                slot_mappings=slots,
-                kv_cache_config=kv_cache_config,
-                seq_lens_cpu_upper_bound=upper,
-                positions=positions,
-                is_prefilling=torch.from_numpy(input_batch.is_prefilling_np),
-                for_cudagraph_capture=for_capture,
-                ubatch_idx=ubatch_idx,
-                model_specific_attn_metadata=model_specific_attn_metadata,
+                moved |= {
+                    name: slots[segment] for group in attn_groups[segment] for name in group.layer_names
+                }
+                row_count, most = int(starts[segment, -1]), int(rows[segment].max())
+                query_start, query_start_cpu = starts_device[segment], torch.from_numpy(starts[segment])
+            else:
+                row_count = padded_tokens
+                most = input_batch.max_query_len or int(rows[segment].max())
+                query_start = input_batch.query_start_loc[: padded_reqs + 1]
+                query_start_cpu = torch.from_numpy(input_batch.query_start_loc_np[: padded_reqs + 1])
+            result.append(
+                _Rows(
+                    query_start,
+                    query_start_cpu,
+                    row_count,
+                    most,
+                    seq_lens[segment],
+                    bounds[segment],
+                    places,
+                    slots,
+                )
             )
             if reducing:
-                (index,) = (number for number, group in enumerate(groups) if group)
                 num_cached = [part.num_cached(segment) if part and part.windows else 0 for part in parts]
                 cached_slots.append(
-                    self._cached_slots(num_cached, block_tables[index], self.block_sizes[index])
+                    self._cached_slots(num_cached, block_tables[segment], self.block_sizes[segment])
                 )
         if reducing:
             self.step = self._reducing_step(
-                input_batch.req_ids, query_start, parts, moved, tuple(cached_slots)
+                input_batch.req_ids, query_start_np.tolist(), parts, moved, tuple(cached_slots)
             )
-        return metadata
+        return result
 
     def _parts(self, req_ids: Sequence[str], computed: Counts, query_start: Counts) -> list[Part | None]:
         """Tokens that a step computes of each request whose prompt is reduced, None for the others.
@@ -200,26 +356,26 @@ class DecoderModelState(DefaultModelState):
     def _slots(
         self,
         input_batch: Any,
+        segment: int,
         rows: Counts,
         moved_by: Counts,
-        block_tables: tuple[Tensor, ...],
+        block_table: Tensor,
         slot_mappings: Tensor,
-        groups: list[list[Any]],
         shrinks: bool,
     ) -> tuple[Tensor, Tensor]:
         """Places of the rows in one segment's KV cache.
 
         Args:
             input_batch: of the step.
+            segment: index.
             rows: of each request in this segment.
             moved_by: for each request, tokens before the step that the segment does not hold.
-            block_tables: of each group, (requests, blocks).
-            slot_mappings: (groups, tokens) of the unreduced step.
-            groups: attention groups, empty for other segments.
+            block_table: of the segment, (requests, blocks).
+            slot_mappings: (segments, tokens) of the unreduced step.
             shrinks: whether this segment has fewer rows than the step has tokens.
 
         Returns:
-            Place of each row in its sequence, and slots (groups, rows): a new tensor where `shrinks`, else
+            Place of each row in its sequence, and slots (segments, rows): a new tensor where `shrinks`, else
             `slot_mappings`, rewritten.
         """
         request = torch.from_numpy(np.repeat(np.arange(len(rows)), rows)).to(self.device, non_blocking=True)
@@ -229,21 +385,23 @@ class DecoderModelState(DefaultModelState):
             held = input_batch.seq_lens[: len(rows)] - scheduled.to(self.device, non_blocking=True)
             within = np.arange(rows.sum()) - np.repeat(np.cumsum(rows) - rows, rows)
             places = torch.from_numpy(within).to(self.device, non_blocking=True) + held[request]
-            slots = slot_mappings.new_full((len(groups), len(places)), -1)
+            slots = slot_mappings.new_full((len(slot_mappings), len(places)), -1)
         else:
             moved = torch.from_numpy(np.repeat(moved_by, rows)).to(self.device, non_blocking=True)
             places = input_batch.positions[: len(request)] - moved
             slots = slot_mappings
-        for index, group in enumerate(groups):
-            if group:
-                block_size = self.block_sizes[index]
-                block = block_tables[index][request, places // block_size].to(slots.dtype)
-                slots[index, : len(places)] = block * block_size + places % block_size
+        block_size = self.block_sizes[segment]
+        block = block_table[request, places // block_size].to(slots.dtype)
+        slots[segment, : len(places)] = block * block_size + places % block_size
         return places, slots
 
     def initialize_kv_cache(self, kv_cache_config: Any, block_tables: Any) -> None:
         """Note the size of the blocks that the attention kernels use."""
         super().initialize_kv_cache(kv_cache_config, block_tables)
+        segments = [group.kv_cache_spec.segment for group in kv_cache_config.kv_cache_groups]
+        assert segments == list(range(self.planner.segments.num_segments)), (
+            "one KV group for each segment, in order"
+        )
         self.block_sizes = block_tables.block_sizes
 
     def _reducing_step(
