@@ -1,7 +1,8 @@
 """`make bench-decoding`: host time of a decoding step with many requests, against stock vLLM's model runner V2.
 
 Both engines run the real scheduler, model runner and sampler on the demo model. Its forward pass, which on a GPU runs
-beside the host, is left out. FiCoCo-L has eight KV lengths, stock has one.
+beside the host, is left out. Times are those of the processor, which other work of the machine does not change.
+FiCoCo-L has eight KV lengths, stock has one.
 """
 
 import sys
