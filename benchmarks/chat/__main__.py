@@ -1,9 +1,11 @@
 """`make bench-chat`: time to first token of later turns, and after a shared system prompt, with a prefix cache.
 
-Stock vLLM with its prefix cache and FiCoCo-L with decision windows take turns, round by round, at LLaVA-1.5-7B's width
-with a few decoder layers; FiCoCo-L also computes every prompt as a whole. Times are compared within a round.
+Stock vLLM with its prefix cache and FiCoCo-L with decision windows take turns, round by round; FiCoCo-L also computes
+every prompt as a whole. Times are compared within a round. The tower is LLaVA-1.5-7B's, the decoder is cut in depth and
+width.
 """
 
+import json
 import random
 import sys
 import tempfile
@@ -36,22 +38,32 @@ def main() -> int:
     """Run the benchmark, write its JSON, print its bars."""
     parser = make_parser(__doc__, "chat")
     parser.add_argument("--layers", type=int, default=8, help="of the decoder (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="that count (default: %(default)s)")
+    parser.add_argument("--width", type=int, default=1024, help="of the decoder (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="that count (default: %(default)s)")
     args = parser.parse_args()
     options = {"block_size": 32, "max_model_len": 1536, "max_num_batched_tokens": 1536, "max_num_seqs": 4}
     options |= {"kv_cache_memory_bytes": 2**30, "disable_log_stats": False}
     with tempfile.TemporaryDirectory() as folder:
-        model.write(Path(folder), args.layers)
+        write_model(Path(folder), args.layers, args.width)
         with (
             bench_engine(folder, None, **options) as stock,
             bench_engine(folder, SETTINGS, **options) as ours,
         ):
             kinds = {name: measure(name, stock, ours, args.rounds, args.seed) for name in MEASURES}
-    head = {"environment": environment(), "layers": args.layers, "rounds": args.rounds, "seed": args.seed}
-    result = {**head, "kinds": kinds}
+    shape = {"layers": args.layers, "width": args.width}
+    result = {"environment": environment(), **shape, "rounds": args.rounds, "seed": args.seed, "kinds": kinds}
     write(result, args.out)
     _print(result)
     return report(bars(result))
+
+
+def write_model(folder: Path, num_layers: int, width: int) -> None:
+    """Write a model folder without weights, with heads of 128."""
+    path = model.write(folder, num_layers) / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    heads = {"num_attention_heads": width // 128, "num_key_value_heads": width // 128, "head_dim": 128}
+    config["text_config"] |= {"hidden_size": width, "intermediate_size": 11 * width // 4, **heads}
+    path.write_text(json.dumps(config), encoding="utf-8")
 
 
 def measure(name: str, stock: Remote, ours: Remote, rounds: int, seed: int) -> dict[str, dict[str, Any]]:
