@@ -1,7 +1,6 @@
 """Each step's sequence lengths, slots and attention metadata, segment by segment."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from ficoco_vllm.decoder.boundary import Part, boundary
 from ficoco_vllm.decoder.decoder import ReducingStep
+from ficoco_vllm.decoder.later_steps import LaterSteps, Rows
 from ficoco_vllm.decoder.startup import replays_prefills
 from ficoco_vllm.kv.admission import images_of
 from ficoco_vllm.planning.decoder import RequestPlan
@@ -23,38 +23,12 @@ from ficoco_vllm.request_fields import TRACE
 Counts = npt.NDArray[np.int32]
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Rows of a step in one segment.
-
-    Attributes:
-        query_start: first row of each request, on the device.
-        query_start_cpu: the same on the host.
-        num_tokens: rows.
-        most: the most rows of a request.
-        seq_lens: tokens of each request that the segment holds after the step.
-        most_seq_lens: an upper bound of them, on the host.
-        places: of the rows in their sequences.
-        slots: (groups, rows), of the rows in the KV cache.
-    """
-
-    query_start: Tensor
-    query_start_cpu: Tensor
-    num_tokens: int
-    most: int
-    seq_lens: Tensor
-    most_seq_lens: Tensor
-    places: Tensor
-    slots: Tensor
-
-
 class DecoderModelState(DefaultModelState):
     """vLLM's model state, with the token counts of each segment instead of one for all layers.
 
     Decoding does not change the number of rows: slots are rewritten in place and sequence lengths live in persistent
-    buffers, so that CUDA graphs captured for decoding stay valid. What a segment does not hold of a request is on the
-    device since its first step, so the host copies nothing. Only a step that prefills a reduced prompt has fewer rows
-    from segment to segment; it passes a `ReducingStep` to the model.
+    buffers, so that CUDA graphs captured for decoding stay valid. Only a step that prefills a reduced prompt has fewer
+    rows from segment to segment; it passes a `ReducingStep` to the model.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -66,19 +40,10 @@ class DecoderModelState(DefaultModelState):
         self.plans: dict[str, RequestPlan] = {}
         self.traced: dict[str, int] = {}  # request to trace id
         self.step: ReducingStep | None = None
-        num_segments, num_reqs = self.planner.segments.num_segments, self.max_num_reqs
-        self.seq_lens = torch.zeros(num_segments, num_reqs, dtype=torch.int32, device=self.device)
-        # By the number of a request in this worker: its prompt up to the last image, and tokens that leave it.
-        self.numbers: dict[str, int] = {}
-        self.last_image_end = np.zeros(num_reqs, dtype=np.int32)
-        self.missing = np.zeros((num_segments, num_reqs), dtype=np.int32)
-        self.missing_device = torch.zeros_like(self.seq_lens)
-        # Room for the arithmetic of a step.
-        size = num_segments * self.max_num_tokens
-        self._missing = torch.empty(num_segments * num_reqs, dtype=torch.int32, device=self.device)
-        self._places, self._block, self._offset = torch.empty(3, size, dtype=torch.int64, device=self.device)
-        self._block_ids = torch.empty(size, dtype=torch.int32, device=self.device)
-        self._request = torch.arange(num_reqs, device=self.device)
+        shape = (self.planner.segments.num_segments, self.max_num_reqs)
+        self.seq_lens = torch.zeros(shape, dtype=torch.int32, device=self.device)
+        self.numbers: dict[str, int] = {}  # of requests in this worker
+        self.later_steps = LaterSteps(self.seq_lens, self.max_num_tokens)
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         """Plan a request; the scheduler computes the same plan."""
@@ -89,23 +54,21 @@ class DecoderModelState(DefaultModelState):
         if plan.reduces:
             self.plans[req_id] = plan
             self.numbers[req_id] = req_index
-            self.last_image_end[req_index] = sum(plan.images[-1])
-            self.missing[:, req_index] = plan.dropped
+            self.later_steps.add_request(req_index, plan)
             if params and TRACE in (params.extra_args or {}):
                 self.traced[req_id] = int(params.extra_args[TRACE])
 
     def apply_staged_writes(self) -> None:
         """Copy to the device what new requests need there."""
         super().apply_staged_writes()
-        self.missing_device.copy_(torch.from_numpy(self.missing), non_blocking=True)
+        self.later_steps.copy_to_device()
 
     def remove_request(self, req_id: str) -> None:
         """Forget the plan of a request that has ended or was preempted."""
         super().remove_request(req_id)
         self.traced.pop(req_id, None)
         if self.plans.pop(req_id, None) is not None:
-            number = self.numbers.pop(req_id)
-            self.last_image_end[number] = self.missing[:, number] = 0
+            self.later_steps.remove_request(self.numbers.pop(req_id))
 
     def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
         """Pass the step of `prepare_attn` to the model."""
@@ -132,9 +95,11 @@ class DecoderModelState(DefaultModelState):
         full = cudagraph_mode == CUDAGraphMode.FULL
         padded_reqs = input_batch.num_reqs_after_padding if full else input_batch.num_reqs
         padded_tokens = input_batch.num_tokens_after_padding if full else input_batch.num_tokens
-        beyond_images = input_batch.num_computed_tokens_np >= self.last_image_end[input_batch.idx_mapping_np]
-        if beyond_images.all():
-            segments = self._later_rows(input_batch, padded_reqs, padded_tokens, block_tables, slot_mappings)
+        if self.later_steps.include(input_batch):
+            (block_size,) = set(self.block_sizes)
+            segments = self.later_steps.rows(
+                input_batch, padded_reqs, padded_tokens, block_tables, block_size, slot_mappings
+            )
         else:
             segments = self._rows(
                 input_batch, padded_reqs, padded_tokens, block_tables, slot_mappings, attn_groups
@@ -166,80 +131,6 @@ class DecoderModelState(DefaultModelState):
             only[segment] = []
         return metadata
 
-    def _later_rows(
-        self,
-        input_batch: Any,
-        padded_reqs: int,
-        padded_tokens: int,
-        block_tables: tuple[Tensor, ...],
-        slot_mappings: Tensor,
-    ) -> list[_Rows]:
-        """Rows of a step whose requests have all of their images behind them: the same ones in every segment."""
-        num_reqs, num_segments = input_batch.num_reqs, self.planner.segments.num_segments
-        shape = (num_segments, num_reqs)
-        missing_np = self.missing[:, input_batch.idx_mapping_np]
-        missing = self._missing[: num_segments * num_reqs].view(shape)
-        torch.index_select(self.missing_device, 1, input_batch.idx_mapping, out=missing)
-        torch.sub(input_batch.seq_lens[:num_reqs], missing, out=self.seq_lens[:, :num_reqs])
-        if padded_reqs > num_reqs:
-            self.seq_lens[:, num_reqs:padded_reqs] = 0
-        most_seq_lens = np.zeros((num_segments, padded_reqs), dtype=np.int32)
-        bound = input_batch.seq_lens_cpu_upper_bound.numpy()[:num_reqs]
-        np.subtract(bound, missing_np, out=most_seq_lens[:, :num_reqs])
-        places = input_batch.positions.expand(num_segments, -1)
-        if missing_np.any():
-            places = self._rewrite_slots(input_batch, missing, block_tables, slot_mappings)
-        query_start = input_batch.query_start_loc[: padded_reqs + 1]
-        query_start_cpu = torch.from_numpy(input_batch.query_start_loc_np[: padded_reqs + 1])
-        most = input_batch.max_query_len or int(input_batch.num_scheduled_tokens.max())
-        per_segment = zip(
-            self.seq_lens[:, :padded_reqs].unbind(),
-            torch.from_numpy(most_seq_lens).unbind(),
-            places.unbind(),
-            strict=True,
-        )
-        return [
-            _Rows(query_start, query_start_cpu, padded_tokens, most, seq_lens, bounds, place, slot_mappings)
-            for seq_lens, bounds, place in per_segment
-        ]
-
-    def _rewrite_slots(
-        self, input_batch: Any, missing: Tensor, block_tables: tuple[Tensor, ...], slot_mappings: Tensor
-    ) -> Tensor:
-        """Move the rows of a step to their places in the KV cache of each segment.
-
-        Args:
-            input_batch: of the step.
-            missing: tokens of each request without a slot, (segments, requests).
-            block_tables: of each segment, (requests, blocks).
-            slot_mappings: (segments, rows), of the unreduced step; rewritten.
-
-        Returns:
-            Place of each row in its sequence, (segments, rows).
-        """
-        num_reqs, num_tokens, num_segments = input_batch.num_reqs, input_batch.num_tokens, len(missing)
-        request = self._request[:num_reqs]
-        if num_tokens > num_reqs:
-            rows = np.diff(input_batch.query_start_loc_np[: num_reqs + 1])
-            request = torch.from_numpy(np.repeat(np.arange(num_reqs), rows)).to(
-                self.device, non_blocking=True
-            )
-            missing = missing[:, request]
-        shape = (num_segments, num_tokens)
-        places, block, offset, block_ids = (
-            room[: num_segments * num_tokens].view(shape)
-            for room in (self._places, self._block, self._offset, self._block_ids)
-        )
-        (block_size,) = set(self.block_sizes)
-        torch.sub(input_batch.positions[:num_tokens], missing, out=places)
-        torch.floor_divide(places, block_size, out=block)
-        torch.remainder(places, block_size, out=offset)
-        block.add_(request, alpha=block_tables[0].shape[1])
-        for segment, table in enumerate(block_tables):
-            torch.take(table, block[segment], out=block_ids[segment])
-        torch.add(offset, block_ids, alpha=block_size, out=slot_mappings[:, :num_tokens])
-        return places
-
     def _rows(
         self,
         input_batch: Any,
@@ -248,7 +139,7 @@ class DecoderModelState(DefaultModelState):
         block_tables: tuple[Tensor, ...],
         slot_mappings: Tensor,
         attn_groups: list[list[Any]],
-    ) -> list[_Rows]:
+    ) -> list[Rows]:
         """Rows of a step of which some are tokens of images, or come before them."""
         num_reqs, num_segments = input_batch.num_reqs, self.planner.segments.num_segments
         query_start_np = input_batch.query_start_loc_np[: num_reqs + 1]
@@ -273,7 +164,7 @@ class DecoderModelState(DefaultModelState):
         torch.sub(input_batch.seq_lens[:padded_reqs], missing_device, out=seq_lens).clamp_(min=0)
         bounds = input_batch.seq_lens_cpu_upper_bound[:padded_reqs] - torch.from_numpy(missing)
         reducing = bool((before != after).any())
-        result: list[_Rows] = []
+        result: list[Rows] = []
         moved: dict[str, Tensor] = {}
         cached_slots: list[Tensor | None] = []
         for segment in range(num_segments):
@@ -301,7 +192,7 @@ class DecoderModelState(DefaultModelState):
                 query_start = input_batch.query_start_loc[: padded_reqs + 1]
                 query_start_cpu = torch.from_numpy(input_batch.query_start_loc_np[: padded_reqs + 1])
             result.append(
-                _Rows(
+                Rows(
                     query_start,
                     query_start_cpu,
                     row_count,
