@@ -27,7 +27,8 @@ RUNTIME := $(VENV)/.installed
 DEV     := $(VENV)/.installed-dev
 
 .PHONY: help install serve test test-long test-kernels check format lint types imports kernels-aot bench-kernels bench-ttft bench-gpu \
-    bench-efficiency bench-concurrency soak soak-engine bench-metrics bench-elastic bench-load bench-cpu-mode bench-precision \
+    bench-efficiency bench-concurrency bench-chat bench-chat-accuracy bench-decoding \
+    soak soak-engine bench-metrics bench-elastic bench-load bench-cpu-mode bench-precision \
     bench-accuracy bench-accuracy-decoder bench-smoke figures screenshots lmms dist release-check container-check \
     charts-check ray-check compat docs clean
 
@@ -114,6 +115,15 @@ bench-efficiency: $(DEV)  ## the rows of the paper's Tables 8 and 9 on whole mod
 
 bench-concurrency: $(DEV)  ## concurrent requests in the same KV memory: stock, V, L, VL
 	@$(BIN)/python -m ficoco_vllm.benchmarks.concurrency $(ARGS)
+
+bench-chat: $(DEV)  ## time later turns of image chats, and requests that share a system prompt: stock and ours with prefix caches
+	@$(BIN)/python -m ficoco_vllm.benchmarks.chat $(ARGS)
+
+bench-chat-accuracy: $(DEV)  ## accuracy of decision windows in chats with several questions on one image
+	@$(BIN)/python -m ficoco_vllm.benchmarks.chat.accuracy $(ARGS)
+
+bench-decoding: $(DEV)  ## host time of a decoding step with 1, 32 and 256 requests, stock and ours
+	@$(BIN)/python -m ficoco_vllm.benchmarks.decoding $(ARGS)
 
 soak: $(DEV)  ## send 10,000 mixed requests to a server that reduces in the tower and to one in the decoder (45 minutes)
 	@$(BIN)/python -m ficoco_vllm.benchmarks.soak.server $(ARGS)

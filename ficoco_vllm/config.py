@@ -44,7 +44,8 @@ class FicocoConfig(BaseModel):
         windows: for methods of the decoder: which part of a prompt decides what leaves an image, and with it what may
             be reused. "turn": the text up to the end of the user's turn that asks about the image, so that later turns
             find it in the prefix cache; "prompt": the whole prompt, so that only text before the first image is
-            reused; "off": the whole prompt, without prefix caching and chunked prefill.
+            reused; "off": the whole prompt, without prefix caching and chunked prefill. None leaves the choice to the
+            server when it starts; see `default_windows`.
         window_tokens: for `windows` "turn": the most tokens from an image to the end of its turn, which one step
             computes; None allows what `max_num_batched_tokens` holds.
         rounding: images in the decoder lose multiples of this many tokens. A server sets it: the block size where
@@ -67,7 +68,7 @@ class FicocoConfig(BaseModel):
     settings: dict[str, Any] = Field(default_factory=dict)
     kv_budget: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     num_segments: int | None = Field(default=None, ge=2, strict=True)
-    windows: Literal["off", "prompt", "turn"] = "off"
+    windows: Literal["off", "prompt", "turn"] | None = None
     window_tokens: int | None = Field(default=None, ge=1, strict=True)
     rounding: int = Field(default=1, ge=1, strict=True)
     encoder: dict[str, Any] = Field(default_factory=dict)
@@ -135,12 +136,12 @@ class FicocoConfig(BaseModel):
         for name in ("kv_budget", "num_segments"):
             if getattr(self, name) is not None and self.decoder_method is None:
                 raise ValueError(f"{name} is allowed for methods of the decoder only, not for {self.method}")
-        if (self.windows, self.rounding) != ("off", 1) and self.decoder_method is None:
+        if (self.windows or "off", self.rounding) != ("off", 1) and self.decoder_method is None:
             raise ValueError(
                 f"windows = {self.windows!r} and rounding = {self.rounding} are for methods of the decoder; allowed: "
                 "'off' and 1"
             )
-        if self.window_tokens is not None and self.windows != "turn":
+        if self.window_tokens is not None and self.windows not in (None, "turn"):
             raise ValueError(f"window_tokens = {self.window_tokens} is allowed with windows = 'turn' only")
         if self.kv_budget is not None and self.keep is not None:
             raise ValueError(f"kv_budget = {self.kv_budget} and keep = {self.keep}: only one is allowed")

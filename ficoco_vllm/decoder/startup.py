@@ -34,12 +34,15 @@ def prepare_decoder(vllm_config: Any, config: FicocoConfig) -> None:
     Raises:
         ValueError: naming the option and what is allowed.
     """
+    hf_config = vllm_config.model_config.hf_config
+    if config.windows is None:
+        config = config.model_copy(update={"windows": default_windows(vllm_config, config)})
+        setattr(hf_config, NAME, config.model_dump(mode="json"))
     refusal = find_refusal(vllm_config)
     if refusal is not None:
         raise ValueError(f"ficoco.method = {config.method!r}: {refusal}")
     scheduler, cache = vllm_config.scheduler_config, vllm_config.cache_config
     scheduler.scheduler_cls = SCHEDULER
-    hf_config = vllm_config.model_config.hf_config
     if config.windows == "off":
         scheduler.enable_chunked_prefill = False
         cache.enable_prefix_caching = False
@@ -63,6 +66,40 @@ def prepare_decoder(vllm_config: Any, config: FicocoConfig) -> None:
     # Every API server reads the same configuration again.
     if not current_process().name.startswith("ApiServer"):
         _log_budget(decoder_planner(hf_config), cache.enable_prefix_caching)
+
+
+def default_windows(vllm_config: Any, config: FicocoConfig) -> str:
+    """Decision windows where the settings name none.
+
+    Args:
+        vllm_config: vLLM's configuration.
+        config: our settings, with a method of the decoder.
+
+    Returns:
+        "turn"; "prompt" for methods that rank by the words of the question, to which later questions matter
+        (docs/decoder-kv.md has the measurement); "off" beside an option that windows exclude.
+    """
+    if _excluding_windows(vllm_config):
+        return "off"
+    method = config.decoder_method
+    assert method is not None
+    return "prompt" if "text_features" in method.configure(**config.settings).signals else "turn"
+
+
+def _excluding_windows(vllm_config: Any) -> dict[str, str]:
+    """Options that exclude decision windows, with the reason."""
+    cache, events = vllm_config.cache_config, vllm_config.kv_events_config
+    options = {
+        f"--kv-cache-dtype {cache.cache_dtype}": (
+            is_quantized_kv_cache(cache.cache_dtype),
+            "rounded keys in the cache would decide otherwise than keys of a step",
+        ),
+        "--kv-events-config": (
+            events is not None and events.enable_kv_cache_events,
+            "a block stands for a window that its tokens do not name",
+        ),
+    }
+    return {option: reason for option, (holds, reason) in options.items() if holds}
 
 
 def _longest_step(vllm_config: Any, config: FicocoConfig) -> int:
@@ -137,8 +174,7 @@ def find_refusal(vllm_config: Any) -> str | None:
         return unknown
     config = FicocoConfig.of(hf_config)
     longest = _longest_step(vllm_config, config)
-    windows, speculative = config.windows != "off", vllm_config.speculative_config
-    events = vllm_config.kv_events_config
+    speculative = vllm_config.speculative_config
     refused = {
         "vision_feature_select_strategy = 'full' hands [CLS] to the decoder; allowed: 'default'": (
             tower_shape(hf_config).with_cls
@@ -160,11 +196,6 @@ def find_refusal(vllm_config: Any) -> str | None:
         "--speculative-config is allowed with method 'ngram' only: a draft model would need the same KV lengths": (
             speculative is not None and speculative.method not in ("ngram", "ngram_gpu")
         ),
-        f"--kv-cache-dtype {cache.cache_dtype} is not allowed with ficoco.windows = {config.windows!r}: rounded keys "
-        "in the cache would decide otherwise than keys of a step; allowed: a format without quantization, or "
-        "windows = 'off'": windows and is_quantized_kv_cache(cache.cache_dtype),
-        f"--kv-events-config is not allowed with ficoco.windows = {config.windows!r}: a block stands for a window that "
-        "its tokens do not name": windows and events is not None and events.enable_kv_cache_events,
         "--kv-transfer-config is not allowed: other instances do not know the KV lengths": (
             vllm_config.kv_transfer_config is not None
         ),
@@ -201,6 +232,10 @@ def find_refusal(vllm_config: Any) -> str | None:
             scheduler.max_num_scheduled_tokens is not None and scheduler.max_num_scheduled_tokens < longest
         ),
     }
+    if config.windows in ("prompt", "turn"):
+        clash = f"is not allowed with ficoco.windows = {config.windows!r}"
+        for option, reason in _excluding_windows(vllm_config).items():
+            refused[f"{option} {clash}: {reason}; allowed: windows = 'off'"] = True
     for sentence, holds in refused.items():
         if holds:
             return sentence

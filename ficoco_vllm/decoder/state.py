@@ -13,6 +13,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from ficoco_vllm.decoder.boundary import Part, boundary
 from ficoco_vllm.decoder.decoder import ReducingStep
+from ficoco_vllm.decoder.later_steps import LaterSteps, Rows
 from ficoco_vllm.decoder.startup import replays_prefills
 from ficoco_vllm.kv.admission import images_of
 from ficoco_vllm.planning.decoder import RequestPlan
@@ -41,23 +42,33 @@ class DecoderModelState(DefaultModelState):
         self.step: ReducingStep | None = None
         shape = (self.planner.segments.num_segments, self.max_num_reqs)
         self.seq_lens = torch.zeros(shape, dtype=torch.int32, device=self.device)
+        self.numbers: dict[str, int] = {}  # of requests in this worker
+        self.later_steps = LaterSteps(self.seq_lens, self.max_num_tokens)
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         """Plan a request; the scheduler computes the same plan."""
         super().add_request(req_index, new_req_data)
-        params = new_req_data.sampling_params
+        req_id, params = new_req_data.req_id, new_req_data.sampling_params
         num_tokens = len(new_req_data.prompt_token_ids)
         plan = self.planner.plan(num_tokens, images_of(new_req_data), params.extra_args if params else None)
         if plan.reduces:
-            self.plans[new_req_data.req_id] = plan
+            self.plans[req_id] = plan
+            self.numbers[req_id] = req_index
+            self.later_steps.add_request(req_index, plan)
             if params and TRACE in (params.extra_args or {}):
-                self.traced[new_req_data.req_id] = int(params.extra_args[TRACE])
+                self.traced[req_id] = int(params.extra_args[TRACE])
+
+    def apply_staged_writes(self) -> None:
+        """Copy to the device what new requests need there."""
+        super().apply_staged_writes()
+        self.later_steps.copy_to_device()
 
     def remove_request(self, req_id: str) -> None:
         """Forget the plan of a request that has ended or was preempted."""
         super().remove_request(req_id)
-        self.plans.pop(req_id, None)
         self.traced.pop(req_id, None)
+        if self.plans.pop(req_id, None) is not None:
+            self.later_steps.remove_request(self.numbers.pop(req_id))
 
     def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
         """Pass the step of `prepare_attn` to the model."""
@@ -81,91 +92,127 @@ class DecoderModelState(DefaultModelState):
         `slot_mappings` is rewritten in place where the number of rows does not change.
         """
         self.step = None
+        full = cudagraph_mode == CUDAGraphMode.FULL
+        padded_reqs = input_batch.num_reqs_after_padding if full else input_batch.num_reqs
+        padded_tokens = input_batch.num_tokens_after_padding if full else input_batch.num_tokens
+        if self.later_steps.include(input_batch):
+            (block_size,) = set(self.block_sizes)
+            segments = self.later_steps.rows(
+                input_batch, padded_reqs, padded_tokens, block_tables, block_size, slot_mappings
+            )
+        else:
+            segments = self._rows(
+                input_batch, padded_reqs, padded_tokens, block_tables, slot_mappings, attn_groups
+            )
+        metadata: dict[str, Any] = {}
+        only: list[list[Any]] = [[]] * len(attn_groups)
+        is_prefilling = torch.from_numpy(input_batch.is_prefilling_np)
+        for segment, rows in enumerate(segments):
+            only[segment] = attn_groups[segment]
+            metadata |= build_attn_metadata(
+                attn_groups=only,
+                num_reqs=padded_reqs,
+                num_tokens=rows.num_tokens,
+                query_start_loc_gpu=rows.query_start,
+                query_start_loc_cpu=rows.query_start_cpu,
+                max_query_len=rows.most,
+                seq_lens=rows.seq_lens,
+                max_seq_len=self.max_model_len if for_capture else int(rows.most_seq_lens.max()),
+                block_tables=block_tables,
+                slot_mappings=rows.slots,
+                kv_cache_config=kv_cache_config,
+                seq_lens_cpu_upper_bound=rows.most_seq_lens,
+                positions=rows.places,
+                is_prefilling=is_prefilling,
+                for_cudagraph_capture=for_capture,
+                ubatch_idx=ubatch_idx,
+                model_specific_attn_metadata=model_specific_attn_metadata,
+            )
+            only[segment] = []
+        return metadata
+
+    def _rows(
+        self,
+        input_batch: Any,
+        padded_reqs: int,
+        padded_tokens: int,
+        block_tables: tuple[Tensor, ...],
+        slot_mappings: Tensor,
+        attn_groups: list[list[Any]],
+    ) -> list[Rows]:
+        """Rows of a step of which some are tokens of images, or come before them."""
         num_reqs, num_segments = input_batch.num_reqs, self.planner.segments.num_segments
         query_start_np = input_batch.query_start_loc_np[: num_reqs + 1]
         parts = self._parts(
             input_batch.req_ids[:num_reqs], input_batch.num_computed_tokens_np, query_start_np
         )
         # Tokens before and after the step that a segment does not hold.
-        before, after = np.zeros((2, num_reqs, num_segments), dtype=np.int32)
+        before, after = np.zeros((2, num_segments, num_reqs), dtype=np.int32)
         for index, part in enumerate(parts):
             if part is not None:
-                before[index], after[index] = part.dropped_before, part.dropped
+                before[:, index], after[:, index] = part.dropped_before, part.dropped
+        missing = np.zeros((num_segments, padded_reqs), dtype=np.int32)
+        missing[:, :num_reqs] = after
+        rows = np.zeros((num_segments, padded_reqs), dtype=np.int32)
+        rows[:, :num_reqs] = np.diff(query_start_np) - (after - before)
+        starts = np.zeros((num_segments, padded_reqs + 1), dtype=np.int32)
+        np.cumsum(rows, axis=1, out=starts[:, 1:])
+        missing_device, starts_device = (
+            torch.from_numpy(array).to(self.device, non_blocking=True) for array in (missing, starts)
+        )
+        seq_lens = self.seq_lens[:, :padded_reqs]
+        torch.sub(input_batch.seq_lens[:padded_reqs], missing_device, out=seq_lens).clamp_(min=0)
+        bounds = input_batch.seq_lens_cpu_upper_bound[:padded_reqs] - torch.from_numpy(missing)
         reducing = bool((before != after).any())
-        full = cudagraph_mode == CUDAGraphMode.FULL
-        padded_reqs = input_batch.num_reqs_after_padding if full else num_reqs
-        padded_tokens = input_batch.num_tokens_after_padding if full else input_batch.num_tokens
-        query_start = query_start_np.tolist()
-        metadata: dict[str, Any] = {}
+        result: list[Rows] = []
         moved: dict[str, Tensor] = {}
         cached_slots: list[Tensor | None] = []
         for segment in range(num_segments):
-            groups = [
-                group if config.kv_cache_spec.segment == segment else []
-                for group, config in zip(attn_groups, kv_cache_config.kv_cache_groups, strict=True)
-            ]
-            missing = np.zeros(padded_reqs, dtype=np.int32)
-            missing[:num_reqs] = after[:, segment]
-            rows = np.zeros(padded_reqs, dtype=np.int32)
-            rows[:num_reqs] = np.diff(query_start_np) - (after - before)[:, segment]
-            shrinks = reducing and bool((before[:, segment] != after[:, segment]).any())
-            starts = np.zeros(padded_reqs + 1, dtype=np.int32)
-            np.cumsum(rows, out=starts[1:])
-            missing_device = torch.from_numpy(missing).to(self.device, non_blocking=True)
-            seq_lens = self.seq_lens[segment, :padded_reqs]
-            torch.sub(input_batch.seq_lens[:padded_reqs], missing_device, out=seq_lens).clamp_(min=0)
-            upper = input_batch.seq_lens_cpu_upper_bound[:padded_reqs] - torch.from_numpy(missing)
-            positions, slots = input_batch.positions, slot_mappings
-            if missing.any():
-                positions, slots = self._slots(
+            shrinks = bool((before[segment] != after[segment]).any())
+            places, slots = input_batch.positions, slot_mappings
+            if after[segment].any():
+                places, slots = self._slots(
                     input_batch,
-                    rows[:num_reqs],
-                    before[:, segment],
-                    block_tables,
+                    segment,
+                    rows[segment, :num_reqs],
+                    before[segment],
+                    block_tables[segment],
                     slot_mappings,
-                    groups,
                     shrinks,
                 )
             if shrinks:
-                names = [(index, g.layer_names) for index, group in enumerate(groups) for g in group]
-                moved |= {name: slots[index] for index, layers in names for name in layers}
-            most_rows = int(rows.max()) if shrinks else input_batch.max_query_len or int(rows.max())
-            metadata |= build_attn_metadata(
-                attn_groups=groups,
-                num_reqs=padded_reqs,
-                num_tokens=int(starts[-1]) if shrinks else padded_tokens,
-                query_start_loc_gpu=(
-                    torch.from_numpy(starts).to(self.device, non_blocking=True)
-                    if shrinks
-                    else input_batch.query_start_loc[: padded_reqs + 1]
-                ),
-                query_start_loc_cpu=torch.from_numpy(
-                    starts if shrinks else input_batch.query_start_loc_np[: padded_reqs + 1]
-                ),
-                max_query_len=most_rows,
-                seq_lens=seq_lens,
-                max_seq_len=self.max_model_len if for_capture else int(upper.max()),
-                block_tables=block_tables,
-                slot_mappings=slots,
-                kv_cache_config=kv_cache_config,
-                seq_lens_cpu_upper_bound=upper,
-                positions=positions,
-                is_prefilling=torch.from_numpy(input_batch.is_prefilling_np),
-                for_cudagraph_capture=for_capture,
-                ubatch_idx=ubatch_idx,
-                model_specific_attn_metadata=model_specific_attn_metadata,
+                moved |= {
+                    name: slots[segment] for group in attn_groups[segment] for name in group.layer_names
+                }
+                row_count, most = int(starts[segment, -1]), int(rows[segment].max())
+                query_start, query_start_cpu = starts_device[segment], torch.from_numpy(starts[segment])
+            else:
+                row_count = padded_tokens
+                most = input_batch.max_query_len or int(rows[segment].max())
+                query_start = input_batch.query_start_loc[: padded_reqs + 1]
+                query_start_cpu = torch.from_numpy(input_batch.query_start_loc_np[: padded_reqs + 1])
+            result.append(
+                Rows(
+                    query_start,
+                    query_start_cpu,
+                    row_count,
+                    most,
+                    seq_lens[segment],
+                    bounds[segment],
+                    places,
+                    slots,
+                )
             )
             if reducing:
-                (index,) = (number for number, group in enumerate(groups) if group)
                 num_cached = [part.num_cached(segment) if part and part.windows else 0 for part in parts]
                 cached_slots.append(
-                    self._cached_slots(num_cached, block_tables[index], self.block_sizes[index])
+                    self._cached_slots(num_cached, block_tables[segment], self.block_sizes[segment])
                 )
         if reducing:
             self.step = self._reducing_step(
-                input_batch.req_ids, query_start, parts, moved, tuple(cached_slots)
+                input_batch.req_ids, query_start_np.tolist(), parts, moved, tuple(cached_slots)
             )
-        return metadata
+        return result
 
     def _parts(self, req_ids: Sequence[str], computed: Counts, query_start: Counts) -> list[Part | None]:
         """Tokens that a step computes of each request whose prompt is reduced, None for the others.
@@ -200,26 +247,26 @@ class DecoderModelState(DefaultModelState):
     def _slots(
         self,
         input_batch: Any,
+        segment: int,
         rows: Counts,
         moved_by: Counts,
-        block_tables: tuple[Tensor, ...],
+        block_table: Tensor,
         slot_mappings: Tensor,
-        groups: list[list[Any]],
         shrinks: bool,
     ) -> tuple[Tensor, Tensor]:
         """Places of the rows in one segment's KV cache.
 
         Args:
             input_batch: of the step.
+            segment: index.
             rows: of each request in this segment.
             moved_by: for each request, tokens before the step that the segment does not hold.
-            block_tables: of each group, (requests, blocks).
-            slot_mappings: (groups, tokens) of the unreduced step.
-            groups: attention groups, empty for other segments.
+            block_table: of the segment, (requests, blocks).
+            slot_mappings: (segments, tokens) of the unreduced step.
             shrinks: whether this segment has fewer rows than the step has tokens.
 
         Returns:
-            Place of each row in its sequence, and slots (groups, rows): a new tensor where `shrinks`, else
+            Place of each row in its sequence, and slots (segments, rows): a new tensor where `shrinks`, else
             `slot_mappings`, rewritten.
         """
         request = torch.from_numpy(np.repeat(np.arange(len(rows)), rows)).to(self.device, non_blocking=True)
@@ -229,21 +276,23 @@ class DecoderModelState(DefaultModelState):
             held = input_batch.seq_lens[: len(rows)] - scheduled.to(self.device, non_blocking=True)
             within = np.arange(rows.sum()) - np.repeat(np.cumsum(rows) - rows, rows)
             places = torch.from_numpy(within).to(self.device, non_blocking=True) + held[request]
-            slots = slot_mappings.new_full((len(groups), len(places)), -1)
+            slots = slot_mappings.new_full((len(slot_mappings), len(places)), -1)
         else:
             moved = torch.from_numpy(np.repeat(moved_by, rows)).to(self.device, non_blocking=True)
             places = input_batch.positions[: len(request)] - moved
             slots = slot_mappings
-        for index, group in enumerate(groups):
-            if group:
-                block_size = self.block_sizes[index]
-                block = block_tables[index][request, places // block_size].to(slots.dtype)
-                slots[index, : len(places)] = block * block_size + places % block_size
+        block_size = self.block_sizes[segment]
+        block = block_table[request, places // block_size].to(slots.dtype)
+        slots[segment, : len(places)] = block * block_size + places % block_size
         return places, slots
 
     def initialize_kv_cache(self, kv_cache_config: Any, block_tables: Any) -> None:
         """Note the size of the blocks that the attention kernels use."""
         super().initialize_kv_cache(kv_cache_config, block_tables)
+        segments = [group.kv_cache_spec.segment for group in kv_cache_config.kv_cache_groups]
+        assert segments == list(range(self.planner.segments.num_segments)), (
+            "one KV group for each segment, in order"
+        )
         self.block_sizes = block_tables.block_sizes
 
     def _reducing_step(

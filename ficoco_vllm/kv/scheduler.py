@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.request import Request
 
@@ -11,6 +12,7 @@ from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.kv.admission import images_of
 from ficoco_vllm.kv.hashes import mix_windows
 from ficoco_vllm.kv.manager import SegmentManager
+from ficoco_vllm.kv.steady import SteadyManager
 from ficoco_vllm.metrics.families import metrics
 from ficoco_vllm.planning.decoder import RequestPlan
 from ficoco_vllm.planning.server import decoder_planner
@@ -18,6 +20,8 @@ from ficoco_vllm.planning.server import decoder_planner
 
 class SegmentScheduler(AsyncScheduler):
     """vLLM's asynchronous scheduler; the managers of the segments count tokens by its plans."""
+
+    kv_cache_manager: KVCacheManager
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -28,6 +32,7 @@ class SegmentScheduler(AsyncScheduler):
         for manager in self.managers:
             assert isinstance(manager, SegmentManager)
             manager.plan_of = self.plans.get
+        self.kv_cache_manager = SteadyManager(self.kv_cache_manager, self.managers, self.plans.get)
         self.blocks_held = _gauges(self.vllm_config, self.managers) if self.log_stats else []
 
     def add_request(self, request: Request) -> None:
@@ -87,6 +92,8 @@ class SegmentScheduler(AsyncScheduler):
 
         vLLM calls this last of all limits on a request's tokens in a step, and takes over the number that it returns.
         """
+        if num_computed_tokens >= request.num_prompt_tokens:
+            return [], num_new_tokens, encoder_compute_budget, [], []
         plan = self.plans.get(request.request_id)
 
         def allowed(num_tokens: int) -> int:
@@ -94,8 +101,7 @@ class SegmentScheduler(AsyncScheduler):
                 return num_tokens
             if self.chunks:
                 return plan.chunk(num_computed_tokens, num_tokens)
-            whole = num_tokens >= num_new_tokens or num_computed_tokens >= request.num_prompt_tokens
-            return num_tokens if whole else 0
+            return num_tokens if num_tokens >= num_new_tokens else 0
 
         def schedule(num_tokens: int) -> Any:
             return super(SegmentScheduler, self)._try_schedule_encoder_inputs(

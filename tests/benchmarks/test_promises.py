@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from ficoco_vllm.benchmarks.concurrency.__main__ import bars as concurrency_bars
+from ficoco_vllm.benchmarks.decoding.__main__ import bars as decoding_bars
 from ficoco_vllm.benchmarks.elastic.__main__ import bars as elastic_bars
 from ficoco_vllm.benchmarks.elastic.overload import Phase, Result
 from ficoco_vllm.benchmarks.harness.results import read, report
@@ -86,3 +87,11 @@ def test_kernels_that_compute_something_else_are_not_timed(
     printed = capsys.readouterr()
     assert "so nothing is timed" in printed.err
     assert "ratio" not in printed.out
+
+
+def test_a_decoding_step_takes_no_more_of_the_host_than_stock() -> None:
+    result = read("decoding")
+    assert all(bar.passed for bar in decoding_bars(result))
+    planted = copy.deepcopy(result)
+    planted["kinds"]["ficoco-l"]["256"]["step"] *= 1.5
+    assert not any(bar.passed for bar in decoding_bars(planted))

@@ -8,7 +8,7 @@ import pytest
 from vllm import LLM
 
 from ficoco_vllm.benchmarks.harness.results import read
-from ficoco_vllm.benchmarks.soak.engine.__main__ import ENGINE, bars
+from ficoco_vllm.benchmarks.soak.engine.__main__ import ENGINE, FICOCO, bars
 from ficoco_vllm.benchmarks.soak.engine.run import Settings, run
 from tests.support.engine import scheduler_of
 from tests.support.remote import Remote, remote_engine
@@ -31,7 +31,13 @@ def made_up(mib_per_round: float, **last: Any) -> dict[str, Any]:
         LOOK | {"num_requests": 50 * (i + 1), "rss_mib": 900 + i % 3 + i * mib_per_round} for i in range(40)
     ]
     rounds[-1] |= last
-    return {"start": LOOK, "rounds": rounds, "num_finished": 1990, "num_aborted": {"waiting": 10}}
+    return {
+        "start": LOOK,
+        "rounds": rounds,
+        "num_finished": 1990,
+        "num_aborted": {"waiting": 10},
+        "num_found": 9,
+    }
 
 
 @pytest.mark.parametrize(
@@ -58,7 +64,7 @@ def test_the_committed_run_kept_every_promise() -> None:
 @pytest.fixture(scope="module")
 def engine(demo_model: Path) -> Iterator[Remote]:
     """As `make soak-engine` starts it."""
-    with remote_engine(demo_model, {"method": "ficoco-l", "keep": 64}, **ENGINE) as engine:
+    with remote_engine(demo_model, FICOCO, **ENGINE) as engine:
         yield engine
 
 

@@ -97,11 +97,12 @@ def test_40_mixed_requests_with_preemption_equal_each_alone(
         torch.testing.assert_close(answer.logprobs, one.logprobs, atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.parametrize("count", [16, pytest.param(40, marks=pytest.mark.long)])
 def test_mixed_requests_with_caches_and_chunks_equal_each_alone(
-    windowed: Remote, images: list[Image.Image]
+    windowed: Remote, images: list[Image.Image], count: int
 ) -> None:
     """Twice, so that prompts are found; preempted requests find what they have lost, or compute it again."""
-    asks = mixed(images, 16)
+    asks = mixed(images, count)
     cold = [windowed.call(window_calls.ask, [one], True)[0] for one in asks]
     assert windowed.call(window_calls.reset)
     free = windowed.call(calls.free_blocks)
@@ -114,12 +115,14 @@ def test_mixed_requests_with_caches_and_chunks_equal_each_alone(
             assert answer.tokens == one.tokens
             torch.testing.assert_close(answer.logprobs, one.logprobs, atol=TOLERANCE, rtol=0)
     assert num_found > 0
-    aborted, answers = windowed.call(calls.abort_in, asks[:12], "decoding", 3)
-    assert aborted
-    for index, tokens in answers.items():
-        assert tokens == cold[index].tokens
-    assert windowed.call(calls.free_blocks) == free
-    assert not any(windowed.call(calls.held))
+    # Preempted ones are few, so every one is aborted.
+    for phase, every in (("decoding", 3), ("prefilled", 3), ("preempted", 1))[: 1 if count < 40 else 3]:
+        aborted, answers = windowed.call(calls.abort_in, asks[: 12 if count < 40 else count], phase, every)
+        assert aborted
+        for index, tokens in answers.items():
+            assert tokens == cold[index].tokens
+        assert windowed.call(calls.free_blocks) == free
+        assert not any(windowed.call(calls.held))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from tests.support.remote import Host, Remote
 
 pytestmark = pytest.mark.compat
 
-FICOCO = {"method": "ficoco-l", "keep": 16}
+FICOCO = {"method": "ficoco-l", "keep": 16, "windows": "off"}
 
 
 def config(**changed: Any) -> Any:
@@ -244,11 +244,32 @@ def test_start_up_makes_room_for_whole_prompts(
     assert engine.call(calls.settings_of) == ROOM
     # The tower's part scales the encoder's budget of a step down; a prompt must still find room for all of its images.
     options = {"max_model_len": 1024, "max_num_batched_tokens": 300, "enable_prefix_caching": True}
-    both = {"method": "ficoco-vl", "keep": 9}
+    both = {"method": "ficoco-vl", "keep": 9, "windows": "off"}
     assert engine.call(calls.settings_of_another, str(small_llava), both, options) == ROOM
     longest = Ask(TWO_IMAGES.replace("USER:", "USER:" + "a" * 650), images[:2], num_tokens=1)
     (answer,) = engine.call(calls.ask, [longest])
     assert 950 < answer.num_prompt_tokens < 1024
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("method", "options", "expected"),
+    [
+        ("ficoco-l", {}, "turn"),
+        ("ficoco-vl", {}, "turn"),
+        ("sparsevlm", {}, "prompt"),
+        ("ficoco-l", {"kv_cache_dtype": "fp8"}, "off"),
+    ],
+)
+def test_windows_where_the_settings_name_none(
+    engine: Remote, small_llava: Path, method: str, options: dict[str, Any], expected: str
+) -> None:
+    assert engine.call(default_windows_of, str(small_llava), {"method": method}, options) == expected
+
+
+def default_windows_of(engine: Any, model: str, ficoco: dict[str, Any], options: dict[str, Any]) -> Any:
+    """The windows of another engine."""
+    return calls.configure(model, ficoco, options).model_config.hf_config.ficoco["windows"]
 
 
 @pytest.mark.engine

@@ -43,7 +43,16 @@ pytestmark = [pytest.mark.compat, pytest.mark.server, pytest.mark.long]
 def server(small_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The step limit is 300 tokens, less than the longest prompt: start-up must raise it."""
     arguments = [str(small_llava), "--ficoco-method", "ficoco-l", "--ficoco-keep", "16", "--enforce-eager"]
-    arguments += ["--served-model-name", "small", "--dtype", "float32", "--block-size", "32"]
+    arguments += [
+        "--ficoco-config",
+        '{"windows": "off"}',
+        "--served-model-name",
+        "small",
+        "--dtype",
+        "float32",
+        "--block-size",
+        "32",
+    ]
     arguments += ["--max-model-len", str(LONGEST), "--max-num-batched-tokens", "300", "--max-num-seqs", "8"]
     arguments += ["--limit-mm-per-prompt", json.dumps({"image": NUM_IMAGES})]
     arguments += ["--kv-cache-memory-bytes", str(KV_BYTES), "--data-parallel-size", "2"]

@@ -32,7 +32,7 @@ def server(small_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     """
     log = tmp_path_factory.mktemp("server") / "log"
     arguments = ["--ficoco-method", "ficoco-vl", "--ficoco-keep", "15", "--served-model-name", "small"]
-    arguments += ["--ficoco-explain", "--ficoco-min-keep", "4"]
+    arguments += ["--ficoco-explain", "--ficoco-min-keep", "4", "--ficoco-config", '{"windows": "off"}']
     more = ["--enforce-eager", "--max-model-len", "1024", "--kv-cache-memory-bytes", str(2**26)]
     more += ["--api-server-count", "2", "--dtype", DTYPE]
     more += [

@@ -28,6 +28,7 @@ FIRST = SYSTEM + "USER: <image>\nwhat number is on the sign? ASSISTANT:"
 SECOND = FIRST + " 17 </s>USER: and which colour does it have, please? ASSISTANT:"
 THIRD = SECOND + " red </s>USER: <image>\nare there more signs here? ASSISTANT:"
 FOURTH = THIRD + " two </s>USER: really? please look again. ASSISTANT:"
+FIFTH = FOURTH + " two </s>USER: and what about the first one? ASSISTANT:"
 TWO = FIRST.replace("<image>", "<image> <image>")
 TEXT = SYSTEM + "USER: is there a red sign? ASSISTANT:"
 # The same arithmetic in another order; a fault moves log-probabilities by more than a tenth.
@@ -82,6 +83,7 @@ def test_turns_equal_cold_ones(empty: Remote, images: list[Image.Image]) -> None
         (turn(SECOND, images, 1, [FIRST]), blocks(SECOND)),
         (turn(THIRD, images, 2, [FIRST, THIRD]), blocks(SECOND)),
         (turn(FOURTH, images, 2, [FIRST, THIRD]), blocks(THIRD)),
+        (turn(FIFTH, images, 2, [FIRST, THIRD]), blocks(FOURTH)),
         # Anything else that decides: what is left is text before the image.
         (turn(FIRST.replace("number", "colour"), images, 1, [FIRST]), system),
         (turn(SECOND, images, 1, [SECOND]), system),
@@ -102,6 +104,28 @@ def test_turns_equal_cold_ones(empty: Remote, images: list[Image.Image]) -> None
     cold = empty.call(window_calls.ask_each, asks, True)
     assert [reply.num_cached for reply in cold] == [0] * len(asks)
     assert_equal(warm, cold)
+
+
+def test_a_cached_turn_equals_its_tokens_forced_upon_an_engine_without_windows(
+    empty: Remote, small_engine: Remote, images: list[Image.Image]
+) -> None:
+    """The oracle knows neither caches nor windows: the second turn comes to it as the answer to the first."""
+    first, second = (turn(prompt, images, 1, [FIRST]) for prompt in (FIRST, SECOND))
+    empty.call(window_calls.ask, [first])
+    (reply,) = empty.call(window_calls.ask, [second])
+    assert reply.num_cached == blocks(FIRST)
+    tokens, logprobs = small_engine.call(window_calls.force, Ask(FIRST, images[:1], 6), SECOND)
+    assert tokens == reply.tokens
+    torch.testing.assert_close(reply.logprobs, logprobs, atol=TOLERANCE, rtol=0)
+
+
+def test_without_rounding_no_turn_is_found(empty: Remote, images: list[Image.Image]) -> None:
+    """Negative control of the number of cached tokens: 20 of 144 tokens are left by multiples of a block, or not."""
+    one = turn(FIRST, images, 1, [FIRST], ficoco_keep=20)
+    (_, again) = empty.call(window_calls.ask_each, [one, one])
+    assert again.num_cached == blocks(FIRST)
+    warm, _ = empty.call(window_calls.ask_mutant, "no rounding", [one, one])
+    assert warm[-1].num_cached == length(SYSTEM + "USER: ") // BLOCK * BLOCK
 
 
 def test_what_is_read_from_the_cache_decides_as_what_is_computed(

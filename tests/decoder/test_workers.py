@@ -7,13 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.decoder import window_calls
 from tests.decoder.calls import Ask, ask, compiled_units
 from tests.support.engine import PROMPT, TEXT_ONLY, TWO_IMAGES, Answer
 from tests.support.remote import Host, Remote, remote_engine
 
 # float32; fused loops and sums over heads and columns that are split between workers
 TOLERANCE = 1e-4
-FICOCO: dict[str, Any] = {"method": "ficoco-l", "keep": 16, "num_segments": 4}
+FICOCO: dict[str, Any] = {"method": "ficoco-l", "keep": 16, "num_segments": 4, "windows": "turn"}
 
 pytestmark = [pytest.mark.compat, pytest.mark.engine, pytest.mark.long]
 
@@ -29,6 +30,12 @@ def asks(images: list[Image.Image]) -> list[Ask]:
         Ask(PROMPT, [images[5]], extra={"ficoco_method": "fitprune"}),
         Ask(PROMPT, [images[0]], extra={"ficoco_method": "pyramiddrop", "ficoco_keep": 9}),
     ]
+
+
+def cached(one: Ask, reply: window_calls.Reply) -> int:
+    """Whole blocks of a prompt before its last token; after the image, where it loses whole blocks."""
+    whole = (reply.num_prompt_tokens - 1) // 32 * 32
+    return 0 if one.extra.get("ficoco_keep") == 9 else whole
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +64,19 @@ def test_equal(
     options: dict[str, Any],
 ) -> None:
     with remote_engine(small_llava, FICOCO, environment, block_size=32, **options) as engine:
-        answers = engine.call(ask, asks(images))
+        first = engine.call(window_calls.ask, asks(images))
+        again = engine.call(window_calls.ask, asks(images))
         if "enforce_eager" in options:
             assert engine.call(compiled_units) == [True] * FICOCO["num_segments"]
-    for answer, one in zip(answers, expected, strict=True):
-        assert answer.tokens == one.tokens
-        torch.testing.assert_close(answer.logprobs, one.logprobs, atol=TOLERANCE, rtol=0)
+    assert not any(reply.num_cached for reply in first)
+    # The second time from the prefix cache.
+    assert [reply.num_cached for reply in again] == [
+        cached(one, reply) for one, reply in zip(asks(images), again, strict=True)
+    ]
+    for replies in (first, again):
+        for reply, one in zip(replies, expected, strict=True):
+            assert reply.tokens == one.tokens
+            torch.testing.assert_close(reply.logprobs, one.logprobs, atol=TOLERANCE, rtol=0)
 
 
 def test_tower_and_decoder_over_two_workers(host: Host, small_llava: Path, images: list[Image.Image]) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,10 +14,11 @@ from vllm.v1.metrics.stats import PrefixCacheStats
 
 import ficoco_vllm.decoder.decoder as decoder
 import ficoco_vllm.kv.scheduler as scheduling
+import ficoco_vllm.planning.decoder as planning
 from ficoco_vllm.decoder.cached_keys import cached_keys
 from ficoco_vllm.planning.decoder import RequestPlan
 from tests.decoder.calls import Ask
-from tests.support.engine import scheduler_of
+from tests.support.engine import scheduler_of, worker_of
 
 
 @dataclass
@@ -108,6 +109,35 @@ def ask_in_steps(
         scheduler.max_num_scheduled_tokens, scheduler.schedule = before, original
 
 
+def force(engine: LLM, one: Ask, whole: str) -> tuple[list[int], Tensor]:
+    """Answer a prompt with the rest of a longer one, whatever the engine samples, and go on from there.
+
+    Args:
+        engine: in this process.
+        one: the request; its `num_tokens` are those after the rest.
+        whole: the longer prompt.
+
+    Returns:
+        Tokens after the longer prompt, and their log-probabilities (tokens, vocabulary).
+    """
+    tokenizer: Any = engine.get_tokenizer()
+    before, after = (tokenizer(text, add_special_tokens=False).input_ids for text in (one.prompt, whole))
+    assert after[: len(before)] == before
+    rest = after[len(before) :]
+    runner, forced = worker_of(engine).model_runner, iter(rest)
+    original = runner.sample
+
+    def sample(*args: Any, **kwargs: Any) -> Any:
+        output, *counts = original(*args, **kwargs)
+        output.sampled_token_ids[0, 0] = next(forced, output.sampled_token_ids[0, 0])
+        return output, *counts
+
+    with _changed(runner, "sample", sample):
+        (answer,) = ask(engine, [replace(one, num_tokens=len(rest) + one.num_tokens)])
+    assert answer.tokens[: len(rest)] == rest
+    return answer.tokens[len(rest) :], answer.logprobs[len(rest) :]
+
+
 def chat(engine: LLM, turns: Sequence[tuple[str, Any]], num_tokens: int) -> list[tuple[Reply, Reply]]:
     """A chat with images, as a client sends it; each turn as it comes, and again without the cache.
 
@@ -182,9 +212,18 @@ def _zeroed(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda *args: torch.zeros_like(original(*args))
 
 
+@contextmanager
+def _without_rounding() -> Iterator[None]:
+    planning._counts.cache_clear()
+    with _changed(planning, "_in_multiples", lambda counts, *_: counts):
+        yield
+    planning._counts.cache_clear()
+
+
 MUTANTS: dict[str, Callable[[], Any]] = {
     "window not hashed": lambda: _changed(scheduling, "mix_windows", lambda *_: None),
     "prefix keys zeroed": lambda: _changed(decoder, "cached_keys", _zeroed(cached_keys)),
+    "no rounding": _without_rounding,
     "identity mapping": lambda: _changed(
         RequestPlan, "prompt_block", lambda self, segment, index, block: index
     ),

@@ -44,6 +44,8 @@ def bounded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bounded]:
     (media / "link.png").symlink_to(folder / "secret.png")
     arguments = ["--ficoco-method", "ficoco-l", "--ficoco-keep", str(KEEP), "--served-model-name", "small"]
     arguments += ["--ficoco-min-keep", "4", "--ficoco-allow-methods", "ficoco-l,fastv"]
+    # Published counts, and every request computes its prompt.
+    arguments += ["--ficoco-config", '{"windows": "off"}']
     arguments += ["--ficoco-explain", "--ficoco-explain-rate", "3", "--api-key", API_KEY]
     arguments += [
         "--allowed-media-domains",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ficoco_vllm.benchmarks.harness import engine as harness
+from ficoco_vllm.config import FicocoConfig
 
 if TYPE_CHECKING:
     from tests.support.engine import Engines
@@ -41,7 +42,12 @@ class Host:
         self.held = held
 
     def get(self, model: Path, ficoco: dict[str, Any], **options: Any) -> Remote:
-        """The engine of this kind, started at the first call; arguments as of `make_engine`."""
+        """The engine of this kind, started at the first call; arguments as of `make_engine`.
+
+        Prompts decide as a whole and by published counts, unless the settings name windows.
+        """
+        if FicocoConfig.parse(ficoco).decoder_method is not None:
+            ficoco = {"windows": "off", **ficoco}
         remote = Remote(self.held, model, ficoco, options)
         remote.call(_nothing)
         return remote

@@ -1,6 +1,7 @@
 """`make soak-engine`: 2,000 mixed requests to one engine that reduces in the decoder, some of them aborted.
 
-The demo model, methods and budgets by request, no image, one or two, and so few KV blocks that requests are preempted.
+The demo model with prefix cache, prompts in chunks and LoRA adapters; methods and budgets by request, no image, one or
+two, and so few KV blocks that requests are preempted.
 After every round of requests the engine is empty: then every block must be free again, in every group, no plan of a
 request may be left, and the memory of the process must not keep growing.
 """
@@ -9,12 +10,16 @@ import json
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from ficoco_vllm import demo_model
 from ficoco_vllm.benchmarks.harness.engine import IN_PROCESS, INTERPRETER, remote_engine
 from ficoco_vllm.benchmarks.harness.results import Bar, at_most, environment, make_parser, report, write
+from ficoco_vllm.benchmarks.soak.engine.adapters import write_adapter
 from ficoco_vllm.benchmarks.soak.engine.mixture import PHASES
 from ficoco_vllm.benchmarks.soak.engine.run import Settings, run
 from ficoco_vllm.benchmarks.soak.growth import growth_bars
@@ -28,7 +33,13 @@ ENGINE: dict[str, Any] = {
     "max_model_len": 1280,
     "max_num_seqs": 16,
     "num_gpu_blocks_override": 321,
+    # A step holds one window with two images beside decoding requests.
+    "max_num_batched_tokens": 1280,
+    "enable_lora": True,
+    "max_loras": 2,
+    "max_lora_rank": 8,
 }
+FICOCO = {"method": "ficoco-l", "keep": 64, "windows": "turn"}
 
 
 def main() -> int:
@@ -39,8 +50,14 @@ def main() -> int:
     args = parser.parse_args()
     settings = Settings(num_requests=args.requests, num_per_round=args.round, seed=args.seed)
     variables = {**IN_PROCESS, "VLLM_CPU_KVCACHE_SPACE": "1", **(INTERPRETER if is_cpu_build() else {})}
-    ficoco = {"method": "ficoco-l", "keep": 64}
-    with remote_engine(demo_model.path(), ficoco, variables, **ENGINE) as engine:
+    with (
+        TemporaryDirectory() as name,
+        remote_engine(demo_model.path(), FICOCO, variables, **ENGINE) as engine,
+    ):
+        adapters = [Path(name) / str(seed) for seed in range(2)]
+        for seed, folder in enumerate(adapters):
+            write_adapter(demo_model.path(), folder, seed)
+        settings = replace(settings, adapters=tuple(map(str, adapters)))
         start = time.monotonic()
         result = engine.call(run, settings, partial(print, flush=True))
         seconds = round(time.monotonic() - start)
@@ -62,6 +79,7 @@ def bars(record: Mapping[str, Any]) -> list[Bar]:
         at_most("soak-engine-plans-left", max(look["num_plans"] for look in rounds)),
         Bar("soak-engine-requests-answered-or-aborted", answered, rounds[-1]["num_requests"]),
         Bar("soak-engine-preemptions", record["num_preempted"], 1),
+        Bar("soak-engine-prefixes-found", record["num_found"], 1),
         *(Bar(f"soak-engine-aborts-{phase}", record["num_aborted"].get(phase, 0), 1) for phase in PHASES),
         *growth_bars("soak-engine-rss-growth-mib-per-1000-requests", rounds, "rss_mib", MOST_GROWTH_MIB),
     ]

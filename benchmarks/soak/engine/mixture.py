@@ -33,6 +33,7 @@ class Request:
         prompt: with one `<image>` for each image.
         extra: `vllm_xargs`.
         abort_in: phase in which it is aborted if it reaches it; None: never.
+        adapter: number of its LoRA adapter, from 1; 0 for none.
     """
 
     prompt: str
@@ -40,14 +41,16 @@ class Request:
     num_tokens: int
     extra: dict[str, Any] = field(default_factory=dict)
     abort_in: str | None = None
+    adapter: int = 0
 
 
-def make_requests(seed: int, abort_share: float) -> Iterator[Request]:
+def make_requests(seed: int, abort_share: float, num_adapters: int = 0) -> Iterator[Request]:
     """Requests without end: the same `NUM_DIFFERENT` repeated, each time with other aborts.
 
     Args:
         seed: of the mixture.
         abort_share: of the requests that are aborted in one of `COMMON_PHASES`.
+        num_adapters: of which each request has one.
     """
     order = random.Random(seed)
     known = [(example.question, Image.open(example.image).convert("RGB")) for example in examples()]
@@ -66,6 +69,7 @@ def make_requests(seed: int, abort_share: float) -> Iterator[Request]:
             images=images,
             num_tokens=order.randint(1, MOST_TOKENS),
             extra=extra if images else {},
+            adapter=order.randint(1, num_adapters) if num_adapters else 0,
         )
         different.append(request)
     for request in cycle(different):

@@ -4,7 +4,7 @@ import ctypes
 import gc
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from ficoco_vllm.benchmarks.soak.engine.mixture import Request, make_requests
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _MIB = 2**20
@@ -24,6 +25,7 @@ class Settings:
 
     Attributes:
         num_per_round: after which the engine is empty and looked at.
+        adapters: folders of LoRA adapters; each request has one of them.
     """
 
     num_requests: int = 2000
@@ -31,6 +33,7 @@ class Settings:
     num_open: int = 16
     abort_share: float = 0.2
     seed: int = 0
+    adapters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,14 +83,14 @@ def run(engine: "LLM", settings: Settings, say: Callable[[str], None] | None = N
 
     Returns:
         `start`, a `Look`; `rounds`, one after each round; `num_finished`; `num_aborted` by the phase of the request;
-        `num_preempted`.
+        `num_preempted`; `num_found`, answers for whose prompts the prefix cache had tokens.
 
     Raises:
         RuntimeError: an answer has another length than requested.
     """
-    supply = make_requests(settings.seed, settings.abort_share)
+    supply = make_requests(settings.seed, settings.abort_share, len(settings.adapters))
     start, rounds, sent = look(engine), list[Look](), 0
-    with Driver(engine, settings.num_open) as driver:
+    with Driver(engine, settings.num_open, adapters=settings.adapters) as driver:
         while sent < settings.num_requests:
             count = min(settings.num_per_round, settings.num_requests - sent)
             driver.answer([next(supply) for _ in range(count)])
@@ -104,6 +107,7 @@ def run(engine: "LLM", settings: Settings, say: Callable[[str], None] | None = N
         "num_finished": driver.num_finished,
         "num_aborted": dict(sorted(driver.num_aborted.items())),
         "num_preempted": driver.num_preempted,
+        "num_found": driver.num_found,
     }
 
 
@@ -119,6 +123,7 @@ class Driver:
         engine: "LLM",
         num_open: int,
         on_answer: Callable[[Request, list[int]], None] = lambda request, tokens: None,
+        adapters: Sequence[str] = (),
     ) -> None:
         """Drive one engine.
 
@@ -126,12 +131,15 @@ class Driver:
             engine: in this process.
             num_open: requests at the same time.
             on_answer: takes each request that was not aborted, and the tokens of its answer.
+            adapters: folders of the LoRA adapters that requests name by their numbers.
         """
         self.engine = engine
         self.num_open = num_open
         self.on_answer = on_answer
         self.num_finished = 0
         self.num_preempted = 0
+        self.num_found = 0
+        self.adapters = adapters
         self.num_aborted: Counter[str] = Counter()
         self._scheduler = harness.scheduler_of(engine)
         self._open: dict[str, Request] = {}
@@ -161,7 +169,8 @@ class Driver:
             while waiting and len(self._open) < self.num_open:
                 request = waiting.pop()
                 body = harness.request(request.prompt, request.images)
-                (name,) = self.engine.enqueue([body], [_params(request)], use_tqdm=False)
+                adapter = self._adapter(request)
+                (name,) = self.engine.enqueue([body], [_params(request)], adapter, use_tqdm=False)
                 self._open[name] = request
             self._abort("waiting", "decoding", "preempted")
             for output in core.step():
@@ -179,6 +188,14 @@ class Driver:
                 self.engine.llm_engine.abort_request([name], internal=True)
                 del self._open[name]
 
+    def _adapter(self, request: Request) -> "list[LoRARequest] | None":
+        from vllm.lora.request import LoRARequest
+
+        if not request.adapter:
+            return None
+        folder = self.adapters[request.adapter - 1]
+        return [LoRARequest(folder, request.adapter, folder)]
+
     def _finish(self, output: Any) -> None:
         # vLLM's front end adds to the name of a request, and leaves that out in its outputs.
         name = next(name for name in self._open if name.startswith(f"{output.request_id}-"))
@@ -186,6 +203,7 @@ class Driver:
         if len(tokens) != request.num_tokens:
             raise RuntimeError(f"{len(tokens)} tokens instead of {request.num_tokens}: {request}")
         self.num_finished += 1
+        self.num_found += bool(output.num_cached_tokens)
         self.on_answer(request, tokens)
 
 

@@ -1,0 +1,128 @@
+"""Chats, timed inside the process of their engine."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ficoco_vllm.benchmarks.harness.engine import TEXT, request, scheduler_of
+
+NUM_TURNS = 5
+NUM_QUESTION, NUM_SYSTEM, NUM_ANSWER = 40, 500, 4
+NUM_IMAGES = 4
+Figures = dict[str, float]
+
+
+def image_chat(engine: Any, cold: bool, seed: int) -> Figures:
+    """Ask five questions about one image, each after the answers to those before.
+
+    Args:
+        engine: in this process.
+        cold: whether every turn computes its whole prompt.
+        seed: of the image.
+
+    Returns:
+        `ttft_seconds`, the mean of turns 2 to 5, that of the first as `first_seconds`, `cached_share` of the prompts'
+        tokens in these turns, and the KV blocks at the end of the chat: `num_blocks`, and `num_planned`.
+    """
+    tokens = [_image_token(engine)]
+    ends: list[int] = []
+    seconds, cached = [], []
+    with _blocks_at_the_end(engine) as blocks:
+        for _ in range(NUM_TURNS):
+            tokens += _text(engine, NUM_QUESTION)
+            output, length = _answer(engine, tokens, seed, cold, ends)
+            ends = ends or [length]
+            seconds.append(output.metrics.first_token_latency)
+            cached.append(output.num_cached_tokens / length)
+            tokens += output.outputs[0].token_ids
+    held, planned = blocks[-1]
+    return {
+        "ttft_seconds": float(np.mean(seconds[1:])),
+        "first_seconds": seconds[0],
+        "cached_share": float(np.mean(cached[1:])),
+        "num_blocks": held,
+        "num_planned": planned,
+    }
+
+
+def shared_system_prompt(engine: Any, cold: bool, seed: int) -> Figures:
+    """Ask about several images after the same system prompt, whose first use is not counted.
+
+    Args:
+        engine: in this process.
+        cold: whether every request computes its whole prompt.
+        seed: of the images and of the beginning of the system prompt.
+
+    Returns:
+        `ttft_seconds`, the mean, and `cached_tokens`, the least of a request.
+    """
+    # A number of several tokens, so that no earlier prompt has the same blocks.
+    system = (_text(engine, 16, f"{seed} ") + _text(engine, NUM_SYSTEM))[:NUM_SYSTEM]
+    tokens = [*system, _image_token(engine), *_text(engine, NUM_QUESTION)]
+    outputs = [_answer(engine, tokens, seed + index, cold, [])[0] for index in range(1 + NUM_IMAGES)]
+    return {
+        "ttft_seconds": float(np.mean([output.metrics.first_token_latency for output in outputs[1:]])),
+        "cached_tokens": min(output.num_cached_tokens for output in outputs[1:]),
+    }
+
+
+def _answer(engine: Any, tokens: list[int], seed: int, cold: bool, ends: list[int]) -> tuple[Any, int]:
+    """The output for a prompt with an image, and the tokens of the prompt.
+
+    Args:
+        engine: in this process.
+        tokens: of the prompt, one for the image.
+        seed: of the image.
+        cold: whether the whole prompt is computed.
+        ends: of decision windows; none where the prompt ends it.
+    """
+    from vllm import SamplingParams
+
+    params = SamplingParams(
+        max_tokens=NUM_ANSWER,
+        temperature=0,
+        ignore_eos=True,
+        detokenize=False,
+        skip_reading_prefix_cache=cold,
+        extra_args={"ficoco_window": ends}
+        if ends and engine.llm_engine.vllm_config.additional_config
+        else None,
+    )
+    pixels = np.random.default_rng(seed).integers(0, 255, (336, 336, 3), dtype=np.uint8)
+    (output,) = engine.generate([request(tokens, [Image.fromarray(pixels)])], params, use_tqdm=False)
+    return output, len(output.prompt_token_ids)
+
+
+def _text(engine: Any, num_tokens: int, text: str = TEXT) -> list[int]:
+    return list(engine.get_tokenizer()(text * num_tokens, add_special_tokens=False).input_ids[:num_tokens])
+
+
+def _image_token(engine: Any) -> int:
+    return int(engine.get_tokenizer().convert_tokens_to_ids("<image>"))
+
+
+@contextmanager
+def _blocks_at_the_end(engine: Any) -> Iterator[list[tuple[int, int]]]:
+    """KV blocks that each request holds when it ends, and those that its tokens need by the plan."""
+    scheduler = scheduler_of(engine)
+    managers = scheduler.kv_cache_manager.coordinator.single_type_managers
+    plans: dict[str, Any] = getattr(scheduler, "plans", {})
+    original, blocks = scheduler._free_request, list[tuple[int, int]]()
+
+    def free(request: Any, *args: Any, **kwargs: Any) -> Any:
+        held = sum(len(manager.req_to_blocks[request.request_id]) for manager in managers)
+        plan, count = plans.get(request.request_id), request.num_computed_tokens
+        needed = [
+            count if plan is None else plan.num_kv_tokens(index, count) for index in range(len(managers))
+        ]
+        blocks.append((held, sum(-(-tokens // managers[0].block_size) for tokens in needed)))
+        return original(request, *args, **kwargs)
+
+    scheduler._free_request = free
+    try:
+        yield blocks
+    finally:
+        del scheduler._free_request

@@ -1,0 +1,1 @@
+"""Host time of a decoding step, stock model runner V2 and ours."""

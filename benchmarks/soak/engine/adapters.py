@@ -1,0 +1,47 @@
+"""LoRA adapters with random weights."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+RANK, ALPHA = 4, 8
+TARGETS = ("q_proj", "v_proj", "down_proj")
+
+
+def write_adapter(model: Path, folder: Path, seed: int) -> dict[str, Tensor]:
+    """Write a random adapter of a LLaVA's decoder.
+
+    Args:
+        model: folder of the model.
+        folder: of the adapter, made here.
+        seed: of its weights.
+
+    Returns:
+        What it adds to the weights of the model, by their names.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    adapter, added = {}, {}
+    for name, weight in load_file(model / "model.safetensors").items():
+        if name.startswith("language_model.") and any(f"{target}.weight" in name for target in TARGETS):
+            wide, narrow = weight.shape
+            a, b = (
+                torch.randn(*shape, generator=generator) * 0.1 for shape in ((RANK, narrow), (wide, RANK))
+            )
+            layer = name.removesuffix(".weight").replace("language_model.model.", "language_model.")
+            adapter[f"base_model.model.model.{layer}.lora_A.weight"] = a
+            adapter[f"base_model.model.model.{layer}.lora_B.weight"] = b
+            added[name] = ALPHA / RANK * (b @ a)
+    folder.mkdir()
+    save_file(adapter, folder / "adapter_model.safetensors")
+    settings = {
+        "peft_type": "LORA",
+        "r": RANK,
+        "lora_alpha": ALPHA,
+        "target_modules": list(TARGETS),
+        "bias": "none",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return added

@@ -1,0 +1,44 @@
+"""Chats of the benchmarks, and the promises that their committed results keep."""
+
+from typing import Any
+
+import pytest
+
+from ficoco_vllm.benchmarks.chat.accuracy import compare, messages
+from ficoco_vllm.benchmarks.chat.questions import KINDS, held_out_chats
+from ficoco_vllm.benchmarks.harness.results import read
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_chats_ask_about_different_things(kind: str) -> None:
+    chats = held_out_chats(kind, 24)
+    assert {len(chat.turns) for chat in chats} <= {2, 3, 4}
+    for chat, again in zip(chats, held_out_chats(kind, 24), strict=True):
+        assert chat.turns == again.turns
+        assert (chat.scene.image == again.scene.image).all()
+        assert len({turn.text for turn in chat.turns}) == len(chat.turns)
+        assert chat.turns[-1].kind == kind
+        body = messages(chat)
+        assert [one["role"] for one in body] == ["user", "assistant"] * (len(chat.turns) - 1) + ["user"]
+        assert body[-1]["content"] == chat.turns[-1].text
+    answers = [chat.turns[-1].answer for chat in chats]
+    assert max(map(answers.count, answers)) <= len(chats) / 2
+
+
+def test_differences_are_paired() -> None:
+    full, whole, window = (
+        {"count": list(map(bool, row))} for row in ([1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 1, 0])
+    )
+    result = compare(full, whole, window)
+    assert [result["accuracy"][name][0] for name in ("full", "whole", "window")] == [100, 50, 50]
+    assert result["whole_against_full"][0] == -50
+    assert result["window_against_whole"][0] == 0
+    assert result["window_against_whole"][1] < 0 < result["window_against_whole"][2]
+
+
+def test_the_default_follows_from_the_committed_run() -> None:
+    """Windows end with a turn where no loss is found; `test_refusals.py` has the defaults."""
+    rows: list[dict[str, Any]] = read("chat-accuracy")["rows"]
+    losing = {row["method"] for row in rows if row["window_against_whole"][2] < 0}
+    assert losing == {"sparsevlm"}
+    assert {row["method"] for row in rows} - losing == {"ficoco-l", "fastv", "pyramiddrop", "fitprune"}
