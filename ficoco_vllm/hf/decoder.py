@@ -148,7 +148,8 @@ class SegmentedLlama:
         return hidden + projected, heads
 
     def _reduce(self, rows: Rows, heads: DecoderHeads, edge: Boundary) -> Rows:
-        return reduce_rows(rows, heads, edge, self.planner, self.grid)
+        with torch.autocast(rows.hidden.device.type, enabled=False):
+            return reduce_rows(rows, heads, edge, self.planner, self.grid)
 
     def _needs_equal_text(self, method: str) -> bool:
         return "text_features" in self.planner.reducer(method).signals

@@ -195,15 +195,16 @@ def _reduce(
     grid: tuple[int, int],
     observer: Observer | None,
 ) -> Tokens:
-    """One reduction of the patch tokens; [CLS] stays first."""
+    """One reduction of the patch tokens, in their own dtype under autocast, too; [CLS] stays first."""
     needed = plan.reducer.signals
-    signals = Signals(
-        visual_attention=attention.visual_attention() if "visual_attention" in needed else None,
-        cls_attention=attention.cls_attention() if "cls_attention" in needed else None,
-        keys=attention.keys() if "keys" in needed else None,
-        position=tokens.position,
-        grid=grid,
-    )
     cls, patches = tokens.hidden[:, :1], tokens.hidden[:, 1:]
-    reduced = plan.reducer(patches, signals, num_removed, tokens.size, plan.backend, observer)
+    with torch.autocast(patches.device.type, enabled=False):
+        signals = Signals(
+            visual_attention=attention.visual_attention() if "visual_attention" in needed else None,
+            cls_attention=attention.cls_attention() if "cls_attention" in needed else None,
+            keys=attention.keys() if "keys" in needed else None,
+            position=tokens.position,
+            grid=grid,
+        )
+        reduced = plan.reducer(patches, signals, num_removed, tokens.size, plan.backend, observer)
     return Tokens(torch.cat([cls, reduced.tokens], dim=1), reduced.size, reduced.position)
