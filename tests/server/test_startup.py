@@ -5,6 +5,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -69,3 +70,31 @@ def test_what_is_hidden_is_what_the_installed_packages_say() -> None:
         source = re.sub(r'"\s*f?"', "", "".join(file.read_text() for file in files))
         for text in texts:
             assert text in source, (name, text)
+
+
+def test_what_is_printed_after_the_end_of_python_is_hidden() -> None:
+    """Exit handlers run in reverse order: one that was registered before stands in for Triton's bindings."""
+    code = """
+import atexit, os, sys
+from ficoco_vllm.server.lifecycle.quiet import end_quietly
+atexit.register(os.write, 2, b"leaked")
+end_quietly()
+end_quietly()
+atexit.register(os.write, 2, b"shown")
+sys.exit(3)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (3, "shown")
+
+
+def test_a_command_ends_without_the_end_of_python() -> None:
+    code = """
+import atexit, os, sys
+from ficoco_vllm.server import cli
+sys.argv = ["ficoco-vllm", "completion", "bash"]
+atexit.register(os.write, 2, b"leaked")
+sys.exit(cli.main())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "ficoco" in done.stdout
