@@ -1,5 +1,6 @@
 """What `ficoco-vllm serve` prints: progress, one block that holds what it says, and no warning to be ignored."""
 
+import argparse
 import importlib.util
 import json
 import os
@@ -13,6 +14,7 @@ import httpx
 import pytest
 
 from ficoco_vllm.server.lifecycle.quiet import HIDDEN
+from ficoco_vllm.server.lifecycle.ready import block
 from tests.support.server import API_KEY, Server
 
 
@@ -98,3 +100,11 @@ sys.exit(cli.main())
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert "ficoco" in done.stdout
+
+
+def test_the_block_names_the_page_or_how_to_get_one() -> None:
+    names = ("host", "uds", "ssl_certfile", "served_model_name", "api_key")
+    args = argparse.Namespace(port=8000, model="m", ficoco_explain=True, **dict.fromkeys(names))
+    assert "  page     http://localhost:8000/ficoco/" in block(args, "tome", 1)
+    args.ficoco_explain = False
+    assert "  page     none; --ficoco-explain" in block(args, "tome", 1)
