@@ -13,6 +13,7 @@ from ficoco_vllm.decoder.boundary import Boundary, Part, boundary, num_rows
 from ficoco_vllm.decoder.reduction import Rows, reduce_rows
 from ficoco_vllm.hf.batch import padded
 from ficoco_vllm.planning.decoder import DecoderPlanner, RequestPlan
+from ficoco_vllm.vision.tower import without_autocast
 
 
 class Output(NamedTuple):
@@ -148,7 +149,7 @@ class SegmentedLlama:
         return hidden + projected, heads
 
     def _reduce(self, rows: Rows, heads: DecoderHeads, edge: Boundary) -> Rows:
-        with torch.autocast(rows.hidden.device.type, enabled=False):
+        with without_autocast(rows.hidden.device):
             return reduce_rows(rows, heads, edge, self.planner, self.grid)
 
     def _needs_equal_text(self, method: str) -> bool:

@@ -148,6 +148,12 @@ def cropped(patches: Tensor, grid: tuple[int, int], crop: Crop) -> Tensor:
     return patches.view(B, *grid, D)[:, rows, columns].reshape(B, -1, D)
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Context in which tokens keep their dtype: under autocast, products of float32 are not float32."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+
+
 def _without_padding(tokens: Tokens, grid: tuple[int, int], crop: Crop) -> Tokens:
     """Tokens of tiles before any reduction, without those that show padding."""
     B = tokens.hidden.shape[0]
@@ -195,10 +201,10 @@ def _reduce(
     grid: tuple[int, int],
     observer: Observer | None,
 ) -> Tokens:
-    """One reduction of the patch tokens, in their own dtype under autocast, too; [CLS] stays first."""
+    """One reduction of the patch tokens; [CLS] stays first."""
     needed = plan.reducer.signals
     cls, patches = tokens.hidden[:, :1], tokens.hidden[:, 1:]
-    with torch.autocast(patches.device.type, enabled=False):
+    with without_autocast(patches.device):
         signals = Signals(
             visual_attention=attention.visual_attention() if "visual_attention" in needed else None,
             cls_attention=attention.cls_attention() if "cls_attention" in needed else None,

@@ -196,7 +196,7 @@ def test_half_precision(demo_model: Path, dtype: torch.dtype) -> None:
         assert sum(half == full for half, full in zip(*answers, strict=True)) >= len(prompts) - 1
 
 
-@pytest.mark.parametrize("method", [*METHODS, "pyramiddrop"])
+@pytest.mark.parametrize("method", [*METHODS, "pyramiddrop", "tome", "visionzip"])
 def test_autocast(demo_model: Path, method: str) -> None:
     """Linear layers compute in bfloat16 beside a residual stream in float32, as under accelerate's mixed precision."""
     hf = HfLlava(demo_model)
