@@ -150,7 +150,7 @@ figures: $(DEV)  ## write the README's table and pictures, docs/accuracy.md and 
 	@$(BIN)/python -m ficoco_vllm.benchmarks.overview
 	@$(BIN)/python -m ficoco_vllm.benchmarks.support
 
-screenshots: $(DEV)  ## redraw the pictures of the page /ficoco/ in docs/images/ (needs Chromium and npm)
+screenshots: $(DEV)  ## redraw the pictures of the page /ficoco/ in docs/images/ (needs Chromium)
 	@FICOCO_SCREENSHOTS=docs/images $(BIN)/python -m pytest tests/server/test_viewer.py -k every_state $(ARGS)
 
 bench-smoke: $(DEV)  ## run every benchmark in miniature, and check that planted regressions are detected

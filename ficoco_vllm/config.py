@@ -1,8 +1,6 @@
 """The settings of the server, and their validation."""
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -184,34 +182,6 @@ class FicocoConfig(BaseModel):
             return cls.model_validate(values)
         except ValidationError as error:
             raise ValueError("; ".join(_message(item) for item in error.errors())) from error
-
-    @classmethod
-    def load(cls, text: str) -> dict[str, Any]:
-        """Read settings from JSON text or from a JSON file.
-
-        Args:
-            text: a JSON object, or the path of a file that holds one.
-
-        Returns:
-            The settings, not yet validated.
-
-        Raises:
-            ValueError: the file cannot be read, or the text is no JSON object.
-        """
-        origin = "the text given"
-        if not text.lstrip().startswith("{"):
-            origin = f"the file {text}"
-            try:
-                text = Path(text).read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise ValueError(f"--ficoco-config: {origin} cannot be read ({error})") from error
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"--ficoco-config: {origin} is not valid JSON ({error})") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"--ficoco-config: {origin} holds {type(values).__name__}, not a JSON object")
-        return values
 
     @classmethod
     def of(cls, hf_config: Any) -> "FicocoConfig":

@@ -5,6 +5,8 @@ from importlib.metadata import entry_points
 
 # Key of our settings in vLLM's `additional_config`.
 NAME = "ficoco"
+# Group of entry points in which packages offer methods.
+METHODS_GROUP = "ficoco_vllm.reductions"
 # Value of VLLM_MEDIA_CONNECTOR that selects our image loader; `ficoco-vllm serve` sets it.
 MEDIA_CONNECTOR = "ficoco"
 # Limits of `ficoco-vllm serve`: --ficoco-max-image-pixels, --ficoco-max-image-mb and --ficoco-max-body-mb (in bytes),

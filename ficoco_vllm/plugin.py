@@ -16,9 +16,10 @@ def register() -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     if os.environ.get(QUIET):
-        from ficoco_vllm.server.lifecycle.quiet import hide
+        from ficoco_vllm.server.lifecycle.quiet import end_quietly, hide
 
         hide()
+        end_quietly()
     if os.environ.get(COUNTS_IN_FILES):
         from ficoco_vllm.hooks.metric_files import hook_metric_files
 

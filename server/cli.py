@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any, NoReturn
+from typing import Any
 
 from ficoco_vllm import __version__
 
@@ -39,10 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = arguments[0] if arguments else None
     try:
         if chosen == "serve":
-            status = int(command("serve").main(arguments[1:]))  # vLLM's parser reads the options
-            if is_program:
-                _end(status)
-            return status
+            return _ended(
+                int(command("serve").main(arguments[1:])), is_program
+            )  # vLLM's parser reads the options
         parser = make_parser([name for name in COMMANDS if name == chosen])
         args = parser.parse_args(arguments)
         if args.command is None:
@@ -50,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
         if is_program:
             signal.signal(signal.SIGTERM, _exit)  # ends the servers that a command has started
-        return int(command(args.command).run(args))
+        return _ended(int(command(args.command).run(args)), is_program)
     except BrokenPipeError:  # of `| head`; nothing may be flushed at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
@@ -83,11 +82,13 @@ def command(name: str) -> Any:
     return import_module(f"ficoco_vllm.server.commands.{name}")
 
 
-def _end(status: int) -> NoReturn:
-    """End this process at once: as the interpreter ends, Triton's bindings would list all that they have not freed."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+def _ended(status: int, is_program: bool) -> int:
+    """End the program at once: as the interpreter ends, Triton's bindings would list all that they have not freed."""
+    if is_program:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def _exit(number: int, frame: Any) -> None:

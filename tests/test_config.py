@@ -1,7 +1,5 @@
 """Settings: what is accepted, and that every refusal names field, value and what is allowed."""
 
-import json
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -60,25 +58,6 @@ def test_refused(values: Any, parts: list[str]) -> None:
         FicocoConfig.parse(values)
     for part in parts:
         assert part in str(caught.value)
-
-
-def test_load_text_and_file(tmp_path: Path) -> None:
-    file = tmp_path / "settings.json"
-    file.write_text(json.dumps({"keep": 64}))
-    assert FicocoConfig.load(str(file)) == FicocoConfig.load('{"keep": 64}') == {"keep": 64}
-
-
-@pytest.mark.parametrize("text", ['{"keep": 64', "[64]", "/nowhere/settings.json", "{}}"])
-def test_load_refuses(text: str) -> None:
-    with pytest.raises(ValueError, match="--ficoco-config"):
-        FicocoConfig.load(text)
-
-
-def test_load_refuses_a_list_in_a_file(tmp_path: Path) -> None:
-    file = tmp_path / "settings.json"
-    file.write_text("[64]")
-    with pytest.raises(ValueError, match="holds list, not a JSON object"):
-        FicocoConfig.load(str(file))
 
 
 def test_of_a_model_without_settings() -> None:

@@ -15,8 +15,8 @@ from typing import Any
 from pydantic import create_model
 
 from ficoco_vllm.benchmarks.accuracy.variants import Variant
+from ficoco_vllm.environment import METHODS_GROUP
 from ficoco_vllm.reduction import Method, get
-from ficoco_vllm.reduction.registry import ENTRY_POINT_GROUP
 
 PACKAGE = "ficoco_bench_variants"
 
@@ -75,7 +75,7 @@ def write_package(folder: Path, variants: Iterable[Variant]) -> dict[str, str]:
     information.mkdir(exist_ok=True)
     (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {PACKAGE}\nVersion: 1.0\n")
     lines = [f"{row['name']} = {PACKAGE}:{_attribute(str(row['name']))}" for row in rows]
-    (information / "entry_points.txt").write_text("\n".join([f"[{ENTRY_POINT_GROUP}]", *lines]) + "\n")
+    (information / "entry_points.txt").write_text("\n".join([f"[{METHODS_GROUP}]", *lines]) + "\n")
     path = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {"PYTHONPATH": os.pathsep.join(path)}
 

@@ -16,6 +16,7 @@ from ficoco_vllm.benchmarks.harness.results import write
 _MARKS = re.compile(r"`([^`]+)`|\*([^*]+)\*")
 _NUMBER = re.compile(r"[-+]?\d|-$")
 _RANGE = re.compile(r"(.+?) (\(.+\))")
+_MINUS = re.compile(r"(?<!\w)-(?=\d)")
 _LATEX = str.maketrans(
     {
         **{letter: f"\\{letter}" for letter in "&%$#_{}"},
@@ -55,8 +56,10 @@ class Table:
         return pages.table(self.header, self.rows)
 
     def latex(self) -> str:
-        """A float with rules of the package booktabs."""
-        lines = [" & ".join(map(_latex, row)) + r" \\" for row in (self.header, *self.rows)]
+        """A float with rules of the package booktabs, no wider than a line: graphicx shrinks it."""
+        heading, *lines = (
+            " & ".join(map(self._cell, row, self.is_number)) for row in (self.header, *self.rows)
+        )
         notes = [rf"  \par\smallskip\footnotesize {_latex(note)}" for note in self.notes]
         return "\n".join(
             [
@@ -64,18 +67,27 @@ class Table:
                 r"  \centering",
                 rf"  \caption{{{_latex(self.caption)}}}",
                 rf"  \label{{tab:{self.name}}}",
+                r"  \resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
                 rf"  \begin{{tabular}}{{{''.join('lr'[number] for number in self.is_number)}}}",
                 r"    \toprule",
-                f"    {lines[0]}",
+                rf"    {heading} \\",
                 r"    \midrule",
-                *(f"    {line}" for line in lines[1:]),
+                *(rf"    {line} \\" for line in lines),
                 r"    \bottomrule",
-                r"  \end{tabular}",
+                r"  \end{tabular}}",
                 *notes,
                 r"\end{table}",
                 "",
             ]
         )
+
+    @staticmethod
+    def _cell(text: str, is_number: bool) -> str:
+        """A cell in LaTeX; the range in brackets after a figure is small and below it."""
+        if not (is_number and (match := _RANGE.fullmatch(text))):
+            return _latex(text)
+        figure, extent = (_MINUS.sub("$-$", _latex(part)) for part in match.groups())
+        return rf"\begin{{tabular}}[t]{{@{{}}r@{{}}}}{figure}\\[-4pt]\tiny {extent}\end{{tabular}}"
 
 
 @dataclass(frozen=True)
@@ -150,7 +162,7 @@ def save(page: Page, result: Mapping[str, Any], csv: str, folder: Path, name: st
         f"{name}.html": page.html(),
         f"{name}.csv": csv,
         f"{name}.tex": "\n".join(
-            ["% Needs \\usepackage{booktabs}.", *(table.latex() for table in page.tables)]
+            ["% Needs \\usepackage{booktabs,graphicx}.", *(table.latex() for table in page.tables)]
         ),
         **{f"{plot.name}.svg": plot.svg for section in page.sections for plot in section.plots},
     }

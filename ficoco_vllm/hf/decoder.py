@@ -14,6 +14,7 @@ from ficoco_vllm.decoder.layers import LAYER_KINDS
 from ficoco_vllm.decoder.reduction import Rows, reduce_rows
 from ficoco_vllm.hf.batch import padded
 from ficoco_vllm.planning.decoder import DecoderPlanner, RequestPlan
+from ficoco_vllm.vision.tower import without_autocast
 
 
 class Output(NamedTuple):
@@ -152,7 +153,8 @@ class SegmentedModel:
         return hidden + projected, heads
 
     def _reduce(self, rows: Rows, heads: DecoderHeads, edge: Boundary) -> Rows:
-        return reduce_rows(rows, heads, edge, self.planner, self.grid)
+        with without_autocast(rows.hidden.device):
+            return reduce_rows(rows, heads, edge, self.planner, self.grid)
 
     def _needs_equal_text(self, method: str) -> bool:
         return "text_features" in self.planner.reducer(method).signals

@@ -5,7 +5,9 @@ from contextlib import contextmanager
 from threading import Lock
 from typing import Any
 
+import torch
 import transformers
+from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
 from ficoco_vllm.config import DEFAULT_METHOD, FicocoConfig
@@ -135,6 +137,22 @@ def _check_decoder(config: Any, method: str) -> None:
 
 def _check_device(module: Any, name: str) -> None:
     """Refuse layers on several devices, between which tokens would have to move."""
-    devices = sorted({str(weight.device) for weight in module.parameters()})
+    devices = sorted({str(_device(part, weight)) for part, weight in _weights(module)})
     if len(devices) > 1:
         raise ValueError(f"{name} is spread over {', '.join(devices)}; allowed: one device")
+
+
+def _weights(module: Any) -> Iterator[tuple[Any, Tensor]]:
+    """Each weight with the module that owns it."""
+    for part in module.modules():
+        yield from ((part, weight) for weight in part.parameters(recurse=False))
+
+
+def _device(part: Any, weight: Tensor) -> torch.device:
+    """Device on which a weight is used: accelerate's hook brings an offloaded one there before each call."""
+    hook = getattr(part, "_hf_hook", None)
+    for one in getattr(hook, "hooks", (hook,)):
+        device = getattr(one, "execution_device", None)
+        if weight.is_meta and device is not None:
+            return torch.device(device)
+    return weight.device

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 
+from ficoco_vllm.environment import METHODS_GROUP
 from ficoco_vllm.reduction.control import CONTROLS
 from ficoco_vllm.reduction.method import SITES, Method
 from ficoco_vllm.reduction.methods import BUILTIN
 from ficoco_vllm.reduction.pipeline import PIPELINES
-
-ENTRY_POINT_GROUP = "ficoco_vllm.reductions"
 
 _logger = logging.getLogger(__name__)
 
@@ -83,4 +82,4 @@ def _entry_points() -> Mapping[str, EntryPoint]:
 @lru_cache(maxsize=4)
 def _installed(search_path: tuple[str, ...]) -> Mapping[str, EntryPoint]:
     """Entry points of the packages on a search path. Cached: a scan opens the metadata of every package."""
-    return {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
+    return {entry.name: entry for entry in entry_points(group=METHODS_GROUP)}

@@ -216,6 +216,12 @@ def cropped(units: Tensor, grid: tuple[int, int], crop: Crop) -> Tensor:
     return units.view(B, *grid, D)[:, rows, columns].reshape(B, -1, D)
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Context in which tokens keep their dtype: under autocast, products of float32 are not float32."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+
+
 def _without_padding(tokens: Tokens, grid: tuple[int, int], crop: Crop, unit: int) -> Tokens:
     """Tokens of tiles before any reduction, without those that show padding."""
     B, _, D = tokens.hidden.shape
@@ -272,16 +278,17 @@ def _reduce(
 ) -> Tokens:
     """One reduction of the units; [CLS] stays first."""
     needed = plan.reducer.signals
-    signals = Signals(
-        visual_attention=attention.visual_attention() if "visual_attention" in needed else None,
-        cls_attention=attention.cls_attention() if "cls_attention" in needed else None,
-        keys=attention.keys() if "keys" in needed else None,
-        position=tokens.position,
-        grid=grid,
-    )
     cls, units = tokens.split(unit)
-    # Compressions are linear in the tokens, so units side by side are merged place by place.
-    reduced = plan.reducer(units, signals, num_removed, tokens.size, plan.backend, observer)
+    with without_autocast(units.device):
+        signals = Signals(
+            visual_attention=attention.visual_attention() if "visual_attention" in needed else None,
+            cls_attention=attention.cls_attention() if "cls_attention" in needed else None,
+            keys=attention.keys() if "keys" in needed else None,
+            position=tokens.position,
+            grid=grid,
+        )
+        # Compressions are linear in the tokens, so units side by side are merged place by place.
+        reduced = plan.reducer(units, signals, num_removed, tokens.size, plan.backend, observer)
     B, _, D = tokens.hidden.shape
     hidden = torch.cat([cls, reduced.tokens.reshape(B, -1, D)], dim=1)
     return Tokens(hidden, reduced.size, reduced.position)

@@ -5,12 +5,18 @@ import json
 import os
 import re
 import socket
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
+
+import ficoco_vllm
+from ficoco_vllm.environment import METHODS_GROUP, NAME
 
 _DEFAULT_PORT = 8000
 _CONFIG = "config.json"
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+# A method, one that reduces twice, or a control, where the package defines it.
+_METHOD = re.compile(r'(?:\bname=|\b(?:Pipeline|Control)\(\s*)"([\w-]+)"')
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
@@ -114,6 +120,45 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"model: {path} holds {type(config).__name__}, not a JSON object")
     return config
+
+
+def method_names() -> tuple[str, ...]:
+    """Names of all methods, as in the registry, which imports torch. They are read from the source of the methods."""
+    room = Path(ficoco_vllm.__file__).with_name("reduction")
+    names = {entry.name for entry in entry_points(group=METHODS_GROUP)}
+    for file in (*(room / "methods").glob("*.py"), room / "pipeline.py", room / "control.py"):
+        names.update(_METHOD.findall(file.read_text(encoding="utf-8")))
+    return tuple(sorted(names))
+
+
+def check_settings(settings: dict[str, Any], model: dict[str, Any] | None) -> None:
+    """Check the two settings that users mistype most. All others need torch, whose import takes seconds on a busy
+    machine.
+
+    Args:
+        settings: not yet validated.
+        model: its config.json, if it is known.
+
+    Raises:
+        ValueError: naming the setting, its value and what is allowed.
+    """
+    method, keep = settings.get("method"), settings.get("keep")
+    if method is not None and method not in (known := method_names()):
+        raise ValueError(f"{NAME}: method = {method!r} is not a known method; allowed: {', '.join(known)}")
+    most = _num_patches(model or {})
+    if keep is None or (type(keep) is int and 1 <= keep <= (most or keep)):
+        return
+    allowed = f"an integer from 1 to {most}" if most else "an integer of at least 1"
+    raise ValueError(f"{NAME}.keep = {keep!r} is not allowed; allowed: {allowed}")
+
+
+def _num_patches(model: dict[str, Any]) -> int | None:
+    """Largest budget of a LLaVA-1.5; None for other models, whose budgets count tiles or whole images."""
+    vision = model.get("vision_config")
+    if model.get("model_type") != "llava" or not isinstance(vision, dict):
+        return None
+    side, patch = vision.get("image_size"), vision.get("patch_size")
+    return (side // patch) ** 2 if isinstance(side, int) and isinstance(patch, int) and patch > 0 else None
 
 
 def check_architecture(model: str, architectures: list[str]) -> None:

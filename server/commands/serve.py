@@ -22,7 +22,13 @@ from ficoco_vllm.environment import (
     enable_endpoint_plugin,
 )
 from ficoco_vllm.server.commands.arguments import fail
-from ficoco_vllm.server.commands.preflight import as_hf_config, check_architecture, check_port, read_model
+from ficoco_vllm.server.commands.preflight import (
+    as_hf_config,
+    check_architecture,
+    check_port,
+    check_settings,
+    read_model,
+)
 from ficoco_vllm.server.commands.serve_options import (
     BODY_LIMIT,
     PROGRAM,
@@ -62,6 +68,7 @@ def main(arguments: Sequence[str]) -> int:
         check_port(options)
         model = _model_of(options)
         architecture = read_model(model, options)
+        check_settings(settings_of(options), architecture)
         settings, elastic = resolve_settings(options)
         apply_limits(options)
         hf_config = None if architecture is None else as_hf_config(architecture)

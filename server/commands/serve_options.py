@@ -8,6 +8,7 @@ import difflib
 import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ficoco_vllm.environment import ALLOW_PRIVATE_MEDIA, MAX_BODY_BYTES, MAX_IMAGE_BYTES, MAX_PIXELS, NAME
@@ -237,9 +238,7 @@ def read_settings(method: str | None, keep: str | None, config: str | None) -> d
     Raises:
         ValueError: naming the option, its value and what is allowed.
     """
-    from ficoco_vllm.config import FicocoConfig
-
-    settings = {} if config is None else FicocoConfig.load(config)
+    settings = {} if config is None else load_config(config)
     if method is not None:
         settings["method"] = method
     if keep is not None:
@@ -250,3 +249,31 @@ def read_settings(method: str | None, keep: str | None, config: str | None) -> d
                 f"--ficoco-keep = {keep!r} is not allowed; allowed: an integer of at least 1"
             ) from error
     return settings
+
+
+def load_config(text: str) -> dict[str, Any]:
+    """Read the value of `--ficoco-config`.
+
+    Args:
+        text: a JSON object, or the path of a file that holds one.
+
+    Returns:
+        The settings, not yet validated.
+
+    Raises:
+        ValueError: the file cannot be read, or the text is no JSON object.
+    """
+    origin = "the text given"
+    if not text.lstrip().startswith("{"):
+        origin = f"the file {text}"
+        try:
+            text = Path(text).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--ficoco-config: {origin} cannot be read ({error})") from error
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--ficoco-config: {origin} is not valid JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"--ficoco-config: {origin} holds {type(values).__name__}, not a JSON object")
+    return values

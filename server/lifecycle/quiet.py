@@ -3,8 +3,10 @@
 The only place that hides anything: by logger and start of the text, never by level alone.
 """
 
+import atexit
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -96,6 +98,21 @@ def hide() -> None:
     access = logging.getLogger("uvicorn.access")
     if _hide_own_request not in access.filters:
         access.addFilter(_hide_own_request)
+
+
+def end_quietly() -> None:
+    """Let this process end without the list that Triton's bindings print of what they have not freed. Idempotent.
+
+    They print it after all of Python has ended. Handlers run in reverse order, so one that is registered early hides
+    little else.
+    """
+    atexit.unregister(_close_stderr)
+    atexit.register(_close_stderr)
+
+
+def _close_stderr() -> None:
+    sys.stderr.flush()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 class _Hidden(logging.Filter):

@@ -18,6 +18,7 @@ _POLL_SECONDS = 0.25
 # Interval between two lines of a stage that goes on.
 _REPEAT_SECONDS = 10.0
 _ANSWER_SECONDS = 10.0
+_NO_PAGE = "none; --ficoco-explain beside --ficoco-method adds one that shows what is kept"
 _EVERYWHERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
@@ -127,7 +128,7 @@ def block(args: argparse.Namespace, method: str, seconds: float) -> str:
         ("URL", f"{url}/v1" + (f" through the socket {args.uds}" if args.uds else "")),
         ("model", served if served == args.model else f"{served} ({args.model})"),
         ("method", method),
-        *([("page", f"{url}/ficoco/")] if args.ficoco_explain else []),
+        ("page", f"{url}/ficoco/" if args.ficoco_explain else _NO_PAGE),
         ("metrics", f"{url}/metrics"),
         ("try", curl(args, url, served)),
     ]

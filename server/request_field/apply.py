@@ -1,14 +1,14 @@
 """Application of the field `ficoco`: written where processor and decoder read it, with its effect recorded."""
 
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import ContextVar
 from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import GenerationError, RetryableRequestError, VLLMValidationError
 
 from ficoco_vllm.hooks.admission import FrontEnd
 from ficoco_vllm.hooks.unread_field import READ
@@ -24,6 +24,9 @@ from ficoco_vllm.server.request_field.routes import HANDLERS
 from ficoco_vllm.server.request_field.schema import OFF, FicocoRequest, FicocoUsage, parse
 
 _PROCESSOR_FIELD, _DECODER_FIELD = "mm_processor_kwargs", "vllm_xargs"
+# Fields that forbid tokens, and those that ask for a form of the answer.
+_FORBIDDING = ("allowed_token_ids", "bad_words", "min_tokens")
+_FORMS = ("structured_outputs", "response_format", "tools")
 # Raised by vLLM for bodies with which it does not reckon, and answered with 500. Rendering depends on the body alone.
 _RENDERING_ERRORS = (AssertionError, AttributeError, LookupError, RecursionError)
 
@@ -100,6 +103,12 @@ class FieldApplier:
             response = await handler(request, raw_request)
         except VLLMValidationError as error:
             raise _in_terms_of(state.requested, error) from error
+        except GenerationError as error:
+            forbidding = [name for name in _FORBIDDING if getattr(request, name, None)]
+            has_form = any(getattr(request, name, None) for name in _FORMS)
+            if isinstance(error, RetryableRequestError) or not (forbidding and has_form):
+                raise
+            raise _contradiction(forbidding) from error
         except _RENDERING_ERRORS as error:
             if state.is_rendered:
                 raise
@@ -242,6 +251,19 @@ def _check_parts(messages: Any) -> None:
                 raise VLLMValidationError(
                     f"{path} = {part['type']!r} is not allowed; allowed: a string", parameter=path
                 )
+
+
+def _contradiction(fields: Sequence[str]) -> VLLMValidationError:
+    """Error for a request whose form of the answer needs a token that it forbids.
+
+    vLLM ends such a request when no token is left, and reports an internal error.
+    """
+    names = ", ".join(fields)
+    return VLLMValidationError(
+        f"{names} and the form of the answer contradict each other: no token is left; allowed: fields that leave the "
+        "tokens with which an answer in this form is written",
+        parameter=names,
+    )
 
 
 def _unrenderable(error: Exception) -> VLLMValidationError:

@@ -7,9 +7,10 @@ import re
 import subprocess
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -247,15 +248,49 @@ def test_a_table_in_every_language() -> None:
     assert r"\caption{Costs \& gains of \texttt{a\_b}}" in latex
     assert r"\begin{tabular}{lrl}" in latex
     assert r"method & correct, \% & verdict \\" in latex
-    assert r"\texttt{a\_b} & 99.5 (-0.5: -1.6 to +0.0) & a \textless{} b \\" in latex
+    extent = r"99.5\\[-4pt]\tiny ($-$0.5: $-$1.6 to +0.0)\end{tabular}"
+    assert rf"\texttt{{a\_b}} & \begin{{tabular}}[t]{{@{{}}r@{{}}}}{extent} & a \textless{{}} b \\" in latex
     assert r"\emph{all} & 100.0 &  \\" in latex
     assert latex.count("rule\n") == 3
+    check_latex(latex)
     html = Page("<p>", [], [Section("s", tables=[TABLE])], warnings=["<b>"]).html()
     assert "<code>a_b</code>" in html
     assert "<em>all</em>" in html
     assert "a &lt; b" in html
     assert "&lt;b&gt;" in html
     assert 'data-label="correct, %"' in html
+
+
+@pytest.mark.parametrize(
+    ("name", "page"), [("accuracy", accuracy_page), ("accuracy-decoder", accuracy_page), ("load", load_page)]
+)
+def test_published_tables_are_latex(name: str, page: Callable[[Any], Page]) -> None:
+    for table in page(read(name)).tables:
+        check_latex(table.latex())
+
+
+def check_latex(text: str) -> None:
+    """What pdfLaTeX would stop at: braces and environments that do not match, rows of other lengths, letters that it
+    does not know. (It compiles these tables; the tests do without it.)
+    """
+    assert text.isascii()
+    bare = re.sub(r"\\\\|\\[&%$#_{}]", "", text)
+    depth = 0
+    for brace in re.findall("[{}]", bare):
+        depth += 1 if brace == "{" else -1
+        assert depth >= 0
+    assert depth == 0
+    assert not re.search("[~^#]", bare)
+    assert bare.count("$") % 2 == 0
+    environments: list[str] = []
+    for kind, name in re.findall(r"\\(begin|end){(\w+)}", bare):
+        environments.append(name) if kind == "begin" else environments.remove(name)
+    assert environments == []
+    columns = len(re.search(r"begin{tabular}{(\w+)}", text)[1])
+    cells = re.sub(r"\\[&]|\\begin{tabular}\[t].*?\\end{tabular}", "", text)
+    rows = [line for line in cells.splitlines() if line.endswith(r" \\")]
+    assert len(rows) > 1
+    assert {row.count("&") + 1 for row in rows} == {columns}
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])

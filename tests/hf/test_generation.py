@@ -196,6 +196,21 @@ def test_half_precision(demo_model: Path, dtype: torch.dtype) -> None:
         assert sum(half == full for half, full in zip(*answers, strict=True)) >= len(prompts) - 1
 
 
+@pytest.mark.parametrize("method", [*METHODS, "pyramiddrop", "tome", "visionzip"])
+def test_autocast(demo_model: Path, method: str) -> None:
+    """Linear layers compute in bfloat16 beside a residual stream in float32, as under accelerate's mixed precision."""
+    hf = HfLlava(demo_model)
+    example = examples()[0]
+    prompt = f"<s>USER: <image>\n{example.question} ASSISTANT:"
+    prompts: list[Prompt] = [(prompt, [Image.open(example.image).convert("RGB")])]
+    with reduce_tokens(hf.model, method, 64):
+        ((expected, exact),) = hf.ask(prompts, 2)
+        with torch.autocast("cpu", torch.bfloat16):
+            ((tokens, logprobs),) = hf.ask(prompts, 2)
+    assert tokens == expected
+    torch.testing.assert_close(logprobs[0], exact[0], atol=1.0, rtol=0)  # bfloat16 alone shifts logits by 0.5
+
+
 def test_a_tower_that_hands_cls_on(tmp_path: Path, images: list[Image.Image]) -> None:
     hf = HfLlava(build(tmp_path, select="full", patch_size=16, decoder_layers=4))
     with reduce_tokens(hf.model, "ficoco-v", 16) as reduction:

@@ -104,6 +104,21 @@ def test_layers_on_several_devices() -> None:
         apply(model, "ficoco-v", 4)
 
 
+def test_offloaded_weights_are_where_their_hooks_bring_them() -> None:
+    """Weights that accelerate offloads are on "meta"; its hooks bring them to one device before each call."""
+    model = tiny()
+    cpu, other = (SimpleNamespace(execution_device=device) for device in ("cpu", "cuda:1"))
+    offloaded = model.model.vision_tower.encoder.layers[1].to("meta")
+    for part in offloaded.modules():
+        part._hf_hook = SimpleNamespace(hooks=(SimpleNamespace(), cpu))
+    apply(model, "ficoco-v", 4)
+    remove(model)
+    for part in offloaded.modules():
+        part._hf_hook = other
+    with pytest.raises(ValueError, match="vision tower is spread over cpu, cuda:1; allowed: one device"):
+        apply(model, "ficoco-v", 4)
+
+
 def test_an_old_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.__version__", "4.57.1")
     with pytest.raises(

@@ -279,7 +279,7 @@ NEW = replace(TOPK_CLS, name="new-2")
 def test_a_method_file_is_all_that_a_new_method_takes(tmp_path: Path) -> None:
     """In a copy of the package the file is discovered, and the missing transcription is reported."""
     package = Path(registry.__file__).parents[1]
-    for part in ("__init__.py", "_version.py"):
+    for part in ("__init__.py", "_version.py", "environment.py"):
         (tmp_path / "ficoco_vllm").mkdir(exist_ok=True)
         shutil.copy(package / part, tmp_path / "ficoco_vllm")
     for part in ("reduction", "kernels"):

@@ -1,10 +1,12 @@
 """What `ficoco-vllm serve` prints: progress, one block that holds what it says, and no warning to be ignored."""
 
+import argparse
 import importlib.util
 import json
 import os
 import re
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import httpx
 import pytest
 
 from ficoco_vllm.server.lifecycle.quiet import HIDDEN
+from ficoco_vllm.server.lifecycle.ready import block
 from tests.support.server import API_KEY, Server
 
 
@@ -69,3 +72,39 @@ def test_what_is_hidden_is_what_the_installed_packages_say() -> None:
         source = re.sub(r'"\s*f?"', "", "".join(file.read_text() for file in files))
         for text in texts:
             assert text in source, (name, text)
+
+
+def test_what_is_printed_after_the_end_of_python_is_hidden() -> None:
+    """Exit handlers run in reverse order: one that was registered before stands in for Triton's bindings."""
+    code = """
+import atexit, os, sys
+from ficoco_vllm.server.lifecycle.quiet import end_quietly
+atexit.register(os.write, 2, b"leaked")
+end_quietly()
+end_quietly()
+atexit.register(os.write, 2, b"shown")
+sys.exit(3)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (3, "shown")
+
+
+def test_a_command_ends_without_the_end_of_python() -> None:
+    code = """
+import atexit, os, sys
+from ficoco_vllm.server import cli
+sys.argv = ["ficoco-vllm", "completion", "bash"]
+atexit.register(os.write, 2, b"leaked")
+sys.exit(cli.main())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "ficoco" in done.stdout
+
+
+def test_the_block_names_the_page_or_how_to_get_one() -> None:
+    names = ("host", "uds", "ssl_certfile", "served_model_name", "api_key")
+    args = argparse.Namespace(port=8000, model="m", ficoco_explain=True, **dict.fromkeys(names))
+    assert "  page     http://localhost:8000/ficoco/" in block(args, "tome", 1)
+    args.ficoco_explain = False
+    assert "  page     none; --ficoco-explain" in block(args, "tome", 1)

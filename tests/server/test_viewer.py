@@ -34,15 +34,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def open_axe() -> None:
-    """Skip a test that needs axe-core where it cannot be fetched."""
-    try:
-        axe.source()
-    except OSError as error:
-        pytest.skip(str(error))
-
-
 def open_page(browser: Browser, server: Server, fragment: str = "") -> None:
     """Load the page and enter the key that it asks for."""
     browser.driver.get(f"{server.url}/ficoco/{fragment}")
@@ -408,7 +399,6 @@ def test_tiles_are_drawn_where_they_lie(page: Browser) -> None:
     assert page.text("#detail ol") == "tile 1.1, row 2, column 1\n100%"
 
 
-@pytest.mark.usefixtures("open_axe")
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("device", SIZES)
 def test_accessible_and_legible_in_every_state(

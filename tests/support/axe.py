@@ -1,19 +1,14 @@
-"""axe-core, which checks a page for accessibility: npm's package of one version, fetched once into build/."""
+"""axe-core, which checks a page for accessibility: the script that the package axe-playwright-python carries."""
 
-import base64
-import hashlib
-import shutil
-import subprocess
-import tarfile
 from functools import cache
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
 from tests.support.browser import Browser
 
-PACKAGE = "axe-core@4.14.1"
-SHA512 = "FHfa+lmNjQZfJz1q8wKqIDwC6DExcHt/pkjNQb09a3NPjCKg2rhu5qb2S4r76ASyFNNtuFooJpZe37OgudVGtQ=="
-FOLDER = Path(__file__).parents[2] / "build" / "axe"
+# Of its Python code nothing is imported: that drives another browser's driver.
+PACKAGE, SCRIPT = "axe-playwright-python", "axe_playwright_python/axe.min.js"
 # Every rule of WCAG 2.2 A and AA, and axe-core's own advice.
 RUN = """
 const done = arguments[arguments.length - 1];
@@ -29,30 +24,8 @@ axe.run(document, { resultTypes: ["violations"] }).then(
 
 @cache
 def source() -> str:
-    """The checker's script.
-
-    Raises:
-        OSError: npm or the network is missing.
-        ValueError: the package is not the pinned one.
-    """
-    archive = FOLDER / "axe-core-4.14.1.tgz"
-    if not archive.exists():
-        npm = shutil.which("npm")
-        if npm is None:
-            raise OSError("no npm (Debian's package npm)")
-        FOLDER.mkdir(parents=True, exist_ok=True)
-        command = [npm, "pack", PACKAGE, "--silent", "--pack-destination", str(FOLDER)]
-        fetched = subprocess.run(
-            command, capture_output=True, text=True, timeout=120, check=False, cwd=FOLDER
-        )
-        if fetched.returncode:
-            raise OSError(f"npm cannot fetch {PACKAGE}: {fetched.stderr.strip()}")
-    if base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode() != SHA512:
-        raise ValueError(f"{archive} is not {PACKAGE}")
-    with tarfile.open(archive) as package:
-        script = package.extractfile("package/axe.min.js")
-        assert script is not None
-        return script.read().decode()
+    """The checker's script."""
+    return Path(str(distribution(PACKAGE).locate_file(SCRIPT))).read_text(encoding="utf-8")
 
 
 def violations(browser: Browser) -> list[str]:

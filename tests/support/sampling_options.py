@@ -86,6 +86,11 @@ COMPLETION: dict[str, list[Any]] = {
     "echo": [True],
     "suffix": ["x"],
 }
+# Fields that leave no token: the only allowed one begins no answer in this form.
+CONTRADICTIONS: list[dict[str, Any]] = [
+    {"allowed_token_ids": [5], "structured_outputs": {"regex": "[0-9]{3}"}},
+    {"allowed_token_ids": [5], "response_format": {"type": "json_object"}, "min_tokens": 2},
+]
 # Fields that choose no token: the prompt, the form of the answer, routing.
 OTHER = (
     "messages model prompt prompt_embeds stream stream_options user tools tool_choice parallel_tool_calls "
@@ -121,6 +126,8 @@ def pairs() -> list[dict[str, Any]]:
 def check_sweep(server: Server, model: str, route: str, image: Any) -> None:
     """Send every value to a route, sampled at random; each is answered, or refused with 400 and a reason.
 
+    vLLM answers `CONTRADICTIONS` with 500.
+
     Args:
         server: whose engine lives on.
         model: its name.
@@ -142,8 +149,11 @@ def check_sweep(server: Server, model: str, route: str, image: Any) -> None:
         values = SAMPLING | own
         asked = [{"temperature": 1, name: value} for name in values for value in values[name]]
         outcomes = dict(zip(map(json.dumps, asked), pool.map(send, asked), strict=True))
+        contradictions = list(pool.map(send, CONTRADICTIONS))
     assert {fields: outcome for fields, outcome in outcomes.items() if outcome[0] not in (200, 400)} == {}
     assert server.is_healthy()
+    assert [status for status, _ in contradictions] == [400] * len(CONTRADICTIONS)
+    assert all("no token is left" in text for _, text in contradictions)
     refusals = [json.loads(text)["error"]["message"] for status, text in outcomes.values() if status == 400]
     assert all(refusals)
     assert len(refusals) < len(outcomes) / 2

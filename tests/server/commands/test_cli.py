@@ -21,8 +21,9 @@ from ficoco_vllm.reduction.pipeline import PIPELINES
 from ficoco_vllm.server.cli import COMMANDS, command, main, make_parser
 from ficoco_vllm.server.commands.completion import SHELLS, script
 from ficoco_vllm.server.commands.methods import _meanings, _source
+from ficoco_vllm.server.commands.preflight import method_names
 from ficoco_vllm.server.commands.serve import _use_demo_model
-from ficoco_vllm.server.commands.serve_options import read_settings
+from ficoco_vllm.server.commands.serve_options import load_config, read_settings
 
 ROOT = Path(__file__).parents[3]
 ELASTIC = '{"floor": 64, "ceiling": 288}'
@@ -125,11 +126,32 @@ def test_method_and_keep_win_over_the_file() -> None:
     assert read_settings(None, None, None) == {}
 
 
+def test_config_as_text_and_file(tmp_path: Path) -> None:
+    file = tmp_path / "settings.json"
+    file.write_text(json.dumps({"keep": 64}))
+    assert load_config(str(file)) == load_config('{"keep": 64}') == {"keep": 64}
+
+
+@pytest.mark.parametrize("text", ['{"keep": 64', "[64]", "/nowhere/settings.json", "{}}"])
+def test_config_refuses(text: str) -> None:
+    with pytest.raises(ValueError, match="--ficoco-config"):
+        load_config(text)
+
+
+def test_config_refuses_a_list_in_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "settings.json"
+    file.write_text("[64]")
+    with pytest.raises(ValueError, match="holds list, not a JSON object"):
+        load_config(str(file))
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
         (["--ficoco-method", "magic"], ["method = 'magic'", "allowed: ", "ficoco-v"]),
-        (["--ficoco-keep", "0"], ["ficoco.keep = 0"]),
+        (["--ficoco-keep", "0"], ["ficoco.keep = 0 is not allowed; allowed: an integer from 1 to 576"]),
+        (["--ficoco-config", '{"keep": 64.5}'], ["ficoco.keep = 64.5", "an integer from 1 to 576"]),
+        (["--ficoco-method", "ficoco-l", "--ficoco-keep", "577"], ["ficoco.keep = 577", "from 1 to 576"]),
         (["--ficoco-keep", "many"], ["--ficoco-keep = 'many'", "an integer"]),
         (["--ficoco-keep", "577"], ["ficoco.keep = 577", "an integer from 1 to 576"]),
         (["--ficoco-config", "{"], ["--ficoco-config", "not valid JSON"]),
@@ -255,7 +277,7 @@ def test_the_demo_model_is_computed_in_float32_on_cpus(
 
 
 def test_mistakes_are_refused_before_anything_is_imported(tmp_path: Path) -> None:
-    """Port and model without torch, settings without vLLM: each in less than two seconds of work."""
+    """Port, model, method and budget without torch, the rest without vLLM: each in less than two seconds of work."""
     (tmp_path / "empty").mkdir()
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -279,9 +301,11 @@ refused("{tmp_path}/empty")
 refused("--model", "{tmp_path}/empty")
 os.environ["HF_HUB_OFFLINE"] = "1"
 refused("someone/never-downloaded")
-assert "torch" not in sys.modules
 refused("--ficoco-method", "magic")
+refused("--ficoco-config", '{{"method": "magic"}}')
 refused("--ficoco-keep", "577")
+refused("--ficoco-keep", "0")
+assert "torch" not in sys.modules
 refused("--ficoco-method", "trim")
 assert not {{"vllm", "transformers"}} & set(sys.modules)
 """
@@ -291,11 +315,15 @@ assert not {{"vllm", "transformers"}} & set(sys.modules)
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
     assert all(line.startswith("ficoco-vllm: error: ") for line in lines)
-    assert len(lines) == 11
+    assert len(lines) == 13
     assert f"--port = {port} cannot be used on 127.0.0.1 (Address already in use)" in lines[0]
     assert "does not exist" in lines[4]
     assert "without config.json" in lines[5]
     assert "HF_HUB_OFFLINE=1 allows no download, while the cache" in lines[7]
+
+
+def test_names_of_methods_are_known_without_torch() -> None:
+    assert method_names() == tuple(sorted({*available(), *PIPELINES}))
 
 
 @pytest.mark.parametrize("words", [["--help"], ["serve", "--help"], ["serve", "--ficoco-keep", "64", "-h"]])

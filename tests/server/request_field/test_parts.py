@@ -1,15 +1,17 @@
 """From the field `ficoco` to the arguments of processor and decoder, without a server."""
 
+import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import GenerationError, RetryableRequestError, VLLMValidationError
 
 from ficoco_vllm import demo_model
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.planning.server import ServerPlan
 from ficoco_vllm.request_fields import find_misplaced, misplaced
-from ficoco_vllm.server.request_field.apply import _in_terms_of
+from ficoco_vllm.server.request_field.apply import FieldApplier, _in_terms_of
 from ficoco_vllm.server.request_field.resolve import UNBOUNDED, Bounds, Resolver
 from ficoco_vllm.server.request_field.schema import FicocoRequest, parse
 
@@ -195,3 +197,25 @@ def test_errors_about_arguments_that_we_wrote_are_in_the_client_s_words() -> Non
     assert _in_terms_of(None, error) is error
     twice = VLLMValidationError("mm_processor_kwargs.ficoco_keep beside ficoco is not allowed")
     assert _in_terms_of(FicocoRequest(keep=1), twice).args[0] == twice.args[0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "blamed"),
+    [
+        ({"allowed_token_ids": [5], "structured_outputs": {"regex": "a"}}, GenerationError, "allowed_token_ids"),
+        ({"bad_words": ["a"], "min_tokens": 2, "response_format": {}, "tools": [1]}, GenerationError, "bad_words, "),
+        ({"allowed_token_ids": [5]}, GenerationError, None),
+        ({"structured_outputs": {"regex": "a"}}, GenerationError, None),
+        ({"allowed_token_ids": [5], "structured_outputs": {"regex": "a"}}, RetryableRequestError, None),
+    ],
+)  # fmt: skip
+def test_an_answer_for_which_no_token_is_left_is_the_client_s_fault(
+    fields: dict[str, Any], error: type[GenerationError], blamed: str | None
+) -> None:
+    async def answer(request: Any, raw_request: Any) -> None:
+        raise error
+
+    applier = FieldApplier(resolver({"keep": 64}), Any, 0, None)
+    with pytest.raises(error if blamed is None else VLLMValidationError) as caught:
+        asyncio.run(applier._handle(answer, SimpleNamespace(model_extra={}, **fields)))
+    assert blamed is None or caught.value.parameter.startswith(blamed)
