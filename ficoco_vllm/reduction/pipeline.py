@@ -9,6 +9,8 @@ from ficoco_vllm.reduction.methods.ficoco_l import FICOCO_L
 from ficoco_vllm.reduction.methods.ficoco_v import FICOCO_V
 from ficoco_vllm.reduction.methods.tops_l import TOPS_L
 from ficoco_vllm.reduction.methods.tops_v import TOPS_V
+from ficoco_vllm.reduction.methods.vscan_l import VSCAN_L
+from ficoco_vllm.reduction.methods.vscan_v import VSCAN_V
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ _ALL = (
     Pipeline("ficoco-vl", "FiCoCo-VL", "2411.17686", FICOCO_V, FICOCO_L),
     # Table 9: 2T tokens of a budget T enter the decoder, T / 4 leave it.
     Pipeline("tops", "TOPS", "2606.27161", TOPS_V, TOPS_L, ratio=8),
+    # The authors' scripts: 96 tokens enter the decoder, 32 leave it.
+    Pipeline("vscan", "VScan", "2505.22654", VSCAN_V, VSCAN_L, ratio=3),
 )
 
 PIPELINES: Mapping[str, Pipeline] = {pipeline.name: pipeline for pipeline in _ALL}

@@ -94,8 +94,9 @@ def test_equal_tokens_leave_in_order(name: str) -> None:
     assert reduce(name, torch.ones(1, 6, 4), same, 3).position[0].tolist() == signals.position[0, :3].tolist()
 
 
-def test_tops_leaves_the_tower_with_eight_times_the_final_tokens() -> None:
-    """Table 9: of 576 tokens 128 enter the decoder and 16 leave it."""
-    pipeline = PIPELINES["tops"]
-    assert pipeline.encoder_keep(576, 16) == 128
-    assert pipeline.encoder_keep(576, 100) == 576
+@pytest.mark.parametrize(("name", "middle", "final"), [("tops", 128, 16), ("vscan", 96, 32)])
+def test_tokens_between_the_stages(name: str, middle: int, final: int) -> None:
+    """Table 9 of TOPS at a budget of 64; the scripts of VScan's authors."""
+    pipeline = PIPELINES[name]
+    assert pipeline.encoder_keep(576, final) == middle
+    assert pipeline.encoder_keep(576, 576) == 576
