@@ -12,7 +12,7 @@ from ficoco_vllm.planning.tiles import Layout, Tile
 from ficoco_vllm.planning.tower_shape import TowerShape
 from ficoco_vllm.reduction import Reducer, available, get
 from ficoco_vllm.reduction.method import SITES
-from ficoco_vllm.reduction.schedule import default_start_layer, make_schedule
+from ficoco_vllm.reduction.schedule import default_start_layer, make_schedule, shallow_layer
 from ficoco_vllm.request_fields import KEEP, METHOD, check_keep
 
 VISION_SITES = ("encoder", "features")
@@ -34,6 +34,7 @@ class VisionPlan:
         keep: patch tokens at the end.
         removals: index of each reducing layer to the number of tokens removed there; empty for a method that
             works on the features.
+        shallow_layer: index of the layer whose [CLS] attention the method reads beside that of the last one, or None.
         proportional: whether later layers weigh each key by the patches that it represents.
         logits: whether the method reads attention logits instead of probabilities.
         backend: which implementation of the fused ops runs.
@@ -42,6 +43,7 @@ class VisionPlan:
     reducer: Reducer
     keep: int
     removals: dict[int, int] = field(default_factory=dict)
+    shallow_layer: int | None = None
     proportional: bool = False
     logits: bool = False
     backend: Backend = "auto"
@@ -307,7 +309,10 @@ def _plan(planner: VisionPlanner, budget: Budget) -> VisionPlan:
     )
     if method.site == "features":
         spread("one-shot", layers=[0])
-        return VisionPlan(reducer, budget.keep, backend=config.backend)
+        shallow = None
+        if "shallow_cls_attention" in reducer.signals and budget.keep < shape.num_patches:
+            shallow = min(shallow_layer(shape.num_layers), shape.num_executed_layers - 1)
+        return VisionPlan(reducer, budget.keep, shallow_layer=shallow, backend=config.backend)
     start = getattr(reducer.settings, "start_layer", None)
     if start is None:
         start = default_start_layer(shape.num_layers)

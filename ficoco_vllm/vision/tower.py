@@ -104,7 +104,10 @@ def encode(
     position = torch.arange(N, device=hidden.device).expand(B, N)
     tokens = Tokens(hidden, hidden.new_ones((B, N), dtype=torch.float32), position)
     last = len(tower.layers) - 1
-    first = min((layer for layer, count in plan.removals.items() if count), default=last)
+    measured = [layer for layer, count in plan.removals.items() if count]
+    measured += [] if plan.shallow_layer is None else [plan.shallow_layer]
+    first = min(measured, default=last)
+    shallow = None
     for index, layer in enumerate(tower.layers):
         if crop is not None and index == first:
             tokens, grid = _without_padding(tokens, grid, crop), (crop.rows, crop.columns)
@@ -112,10 +115,12 @@ def encode(
         num_removed = plan.removals.get(index, 0)
         on_features = index == last and not plan.removals
         weighted = plan.proportional and tokens.size.shape[1] < N
-        if not (num_removed or on_features or weighted):
+        if not (num_removed or on_features or weighted or index == plan.shallow_layer):
             tokens = replace(tokens, hidden=layer.whole(tokens.hidden))
             continue
         tokens, attention = _attend(layer, tokens, weighted, plan)
+        if index == plan.shallow_layer:
+            shallow = attention.cls_attention()
         if num_removed:
             observer = observers and observers("encoder", index)
             with _timed(lap):
@@ -127,7 +132,7 @@ def encode(
                 observers and observers("features", index),
             )
             with _timed(lap):
-                tokens = _reduce(tokens, attention, plan, num_removed, grid, observer)
+                tokens = _reduce(tokens, attention, plan, num_removed, grid, observer, shallow)
     return tokens
 
 
@@ -194,12 +199,14 @@ def _reduce(
     num_removed: int,
     grid: tuple[int, int],
     observer: Observer | None,
+    shallow: Tensor | None = None,
 ) -> Tokens:
-    """One reduction of the patch tokens; [CLS] stays first."""
+    """One reduction of the patch tokens; [CLS] stays first. `shallow` is the [CLS] attention of a shallow layer."""
     needed = plan.reducer.signals
     signals = Signals(
         visual_attention=attention.visual_attention() if "visual_attention" in needed else None,
         cls_attention=attention.cls_attention() if "cls_attention" in needed else None,
+        shallow_cls_attention=shallow,
         keys=attention.keys() if "keys" in needed else None,
         position=tokens.position,
         grid=grid,
