@@ -3,7 +3,7 @@
 import os
 
 from ficoco_vllm.environment import COUNTS_IN_FILES, MEDIA_CONNECTOR, QUIET
-from ficoco_vllm.models import ARCHITECTURES
+from ficoco_vllm.planning.families import ARCHITECTURES
 
 
 def register() -> None:

@@ -1,7 +1,8 @@
 """Per-request budget and number of placeholders of an image, decided before any pixel is read."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -10,24 +11,24 @@ from PIL.Image import Image
 from transformers import BatchFeature
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import MultiModalInput
-from vllm.model_executor.models.llava import (
-    BaseLlavaMultiModalProcessor,
-    BaseLlavaProcessingInfo,
-    LlavaMultiModalProcessor,
-    LlavaProcessingInfo,
-)
-from vllm.model_executor.models.llava_next import LlavaNextMultiModalProcessor, LlavaNextProcessingInfo
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
 from vllm.multimodal.parse import ImageEmbeddingItems, ImageProcessorItems, MultiModalDataItems
-from vllm.multimodal.processing import PromptReplacement, PromptUpdate, PromptUpdateDetails
+from vllm.multimodal.processing import (
+    BaseMultiModalProcessor,
+    BaseProcessingInfo,
+    PromptReplacement,
+    PromptUpdate,
+    PromptUpdateDetails,
+)
 from vllm.multimodal.processing.context import TimingContext
 from vllm.multimodal.processing.inputs import ProcessorInputs
 from vllm.multimodal.processing.processor import MultiModalProcessingResult
 
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.metrics.families import count_refusal
+from ficoco_vllm.planning.families import family, tower_shape
 from ficoco_vllm.planning.tower import Budget, VisionPlanner
-from ficoco_vllm.planning.tower_shape import TowerShape
+from ficoco_vllm.planning.tower_shape import IMAGES, image_settings
 from ficoco_vllm.request_fields import (
     FIELD,
     KEEP,
@@ -71,8 +72,8 @@ class SizedInputs(ProcessorInputs):
     sizes: tuple[tuple[int, int], ...] = ()
 
 
-class ReducingInfo(BaseLlavaProcessingInfo):
-    """Mixin for vLLM's processing info of a LLaVA: the number of tokens that an image keeps.
+class ReducingInfo(BaseProcessingInfo):
+    """Mixin for vLLM's processing info of a model: the number of tokens that an image keeps.
 
     Attributes:
         default_keep: maps the method that a request names, or None, to the budget if it names none; set in the
@@ -85,9 +86,9 @@ class ReducingInfo(BaseLlavaProcessingInfo):
     def planner(self) -> VisionPlanner:
         """The tower's plans under the settings of the server."""
         hf_config = self.get_hf_config()
-        return VisionPlanner.shared(FicocoConfig.of(hf_config), TowerShape.from_hf_config(hf_config))
+        return VisionPlanner.shared(FicocoConfig.of(hf_config), tower_shape(hf_config))
 
-    def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
+    def get_num_image_tokens(self, *, image_width: int, image_height: int, **_: object) -> int:
         """Placeholders of an image whose request names no budget."""
         planner = self.planner
         return planner.num_image_tokens(planner.default, height=image_height, width=image_width)
@@ -141,12 +142,30 @@ class ReducingInfo(BaseLlavaProcessingInfo):
                 parameter=FIELD,
             )
 
+    def _check_image_settings(self, fields: Mapping[str, Any]) -> None:
+        """Refuse a request that changes the number of tokens that a plan gives an image."""
+        hf_config = self.get_hf_config()
+        read = family(hf_config).image_settings
+        if read is None:
+            return
+        served = image_settings(hf_config)
+        for name, value in read(self.get_hf_processor().image_processor, fields).items():
+            if value != served[name]:
+                raise VLLMValidationError(
+                    f"{name} = {value!r} in mm_processor_kwargs is not allowed on a server that reduces, whose images "
+                    f"are all cut alike; allowed: {served[name]!r}, set at start-up with --mm-processor-kwargs",
+                    parameter=name,
+                    value=value,
+                )
+
     def _budget(self, fields: Mapping[str, Any], sizes: Sequence[tuple[int, int]]) -> Budget:
         planner = self.planner
         config = FicocoConfig.of(self.get_hf_config())
         unknown = find_unknown((name for name in fields if name != SETTINGS), explain=config.explain)
         if unknown is not None:
             raise VLLMValidationError(unknown_field(unknown), parameter=unknown, value=fields[unknown])
+        if planner.active:
+            self._check_image_settings(fields)
         named = next((name for name in (KEEP, METHOD) if fields.get(name) is not None), None)
         if named is not None and config.method is not None and not planner.active:
             raise VLLMValidationError(
@@ -169,8 +188,8 @@ class ReducingInfo(BaseLlavaProcessingInfo):
         return budget
 
 
-class ReducingProcessor(BaseLlavaMultiModalProcessor[Any]):
-    """Mixin for vLLM's processor of a LLaVA: a budget for each request.
+class ReducingProcessor(BaseMultiModalProcessor[Any]):
+    """Mixin for vLLM's processor of a model: a budget for each request.
 
     The budget travels in the processor's keyword arguments, which are part of the multimodal hash: neither the
     processor cache nor the encoder cache nor the prefix cache can mix two budgets. The trace id of a request is part of
@@ -178,6 +197,22 @@ class ReducingProcessor(BaseLlavaMultiModalProcessor[Any]):
     """
 
     info: ReducingInfo
+
+    def num_images(self, processed: BatchFeature) -> int:
+        """Images whose pixels have been processed together.
+
+        Args:
+            processed: output of the model's own processor.
+        """
+        return len(processed.get("pixel_values", ()))
+
+    def placeholder(self, num_tokens: int) -> PromptUpdateDetails:
+        """Tokens of an image in the prompt.
+
+        Args:
+            num_tokens: that its embeddings replace.
+        """
+        return PromptUpdateDetails([self.info.get_hf_config().image_token_id] * num_tokens)
 
     def apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> MultiModalInput:
         """Validate the budget, write it into the keyword arguments in one form, and process as vLLM does.
@@ -222,36 +257,28 @@ class ReducingProcessor(BaseLlavaMultiModalProcessor[Any]):
         )
         return result
 
-    def _call_hf_processor(
-        self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]
+    def _apply_hf_processor_main(
+        self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]
     ) -> BatchFeature:
-        return super()._call_hf_processor(hf_data, _without_ours(hf_kwargs))
+        processed = super()._apply_hf_processor_main(mm_items, _without_ours(hf_kwargs))
+        num_images = self.num_images(processed)
+        if num_images and KEEP in hf_kwargs:
+            method, keep = self._admitted(hf_kwargs)
+            fields = {KEEP: keep, METHOD: self.info.planner.method_index(method)}
+            if TRACE in hf_kwargs:
+                fields[TRACE] = cast(int, hf_kwargs[TRACE])
+            for name, value in fields.items():
+                processed[name] = torch.full((num_images,), value)
+        return processed
 
     def _admitted(self, kwargs: Mapping[str, Any]) -> Budget:
         """The budget that `apply` has validated and written."""
         return Budget(kwargs[METHOD], kwargs[KEEP]) if KEEP in kwargs else self.info.planner.default
 
-    def _postprocess_hf_mm_data(
-        self,
-        mm_inputs: Mapping[str, object],
-        hf_processor_mm_kwargs: Mapping[str, object],
-        processed_data: BatchFeature,
-    ) -> BatchFeature:
-        processed_data = super()._postprocess_hf_mm_data(mm_inputs, hf_processor_mm_kwargs, processed_data)
-        pixels = processed_data.get("pixel_values")
-        if pixels is not None and KEEP in hf_processor_mm_kwargs:
-            method, keep = self._admitted(hf_processor_mm_kwargs)
-            fields = {KEEP: keep, METHOD: self.info.planner.method_index(method)}
-            if TRACE in hf_processor_mm_kwargs:
-                fields[TRACE] = cast(int, hf_processor_mm_kwargs[TRACE])
-            for name, value in fields.items():
-                processed_data[name] = torch.full((len(pixels),), value)
-        return processed_data
-
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
     ) -> Mapping[str, MultiModalFieldConfig]:
-        fields = dict(super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs))
+        fields = dict(super()._get_mm_fields_config(hf_inputs, _without_ours(hf_processor_mm_kwargs)))
         # On the CPU, where they are read to group the images of a step.
         for name in (KEEP, METHOD, TRACE):
             fields[name] = MultiModalFieldConfig.batched("image", keep_on_cpu=True)
@@ -263,39 +290,23 @@ class ReducingProcessor(BaseLlavaMultiModalProcessor[Any]):
         hf_processor_mm_kwargs: Mapping[str, object],
         out_mm_kwargs: MultiModalKwargsItems,
     ) -> Sequence[PromptUpdate]:
-        image_token_id = self.info.get_hf_config().image_token_index
-        budget = self._admitted(hf_processor_mm_kwargs)
-        planner = self.info.planner
+        budget, planner = self._admitted(hf_processor_mm_kwargs), self.info.planner
 
-        def replacement(item_index: int) -> list[int] | SizedPlaceholders:
+        def replacement(stock: PromptReplacement, item_index: int) -> list[int] | PromptUpdateDetails:
             images = mm_items.get_items("image", (ImageEmbeddingItems, ImageProcessorItems))
             if isinstance(images, ImageEmbeddingItems):  # the client decides whether these are reduced
-                return [image_token_id] * images.get_feature_size(item_index)
+                return cast(Callable[[int], list[int]], stock.replacement)(item_index)
             size = images.get_image_size(item_index)
             num_tokens = planner.num_image_tokens(budget, height=size.height, width=size.width)
-            return SizedPlaceholders([image_token_id] * num_tokens, size=(size.height, size.width))
+            return SizedPlaceholders(**vars(self.placeholder(num_tokens)), size=(size.height, size.width))
 
-        return [PromptReplacement(modality="image", target=[image_token_id], replacement=replacement)]
-
-
-class FicocoProcessingInfo(ReducingInfo, LlavaProcessingInfo):
-    """LLaVA's processing info, with the number of tokens that an image keeps."""
-
-
-class FicocoMultiModalProcessor(ReducingProcessor, LlavaMultiModalProcessor):
-    """LLaVA's processor, with a budget for each request."""
-
-    info: FicocoProcessingInfo
-
-
-class FicocoNextProcessingInfo(ReducingInfo, LlavaNextProcessingInfo):
-    """LLaVA-NeXT's processing info, with the number of tokens that an image keeps."""
-
-
-class FicocoNextProcessor(ReducingProcessor, LlavaNextMultiModalProcessor[FicocoNextProcessingInfo]):
-    """LLaVA-NeXT's processor, with a budget for each request."""
-
-    info: FicocoNextProcessingInfo
+        stock = super()._get_prompt_updates(mm_items, _without_ours(hf_processor_mm_kwargs), out_mm_kwargs)
+        return [
+            replace(update, replacement=partial(replacement, update))
+            if update.modality == "image"
+            else update
+            for update in stock
+        ]
 
 
 def reducible(hf_config: Any) -> bool:
@@ -305,7 +316,9 @@ def reducible(hf_config: Any) -> bool:
         hf_config: transformers' configuration of the model.
     """
     try:
-        TowerShape.from_hf_config(hf_config)
+        if family(hf_config).image_settings is not None and not hasattr(hf_config, IMAGES):
+            return False  # a server without our settings
+        tower_shape(hf_config)
     except ValueError:
         return False
     return True

@@ -61,10 +61,10 @@ def _stopwatch(engine: Any, stock: bool) -> Iterator[dict[str, float]]:
     patches = [(model.vision_tower, "forward", "tower")]
     if not stock:
         from ficoco_vllm.decoder import decoder
-        from ficoco_vllm.models import reduced_llava
+        from ficoco_vllm.models import reducing
         from ficoco_vllm.vision import tower
 
-        patches += [(reduced_llava, "encode", "tower"), (tower, "_reduce", "reduction")]
+        patches += [(reducing, "encode", "tower"), (tower, "_reduce", "reduction")]
         patches += [(decoder, "reduce_rows", "decoder_reduction")]
     with ExitStack() as stack:
         for owner, name, key in patches:

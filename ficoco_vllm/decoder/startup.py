@@ -11,6 +11,7 @@ from vllm.utils.torch_utils import is_quantized_kv_cache
 
 from ficoco_vllm.config import NAME, FicocoConfig
 from ficoco_vllm.planning.decoder import DecoderPlanner
+from ficoco_vllm.planning.families import tower_shape
 from ficoco_vllm.planning.server import decoder_planner
 
 SCHEDULER = "ficoco_vllm.kv.scheduler.SegmentScheduler"
@@ -138,7 +139,7 @@ def find_refusal(vllm_config: Any) -> str | None:
     refused = {
         f"the decoder is {decoder!r}; allowed: 'llama'": decoder != "llama",
         "vision_feature_select_strategy = 'full' hands [CLS] to the decoder; allowed: 'default'": (
-            hf_config.vision_feature_select_strategy == "full"
+            tower_shape(hf_config).with_cls
         ),
         "--pipeline-parallel-size must be 1, since every worker needs all segments": (
             parallel.pipeline_parallel_size > 1

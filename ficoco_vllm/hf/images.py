@@ -69,14 +69,14 @@ class ImageEncoder:
 
     def _whole_images(self, pixels: Tensor) -> list[ImageTokens]:
         shape, budget = self.planner.shape, self.planner.default
-        num_placeholders = shape.num_patches + shape.with_cls
+        num_placeholders = shape.num_units + shape.with_cls
         if self.planner.active and self.planner.reduces(budget):
             kept = encode(self.tower, pixels, self.planner.plan(budget), shape.grid)
             features = self.model.multi_modal_projector(kept.hidden[:, 0 if shape.with_cls else 1 :])
             patch = kept.position
         else:
             features = self.stock(pixel_values=pixels, return_dict=True).pooler_output
-            patch = torch.arange(shape.num_patches, device=pixels.device).expand(len(pixels), -1)
+            patch = torch.arange(shape.num_units, device=pixels.device).expand(len(pixels), -1)
         if shape.with_cls:
             patch = torch.cat([torch.full_like(patch[:, :1], NO_PATCH), patch], dim=1)
         return [ImageTokens(*one, num_placeholders) for one in zip(features, patch, strict=True)]
@@ -108,10 +108,8 @@ class ImageEncoder:
             [budget] * len(layouts),
             planner,
             most=sum(counts),
-            whole=self.tower.features,
-            encode=lambda batch, plan, crop, _: encode(
-                self.tower, batch, plan, planner.shape.grid, crop=crop
-            ),
+            whole=lambda batch, _: self.tower.features(batch),
+            encode=lambda batch, plan, grid, crop, _: encode(self.tower, batch, plan, grid, crop=crop),
             project=self.model.multi_modal_projector,
         )
         for index, of_tiles in kept.items():

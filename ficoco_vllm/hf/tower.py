@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ficoco_vllm.vision.tower import Tower
+
 
 @dataclass(frozen=True)
 class HfLayer:
@@ -53,7 +55,7 @@ class HfLayer:
         return output
 
 
-class HfTower:
+class HfTower(Tower):
     """The tower up to the layer that LLaVA reads (`Tower`)."""
 
     def __init__(self, tower: Any, num_layers: int) -> None:

@@ -1,7 +1,1 @@
-"""LLaVA models that keep the visual tokens a reduction method selects."""
-
-# Architectures with reduction, and the classes that replace vLLM's; vLLM imports a class when it serves it.
-ARCHITECTURES = {
-    "LlavaForConditionalGeneration": "ficoco_vllm.models.llava:FicocoLlava",
-    "LlavaNextForConditionalGeneration": "ficoco_vllm.models.llava_next:FicocoLlavaNext",
-}
+"""The model classes that vLLM instantiates; they keep the visual tokens that a reduction method selects."""

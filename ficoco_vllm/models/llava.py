@@ -1,8 +1,9 @@
 """LLaVA with visual tokens reduced in the vision tower or the decoder; replaces vLLM's class."""
 
-from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig
 from vllm.model_executor.models.interfaces import MultiModalEmbeddings
@@ -10,16 +11,28 @@ from vllm.model_executor.models.llava import (
     BaseLlavaProcessingInfo,
     LlavaDummyInputsBuilder,
     LlavaForConditionalGeneration,
+    LlavaMultiModalProcessor,
+    LlavaProcessingInfo,
     _build_llava_or_pixtral_hf_info,
     _build_llava_or_pixtral_hf_processor,
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import BaseMultiModalProcessor, InputProcessingContext
 
-from ficoco_vllm.models.reduced_llava import ReducingLlava
-from ficoco_vllm.planning.tower import Budget
-from ficoco_vllm.processing import FicocoMultiModalProcessor, FicocoProcessingInfo
-from ficoco_vllm.request_fields import KEEP, METHOD, TRACE
+from ficoco_vllm.models.reducing import ReducingModel
+from ficoco_vllm.processing import ReducingInfo, ReducingProcessor
+from ficoco_vllm.vision.tower import Tower
+from ficoco_vllm.vision.vllm_tower import VllmTower
+
+
+class FicocoProcessingInfo(ReducingInfo, LlavaProcessingInfo):
+    """LLaVA's processing info, with the number of tokens that an image keeps."""
+
+
+class FicocoMultiModalProcessor(ReducingProcessor, LlavaMultiModalProcessor):
+    """LLaVA's processor, with a budget for each request."""
+
+    info: FicocoProcessingInfo
 
 
 def _build_info(ctx: InputProcessingContext) -> BaseLlavaProcessingInfo:
@@ -40,57 +53,26 @@ def _build_processor(
 @MULTIMODAL_REGISTRY.register_processor(
     _build_processor, info=_build_info, dummy_inputs=LlavaDummyInputsBuilder
 )
-class FicocoLlava(ReducingLlava, LlavaForConditionalGeneration):
+class FicocoLlava(ReducingModel, LlavaForConditionalGeneration):
     """vLLM's LLaVA, with reduction of the images whose budget is below the number of patches."""
+
+    vision_tower: Any
+    _image_pixels_to_features: Callable[[Any, Tensor], Tensor]
+
+    def tower_of(self, grid: tuple[int, int]) -> Tower:
+        """See `ReducingModel`."""
+        return VllmTower(self.vision_tower.vision_model)
 
     def embed_multimodal(self, **kwargs: object) -> MultiModalEmbeddings:
         """Embed the images of a step, those of one budget together.
 
         Args:
-            **kwargs: vLLM's fields of a batch of n images, with `ficoco_keep` and `ficoco_method` (n,) on the host,
-                and `ficoco_trace` (n,) where they are traced.
+            **kwargs: vLLM's fields of a batch of n images, and ours; see `ReducingModel.requested`.
 
         Returns:
             One tensor (num_tokens, hidden size) for each image, in order.
         """
-        keep, method, trace = (kwargs.pop(name, None) for name in (KEEP, METHOD, TRACE))
-        pixels = kwargs.get("pixel_values")
-        if self.planner is None or not isinstance(keep, Tensor) or not isinstance(pixels, Tensor):
+        requested, pixels = self.requested(kwargs), kwargs.get("pixel_values")
+        if requested is None or not isinstance(pixels, Tensor):
             return super().embed_multimodal(**kwargs)
-        assert isinstance(method, Tensor)
-        groups: dict[Budget, list[int]] = defaultdict(list)
-        for index, (number, count) in enumerate(zip(method.tolist(), keep.tolist(), strict=True)):
-            groups[Budget(self.planner.methods[number], count)].append(index)
-        traced = dict(enumerate(trace.tolist())) if isinstance(trace, Tensor) else {}
-        embeddings: list[Tensor] = [pixels.new_empty(0)] * len(pixels)
-        for budget, members in groups.items():
-            for start in range(0, len(members), self.max_images):
-                chunk = members[start : start + self.max_images]
-                batch = (
-                    pixels if len(chunk) == len(pixels) else pixels[torch.tensor(chunk, device=pixels.device)]
-                )
-                here = {place: traced[index] for place, index in enumerate(chunk) if index in traced}
-                for index, embedding in zip(chunk, self._embed(batch, budget, here), strict=True):
-                    embeddings[index] = embedding
-        return embeddings
-
-    def _embed(self, pixels: Tensor, budget: Budget, traced: dict[int, int]) -> Tensor:
-        """Features of images of one budget, projected.
-
-        Args:
-            pixels: (B, 3, height, width).
-            budget: method and number of patch tokens.
-            traced: maps index in the batch to trace id, for the images that are traced.
-
-        Returns:
-            (B, num_tokens, hidden size of the language model).
-        """
-        assert self.planner is not None
-        if not self.planner.reduces(budget):
-            features = self._image_pixels_to_features(self.vision_tower, pixels)
-        else:
-            features = self._encode(pixels, self.planner.plan(budget), self._observers(traced)).hidden
-            if not self.planner.shape.with_cls:
-                features = features[:, 1:]
-        projected: Tensor = self.multi_modal_projector(features)
-        return projected
+        return self.embed_whole(pixels, requested, partial(self._image_pixels_to_features, self.vision_tower))

@@ -8,8 +8,9 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
 from ficoco_vllm.config import NAME, FicocoConfig
+from ficoco_vllm.planning.families import family, tower_shape
 from ficoco_vllm.planning.tower import VisionPlanner
-from ficoco_vllm.planning.tower_shape import TowerShape
+from ficoco_vllm.planning.tower_shape import IMAGES
 from ficoco_vllm.tracing.worker import QUALIFIED_NAME as TRACING_WORKER
 
 # A child of vLLM's logger, whose handlers and level it shares.
@@ -39,7 +40,8 @@ class FicocoModelConfig(VerifyAndUpdateConfig):
         config = FicocoConfig.parse(values)
         _check_backend(config)
         hf_config = vllm_config.model_config.hf_config
-        shape = TowerShape.from_hf_config(hf_config)
+        _leave_image_settings(vllm_config)
+        shape = tower_shape(hf_config)
         lora = vllm_config.lora_config
         if lora is not None and lora.enable_tower_connector_lora:
             raise ValueError(
@@ -68,6 +70,18 @@ class FicocoModelConfig(VerifyAndUpdateConfig):
             planner.most_keep,
             "an image" if shape.tiling is None or config.keep_per == "image" else "each tile of an image",
         )
+
+
+def _leave_image_settings(vllm_config: VllmConfig) -> None:
+    """Put the settings of the image processor that a family counts with where every process finds them."""
+    model = vllm_config.model_config
+    read = family(model.hf_config).image_settings
+    if read is None:
+        return
+    from vllm.transformers_utils.processor import cached_image_processor_from_config
+
+    overrides = model.get_multimodal_config().mm_processor_kwargs or {}
+    setattr(model.hf_config, IMAGES, read(cached_image_processor_from_config(model), overrides))
 
 
 def _check_backend(config: FicocoConfig) -> None:

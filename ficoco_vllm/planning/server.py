@@ -6,6 +6,7 @@ from typing import Any
 
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.planning.decoder import DecoderPlanner
+from ficoco_vllm.planning.families import tower_shape
 from ficoco_vllm.planning.tiles import Tile
 from ficoco_vllm.planning.tower import Budget, VisionPlanner
 from ficoco_vllm.planning.tower_shape import TowerShape
@@ -42,7 +43,7 @@ class ServerPlan:
             ValueError: the settings do not fit the model.
         """
         num_layers = hf_config.get_text_config().num_hidden_layers
-        return _shared(config.model_dump_json(), TowerShape.from_hf_config(hf_config), num_layers)
+        return _shared(config.model_dump_json(), tower_shape(hf_config), num_layers)
 
     @classmethod
     def served(cls, hf_config: Any) -> "ServerPlan":
@@ -94,7 +95,7 @@ class ServerPlan:
         """Visual tokens of an image after the tower, for a budget of the whole model."""
         if self.config.method not in PIPELINES:
             return budget
-        num_patches = self.tower.shape.num_patches
+        num_patches = self.tower.shape.num_units
         return self.config.model_copy(update={"keep": budget}).tower_part(num_patches).keep or num_patches
 
     def check_budget(self, budget: int) -> None:
@@ -163,7 +164,7 @@ def _image_tokens(
     plan: ServerPlan, budget: Budget, counts: tuple[int, ...] | None, size: tuple[int, int] | None
 ) -> TokenPlan:
     tower, decoder = plan.tower, plan.decoder
-    num_patches, num_layers = tower.shape.num_patches, tower.shape.num_executed_layers
+    num_patches, num_layers = tower.shape.num_units, tower.shape.num_executed_layers
     if tower.shape.tiling is None:
         entering = projected = budget.keep
         encoder = (num_patches,) * (num_layers + 1)
@@ -174,9 +175,9 @@ def _image_tokens(
         assert size is not None
         layout = tower.layout(budget, *size)
         entering, projected, tiles = layout.num_tokens, 0, []
-        whole = [Tile(place, place.crop.num_patches) for place in tower.shape.tiling.places(*size)]
+        whole = [Tile(place, place.crop.num_units) for place in tower.shape.tiling.places(*size)]
         for tile in layout.tiles if layout.reduces else whole:
-            num_shown = tile.place.crop.num_patches
+            num_shown = tile.place.crop.num_units
             tile_plan = tower.tile_plan(budget, tile)
             encoder = (num_shown,) * (num_layers + 1)
             if tile_plan is not None:

@@ -20,8 +20,8 @@ class Tile(NamedTuple):
 
     @property
     def is_whole(self) -> bool:
-        """Whether all patches that show the image stay."""
-        return self.keep >= self.place.crop.num_patches
+        """Whether all units that show the image stay."""
+        return self.keep >= self.place.crop.num_units
 
 
 @dataclass(frozen=True)
@@ -29,48 +29,48 @@ class Layout:
     """An image under a budget.
 
     Attributes:
-        tiles: base view first; tiles that keep nothing are left out.
-        reduces: whether any patch that shows the image leaves. If not, stock vLLM's code handles the image.
+        tiles: in the order of the image's pixel values; tiles that keep nothing are left out.
+        reduces: whether any unit that shows the image leaves. If not, stock vLLM's code handles the image.
         num_tokens: in the prompt: kept tokens, and a newline after each row of tiles that keeps any.
         num_before: the same without reduction, as in stock vLLM.
+        ends_rows: see `Tiling`.
     """
 
     tiles: tuple[Tile, ...]
     reduces: bool
     num_tokens: int
     num_before: int
+    ends_rows: bool = False
 
     @property
     def newline_rows(self) -> tuple[int, ...]:
         """Rows of tiles that end in a newline."""
-        return tuple(sorted({tile.place.row for tile in self.tiles} - {-1}))
+        return tuple(sorted({tile.place.row for tile in self.tiles} - {-1})) if self.ends_rows else ()
 
     @classmethod
     def of(
-        cls, tiling: Tiling, height: int, width: int, keep: int, keep_per: Literal["tile", "image"]
+        cls, tiling: Tiling, places: Sequence[Place], keep: int, keep_per: Literal["tile", "image"]
     ) -> "Layout":
         """Distribute a budget over the tiles of an image.
 
         Args:
             tiling: of the model.
-            height: of the image in pixels.
-            width: of the image in pixels.
-            keep: tokens of each tile or of the image. Padding is never kept: a tile that has fewer patches than its
+            places: of the image's tiles.
+            keep: tokens of each tile or of the image. Padding is never kept: a tile that has fewer units than its
                 budget keeps those.
             keep_per: unit of `keep`.
         """
-        places = tiling.places(height, width)
-        sizes = [place.crop.num_patches for place in places]
+        sizes = [place.crop.num_units for place in places]
         if keep_per == "image":
             keeps = shared_out(min(keep, sum(sizes)), sizes)
         else:
             keeps = [min(keep, size) for size in sizes]
         tiles = tuple(Tile(place, keep) for place, keep in zip(places, keeps, strict=True) if keep)
-        before = tiling.num_tokens(height, width)
+        before = tiling.count(places)
         if keeps == sizes:
-            return cls(tiles, False, before, before)
-        num_newlines = len({tile.place.row for tile in tiles} - {-1})
-        return cls(tiles, True, sum(keeps) + num_newlines, before)
+            return cls(tiles, False, before, before, tiling.ends_rows)
+        num_newlines = len({tile.place.row for tile in tiles} - {-1}) if tiling.ends_rows else 0
+        return cls(tiles, True, sum(keeps) + num_newlines, before, tiling.ends_rows)
 
 
 def shared_out(keep: int, sizes: Sequence[int]) -> list[int]:
@@ -78,7 +78,7 @@ def shared_out(keep: int, sizes: Sequence[int]) -> list[int]:
 
     Args:
         keep: 1 to the sum of `sizes`.
-        sizes: patches of each tile.
+        sizes: units of each tile.
 
     Returns:
         Whole numbers that add up to `keep`, none larger than its size.

@@ -1,12 +1,19 @@
-"""Tiles of a LLaVA-NeXT image, and the patches of each that show the image: integers, no pixels."""
+"""Tiles of an image, and the units of each that show the image: integers, no pixels."""
 
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
+# Left, top, width and height as shares of an image's width and height.
+Box = tuple[float, float, float, float]
+WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
+
 
 class Crop(NamedTuple):
-    """The rectangle of a tile's patches that show the image; the others are padding."""
+    """The rectangle of a tile's units that show the image; the others are padding."""
 
     top: int
     left: int
@@ -14,8 +21,8 @@ class Crop(NamedTuple):
     columns: int
 
     @property
-    def num_patches(self) -> int:
-        """Patches in the rectangle."""
+    def num_units(self) -> int:
+        """Units in the rectangle."""
         return self.rows * self.columns
 
 
@@ -23,10 +30,10 @@ class Place(NamedTuple):
     """A tile's place in its image.
 
     Attributes:
-        number: index among the image's pixel values, where 0 is the base view: the whole image, scaled down.
-        row: of tiles, -1 for the base view.
-        column: of tiles, -1 for the base view.
-        crop: patches that show the image.
+        number: index among the image's pixel values.
+        row: of tiles, -1 for a view of the whole image.
+        column: of tiles, -1 for a view of the whole image.
+        crop: units that show the image.
     """
 
     number: int
@@ -35,9 +42,75 @@ class Place(NamedTuple):
     crop: Crop
 
 
+class Tiling(ABC):
+    """How an image becomes tiles, each of which the tower sees alone. A subclass is a frozen dataclass.
+
+    An image whose grid follows its size (dynamic resolution) is one tile: its crop is that grid.
+
+    Attributes:
+        pads: whether tiles have a fixed grid, in which the crop is what shows the image. If not, the crop is the
+            tile's own grid.
+        ends_rows: whether the model puts a newline after each row of units, and we put one after each row of tiles.
+    """
+
+    pads: bool = False
+    ends_rows: bool = False
+
+    @property
+    @abstractmethod
+    def most_tiles(self) -> int:
+        """Tiles of the largest image."""
+
+    @property
+    @abstractmethod
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Height and width in pixels of images that cover every number of tiles, the largest image among them."""
+
+    @property
+    def largest(self) -> tuple[int, int]:
+        """Height and width in pixels of an image with the most tokens."""
+        return max(self.sizes, key=lambda size: self.num_tokens(*size))
+
+    @abstractmethod
+    def places(self, height: int, width: int) -> tuple[Place, ...]:
+        """The tiles of an image in the order of its pixel values, including those that are all padding.
+
+        Args:
+            height: of the image in pixels.
+            width: of the image in pixels.
+        """
+
+    @abstractmethod
+    def box(self, place: Place, height: int, width: int) -> Box:
+        """The part of an image that a tile's crop shows.
+
+        Args:
+            place: of the tile.
+            height: of the image in pixels.
+            width: of the image in pixels.
+        """
+
+    def count(self, places: Sequence[Place]) -> int:
+        """Visual tokens of an image without reduction.
+
+        Args:
+            places: of its tiles.
+        """
+        return sum(place.crop.num_units for place in places)
+
+    def num_tokens(self, height: int, width: int) -> int:
+        """Visual tokens of an image without reduction.
+
+        Args:
+            height: of the image in pixels.
+            width: of the image in pixels.
+        """
+        return self.count(self.places(height, width))
+
+
 @dataclass(frozen=True)
-class Tiling:
-    """The resolutions of a model.
+class AnyRes(Tiling):
+    """The tiles of LLaVA-NeXT: the base view (the whole image, scaled down), then the rows of tiles, padded.
 
     Attributes:
         pinpoints: height and width in pixels of each resolution that an image may be scaled to.
@@ -48,6 +121,8 @@ class Tiling:
     pinpoints: tuple[tuple[int, int], ...]
     tile_size: int
     side: int
+    pads = True
+    ends_rows = True
 
     @property
     def most_tiles(self) -> int:
@@ -56,25 +131,40 @@ class Tiling:
             height // self.tile_size * (width // self.tile_size) for height, width in self.pinpoints
         )
 
-    def places(self, height: int, width: int) -> tuple[Place, ...]:
-        """The tiles of an image, the base view first, then row by row, including those that are all padding.
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """See `Tiling`."""
+        return self.pinpoints
 
-        Args:
-            height: of the image in pixels.
-            width: of the image in pixels.
-        """
+    def places(self, height: int, width: int) -> tuple[Place, ...]:
+        """See `Tiling`; the base view comes first."""
         return _places(self, height, width)
 
-    def num_tokens(self, height: int, width: int) -> int:
-        """Visual tokens of an image without reduction: patches that show it, and a newline after each row of them.
+    def count(self, places: Sequence[Place]) -> int:
+        """See `Tiling`; patches that show the image, and a newline after each row of them."""
+        return super().count(places) + sum(place.crop.rows for place in places if place.column == 0)
 
-        Args:
-            height: of the image in pixels.
-            width: of the image in pixels.
+    def box(self, place: Place, height: int, width: int) -> Box:
+        """See `Tiling`.
+
+        Source: transformers, `LlavaNextImageProcessor`: the image is scaled to fit a resolution and padded equally.
         """
-        base, *tiles = self.places(height, width)
-        newlines = sum(place.crop.rows for place in tiles if place.column == 0)
-        return base.crop.num_patches + sum(place.crop.num_patches for place in tiles) + newlines
+        if place.row < 0:
+            return WHOLE
+        rows, columns = best_resolution(height, width, self.pinpoints)
+        scale = min(columns / width, rows / height)
+        shown_height, shown_width = (
+            min(math.ceil(height * scale), rows),
+            min(math.ceil(width * scale), columns),
+        )
+        top, left = (rows - shown_height) // 2, (columns - shown_width) // 2
+        patch, crop = self.tile_size / self.side, place.crop
+        return (
+            ((place.column * self.side + crop.left) * patch - left) / shown_width,
+            ((place.row * self.side + crop.top) * patch - top) / shown_height,
+            crop.columns * patch / shown_width,
+            crop.rows * patch / shown_height,
+        )
 
 
 def best_resolution(height: int, width: int, pinpoints: tuple[tuple[int, int], ...]) -> tuple[int, int]:
@@ -110,7 +200,7 @@ def unpadded(height: int, width: int, rows: int, columns: int) -> tuple[int, int
 
 
 @lru_cache(maxsize=4096)
-def _places(tiling: Tiling, height: int, width: int) -> tuple[Place, ...]:
+def _places(tiling: AnyRes, height: int, width: int) -> tuple[Place, ...]:
     side = tiling.side
     rows, columns = (
         length // tiling.tile_size for length in best_resolution(height, width, tiling.pinpoints)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from ficoco_vllm.config import FicocoConfig, default_keep
 from ficoco_vllm.kernels.backend import Backend
 from ficoco_vllm.planning.tiles import Layout, Tile
+from ficoco_vllm.planning.tiling import Place
 from ficoco_vllm.planning.tower_shape import TowerShape
 from ficoco_vllm.reduction import Reducer, available, get
 from ficoco_vllm.reduction.method import SITES
@@ -31,11 +32,11 @@ class VisionPlan:
 
     Attributes:
         reducer: the method with its settings.
-        keep: patch tokens at the end.
+        keep: visual tokens at the end.
         removals: index of each reducing layer to the number of tokens removed there; empty for a method that
             works on the features.
         shallow_layer: index of the layer whose [CLS] attention the method reads beside that of the last one, or None.
-        proportional: whether later layers weigh each key by the patches that it represents.
+        proportional: whether later layers weigh each key by the units that it represents.
         logits: whether the method reads attention logits instead of probabilities.
         backend: which implementation of the fused ops runs.
     """
@@ -49,10 +50,10 @@ class VisionPlan:
     backend: Backend = "auto"
 
     def layer_counts(self, num_tokens: int, num_layers: int) -> tuple[int, ...]:
-        """Patch tokens that enter each layer, and those that leave the last one.
+        """Visual tokens that enter each layer, and those that leave the last one.
 
         Args:
-            num_tokens: patches that enter the first layer.
+            num_tokens: units that enter the first layer.
             num_layers: executed layers of the tower.
         """
         counts = [num_tokens]
@@ -77,7 +78,7 @@ class VisionPlanner:
             ValueError: the settings do not fit the tower.
         """
         _check_tiles(config, shape)
-        return _shared(config.tower_part(shape.num_patches).model_dump_json(), shape)
+        return _shared(config.tower_part(shape.num_units).model_dump_json(), shape)
 
     @property
     def active(self) -> bool:
@@ -114,16 +115,16 @@ class VisionPlanner:
         """The largest budget that a request may name."""
         tiling = self.shape.tiling
         if tiling is None or self.config.keep_per == "tile":
-            return self.shape.num_patches
-        return self.shape.num_patches * tiling.most_tiles
+            return self.shape.num_units
+        return self.shape.num_units * tiling.most_tiles
 
     @cached_property
     def num_input_tokens(self) -> int:
         """Placeholders of the largest image without reduction, as in stock vLLM."""
         tiling = self.shape.tiling
         if tiling is None:
-            return self.shape.num_patches + self.shape.with_cls
-        return max(tiling.num_tokens(height, width) for height, width in tiling.pinpoints)
+            return self.shape.num_units + self.shape.with_cls
+        return max(tiling.num_tokens(height, width) for height, width in tiling.sizes)
 
     @property
     def decoder_most(self) -> int:
@@ -178,12 +179,12 @@ class VisionPlanner:
     def num_output_tokens(self, budget: Budget) -> int:
         """Placeholders of an image, of the largest one where images are cut into tiles.
 
-        They are its patch tokens, and [CLS] where the model takes it.
+        They are its kept units, and [CLS] where the model takes it.
         """
         tiling = self.shape.tiling
         if tiling is None:
             return budget.keep + self.shape.with_cls
-        return max(self.layout(budget, height, width).num_tokens for height, width in tiling.pinpoints)
+        return max(self.layout(budget, height, width).num_tokens for height, width in tiling.sizes)
 
     def num_image_tokens(self, budget: Budget, *, height: int, width: int) -> int:
         """Placeholders of one image.
@@ -208,7 +209,7 @@ class VisionPlanner:
             width: in pixels.
         """
         tiling = self.shape.tiling
-        return self.shape.num_patches if tiling is None else tiling.num_tokens(height, width)
+        return self.shape.num_units if tiling is None else tiling.num_tokens(height, width)
 
     def layout(self, budget: Budget, height: int, width: int) -> Layout:
         """Layout of an image in tiles under a budget.
@@ -221,7 +222,20 @@ class VisionPlanner:
         Raises:
             ValueError: the method's schedule cannot reach the budget in one of the tiles.
         """
-        return _layout(self, budget, height, width)
+        assert self.shape.tiling is not None
+        return self.layout_of(budget, self.shape.tiling.places(height, width))
+
+    def layout_of(self, budget: Budget, places: tuple[Place, ...]) -> Layout:
+        """Layout of an image whose tiles are known; see `layout`.
+
+        Args:
+            budget: of each tile, or of the image where the settings say so.
+            places: of its tiles.
+
+        Raises:
+            ValueError: the method's schedule cannot reach the budget in one of the tiles.
+        """
+        return _layout(self, budget, places)
 
     def tile_plan(self, budget: Budget, tile: Tile) -> VisionPlan | None:
         """Plan of a tile, None where only its padding leaves.
@@ -269,7 +283,7 @@ def _check_tiles(config: FicocoConfig, shape: TowerShape) -> None:
         return
     if config.encoder.get("keep_per") == "image" and "keep" not in config.encoder:
         raise ValueError("ficoco.encoder.keep_per = 'image' is allowed with ficoco.encoder.keep only")
-    schedule = config.tower_part(shape.num_patches).settings.get("schedule")
+    schedule = config.tower_part(shape.num_units).settings.get("schedule")
     if schedule is not None and not isinstance(schedule, str):
         raise ValueError(
             f"ficoco.schedule = {schedule!r} is not allowed with LLaVA-NeXT, whose tiles begin with different numbers "
@@ -278,10 +292,10 @@ def _check_tiles(config: FicocoConfig, shape: TowerShape) -> None:
 
 
 @lru_cache(maxsize=4096)
-def _layout(planner: VisionPlanner, budget: Budget, height: int, width: int) -> Layout:
+def _layout(planner: VisionPlanner, budget: Budget, places: tuple[Place, ...]) -> Layout:
     tiling = planner.shape.tiling
     assert tiling is not None
-    layout = Layout.of(tiling, height, width, budget.keep, planner.config.keep_per)
+    layout = Layout.of(tiling, places, budget.keep, planner.config.keep_per)
     for tile in layout.tiles if layout.reduces else ():
         planner.tile_plan(budget, tile)  # raises where the schedule cannot reach it
     return layout
@@ -289,7 +303,7 @@ def _layout(planner: VisionPlanner, budget: Budget, height: int, width: int) -> 
 
 @lru_cache(maxsize=1024)
 def _of_grid(planner: VisionPlanner, grid: tuple[int, int]) -> VisionPlanner:
-    """Plans of a tile in which only `grid` rows and columns of patches show the image; the padding leaves first."""
+    """Plans of a tile of which `grid` rows and columns of units show the image; padding leaves first."""
     return VisionPlanner(planner.config, replace(planner.shape, grid=grid, tiling=None))
 
 
@@ -302,7 +316,7 @@ def _plan(planner: VisionPlanner, budget: Budget) -> VisionPlan:
     reducer = method.configure(**(config.settings if budget.method == config.method else {}))
     spread = partial(
         make_schedule,
-        num_tokens=shape.num_patches,
+        num_tokens=shape.num_units,
         keep=budget.keep,
         num_extra=reducer.num_extra,
         max_removed=reducer.max_removed,
@@ -310,7 +324,7 @@ def _plan(planner: VisionPlanner, budget: Budget) -> VisionPlan:
     if method.site == "features":
         spread("one-shot", layers=[0])
         shallow = None
-        if "shallow_cls_attention" in reducer.signals and budget.keep < shape.num_patches:
+        if "shallow_cls_attention" in reducer.signals and budget.keep < shape.num_units:
             shallow = min(shallow_layer(shape.num_layers), shape.num_executed_layers - 1)
         return VisionPlan(reducer, budget.keep, shallow_layer=shallow, backend=config.backend)
     start = getattr(reducer.settings, "start_layer", None)

@@ -63,9 +63,10 @@ def attention_with_lse(
 
 @dataclass(frozen=True)
 class ClipHeads:
-    """Queries and keys of one CLIP layer, and the signals measured from them.
+    """Queries and keys of one tower layer, and the signals measured from them.
 
-    Token 0 is [CLS] and takes part in every softmax, but not in the rows and columns that are returned.
+    Token 0 is [CLS] and takes part in every softmax, but not in the rows and columns that are returned. A tower without
+    [CLS] has N tokens wherever 1 + N are named.
 
     Attributes:
         query: (B, H, 1 + N, d) the heads of this rank.
@@ -80,6 +81,7 @@ class ClipHeads:
         logits: measure logits before the softmax, as the authors' release of FiCoCo does, instead of
             probabilities.
         backend: of the fused ops.
+        has_cls: whether token 0 is [CLS].
     """
 
     query: Tensor
@@ -92,13 +94,19 @@ class ClipHeads:
     needed: frozenset[str] = frozenset({"visual_attention", "cls_attention", "keys"})
     logits: bool = False
     backend: Backend = "auto"
+    has_cls: bool = True
+
+    @property
+    def patches(self) -> slice:
+        """The patch tokens among all."""
+        return slice(int(self.has_cls), None)
 
     def visual_attention(self) -> AttentionMap:
         """Head-mean attention among the patch tokens, (B, N, N), computed on demand."""
         if not self.logits:
             return ClipAttention(self)
-        query, key = self.query[:, :, 1:], self.key[:, :, 1:]
-        bias = None if self.bias is None else self.bias[:, 1:]
+        query, key = self.query[:, :, self.patches], self.key[:, :, self.patches]
+        bias = None if self.bias is None else self.bias[:, self.patches]
         return LogitMap(query, key, self.scale, self.num_heads, self.all_reduce, bias)
 
     def cls_attention(self) -> Tensor:
@@ -107,8 +115,12 @@ class ClipHeads:
         Returns:
             (B, N) fp32.
 
+        Deviation: without [CLS] it is the mean attention that each patch token receives from all.
+
         Source: arXiv:2411.17686, Eq. 4.
         """
+        if not self.has_cls:
+            return self.visual_attention().column_sum() / self.query.shape[2]
         if self.logits:
             query, key = self.query[:, :, :1], self.key[:, :, 1:]
             bias = None if self.bias is None else self.bias[:, 1:]
@@ -128,9 +140,9 @@ class ClipHeads:
 
         Source: arXiv:2411.17686, Eq. 6.
         """
-        if not self.logits and "keys" in self.needed and len(self.needed) > 1:
+        if self.has_cls and not self.logits and "keys" in self.needed and len(self.needed) > 1:
             return self.reduced(self._pass[2][:, 1:])
-        total = self.key[:, :, 1:].float().sum(dim=1)
+        total = self.key[:, :, self.patches].float().sum(dim=1)
         return self.reduced(total).div_(self.num_heads)
 
     def map_rows(self, query: Tensor, lse: Tensor) -> Tensor:
@@ -193,7 +205,8 @@ class ClipAttention:
     def shape(self) -> torch.Size:
         """(B, N, N)."""
         B, _, N, _ = self.heads.query.shape
-        return torch.Size((B, N - 1, N - 1))
+        N -= self.heads.has_cls
+        return torch.Size((B, N, N))
 
     def row_sum(self) -> Tensor:
         """Attention of each token to all patches: one minus its attention to [CLS].
@@ -203,6 +216,8 @@ class ClipAttention:
 
         Source: arXiv:2411.17686, Eq. 11, first term, times N.
         """
+        if not self.heads.has_cls:
+            return self.heads.query.new_ones(self.shape[:2], dtype=torch.float64)
         return 1.0 - self.heads.sums[0][:, 1:].double()
 
     def column_sum(self) -> Tensor:
@@ -215,15 +230,15 @@ class ClipAttention:
         """
         heads = self.heads
         received = kernels.attention_sums(
-            heads.query[:, :, 1:],
+            heads.query[:, :, heads.patches],
             heads.key,
-            heads.lse[:, :, 1:],
+            heads.lse[:, :, heads.patches],
             heads.scale,
             bias=heads.bias,
             num_heads=heads.num_heads,
             backend=heads.backend,
         )
-        return heads.reduced(received)[:, 1:]
+        return heads.reduced(received)[:, heads.patches]
 
     def block(self, source: Tensor, target: Tensor, text: Tensor | None = None, gamma: float = 1.0) -> Tensor:
         """Attention of chosen tokens to chosen tokens.
@@ -243,13 +258,13 @@ class ClipAttention:
         # The normalisers are known, so [CLS] need not be among the keys: the indices stay as they are.
         direct = heads.reduced(
             kernels.attention_block(
-                heads.query[:, :, 1:],
-                heads.key[:, :, 1:],
-                heads.lse[:, :, 1:],
+                heads.query[:, :, heads.patches],
+                heads.key[:, :, heads.patches],
+                heads.lse[:, :, heads.patches],
                 heads.scale,
                 row_index=source,
                 column_index=target,
-                bias=None if heads.bias is None else heads.bias[:, 1:],
+                bias=None if heads.bias is None else heads.bias[:, heads.patches],
                 num_heads=heads.num_heads,
                 backend=heads.backend,
             )
@@ -263,4 +278,6 @@ class ClipAttention:
             (B, N, N) fp32.
         """
         heads = self.heads
-        return heads.reduced(heads.map_rows(heads.query[:, :, 1:], heads.lse[:, :, 1:]))[:, :, 1:]
+        return heads.reduced(
+            heads.map_rows(heads.query[:, :, heads.patches], heads.lse[:, :, heads.patches])
+        )[:, :, heads.patches]

@@ -1,4 +1,4 @@
-"""The kept tokens of LLaVA-NeXT's tiles, in the order in which the language model reads them."""
+"""The kept tokens of an image's tiles, in the order in which the language model reads them."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -21,17 +21,18 @@ class Kept(NamedTuple):
     position: Tensor
 
 
-def pack(layout: Layout, kept: Sequence[Kept], newline: Tensor, side: int) -> Tensor:
+def pack(layout: Layout, kept: Sequence[Kept], newline: Tensor | None, side: int) -> Tensor:
     """Join the tokens of an image's tiles.
 
-    The base view comes first, in raster order. Then come the rows of tiles from above. Within a row of tiles the tokens
-    are ordered as their patches are in the image, line by line across the tiles, as in stock vLLM; fused tokens, which
-    have no place, follow, then one newline.
+    Where rows do not end in newlines, one tile follows the other. In LLaVA-NeXT the base view comes first, in raster
+    order. Then come the rows of tiles from above. Within a row of tiles the tokens are ordered as their patches are in
+    the image, line by line across the tiles, as in stock vLLM; fused tokens, which have no place, follow, then one
+    newline.
 
     Args:
         layout: of the image.
         kept: of each of its tiles.
-        newline: (D,) embedding of the end of a row.
+        newline: (D,) embedding of the end of a row; None where the model has none.
         side: rows and columns of patches of a tile.
 
     Returns:
@@ -40,6 +41,9 @@ def pack(layout: Layout, kept: Sequence[Kept], newline: Tensor, side: int) -> Te
     Deviation: stock LLaVA-NeXT has a newline after each row of patches. The number of rows that keep a token depends on
     the pixels, while the prompt is sized before any pixel is read.
     """
+    if not layout.ends_rows:
+        return torch.cat([tokens for tokens, _ in kept])
+    assert newline is not None
     rows = layout.newline_rows
     # A place in the image as one number: line of patches, then column; two more columns for tokens without a place.
     width = side * (1 + max((tile.place.column for tile in layout.tiles), default=0)) + 2

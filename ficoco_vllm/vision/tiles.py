@@ -1,4 +1,4 @@
-"""LLaVA-NeXT's tiles, run through the tower in batches of equal budget and crop."""
+"""Tiles, run through the tower in batches of equal budget and crop."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -24,27 +24,28 @@ def keep_tiles(
     planner: VisionPlanner,
     *,
     most: int,
-    whole: Callable[[Tensor], Tensor],
-    encode: Callable[[Tensor, VisionPlan, Crop | None, Sequence[tuple[int, int]]], Tokens],
+    whole: Callable[[Tensor, tuple[int, int]], Tensor],
+    encode: Callable[[Tensor, VisionPlan, tuple[int, int], Crop | None, Sequence[tuple[int, int]]], Tokens],
     project: Callable[[Tensor], Tensor],
 ) -> dict[int, list[Kept]]:
     """Run all tiles of the images that are reduced.
 
     Args:
-        pixels: (n, tiles, 3, height, width), or as many tensors, of different numbers of tiles.
+        pixels: (n, tiles, ...), or as many tensors, of different numbers of tiles.
         layouts: of the images.
         budgets: of the images.
         planner: of the model.
         most: tiles that run in one batch.
-        whole: patch features of tiles that are not reduced, (B, 3, height, width) to (B, N, D).
-        encode: runs the tower by a plan; a crop is given where tiles have padding, then the image and the number of
-            each tile.
-        project: features to tokens of the language model.
+        whole: units of tiles that are not reduced: pixels of B tiles and their grid to (B, U, unit * D).
+        encode: runs the tower by a plan, over pixels of B tiles of one grid; a crop is given where tiles have padding,
+            then the image and the number of each tile.
+        project: units (B, K, unit * D) to tokens of the language model (B, K, hidden size).
 
     Returns:
-        Image to the kept tokens of each tile of its layout; their positions count the patches of the tile's crop.
+        Image to the kept tokens of each tile of its layout; their positions count the units of the tile's crop.
     """
-    grid = planner.shape.grid
+    tiling, unit = planner.shape.tiling, planner.shape.unit
+    assert tiling is not None
     groups: dict[tuple[str | None, int, Crop], _Jobs] = defaultdict(list)
     for image, (layout, budget) in enumerate(zip(layouts, budgets, strict=True)):
         for number, tile in enumerate(layout.tiles if layout.reduces else ()):
@@ -52,16 +53,20 @@ def keep_tiles(
     kept: dict[tuple[int, int], Kept] = {}
     for (method, count, crop), jobs in groups.items():
         plan = planner.tile_plan(Budget(method, count), jobs[0][2])
+        shown = (crop.rows, crop.columns)
+        grid = planner.shape.grid if tiling.pads else shown
         for start in range(0, len(jobs), most):
             chunk = jobs[start : start + most]
             batch = torch.stack([pixels[image][tile.place.number] for image, _, tile in chunk])
             if plan is None:
-                features = cropped(whole(batch), grid, crop)
-                position = torch.arange(crop.num_patches, device=features.device).expand(len(batch), -1)
+                features = whole(batch, grid)
+                if tiling.pads:
+                    features = cropped(features, grid, crop)
+                position = torch.arange(crop.num_units, device=features.device).expand(len(batch), -1)
             else:
                 tiles = [(image, tile.place.number) for image, _, tile in chunk]
-                tokens = encode(batch, plan, crop if (crop.rows, crop.columns) != grid else None, tiles)
-                features, position = tokens.hidden[:, 1:], tokens.position
+                tokens = encode(batch, plan, grid, crop if shown != grid else None, tiles)
+                features, position = tokens.split(unit)[1], tokens.position
             for (image, number, _), *one in zip(chunk, project(features), position, strict=True):
                 kept[image, number] = Kept(*one)
     return {

@@ -1,4 +1,4 @@
-"""A CLIP tower run with fewer tokens from layer to layer, on the modules and weights of vLLM or transformers."""
+"""A vision tower run with fewer tokens from layer to layer, on the modules and weights of vLLM or transformers."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,6 +13,7 @@ from ficoco_vllm.planning.tiling import Crop
 from ficoco_vllm.planning.tower import VisionPlan
 from ficoco_vllm.reduction import Observer, Signals
 from ficoco_vllm.vision.attention import ClipHeads, attention_with_lse
+from ficoco_vllm.vision.units import UnitHeads
 
 # Returns the observer of the reduction at a site and a layer index, or None.
 Observers = Callable[[str, int], Observer | None]
@@ -46,15 +47,42 @@ class EncoderLayer(Protocol):
         """MLP of the normalised input, (B, N, D) to (B, N, D), without the residual."""
 
 
-class Tower(Protocol):
-    """A CLIP tower up to the layer that LLaVA reads."""
+class Tower:
+    """A vision tower up to the layer that its model reads. The defaults are those of a CLIP.
 
-    @property
-    def layers(self) -> Sequence[EncoderLayer]:
-        """The layers that run."""
+    Attributes:
+        layers: those that run.
+        has_cls: whether the first token is a [CLS].
+        unit: patches of a unit, see `TowerShape`.
+    """
+
+    layers: Sequence[EncoderLayer]
+    has_cls: bool = True
+    unit: int = 1
 
     def embed(self, pixels: Tensor) -> Tensor:
-        """Input of the first layer, [CLS] first: (B, 3, height, width) to (B, 1 + N, D)."""
+        """Input of the first layer.
+
+        Args:
+            pixels: (B, 3, height, width), or what a family's processor returns for B images of one grid.
+
+        Returns:
+            (B, C + U * unit, D): [CLS] first where there is one (C = 1), then unit after unit in raster order; a unit's
+            patches in the order in which the module after the tower joins them.
+        """
+        raise NotImplementedError
+
+    def layers_at(self, position: Tensor) -> Sequence[EncoderLayer]:
+        """The layers, for units at these places; a tower that rotates queries and keys by place needs them.
+
+        Args:
+            position: (B, U) int64 index in the grid, -1 for a fused unit.
+        """
+        return self.layers
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """What the tower does after its last layer, to each token alone: (B, N, D) to (B, N, D)."""
+        return hidden
 
 
 @dataclass(frozen=True)
@@ -62,14 +90,27 @@ class Tokens:
     """Tokens between two layers of the tower.
 
     Attributes:
-        hidden: (B, 1 + N, D), [CLS] first.
-        size: (B, N) fp32 patches that each token represents.
-        position: (B, N) int64 index in the grid, -1 for a fused token.
+        hidden: (B, C + U * unit, D), see `Tower.embed`.
+        size: (B, U) fp32 units that each unit represents.
+        position: (B, U) int64 index in the grid, -1 for a fused unit.
     """
 
     hidden: Tensor
     size: Tensor
     position: Tensor
+
+    def split(self, unit: int) -> tuple[Tensor, Tensor]:
+        """[CLS] and units.
+
+        Args:
+            unit: patches of a unit.
+
+        Returns:
+            (B, C, D), and (B, U, unit * D): the patches of a unit side by side.
+        """
+        B, U = self.size.shape
+        num_cls = self.hidden.shape[1] - U * unit
+        return self.hidden[:, :num_cls], self.hidden[:, num_cls:].reshape(B, U, -1)
 
 
 def encode(
@@ -83,82 +124,110 @@ def encode(
 ) -> Tokens:
     """Features of images that all follow one plan.
 
+    Whole units leave: a unit's patches stay or leave together, and a patch is merged with the patch in the same place
+    of another unit.
+
     Args:
         tower: that runs.
-        pixels: (B, 3, height, width).
-        plan: which layer removes how many tokens, and how.
-        grid: rows and columns of patches.
+        pixels: of B images, see `Tower.embed`.
+        plan: which layer removes how many units, and how.
+        grid: rows and columns of units.
         lap: times the reductions.
         observers: the observer of each reduction, for requests that are traced.
-        crop: of tiles with padding, the patches that show the image. The others are dropped before the first layer
-            whose attention the method reads; from there on the crop is the whole grid.
+        crop: of tiles with padding, the units that show the image. The others are dropped before the first layer whose
+            attention the method reads; from there on the crop is the whole grid.
 
     Returns:
-        The kept tokens: `hidden` (B, 1 + keep, D) in the tower's dtype, patch tokens in raster order, `position` in
-        the grid or the crop.
+        The kept tokens: `hidden` (B, C + keep * unit, D) in the tower's dtype, units in raster order, `position` in the
+        grid or the crop.
 
     Source: arXiv:2411.17686, Alg. 1.
     """
-    hidden = tower.embed(pixels)
-    B, N = hidden.shape[0], hidden.shape[1] - 1
-    position = torch.arange(N, device=hidden.device).expand(B, N)
-    tokens = Tokens(hidden, hidden.new_ones((B, N), dtype=torch.float32), position)
+    tokens = _embedded(tower, pixels)
+    N = tokens.size.shape[1]
     last = len(tower.layers) - 1
     measured = [layer for layer, count in plan.removals.items() if count]
     measured += [] if plan.shallow_layer is None else [plan.shallow_layer]
     first = min(measured, default=last)
     shallow = None
-    for index, layer in enumerate(tower.layers):
+    layers = tower.layers_at(tokens.position)
+    for index in range(len(layers)):
         if crop is not None and index == first:
-            tokens, grid = _without_padding(tokens, grid, crop), (crop.rows, crop.columns)
-            N = crop.num_patches
+            tokens, grid = _without_padding(tokens, grid, crop, tower.unit), (crop.rows, crop.columns)
+            N = crop.num_units
+            layers = tower.layers_at(tokens.position)
+        layer = layers[index]
         num_removed = plan.removals.get(index, 0)
         on_features = index == last and not plan.removals
         weighted = plan.proportional and tokens.size.shape[1] < N
         if not (num_removed or on_features or weighted or index == plan.shallow_layer):
             tokens = replace(tokens, hidden=layer.whole(tokens.hidden))
             continue
-        tokens, attention = _attend(layer, tokens, weighted, plan)
+        tokens, attention = _attend(tower, layer, tokens, weighted, plan)
         if index == plan.shallow_layer:
             shallow = attention.cls_attention()
         if num_removed:
             observer = observers and observers("encoder", index)
             with _timed(lap):
-                tokens = _reduce(tokens, attention, plan, num_removed, grid, observer)
+                tokens = _reduce(tokens, attention, plan, num_removed, grid, observer, tower.unit)
+            layers = tower.layers_at(tokens.position)
         tokens = replace(tokens, hidden=tokens.hidden + layer.mlp(tokens.hidden))
         if on_features and plan.keep < N:
+            tokens = replace(tokens, hidden=tower.finish(tokens.hidden))
             num_removed, observer = (
                 N - plan.keep + plan.reducer.num_extra,
                 observers and observers("features", index),
             )
             with _timed(lap):
-                tokens = _reduce(tokens, attention, plan, num_removed, grid, observer, shallow)
-    return tokens
+                return _reduce(tokens, attention, plan, num_removed, grid, observer, tower.unit, shallow)
+    return replace(tokens, hidden=tower.finish(tokens.hidden))
 
 
-def cropped(patches: Tensor, grid: tuple[int, int], crop: Crop) -> Tensor:
-    """The patches of tiles that show the image.
+def run_whole(tower: Tower, pixels: Tensor) -> Tokens:
+    """Features of images, or tiles, from which nothing leaves.
 
     Args:
-        patches: (B, N, D) of the whole grid, in raster order.
+        tower: that runs.
+        pixels: of B images, see `Tower.embed`.
+    """
+    tokens = _embedded(tower, pixels)
+    hidden = tokens.hidden
+    for layer in tower.layers_at(tokens.position):
+        hidden = layer.whole(hidden)
+    return replace(tokens, hidden=tower.finish(hidden))
+
+
+def _embedded(tower: Tower, pixels: Tensor) -> Tokens:
+    hidden = tower.embed(pixels)
+    B, U = hidden.shape[0], (hidden.shape[1] - tower.has_cls) // tower.unit
+    position = torch.arange(U, device=hidden.device).expand(B, U)
+    return Tokens(hidden, hidden.new_ones((B, U), dtype=torch.float32), position)
+
+
+def cropped(units: Tensor, grid: tuple[int, int], crop: Crop) -> Tensor:
+    """The units of tiles that show the image.
+
+    Args:
+        units: (B, N, D) of the whole grid, in raster order.
         grid: rows and columns.
         crop: which of them.
 
     Returns:
         (B, rows * columns of the crop, D).
     """
-    B, _, D = patches.shape
+    B, _, D = units.shape
     rows = slice(crop.top, crop.top + crop.rows)
     columns = slice(crop.left, crop.left + crop.columns)
-    return patches.view(B, *grid, D)[:, rows, columns].reshape(B, -1, D)
+    return units.view(B, *grid, D)[:, rows, columns].reshape(B, -1, D)
 
 
-def _without_padding(tokens: Tokens, grid: tuple[int, int], crop: Crop) -> Tokens:
+def _without_padding(tokens: Tokens, grid: tuple[int, int], crop: Crop, unit: int) -> Tokens:
     """Tokens of tiles before any reduction, without those that show padding."""
-    B = tokens.hidden.shape[0]
-    patches = cropped(tokens.hidden[:, 1:], grid, crop)
-    position = torch.arange(crop.num_patches, device=patches.device).expand(B, -1)
-    hidden = torch.cat([tokens.hidden[:, :1], patches], dim=1)
+    B, _, D = tokens.hidden.shape
+    cls, units = tokens.split(unit)
+    shown = cropped(units, grid, crop)
+    position = torch.arange(crop.num_units, device=shown.device).expand(B, -1)
+    hidden = torch.cat([cls, shown.reshape(B, -1, D)], dim=1)
     return Tokens(hidden, tokens.size.new_ones(position.shape), position)
 
 
@@ -167,17 +236,20 @@ def _timed(lap: Lap | None) -> AbstractContextManager[None]:
 
 
 def _attend(
-    layer: EncoderLayer, tokens: Tokens, weighted: bool, plan: VisionPlan
-) -> tuple[Tokens, ClipHeads]:
+    tower: Tower, layer: EncoderLayer, tokens: Tokens, weighted: bool, plan: VisionPlan
+) -> tuple[Tokens, ClipHeads | UnitHeads]:
     """The first half of an encoder layer, and its queries and keys for measuring attention."""
     query, key, value = layer.heads(tokens.hidden)
     B, _, N, _ = query.shape
     bias = None
     if weighted:  # [CLS] has size one
-        bias = torch.cat([tokens.size.new_zeros((B, 1)), tokens.size.log()], dim=1).to(query.dtype)
+        log_size = tokens.size.log()
+        if tower.unit > 1:
+            log_size = log_size.repeat_interleave(tower.unit, dim=1)
+        bias = torch.cat([log_size.new_zeros((B, int(tower.has_cls))), log_size], dim=1).to(query.dtype)
     output, lse = attention_with_lse(query, key, value, layer.scale, bias)
     projected = layer.project(output.transpose(1, 2).reshape(B, N, -1))
-    attention = ClipHeads(
+    heads = ClipHeads(
         query,
         key,
         lse,
@@ -188,20 +260,23 @@ def _attend(
         plan.reducer.signals,
         plan.logits,
         plan.backend,
+        has_cls=tower.has_cls,
     )
-    return replace(tokens, hidden=tokens.hidden + projected), attention
+    measured = heads if tower.unit == 1 else UnitHeads(heads, tower.unit)
+    return replace(tokens, hidden=tokens.hidden + projected), measured
 
 
 def _reduce(
     tokens: Tokens,
-    attention: ClipHeads,
+    attention: ClipHeads | UnitHeads,
     plan: VisionPlan,
     num_removed: int,
     grid: tuple[int, int],
     observer: Observer | None,
+    unit: int,
     shallow: Tensor | None = None,
 ) -> Tokens:
-    """One reduction of the patch tokens; [CLS] stays first. `shallow` is the [CLS] attention of a shallow layer."""
+    """One reduction of the units; [CLS] stays first. `shallow` is the [CLS] attention of a shallow layer."""
     needed = plan.reducer.signals
     signals = Signals(
         visual_attention=attention.visual_attention() if "visual_attention" in needed else None,
@@ -211,6 +286,9 @@ def _reduce(
         position=tokens.position,
         grid=grid,
     )
-    cls, patches = tokens.hidden[:, :1], tokens.hidden[:, 1:]
-    reduced = plan.reducer(patches, signals, num_removed, tokens.size, plan.backend, observer)
-    return Tokens(torch.cat([cls, reduced.tokens], dim=1), reduced.size, reduced.position)
+    cls, units = tokens.split(unit)
+    # Compressions are linear in the tokens, so units side by side are merged place by place.
+    reduced = plan.reducer(units, signals, num_removed, tokens.size, plan.backend, observer)
+    B, _, D = tokens.hidden.shape
+    hidden = torch.cat([cls, reduced.tokens.reshape(B, -1, D)], dim=1)
+    return Tokens(hidden, reduced.size, reduced.position)

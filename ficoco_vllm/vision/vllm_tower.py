@@ -8,6 +8,7 @@ from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.models.clip import CLIPEncoderLayer, CLIPVisionTransformer
 
 from ficoco_vllm.vision.cpu_layer import plain_layer
+from ficoco_vllm.vision.tower import Tower
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class VllmLayer:
         return output
 
 
-class VllmTower:
+class VllmTower(Tower):
     """The tower, built up to the layer that LLaVA reads (`Tower`)."""
 
     def __init__(self, tower: CLIPVisionTransformer) -> None:

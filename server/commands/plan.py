@@ -97,7 +97,7 @@ def make_report(args: argparse.Namespace) -> dict[str, Any]:
     plan = _server_plan(settings(args, shape, tiled=tiled), shape, pinpoints)
     size, tiling = None, plan.tower.shape.tiling
     if tiling is not None:
-        size = parse_size(args.image_size) or max(tiling.pinpoints, key=lambda size: tiling.num_tokens(*size))
+        size = parse_size(args.image_size) or tiling.largest
     tokens, stock = plan.image_tokens(size=size), plan.unreduced(size)
     prompt = {"num_text_tokens": args.text_tokens, "num_images": args.images, "dtype": args.dtype}
     cost, before = (estimate(shape, images, **prompt) for images in (tokens, stock))

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ficoco_vllm.models import ARCHITECTURES
+from ficoco_vllm.planning.families import ARCHITECTURES
 
 _DEFAULT_PORT = 8000
 _CONFIG = "config.json"

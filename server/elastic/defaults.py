@@ -5,8 +5,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ficoco_vllm.config import FicocoConfig
+from ficoco_vllm.planning.families import tower_shape
 from ficoco_vllm.planning.server import ServerPlan
-from ficoco_vllm.planning.tower_shape import TowerShape
 from ficoco_vllm.request_fields import KEEP, METHOD
 from ficoco_vllm.server.elastic.settings import OPTION, ElasticSettings
 
@@ -31,8 +31,8 @@ def check_elastic(settings: ElasticSettings, config: FicocoConfig, hf_config: An
             f"kv_budget = {config.kv_budget} is not allowed with {OPTION}, which says what is left in the "
             "last layers; allowed: keep, or neither"
         )
-    shape = TowerShape.from_hf_config(hf_config)
-    most = shape.num_patches if shape.tiling is None else ServerPlan.of(config, hf_config).most
+    shape = tower_shape(hf_config)
+    most = shape.num_units if shape.tiling is None else ServerPlan.of(config, hf_config).most
     settings.check_bounds(min_keep, most)
     # The ceiling is the easiest to reach, so the plan at the ceiling exists and each other level is checked by name.
     fixed = config.encoder.get("keep")

@@ -1,6 +1,5 @@
-"""Parts of an image that the vision tower sees alone: the whole image, or LLaVA-NeXT's base view and its tiles."""
+"""Parts of an image that the vision tower sees alone: the whole image, or its tiles."""
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 
 from ficoco_vllm.planning.tiles import Layout
-from ficoco_vllm.planning.tiling import Place, Tiling, best_resolution
+from ficoco_vllm.planning.tiling import Place, Tiling
 from ficoco_vllm.planning.tower import Budget, VisionPlanner
 from ficoco_vllm.server.explain.schema import Box, View
 from ficoco_vllm.tracing.chain import joined
@@ -22,11 +21,11 @@ class TracedImage:
 
     Attributes:
         views: its parts in the order of their tokens, without those that are all padding.
-        num_patches: patches that show the image, of each part that has a number in a trace.
+        num_patches: units that show the image, of each part that has a number in a trace.
         num_entering: visual tokens that enter the decoder by plan.
         num_extra: of them, those without a patch that no reduction counts: [CLS] or newlines.
         layout: its tiles; None where the tower sees the whole image.
-        side: rows and columns of patches of a tile.
+        side: rows and columns of units of a tile.
     """
 
     views: tuple[View, ...]
@@ -53,9 +52,9 @@ class TracedImage:
         entering = tower.num_image_tokens(budget, height=height, width=width)
         if shape.tiling is None:
             view = View(first=0, grid=shape.grid, box=_square(height, width, central_square), tile=None)
-            return cls((view,), (shape.num_patches,), entering, int(shape.with_cls))
+            return cls((view,), (shape.num_units,), entering, int(shape.with_cls))
         places, layout = shape.tiling.places(height, width), tower.layout(budget, height, width)
-        counts = tuple(place.crop.num_patches for place in places)
+        counts = tuple(place.crop.num_units for place in places)
         newlines = len(layout.newline_rows) if layout.reduces else layout.num_before - sum(counts)
         return cls(
             tuple(_views(shape.tiling, places, height, width)),
@@ -64,7 +63,7 @@ class TracedImage:
             newlines,
             layout,
             places,
-            shape.tiling.side,
+            shape.grid[0],
         )
 
     def complete(self, trace: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -108,6 +107,9 @@ class TracedImage:
 
     def _unreduced(self, parts: Sequence[Sequence[int]], fresh: Iterator[int]) -> list[int]:
         """As in stock vLLM: the base view, then line by line across the tiles, a newline after each line."""
+        assert self.layout is not None
+        if not self.layout.ends_rows:
+            return joined(parts, fresh)
         names = list(parts[0])
         rows: dict[int, list[Place]] = {}
         for place in self.places[1:]:
@@ -129,28 +131,13 @@ def _square(height: int, width: int, side: float | None) -> Box:
 
 
 def _views(tiling: Tiling, places: Sequence[Place], height: int, width: int) -> Iterator[View]:
-    """The base view, which shows the whole image, and the tiles where they lie.
-
-    Source: transformers, `LlavaNextImageProcessor`: the image is scaled to fit a resolution and padded equally.
-    """
-    rows, columns = best_resolution(height, width, tiling.pinpoints)
-    scale = min(columns / width, rows / height)
-    shown_height, shown_width = min(math.ceil(height * scale), rows), min(math.ceil(width * scale), columns)
-    top, left = (rows - shown_height) // 2, (columns - shown_width) // 2
-    patch = tiling.tile_size / tiling.side
+    """The parts of an image where they lie, without those that are all padding."""
     first = 0
     for place in places:
         crop = place.crop
-        if not crop.num_patches:
+        if not crop.num_units:
             continue
-        box, tile = (0.0, 0.0, 1.0, 1.0), None
-        if place.row >= 0:
-            tile = (place.row, place.column)
-            box = (
-                ((place.column * tiling.side + crop.left) * patch - left) / shown_width,
-                ((place.row * tiling.side + crop.top) * patch - top) / shown_height,
-                crop.columns * patch / shown_width,
-                crop.rows * patch / shown_height,
-            )
+        tile = None if place.row < 0 else (place.row, place.column)
+        box = tiling.box(place, height, width)
         yield View(first=first, grid=(crop.rows, crop.columns), box=box, tile=tile)
-        first += crop.num_patches
+        first += crop.num_units

@@ -9,8 +9,9 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 from vllm.model_executor.models.llava_next import LlavaNextProcessingInfo
 
 from ficoco_vllm.config import FicocoConfig
+from ficoco_vllm.planning.families import tower_shape
 from ficoco_vllm.planning.tiles import shared_out
-from ficoco_vllm.planning.tiling import Crop, Tiling, best_resolution, unpadded
+from ficoco_vllm.planning.tiling import AnyRes, Crop, best_resolution, unpadded
 from ficoco_vllm.planning.tower import Budget, VisionPlanner
 from ficoco_vllm.planning.tower_shape import TowerShape
 from ficoco_vllm.vision.packing import Kept, pack
@@ -53,7 +54,7 @@ class StockInfo(LlavaNextProcessingInfo):
 
 def planner(**settings: Any) -> VisionPlanner:
     """LLaVA-NeXT-7B's tower."""
-    return VisionPlanner.shared(FicocoConfig.parse(settings), TowerShape.from_hf_config(config()))
+    return VisionPlanner.shared(FicocoConfig.parse(settings), tower_shape(config()))
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
@@ -67,13 +68,13 @@ def test_counts(height: int, width: int) -> None:
     assert result.num_before == stock
     assert result.tiles[0].place.crop == Crop(0, 0, 24, 24)
     assert [tile.keep for tile in result.tiles] == [
-        min(64, tile.place.crop.num_patches) for tile in result.tiles
+        min(64, tile.place.crop.num_units) for tile in result.tiles
     ]
     assert result.num_tokens == sum(tile.keep for tile in result.tiles) + len(result.newline_rows)
     # Every patch that stock vLLM hands on is in exactly one tile.
     places = served.shape.tiling.places(height, width)  # type: ignore[union-attr]
     lines = sum(place.crop.rows for place in places if place.column == 0)
-    assert sum(place.crop.num_patches for place in places) + lines == stock
+    assert sum(place.crop.num_units for place in places) + lines == stock
 
 
 @pytest.mark.parametrize("step", [7, 11, 13, 17])
@@ -148,12 +149,12 @@ def test_refusals(settings: dict[str, Any], message: str) -> None:
 
 def test_models_that_cannot_be_reduced() -> None:
     with pytest.raises(ValueError, match="vision_feature_select_strategy = 'full'"):
-        TowerShape.from_hf_config(config(vision_feature_select_strategy="full"))
+        tower_shape(config(vision_feature_select_strategy="full"))
 
 
 def test_packing() -> None:
     """Two rows of two tiles of 2 x 2 patches: line by line across the tiles, a fused token last, then the newline."""
-    small = TowerShape((2, 2), 24, 23, False, Tiling(((4, 4),), 2, 2))
+    small = TowerShape((2, 2), 24, 23, False, AnyRes(((4, 4),), 2, 2))
     planner = VisionPlanner.shared(FicocoConfig(method="topk-cls", keep=2), small)
     result = planner.layout(Budget("topk-cls", 2), 4, 4)
     positions = [[0, 1], [1, 2], [0, -1], [0, 3], [2, 3]]

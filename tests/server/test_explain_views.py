@@ -9,7 +9,7 @@ from PIL import Image
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 
 from ficoco_vllm.config import FicocoConfig
-from ficoco_vllm.planning.tiling import Tiling, best_resolution
+from ficoco_vllm.planning.tiling import AnyRes, best_resolution
 from ficoco_vllm.planning.tower import Budget, VisionPlanner
 from ficoco_vllm.planning.tower_shape import TowerShape
 from ficoco_vllm.server.explain.picture import panels
@@ -17,7 +17,7 @@ from ficoco_vllm.server.explain.views import TracedImage
 from ficoco_vllm.tracing.chain import read_steps
 
 SIDE, PATCH = 4, 8
-TILING = Tiling(((32, 64), (64, 32), (64, 64), (96, 32), (32, 96)), SIDE * PATCH, SIDE)
+TILING = AnyRes(((32, 64), (64, 32), (64, 64), (96, 32), (32, 96)), SIDE * PATCH, SIDE)
 SHAPE = TowerShape((SIDE, SIDE), num_layers=8, num_executed_layers=7, with_cls=False, tiling=TILING)
 SIZES = [(64, 64), (40, 300), (300, 40), (50, 60), (61, 64), (10, 10)]
 

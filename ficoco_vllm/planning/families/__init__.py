@@ -1,0 +1,73 @@
+"""The model families that can be reduced, one row each.
+
+A family is two files: its module in this folder, which counts an image's tokens without vLLM, and its module in
+`models/`, which runs them. docs/adding-a-model.md shows how to add one.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ficoco_vllm.planning.families import llava
+from ficoco_vllm.planning.tower_shape import TowerShape
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family.
+
+    Attributes:
+        architecture: vLLM's name of the model class.
+        model_class: the class that replaces it, as "module:class"; vLLM imports it when it serves the model.
+        shape: reads the sizes of the tower from transformers' configuration. It raises a ValueError that names the
+            field, its value and what is allowed where the tower cannot be reduced.
+        image_settings: where the number of tokens depends on settings of the image processor (tiles, pixels): reads
+            them, by name, from the processor and the server's `mm_processor_kwargs`. At start-up they are left on the
+            model's configuration, where `shape` finds them with `image_settings`. A request may not change them.
+    """
+
+    architecture: str
+    model_class: str
+    shape: Callable[[Any], TowerShape]
+    image_settings: Callable[[Any, Mapping[str, Any]], dict[str, Any]] | None = None
+
+
+# By `model_type` of the configuration.
+FAMILIES = {
+    "llava": Family("LlavaForConditionalGeneration", "ficoco_vllm.models.llava:FicocoLlava", llava.shape),
+    "llava_next": Family(
+        "LlavaNextForConditionalGeneration", "ficoco_vllm.models.llava_next:FicocoLlavaNext", llava.next_shape
+    ),
+}
+
+# Architectures with reduction, and the classes that replace vLLM's.
+ARCHITECTURES = {family.architecture: family.model_class for family in FAMILIES.values()}
+
+
+def family(hf_config: Any) -> Family:
+    """The family of a model.
+
+    Args:
+        hf_config: transformers' configuration of the model.
+
+    Raises:
+        ValueError: it is not known.
+    """
+    known = FAMILIES.get(hf_config.model_type)
+    if known is None:
+        raise ValueError(
+            f"ficoco: model_type = {hf_config.model_type!r} is not a known family; allowed: {', '.join(FAMILIES)}"
+        )
+    return known
+
+
+def tower_shape(hf_config: Any) -> TowerShape:
+    """Sizes of a model's tower.
+
+    Args:
+        hf_config: transformers' configuration of the model.
+
+    Raises:
+        ValueError: the family is not known, or its tower cannot be reduced.
+    """
+    return family(hf_config).shape(hf_config)
