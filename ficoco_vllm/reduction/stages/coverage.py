@@ -97,13 +97,16 @@ def rated_preservation_set(signals: Signals, settings: Balance, num_removed: int
 def _preservation_set(relevance: Tensor, signals: Signals, settings: Balance, num_removed: int) -> Tensor:
     likeness = cosines(signals)
     scratch = torch.empty_like(likeness)
+    N, num_kept = relevance.shape[1], relevance.shape[1] - num_removed
     pick = relevance.argmax(dim=-1, keepdim=True)
     redundancy = torch.ones_like(relevance).scatter(1, pick, 0.0)
     covered = row_of(likeness, pick[:, 0])
-    for _ in range(relevance.shape[1] - num_removed - 1):
-        score = _over_mean(relevance, redundancy)
-        score = score + settings.diversity * _over_mean(1.0 - covered, redundancy)
-        score = score + settings.coverage * _over_mean(_gain(likeness, covered, scratch), redundancy)
+    for num_picked in range(1, num_kept):
+        terms = torch.stack([relevance, 1.0 - covered, _gain(likeness, covered, scratch)], dim=1)
+        mean = (terms * redundancy[:, None]).sum(dim=-1, keepdim=True) / (N - num_picked)
+        # A term that is zero for all candidates decides nothing.
+        scaled = terms / torch.where(mean > torch.finfo(mean.dtype).tiny, mean, torch.inf)
+        score = scaled[:, 0] + settings.diversity * scaled[:, 1] + settings.coverage * scaled[:, 2]
         pick = torch.where(redundancy > 0, score, -torch.inf).argmax(dim=-1, keepdim=True)
         redundancy = redundancy.scatter(1, pick, 0.0)
         covered = torch.maximum(covered, row_of(likeness, pick[:, 0]))
@@ -117,13 +120,6 @@ def _gain(likeness: Tensor, covered: Tensor, scratch: Tensor) -> Tensor:
     overwritten: to allocate it in every step takes most of the time on a CPU.
     """
     return torch.sub(likeness, covered[:, None], out=scratch).clamp_min_(0).sum(dim=-1)
-
-
-def _over_mean(values: Tensor, candidate: Tensor) -> Tensor:
-    """Values divided by their mean over the candidates; zero for the others, and where the mean is zero."""
-    values = torch.where(candidate > 0, values, 0.0)
-    mean = values.sum(dim=-1, keepdim=True) / candidate.sum(dim=-1, keepdim=True)
-    return torch.where(mean.abs() > torch.finfo(values.dtype).tiny, values / mean, 0.0)
 
 
 STAGES = (
