@@ -9,8 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ficoco_vllm.environment import NAME as NAME
 from ficoco_vllm.kernels.backend import Backend
-from ficoco_vllm.reduction import Method, available, get
+from ficoco_vllm.reduction import Method, get
+from ficoco_vllm.reduction.control import CONTROLS
 from ficoco_vllm.reduction.pipeline import PIPELINES
+from ficoco_vllm.reduction.registry import names
 
 # Method of a server with a budget and no method; docs/serving.md has the reasons.
 DEFAULT_METHOD = "divprune"
@@ -31,6 +33,7 @@ class FicocoConfig(BaseModel):
             vLLM.
         keep: visual tokens of an image after the reduction where the request names no budget; None means a ninth of
             the patches.
+        keep_ratio: instead of `keep`: a share of the visual tokens of each image, or of each tile.
         keep_per: unit of `keep` for a method of the tower that cuts images into tiles (LLaVA-NeXT): the tokens
             of each tile, or those of the image, which its tiles share.
         settings: hyperparameters of the method, by name; of one that reduces twice, those of its decoder part.
@@ -57,6 +60,7 @@ class FicocoConfig(BaseModel):
 
     method: str | None = None
     keep: int | None = Field(default=None, ge=1, strict=True)
+    keep_ratio: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
     keep_per: Literal["tile", "image"] = "tile"
     settings: dict[str, Any] = Field(default_factory=dict)
     kv_budget: float | None = Field(default=None, gt=0, allow_inf_nan=False)
@@ -94,10 +98,22 @@ class FicocoConfig(BaseModel):
                 )
             return self
         pipeline = PIPELINES.get(self.method)
-        if pipeline is None and self.method not in available():
-            known = sorted({*available(), *PIPELINES})
-            raise ValueError(f"method = {self.method!r} is not a known method; allowed: {', '.join(known)}")
-        if pipeline is None:
+        if self.method not in names():
+            raise ValueError(f"method = {self.method!r} is not a known method; allowed: {', '.join(names())}")
+        if self.keep_ratio is not None and (self.keep is not None or self.decoder_method is not None):
+            beside = f"keep = {self.keep}" if self.keep is not None else f"the decoder's method {self.method}"
+            raise ValueError(
+                f"keep_ratio = {self.keep_ratio} beside {beside} is not allowed; allowed: alone, for methods of the "
+                "tower"
+            )
+        if self.method in CONTROLS:
+            if self.explain:
+                raise ValueError(
+                    f"explain = True is not allowed with {self.method}: there is no reduction to explain"
+                )
+            if self.settings:
+                raise ValueError(f"{min(self.settings)}: {self.method} has no settings; allowed: none")
+        elif pipeline is None:
             get(self.method).configure(**self.settings)
         else:
             pipeline.decoder.configure(**self.settings)
@@ -129,7 +145,7 @@ class FicocoConfig(BaseModel):
     @property
     def decoder_method(self) -> Method | None:
         """The method that reduces in the decoder, or None."""
-        if self.method is None:
+        if self.method is None or self.method in CONTROLS:
             return None
         if self.method in PIPELINES:
             return PIPELINES[self.method].decoder

@@ -7,7 +7,7 @@ from ficoco_vllm.planning.families import ARCHITECTURES
 
 
 def register() -> None:
-    """Register our LLaVA classes and the check of our settings with vLLM. Idempotent.
+    """Register our model classes and the check of our settings with vLLM. Idempotent.
 
     vLLM calls this in every process: API server, engine core, workers, and the subprocess that inspects models. So it
     imports little, and names each model class by a string.
@@ -24,11 +24,12 @@ def register() -> None:
 
         hook_metric_files()
     from ficoco_vllm.kv.spec import register_spec
-    from ficoco_vllm.models.verify import FicocoModelConfig
+    from ficoco_vllm.models.verify import FicocoModelConfig, hook_unknown_models
 
     for architecture, location in ARCHITECTURES.items():
         ModelRegistry.register_model(architecture, location)
         MODELS_CONFIG_MAP[architecture] = FicocoModelConfig
+    hook_unknown_models()
     register_spec()
     if os.environ.get("VLLM_MEDIA_CONNECTOR") == MEDIA_CONNECTOR:
         import ficoco_vllm.server.media.connector  # noqa: F401 (registers itself)

@@ -12,7 +12,12 @@ from transformers import BatchFeature
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import MultiModalInput
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
-from vllm.multimodal.parse import ImageEmbeddingItems, ImageProcessorItems, MultiModalDataItems
+from vllm.multimodal.parse import (
+    DictEmbeddingItems,
+    ImageEmbeddingItems,
+    ImageProcessorItems,
+    MultiModalDataItems,
+)
 from vllm.multimodal.processing import (
     BaseMultiModalProcessor,
     BaseProcessingInfo,
@@ -32,6 +37,7 @@ from ficoco_vllm.planning.tower_shape import IMAGES, image_settings
 from ficoco_vllm.request_fields import (
     FIELD,
     KEEP,
+    KEEP_RATIO,
     METHOD,
     PREFIX,
     TRACE,
@@ -102,7 +108,7 @@ class ReducingInfo(BaseProcessingInfo):
         if self.default_keep is None or not self.planner.active:
             return mm_kwargs
         merged = self.ctx.get_merged_mm_kwargs(mm_kwargs)
-        if merged.get(KEEP) is not None:
+        if merged.get(KEEP) is not None or merged.get(KEEP_RATIO) is not None:
             return mm_kwargs
         method = merged.get(METHOD)
         return {**mm_kwargs, KEEP: self.default_keep(None if method is None else str(method))}
@@ -133,7 +139,7 @@ class ReducingInfo(BaseProcessingInfo):
         Raises:
             VLLMValidationError: naming the field and what is allowed (HTTP 400).
         """
-        named = any(mm_kwargs.get(name) is not None for name in (KEEP, METHOD))
+        named = any(mm_kwargs.get(name) is not None for name in (KEEP, KEEP_RATIO, METHOD))
         if named and self.planner.active and self.planner.reduces(budget):
             count_refusal(self.ctx.model_config)
             raise VLLMValidationError(
@@ -161,12 +167,14 @@ class ReducingInfo(BaseProcessingInfo):
     def _budget(self, fields: Mapping[str, Any], sizes: Sequence[tuple[int, int]]) -> Budget:
         planner = self.planner
         config = FicocoConfig.of(self.get_hf_config())
-        unknown = find_unknown((name for name in fields if name != SETTINGS), explain=config.explain)
+        unknown = find_unknown(
+            (name for name in fields if name != SETTINGS), explain=config.explain, ratio=True
+        )
         if unknown is not None:
             raise VLLMValidationError(unknown_field(unknown), parameter=unknown, value=fields[unknown])
         if planner.active:
             self._check_image_settings(fields)
-        named = next((name for name in (KEEP, METHOD) if fields.get(name) is not None), None)
+        named = next((name for name in (KEEP, KEEP_RATIO, METHOD) if fields.get(name) is not None), None)
         if named is not None and config.method is not None and not planner.active:
             raise VLLMValidationError(
                 f"{named} in mm_processor_kwargs is for methods of the vision tower; "
@@ -176,9 +184,9 @@ class ReducingInfo(BaseProcessingInfo):
         try:
             if TRACE in fields:
                 check_trace_id(fields[TRACE])
-            budget = planner.budget(fields.get(METHOD), fields.get(KEEP))
+            budget = planner.budget(fields.get(METHOD), fields.get(KEEP), fields.get(KEEP_RATIO))
         except ValueError as error:
-            field = next((name for name in (METHOD, TRACE) if str(error).startswith(name)), KEEP)
+            field = next((name for name in (METHOD, TRACE, KEEP_RATIO) if str(error).startswith(name)), KEEP)
             raise VLLMValidationError(str(error), parameter=field) from error
         try:
             for height, width in sizes:
@@ -232,12 +240,14 @@ class ReducingProcessor(BaseMultiModalProcessor[Any]):
         if uuid_alone and inputs.cache is None:
             raise ValueError("an image that is named by its uuid alone needs a processor cache, which is off")
         budget = self.info.admit(fields, _known_sizes(images))
-        if isinstance(images, ImageEmbeddingItems):
+        if isinstance(images, ImageEmbeddingItems | DictEmbeddingItems):
             self.info.check_embeddings(inputs.hf_processor_mm_kwargs, budget)
-        kwargs = _without_ours(fields)
+        kwargs = without_ours(fields)
         if self.info.planner.active:  # otherwise the hashes are those of stock vLLM
             kwargs[KEEP] = budget.keep
             kwargs[METHOD] = budget.method
+            if budget.ratio is not None:
+                kwargs[KEEP_RATIO] = budget.ratio
             kwargs[SETTINGS] = self.info.planner.fingerprint
             if TRACE in fields:
                 kwargs[TRACE] = check_trace_id(fields[TRACE])
@@ -260,27 +270,35 @@ class ReducingProcessor(BaseMultiModalProcessor[Any]):
     def _apply_hf_processor_main(
         self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]
     ) -> BatchFeature:
-        processed = super()._apply_hf_processor_main(mm_items, _without_ours(hf_kwargs))
+        processed = super()._apply_hf_processor_main(mm_items, without_ours(hf_kwargs))
         num_images = self.num_images(processed)
         if num_images and KEEP in hf_kwargs:
-            method, keep = self._admitted(hf_kwargs)
-            fields = {KEEP: keep, METHOD: self.info.planner.method_index(method)}
+            budget = self._admitted(hf_kwargs)
+            fields: dict[str, float] = {
+                KEEP: budget.keep,
+                METHOD: self.info.planner.method_index(budget.method),
+            }
+            if budget.ratio is not None:
+                fields[KEEP_RATIO] = budget.ratio
             if TRACE in hf_kwargs:
                 fields[TRACE] = cast(int, hf_kwargs[TRACE])
             for name, value in fields.items():
-                processed[name] = torch.full((num_images,), value)
+                dtype = torch.float64 if isinstance(value, float) else torch.int64
+                processed[name] = torch.full((num_images,), value, dtype=dtype)
         return processed
 
     def _admitted(self, kwargs: Mapping[str, Any]) -> Budget:
         """The budget that `apply` has validated and written."""
-        return Budget(kwargs[METHOD], kwargs[KEEP]) if KEEP in kwargs else self.info.planner.default
+        if KEEP not in kwargs:
+            return self.info.planner.default
+        return Budget(kwargs[METHOD], kwargs[KEEP], kwargs.get(KEEP_RATIO))
 
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
     ) -> Mapping[str, MultiModalFieldConfig]:
-        fields = dict(super()._get_mm_fields_config(hf_inputs, _without_ours(hf_processor_mm_kwargs)))
+        fields = dict(super()._get_mm_fields_config(hf_inputs, without_ours(hf_processor_mm_kwargs)))
         # On the CPU, where they are read to group the images of a step.
-        for name in (KEEP, METHOD, TRACE):
+        for name in (KEEP, KEEP_RATIO, METHOD, TRACE):
             fields[name] = MultiModalFieldConfig.batched("image", keep_on_cpu=True)
         return fields
 
@@ -293,14 +311,27 @@ class ReducingProcessor(BaseMultiModalProcessor[Any]):
         budget, planner = self._admitted(hf_processor_mm_kwargs), self.info.planner
 
         def replacement(stock: PromptReplacement, item_index: int) -> list[int] | PromptUpdateDetails:
-            images = mm_items.get_items("image", (ImageEmbeddingItems, ImageProcessorItems))
-            if isinstance(images, ImageEmbeddingItems):  # the client decides whether these are reduced
-                return cast(Callable[[int], list[int]], stock.replacement)(item_index)
+            images = mm_items["image"]
+            own = cast(Callable[[int], list[int] | PromptUpdateDetails], stock.replacement)
+            if not isinstance(
+                images, ImageProcessorItems
+            ):  # embeddings: the client decides whether these are reduced
+                return own(item_index)
             size = images.get_image_size(item_index)
-            num_tokens = planner.num_image_tokens(budget, height=size.height, width=size.width)
-            return SizedPlaceholders(**vars(self.placeholder(num_tokens)), size=(size.height, size.width))
+            if planner.active:
+                content = self.placeholder(
+                    planner.num_image_tokens(budget, height=size.height, width=size.width)
+                )
+            else:
+                stock_content = own(item_index)
+                content = (
+                    stock_content
+                    if isinstance(stock_content, PromptUpdateDetails)
+                    else PromptUpdateDetails(stock_content)
+                )
+            return SizedPlaceholders(**vars(content), size=(size.height, size.width))
 
-        stock = super()._get_prompt_updates(mm_items, _without_ours(hf_processor_mm_kwargs), out_mm_kwargs)
+        stock = super()._get_prompt_updates(mm_items, without_ours(hf_processor_mm_kwargs), out_mm_kwargs)
         return [
             replace(update, replacement=partial(replacement, update))
             if update.modality == "image"
@@ -336,5 +367,10 @@ def _known_sizes(images: Any) -> list[tuple[int, int]]:
     return sizes
 
 
-def _without_ours(kwargs: Mapping[str, object]) -> dict[str, Any]:
+def without_ours(kwargs: Mapping[str, object]) -> dict[str, Any]:
+    """Arguments of the model's own processor.
+
+    Args:
+        kwargs: `mm_processor_kwargs`.
+    """
     return {key: value for key, value in kwargs.items() if not key.startswith(PREFIX)}

@@ -1,7 +1,7 @@
 """Names of our fields in a request's `mm_processor_kwargs` (for the tower) and `vllm_xargs` (for the decoder)."""
 
 from collections.abc import Iterable, Mapping
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 # Every argument whose name starts like this is ours; those that are not named below are refused.
@@ -9,6 +9,7 @@ PREFIX = "ficoco"
 # The field of request bodies.
 FIELD = "ficoco"
 KEEP = "ficoco_keep"
+KEEP_RATIO = "ficoco_keep_ratio"
 METHOD = "ficoco_method"
 # Ends of the decision windows, counted in tokens of the prompt with its placeholders: one number or several.
 WINDOW = "ficoco_window"
@@ -18,15 +19,20 @@ TRACE = "ficoco_trace"
 MAX_TRACE_ID = 2**53 - 1
 
 
-def find_unknown(names: Iterable[str], *, explain: bool, windows: bool = False) -> str | None:
+def find_unknown(
+    names: Iterable[str], *, explain: bool, windows: bool = False, ratio: bool = False
+) -> str | None:
     """The first of our fields that a server does not know.
 
     Args:
         names: of all fields that the request sets.
         explain: whether the server traces requests.
         windows: whether a request may name the ends of its decision windows.
+        ratio: whether a request may name a share of the tokens.
     """
     allowed = {KEEP, METHOD}
+    if ratio:
+        allowed.add(KEEP_RATIO)
     if explain:
         allowed.add(TRACE)
     if windows:
@@ -36,7 +42,7 @@ def find_unknown(names: Iterable[str], *, explain: bool, windows: bool = False) 
 
 def unknown_field(name: str) -> str:
     """Error text for a field that a server does not know."""
-    return f"{name} is not a field of this server; allowed: {KEEP}, {METHOD}"
+    return f"{name} is not a field of this server; allowed: {KEEP}, {METHOD}, in mm_processor_kwargs also {KEEP_RATIO}"
 
 
 def find_misplaced(body: Mapping[str, Any]) -> str | None:
@@ -91,6 +97,20 @@ def check_keep(value: Any, most: int) -> int:
     if keep is None or not 1 <= keep <= most:
         raise ValueError(f"{KEEP} = {value!r} is not allowed; allowed: an integer from 1 to {most}")
     return keep
+
+
+def check_keep_ratio(value: Any) -> float:
+    """Validate a budget as a share of the visual tokens of each image.
+
+    Args:
+        value: as the client sent it.
+
+    Raises:
+        ValueError: starting with the field, then its value and what is allowed.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) <= 1:
+        raise ValueError(f"{KEEP_RATIO} = {value!r} is not allowed; allowed: a number above 0, at most 1")
+    return float(value)
 
 
 def check_trace_id(value: Any) -> int:

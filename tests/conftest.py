@@ -115,6 +115,22 @@ def random_next(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def random_internvl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An InternVL with random weights, 36 visual tokens in each of up to seven tiles."""
+    from tests.support.random_internvl import build
+
+    return build(tmp_path_factory.mktemp("random-internvl"))
+
+
+@pytest.fixture(scope="session")
+def random_qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen3-VL with random weights, 4 to 160 units an image."""
+    from tests.support.random_qwen import build
+
+    return build(tmp_path_factory.mktemp("random-qwen"))
+
+
+@pytest.fixture(scope="session")
 def demo_model() -> Path:
     """The model that ships with the package."""
     from ficoco_vllm.demo_model import path

@@ -1,5 +1,6 @@
-"""vLLM's Llama, run segment by segment in the steps that reduce a prompt."""
+"""vLLM's language model, run segment by segment in the steps that reduce a prompt."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,7 @@ from ficoco_vllm.decoder.adapters import StepAdapters
 from ficoco_vllm.decoder.attention import DecoderHeads
 from ficoco_vllm.decoder.boundary import Boundary, ImageGroup
 from ficoco_vllm.decoder.cached_keys import cached_keys
+from ficoco_vllm.decoder.layers import LAYER_KINDS
 from ficoco_vllm.decoder.reduction import Rows, reduce_rows
 from ficoco_vllm.decoder.segment import Segment, Unit, compile_unit
 from ficoco_vllm.metrics.stopwatch import Stopwatch
@@ -62,7 +64,7 @@ class SegmentedDecoder:
         """Cut a decoder into segments.
 
         Args:
-            decoder: vLLM's LlamaModel, whole on this worker.
+            decoder: vLLM's model of a type in `LAYER_KINDS`, whole on this worker.
             planner: of the served model.
             grid: rows and columns of an unreduced image.
             compiled: whether each segment is compiled, as one unit.
@@ -79,6 +81,7 @@ class SegmentedDecoder:
                 before=layers[start - 1] if start else None,
                 layers=layers[start : start + size],
                 norm=decoder.norm if start + size == len(layers) else None,
+                kind=LAYER_KINDS[decoder.config.model_type],
             )
             for start in range(0, len(layers), size)
         ]
@@ -88,13 +91,16 @@ class SegmentedDecoder:
         ]
         self.num_heads: int = decoder.config.num_attention_heads
 
-    def __call__(self, positions: Tensor, hidden: Tensor, step: ReducingStep) -> Tensor:
+    def __call__(
+        self, positions: Tensor, hidden: Tensor, step: ReducingStep, deepstack: Sequence[Tensor] = ()
+    ) -> Tensor:
         """Run a step that reduces.
 
         Args:
-            positions: (tokens,) int64.
+            positions: (tokens,) int64; (3, tokens) for M-RoPE.
             hidden: (tokens, D) embeddings.
             step: where the tokens lie.
+            deepstack: (tokens, D) features to add to the outputs of the first layers, one for each.
 
         Returns:
             (tokens, D) hidden states. Rows of tokens that have left are zero and must not be read.
@@ -110,7 +116,9 @@ class SegmentedDecoder:
         for index, (segment, unit) in enumerate(zip(self.segments, self.units, strict=True)):
             if adapters is not None and index:
                 adapters.assign(rows.origin)
-            output, query, key = unit(positions[rows.origin], rows.hidden)
+            # No token leaves before the last of these features is added; see `DecoderPlanner.first_layer`.
+            added = self._added(deepstack, index)
+            output, query, key = unit(positions[..., rows.origin], rows.hidden, added)
             rows = Rows(output, rows.origin, rows.size)
             if index < len(step.boundaries) and step.boundaries[index].groups:
                 heads = self._heads(segment, query, key, step.cached_slots[index])
@@ -127,16 +135,22 @@ class SegmentedDecoder:
         result[rows.origin] = rows.hidden
         return result
 
-    def warm_up(self, positions: Tensor, hidden: Tensor) -> None:
+    def warm_up(self, positions: Tensor, hidden: Tensor, deepstack: Sequence[Tensor] = ()) -> None:
         """Compile the segments and allocate the memory of a reducing step, while vLLM profiles memory.
 
         Args:
-            positions: (tokens,) int64.
+            positions: (tokens,) int64; (3, tokens) for M-RoPE.
             hidden: (tokens, D) embeddings.
+            deepstack: see `__call__`.
         """
         hidden = hidden.clone()  # vLLM uses it afterwards, and fused norms write into their inputs
-        for unit in self.units:
-            hidden, _, _ = unit(positions, hidden)
+        for index, unit in enumerate(self.units):
+            hidden, _, _ = unit(positions, hidden, self._added(deepstack, index))
+
+    def _added(self, deepstack: Sequence[Tensor], segment: int) -> Sequence[Tensor]:
+        """Features that a segment adds, after the MLP of the layer before it and those of its layers but the last."""
+        size = self.planner.segments.size
+        return deepstack[max(segment * size - 1, 0) : (segment + 1) * size - 1]
 
     def _observer(self, layer: int, traced: dict[int, int], group: ImageGroup) -> Observer | None:
         in_group = {index: traced[row] for index, row in enumerate(group.first_row) if row in traced}

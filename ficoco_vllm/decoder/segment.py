@@ -7,32 +7,39 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Unit = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+from ficoco_vllm.decoder.layers import LayerKind
+
+Unit = Callable[[Tensor, Tensor, Sequence[Tensor]], tuple[Tensor, Tensor, Tensor]]
 
 
 class Segment(nn.Module):
     """The layers between two reductions, from the MLP of one reducing layer to the attention of the next."""
 
-    def __init__(self, before: Any, layers: Sequence[nn.Module], norm: Any) -> None:
+    def __init__(self, before: Any, layers: Sequence[nn.Module], norm: Any, kind: LayerKind) -> None:
         """Share the layers of a decoder.
 
         Args:
             before: the last layer of the previous segment, whose MLP runs here; None for the first segment.
-            layers: vLLM's Llama layers of this segment.
+            layers: vLLM's layers of this segment.
             norm: the decoder's final norm, for the last segment; its last layer runs whole.
+            kind: of the layers.
         """
         super().__init__()
+        self.kind = kind
         self.before: Any = before
         self.whole = nn.ModuleList(layers if norm is not None else layers[:-1])
         self.last: Any = None if norm is not None else layers[-1]
         self.norm: Any = norm
 
-    def forward(self, positions: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, positions: Tensor, hidden: Tensor, deepstack: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Run the layers.
 
         Args:
-            positions: (rows,) int64, original positions.
+            positions: (rows,) int64, original positions; (3, rows) for M-RoPE.
             hidden: (rows, D) residual stream.
+            deepstack: features (rows, D) that are added after the first MLPs, one for each.
 
         Returns:
             Residual stream after the last layer's attention (rows, D), with its queries (rows, H * d) and keys
@@ -42,8 +49,12 @@ class Segment(nn.Module):
         if self.before is not None:
             residual = hidden
             hidden = self.before.mlp(self.before.post_attention_layernorm(hidden))
-        for layer in self.whole:
+            if deepstack:
+                hidden = hidden + deepstack[0]
+        for index, layer in enumerate(self.whole, start=0 if self.before is None else 1):
             hidden, residual = layer(positions, hidden, residual)
+            if index < len(deepstack):
+                hidden = hidden + deepstack[index]
         if self.norm is not None:
             hidden, _ = self.norm(hidden, residual)
             return hidden, hidden, hidden
@@ -54,7 +65,9 @@ class Segment(nn.Module):
             hidden, residual = norm(hidden, residual)
         qkv, _ = attention.qkv_proj(hidden)
         query, key, value = qkv.split([attention.q_size, attention.kv_size, attention.kv_size], dim=-1)
-        query, key = attention.rotary_emb(positions, query, key)
+        heads = (-1, attention.head_dim)
+        query, key = self.kind.before_rope(attention, query.unflatten(-1, heads), key.unflatten(-1, heads))
+        query, key = attention.rotary_emb(positions, query.flatten(-2), key.flatten(-2))
         mixed, _ = attention.o_proj(attention.attn(query, key, value))
         return mixed + residual, query, key
 

@@ -10,6 +10,7 @@ from vllm.platforms import current_platform
 from vllm.utils.torch_utils import is_quantized_kv_cache
 
 from ficoco_vllm.config import NAME, FicocoConfig
+from ficoco_vllm.decoder.layers import why_not_reducible
 from ficoco_vllm.planning.decoder import DecoderPlanner
 from ficoco_vllm.planning.families import tower_shape
 from ficoco_vllm.planning.server import decoder_planner
@@ -131,13 +132,14 @@ def find_refusal(vllm_config: Any) -> str | None:
     parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
     cache = vllm_config.cache_config
     hf_config = vllm_config.model_config.hf_config
-    decoder = hf_config.get_text_config().model_type
+    unknown = why_not_reducible(hf_config.get_text_config())
+    if unknown is not None:
+        return unknown
     config = FicocoConfig.of(hf_config)
     longest = _longest_step(vllm_config, config)
     windows, speculative = config.windows != "off", vllm_config.speculative_config
     events = vllm_config.kv_events_config
     refused = {
-        f"the decoder is {decoder!r}; allowed: 'llama'": decoder != "llama",
         "vision_feature_select_strategy = 'full' hands [CLS] to the decoder; allowed: 'default'": (
             tower_shape(hf_config).with_cls
         ),

@@ -1,4 +1,4 @@
-"""transformers' Llama, run segment by segment; the reductions are those of the server's decoder."""
+"""transformers' language models, run segment by segment; the reductions are those of the server's decoder."""
 
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager
 
 from ficoco_vllm.decoder.attention import DecoderHeads
 from ficoco_vllm.decoder.boundary import Boundary, Part, boundary, num_rows
+from ficoco_vllm.decoder.layers import LAYER_KINDS
 from ficoco_vllm.decoder.reduction import Rows, reduce_rows
 from ficoco_vllm.hf.batch import padded
 from ficoco_vllm.planning.decoder import DecoderPlanner, RequestPlan
@@ -31,18 +32,19 @@ class Output(NamedTuple):
     held: list[Tensor]
 
 
-class SegmentedLlama:
+class SegmentedModel:
     """View of a language model, cut into the planner's segments. It owns no weights."""
 
     def __init__(self, model: Any, planner: DecoderPlanner, grid: tuple[int, int]) -> None:
         """Share the layers of a model.
 
         Args:
-            model: transformers' `LlamaModel`.
+            model: transformers' model of a type in `LAYER_KINDS`.
             planner: of the decoder.
             grid: rows and columns of an unreduced image.
         """
         self.model, self.planner, self.grid = model, planner, grid
+        self.kind = LAYER_KINDS[model.config.model_type]
 
     def __call__(
         self,
@@ -124,9 +126,11 @@ class SegmentedLlama:
         attention = layer.self_attn
         normed = layer.input_layernorm(hidden)
         query, key, value = (
-            project(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+            project(normed).unflatten(-1, (-1, attention.head_dim))
             for project in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
+        query, key = self.kind.before_rope(attention, query, key)
+        query, key, value = (part.transpose(1, 2) for part in (query, key, value))
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         keys, values = key, value
         if past_key_values is not None:

@@ -9,6 +9,7 @@ import transformers
 from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
 from ficoco_vllm.config import DEFAULT_METHOD, FicocoConfig
+from ficoco_vllm.decoder.layers import why_not_reducible
 from ficoco_vllm.hf.counts import Reduction, TokenCounts
 from ficoco_vllm.hf.reduced_model import ReducedModel
 from ficoco_vllm.planning.server import ServerPlan
@@ -122,12 +123,9 @@ def _inner(model: Any) -> Any:
 
 def _check_decoder(config: Any, method: str) -> None:
     """Refuse decoders that the server refuses."""
-    decoder = config.get_text_config().model_type
-    if decoder != "llama":
-        raise ValueError(
-            f"method = {method!r} reduces in the decoder, which is {decoder!r}; allowed: 'llama', "
-            "or a method of the tower"
-        )
+    why_not = why_not_reducible(config.get_text_config())
+    if why_not is not None:
+        raise ValueError(f"method = {method!r} reduces in the decoder: {why_not}, or a method of the tower")
     if config.vision_feature_select_strategy == "full":
         raise ValueError(
             f"method = {method!r} reduces in the decoder, to which vision_feature_select_strategy = 'full' hands "

@@ -13,7 +13,7 @@ from transformers.models.llava.modeling_llava import LlavaModelOutputWithPast
 from ficoco_vllm.hf.batch import Batch, padded, spread
 from ficoco_vllm.hf.cache import CacheState
 from ficoco_vllm.hf.counts import Reduction
-from ficoco_vllm.hf.decoder import Output, SegmentedLlama
+from ficoco_vllm.hf.decoder import Output, SegmentedModel
 from ficoco_vllm.hf.images import ImageEncoder, ImageTokens
 from ficoco_vllm.planning.decoder import RequestPlan
 
@@ -45,7 +45,7 @@ class ReducedModel:
         self.decoder = None
         self.layers: tuple[int, ...] = (0,)
         if plan.decoder is not None:
-            self.decoder = SegmentedLlama(model.language_model, plan.decoder, plan.tower.shape.grid)
+            self.decoder = SegmentedModel(model.language_model, plan.decoder, plan.tower.shape.grid)
             segments = plan.decoder.segments
             self.layers = tuple(segments.size * segment for segment in range(segments.num_segments))
 

@@ -17,7 +17,7 @@ def hook_kv_cache_specs(decoder: Any, segments: Segments) -> None:
     vLLM builds the layers from the model's configuration alone and reads each one's specification.
 
     Args:
-        decoder: vLLM's LlamaModel, whole on this worker.
+        decoder: vLLM's language model, whole on this worker.
         segments: of its layers.
     """
     for index, layer in enumerate(decoder.layers):

@@ -38,6 +38,13 @@ _OPENAI = "vllm.entrypoints.openai"
 
 HOOKS = (
     Hook(
+        "vllm.config.VllmConfig",
+        "try_verify_and_update_config",
+        "",
+        "refuses our settings for a model that nothing of ours serves",
+        "tests/models/test_verify.py::test_other_models_are_refused",
+    ),
+    Hook(
         _INPUT,
         "process_inputs",
         "request_id prompt params",
@@ -134,6 +141,20 @@ HOOKS = (
         "vllm_config",
         "gives an attention layer the KV cache of its segment",
         "tests/decoder/test_batches.py::test_slots_written_and_blocks_held_are_the_plans",
+    ),
+    Hook(
+        "vllm.config.multimodal.MultiModalConfig",
+        "is_multimodal_pruning_enabled",
+        "",
+        "recomputes positions once the tower has chosen the tokens that stay",
+        "tests/models/test_qwen3_vl.py::test_served_as_defined",
+    ),
+    Hook(
+        "vllm.v1.worker.gpu_model_runner.GPUModelRunner",
+        "_gather_mm_embeddings",
+        "scheduler_output shift_computed_tokens",
+        "the same on a CPU, whose runner never reads that configuration",
+        "tests/models/test_qwen3_vl.py::test_served_as_defined",
     ),
     Hook(
         "vllm.v1.worker.gpu.spec_decode.ngram.speculator.NgramGPUSpeculator",

@@ -31,7 +31,19 @@ def images_of(request: Any) -> list[tuple[int, int]]:
     Args:
         request: object of vLLM's front end, scheduler or worker with `mm_features`.
     """
-    return [(feature.mm_position.offset, feature.mm_position.length) for feature in request.mm_features or ()]
+    return [visual_range(feature.mm_position) for feature in request.mm_features or ()]
+
+
+def visual_range(position: Any) -> tuple[int, int]:
+    """Offset and number of the visual tokens of an image, without the tokens that some models put around them.
+
+    Args:
+        position: vLLM's placeholder range.
+    """
+    embeds = getattr(position, "is_embed", None)
+    if embeds is None:
+        return position.offset, position.length
+    return position.offset + int(embeds.int().argmax()), int(embeds.sum())
 
 
 def check_request(vllm_config: Any, request: Any) -> None:

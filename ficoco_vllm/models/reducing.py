@@ -21,7 +21,7 @@ from ficoco_vllm.planning.server import ServerPlan
 from ficoco_vllm.planning.tiles import Layout
 from ficoco_vllm.planning.tiling import Crop, Place
 from ficoco_vllm.planning.tower import Budget, VisionPlan, VisionPlanner
-from ficoco_vllm.request_fields import KEEP, METHOD, TRACE
+from ficoco_vllm.request_fields import KEEP, KEEP_RATIO, METHOD, TRACE
 from ficoco_vllm.tracing.store import Traces
 from ficoco_vllm.vision.packing import Kept, pack
 from ficoco_vllm.vision.tiles import keep_tiles
@@ -108,7 +108,7 @@ class ReducingModel(nn.Module):
 
         Args:
             input_ids: (tokens,) or None.
-            positions: (tokens,).
+            positions: (tokens,); (3, tokens) for M-RoPE.
             intermediate_tensors: None, since a decoder that reduces has no pipeline stages.
             inputs_embeds: (tokens, hidden size).
             reduction: set in the steps that reduce a prompt in the decoder.
@@ -117,11 +117,22 @@ class ReducingModel(nn.Module):
         if reduction is None:
             profiling = is_forward_context_available() and get_forward_context().attn_metadata is None
             if self.decoder is not None and profiling and inputs_embeds is not None:
-                self.decoder.warm_up(positions, inputs_embeds)
+                self.decoder.warm_up(positions, inputs_embeds, self.deepstack(len(inputs_embeds)))
             return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
         assert self.decoder is not None
         assert inputs_embeds is not None
-        return self.decoder(positions, inputs_embeds, reduction)
+        return self.decoder(positions, inputs_embeds, reduction, self.deepstack(len(inputs_embeds)))
+
+    def deepstack(self, num_tokens: int) -> Sequence[Tensor]:
+        """Features of a step that the language model adds to the outputs of its first layers, one for each.
+
+        Args:
+            num_tokens: of the step.
+
+        Returns:
+            (num_tokens, hidden size) tensors; none where the model has no deepstack.
+        """
+        return ()
 
     @property
     def newline(self) -> Tensor | None:
@@ -155,16 +166,17 @@ class ReducingModel(nn.Module):
         """Take our fields from vLLM's batch; None where the tower does not reduce.
 
         Args:
-            fields: of a batch of n images, with `ficoco_keep` and `ficoco_method` (n,) on the host, and `ficoco_trace`
-                (n,) where they are traced.
+            fields: of a batch of n images, with `ficoco_keep` and `ficoco_method` (n,) on the host, `ficoco_keep_ratio`
+                (n,) where budgets are shares, and `ficoco_trace` (n,) where images are traced.
         """
-        keep, method, trace = (fields.pop(name, None) for name in (KEEP, METHOD, TRACE))
+        keep, ratio, method, trace = (fields.pop(name, None) for name in (KEEP, KEEP_RATIO, METHOD, TRACE))
         if self.planner is None or not isinstance(keep, Tensor):
             return None
         assert isinstance(method, Tensor)
+        ratios = ratio.tolist() if isinstance(ratio, Tensor) else [None] * len(keep)
         budgets = [
-            Budget(self.planner.methods[number], count)
-            for number, count in zip(method.tolist(), keep.tolist(), strict=True)
+            Budget(self.planner.methods[number], count, share)
+            for number, count, share in zip(method.tolist(), keep.tolist(), ratios, strict=True)
         ]
         return Requested(budgets, dict(enumerate(trace.tolist())) if isinstance(trace, Tensor) else {})
 
@@ -284,6 +296,7 @@ class ReducingModel(nn.Module):
         grid: tuple[int, int],
         observers: Observers | None,
         crop: Crop | None = None,
+        tower: Tower | None = None,
     ) -> Tokens:
         """Run the tower over images, or tiles, that follow one plan.
 
@@ -293,11 +306,12 @@ class ReducingModel(nn.Module):
             grid: rows and columns of their units.
             observers: the observer of each reduction, if an image is traced.
             crop: of tiles with padding, the units that show the image.
+            tower: the one of this grid, if the caller needs it afterwards.
         """
         # vLLM's dummy images, which it profiles before it allocates the KV cache, are not timed.
         stopwatch = self.stopwatch if self._has_kv_cache() else None
         lap = None if stopwatch is None else stopwatch.lap(plan.reducer.method.name, pixels.device)
-        tokens = encode(self.tower_of(grid), pixels, plan, grid, lap, observers, crop)
+        tokens = encode(tower or self.tower_of(grid), pixels, plan, grid, lap, observers, crop)
         if stopwatch is not None and lap is not None:
             stopwatch.hand_in(lap)
         return tokens

@@ -1,6 +1,7 @@
 """Start-up validation of the settings, which are then stored where processor and workers read them."""
 
 import os
+from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
@@ -8,7 +9,8 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
 from ficoco_vllm.config import NAME, FicocoConfig
-from ficoco_vllm.planning.families import family, tower_shape
+from ficoco_vllm.hooks.wrapping import wrap
+from ficoco_vllm.planning.families import ARCHITECTURES, family, tower_shape
 from ficoco_vllm.planning.tower import VisionPlanner
 from ficoco_vllm.planning.tower_shape import IMAGES
 from ficoco_vllm.tracing.worker import QUALIFIED_NAME as TRACING_WORKER
@@ -49,6 +51,19 @@ class FicocoModelConfig(VerifyAndUpdateConfig):
                 "tokens from layer to layer; allowed: adapters of the language model"
             )
         planner = VisionPlanner.shared(config, shape)
+        if planner.active and vllm_config.compilation_config.cudagraph_mm_encoder:
+            raise ValueError(
+                "--compilation-config cudagraph_mm_encoder = True is not allowed with a method of the tower: vLLM's "
+                "graph of the tower knows no reduction; allowed: False"
+            )
+        if (
+            planner.active
+            and vllm_config.model_config.get_multimodal_config().is_multimodal_pruning_enabled()
+        ):
+            raise ValueError(
+                "--video-pruning-rate is not allowed with a method of the tower: both decide the positions of what "
+                "follows; allowed: 0, or no method of the tower"
+            )
         if config.explain:
             _allow_traces(vllm_config)
         # The processor receives the model's configuration only, so the settings travel with it to every process.
@@ -63,12 +78,26 @@ class FicocoModelConfig(VerifyAndUpdateConfig):
             prepare_decoder(vllm_config, config)
         if not planner.active:
             return
-        logger.info(
-            "ficoco: %s keeps %d of %d visual tokens of %s (a request may ask for another budget)",
-            planner.default.method,
-            planner.default.keep,
-            planner.most_keep,
-            "an image" if shape.tiling is None or config.keep_per == "image" else "each tile of an image",
+        logger.info("ficoco: %s (a request may ask for another budget)", planner.in_words)
+
+
+def hook_unknown_models() -> None:
+    """Make vLLM refuse our settings for a model that nothing of ours serves. Idempotent."""
+    wrap(VllmConfig, "try_verify_and_update_config", _verify)
+
+
+def _verify(original: Any, self: VllmConfig) -> None:
+    original(self)
+    additional, model = self.additional_config, self.model_config
+    if (
+        model is None
+        or model.runner == "draft"
+        or not (isinstance(additional, dict) and additional.get(NAME))
+    ):
+        return
+    if not hasattr(model.hf_config, NAME):
+        raise ValueError(
+            f"ficoco: the architecture {model.architecture!r} cannot be reduced; allowed: {', '.join(ARCHITECTURES)}"
         )
 
 

@@ -156,16 +156,24 @@ class DecoderPlanner:
         segments: of the decoder.
         num_visual_tokens: of the largest image that enters the decoder under the tower's default budget.
         most: a budget that is always allowed, even for prompts whose images are smaller.
+        first_layer: the first layer in which tokens may leave; to the outputs of earlier ones the decoder adds
+            deepstack features of all visual tokens.
     """
 
     config: FicocoConfig
     segments: Segments
     num_visual_tokens: int
     most: int = 0
+    first_layer: int = 0
 
     @classmethod
     def shared(
-        cls, config: FicocoConfig, num_layers: int, num_visual_tokens: int, most: int = 0
+        cls,
+        config: FicocoConfig,
+        num_layers: int,
+        num_visual_tokens: int,
+        most: int = 0,
+        first_layer: int = 0,
     ) -> "DecoderPlanner":
         """The cached planner of these settings, validated once.
 
@@ -174,11 +182,12 @@ class DecoderPlanner:
             num_layers: of the decoder.
             num_visual_tokens: see the attributes.
             most: see the attributes.
+            first_layer: see the attributes.
 
         Raises:
             ValueError: the settings do not fit the decoder.
         """
-        return _shared(config.model_dump_json(), num_layers, num_visual_tokens, most)
+        return _shared(config.model_dump_json(), num_layers, num_visual_tokens, most, first_layer)
 
     @cached_property
     def methods(self) -> tuple[str, ...]:
@@ -233,13 +242,13 @@ class DecoderPlanner:
                 one segment.
         """
         reducer = self.reducer(method)
-        layers = _layers(reducer, self.segments.num_layers)
-        segments = sorted({self.segments.nearest(layer) for layer in layers})
+        layers = _layers(reducer, self.segments.num_layers, self.first_layer)
+        segments = sorted({self.segments.nearest(layer, self.first_layer) for layer in layers})
         if getattr(reducer.settings, "layers", None) is None:
             return tuple(range(segments[0], self.segments.num_segments - 1))
         if len(segments) < len(layers) and not isinstance(_schedule(reducer), str):
             ends = ", ".join(
-                str(self.segments.end(segment)) for segment in range(self.segments.num_segments - 1)
+                str(self.segments.end(segment)) for segment in self.segments.reducing(self.first_layer)
             )
             raise ValueError(
                 f"ficoco.layers = {layers} with a count for each: two are in one segment, which reduces once; allowed: "
@@ -314,18 +323,22 @@ class DecoderPlanner:
                 )
 
 
-def _layers(reducer: Reducer, num_layers: int) -> tuple[int, ...]:
-    """Layers that a method names, or only the first one if it reduces in all from there on."""
+def _layers(reducer: Reducer, num_layers: int, first_layer: int) -> tuple[int, ...]:
+    """Layers that a method names, or only the first one if it reduces in all from there on.
+
+    Deviation: defaults before `first_layer` move to it.
+    """
     settings = reducer.settings
     name = "layers" if getattr(settings, "layers", None) is not None else "start_layer"
     value = getattr(settings, name, None)
     layers = value if isinstance(value, tuple) else (DECODER_START_LAYER if value is None else value,)
     if name not in settings.model_fields_set:
-        return scaled(layers, num_layers)
-    if max(layers) > num_layers - 2:
+        return tuple(max(layer, first_layer) for layer in scaled(layers, num_layers))
+    if max(layers) > num_layers - 2 or min(layers) < first_layer:
         raise ValueError(
-            f"ficoco.{name} = {value} is not allowed; allowed: layers 0 to {num_layers - 2}, "
+            f"ficoco.{name} = {value} is not allowed; allowed: layers {first_layer} to {num_layers - 2}, "
             "since after the last one there is nothing left to save"
+            + (", and earlier ones receive deepstack features of all visual tokens" if first_layer else "")
         )
     return layers
 
@@ -411,7 +424,9 @@ def _in_multiples(
 
 
 @cache
-def _shared(config_json: str, num_layers: int, num_visual_tokens: int, most: int) -> DecoderPlanner:
+def _shared(
+    config_json: str, num_layers: int, num_visual_tokens: int, most: int, first_layer: int
+) -> DecoderPlanner:
     config = FicocoConfig.model_validate_json(config_json)
     method = config.decoder_method
     assert method is not None
@@ -420,14 +435,20 @@ def _shared(config_json: str, num_layers: int, num_visual_tokens: int, most: int
     if why_not is not None:
         raise ValueError(why_not)
     if config.num_segments is None:
-        segments = Segments.choose(num_layers, _layers(reducer, num_layers))
+        segments = Segments.choose(num_layers, _layers(reducer, num_layers, first_layer))
     else:
         segments = Segments(num_layers, config.num_segments)
     if segments.num_segments < 2:
         raise ValueError(
             f"ficoco.num_segments: a decoder of {num_layers} layers in one segment cannot reduce"
         )
-    planner = DecoderPlanner(config, segments, num_visual_tokens, most)
+    if not segments.reducing(first_layer):
+        raise ValueError(
+            f"ficoco.num_segments = {segments.num_segments}: no segment of {segments.size} layers ends in one of the "
+            f"layers {first_layer} to {num_layers - 2}, in which tokens may leave: earlier ones receive deepstack "
+            "features of all visual tokens"
+        )
+    planner = DecoderPlanner(config, segments, num_visual_tokens, most, first_layer)
     planner.reducing_segments(method.name)
     planner.plan(num_visual_tokens + 1, [(0, num_visual_tokens)], {KEEP: planner.keep})
     return planner

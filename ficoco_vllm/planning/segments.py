@@ -46,10 +46,22 @@ class Segments:
         """The last layer of a segment, in which tokens leave after its attention."""
         return (segment + 1) * self.size - 1
 
-    def nearest(self, layer: int) -> int:
-        """The segment whose last layer is nearest to a layer (the earlier of two); never the final segment."""
-        reducing = range(self.num_segments - 1)
-        return min(reducing, key=lambda segment: (abs(self.end(segment) - layer), segment))
+    def reducing(self, first_layer: int = 0) -> tuple[int, ...]:
+        """The segments in whose last layer tokens may leave, ascending: all but the final one.
+
+        Args:
+            first_layer: the first layer of the decoder in which tokens may leave.
+        """
+        return tuple(segment for segment in range(self.num_segments - 1) if self.end(segment) >= first_layer)
+
+    def nearest(self, layer: int, first_layer: int = 0) -> int:
+        """The reducing segment whose last layer is nearest to a layer (the earlier of two).
+
+        Args:
+            layer: index.
+            first_layer: see `reducing`, which must not be empty.
+        """
+        return min(self.reducing(first_layer), key=lambda segment: (abs(self.end(segment) - layer), segment))
 
     @classmethod
     def choose(cls, num_layers: int, layers: Sequence[int]) -> "Segments":

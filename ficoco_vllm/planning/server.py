@@ -10,6 +10,7 @@ from ficoco_vllm.planning.families import tower_shape
 from ficoco_vllm.planning.tiles import Tile
 from ficoco_vllm.planning.tower import Budget, VisionPlanner
 from ficoco_vllm.planning.tower_shape import TowerShape
+from ficoco_vllm.reduction.control import CONTROLS
 from ficoco_vllm.reduction.cost import ModelShape, TilePlan, TokenPlan
 from ficoco_vllm.reduction.pipeline import PIPELINES
 from ficoco_vllm.request_fields import KEEP
@@ -155,7 +156,7 @@ def _shared(config_json: str, shape: TowerShape, num_layers: int) -> ServerPlan:
     decoder = None
     if config.decoder_method is not None:
         entering = tower.num_output_tokens(tower.default)
-        decoder = DecoderPlanner.shared(config, num_layers, entering, tower.decoder_most)
+        decoder = DecoderPlanner.shared(config, num_layers, entering, tower.decoder_most, shape.num_deepstack)
     return ServerPlan(config, tower, decoder, num_layers)
 
 
@@ -176,7 +177,7 @@ def _image_tokens(
         layout = tower.layout(budget, *size)
         entering, projected, tiles = layout.num_tokens, 0, []
         whole = [Tile(place, place.crop.num_units) for place in tower.shape.tiling.places(*size)]
-        for tile in layout.tiles if layout.reduces else whole:
+        for tile in layout.tiles if layout.reduces or budget.method in CONTROLS else whole:
             num_shown = tile.place.crop.num_units
             tile_plan = tower.tile_plan(budget, tile)
             encoder = (num_shown,) * (num_layers + 1)

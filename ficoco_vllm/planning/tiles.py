@@ -1,6 +1,6 @@
 """Distribution of a budget over the tiles of an image: integers, no pixels."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -49,22 +49,26 @@ class Layout:
 
     @classmethod
     def of(
-        cls, tiling: Tiling, places: Sequence[Place], keep: int, keep_per: Literal["tile", "image"]
+        cls,
+        tiling: Tiling,
+        places: Sequence[Place],
+        keep: Callable[[int], int],
+        keep_per: Literal["tile", "image"],
     ) -> "Layout":
         """Distribute a budget over the tiles of an image.
 
         Args:
             tiling: of the model.
             places: of the image's tiles.
-            keep: tokens of each tile or of the image. Padding is never kept: a tile that has fewer units than its
-                budget keeps those.
+            keep: maps the units of each tile, or of the image, to the tokens that stay. Padding is never kept: a tile
+                that has fewer units than its budget keeps those.
             keep_per: unit of `keep`.
         """
         sizes = [place.crop.num_units for place in places]
         if keep_per == "image":
-            keeps = shared_out(min(keep, sum(sizes)), sizes)
+            keeps = shared_out(keep(sum(sizes)), sizes)
         else:
-            keeps = [min(keep, size) for size in sizes]
+            keeps = [keep(size) for size in sizes]
         tiles = tuple(Tile(place, keep) for place, keep in zip(places, keeps, strict=True) if keep)
         before = tiling.count(places)
         if keeps == sizes:

@@ -50,10 +50,12 @@ class Tiling(ABC):
     Attributes:
         pads: whether tiles have a fixed grid, in which the crop is what shows the image. If not, the crop is the
             tile's own grid.
+        dynamic: whether the number of units follows the image's size, so that a smaller image has fewer.
         ends_rows: whether the model puts a newline after each row of units, and we put one after each row of tiles.
     """
 
     pads: bool = False
+    dynamic: bool = False
     ends_rows: bool = False
 
     @property

@@ -8,22 +8,38 @@ from typing import Any, NamedTuple
 
 from ficoco_vllm.config import FicocoConfig, default_keep
 from ficoco_vllm.kernels.backend import Backend
+from ficoco_vllm.planning.resolution import Resolution
 from ficoco_vllm.planning.tiles import Layout, Tile
 from ficoco_vllm.planning.tiling import Place
 from ficoco_vllm.planning.tower_shape import TowerShape
 from ficoco_vllm.reduction import Reducer, available, get
+from ficoco_vllm.reduction.control import CONTROLS
 from ficoco_vllm.reduction.method import SITES
 from ficoco_vllm.reduction.schedule import default_start_layer, make_schedule, shallow_layer
-from ficoco_vllm.request_fields import KEEP, METHOD, check_keep
+from ficoco_vllm.request_fields import KEEP, KEEP_RATIO, METHOD, check_keep, check_keep_ratio
 
 VISION_SITES = ("encoder", "features")
+# Share of an image's units where the grid follows the image's size and nothing else is said.
+DEFAULT_RATIO = 1 / 9
 
 
 class Budget(NamedTuple):
-    """The method that reduces an image, and the tokens that it keeps of the image or of each tile."""
+    """The method that reduces an image, and the tokens that it keeps of the image or of each tile.
+
+    Attributes:
+        method: by name, None for none.
+        keep: the most tokens.
+        ratio: where the budget is a share of the units, that share; `keep` is then the share of the most units.
+    """
 
     method: str | None
     keep: int
+    ratio: float | None = None
+
+    def of(self, num_units: int) -> int:
+        """Tokens that stay of an image, or of a tile, with so many units."""
+        share = num_units if self.ratio is None else max(1, round(self.ratio * num_units))
+        return min(self.keep, share, num_units)
 
 
 @dataclass(frozen=True)
@@ -92,17 +108,39 @@ class VisionPlanner:
         Methods that need a signal of another model are left out.
         """
         offered = [(name, SITES[site]) for site in VISION_SITES for name in available(site)]
-        return tuple(name for name, signals in offered if get(name).required_signals() <= signals)
+        served = tuple(name for name, signals in offered if get(name).required_signals() <= signals)
+        return (*served, *CONTROLS) if self._is_dynamic else served
+
+    @property
+    def _is_dynamic(self) -> bool:
+        return self.shape.tiling is not None and self.shape.tiling.dynamic
 
     @property
     def default(self) -> Budget:
         """The budget of a request that names none."""
-        keep = self.config.keep
+        method, keep, ratio = self.config.method, self.config.keep, self.config.keep_ratio
         if not self.active:
-            keep = self.most_keep
-        elif keep is None:
-            keep = default_keep(self.most_keep)
-        return Budget(self.config.method, keep)
+            return Budget(None, self.most_keep)
+        if keep is None and ratio is None and self._is_dynamic:
+            ratio = DEFAULT_RATIO
+        if ratio is not None:
+            return self._share(method, ratio)
+        return Budget(method, default_keep(self.most_keep) if keep is None else keep)
+
+    def _share(self, method: str | None, ratio: float) -> Budget:
+        """The budget that keeps a share of the units; a number where all images have the same."""
+        keep = max(1, round(ratio * self.most_keep))
+        return Budget(method, keep, None if self.shape.tiling is None else ratio)
+
+    @property
+    def in_words(self) -> str:
+        """The default budget, for logs."""
+        method, keep, ratio = self.default
+        part = "an image"
+        if self.shape.tiling is not None and not self._is_dynamic and self.config.keep_per == "tile":
+            part = "each tile of an image"
+        share = f"{keep} of {self.most_keep}" if ratio is None else f"{ratio:.1%} of the"
+        return f"{method} keeps {share} visual tokens of {part}"
 
     @cached_property
     def fingerprint(self) -> str:
@@ -138,21 +176,22 @@ class VisionPlanner:
         """Index of a method, which travels with an image to the workers."""
         return -1 if method is None else self.methods.index(method)
 
-    def budget(self, method: Any, keep: Any) -> Budget:
+    def budget(self, method: Any, keep: Any, ratio: Any = None) -> Budget:
         """Validate the budget of a request.
 
         Args:
             method: the requested name, or None for the server's default.
             keep: the requested number of tokens, or None for the server's default.
+            ratio: the requested share of the tokens, in place of `keep`.
 
         Raises:
             ValueError: starting with the field, then its value and what is allowed.
         """
         default = self.default
-        if method is None and keep is None:
+        if method is None and keep is None and ratio is None:
             return default
         if not self.active:
-            name = METHOD if keep is None else KEEP
+            name = KEEP if keep is not None else METHOD if ratio is None else KEEP_RATIO
             raise ValueError(
                 f"{name}: this server does not reduce; start it with --ficoco-method to allow it"
             )
@@ -163,13 +202,21 @@ class VisionPlanner:
                 f"{METHOD} = {method!r} is not a method that this model can serve; "
                 f"allowed: {', '.join(self.methods)}"
             )
-        if keep is None:
-            keep = default.keep
-        budget = Budget(method, check_keep(keep, self.most_keep))
+        if ratio is not None and keep is not None:
+            raise ValueError(
+                f"{KEEP_RATIO} = {ratio!r} beside {KEEP} = {keep!r} is not allowed; allowed: one of them"
+            )
+        if ratio is not None:
+            budget = self._share(method, check_keep_ratio(ratio))
+        elif keep is None:
+            budget = default._replace(method=method)
+        else:
+            budget = Budget(method, check_keep(keep, self.most_keep))
         try:
             self.check(budget)
         except ValueError as error:
-            raise ValueError(f"{KEEP} = {keep}: {error}") from error
+            name = f"{KEEP} = {budget.keep}" if ratio is None else f"{KEEP_RATIO} = {ratio}"
+            raise ValueError(f"{name}: {error}") from error
         return budget
 
     def reduces(self, budget: Budget) -> bool:
@@ -222,8 +269,13 @@ class VisionPlanner:
         Raises:
             ValueError: the method's schedule cannot reach the budget in one of the tiles.
         """
-        assert self.shape.tiling is not None
-        return self.layout_of(budget, self.shape.tiling.places(height, width))
+        tiling = self.shape.tiling
+        assert tiling is not None
+        places = tiling.places(height, width)
+        if budget.method in CONTROLS:  # the image is shrunk first
+            assert isinstance(tiling, Resolution)
+            places = tiling.place(*tiling.fit(height, width, budget.of(tiling.count(places))))
+        return self.layout_of(budget, places)
 
     def layout_of(self, budget: Budget, places: tuple[Place, ...]) -> Layout:
         """Layout of an image whose tiles are known; see `layout`.
@@ -235,6 +287,8 @@ class VisionPlanner:
         Raises:
             ValueError: the method's schedule cannot reach the budget in one of the tiles.
         """
+        if budget.method in CONTROLS:
+            budget = Budget(budget.method, self.most_keep)
         return _layout(self, budget, places)
 
     def tile_plan(self, budget: Budget, tile: Tile) -> VisionPlan | None:
@@ -259,6 +313,8 @@ class VisionPlanner:
         Raises:
             ValueError: the method's schedule cannot reach it.
         """
+        if budget.method in CONTROLS:
+            return
         if self.shape.tiling is None:
             self.plan(budget)
         else:
@@ -295,7 +351,7 @@ def _check_tiles(config: FicocoConfig, shape: TowerShape) -> None:
 def _layout(planner: VisionPlanner, budget: Budget, places: tuple[Place, ...]) -> Layout:
     tiling = planner.shape.tiling
     assert tiling is not None
-    layout = Layout.of(tiling, places, budget.keep, planner.config.keep_per)
+    layout = Layout.of(tiling, places, budget.of, planner.config.keep_per)
     for tile in layout.tiles if layout.reduces else ():
         planner.tile_plan(budget, tile)  # raises where the schedule cannot reach it
     return layout
@@ -350,6 +406,14 @@ def _shared(config: str, shape: TowerShape) -> VisionPlanner:
     if not planner.active:
         return planner
     assert planner.config.method is not None
+    if planner.config.method in CONTROLS:
+        if planner.config.method not in planner.methods:
+            control = CONTROLS[planner.config.method]
+            raise ValueError(
+                f"ficoco.method = {control.name!r} is not allowed, since it needs {control.needs}; "
+                f"allowed: {', '.join(planner.methods)}"
+            )
+        return planner
     method = get(planner.config.method)
     if method.site not in VISION_SITES:
         raise ValueError(

@@ -35,6 +35,8 @@ class TowerShape:
         tiling: how an image becomes tiles, each of which the tower sees alone; None where the tower sees every image
             whole, on one grid.
         unit: patches of a unit: 1 in LLaVA, 4 where 2 x 2 patches become one token.
+        num_deepstack: levels of the tower whose features the language model adds to the outputs of its first layers,
+            one for each.
     """
 
     grid: tuple[int, int]
@@ -43,6 +45,7 @@ class TowerShape:
     with_cls: bool
     tiling: Tiling | None = None
     unit: int = 1
+    num_deepstack: int = 0
 
     @property
     def num_units(self) -> int:

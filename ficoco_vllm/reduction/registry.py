@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 
+from ficoco_vllm.reduction.control import CONTROLS
 from ficoco_vllm.reduction.method import SITES, Method
 from ficoco_vllm.reduction.methods import BUILTIN
 from ficoco_vllm.reduction.pipeline import PIPELINES
@@ -40,6 +41,11 @@ def available(site: str | None = None) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
+def names() -> tuple[str, ...]:
+    """Names that a server or a request may choose from: of methods, of those that reduce twice, and of controls."""
+    return tuple(sorted({*available(), *PIPELINES, *CONTROLS}))
+
+
 def get(name: str) -> Method:
     """A method by name. Third-party methods cannot replace built-in ones.
 
@@ -54,6 +60,8 @@ def get(name: str) -> Method:
             f"{name!r} reduces twice, by {parts.encoder.name!r} and then by {parts.decoder.name!r}: "
             "get each of them"
         )
+    if name in CONTROLS:
+        raise ValueError(f"{name!r} is no reduction but a control, which needs {CONTROLS[name].needs}")
     third_party = _entry_points()
     if name not in third_party:
         raise ValueError(f"method {name!r} is not known; available: {', '.join(available())}")

@@ -35,7 +35,7 @@ def keep_tiles(
         layouts: of the images.
         budgets: of the images.
         planner: of the model.
-        most: tiles that run in one batch.
+        most: tiles of the largest grid that run in one batch.
         whole: units of tiles that are not reduced: pixels of B tiles and their grid to (B, U, unit * D).
         encode: runs the tower by a plan, over pixels of B tiles of one grid; a crop is given where tiles have padding,
             then the image and the number of each tile.
@@ -55,8 +55,9 @@ def keep_tiles(
         plan = planner.tile_plan(Budget(method, count), jobs[0][2])
         shown = (crop.rows, crop.columns)
         grid = planner.shape.grid if tiling.pads else shown
-        for start in range(0, len(jobs), most):
-            chunk = jobs[start : start + most]
+        at_once = max(most, most * planner.shape.num_units // (grid[0] * grid[1]))
+        for start in range(0, len(jobs), at_once):
+            chunk = jobs[start : start + at_once]
             batch = torch.stack([pixels[image][tile.place.number] for image, _, tile in chunk])
             if plan is None:
                 features = whole(batch, grid)

@@ -145,12 +145,12 @@ def encode(
     """
     tokens = _embedded(tower, pixels)
     N = tokens.size.shape[1]
-    last = len(tower.layers) - 1
+    layers = tower.layers_at(tokens.position)
+    last = len(layers) - 1
     measured = [layer for layer, count in plan.removals.items() if count]
     measured += [] if plan.shallow_layer is None else [plan.shallow_layer]
     first = min(measured, default=last)
     shallow = None
-    layers = tower.layers_at(tokens.position)
     for index in range(len(layers)):
         if crop is not None and index == first:
             tokens, grid = _without_padding(tokens, grid, crop, tower.unit), (crop.rows, crop.columns)

@@ -46,8 +46,7 @@ def script(shell: str) -> str:
     """
     import shtab
 
-    from ficoco_vllm.reduction import available
-    from ficoco_vllm.reduction.pipeline import PIPELINES
+    from ficoco_vllm.reduction.registry import names
     from ficoco_vllm.server.cli import COMMANDS, make_parser
 
     parser = make_parser([name for name in COMMANDS if name != "serve"])
@@ -55,7 +54,7 @@ def script(shell: str) -> str:
     serve = commands["serve"]
     add_arguments(serve)
     add_vllm_options(serve)
-    methods = (*available(), *PIPELINES)
+    methods = names()
     for command in commands.values():
         for action in command._actions:
             if action.dest in _METHODS:

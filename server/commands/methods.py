@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from ficoco_vllm.config import DEFAULT_METHOD
-from ficoco_vllm.reduction import available, get
+from ficoco_vllm.reduction import get
 from ficoco_vllm.reduction.advice import as_text
+from ficoco_vllm.reduction.control import CONTROLS
 from ficoco_vllm.reduction.method import SITES
 from ficoco_vllm.reduction.pipeline import PIPELINES
+from ficoco_vllm.reduction.registry import names
 from ficoco_vllm.reduction.settings import Settings, describe
 from ficoco_vllm.server.commands.arguments import fail
 
@@ -49,6 +51,8 @@ def obstacle(name: str) -> str | None:
     """
     if name in PIPELINES:
         return None
+    if name in CONTROLS:
+        return f"{name} needs {CONTROLS[name].needs}"
     try:
         get(name).configure().check_signals(SITES[get(name).site])
     except ValueError as error:
@@ -58,11 +62,11 @@ def obstacle(name: str) -> str | None:
 
 def _all_methods() -> list[str]:
     rows = []
-    obstacles = {name: obstacle(name) for name in (*available(), *PIPELINES)}
+    obstacles = {name: obstacle(name) for name in names()}
     for name, reason in obstacles.items():
         pipeline = PIPELINES.get(name)
-        method = pipeline or get(name)
-        site = f"{pipeline.encoder.site}+{pipeline.decoder.site}" if pipeline else get(name).site
+        method = CONTROLS.get(name) or pipeline or get(name)
+        site = f"{pipeline.encoder.site}+{pipeline.decoder.site}" if pipeline else _site(name)
         rows.append((name, site, "no" if reason else "yes", _source(method.source), method.title))
     width = _width()
     refused = [f"  {reason}" for _, reason in sorted(obstacles.items()) if reason]
@@ -83,6 +87,15 @@ def _one_method(name: str) -> list[str]:
         parts = (PIPELINES[name].encoder.name, PIPELINES[name].decoder.name)
         title = f"{PIPELINES[name].title} ({name}): first {parts[0]}, then {parts[1]}"
         return [title, "", *_one_method(parts[0]), "", *_one_method(parts[1])]
+    if name in CONTROLS:
+        control = CONTROLS[name]
+        return [
+            f"{control.title} ({name}): no reduction, the image is shrunk until it has no more visual tokens",
+            f"site     {control.site}",
+            f"served   by {control.needs}",
+            f"source   {_source(control.source)}",
+            "no settings",
+        ]
     method, reason = get(name), obstacle(name)
     lines = [
         f"{method.title} ({method.name})",
@@ -103,6 +116,11 @@ def _one_method(name: str) -> list[str]:
         meaning = meanings.get(key, "")
         lines += textwrap.wrap(meaning, _width(), initial_indent="    ", subsequent_indent="    ")
     return lines
+
+
+def _site(name: str) -> str:
+    """Where a method or a control works."""
+    return CONTROLS[name].site if name in CONTROLS else get(name).site
 
 
 def _meanings(settings: type[Settings]) -> dict[str, str]:

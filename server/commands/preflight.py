@@ -9,8 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ficoco_vllm.planning.families import ARCHITECTURES
-
 _DEFAULT_PORT = 8000
 _CONFIG = "config.json"
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -125,6 +123,8 @@ def check_architecture(model: str, architectures: list[str]) -> None:
     Raises:
         ValueError: naming its architecture and the allowed ones.
     """
+    from ficoco_vllm.planning.families import ARCHITECTURES
+
     if not set(architectures) & set(ARCHITECTURES):
         raise ValueError(
             f"model = {model!r} has the architecture {', '.join(architectures) or 'none'}, "
@@ -141,8 +141,12 @@ def as_hf_config(config: dict[str, Any]) -> Any:
     Returns:
         The stand-in, or None where config.json leaves out what only transformers knows.
     """
+    from ficoco_vllm.planning.families import FAMILIES
     from ficoco_vllm.reduction.cost.shapes import CLIP_DEFAULTS, LLAMA_DEFAULTS
 
+    known = FAMILIES.get(str(config.get("model_type")))
+    if known is None or known.image_settings is not None:
+        return None  # vLLM checks these models, when it has read the image processor's settings
     vision, language = config.get("vision_config"), config.get("text_config")
     tiled = config.get("model_type") == "llava_next"
     if not isinstance(vision, dict) or not isinstance(language, dict):

@@ -296,9 +296,7 @@ def _in_words(plan: "ServerPlan | None", args: argparse.Namespace) -> str:
         )
     tower = plan.tower
     if plan.decoder is None:
-        tiled = tower.shape.tiling is not None and config.keep_per == "tile"
-        part = "each tile of an image" if tiled else "an image"
-        return f"{config.method} keeps {tower.default.keep} of {tower.most_keep} visual tokens of {part}"
+        return tower.in_words
     entering = tower.num_output_tokens(tower.default)
     kept = plan.decoder.keep_of(entering)
     return (

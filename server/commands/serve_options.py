@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ficoco_vllm.environment import ALLOW_PRIVATE_MEDIA, MAX_BODY_BYTES, MAX_IMAGE_BYTES, MAX_PIXELS, NAME
+from ficoco_vllm.request_fields import check_keep_ratio
 from ficoco_vllm.server.commands.arguments import names
 from ficoco_vllm.server.commands.vllm_options import light_parser
 
@@ -55,6 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ficoco-keep",
         metavar="N",
         help="visual tokens kept of an image; requests may override it (default with a method: a ninth)",
+    )
+    group.add_argument(
+        "--ficoco-keep-ratio",
+        metavar="R",
+        help="instead of --ficoco-keep: a share of the visual tokens of each image, above 0, at most 1",
     )
     group.add_argument(
         "--ficoco-explain", action="store_true", help="serve POST /ficoco/explain and its page at /ficoco/"
@@ -171,11 +177,10 @@ def apply_limits(args: argparse.Namespace) -> None:
     if args.ficoco_allow_private_media:
         os.environ[ALLOW_PRIVATE_MEDIA] = "1"
     if args.ficoco_allow_methods is not None:
-        from ficoco_vllm.reduction import available
-        from ficoco_vllm.reduction.pipeline import PIPELINES
+        from ficoco_vllm.reduction import registry
 
         allowed = names(args.ficoco_allow_methods)
-        known = (*sorted({*available(), *PIPELINES}), "off")
+        known = (*registry.names(), "off")
         if not allowed or set(allowed) - set(known):
             raise ValueError(
                 f"--ficoco-allow-methods = {args.ficoco_allow_methods!r} is not allowed; "
@@ -215,6 +220,13 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
             f"--additional-config: {NAME} = {settings!r} is not allowed; allowed: an object of settings"
         )
     ours = read_settings(args.ficoco_method, args.ficoco_keep, args.ficoco_config)
+    if args.ficoco_keep_ratio is not None:
+        try:
+            ours["keep_ratio"] = check_keep_ratio(float(args.ficoco_keep_ratio))
+        except ValueError as error:
+            raise ValueError(
+                f"--ficoco-keep-ratio = {args.ficoco_keep_ratio!r} is not allowed; allowed: a number above 0, at most 1"
+            ) from error
     settings = {**(settings or {}), **ours}
     return {**settings, "metrics": False} if settings and args.ficoco_no_metrics else settings
 

@@ -14,7 +14,8 @@ from ficoco_vllm.hooks.wrapping import wrap
 from ficoco_vllm.metrics.families import count_refusal
 from ficoco_vllm.planning.server import ServerPlan
 from ficoco_vllm.processing import BUDGET, SIZES
-from ficoco_vllm.request_fields import FIELD, KEEP, MAX_TRACE_ID, TRACE
+from ficoco_vllm.reduction.control import CONTROLS
+from ficoco_vllm.request_fields import FIELD, KEEP, KEEP_RATIO, MAX_TRACE_ID, TRACE
 from ficoco_vllm.server.explain.chat import Reply, send_chat
 from ficoco_vllm.server.explain.pages import examples
 from ficoco_vllm.server.explain.schema import ExplainRequest, Explanation, Measured, Options
@@ -110,7 +111,7 @@ class Explainer:
             max_keep=served.most,
             grid=served.tower.shape.grid,
             keep_per="image"
-            if served.in_decoder or served.tower.shape.tiling is None
+            if served.in_decoder or served.tower.shape.tiling is None or served.tower.shape.tiling.dynamic
             else plan.config.keep_per,
             examples=examples(),
         )
@@ -144,6 +145,8 @@ class Explainer:
         if request.compare:
             full = self._measured(await self._chat(request, raw_request, whole), None)
         traced = await self._chat(request, raw_request, reduced)
+        if KEEP_RATIO in reduced.tower:
+            keep = traced.image.num_entering
         layers, destinations = Explanation.summarize(traced.steps)
         return Explanation(
             model=self.model,
@@ -167,13 +170,20 @@ class Explainer:
         """
         served = self.served
         try:
+            if request.method in CONTROLS:
+                raise ValueError(
+                    f"method = {request.method!r} is not allowed, since there is no reduction to explain; allowed: "
+                    + ", ".join(choice.name for choice in served.methods)
+                )
             resolved = self.resolver.resolve(FicocoRequest(method=request.method, keep=request.keep))
         except ValueError as error:
             count_refusal(self.engine_client.model_config)
             message = str(error).removeprefix(f"{FIELD}.")
             raise VLLMValidationError(message, parameter=message.split(" ", 1)[0]) from error
         # The server's budget is written down, as another one may follow the load.
-        default = {KEEP: served.keep}
+        default: dict[str, Any] = {KEEP: served.keep}
+        if served.tower.default.ratio is not None:
+            default = {} if KEEP in resolved.tower else {KEEP_RATIO: served.tower.default.ratio}
         if served.in_decoder:
             return replace(resolved, decoder=default | dict(resolved.decoder))
         return replace(resolved, tower=default | dict(resolved.tower))

@@ -7,6 +7,7 @@ from typing import Any
 from ficoco_vllm.planning.server import ServerPlan
 from ficoco_vllm.planning.tower import Budget, VisionPlanner
 from ficoco_vllm.reduction import get
+from ficoco_vllm.reduction.control import CONTROLS
 from ficoco_vllm.reduction.method import Site
 from ficoco_vllm.reduction.pipeline import PIPELINES
 from ficoco_vllm.server.explain.schema import MethodChoice
@@ -63,7 +64,7 @@ class ServedModel:
             pipeline = PIPELINES[config.method]
             choices = [_choice(pipeline.name, pipeline.title, "decoder")]
         else:
-            methods = [get(name) for name in sorted(names)]
+            methods = [get(name) for name in sorted(set(names) - set(CONTROLS))]
             choices = [_choice(method.name, method.title, method.site) for method in methods]
         dtype = kv_cache_dtype_str_to_dtype(vllm_config.cache_config.cache_dtype, model)
         return cls(

@@ -13,10 +13,11 @@ from vllm.exceptions import VLLMValidationError
 from ficoco_vllm.hooks.admission import FrontEnd
 from ficoco_vllm.hooks.unread_field import READ
 from ficoco_vllm.hooks.wrapping import wrap
+from ficoco_vllm.kv.admission import visual_range
 from ficoco_vllm.metrics.families import count_refusal
 from ficoco_vllm.metrics.savings import Account, Accountant
 from ficoco_vllm.processing import BUDGET, SIZES
-from ficoco_vllm.request_fields import FIELD, KEEP, METHOD, find_misplaced, misplaced
+from ficoco_vllm.request_fields import FIELD, KEEP, KEEP_RATIO, METHOD, find_misplaced, misplaced
 from ficoco_vllm.server.request_field.report import add_usage
 from ficoco_vllm.server.request_field.resolve import Resolver
 from ficoco_vllm.server.request_field.routes import HANDLERS
@@ -173,7 +174,7 @@ class FieldApplier:
             if state is None or state.requested is None:
                 return False
             for name, values in extensions:
-                for key in (KEEP, METHOD):
+                for key in (KEEP, KEEP_RATIO, METHOD):
                     if key in values:
                         raise ValueError(f"{name}.{key} beside {FIELD} is not allowed; allowed: one of them")
             resolved = self.resolver.resolve(state.requested)
@@ -192,7 +193,7 @@ class FieldApplier:
     def _account(self, request: Any, prompt: Mapping[str, Any]) -> Account | None:
         """Savings of a rendered prompt; None without images."""
         places = (prompt.get("mm_placeholders") or {}).get("image", ())
-        images = [(place.offset, place.length) for place in places]
+        images = [visual_range(place) for place in places]
         if not images:
             return None
         extra_args = dict(_mapping(request, _DECODER_FIELD))
@@ -256,7 +257,11 @@ def _in_terms_of(
     if not isinstance(requested, FicocoRequest):
         return error
     parameter, message = error.parameter, error.args[0]
-    for ours, theirs in ((KEEP, f"{FIELD}.keep"), (METHOD, f"{FIELD}.method")):
+    for ours, theirs in (
+        (KEEP_RATIO, f"{FIELD}.keep_ratio"),
+        (KEEP, f"{FIELD}.keep"),
+        (METHOD, f"{FIELD}.method"),
+    ):
         message = re.sub(rf"(?<![\w.]){ours}", theirs, message)  # not in `mm_processor_kwargs.ficoco_keep`
         parameter = theirs if parameter == ours else parameter
     return VLLMValidationError(message, parameter=parameter)

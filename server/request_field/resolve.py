@@ -9,10 +9,12 @@ from typing import Any, Literal
 
 from ficoco_vllm.planning.server import ServerPlan
 from ficoco_vllm.planning.tower import VISION_SITES
-from ficoco_vllm.reduction import available, get
+from ficoco_vllm.reduction import get
+from ficoco_vllm.reduction.control import CONTROLS
 from ficoco_vllm.reduction.method import SITES
 from ficoco_vllm.reduction.pipeline import PIPELINES
-from ficoco_vllm.request_fields import FIELD, KEEP, METHOD
+from ficoco_vllm.reduction.registry import names
+from ficoco_vllm.request_fields import FIELD, KEEP, KEEP_RATIO, METHOD
 from ficoco_vllm.server.request_field.schema import OFF, FicocoRequest
 
 
@@ -109,6 +111,8 @@ class Resolver:
             return ", ".join((*self.methods, OFF) if self.bounds.allows_off else self.methods)
         if name == "keep":
             return self.bounds.allowed_keep(self.max_keep)
+        if name == "keep_ratio":
+            return "a number above 0, at most 1"
         return "{:.2f} to {:.2f}".format(*self._kv_budgets(None))
 
     def resolve(self, requested: FicocoRequest | Literal["off"]) -> Resolved:
@@ -136,6 +140,15 @@ class Resolver:
         method = None if self.plan.config.method in PIPELINES else requested.method
         named = {} if method is None else {METHOD: method}
         keep = requested.keep
+        if requested.keep_ratio is not None:
+            name = f"{FIELD}.keep_ratio"
+            if decoder is not None:
+                raise ValueError(
+                    f"{name} = {requested.keep_ratio} is not allowed, since this server reduces in the decoder; "
+                    f"allowed: {FIELD}.keep"
+                )
+            self._check_ratio(name, requested.keep_ratio)
+            return Resolved({**named, KEEP_RATIO: requested.keep_ratio})
         if requested.kv_budget is not None:
             keep = self._keep_of(method, requested.kv_budget)
         if keep is None:
@@ -165,11 +178,21 @@ class Resolver:
             min_keep = min(min_keep, entering)
         if isinstance(keep, int | float) and 1 <= keep < min_keep:
             self.bounds.check_keep(f"{name}.{KEEP}", keep, self.max_keep)
+        ratio = values.get(KEEP_RATIO)
+        if isinstance(ratio, int | float) and 0 < ratio <= 1:
+            self._check_ratio(f"{name}.{KEEP_RATIO}", ratio)
         method = values.get(METHOD)
         config = self.plan.config
         own = (config.method, config.decoder_method.name if config.decoder_method else None)
         if method is not None and method not in own:
             self.bounds.check_method(f"{name}.{METHOD}", method)
+
+    def _check_ratio(self, name: str, ratio: float) -> None:
+        """Refuse a share of the tokens of each image that is outside of the bounds for the largest image."""
+        self.bounds.check_reduces(name, ratio, 1)
+        if max(1, round(ratio * self.max_keep)) < self.bounds.min_keep:
+            least = self.bounds.min_keep / self.max_keep
+            raise ValueError(f"{name} = {ratio} is not allowed; allowed: a number from {least:.4f} to 1")
 
     def _entering(self, keep: int) -> tuple[int, dict[str, Any]]:
         """Visual tokens that enter the decoder for a budget, and the arguments of the tower that lead there."""
@@ -183,10 +206,12 @@ class Resolver:
         """Reason, for error texts, why a method that exists is not served here; empty if there is none such."""
         config = self.plan.config
         if config.method in PIPELINES:
-            return f", since this server reduces twice, by {config.method}" if name in _known() else ""
+            return f", since this server reduces twice, by {config.method}" if name in names() else ""
         if name in PIPELINES:
             return ", since it reduces twice, for which a server is started with it (--ficoco-method)"
-        if name not in _known():
+        if name in CONTROLS:
+            return f", since it needs {CONTROLS[name].needs}"
+        if name not in names():
             return ""
         method = get(name)
         if self.bounds.methods is not None and name not in self.bounds.methods:
@@ -221,7 +246,3 @@ class Resolver:
                 f"{FIELD}.kv_budget = {kv_budget:g} is not allowed; allowed: {smallest:.2f} to {largest:.2f}"
             )
         return bisect_right(range(1, self.max_keep + 1), kv_budget, key=partial(self._mean, method))
-
-
-def _known() -> tuple[str, ...]:
-    return (*available(), *PIPELINES)

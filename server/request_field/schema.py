@@ -17,6 +17,8 @@ class FicocoRequest(BaseModel):
     Attributes:
         method: name of a method; None keeps the server's.
         keep: visual tokens of each image after all reductions; None keeps the server's.
+        keep_ratio: alternative to `keep` for methods of the tower: a share of the visual tokens of each image, or
+            of each tile of it.
         kv_budget: alternative to `keep`: visual tokens of an image in the KV cache, averaged over the decoder's layers.
     """
 
@@ -24,7 +26,14 @@ class FicocoRequest(BaseModel):
 
     method: str | None = Field(default=None, strict=True)
     keep: int | None = Field(default=None, ge=1, strict=True)
+    keep_ratio: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False, strict=True)
     kv_budget: float | None = Field(default=None, gt=0, allow_inf_nan=False, strict=True)
+
+    @property
+    def budgets(self) -> dict[str, float]:
+        """The budgets that are named, of which only one is allowed."""
+        named = {name: getattr(self, name) for name in ("keep", "keep_ratio", "kv_budget")}
+        return {name: value for name, value in named.items() if value is not None}
 
 
 class FicocoUsage(BaseModel):
@@ -70,16 +79,17 @@ def parse(value: Any, allowed: Callable[[str], str]) -> FicocoRequest | Literal[
         raise _error(
             f"{FIELD}.{name}", f"= {first['input']!r} is not allowed; allowed: {allowed(name)}"
         ) from error
-    if field.keep is not None and field.kv_budget is not None:
+    if len(field.budgets) > 1:
+        (one, value), *_, (other, beside) = field.budgets.items()
         raise _error(
-            f"{FIELD}.kv_budget",
-            f"= {field.kv_budget} beside {FIELD}.keep = {field.keep} is not allowed; allowed: one of them",
+            f"{FIELD}.{other}",
+            f"= {beside} beside {FIELD}.{one} = {value} is not allowed; allowed: one of them",
         )
     if field.method == OFF:
-        if field.keep is not None or field.kv_budget is not None:
+        if field.budgets:
             raise _error(
                 f"{FIELD}.method",
-                f"= {OFF!r} keeps all visual tokens; allowed: no keep and no kv_budget beside it",
+                f"= {OFF!r} keeps all visual tokens; allowed: no budget beside it",
             )
         return OFF
     return field

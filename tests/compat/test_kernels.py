@@ -23,6 +23,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     from vllm.v1.worker.cpu import buffer_utils as cpu_buffer_utils
     from vllm.v1.worker.gpu import block_table, buffer_utils, input_batch, structured_outputs
     from vllm.v1.worker.gpu.metrics import logits as nans
+    from vllm.v1.worker.gpu.mm import rope
     from vllm.v1.worker.gpu.sample import (
         bad_words,
         gumbel,
@@ -128,6 +129,23 @@ def prepare_prefill_inputs(step: Step, vocab: int) -> Call:
 def prepare_pos_seq_lens(step: Step, vocab: int) -> Call:
     buffers = [torch.full((step.num_tokens + 5,), 7), step.ints(1, 9, step.num_states)]
     return input_batch.prepare_pos_seq_lens, [step.states, step.starts, step.computed, *buffers]
+
+
+def prepare_rope_positions(step: Step, vocab: int) -> Call:
+    state = SimpleNamespace(
+        num_dims=3,
+        max_model_len=MAX_LEN,
+        positions=torch.full((3, step.num_tokens + 1), 7),
+        prefill_positions=SimpleNamespace(gpu=step.ints(0, 99, 3 * step.num_states, MAX_LEN)),
+        prefill_delta=SimpleNamespace(gpu=step.ints(-9, 0, step.num_states)),
+    )
+    return rope.RopeState.prepare_positions, [
+        state,
+        step.states,
+        step.starts,
+        step.prefill_len,
+        step.computed,
+    ]
 
 
 def combine(step: Step, vocab: int, num_new: int = 1) -> Call:
@@ -366,6 +384,7 @@ def prompt_token_ids(step: Step, vocab: int) -> Call:
 CASES: dict[str, Callable[[Step, int], Call]] = {
     "prepare_prefill_inputs": prepare_prefill_inputs,
     "prepare_pos_seq_lens": prepare_pos_seq_lens,
+    "prepare_rope_positions": prepare_rope_positions,
     "combine_sampled_and_draft_tokens": combine,
     "combine without a new token": lambda step, vocab: combine(step, vocab, num_new=0),
     "get_num_sampled_and_rejected": num_sampled_and_rejected,

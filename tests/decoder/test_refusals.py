@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from vllm.config.compilation import CUDAGraphMode
 
+from ficoco_vllm.decoder.layers import LAYER_KINDS
 from ficoco_vllm.decoder.startup import SCHEDULER, find_refusal
 from tests.decoder import calls
 from tests.decoder.calls import Ask
@@ -95,6 +96,25 @@ def test_what_windows_exclude(changed: dict[str, Any], part: str) -> None:
         assert find_refusal(config(**changed)) is None
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "part"),
+    [
+        ("sliding_window", 100, "--disable-sliding-window, which limits --max-model-len to 100"),
+        ("dual_chunk_attention_config", {"chunk_size": 9}, "chunks of positions"),
+        ("llama_4_scaling", {"beta": 0.1}, "scales queries"),
+        ("qk_norm", True, "norms of queries and keys"),
+    ],
+)
+@pytest.mark.parametrize("kind", LAYER_KINDS)
+def test_layers_that_are_known_but_for_one_field(kind: str, field: str, value: Any, part: str) -> None:
+    """Without the field the layer is allowed; None stands for its absence."""
+    for given, refused in ((value, True), (None, False)):
+        text_config = SimpleNamespace(model_type=kind, **{field: given})
+        result = find_refusal(config(model_config__hf_config__get_text_config=lambda c=text_config: c))
+        assert (part in str(result)) == refused
+        assert refused or result is None
+
+
 @pytest.mark.parametrize("mode", list(CUDAGraphMode))
 def test_graphs_of_decoding_alone_are_allowed(mode: CUDAGraphMode) -> None:
     """The CPU build drops the option, so it is compared with vLLM's own modes here."""
@@ -145,7 +165,14 @@ def engine(host: Host, small_llava: Path) -> Remote:
         ({"long_prefill_token_threshold": 100}, "--long-prefill-token-threshold 100"),
         ({"max_num_scheduled_tokens": 511}, "--max-num-scheduled-tokens 511 is not allowed"),
         ({"hf_overrides": {"vision_feature_select_strategy": "full"}}, "strategy = 'full'"),
-        ({"hf_overrides": {"text_config": {"model_type": "mistral"}}}, "'mistral'; allowed: 'llama'"),
+        (
+            {"hf_overrides": {"text_config": {"model_type": "gemma2"}}},
+            "the decoder is 'gemma2'; allowed: 'llama', 'mistral', 'qwen2', 'qwen3', 'qwen3_vl_text'",
+        ),
+        (
+            {"hf_overrides": {"text_config": {"model_type": "mistral", "sliding_window": 64}}},
+            "the decoder ('mistral') attends to the last 64 tokens only",
+        ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from transformers import (
     CLIPVisionConfig,
+    GemmaConfig,
     LlamaConfig,
     LlavaForConditionalGeneration,
     MistralConfig,
@@ -49,7 +50,9 @@ SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4, "nu
         (lambda: tiny(vision_config=SiglipVisionConfig(image_size=32, patch_size=8, **SIZES)), "ficoco-v", {},
          "vision_config.model_type = 'siglip_vision_model' cannot be reduced"),
         (lambda: tiny(text_config=MistralConfig(vocab_size=64, num_key_value_heads=2, **SIZES)), "ficoco-l", {},
-         "reduces in the decoder, which is 'mistral'; allowed: 'llama', or a method of the tower"),
+         r"reduces in the decoder: the decoder \('mistral'\) attends to the last 4096 tokens only"),
+        (lambda: tiny(text_config=GemmaConfig(vocab_size=64, num_key_value_heads=2, head_dim=16, **SIZES)), "ficoco-l",
+         {}, "reduces in the decoder: the decoder is 'gemma'; allowed: 'llama', .*, or a method of the tower"),
         (lambda: tiny(vision_feature_layer=[-2, -1]), "ficoco-v", {}, r"vision_feature_layer = \[-2, -1\]"),
         (lambda: torch.compile(tiny()), "ficoco-v", {}, "a compiled model is not allowed"),
         (tiny, "cdpruner", {}, "text_relevance` .it takes another model's text encoder"),

@@ -65,6 +65,11 @@ def test_nothing_happens_without_settings(random_llava: Path) -> None:
             {"enable_lora": True, "enable_tower_connector_lora": True},
             ["enable_tower_connector_lora = True"],
         ),
+        (
+            {"keep": 64},
+            {"compilation_config": {"cudagraph_mm_encoder": True}},
+            ["cudagraph_mm_encoder = True is not allowed"],
+        ),
     ],
 )
 def test_refused(
@@ -98,3 +103,15 @@ def test_other_towers_are_refused(
     with pytest.raises(ValueError) as caught:  # noqa: PT011 (the message is what is tested)
         configure(folder, {"keep": 64})
     assert part in str(caught.value)
+
+
+def test_other_models_are_refused(random_llava: Path, tmp_path: Path) -> None:
+    """A language model alone, which vLLM would serve without a reduction."""
+    config = json.loads((random_llava / "config.json").read_text())["text_config"]
+    folder = shutil.copytree(random_llava, tmp_path / "model")
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match="'LlamaForCausalLM' cannot be reduced; allowed: LlavaForConditional"
+    ):
+        configure(folder, {"keep": 64})
+    configure(folder, None)

@@ -43,6 +43,45 @@ def test_reducing_layers_of_a_32_layer_decoder(method: str, ends: list[int]) -> 
     assert [result.segments.end(segment) for segment in result.reducing_segments(method)] == ends
 
 
+def deep(num_layers: int = 36, **values: Any) -> DecoderPlanner:
+    """A planner of a decoder that adds deepstack features of three levels, after its layers 0 to 2 (Qwen3-VL-8B)."""
+    config = FicocoConfig.parse({"method": "ficoco-l", **values})
+    return DecoderPlanner.shared(config, num_layers, PATCHES, first_layer=3)
+
+
+@pytest.mark.parametrize(
+    ("method", "ends"),
+    [
+        ("ficoco-l", [3, 7, 11, 15, 19, 23, 27, 31]),
+        ("fastv", [3, 7, 11, 15, 19, 23, 27, 31]),  # after layer 1 of its authors features are still to come
+        # In six segments of six layers: layers 8, 16 and 24; layers 3 (for 2), 6 and 15.
+        ("pyramiddrop", [5, 17, 23]),
+        ("sparsevlm", [5, 17]),
+    ],
+)
+def test_no_token_leaves_before_the_last_deepstack_features(method: str, ends: list[int]) -> None:
+    """Of the server's own method, and of one that a request names."""
+    result = deep(method=method)
+    assert [result.segments.end(segment) for segment in result.reducing_segments(method)] == ends
+    other = deep(num_segments=36)
+    first = [other.segments.end(other.reducing_segments(name)[0]) for name in other.methods]
+    assert min(first) == 3
+    assert other.counts("fastv", PATCHES, 64) == (*[PATCHES] * 4, *[64] * 32)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"start_layer": 2}, "ficoco.start_layer = 2 is not allowed; allowed: layers 3 to 34"),
+        ({"method": "sparsevlm", "layers": (2, 9)}, r"ficoco.layers = \(2, 9\) is not allowed; .* deepstack"),
+        ({"num_layers": 4, "num_segments": 2}, "no segment of 2 layers ends in one of the layers 3 to 2"),
+    ],
+)
+def test_layers_before_deepstack_features_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        deep(**values)
+
+
 def test_even_one_shot_geometric_and_explicit() -> None:
     assert planner(keep=64).counts("ficoco-l", PATCHES, 64) == (576, 502, 429, 356, 283, 210, 137, 64)
     assert planner(schedule="one-shot").counts("ficoco-l", PATCHES, 64) == (576, *[64] * 7)

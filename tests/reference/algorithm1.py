@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor, LlavaForConditionalGeneration
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 LAM, EPSILON, COEFFICIENT, WINDOW = 0.35, 0.998, 2.0, 2
 
@@ -66,8 +65,8 @@ def reduce_layer(
     return kept, [position[j] for j in target]
 
 
-def plain_norm(module: LlamaRMSNorm, hidden: Tensor) -> Tensor:
-    """Hugging Face's norm of Llama, which always computes in float32."""
+def plain_norm(module: Any, hidden: Tensor) -> Tensor:
+    """Hugging Face's RMS norm of any decoder, which always computes in float32."""
     squares = hidden.square().mean(dim=-1, keepdim=True)
     return module.weight * hidden / torch.sqrt(squares + module.variance_epsilon)
 
@@ -93,7 +92,7 @@ class ReferenceLlava:
         self.dtype = dtype
         self.model = self.model_class.from_pretrained(folder, dtype=torch.float32).eval().to(dtype)
         for module in self.model.modules():
-            if isinstance(module, LlamaRMSNorm):
+            if type(module).__name__.endswith("RMSNorm"):
                 module.forward = MethodType(plain_norm, module)
         self.processor = AutoProcessor.from_pretrained(folder)
         self.config = self.model.config

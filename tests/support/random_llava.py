@@ -17,11 +17,22 @@ from transformers import (
     LlavaNextImageProcessor,
     LlavaNextProcessor,
     LlavaProcessor,
+    MistralConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
 )
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
+# Model type of a decoder to its configuration, with what a Llama of this size does not have.
+DECODERS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "llama": (LlamaConfig, {"head_dim": 32}),
+    "mistral": (MistralConfig, {"head_dim": 32, "sliding_window": None}),
+    "qwen2": (Qwen2Config, {}),
+    "qwen3": (Qwen3Config, {"head_dim": 64}),
+}
 # Rows and columns of tiles, as in LLaVA-NeXT.
 GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 CHAT_TEMPLATE = (
@@ -40,6 +51,7 @@ def build(
     patch_size: int = 8,
     seed: int = 0,
     decoder_layers: int = 3,
+    decoder: str = "llama",
 ) -> Path:
     """Write a random model in the layout of published LLaVA-1.5 checkpoints.
 
@@ -50,6 +62,7 @@ def build(
         patch_size: of images of 192 pixels.
         seed: of the weights.
         decoder_layers: depth of the language model.
+        decoder: its model type, a key of `DECODERS`.
     """
     processor = LlavaProcessor(
         image_processor=CLIPImageProcessor(
@@ -58,7 +71,7 @@ def build(
         **_reading(patch_size, select),
     )
     processor.save_pretrained(folder)
-    parts = _parts(vision_layers, 192, patch_size, decoder_layers)
+    parts = _parts(vision_layers, 192, patch_size, decoder_layers, decoder)
     config = LlavaConfig(**parts, vision_feature_select_strategy=select)
     torch.manual_seed(seed)
     return _save(LlavaForConditionalGeneration(config), folder)
@@ -72,6 +85,7 @@ def build_next(
     patch_size: int = 8,
     seed: int = 0,
     decoder_layers: int = 3,
+    decoder: str = "llama",
 ) -> Path:
     """Write a random model in the layout of published LLaVA-NeXT checkpoints, with their five shapes of grids of tiles.
 
@@ -82,6 +96,7 @@ def build_next(
         patch_size: height and width of a patch in pixels.
         seed: of the weights.
         decoder_layers: depth of the language model.
+        decoder: its model type, a key of `DECODERS`.
     """
     pinpoints = [[rows * tile_size, columns * tile_size] for rows, columns in GRIDS]
     processor = LlavaNextProcessor(
@@ -93,7 +108,7 @@ def build_next(
         **_reading(patch_size, "default"),
     )
     processor.save_pretrained(folder)
-    parts = _parts(vision_layers, tile_size, patch_size, decoder_layers)
+    parts = _parts(vision_layers, tile_size, patch_size, decoder_layers, decoder)
     config = LlavaNextConfig(
         **parts, vision_feature_select_strategy="default", image_grid_pinpoints=pinpoints
     )
@@ -130,8 +145,11 @@ def _vocabulary() -> dict[str, int]:
     return {token: index for index, token in enumerate(SPECIAL + sorted(pre_tokenizers.ByteLevel.alphabet()))}
 
 
-def _parts(vision_layers: int, image_size: int, patch_size: int, decoder_layers: int) -> dict[str, Any]:
+def _parts(
+    vision_layers: int, image_size: int, patch_size: int, decoder_layers: int, decoder: str
+) -> dict[str, Any]:
     """Common fields of both configurations."""
+    text_config, more = DECODERS[decoder]
     return {
         "vision_config": CLIPVisionConfig(
             hidden_size=128,
@@ -142,20 +160,20 @@ def _parts(vision_layers: int, image_size: int, patch_size: int, decoder_layers:
             patch_size=patch_size,
             projection_dim=128,
         ),
-        "text_config": LlamaConfig(
+        "text_config": text_config(
             vocab_size=len(_vocabulary()) + 3,
             hidden_size=128,
             intermediate_size=256,
             num_hidden_layers=decoder_layers,
             num_attention_heads=4,
             num_key_value_heads=2,
-            head_dim=32,
             max_position_embeddings=4096,
             bos_token_id=1,
             eos_token_id=2,
             pad_token_id=3,
             tie_word_embeddings=False,
-            architectures=["LlamaForCausalLM"],
+            architectures=[text_config.__name__.replace("Config", "ForCausalLM")],
+            **more,
         ),
         "image_token_index": 4,
         "image_token_id": 4,
@@ -172,6 +190,9 @@ def _save(model: PreTrainedModel, folder: Path) -> Path:
             torch.nn.init.normal_(parameter, std=0.12 if "language_model" in name else 0.08)
         if "embed_tokens" in name:
             torch.nn.init.normal_(parameter, std=1.0)
+        # What only some decoders have must make a difference.
+        if "language_model" in name and name.endswith(("bias", "q_norm.weight", "k_norm.weight")):
+            torch.nn.init.normal_(parameter, mean=parameter.mean().item(), std=0.5)
     model.save_pretrained(folder)
     weights = folder / "model.safetensors"
     save_file(

@@ -20,6 +20,7 @@ _MODULES: dict[str, dict[str, Callable[..., None]]] = {
         "_post_update_num_computed_tokens_kernel": batch.post_update_num_computed_tokens,
         "_expand_idx_mapping_kernel": batch.expand_idx_mapping,
     },
+    "mm.rope": {"_prepare_rope_positions_kernel": batch.prepare_rope_positions},
     "structured_outputs": {"_apply_grammar_bitmask_kernel": logits.apply_grammar_bitmask},
     "metrics.logits": {"_num_nans_kernel": logits.num_nans},
     "sample.logit_bias": {"_bias_kernel": logits.bias},

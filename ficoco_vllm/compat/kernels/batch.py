@@ -60,6 +60,34 @@ def prepare_pos_seq_lens(
     pos_ptr.numpy()[first:last] = np.arange(first, last) + np.repeat(computed - starts[:-1], lengths)
 
 
+def prepare_rope_positions(
+    positions_ptr: Tensor,
+    positions_stride: int,
+    prefill_positions_ptr: Tensor,
+    prefill_positions_stride0: int,
+    prefill_positions_stride1: int,
+    prefill_delta_ptr: Tensor,
+    idx_mapping_ptr: Tensor,
+    query_start_loc_ptr: Tensor,
+    prefill_lens_ptr: Tensor,
+    num_computed_tokens_ptr: Tensor,
+    NUM_DIMS: int,
+    **_: Any,
+) -> None:
+    """Write the positions of each token for M-RoPE: those of its prompt, or its index plus an offset in an answer."""
+    positions, of_prompts = positions_ptr.numpy(), prefill_positions_ptr.numpy()
+    deltas = prefill_delta_ptr.numpy()
+    prefill_lens, computed = prefill_lens_ptr.numpy(), num_computed_tokens_ptr.numpy()
+    starts = query_start_loc_ptr.tolist()
+    for row, state in enumerate(idx_mapping_ptr.tolist()):
+        begin, length = int(computed[state]), starts[row + 1] - starts[row]
+        if begin < prefill_lens[state]:
+            values = of_prompts[state * NUM_DIMS : (state + 1) * NUM_DIMS, begin : begin + length]
+        else:
+            values = np.arange(begin, begin + length) + deltas[state]
+        positions[:, starts[row] : starts[row + 1]] = values
+
+
 def combine_sampled_and_draft_tokens(
     input_ids_ptr: Tensor,
     idx_mapping_ptr: Tensor,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ficoco_vllm.planning.families import llava
+from ficoco_vllm.planning.families import internvl, llava, qwen3_vl
 from ficoco_vllm.planning.tower_shape import TowerShape
 
 
@@ -37,6 +37,24 @@ FAMILIES = {
     "llava": Family("LlavaForConditionalGeneration", "ficoco_vllm.models.llava:FicocoLlava", llava.shape),
     "llava_next": Family(
         "LlavaNextForConditionalGeneration", "ficoco_vllm.models.llava_next:FicocoLlavaNext", llava.next_shape
+    ),
+    "internvl": Family(
+        "InternVLForConditionalGeneration",
+        "ficoco_vllm.models.internvl:FicocoInternVL",
+        internvl.shape,
+        internvl.settings,
+    ),
+    "qwen3_vl": Family(
+        "Qwen3VLForConditionalGeneration",
+        "ficoco_vllm.models.qwen3_vl:FicocoQwen3VL",
+        qwen3_vl.shape,
+        qwen3_vl.image_settings,
+    ),
+    "qwen3_vl_moe": Family(
+        "Qwen3VLMoeForConditionalGeneration",
+        "ficoco_vllm.models.qwen3_vl:FicocoQwen3VLMoe",
+        qwen3_vl.shape,
+        qwen3_vl.image_settings,
     ),
 }
 

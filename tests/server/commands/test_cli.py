@@ -48,10 +48,11 @@ def test_methods_lists_all(capsys: pytest.CaptureFixture[str]) -> None:
     start = next(number for number, line in enumerate(lines) if line.startswith("NAME"))
     assert lines[start].split() == ["NAME", "SITE", "SERVED", "SOURCE", "TITLE"]
     rows = {line.split()[0]: line.split()[1:] for line in lines[start + 1 : lines.index("", start)]}
-    assert sorted(rows) == sorted([*available(), "ficoco-vl"])
+    assert sorted(rows) == sorted([*available(), "downscale", "ficoco-vl"])
     refused = {name for name, row in rows.items() if row[1] == "no"}
-    assert refused == {"cdpruner", "recoverable", "trim"}
-    assert all(f"{name} needs the signal `text_relevance`" in printed for name in refused)
+    assert refused == {"cdpruner", "downscale", "recoverable", "trim"}
+    assert "downscale needs a model with dynamic resolution" in printed
+    assert all(f"{name} needs the signal `text_relevance`" in printed for name in refused - {"downscale"})
     assert rows["best"][2:4] == ["no", "paper"]
     assert rows["ficoco-v"][2] == "arXiv:2411.17686"
 
@@ -375,7 +376,7 @@ def test_bash_completes(tmp_path: Path) -> None:
     (tmp_path / "completion").write_text(script("bash"))
     for words, expected in (
         (["ficoco-vllm", "pl"], "plan"),
-        (["ficoco-vllm", "serve", "--ficoco-ke"], "--ficoco-keep"),
+        (["ficoco-vllm", "serve", "--ficoco-keep-"], "--ficoco-keep-ratio"),
         (["ficoco-vllm", "serve", "--ficoco-method", "divp"], "divprune"),
     ):
         code = f"""
