@@ -15,7 +15,7 @@ from ficoco_vllm.planning.tower_shape import TowerShape
 from ficoco_vllm.reduction import Reducer, available, get
 from ficoco_vllm.reduction.control import CONTROLS
 from ficoco_vllm.reduction.method import SITES
-from ficoco_vllm.reduction.schedule import default_start_layer, make_schedule
+from ficoco_vllm.reduction.schedule import default_start_layer, make_schedule, shallow_layer
 from ficoco_vllm.request_fields import KEEP, KEEP_RATIO, METHOD, check_keep, check_keep_ratio
 
 VISION_SITES = ("encoder", "features")
@@ -51,6 +51,7 @@ class VisionPlan:
         keep: visual tokens at the end.
         removals: index of each reducing layer to the number of tokens removed there; empty for a method that
             works on the features.
+        shallow_layer: index of the layer whose [CLS] attention the method reads beside that of the last one, or None.
         proportional: whether later layers weigh each key by the units that it represents.
         logits: whether the method reads attention logits instead of probabilities.
         backend: which implementation of the fused ops runs.
@@ -59,6 +60,7 @@ class VisionPlan:
     reducer: Reducer
     keep: int
     removals: dict[int, int] = field(default_factory=dict)
+    shallow_layer: int | None = None
     proportional: bool = False
     logits: bool = False
     backend: Backend = "auto"
@@ -380,7 +382,10 @@ def _plan(planner: VisionPlanner, budget: Budget) -> VisionPlan:
     )
     if method.site == "features":
         spread("one-shot", layers=[0])
-        return VisionPlan(reducer, budget.keep, backend=config.backend)
+        shallow = None
+        if "shallow_cls_attention" in reducer.signals and budget.keep < shape.num_units:
+            shallow = min(shallow_layer(shape.num_layers), shape.num_executed_layers - 1)
+        return VisionPlan(reducer, budget.keep, shallow_layer=shallow, backend=config.backend)
     start = getattr(reducer.settings, "start_layer", None)
     if start is None:
         start = default_start_layer(shape.num_layers)

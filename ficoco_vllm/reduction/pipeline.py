@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from ficoco_vllm.reduction.method import Method
 from ficoco_vllm.reduction.methods.ficoco_l import FICOCO_L
 from ficoco_vllm.reduction.methods.ficoco_v import FICOCO_V
+from ficoco_vllm.reduction.methods.tops_l import TOPS_L
+from ficoco_vllm.reduction.methods.tops_v import TOPS_V
+from ficoco_vllm.reduction.methods.vscan_l import VSCAN_L
+from ficoco_vllm.reduction.methods.vscan_v import VSCAN_V
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,7 @@ class Pipeline:
         source: arXiv identifier.
         encoder: method in the vision encoder.
         decoder: method in the decoder, for the tokens that the encoder keeps.
+        ratio: tokens that leave the encoder for each one that is left in the end; None shares the loss evenly.
     """
 
     name: str
@@ -26,11 +31,13 @@ class Pipeline:
     source: str
     encoder: Method
     decoder: Method
+    ratio: int | None = None
 
     def encoder_keep(self, num_tokens: int, keep: int) -> int:
         """Number of tokens that leave the encoder if only the final count is given.
 
-        It is the geometric mean of N and `keep`: both parts keep the same share. The source fixes no split.
+        It is `ratio` times as many, at most N. Without a ratio it is the geometric mean of N and `keep`: both parts
+        keep the same share. FiCoCo's source fixes no split.
 
         Args:
             num_tokens: N, patches that enter.
@@ -43,9 +50,15 @@ class Pipeline:
         """
         if not 1 <= keep <= num_tokens:
             raise ValueError(f"keep = {keep}: allowed is 1 to {num_tokens}, the number of visual tokens")
-        return math.isqrt(num_tokens * keep)
+        return math.isqrt(num_tokens * keep) if self.ratio is None else min(num_tokens, self.ratio * keep)
 
 
-FICOCO_VL = Pipeline("ficoco-vl", "FiCoCo-VL", "2411.17686", FICOCO_V, FICOCO_L)
+_ALL = (
+    Pipeline("ficoco-vl", "FiCoCo-VL", "2411.17686", FICOCO_V, FICOCO_L),
+    # Table 9: 2T tokens of a budget T enter the decoder, T / 4 leave it.
+    Pipeline("tops", "TOPS", "2606.27161", TOPS_V, TOPS_L, ratio=8),
+    # The authors' scripts: 96 tokens enter the decoder, 32 leave it.
+    Pipeline("vscan", "VScan", "2505.22654", VSCAN_V, VSCAN_L, ratio=3),
+)
 
-PIPELINES: Mapping[str, Pipeline] = {FICOCO_VL.name: FICOCO_VL}
+PIPELINES: Mapping[str, Pipeline] = {pipeline.name: pipeline for pipeline in _ALL}

@@ -30,6 +30,17 @@ def default_start_layer(num_layers: int) -> int:
     return num_layers * 11 // 24
 
 
+def shallow_layer(num_layers: int) -> int:
+    """VScan's shallow layer, the 6th of 24, in an encoder of another depth: 24 -> 5, 8 -> 1, 4 -> 0, counted from 0.
+
+    Args:
+        num_layers: depth of the whole encoder, including layers after the feature layer.
+
+    Source: arXiv:2505.22654, Sec. 4.
+    """
+    return num_layers * 5 // 24
+
+
 def make_schedule(
     kind: str | Sequence[int],
     num_tokens: int,

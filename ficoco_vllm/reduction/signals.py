@@ -18,6 +18,7 @@ WHY_ABSENT = {
     "text_attention": "the text is seen in the decoder only",
     "text_features": "the text is seen in the decoder only",
     "cls_attention": "only the vision encoder has a [CLS] token",
+    "shallow_cls_attention": "it is measured for methods that reduce once, after the vision encoder",
 }
 
 
@@ -55,6 +56,7 @@ class Signals:
         visual_attention: (B, N, N) head-mean attention, query i to key j. The softmax runs over all keys ([CLS]
             included), of which only the visual tokens are returned, so that a row sums to less than one.
         cls_attention: (B, N) head-mean attention of [CLS] to each visual token.
+        shallow_cls_attention: (B, N) the same of a shallow layer, the 6th of 24.
         text_attention: (B, M, N) head-mean attention, text query k to visual key j. The last row is the last
             token of the prompt.
         keys: (B, N, Dk) head-mean keys.
@@ -71,6 +73,7 @@ class Signals:
 
     visual_attention: Tensor | AttentionMap | None = None
     cls_attention: Tensor | None = None
+    shallow_cls_attention: Tensor | None = None
     text_attention: Tensor | None = None
     keys: Tensor | None = None
     features: Tensor | None = None

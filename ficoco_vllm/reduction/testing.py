@@ -56,6 +56,7 @@ def make_signals(
         features=torch.randn(B, N, D, generator=generator),
         text_features=torch.randn(B, M, D, generator=generator),
         text_relevance=torch.randn(B, N, generator=generator),
+        shallow_cls_attention=torch.softmax(2 * torch.randn(B, N + 1, generator=generator), dim=-1)[:, 1:],
         position=alive,
         grid=grid,
     )

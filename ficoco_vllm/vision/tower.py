@@ -147,7 +147,10 @@ def encode(
     N = tokens.size.shape[1]
     layers = tower.layers_at(tokens.position)
     last = len(layers) - 1
-    first = min((layer for layer, count in plan.removals.items() if count), default=last)
+    measured = [layer for layer, count in plan.removals.items() if count]
+    measured += [] if plan.shallow_layer is None else [plan.shallow_layer]
+    first = min(measured, default=last)
+    shallow = None
     for index in range(len(layers)):
         if crop is not None and index == first:
             tokens, grid = _without_padding(tokens, grid, crop, tower.unit), (crop.rows, crop.columns)
@@ -157,10 +160,12 @@ def encode(
         num_removed = plan.removals.get(index, 0)
         on_features = index == last and not plan.removals
         weighted = plan.proportional and tokens.size.shape[1] < N
-        if not (num_removed or on_features or weighted):
+        if not (num_removed or on_features or weighted or index == plan.shallow_layer):
             tokens = replace(tokens, hidden=layer.whole(tokens.hidden))
             continue
         tokens, attention = _attend(tower, layer, tokens, weighted, plan)
+        if index == plan.shallow_layer:
+            shallow = attention.cls_attention()
         if num_removed:
             observer = observers and observers("encoder", index)
             with _timed(lap):
@@ -174,7 +179,7 @@ def encode(
                 observers and observers("features", index),
             )
             with _timed(lap):
-                return _reduce(tokens, attention, plan, num_removed, grid, observer, tower.unit)
+                return _reduce(tokens, attention, plan, num_removed, grid, observer, tower.unit, shallow)
     return replace(tokens, hidden=tower.finish(tokens.hidden))
 
 
@@ -275,14 +280,16 @@ def _reduce(
     grid: tuple[int, int],
     observer: Observer | None,
     unit: int,
+    shallow: Tensor | None = None,
 ) -> Tokens:
-    """One reduction of the units; [CLS] stays first."""
+    """One reduction of the units; [CLS] stays first. `shallow` is the [CLS] attention of a shallow layer."""
     needed = plan.reducer.signals
     cls, units = tokens.split(unit)
     with without_autocast(units.device):
         signals = Signals(
             visual_attention=attention.visual_attention() if "visual_attention" in needed else None,
             cls_attention=attention.cls_attention() if "cls_attention" in needed else None,
+            shallow_cls_attention=shallow,
             keys=attention.keys() if "keys" in needed else None,
             position=tokens.position,
             grid=grid,

@@ -163,6 +163,14 @@ def test_sparsevlm_where_one_text_token_is_all_there_is() -> None:
     assert got.position[0].tolist() == signals.position[0, best].tolist()
 
 
+@transcribes("vscan-l")
+def test_vscan_l() -> None:
+    signals = causal()
+    pruned_to([-float(value) for value in signals.text_attention[0, -1]], "vscan-l", signals)
+    assert get("vscan-l").configure().settings.model_dump()["layers"] == (16,)
+    assert get("vscan-l").default_schedule == "one-shot"
+
+
 def test_the_schedules_of_the_authors() -> None:
     assert get("ficoco-l").configure().settings.model_dump()["start_layer"] == 3
     assert get("fastv").default_schedule == "one-shot"

@@ -223,6 +223,33 @@ def farthest(features: Tensor) -> list[int]:
     return sorted(picks)
 
 
+@transcribes("vscan-v")
+@pytest.mark.parametrize("window", [(3, 3), (2, 4), (6, 7), (1, 1)])
+@pytest.mark.parametrize("share", [0.5, 0.9, 0.0])
+def test_vscan_v(signals: Signals, tokens: Tensor, window: tuple[int, int], share: float) -> None:
+    rows, columns = signals.grid
+    shallow, last = signals.shallow_cls_attention[0].tolist(), signals.cls_attention[0].tolist()
+    tops, lefts = range(0, rows, window[0]), range(0, columns, window[1])
+    local: list[int] = []
+    for top in tops:
+        for left in lefts:
+            inside = [
+                index
+                for index, place in enumerate(signals.position[0].tolist())
+                if top <= place // columns < top + window[0] and left <= place % columns < left + window[1]
+            ]
+            best = sorted(inside, key=lambda i: -shallow[i])
+            local += best[: int(K * share) // (len(tops) * len(lefts))]
+    others = sorted((i for i in range(N) if i not in local), key=lambda i: -last[i])
+    target = sorted(local + others[: K - len(local)])
+    source = [i for i in range(N) if i not in target]
+    want = reference.mean_of_nearest(
+        tokens[0], source, target, cosines(signals.features[0], source, target), target
+    )
+    settings = {"scan_window": window, "local_share": share, "size_weighted": False}
+    check(reduce("vscan-v", tokens, signals, R, **settings), signals, target, want)
+
+
 @transcribes("divprune")
 def test_divprune(signals: Signals, tokens: Tensor) -> None:
     target = farthest(signals.features[0])

@@ -40,6 +40,9 @@ class DenseLlava(ReferenceLlava):
         starts = min((index for index, count in removals.items() if count), default=executed - 1)
         places = [0, *(1 + row * side + column for row, column in shown.places)]
         weighted = getattr(reducer.settings, "proportional_attention", False)
+        shallow_layer, shallow = vision.num_hidden_layers * 5 // 24, None
+        if "shallow_cls_attention" in reducer.signals:
+            starts = shallow_layer
         hidden = tower.pre_layrnorm(tower.embeddings(pixels))
         position, size = torch.arange(side * side)[None], torch.ones(1, side * side)
         for index in range(executed):
@@ -58,9 +61,12 @@ class DenseLlava(ReferenceLlava):
             mixed = (weights @ value).transpose(0, 1).reshape(1, x.shape[1], -1)
             hidden = hidden + attention.out_proj(mixed)
             shown_map = logits if getattr(reducer.settings, "attention", "probs") == "logits" else weights
+            if index == shallow_layer:
+                shallow = shown_map.mean(0)[None, 0, 1:]
             signals = Signals(
                 visual_attention=shown_map.mean(0)[None, 1:, 1:],
                 cls_attention=shown_map.mean(0)[None, 0, 1:],
+                shallow_cls_attention=shallow,
                 keys=key.mean(0)[None, 1:],
                 position=position,
                 grid=grid,

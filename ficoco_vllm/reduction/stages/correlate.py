@@ -126,8 +126,28 @@ def key_cosine(signals: Signals, partition: Partition, settings: Settings) -> Te
 
     Source: arXiv:2411.17686, Eq. 6.
     """
-    keys = torch.nn.functional.normalize(require(signals, "keys").float(), dim=-1)
-    return take(keys, partition.source) @ take(keys, partition.target).transpose(1, 2)
+    return _cosine(require(signals, "keys"), partition)
+
+
+def feature_cosine(signals: Signals, partition: Partition, settings: Settings) -> Tensor:
+    """C_ij = cosine between the features of source i and target j.
+
+    Args:
+        signals: `features` (B, N, Df).
+        partition: R sources and K targets.
+        settings: none.
+
+    Returns:
+        (B, R, K) fp32.
+
+    Source: arXiv:2505.22654, Sec. 3.
+    """
+    return _cosine(require(signals, "features"), partition)
+
+
+def _cosine(vectors: Tensor, partition: Partition) -> Tensor:
+    unit = torch.nn.functional.normalize(vectors.float(), dim=-1)
+    return take(unit, partition.source) @ take(unit, partition.target).transpose(1, 2)
 
 
 STAGES = (
@@ -136,4 +156,5 @@ STAGES = (
     Correlation(attention_via_text, via_text_signals, ViaText),
     Correlation(cls_weight, frozenset({"cls_attention"})),
     Correlation(key_cosine, frozenset({"keys"}), signed=True),
+    Correlation(feature_cosine, frozenset({"features"}), signed=True),
 )

@@ -18,13 +18,13 @@ from ficoco_vllm.reduction.stages.text_filter import Relevance
 _SPENT = 1e-10
 
 
-def _cosines(signals: Signals, dtype: torch.dtype = torch.float32) -> Tensor:
+def cosines(signals: Signals, dtype: torch.dtype = torch.float32) -> Tensor:
     """Cosine between the features of all pairs, (B, N, N)."""
     features = torch.nn.functional.normalize(require(signals, "features").to(dtype), dim=-1)
     return features @ features.transpose(1, 2)
 
 
-def _rows(matrix: Tensor, pick: Tensor) -> Tensor:
+def row_of(matrix: Tensor, pick: Tensor) -> Tensor:
     """One row per image: (B, N, N) at (B,) gives (B, N)."""
     return matrix[torch.arange(pick.shape[0], device=pick.device), pick]
 
@@ -48,7 +48,7 @@ def max_min_distance(
 
     Source: arXiv:2503.02175, Alg. 1.
     """
-    distance = 1.0 - _cosines(signals)
+    distance = 1.0 - cosines(signals)
     nearest = distance.topk(2, dim=-1, largest=False).values[..., 1]  # the smallest is to itself
     num_kept = distance.shape[1] - num_removed
     return kernels.farthest_points(distance, nearest.argmax(dim=-1), num_kept, backend=backend)
@@ -76,7 +76,7 @@ def conditional_dpp(signals: Signals, settings: Relevance, num_removed: int) -> 
     low, high = relevance.aminmax(dim=-1, keepdim=True)
     # The small number keeps every token eligible, and equal relevances at 1.
     relevance = (relevance - low + 1e-6) / (high - low + 1e-6)
-    kernel = relevance[..., None] * _cosines(signals, torch.float64) * relevance[:, None]
+    kernel = relevance[..., None] * cosines(signals, torch.float64) * relevance[:, None]
     B, N = relevance.shape
     K = N - num_removed
     whole = kernel.diagonal(dim1=1, dim2=2)
@@ -91,7 +91,7 @@ def conditional_dpp(signals: Signals, settings: Relevance, num_removed: int) -> 
         )
         before = factor[:, :step]
         weight = before.gather(2, pick[:, None].expand(B, step, 1))
-        row = _rows(kernel, pick[:, 0]) - torch.bmm(weight.transpose(1, 2), before)[:, 0]
+        row = row_of(kernel, pick[:, 0]) - torch.bmm(weight.transpose(1, 2), before)[:, 0]
         factor[:, step] = torch.where(spent.gather(1, pick), 0, row * gain.gather(1, pick).rsqrt())
         redundancy = redundancy.scatter(1, pick, 0.0)
         gain = gain - factor[:, step].square()

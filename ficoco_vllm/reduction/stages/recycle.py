@@ -111,9 +111,9 @@ def cluster_likeness(signals: Signals, partition: Partition, settings: Recycling
     return torch.where(recycled[..., None] & centre[:, None], likeness, NOWHERE)
 
 
-_RATERS = frozenset({"text_attention", "features", "text_features"})
+RATERS = frozenset({"text_attention", "features", "text_features"})
 
 STAGES = (
-    Filter(rate_and_recycle, _RATERS, Recycling),
-    Correlation(cluster_likeness, _RATERS, Recycling, partners=()),
+    Filter(rate_and_recycle, RATERS, Recycling),
+    Correlation(cluster_likeness, RATERS, Recycling, partners=()),
 )
