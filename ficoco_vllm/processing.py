@@ -29,10 +29,12 @@ from ficoco_vllm.metrics.families import count_refusal
 from ficoco_vllm.planning.tower import Budget, VisionPlanner
 from ficoco_vllm.planning.tower_shape import TowerShape
 from ficoco_vllm.request_fields import (
+    BUDGET,
     FIELD,
     KEEP,
     METHOD,
     PREFIX,
+    SIZES,
     TRACE,
     check_trace_id,
     find_unknown,
@@ -41,9 +43,6 @@ from ficoco_vllm.request_fields import (
 
 # Part of the multimodal hash, with budget and method, so that servers that share a cache never mix settings.
 SETTINGS = "ficoco_settings"
-# Keys under which a processed prompt carries its `Budget`, and height and width of its images in pixels.
-BUDGET = "ficoco_budget"
-SIZES = "ficoco_sizes"
 
 
 @dataclass

@@ -31,7 +31,7 @@ from ficoco_vllm.kv.admission import (
 from ficoco_vllm.kv.marker import generation_prompt
 from ficoco_vllm.metrics.counting import RequestCounter
 from ficoco_vllm.metrics.families import count_refusal
-from ficoco_vllm.processing import BUDGET, SIZES
+from ficoco_vllm.request_fields import BUDGET
 
 # Tokens of the generation prompt, on vLLM's renderer.
 _MARKER = "ficoco_generation_prompt"
@@ -87,15 +87,11 @@ def _process_inputs(original: Any, self: Any, request_id: str, prompt: Any, *arg
     note_sent(self.renderer.mm_processor_cache, prompt)
     params = request.sampling_params
     if state.counter is not None and params is not None:
-        ours = prompt if isinstance(prompt, dict) else {}
+        # A prompt of another kind, which vLLM renders only now, carries no budget.
+        is_ours = isinstance(prompt, dict) and BUDGET in prompt
+        rendered = prompt if is_ours else {"prompt_token_ids": request.prompt_token_ids}
         # The parameters are the request's own copy; children of a request with several answers share them.
-        params.ficoco = state.counter.request(
-            len(request.prompt_token_ids or ()),
-            images_of(request),
-            ours.get(BUDGET),
-            params.extra_args,
-            ours.get(SIZES, ()),
-        )
+        params.ficoco = state.counter.request(rendered, images_of(request), params.extra_args)
     return request
 
 

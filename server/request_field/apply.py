@@ -15,7 +15,6 @@ from ficoco_vllm.hooks.unread_field import READ
 from ficoco_vllm.hooks.wrapping import wrap
 from ficoco_vllm.metrics.families import count_refusal
 from ficoco_vllm.metrics.savings import Account, Accountant
-from ficoco_vllm.processing import BUDGET, SIZES
 from ficoco_vllm.request_fields import FIELD, KEEP, METHOD, find_misplaced, misplaced
 from ficoco_vllm.server.request_field.report import add_usage
 from ficoco_vllm.server.request_field.resolve import Resolver
@@ -189,7 +188,7 @@ class FieldApplier:
             request, "media_io_kwargs", None
         )  # the client's own are for vLLM to check
 
-    def _account(self, request: Any, prompt: Mapping[str, Any]) -> Account | None:
+    def _account(self, request: Any, prompt: dict[str, Any]) -> Account | None:
         """Savings of a rendered prompt; None without images."""
         places = (prompt.get("mm_placeholders") or {}).get("image", ())
         images = [(place.offset, place.length) for place in places]
@@ -201,11 +200,8 @@ class FieldApplier:
             # Fixed now, so that the response reports the budget that the decoder gets.
             extra_args[KEEP] = default_keep(extra_args.get(METHOD), max(length for _, length in images))
             request.vllm_xargs = extra_args
-        num_tokens = len(prompt.get("prompt_token_ids") or ())
         try:
-            return self.accountant.account(
-                num_tokens, images, prompt.get(BUDGET), extra_args, prompt.get(SIZES, ())
-            )
+            return self.accountant.account_prompt(prompt, images, extra_args)
         except ValueError:
             return None  # admission refuses the request with its own message
 
