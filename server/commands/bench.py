@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ficoco_vllm.benchmarks.load import command as load
+from ficoco_vllm.benchmarks.load.arguments import add_arguments
 from ficoco_vllm.server.commands.arguments import base_url, counts, fail, names
 
 NEEDS = "pip install 'ficoco-vllm[bench]'"
@@ -178,9 +178,9 @@ def _add_load(benchmarks: Any) -> None:
         description="Starts the servers one after the other and sends each the same traffic with vLLM's own benchmark "
         "client. With --url it measures a server that is up; --servers then has one name for it.",
     )
-    parser.set_defaults(command_function=load.run)
+    parser.set_defaults(command_function=_load)
     add_server(parser, "build/load", api_key=os.environ.get("OPENAI_API_KEY", ""))
-    load.add_arguments(parser)
+    add_arguments(parser)
 
 
 def _accuracy(args: argparse.Namespace) -> int:
@@ -210,6 +210,12 @@ def _accuracy(args: argparse.Namespace) -> int:
     written = save(page(result), result, as_csv(result), args.out, "accuracy")
     terminal.show(summary(result), [written], result["warnings"])
     return terminal.report(limits)
+
+
+def _load(args: argparse.Namespace) -> int:
+    from ficoco_vllm.benchmarks.load.command import run
+
+    return run(args)
 
 
 def _lmms(args: argparse.Namespace) -> int:
