@@ -10,11 +10,10 @@ from typing import Any
 import httpx
 import pytest
 
-from ficoco_vllm.benchmarks.soak.server.bars import bars
+from ficoco_vllm.benchmarks.soak.server.__main__ import bars
 from ficoco_vllm.benchmarks.soak.server.client import Client
 from ficoco_vllm.benchmarks.soak.server.mixture import CHAT, Target, make_requests
-from ficoco_vllm.benchmarks.soak.server.run import Settings, run
-from ficoco_vllm.benchmarks.soak.server.state import GAUGES, read_counts, tree_mib
+from ficoco_vllm.benchmarks.soak.server.run import GAUGES, Settings, read_counts, run, tree_mib
 from tests.server.conftest import BODY_BYTES, KEEP, NUM_PATCHES, Bounded
 from tests.support.server import API_KEY, Server
 
