@@ -262,8 +262,7 @@ def equation_table() -> list[str]:
 
 def served_table(index: int) -> list[str]:
     """Table 8 or 9 as `make bench-efficiency` measured it, which is not in the wheel."""
-    from ficoco_vllm.benchmarks.efficiency.rows import TABLES
-    from ficoco_vllm.benchmarks.efficiency.table import markdown
+    from ficoco_vllm.benchmarks.efficiency.rows import TABLES, markdown
     from ficoco_vllm.benchmarks.harness.results import read
 
     return markdown(TABLES[index], read("efficiency")["rows"])
