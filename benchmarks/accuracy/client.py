@@ -54,13 +54,13 @@ def unanswered(jobs: Iterable[Job], store: Store) -> list[Job]:
 def replay(
     endpoint: Endpoint, jobs: Sequence[Job], store: Store, concurrency: int, progress: str | Task
 ) -> None:
-    """Ask what has not been answered yet; each answer is written as soon as it arrives.
+    """Ask what has not been answered yet; each answer is stored as soon as it arrives.
 
     Args:
         endpoint: the server.
         jobs: variants with questions.
         store: of the answers; questions with an answer are skipped.
-        concurrency: questions at the same time.
+        concurrency: concurrent questions.
         progress: advances with each answer; a text is the label of one for these questions alone.
 
     Raises:

@@ -14,14 +14,7 @@ REPEATS = 7
 
 
 def measure(dtype: torch.dtype = torch.bfloat16) -> Device:
-    """Measure the ceilings, in a second or two.
-
-    Args:
-        dtype: of the product.
-
-    Returns:
-        The best of several repeats, as `ficoco_vllm.reduction.cost.predict` takes them.
-    """
+    """Measure the ceilings of products, copies and launches: the best of several repeats, in a second or two."""
     flops, bandwidth = _flops(dtype), _bandwidth()
     if not torch.cuda.is_available():
         memory = float(psutil.virtual_memory().total)

@@ -43,10 +43,7 @@ TEXT = "what number is on the red sign? "
 def make_engine(model: Path | str, ficoco: Mapping[str, Any] | None = None, **options: Any) -> "LLM":
     """Start an engine in this process: float32, and small enough that several fit beside each other.
 
-    Args:
-        model: folder.
-        ficoco: our settings; None for vLLM alone.
-        **options: of the engine, other than these defaults.
+    `ficoco` are our settings, None for vLLM alone; `options` change the defaults of the engine.
     """
     from vllm import LLM
 
@@ -152,15 +149,10 @@ def remote_engine(
 def bench_engine(
     model: Path | str, ficoco: Mapping[str, Any] | None, **options: Any
 ) -> AbstractContextManager[Remote]:
-    """An engine of a benchmark: bfloat16, weights made up, a process of its own.
+    """An engine of a benchmark: bfloat16, weights made up, a process of its own; stock vLLM where `ficoco` is None.
 
     On a GPU all engines run model runner V2, which methods of the decoder need, and decode in CUDA graphs: what is
     compared differs in the method alone. On a CPU only methods of the decoder run V2, in Triton's interpreter.
-
-    Args:
-        model: folder.
-        ficoco: our settings; None for stock vLLM without any plugin.
-        **options: of the engine.
     """
     environment: dict[str, str | None] = dict(IN_PROCESS)
     if ficoco is None:
@@ -222,13 +214,7 @@ def _serve(
 
 
 def request(prompt: str | list[int], images: Sequence[Image.Image] = (), **kwargs: Any) -> dict[str, Any]:
-    """One prompt as vLLM takes it.
-
-    Args:
-        prompt: text, or tokens with one for each image.
-        images: in order.
-        **kwargs: its `mm_processor_kwargs`.
-    """
+    """One prompt as vLLM takes it: text, or tokens with one for each image; `kwargs` are its `mm_processor_kwargs`."""
     body: dict[str, Any] = {"prompt" if isinstance(prompt, str) else "prompt_token_ids": prompt}
     if images:
         body["multi_modal_data"] = {"image": list(images)}
@@ -238,14 +224,7 @@ def request(prompt: str | list[int], images: Sequence[Image.Image] = (), **kwarg
 
 
 def image_request(engine: "LLM", num_text_tokens: int, seed: int, **kwargs: Any) -> dict[str, Any]:
-    """A prompt of one random image of 336 x 336 pixels and of text of a given length.
-
-    Args:
-        engine: for its tokenizer.
-        num_text_tokens: of the text.
-        seed: of the pixels.
-        **kwargs: `mm_processor_kwargs`.
-    """
+    """A prompt of one random image of 336 x 336 pixels and of text of a given length; see `request` for `kwargs`."""
     tokenizer: Any = engine.get_tokenizer()
     text = tokenizer(TEXT * num_text_tokens, add_special_tokens=False).input_ids[:num_text_tokens]
     pixels = np.random.default_rng(seed).integers(0, 255, (336, 336, 3), dtype=np.uint8)

@@ -32,11 +32,7 @@ class Plot:
 def draw(name: str, caption: str, size_inches: tuple[float, float], paint: Callable[[Figure], None]) -> Plot:
     """Draw one picture of a report; several of them can stand in one page, light or dark.
 
-    Args:
-        name: of its file, without suffix.
-        caption: also the text for screen readers.
-        size_inches: width and height.
-        paint: fills the figure.
+    The caption is also the text for screen readers.
     """
     svg = as_svg(size_inches, paint, transparent=True)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL).replace("#000000", "currentColor")
@@ -73,16 +69,7 @@ def from_zero(axes: Axes, axis: Literal["x", "y"] = "y") -> None:
 def as_svg(
     size_inches: tuple[float, float], paint: Callable[[Figure], None], *, transparent: bool = False
 ) -> str:
-    """Draw one figure.
-
-    Args:
-        size_inches: width and height.
-        paint: fills the figure.
-        transparent: without a background.
-
-    Returns:
-        The `<svg>` element.
-    """
+    """Draw one figure as an `<svg>` element."""
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ficoco", "font.size": 9}):
         figure = Figure(size_inches, layout="constrained")
         paint(figure)

@@ -97,14 +97,7 @@ def show(
     warnings: Sequence[str] = (),
     console: Console | None = None,
 ) -> None:
-    """Print a summary: drawn and coloured tables on a terminal, Markdown elsewhere; warnings on stderr.
-
-    Args:
-        tables: of the summary.
-        lines: after them.
-        warnings: reasons to doubt the result.
-        console: for the output; None means stdout.
-    """
+    """Print tables, then lines: drawn and coloured on a terminal, Markdown elsewhere; warnings on stderr."""
     console = console or Console()
     for table in tables:
         if console.is_terminal:
@@ -119,11 +112,7 @@ def show(
 
 
 def report(bars: Iterable[Bar], console: Console | None = None) -> int:
-    """Print the bars, coloured on a terminal.
-
-    Returns:
-        Exit status: 1 if one fails.
-    """
+    """Print the bars, coloured on a terminal; returns the exit status, 1 if one fails."""
     console, bars = console or Console(), list(bars)
     for bar in bars:
         console.print(Text(str(bar), "green" if bar.passed else "bold red"), soft_wrap=True)

@@ -26,8 +26,7 @@ import torch
 
 from ficoco_vllm.benchmarks.harness.results import Bar, at_most, print_table
 from ficoco_vllm.benchmarks.harness.results import report as report_bars
-from ficoco_vllm.benchmarks.kernels.chips import CHIPS, Chip
-from ficoco_vllm.benchmarks.kernels.compiling import Compiled, Compiler, compiled, launches_of
+from ficoco_vllm.benchmarks.kernels.compiling import CHIPS, Chip, Compiled, Compiler, compiled, launches_of
 from ficoco_vllm.benchmarks.kernels.recording import Launch
 from ficoco_vllm.benchmarks.kernels.variants import variants
 from ficoco_vllm.benchmarks.kernels.workloads import Workload, workloads
@@ -96,11 +95,7 @@ def distinct(made: list[Compiled]) -> list[Compiled]:
 
 
 def report(made: list[Compiled], moved: list[dict[str, Any]], amd_spills: dict[str, int]) -> int:
-    """Print tables and bars.
-
-    Returns:
-        Exit status: 1 if a bar fails.
-    """
+    """Print tables and bars; returns the exit status, 1 if a bar fails."""
     print("\nCompiled (programs, resident ones, occupancy and waves are predicted)")
     print_table(
         [
@@ -156,11 +151,7 @@ def _bars(made: list[Compiled], moved: list[dict[str, Any]], amd_spills: dict[st
 
 
 def main() -> int:
-    """Compile, count, print the tables and the bars.
-
-    Returns:
-        1 if a bar fails.
-    """
+    """Compile, count, print the tables and the bars; returns 1 if a bar fails."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

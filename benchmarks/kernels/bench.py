@@ -18,10 +18,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from matplotlib.figure import Figure
 from torch.profiler import ProfilerActivity, profile
 
-from ficoco_vllm.benchmarks.harness.plots import COLOURS, as_svg
 from ficoco_vllm.benchmarks.harness.results import Bar, at_most, print_table, report
 from ficoco_vllm.benchmarks.kernels.cases import Case, decoder, tower
 
@@ -143,33 +141,8 @@ def bars(rows: list[dict[str, Any]]) -> Iterator[Bar]:
             yield at_most(f"memory{place}", row["ours_bytes"] / row["eager_bytes"], MEMORY_LIMIT)
 
 
-def chart(rows: list[dict[str, Any]], title: str) -> str:
-    """Times of both ways as an SVG of bars, each pair relative to its slower one."""
-
-    def paint(figure: Figure) -> None:
-        axes = figure.add_subplot()
-        axes.set_title(f"{title}: fused and eager, ms", loc="left")
-        slower = [max(row["ours_seconds"], row["eager_seconds"]) for row in rows]
-        for place, (who, colour) in enumerate(zip(("ours", "eager"), COLOURS, strict=False)):
-            times = [row[f"{who}_seconds"] for row in rows]
-            where = [number + 0.4 * place for number in range(len(rows))]
-            lengths = [time / most for time, most in zip(times, slower, strict=True)]
-            drawn = axes.barh(where, lengths, height=0.4, color=colour, label=who)
-            axes.bar_label(drawn, [f"{time * 1e3:.3f}" for time in times], padding=3)
-        axes.set_yticks(range(len(rows)), [f"{row['name']}, B = {row['B']}" for row in rows])
-        axes.set_xticks([])
-        axes.invert_yaxis()
-        axes.legend(frameon=False)
-
-    return as_svg((7.6, 1 + 0.5 * len(rows)), paint)
-
-
 def main() -> int:
-    """Run, print, write.
-
-    Returns:
-        1 on a mismatch or if a bar fails.
-    """
+    """Run, print, write; returns 1 on a mismatch or if a bar fails."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -198,7 +171,6 @@ def main() -> int:
         "threads": torch.get_num_threads(),
     }
     (arguments.out / "bench.json").write_text(json.dumps(context | {"rows": rows}, indent=1))
-    (arguments.out / "bench.svg").write_text(chart(rows, f"{name}, {dtype}"))
     return report(bars(rows)) if device == "cpu" else 0
 
 

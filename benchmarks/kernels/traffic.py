@@ -112,11 +112,7 @@ def counted() -> Iterator[Traffic]:
 
 
 def main() -> int:
-    """Write the counts of every workload.
-
-    Returns:
-        The exit status.
-    """
+    """Write the counts of every workload."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         print("set TRITON_INTERPRET=1", file=sys.stderr)
         return 2

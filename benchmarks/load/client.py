@@ -81,11 +81,7 @@ def run_point(
 
 
 def latencies(result: Mapping[str, Any]) -> dict[str, list[float]]:
-    """Seconds of each request, or each token, by the name of the latency.
-
-    Args:
-        result: of vLLM's client, with details.
-    """
+    """Seconds of each request, or each token, by the name of the latency, from the client's detailed result."""
     timed = zip(result["latencies"], result["ttfts"], result["output_lens"], strict=True)
     return {
         "ttft": result["ttfts"],
@@ -96,11 +92,7 @@ def latencies(result: Mapping[str, Any]) -> dict[str, list[float]]:
 
 
 def decoding_together(result: Mapping[str, Any]) -> int:
-    """Most requests that were between their first and their last token at the same time, as the client saw it.
-
-    Args:
-        result: of vLLM's client, with details.
-    """
+    """Most requests that were between their first and their last token at the same time, as the client saw it."""
     changes = []
     for start, first, whole in zip(
         *(result[name] for name in ("start_times", "ttfts", "latencies")), strict=True
@@ -154,13 +146,6 @@ def _arguments(
 
 def write_dataset(folder: Path, url: str, target: Target, traffic: Traffic, seed: int) -> Path:
     """Write prompts for a server whose tokenizer is not at hand: letters and noise, cut by the server's `/tokenize`.
-
-    Args:
-        folder: for the file.
-        url: of the server, without a path.
-        target: what it serves.
-        traffic: number and length of the prompts.
-        seed: of letters and pixels.
 
     Returns:
         A JSONL file with a prompt and an image, as a data URL, in each line (vLLM's `custom_image`).

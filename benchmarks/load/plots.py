@@ -16,12 +16,7 @@ Colours = Mapping[str, str]
 
 
 def plots(rows: Rows, summary: Rows) -> list[Plot]:
-    """Every picture that has something to show.
-
-    Args:
-        rows: of the run.
-        summary: their medians.
-    """
+    """Every picture that has something to show, from the rows of a run and their medians."""
     servers = list(dict.fromkeys(row["server"] for row in summary))
     points = list(dict.fromkeys(row["point"] for row in summary))
     colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(servers)}

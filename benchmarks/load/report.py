@@ -11,7 +11,7 @@ from ficoco_vllm.benchmarks.load.summary import Rows, ratio
 # A percentile that fewer values than this lie above is marked.
 _MARK = "†"
 _LATENCIES = "Latencies: the dot is the median, the bar ends at the 90th percentile, the line at the 99th."
-_SPEEDUP = "Speed-up: requests/s over stock vLLM's in the same round. TTFT: time to first token. ITL: time between tokens."
+_SPEEDUP = "Speed-up: requests/s over stock vLLM's in the same round. TTFT: time to first token. ITL: between tokens."
 _FEW = "requests in a round are too few for this percentile. Raise `--requests`."
 _LATENCY_HEAD = (
     *("server", "load", "requests/s", "speed-up", "TTFT p50, s", "TTFT p90, s", "TTFT p99, s"),

@@ -221,8 +221,7 @@ def _load(args: argparse.Namespace) -> int:
 def _lmms(args: argparse.Namespace) -> int:
     """Run one benchmark of lmms-eval, or print the table of all results."""
     from ficoco_vllm.benchmarks.lmms.benchmarks import BENCHMARKS
-    from ficoco_vllm.benchmarks.lmms.collect import read_results, table
-    from ficoco_vllm.benchmarks.lmms.command import PYTHON, Run, evaluate
+    from ficoco_vllm.benchmarks.lmms.command import PYTHON, Run, evaluate, read_results, table
 
     if args.name is None:
         print("\n".join(table(read_results(args.out))))

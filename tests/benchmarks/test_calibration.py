@@ -13,9 +13,8 @@ from ficoco_vllm.benchmarks.accuracy.store import Store
 from ficoco_vllm.benchmarks.accuracy.variants import Variant, full
 from ficoco_vllm.benchmarks.accuracy.workload import Item, embedded
 from ficoco_vllm.benchmarks.calibration.data import read_items
-from ficoco_vllm.benchmarks.calibration.divergence import divergence
+from ficoco_vllm.benchmarks.calibration.effects import divergence, kv_saving, visual_tokens_of_layers
 from ficoco_vllm.benchmarks.calibration.report import page
-from ficoco_vllm.benchmarks.calibration.savings import kv_saving, visual_tokens_of_layers
 from ficoco_vllm.server.cli import main
 from ficoco_vllm.server.commands.plan import read_config
 from tests.support.server import API_KEY, Server
