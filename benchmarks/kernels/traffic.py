@@ -30,7 +30,7 @@ SECTOR_BYTES = 32
 _FREE = {"empty", "empty_like", "new_empty", "view", "transpose", "expand", "select", "slice", "detach"}
 
 
-class Traffic(TorchDispatchMode):
+class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """What the launches made inside load, store and multiply.
 
     Attributes:
@@ -40,7 +40,7 @@ class Traffic(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.launches: list[dict[str, int]] = []
         self.torch_bytes = 0
         self.requested_bytes = self.flops = 0

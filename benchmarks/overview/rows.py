@@ -83,4 +83,6 @@ def full_accuracy(results: Results) -> float:
 def largest_load(result: Mapping[str, Any]) -> str:
     """Name of the point of a load test with the most open requests."""
     traffic = {row["point"]: row["traffic"] for row in result["rows"]}
-    return max(traffic, key=lambda name: (traffic[name]["rate"] is None, traffic[name]["concurrency"] or 0))
+    return str(
+        max(traffic, key=lambda name: (traffic[name]["rate"] is None, traffic[name]["concurrency"] or 0))
+    )
