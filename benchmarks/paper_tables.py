@@ -235,7 +235,7 @@ def next_table() -> list[str]:
 
 
 def equation_table() -> list[str]:
-    """What Eqs. 16 to 19 give for one layer, as printed and by algebra, in millions."""
+    """Results of Eqs. 16 to 19 for one layer, as printed and by algebra, in millions."""
     tower, decoder = LLAVA_7B.tower, LLAVA_7B.decoder
     encoder = (576, 43, tower.hidden, tower.mlp)
     rows: list[Row] = [("Layer", "Saving as printed", "by algebra", "missing", "Own work (Eqs. 18, 19)")]

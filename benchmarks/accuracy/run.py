@@ -24,7 +24,7 @@ class Options:
         tables: among `suites.TABLES`.
         keeps: budgets of the method comparison.
         few_count: questions of each type in the ablations and sensitivity tables.
-        answers: JSONL file; a run that was cut off goes on from it.
+        answers: JSONL file; an interrupted run continues from it.
         methods: None means every one that the server's site can run.
     """
 

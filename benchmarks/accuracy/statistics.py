@@ -1,4 +1,4 @@
-"""How sure a share or a difference is."""
+"""Confidence intervals and tests of shares and differences."""
 
 import math
 from collections.abc import Mapping, Sequence

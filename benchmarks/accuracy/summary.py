@@ -1,4 +1,4 @@
-"""From answers to figures."""
+"""Figures of each row, computed from the answers."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence

@@ -67,7 +67,7 @@ def overview(report: Report) -> Table:
 
 
 def lines(report: Report) -> list[str]:
-    """The outcome for the terminal: what was asked, then each method."""
+    """Lines for the terminal: the target, then the outcome of each method."""
     questions = report["questions"]
     head = (
         f"{questions['search']} questions searched, {questions['certificate']} fresh ones for the certificate; target "

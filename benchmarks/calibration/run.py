@@ -34,7 +34,7 @@ class Settings:
 
     Attributes:
         target: share of answers that must equal the full model's.
-        answers: JSONL file; a run that was cut off goes on from it.
+        answers: JSONL file; an interrupted run continues from it.
         budgets: visual tokens kept, candidates.
         seed: of the order of the questions.
     """

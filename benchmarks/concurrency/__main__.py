@@ -55,7 +55,7 @@ def memory(num_requests: int) -> int:
 def measure(
     folder: str, kinds: Mapping[str, dict[str, Any] | None], kv_bytes: int
 ) -> dict[str, dict[str, float]]:
-    """Fill one engine after the other; a row for each kind, as it stands in the JSON."""
+    """Fill one engine after the other; a row for each kind, as in the JSON."""
     limits = {"max_model_len": 1024, "max_num_batched_tokens": 4096, "max_num_seqs": MOST_REQUESTS}
     limits |= {"block_size": 32, "kv_cache_memory_bytes": kv_bytes, "enable_prefix_caching": False}
     rows: dict[str, dict[str, float]] = {}

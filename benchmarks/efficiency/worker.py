@@ -69,7 +69,7 @@ def _products(engine: Any) -> Iterator[list[int]]:
         flops.append(2 * arguments[1].shape[0] * arguments[1].shape[1] * module.org_vocab_size)
 
     def attention(module: Any, arguments: tuple[Any, ...]) -> None:
-        # A prompt computed in one step has as many keys as queries; the full square counts.
+        # A prompt computed in one step has as many keys as queries; the full square is counted.
         flops.append(4 * arguments[0].shape[0] ** 2 * module.num_heads * module.head_size)
 
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""vLLM engines, in this process or in one of their own that answers calls.
+"""vLLM engines, in this process or in a separate one that answers calls.
 
 Nothing heavy is imported at the top: a process that uses Triton's interpreter sets it up before it imports vLLM.
 """
@@ -24,7 +24,7 @@ from ficoco_vllm.config import FicocoConfig
 if TYPE_CHECKING:
     from vllm import LLM
 
-# The engine in the process that asks it, whose parts can be read there; None takes a variable away.
+# The engine in the calling process, which can read its parts; None removes a variable.
 IN_PROCESS: Mapping[str, str | None] = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -35,13 +35,13 @@ IN_PROCESS: Mapping[str, str | None] = {
 # Model runner V2, which methods of the decoder need, without a GPU.
 INTERPRETER = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
 DECODE_GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
-# Threads may start processes beside each other, but the environment that these inherit is one.
+# Threads may start processes at the same time, but all of them inherit one environment.
 _STARTING = Lock()
 TEXT = "what number is on the red sign? "
 
 
 def make_engine(model: Path | str, ficoco: Mapping[str, Any] | None = None, **options: Any) -> "LLM":
-    """Start an engine in this process: float32, and small enough that several fit beside each other.
+    """Start an engine in this process: float32, and small enough that several fit into one process.
 
     `ficoco` are our settings, None for vLLM alone; `options` change the defaults of the engine.
     """
@@ -111,7 +111,7 @@ def remote(
 
     Args:
         make: called in the process; opens the object.
-        environment: variables of the process beside those of this one; None takes one away.
+        environment: variables added to those of this process; None removes one.
         prepare: called in the process before `make`.
 
     Raises:
@@ -248,7 +248,7 @@ def _core(engine: Any) -> Any:
 
 
 def phase_of(request: Any) -> str:
-    """What a request of the scheduler is doing; "ended" for None."""
+    """Phase of a request of the scheduler; "ended" for None."""
     from vllm.v1.request import RequestStatus
 
     if request is None:

@@ -42,7 +42,7 @@ def draw(name: str, caption: str, size_inches: tuple[float, float], paint: Calla
 
 
 def legend_above(figure: Figure) -> None:
-    """One legend for all axes, above them, where it covers nothing."""
+    """One legend for all axes, above them."""
     entries: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):

@@ -1,4 +1,4 @@
-"""Rows of a benchmark measured in turns, round by round, so that a busy machine slows all of them alike."""
+"""Rows of a benchmark measured in turns, round by round, so that a busy machine slows all of them equally."""
 
 import random
 import time

@@ -115,7 +115,7 @@ def free_port() -> int:
     Raises:
         OSError: there is none.
     """
-    # A generator of the system: vLLM seeds the module's own one alike in several processes.
+    # The system's generator: vLLM seeds Python's global one identically in several processes.
     for port in random.SystemRandom().sample(_PORTS, len(_PORTS)):
         with socket.socket() as probe:
             try:

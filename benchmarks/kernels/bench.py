@@ -1,9 +1,9 @@
-"""Times the fused ops against the obvious way in torch, and against the attention itself.
+"""Time the fused ops against plain torch code, and against the attention itself.
 
     python -m ficoco_vllm.benchmarks.kernels.bench [--out FOLDER] [--batches 1 8 32]
 
-On a GPU the Triton kernels run; without one it says so and times the torch implementations, with bars: at
-least as fast as the obvious way, and at most half of its peak memory at B = 8. Results are compared before
+On a GPU the Triton kernels run; without one the torch implementations are timed, with bars: at
+least as fast as the plain code, and at most half of its peak memory at B = 8. Results are compared before
 anything is timed; on a mismatch nothing is printed and the exit status is 1.
 """
 
@@ -26,7 +26,7 @@ from ficoco_vllm.benchmarks.kernels.cases import Case, decoder, tower
 MEMORY_LIMIT = 0.5
 MEMORY_BATCH = 8
 TIME_LIMIT = 1.0
-# The obvious way rounds its logits to the inputs' type; in half precision that is what sets them apart.
+# The plain code rounds its logits to the inputs' type, which dominates the difference in half precision.
 ATOL = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 
 
@@ -55,7 +55,7 @@ def seconds(run: Callable[[], Any], device: str, repeats: int) -> float:
 
 
 def pair(case: Case, device: str, repeats: int) -> tuple[float, float]:
-    """Median times of both ways, taken in turns so that a busy machine slows both alike."""
+    """Median times of both ways, taken in turns so that a busy machine slows both equally."""
     if device == "cuda":
         return seconds(case.ours, device, repeats), seconds(case.eager, device, repeats)
     ours, eager = [], []
@@ -133,7 +133,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def bars(rows: list[dict[str, Any]]) -> Iterator[Bar]:
-    """The bars: time, and memory at `MEMORY_BATCH`, relative to the obvious way."""
+    """The bars: time, and memory at `MEMORY_BATCH`, relative to the plain code."""
     for row in rows:
         place = f"[{row['name']},B={row['B']}]"
         yield at_most(f"time{place}", row["ours_seconds"] / row["eager_seconds"], TIME_LIMIT)

@@ -1,4 +1,4 @@
-"""What is timed: each result of a reducing layer, by the fused ops and by the obvious way."""
+"""Timed cases: each result of a reducing layer, by the fused ops and by plain torch code."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class Case:
     """One result, two ways.
 
     Attributes:
-        attention: the attention of the layer alone, which runs anyway; None where none is at stake.
+        attention: the attention of the layer alone, which runs anyway; None for results that need none.
     """
 
     name: str

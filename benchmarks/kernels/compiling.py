@@ -63,7 +63,7 @@ def resident(chip: Chip, num_warps: int, registers: int, shared_bytes: int) -> i
 
 @dataclass(frozen=True)
 class Code:
-    """What the compiler made of one specialisation of a kernel for one NVIDIA device.
+    """Compiled code of one specialisation of a kernel for one NVIDIA device.
 
     Attributes:
         spills: loads and stores of local memory in the machine code.
@@ -144,7 +144,7 @@ class Compiler:
 
 
 def compile_for(launch: Launch, chip: Chip) -> Code:
-    """Compile one launch and read what came out."""
+    """Compile one launch and read the properties of its code."""
     made = triton.compile(launch.source(hip=False), target=chip.target, options=launch.options)
     usage = _resources(made.asm["cubin"])
     ptx = made.asm["ptx"]

@@ -1,4 +1,4 @@
-"""Counts what the kernels really load and store, by running them in Triton's interpreter.
+"""Count the loads and stores of the kernels by running them in Triton's interpreter.
 
     TRITON_INTERPRET=1 python -m ficoco_vllm.benchmarks.kernels.traffic OUT.json
 
@@ -48,7 +48,7 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._stores: list[Any] = []
 
     def touch(self, pointers: Any, mask: Any, store: bool) -> None:
-        """Note one load or store."""
+        """Record one load or store."""
         element = max(1, pointers.dtype.element_ty.primitive_bitwidth // 8)
         addresses = np.broadcast_to(pointers.data, np.broadcast(pointers.data, mask.data).shape)[
             mask.data.astype(bool)

@@ -22,7 +22,7 @@ BATCHES = (1, 8, 32)
 
 
 class _Chosen(dict[str, int]):
-    """Choices by class, which notes what it is asked for."""
+    """Choices by class, with a record of the classes that were looked up."""
 
     def __init__(self) -> None:
         super().__init__()

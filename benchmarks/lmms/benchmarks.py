@@ -16,7 +16,7 @@ class Benchmark:
         pad: pad images to squares with CLIP's mean colour, as LLaVA-1.5 does (`image_aspect_ratio: pad`); Hugging
             Face's processor crops the centre instead. Not where lmms-eval's own settings for LLaVA take the original.
         specific: takes the place of the task's `lmms_eval_specific_kwargs.default`.
-        note: what cannot match, for the reader of the table.
+        note: differences from the paper, shown in the table.
     """
 
     title: str

@@ -57,7 +57,7 @@ def evaluate(run: Run) -> dict[str, Any]:
 
     Raises:
         ValueError: there is no lmms-eval where it should be.
-        RuntimeError: the server or lmms-eval fails, the server does not reduce as said, or a question went unanswered.
+        RuntimeError: the server or lmms-eval fails, the server does not reduce as requested, or an answer is missing.
         openai.APIError: the server does not answer.
     """
     # Not resolved: a virtual environment's python is a link, and its own path determines the environment.

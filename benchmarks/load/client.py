@@ -51,7 +51,7 @@ def run_point(
         have it, and `reduced_by`, the methods of ours that were at work.
 
     Raises:
-        RuntimeError: a request failed; with the client's words.
+        RuntimeError: a request failed; with the client's message.
     """
     # The client's module takes seconds to import.
     from vllm.benchmarks.serve import main_async
@@ -145,7 +145,7 @@ def _arguments(
 
 
 def write_dataset(folder: Path, url: str, target: Target, traffic: Traffic, seed: int) -> Path:
-    """Write prompts for a server whose tokenizer is not at hand: letters and noise, cut by the server's `/tokenize`.
+    """Write prompts for a server whose tokenizer is not available: letters and noise, cut by the server's `/tokenize`.
 
     Returns:
         A JSONL file with a prompt and an image, as a data URL, in each line (vLLM's `custom_image`).

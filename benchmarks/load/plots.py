@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from ficoco_vllm.benchmarks.harness.plots import COLOURS, Plot, draw, from_zero, legend_above
 
 _SIZE_INCHES = (4.8, 3.2)
-# Latencies whose 99th percentile is so many times the median are drawn on a logarithmic scale.
+# Latencies whose 99th percentile exceeds the median by this factor get a logarithmic scale.
 _WIDE = 20
 Rows = Sequence[Mapping[str, Any]]
 Colours = Mapping[str, str]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from ficoco_vllm.benchmarks.harness.http import read_metrics, samples
 
-# vLLM's name to ours; several engines are added up, but for the share of the cache, of which the fullest counts.
+# vLLM's name to ours; several engines are added up, except for the share of the cache, where the fullest counts.
 _SUMS = {
     "vllm:num_requests_running": "num_running",
     "vllm:num_requests_waiting": "num_waiting",
@@ -21,7 +21,7 @@ _AVOIDED = "ficoco:kv_tokens_avoided_total"
 
 
 class Sampler:
-    """Reads /metrics in a thread of its own from entering to leaving.
+    """Reads /metrics in a separate thread while its block runs.
 
     Args:
         url: of the server, without a path.

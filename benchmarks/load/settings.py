@@ -55,7 +55,7 @@ class Traffic:
         rate: requests per second (Poisson); None: as fast as `concurrency` lets them.
         concurrency: open requests of the client; None does not limit them.
         num_text_tokens: of a prompt, beside the image.
-        num_answer_tokens: each answer has exactly so many.
+        num_answer_tokens: exact number of each answer.
         image_side: of the square images, in pixels.
     """
 
@@ -117,13 +117,13 @@ class Target:
 
 
 def make_turns(servers: list[Server], points: list[Traffic], num_rounds: int, seed: int) -> list[Turn]:
-    """Servers in an order of their own in every round; in a round all see the same prompts and images.
+    """Servers in a new random order in every round; in a round all see the same prompts and images.
 
     Args:
         servers: each takes one turn a round.
         points: that each turn runs through.
         num_rounds: at least 1.
-        seed: of order, prompts and images; every round and point has its own, so that no cache flatters.
+        seed: of order, prompts and images; each round and point has its own, so that no cache holds them.
     """
     order = random.Random(seed)
     turns = []

@@ -23,7 +23,7 @@ def summarise(rows: Rows) -> list[dict[str, Any]]:
 
     Returns:
         For each point and server, by load and stock first: `server`, `point`, `num_rounds`, and for each
-        of `FIGURES` its median, with `_min` and `_max` beside it; None where /metrics did not say.
+        of `FIGURES` its median, with `_min` and `_max` beside it; None where /metrics does not have it.
     """
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in sorted(rows, key=_place):

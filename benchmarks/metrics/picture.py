@@ -114,7 +114,7 @@ def _single_values(prometheus: Prometheus, end: float) -> str:
 
 
 def _lines(prometheus: Prometheus, panel: Mapping[str, Any], start: float, end: float) -> Lines:
-    """Name of each series of a panel to its points (seconds, value); without gaps, where no traffic of a kind was."""
+    """Name of each series of a panel to its points (seconds, value); times without traffic are left out."""
     lines = {}
     for target in panel["targets"]:
         query = filled_in(target["expr"], WINDOW_SECONDS)

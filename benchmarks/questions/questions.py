@@ -27,7 +27,7 @@ ABSENT = (
     "does the image not contain a {}?",
 )
 
-# Stands for every place in Question.evidence.
+# Any place, in Question.evidence.
 ANY = -1
 
 

@@ -123,7 +123,7 @@ class Accountant:
             per_image = zip(*counts, strict=True)
             with suppress(
                 ValueError
-            ):  # a request that the cost model does not cover is answered all the same
+            ):  # a request that the cost model does not cover is answered anyway
                 reduced = [
                     self.plan.image_tokens(budget, *image) for image in zip(per_image, places, strict=True)
                 ]

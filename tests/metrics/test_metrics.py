@@ -86,7 +86,7 @@ def test_decoder(schedule: str) -> None:
 
 
 def test_what_the_prefix_cache_held_counts_for_nothing() -> None:
-    """The second of two windows alone, as a prompt of its own."""
+    """The second of two windows counts like a separate prompt."""
     of = accountant("ficoco-l", keep=64, windows="turn", window_tokens=700)
     assert of.plan.decoder is not None
     prompt = (1300, [(20, 576), (650, 576)], of.plan.tower.default, {"ficoco_window": [640.0, 1290]})

@@ -1,4 +1,4 @@
-"""The endurance run in miniature, on servers that these tests share, and that it notices what it is there for."""
+"""The server soak in miniature, on servers that these tests share, and its detection of planted faults."""
 
 import asyncio
 import json
@@ -113,7 +113,7 @@ def another_s(body: bytes) -> tuple[int, bytes]:
 def test_a_planted_fault_is_noticed(
     server: Server, tamper: Callable[[bytes], tuple[int, bytes]], failing: set[str]
 ) -> None:
-    """Besides, the server has counted one answer more than came."""
+    """The server has also counted one answer more than arrived."""
     settings = Settings(8, num_per_round=8, num_open=4)
     asks = [ask for ask in make_requests(TOWER, 0, 60) if ask.name == "text" and not ask.abort][:6]
 

@@ -199,7 +199,7 @@ def test_our_routes_are_let_in_and_no_other_plugin_is_shut_out(
 
 
 def explanation(lost: bool = False) -> Explanation:
-    """4 x 4 patches, of which the first left into the last."""
+    """4 x 4 patches, the first of which is merged into the last."""
     side = Measured(
         answer="two\nlines",
         method="ficoco-v",

@@ -47,7 +47,7 @@ class Settings:
 
     Attributes:
         num_per_round: after which the server is looked at.
-        burst_every: every so many rounds, all requests of a round are sent at the same time.
+        burst_every: once in this many rounds, all requests of a round are sent at the same time.
     """
 
     num_requests: int = 10_000

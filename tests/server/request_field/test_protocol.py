@@ -86,7 +86,7 @@ def _kind(event: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _join(before: Any, after: Any) -> None:
-    """Text and lists go on, of everything else the later holds."""
+    """Text and lists are appended; of everything else the later value is taken."""
     for key, value in after.items():
         old = before.get(key)
         if isinstance(value, dict) and isinstance(old, dict):
