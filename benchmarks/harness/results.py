@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -45,10 +46,10 @@ def at_most(name: str, measured: float, limit: float = 0) -> Bar:
 
 
 def report(bars: Iterable[Bar]) -> int:
-    """Print the bars; returns the exit status, 1 if one fails."""
-    bars = list(bars)
+    """Print the bars, coloured on a terminal; returns the exit status, 1 if one fails."""
+    bars, coloured = list(bars), sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for bar in bars:
-        print(bar)
+        print(f"\033[{'32' if bar.passed else '1;31'}m{bar}\033[0m" if coloured else bar)
     return int(not all(bar.passed for bar in bars))
 
 

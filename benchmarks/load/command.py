@@ -17,6 +17,7 @@ from ficoco_vllm.benchmarks.harness import model, terminal
 from ficoco_vllm.benchmarks.harness.http import served_model
 from ficoco_vllm.benchmarks.harness.report import save
 from ficoco_vllm.benchmarks.harness.results import Bar, at_most, environment
+from ficoco_vllm.benchmarks.harness.results import report as print_bars
 from ficoco_vllm.benchmarks.load.arguments import DEMO, WIDE
 from ficoco_vllm.benchmarks.load.report import page
 from ficoco_vllm.benchmarks.load.run import run_turns
@@ -71,9 +72,7 @@ def run(args: argparse.Namespace) -> int:
     report = page(result)
     written = save(report, result, as_csv(rows), args.out, "load")
     terminal.show(report.tables, [written], warnings)
-    return terminal.report(
-        () if args.url is not None else _bars(args, servers, points[-1].name, rows, warnings)
-    )
+    return print_bars(() if args.url is not None else _bars(args, servers, points[-1].name, rows, warnings))
 
 
 def _read(args: argparse.Namespace) -> tuple[list[Server], list[Traffic]]:

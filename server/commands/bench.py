@@ -192,6 +192,7 @@ def _accuracy(args: argparse.Namespace) -> int:
     from ficoco_vllm.benchmarks.accuracy.workload import KINDS
     from ficoco_vllm.benchmarks.harness import terminal
     from ficoco_vllm.benchmarks.harness.report import save
+    from ficoco_vllm.benchmarks.harness.results import report
 
     reference = args.reference and json.loads(args.reference.read_text(encoding="utf-8"))
     options = Options(
@@ -209,7 +210,7 @@ def _accuracy(args: argparse.Namespace) -> int:
     result["warnings"] += regressed
     written = save(page(result), result, as_csv(result), args.out, "accuracy")
     terminal.show(summary(result), [written], result["warnings"])
-    return terminal.report(limits)
+    return report(limits)
 
 
 def _load(args: argparse.Namespace) -> int:
