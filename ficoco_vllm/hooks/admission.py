@@ -62,6 +62,19 @@ class FrontEnd:
         return state
 
 
+def fill_defaults(processor: Any, request: Any) -> None:
+    """Give a request with images the ends of its windows and, where that follows the load, its budget in the decoder.
+
+    Args:
+        processor: vLLM's input processor.
+        request: vLLM's `EngineCoreRequest`, or an object with its prompt, images and sampling parameters.
+    """
+    config, state = FicocoConfig.of(processor.vllm_config.model_config.hf_config), FrontEnd.of(processor)
+    fill_windows(config, getattr(processor.renderer, _MARKER, ()), request)
+    if state.default_keep is not None:
+        fill_budget(state.default_keep, state.chats, request)
+
+
 def hook_admission() -> None:
     """Make vLLM's front end admit requests through `_process_inputs` and `_resolve_watermarking`. Idempotent."""
     hook_processor_cache()
@@ -74,11 +87,8 @@ def _process_inputs(original: Any, self: Any, request_id: str, prompt: Any, *arg
     request = original(self, request_id, prompt, *args, **kwargs)
     state = FrontEnd.of(self)
     with _refusals_counted(self):
-        config = FicocoConfig.of(self.vllm_config.model_config.hf_config)
-        fill_windows(config, getattr(self.renderer, _MARKER, ()), request)
+        fill_defaults(self, request)
         check_stop(request)
-        if state.default_keep is not None:
-            fill_budget(state.default_keep, state.chats, request)
         if state.bounds is not None:
             check_bounds(state.bounds, request)
         check_request(self.vllm_config, request)

@@ -121,9 +121,7 @@ class Accountant:
         num_text_tokens = num_prompt_tokens - sum(length for _, length in images)
         if self.shape is not None and budget is not None and (by_tower or by_decoder) and num_text_tokens > 0:
             per_image = zip(*counts, strict=True)
-            with suppress(
-                ValueError
-            ):  # a request that the cost model does not cover is answered anyway
+            with suppress(ValueError):  # a request that the cost model does not cover is answered anyway
                 reduced = [
                     self.plan.image_tokens(budget, *image) for image in zip(per_image, places, strict=True)
                 ]

@@ -6,11 +6,12 @@ from contextvars import ContextVar
 from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, Literal
 
 from vllm.exceptions import VLLMValidationError
 
-from ficoco_vllm.hooks.admission import FrontEnd
+from ficoco_vllm.hooks.admission import FrontEnd, fill_defaults
 from ficoco_vllm.hooks.unread_field import READ
 from ficoco_vllm.hooks.wrapping import wrap
 from ficoco_vllm.metrics.families import count_refusal
@@ -195,15 +196,29 @@ class FieldApplier:
         if not images:
             return None
         extra_args = dict(_mapping(request, _DECODER_FIELD))
-        default_keep = FrontEnd.of(self.processor).default_keep
-        if default_keep is not None and KEEP not in extra_args:
-            # Fixed now, so that the response reports the budget that the decoder gets.
-            extra_args[KEEP] = default_keep(extra_args.get(METHOD), max(length for _, length in images))
-            request.vllm_xargs = extra_args
         try:
+            if FrontEnd.of(self.processor).default_keep is not None and KEEP not in extra_args:
+                # Fixed now, so that the response reports the budget that the decoder gets.
+                extra_args[KEEP] = self._default_keep(prompt, extra_args)
+                request.vllm_xargs = extra_args
             return self.accountant.account_prompt(prompt, images, extra_args)
         except ValueError:
             return None  # admission refuses the request with its own message
+
+    def _default_keep(self, prompt: Mapping[str, Any], extra_args: Mapping[str, Any]) -> int:
+        """Budget in the decoder that follows the load, as admission would choose it for this prompt."""
+        names, places = prompt["mm_hashes"]["image"], prompt["mm_placeholders"]["image"]
+        images = [
+            SimpleNamespace(identifier=name, mm_position=place)
+            for name, place in zip(names, places, strict=True)
+        ]
+        params = SimpleNamespace(extra_args=dict(extra_args))
+        tokens = prompt.get("prompt_token_ids") or ()
+        fill_defaults(
+            self.processor,
+            SimpleNamespace(prompt_token_ids=tokens, mm_features=images, sampling_params=params),
+        )
+        return int(params.extra_args[KEEP])
 
     def _usage(self, accounts: list[Account]) -> FicocoUsage | None:
         """The reported usage; None without visual tokens."""
