@@ -1,4 +1,4 @@
-"""Our part of the server's OpenAPI schema under inputs that schemathesis makes of it: never a 5xx.
+"""Our part of the server's OpenAPI schema under inputs that schemathesis generates from it: never a 5xx.
 
 Derived from the schema that the server publishes, valid and invalid, a bounded number of them, the same in every run.
 """

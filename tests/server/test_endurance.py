@@ -70,7 +70,7 @@ def test_the_decoder_in_miniature(bounded: Bounded) -> None:
 
 
 class Tampering(httpx.AsyncHTTPTransport):
-    """Does something to the answer of one chat."""
+    """Transport that changes the answer of one chat."""
 
     def __init__(self, tamper: Callable[[bytes], tuple[int, bytes]]) -> None:
         super().__init__()

@@ -95,7 +95,7 @@ def poisson(rate: Callable[[float], float], seconds: float, seed: int) -> Iterat
 
 
 def evenly(rate: Callable[[float], float], seconds: float) -> Iterator[float]:
-    """Times of arrivals without any chance in them."""
+    """Evenly spaced times of arrivals."""
     time, done = 0.0, 0.0
     while time < seconds:
         done += rate(time) * 0.001
