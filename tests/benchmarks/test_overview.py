@@ -13,8 +13,7 @@ from ficoco_vllm.benchmarks.harness.pages import ROOT, fill
 from ficoco_vllm.benchmarks.load.settings import Traffic
 from ficoco_vllm.benchmarks.overview.__main__ import BLOCKS, PAGE, README, committed, files
 from ficoco_vllm.benchmarks.overview.pictures import pictures
-from ficoco_vllm.benchmarks.overview.rows import FICOCO_L, FICOCO_V, STOCK
-from ficoco_vllm.benchmarks.overview.tables import blocks
+from ficoco_vllm.benchmarks.overview.tables import FICOCO_L, FICOCO_V, STOCK, blocks
 
 
 @pytest.fixture
