@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ficoco_vllm.benchmarks.accuracy.client import Job, replay, unanswered
-from ficoco_vllm.benchmarks.accuracy.host import CONCURRENCY, Host, endpoint
+from ficoco_vllm.benchmarks.accuracy.client import CONCURRENCY, Host, Job, endpoint, replay, unanswered
 from ficoco_vllm.benchmarks.accuracy.store import Store
 from ficoco_vllm.benchmarks.accuracy.suites import Row, methods_of, rows
 from ficoco_vllm.benchmarks.accuracy.summary import summarise

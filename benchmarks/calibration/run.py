@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ficoco_vllm.benchmarks.accuracy.client import Endpoint, pairs, replay
-from ficoco_vllm.benchmarks.accuracy.host import CONCURRENCY, Host, endpoint
+from ficoco_vllm.benchmarks.accuracy.client import CONCURRENCY, Endpoint, Host, endpoint, pairs, replay
 from ficoco_vllm.benchmarks.accuracy.store import Reply, Store
 from ficoco_vllm.benchmarks.accuracy.summary import check
 from ficoco_vllm.benchmarks.accuracy.variants import SITES, Site, Variant, full, site_of

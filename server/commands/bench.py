@@ -95,7 +95,7 @@ def add_questions(parser: argparse.ArgumentParser) -> None:
 
 def asked(args: argparse.Namespace) -> dict[str, Any]:
     """Fields that the settings of these benchmarks share, from `add_server` and `add_questions`."""
-    from ficoco_vllm.benchmarks.accuracy.host import Host
+    from ficoco_vllm.benchmarks.accuracy.client import Host
 
     host = Host(url=args.url, model=args.model, api_key=args.api_key, num_tokens=args.visual_tokens)
     answers = args.answers or args.out / "answers.jsonl"

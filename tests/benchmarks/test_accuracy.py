@@ -189,7 +189,7 @@ def test_bad_options_are_named(
 
 
 def _options(server: Server, folder: Path, methods: tuple[str, ...], count: int) -> Options:
-    from ficoco_vllm.benchmarks.accuracy.host import Host
+    from ficoco_vllm.benchmarks.accuracy.client import Host
 
     host = Host(url=server.url, api_key=API_KEY)
     answers = folder / "answers.jsonl"
