@@ -84,18 +84,19 @@ class Remote:
         """Run `function(object, *args)` in its process and return the result.
 
         Raises:
-            RuntimeError: with the traceback of the other process.
+            RuntimeError: with the traceback of the other process, or because that ended.
         """
         self._pipe.send((function, args))
         return self.receive()
 
     def receive(self) -> Any:
-        """The result of the last call, or None once the process has started.
-
-        Raises:
-            RuntimeError: with the traceback of the other process.
-        """
-        succeeded, value = self._pipe.recv()
+        """The result of the last call, or None once the process has started; see `call` for errors."""
+        try:
+            succeeded, value = self._pipe.recv()
+        except EOFError as error:
+            raise RuntimeError(
+                "the process ended without an answer; the system may be out of memory"
+            ) from error
         if not succeeded:
             raise RuntimeError(value)
         return value
