@@ -35,7 +35,7 @@ METHODS: tuple[dict[str, Any], ...] = (
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to serve, and its cost.
+    """Settings of a server, with their cost.
 
     Attributes:
         config: settings of the server, with `keep`.

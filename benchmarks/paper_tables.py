@@ -56,7 +56,7 @@ class Table:
     shape: ModelShape
     num_text_tokens: int
     cases: Sequence[Case]
-    printed: dict[str, Sequence[tuple[str, str, str]]]
+    printed: dict[str, list[list[str]]]
     notes: dict[tuple[str, str, str], str]
 
 
@@ -81,6 +81,11 @@ def in_decoder(method: str, shape: ModelShape, encoder_keep: int, keep: int) -> 
     )
 
 
+def _rows(text: str) -> list[list[str]]:
+    """Printed figures of each row: TFLOPs, memory and KV cache."""
+    return [row.split() for row in text.split("|")]
+
+
 TABLE_8 = Table(
     LLAVA_7B,
     60,
@@ -91,24 +96,9 @@ TABLE_8 = Table(
         in_decoder("FiCoCo-VL", LLAVA_7B, 70, 54),
     ),
     {
-        "fp16": (
-            ("8.5", "22.4", "333"),
-            ("1.5", "14.4", "65.0"),
-            ("1.5", "14.3", "64.2"),
-            ("1.5", "13.0", "60.8"),
-        ),
-        "int8": (
-            ("4.3", "11.2", "167"),
-            ("0.8", "7.8", "32.5"),
-            ("0.8", "7.2", "32.1"),
-            ("0.7", "6.5", "30.4"),
-        ),
-        "int4": (
-            ("2.1", "6.2", "83.4"),
-            ("0.4", "4.4", "16.3"),
-            ("0.4", "3.3", "16.1"),
-            ("0.4", "3.3", "15.2"),
-        ),
+        "fp16": _rows("8.5 22.4 333 | 1.5 14.4 65.0 | 1.5 14.3 64.2 | 1.5 13.0 60.8"),
+        "int8": _rows("4.3 11.2 167 | 0.8 7.8 32.5 | 0.8 7.2 32.1 | 0.7 6.5 30.4"),
+        "int4": _rows("2.1 6.2 83.4 | 0.4 4.4 16.3 | 0.4 3.3 16.1 | 0.4 3.3 15.2"),
     },
     {
         ("fp16", "FiCoCo-V", "TFLOPs"): "a",
@@ -133,19 +123,9 @@ TABLE_9 = Table(
         in_decoder("FiCoCo-VL", LLAVA_13B, 94, 74),
     ),
     {
-        "fp16": (
-            ("28.6", "56.1", "891"),
-            ("15.4", "38.6", "488"),
-            ("15.4", "38.4", "485"),
-            ("15.4", "38.3", "482"),
-        ),
-        "int8": (
-            ("14.3", "28", "446"),
-            ("7.7", "19.3", "244"),
-            ("7.7", "19.2", "242"),
-            ("7.6", "19.2", "241"),
-        ),
-        "int4": (("7.6", "14", "223"), ("3.9", "9.6", "122"), ("3.9", "9.5", "121"), ("3.8", "9.5", "120")),
+        "fp16": _rows("28.6 56.1 891 | 15.4 38.6 488 | 15.4 38.4 485 | 15.4 38.3 482"),
+        "int8": _rows("14.3 28 446 | 7.7 19.3 244 | 7.7 19.2 242 | 7.6 19.2 241"),
+        "int4": _rows("7.6 14 223 | 3.9 9.6 122 | 3.9 9.5 121 | 3.8 9.5 120"),
     },
     {("int4", "LLaVA-1.5", "TFLOPs"): "f"},
 )
@@ -235,7 +215,7 @@ def next_table() -> list[str]:
 
 
 def equation_table() -> list[str]:
-    """What Eqs. 16 to 19 give for one layer, as printed and by algebra, in millions."""
+    """Results of Eqs. 16 to 19 for one layer, as printed and by algebra, in millions."""
     tower, decoder = LLAVA_7B.tower, LLAVA_7B.decoder
     encoder = (576, 43, tower.hidden, tower.mlp)
     rows: list[Row] = [("Layer", "Saving as printed", "by algebra", "missing", "Own work (Eqs. 18, 19)")]
@@ -262,8 +242,7 @@ def equation_table() -> list[str]:
 
 def served_table(index: int) -> list[str]:
     """Table 8 or 9 as `make bench-efficiency` measured it, which is not in the wheel."""
-    from ficoco_vllm.benchmarks.efficiency.rows import TABLES
-    from ficoco_vllm.benchmarks.efficiency.table import markdown
+    from ficoco_vllm.benchmarks.efficiency.rows import TABLES, markdown
     from ficoco_vllm.benchmarks.harness.results import read
 
     return markdown(TABLES[index], read("efficiency")["rows"])

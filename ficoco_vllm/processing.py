@@ -35,11 +35,13 @@ from ficoco_vllm.planning.families import family, tower_shape
 from ficoco_vllm.planning.tower import Budget, VisionPlanner
 from ficoco_vllm.planning.tower_shape import IMAGES, image_settings
 from ficoco_vllm.request_fields import (
+    BUDGET,
     FIELD,
     KEEP,
     KEEP_RATIO,
     METHOD,
     PREFIX,
+    SIZES,
     TRACE,
     check_trace_id,
     find_unknown,
@@ -48,9 +50,6 @@ from ficoco_vllm.request_fields import (
 
 # Part of the multimodal hash, with budget and method, so that servers that share a cache never mix settings.
 SETTINGS = "ficoco_settings"
-# Keys under which a processed prompt carries its `Budget`, and height and width of its images in pixels.
-BUDGET = "ficoco_budget"
-SIZES = "ficoco_sizes"
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Names of our fields in a request's `mm_processor_kwargs` (for the tower) and `vllm_xargs` (for the decoder)."""
+"""Names of our fields in a request's `mm_processor_kwargs` (tower) and `vllm_xargs` (decoder), and in its prompt."""
 
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
@@ -15,6 +15,10 @@ METHOD = "ficoco_method"
 WINDOW = "ficoco_window"
 # The mark of a request that is to be traced.
 TRACE = "ficoco_trace"
+# Keys of a processed prompt: its `Budget`, height and width of its images in pixels, its savings.
+BUDGET = "ficoco_budget"
+SIZES = "ficoco_sizes"
+ACCOUNT = "ficoco_account"
 # vLLM's request schema may turn an integer into a float, which is exact up to here.
 MAX_TRACE_ID = 2**53 - 1
 

@@ -17,7 +17,7 @@ from ficoco_vllm.config import NAME, FicocoConfig
 from ficoco_vllm.hooks.processor_cache import hook_processor_cache, note_sent
 from ficoco_vllm.metrics.savings import Accountant
 from ficoco_vllm.plugin import register
-from ficoco_vllm.processing import BUDGET, SIZES
+from ficoco_vllm.request_fields import BUDGET, SIZES
 
 pytestmark = pytest.mark.compat
 

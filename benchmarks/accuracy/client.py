@@ -1,18 +1,24 @@
-"""Client that asks a server many questions at a time and stores each answer as it arrives."""
+"""A server of the accuracy benchmarks, running or started for them, and the client that asks it many questions."""
 
 import asyncio
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from openai import AsyncOpenAI
 
 from ficoco_vllm.benchmarks.accuracy.store import Reply, Store
-from ficoco_vllm.benchmarks.accuracy.variants import Variant
+from ficoco_vllm.benchmarks.accuracy.variant_package import write_package
+from ficoco_vllm.benchmarks.accuracy.variants import HOST_METHOD, Site, Variant
 from ficoco_vllm.benchmarks.accuracy.workload import Item
-from ficoco_vllm.benchmarks.harness.http import chat, data_url
+from ficoco_vllm.benchmarks.harness.http import chat, data_url, served_model
+from ficoco_vllm.benchmarks.harness.serving import serving
 from ficoco_vllm.benchmarks.harness.terminal import Task
 
+CONCURRENCY = 16
 Job = tuple[Variant, Item]
 
 
@@ -46,6 +52,55 @@ class Endpoint:
         return chat(self.model, item.question, urls, **fields)
 
 
+@dataclass(frozen=True)
+class Host:
+    """A server.
+
+    Attributes:
+        url: of a running server without a path, or None: servers are started, one for each site.
+        model: folder or name of the model to serve, or None: the demo model.
+        num_tokens: visual tokens of an image without reduction.
+        arguments: more options for servers that are started.
+    """
+
+    url: str | None = None
+    model: str | None = None
+    api_key: str = "none"
+    num_tokens: int = 576
+    arguments: tuple[str, ...] = ()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for answers of two runs to be mixed."""
+        return {"model": self.model or "demo", "num_tokens": self.num_tokens}
+
+
+@contextmanager
+def endpoint(host: Host, site: Site, variants: Sequence[Variant], **changes: Any) -> Iterator[Endpoint]:
+    """A server that can answer as the variants of one site.
+
+    Args:
+        host: which server.
+        site: where the variants reduce.
+        variants: a server that is started offers those with settings of their own as methods.
+        **changes: fields of `Endpoint` other than its defaults.
+
+    Raises:
+        RuntimeError: the server does not start.
+    """
+    fields = {"num_tokens": host.num_tokens, "api_key": host.api_key, **changes}
+    if host.url is not None:
+        yield Endpoint(host.url, served_model(host.url, host.api_key), **fields)
+        return
+    with tempfile.TemporaryDirectory(prefix="ficoco-bench-") as name:
+        folder = Path(name)
+        variables = write_package(folder, variants)
+        arguments = [*filter(None, [host.model]), "--ficoco-method", HOST_METHOD[site]]
+        arguments += ["--api-key", host.api_key, *host.arguments]
+        with serving(arguments, folder / "server.log", variables) as server:
+            yield Endpoint(server.url, served_model(server.url, host.api_key), **fields)
+
+
 def unanswered(jobs: Iterable[Job], store: Store) -> list[Job]:
     """Variants with questions that they have not answered yet."""
     return [(variant, item) for variant, item in jobs if (variant.key, item.name) not in store]
@@ -54,13 +109,13 @@ def unanswered(jobs: Iterable[Job], store: Store) -> list[Job]:
 def replay(
     endpoint: Endpoint, jobs: Sequence[Job], store: Store, concurrency: int, progress: str | Task
 ) -> None:
-    """Ask what has not been answered yet; each answer is written as soon as it arrives.
+    """Ask what has not been answered yet; each answer is stored as soon as it arrives.
 
     Args:
         endpoint: the server.
         jobs: variants with questions.
         store: of the answers; questions with an answer are skipped.
-        concurrency: questions at the same time.
+        concurrency: concurrent questions.
         progress: advances with each answer; a text is the label of one for these questions alone.
 
     Raises:

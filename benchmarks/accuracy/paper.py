@@ -1,4 +1,4 @@
-"""What the paper prints, to stand beside what is measured here.
+"""The paper's figures, to compare with those measured here.
 
 Source: arXiv:2411.17686, Tables 2 to 7.
 """

@@ -14,13 +14,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def budget_lines(axes: Axes, rows: Rows, full: float | None) -> None:
-    """Draw accuracy over the budget, a line for each method.
-
-    Args:
-        axes: to draw on.
-        rows: of methods with a budget.
-        full: accuracy with all visual tokens, or None.
-    """
+    """Draw accuracy over the budget, a line for each method, and the accuracy `full` with all visual tokens."""
     if full is not None:
         axes.axhline(full, color="#555", linewidth=1, linestyle=":", label="all tokens")
     for index, name in enumerate(dict.fromkeys(row["method"] for row in rows)):
@@ -37,13 +31,7 @@ def budget_lines(axes: Axes, rows: Rows, full: float | None) -> None:
 
 
 def token_axis(axes: Axes, keeps: Sequence[int], num_tokens: int) -> None:
-    """Label the horizontal axis with budgets.
-
-    Args:
-        axes: to label.
-        keeps: budgets.
-        num_tokens: visual tokens of an image without reduction.
-    """
+    """Label the horizontal axis with budgets, out of the visual tokens of an unreduced image."""
     axes.set_xscale("log", base=2)
     ticks = sorted(set(keeps))
     axes.set_xticks(ticks, [str(keep) for keep in ticks])
@@ -52,12 +40,7 @@ def token_axis(axes: Axes, keeps: Sequence[int], num_tokens: int) -> None:
 
 
 def plots(rows: Rows, num_tokens: int) -> list[Plot]:
-    """Accuracy over the budget, and the change at the smallest budget.
-
-    Args:
-        rows: of the table of methods.
-        num_tokens: visual tokens of an image without reduction.
-    """
+    """Accuracy over the budget, and the change at the smallest budget, from rows of the table of methods."""
     reduced = [row for row in rows if row["keep"] is not None]
     if not reduced:
         return []

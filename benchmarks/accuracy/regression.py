@@ -10,7 +10,7 @@ LEVEL = 0.001
 
 
 def regressions(result: Mapping[str, Any], reference: Mapping[str, Any], level: float = LEVEL) -> list[str]:
-    """Rows that answer fewer questions right than the same rows of a reference do.
+    """Rows that answer fewer questions right than the same rows of a reference do, a line for each.
 
     Only questions of both runs count. Both answers to a question are compared with each other, so that a few dozen
     questions are enough.
@@ -19,9 +19,6 @@ def regressions(result: Mapping[str, Any], reference: Mapping[str, Any], level: 
         result: of a run.
         reference: of another run with the same model, seed and visual tokens; it may have more or fewer questions.
         level: of the sign test, for each row alone.
-
-    Returns:
-        A line for each such row.
 
     Raises:
         ValueError: the runs cannot be compared.

@@ -66,12 +66,7 @@ def as_csv(result: Result) -> str:
 
 
 def bars(result: Result, regressed: Sequence[str] | None) -> list[Bar]:
-    """Limits of a run.
-
-    Args:
-        result: of the run, with the warnings of its own.
-        regressed: rows that are worse than those of a reference, or None without a reference.
-    """
+    """Limits of a run; `regressed` is None without a reference to compare with."""
     limits = [at_most("accuracy-rows-that-are-not-reduced-as-requested", len(result["warnings"]))]
     if regressed is not None:
         limits.append(at_most("accuracy-rows-worse-than-the-reference", len(regressed)))

@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ficoco_vllm.benchmarks.accuracy.client import Job, replay, unanswered
-from ficoco_vllm.benchmarks.accuracy.host import CONCURRENCY, Host, endpoint
+from ficoco_vllm.benchmarks.accuracy.client import CONCURRENCY, Host, Job, endpoint, replay, unanswered
 from ficoco_vllm.benchmarks.accuracy.store import Store
 from ficoco_vllm.benchmarks.accuracy.suites import Row, methods_of, rows
 from ficoco_vllm.benchmarks.accuracy.summary import summarise
@@ -24,7 +23,7 @@ class Options:
         tables: among `suites.TABLES`.
         keeps: budgets of the method comparison.
         few_count: questions of each type in the ablations and sensitivity tables.
-        answers: JSONL file; a run that was cut off goes on from it.
+        answers: JSONL file; an interrupted run continues from it.
         methods: None means every one that the server's site can run.
     """
 

@@ -1,4 +1,4 @@
-"""How sure a share or a difference is."""
+"""Confidence intervals and tests of shares and differences."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,15 +12,7 @@ RESAMPLES = 4000
 
 
 def wilson(successes: int, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """Confidence interval of a share.
-
-    Args:
-        successes: how many of `count`.
-        count: at least 1.
-        z: quantile of the normal distribution; the default is for 95%.
-
-    Returns:
-        Bounds between 0 and 1.
+    """Confidence interval of a share; `z` is a quantile of the normal distribution, by default for 95%.
 
     Source: Wilson, J. Am. Stat. Assoc. 22 (1927).
     """
@@ -32,14 +24,7 @@ def wilson(successes: int, count: int, z: float = 1.959964) -> tuple[float, floa
 
 
 def lower_bound(successes: int, count: int, confidence: float = CONFIDENCE) -> float:
-    """The one-sided exact lower bound of a share.
-
-    The share below which so many successes would be rarer than 1 - confidence.
-
-    Args:
-        successes: how many of `count`.
-        count: at least 1.
-        confidence: of the bound.
+    """One-sided exact lower bound: the share below which so many successes would be rarer than 1 - confidence.
 
     Source: Clopper and Pearson, Biometrika 26 (1934).
     """

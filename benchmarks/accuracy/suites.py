@@ -22,7 +22,7 @@ from ficoco_vllm.reduction.pipeline import PIPELINES
 KEEPS = (288, 192, 128, 64)
 # The budget of the paper's ablations and sensitivity analyses: 1.5 TFLOPs, 64 tokens.
 SMALL = 64
-# Types of question of the ablations: what is read from few patches and what from many, as TextVQA and ScienceQA are.
+# Types of question of the ablations: some are read from few patches, like TextVQA, others from many, like ScienceQA.
 FEW_KINDS = ("number", "number_by_colour_2", "colour", "shape")
 
 Settings = Mapping[str, Any]

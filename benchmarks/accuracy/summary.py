@@ -1,4 +1,4 @@
-"""From answers to figures."""
+"""Figures of each row, computed from the answers."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +20,8 @@ def summarise(
         wanted: the rows.
         items: all questions.
         store: their answers.
-        num_tokens: visual tokens of an image without reduction.
-        count: questions of each type of a row.
+        num_tokens: visual tokens of an unreduced image.
+        count: returns the questions of each type of a row.
 
     Returns:
         `majority` by type, `rows`, and `warnings` in words.
@@ -79,16 +79,13 @@ def _figures(
 
 
 def check(variant: Variant, before: Sequence[Reply], after: Sequence[Reply], num_tokens: int) -> list[str]:
-    """Signs that a server did not reduce as requested.
+    """Signs that a server did not reduce as requested, a line for each.
 
     Args:
         variant: of the request.
         before: answers to some questions with all visual tokens.
         after: answers of the variant to the same questions, in the same order.
-        num_tokens: visual tokens of an image without reduction.
-
-    Returns:
-        A line for each sign.
+        num_tokens: visual tokens of an unreduced image.
     """
     if not after or variant.method is None or variant.keep is None or variant.keep >= num_tokens:
         return []

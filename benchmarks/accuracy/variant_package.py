@@ -39,14 +39,10 @@ def with_defaults(name: str, base: str, settings: Mapping[str, Any]) -> Method:
 
 
 def write_package(folder: Path, variants: Iterable[Variant]) -> dict[str, str]:
-    """Write a package that offers the methods of some variants.
-
-    Args:
-        folder: becomes a place on Python's path.
-        variants: those without settings of their own need none and are passed over.
+    """Write a package that offers the methods of those variants that have settings of their own.
 
     Returns:
-        Environment of a server that shall know them.
+        Environment variables of a server that finds it in `folder`.
 
     Raises:
         ValueError: a setting is not allowed.

@@ -67,7 +67,7 @@ class Variant:
         return self.label != NO_IMAGE
 
     def fields(self) -> dict[str, Any]:
-        """What a request says beyond OpenAI's fields (docs/serving.md)."""
+        """Fields of a request beyond OpenAI's (docs/serving.md)."""
         if not self.with_image:
             return {}
         if self.method is None:

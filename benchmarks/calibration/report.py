@@ -20,12 +20,7 @@ _COLUMNS = ("method", "part", "keep", "agreeing", "count", "agreement", "at_leas
 
 
 def page(report: Report, items: Sequence[Item]) -> Page:
-    """The report.
-
-    Args:
-        report: of `run.calibrate`.
-        items: the questions, of which those that disagree are shown.
-    """
+    """The report of `run.calibrate`, with those questions that disagree."""
     by_name = {item.name: item for item in items}
     return Page(
         title="Calibration",
@@ -72,7 +67,7 @@ def overview(report: Report) -> Table:
 
 
 def lines(report: Report) -> list[str]:
-    """The outcome for the terminal: what was asked, then each method."""
+    """Lines for the terminal: the target, then the outcome of each method."""
     questions = report["questions"]
     head = (
         f"{questions['search']} questions searched, {questions['certificate']} fresh ones for the certificate; target "

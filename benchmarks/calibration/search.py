@@ -65,17 +65,7 @@ def needed(target: float, confidence: float = CONFIDENCE) -> int:
 
 
 def search(budgets: Sequence[int], target: float, total: int, ask: Ask) -> tuple[int | None, Seen]:
-    """The smallest budget that seems to reach the target.
-
-    Args:
-        budgets: in any order.
-        target: agreement, below 1.
-        total: questions available.
-        ask: see `Ask`.
-
-    Returns:
-        The candidate or None, and what was seen of each budget.
-    """
+    """The smallest budget that seems to reach the target agreement, or None, and what was seen of each budget."""
     seen: Seen = {}
     contenders, aside = sorted(budgets), list[int]()
     n = min(FIRST, total)
@@ -106,14 +96,6 @@ def certify(
     confidence: float = CONFIDENCE,
 ) -> tuple[Tested | None, tuple[Tested, ...]]:
     """Test budgets around the candidate on fresh questions, the largest first, until one fails.
-
-    Args:
-        budgets: in any order.
-        candidate: one of them.
-        target: agreement, below 1.
-        total: fresh questions.
-        ask: see `Ask`; of the fresh questions.
-        confidence: of each test, and of the outcome.
 
     Returns:
         The smallest that passed, or None, and all tests.

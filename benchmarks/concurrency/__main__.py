@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ficoco_vllm.benchmarks.concurrency import worker
+from ficoco_vllm.benchmarks.concurrency.worker import MOST_REQUESTS, NUM_DECODED, NUM_TEXT_TOKENS, fill
 from ficoco_vllm.benchmarks.harness import model
 from ficoco_vllm.benchmarks.harness.engine import bench_engine
 from ficoco_vllm.benchmarks.harness.results import Bar, environment, make_parser, report, write
@@ -49,60 +49,40 @@ def main() -> int:
 
 def memory(num_requests: int) -> int:
     """Bytes of a KV cache that holds a number of stock vLLM's requests."""
-    prompt = worker.NUM_TEXT_TOKENS + NUM_PATCHES
-    return num_requests * (prompt + worker.NUM_DECODED) * NUM_LAYERS * TOKEN_LAYER_BYTES
+    return num_requests * (NUM_TEXT_TOKENS + NUM_PATCHES + NUM_DECODED) * NUM_LAYERS * TOKEN_LAYER_BYTES
 
 
 def measure(
     folder: str, kinds: Mapping[str, dict[str, Any] | None], kv_bytes: int
 ) -> dict[str, dict[str, float]]:
-    """Fill one engine after the other.
-
-    Returns:
-        A row for each kind, as it stands in the JSON.
-    """
+    """Fill one engine after the other; a row for each kind, as in the JSON."""
+    limits = {"max_model_len": 1024, "max_num_batched_tokens": 4096, "max_num_seqs": MOST_REQUESTS}
+    limits |= {"block_size": 32, "kv_cache_memory_bytes": kv_bytes, "enable_prefix_caching": False}
     rows: dict[str, dict[str, float]] = {}
     for name, ficoco in kinds.items():
-        tokens = mean_tokens(ficoco)
-        counted = _count(folder, ficoco, kv_bytes)
-        rows[name] = {"mean_kv_tokens": tokens, **counted}
-        rows[name]["ratio"] = counted["num_running"] / rows["stock"]["num_running"]
-        rows[name]["predicted_ratio"] = rows["stock"]["mean_kv_tokens"] / tokens
-        print(f"{name:14} {json.dumps(rows[name])}", flush=True)
+        with bench_engine(folder, ficoco, **limits) as engine:
+            row = rows[name] = {"mean_kv_tokens": mean_tokens(ficoco), **engine.call(fill)}
+        row["ratio"] = row["num_running"] / rows["stock"]["num_running"]
+        row["predicted_ratio"] = rows["stock"]["mean_kv_tokens"] / row["mean_kv_tokens"]
+        print(f"{name:14} {json.dumps(row)}", flush=True)
     return rows
-
-
-def bars(rows: Mapping[str, Mapping[str, float]]) -> list[Bar]:
-    """The bars: nearly as many requests run as the plan predicts."""
-    return [
-        Bar(
-            f"concurrency-{name.replace(' ', '-')}-of-predicted", row["ratio"] / row["predicted_ratio"], SHARE
-        )
-        for name, row in rows.items()
-        if name != "stock"
-    ]
 
 
 def mean_tokens(ficoco: dict[str, Any] | None) -> float:
     """Tokens of a prompt in the KV cache, averaged over the layers, as planned."""
     if ficoco is None:
-        return float(worker.NUM_TEXT_TOKENS + NUM_PATCHES)
+        return float(NUM_TEXT_TOKENS + NUM_PATCHES)
     plan = ServerPlan.for_model(FicocoConfig.parse(ficoco), model_shape(model.config(NUM_LAYERS)))
-    return worker.NUM_TEXT_TOKENS + fmean(plan.image_tokens().decoder[:-1])
+    return NUM_TEXT_TOKENS + fmean(plan.image_tokens().decoder[:-1])
 
 
-def _count(folder: str, ficoco: dict[str, Any] | None, kv_bytes: int) -> dict[str, int]:
-    limits = {
-        "max_model_len": 1024,
-        "max_num_batched_tokens": 4096,
-        "max_num_seqs": worker.MOST_REQUESTS,
-        "block_size": 32,
-        "kv_cache_memory_bytes": kv_bytes,
-        "enable_prefix_caching": False,
-    }
-    with bench_engine(folder, ficoco, **limits) as engine:
-        counted: dict[str, int] = engine.call(worker.fill)
-    return counted
+def bars(rows: Mapping[str, Mapping[str, float]]) -> list[Bar]:
+    """The bars: nearly as many requests run as the plan predicts."""
+    shares = {name: row["ratio"] / row["predicted_ratio"] for name, row in rows.items() if name != "stock"}
+    return [
+        Bar(f"concurrency-{name.replace(' ', '-')}-of-predicted", share, SHARE)
+        for name, share in shares.items()
+    ]
 
 
 if __name__ == "__main__":

@@ -11,14 +11,14 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from ficoco_vllm.benchmarks.efficiency import worker
-from ficoco_vllm.benchmarks.efficiency.rows import PRECISIONS, SETTINGS, TABLES, Table, pairs, token_plan
-from ficoco_vllm.benchmarks.efficiency.table import markdown
+from ficoco_vllm.benchmarks.efficiency.rows import PRECISIONS, SETTINGS, TABLES, Table, markdown
 from ficoco_vllm.benchmarks.harness import model
 from ficoco_vllm.benchmarks.harness.engine import bench_engine
 from ficoco_vllm.benchmarks.harness.model import WHOLE_MODELS
@@ -42,7 +42,7 @@ def main() -> int:
     head = {"environment": environment(), "seed": args.seed}
     # Rows of earlier runs stay, if they are of the same machine and versions; the large models take long.
     rows = _earlier(args.out, head)
-    for table, precision in pairs():
+    for table, precision in product(TABLES, PRECISIONS):
         if table.size not in args.sizes or precision not in args.precisions:
             continue
         num_layers = args.layers or WHOLE_MODELS[table.size]
@@ -95,11 +95,7 @@ def _obstacle(shape: ModelShape, precision: str) -> str | None:
 def measure(
     folder: str, table: Table, precision: str, shape: ModelShape, rounds: int, order: random.Random
 ) -> list[dict[str, Any]]:
-    """All rows of one model and precision; the first round warms up and is not counted.
-
-    Returns:
-        Rows of the JSON file.
-    """
+    """All rows of one model and precision, as in the JSON file; the first round warms up and is not counted."""
     limits = {
         "max_model_len": worker.MAX_MODEL_LEN,
         "max_num_batched_tokens": worker.MAX_MODEL_LEN,
@@ -110,15 +106,10 @@ def measure(
     }
     with bench_engine(folder, SETTINGS, **limits) as engine:
         engine.call(worker.set_scales)
-        samples = take_turns(
-            {
-                row.method: partial(engine.call, worker.measure, row, table.num_text_tokens)
-                for row in table.rows
-            },
-            rounds,
-            order,
-            f"{table.size} {precision}",
-        )
+        asks = {
+            row.method: partial(engine.call, worker.measure, row, table.num_text_tokens) for row in table.rows
+        }
+        samples = take_turns(asks, rounds, order, f"{table.size} {precision}")
     return list(_summary(table, precision, shape, samples))
 
 
@@ -127,19 +118,16 @@ def _summary(
 ) -> Iterator[dict[str, Any]]:
     """What was counted and timed of each row, beside what the planner says."""
     bits = PRECISIONS[precision][1]
-    all_tokens = [sample["ttft_seconds"] for sample in samples[table.rows[0].method]]
+    times = {name: [sample["ttft_seconds"] for sample in mine] for name, mine in samples.items()}
     costs = {
-        row.method: estimate(shape, token_plan(row, shape), num_text_tokens=table.num_text_tokens)
+        row.method: estimate(shape, row.plan(shape), num_text_tokens=table.num_text_tokens)
         for row in table.rows
     }
-    stock = costs[table.rows[0].method]
+    stock = table.rows[0].method
     for row in table.rows:
-        seconds = [sample["ttft_seconds"] for sample in samples[row.method]]
-        (counted,) = {
-            (sample["linear_flops"] + sample["attention_flops"], sample["kv_bytes"])
-            for sample in samples[row.method]
-        }
-        tokens = [table.num_text_tokens + visual for visual in token_plan(row, shape).decoder[:-1]]
+        seconds, cost = times[row.method], costs[row.method]
+        (counted,) = {(sample["flops"], sample["kv_bytes"]) for sample in samples[row.method]}
+        tokens = [table.num_text_tokens + visual for visual in row.plan(shape).decoder[:-1]]
         slots = sum(-(-count // worker.BLOCK_SIZE) * worker.BLOCK_SIZE for count in tokens)
         yield {
             "table": table.number,
@@ -148,13 +136,13 @@ def _summary(
             "layers": shape.decoder.num_layers,
             "rounds": len(seconds),
             "flops": counted[0],
-            "planned_flops": costs[row.method].decoder_flops,
+            "planned_flops": cost.decoder_flops,
             "kv_bytes": counted[1],
             "planned_kv_bytes": slots * 2 * shape.decoder.kv_width * bits // 8,
             "resident_bytes": max(sample["resident_bytes"] for sample in samples[row.method]),
             "ttft_seconds": spread(seconds),
-            "speedup": spread(ratios(all_tokens, seconds)),
-            "predicted_speedup": stock.total_flops / costs[row.method].total_flops,
+            "speedup": spread(ratios(times[stock], seconds)),
+            "predicted_speedup": costs[stock].total_flops / cost.total_flops,
         }
 
 

@@ -1,20 +1,28 @@
-"""The rows of the paper's Tables 8 and 9 as requests to one engine of FiCoCo-VL."""
+"""The paper's Tables 8 and 9: their rows as requests to one engine of FiCoCo-VL, and as Markdown."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ficoco_vllm.benchmarks.harness.model import PATCHES
+from ficoco_vllm.benchmarks.harness import model
+from ficoco_vllm.benchmarks.harness.model import PATCHES, WHOLE_MODELS
+from ficoco_vllm.benchmarks.harness.pages import table as markdown_table
 from ficoco_vllm.benchmarks.harness.quantization import Weights
+from ficoco_vllm.benchmarks.harness.rounds import ranged
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.planning.server import ServerPlan
 from ficoco_vllm.planning.tower import Budget
-from ficoco_vllm.reduction.cost import ModelShape, TokenPlan
+from ficoco_vllm.reduction.cost import ModelShape, TokenPlan, estimate, model_shape
 
 # Weights and bits of the KV cache of the rows that the paper calls so. vLLM has no KV cache of 4 bits on a CPU.
 PRECISIONS: dict[str, tuple[Weights, int]] = {"fp16": ("plain", 16), "int8": ("int8", 8), "int4": ("int4", 8)}
 # Settings of the server; each request says how many tokens tower and decoder leave.
 SETTINGS: dict[str, Any] = {"method": "ficoco-vl", "keep": 64, "schedule": "one-shot"}
+_WEIGHTS = {"plain": "bfloat16", "int8": "W8A8", "int4": "W4A16"}
+_HEAD = (
+    *("Method", "Schedule", "Row", "Weights, KV cache", "Figures", "TFLOPs", "KV MB, in blocks"),
+    *("First token, s", "Faster by", "FLOPs say"),
+)
 
 
 @dataclass(frozen=True)
@@ -32,19 +40,22 @@ class Row:
 
     @property
     def schedule(self) -> str:
-        """For the reader of a table."""
+        """Schedule in words."""
         parts = [f"V: {self.tower}"] if self.tower < PATCHES else []
         parts += [f"L: {self.tower} in layers 1-4, {self.decoder} after"] if self.decoder < self.tower else []
         return ", ".join(parts) or "none"
 
+    def plan(self, shape: ModelShape) -> TokenPlan:
+        """Visual tokens layer by layer, as they are served."""
+        plan = ServerPlan.for_model(FicocoConfig.parse(SETTINGS), shape)
+        assert plan.decoder is not None
+        counts = plan.decoder.counts(plan.decoder.method, self.tower, self.decoder)
+        return plan.image_tokens(Budget(plan.tower.default.method, self.tower), counts)
+
 
 @dataclass(frozen=True)
 class Table:
-    """One of the two tables.
-
-    Attributes:
-        rows: the first is the model without reduction.
-    """
+    """One of the two tables; its first row is the model without reduction."""
 
     number: int
     size: str
@@ -52,33 +63,51 @@ class Table:
     rows: tuple[Row, ...]
 
 
+STOCK = Row("LLaVA-1.5")
 TABLES = (
     # FiCoCo-L's printed KV cache is below what it can reach from the 4th layer on; 64 tokens are left instead.
     Table(
-        8,
-        "7b",
-        60,
-        (Row("LLaVA-1.5"), Row("FiCoCo-V", 64, 64), Row("FiCoCo-L", PATCHES, 64), Row("FiCoCo-VL", 70, 54)),
+        8, "7b", 60, (STOCK, Row("FiCoCo-V", 64, 64), Row("FiCoCo-L", PATCHES, 64), Row("FiCoCo-VL", 70, 54))
     ),
     Table(
         9,
         "13b",
         512,
-        (Row("LLaVA-1.5"), Row("FiCoCo-V", 84, 84), Row("FiCoCo-L", PATCHES, 25), Row("FiCoCo-VL", 94, 74)),
+        (STOCK, Row("FiCoCo-V", 84, 84), Row("FiCoCo-L", PATCHES, 25), Row("FiCoCo-VL", 94, 74)),
     ),
 )
 
 
-def token_plan(row: Row, shape: ModelShape) -> TokenPlan:
-    """Visual tokens layer by layer, as they are served."""
-    plan = ServerPlan.for_model(FicocoConfig.parse(SETTINGS), shape)
-    assert plan.decoder is not None
-    counts = plan.decoder.counts(plan.decoder.method, row.tower, row.decoder)
-    return plan.image_tokens(Budget(plan.tower.default.method, row.tower), counts)
+def markdown(table: Table, measured: Sequence[dict[str, Any]]) -> list[str]:
+    """One table of the paper, with the measured rows of the JSON file; the others are marked as planned."""
+    by_name = {(row["table"], row["precision"], row["method"]): row for row in measured}
+    lines = []
+    for precision, (weights, bits) in PRECISIONS.items():
+        for row in table.rows:
+            figures = by_name.get((table.number, precision, row.method))
+            cells = _planned(table, row, bits) if figures is None else _measured(table, figures)
+            precise = (precision.upper(), f"{_WEIGHTS[weights]}, {bits} bits")
+            lines.append([row.method, row.schedule, *precise, *cells])
+    return markdown_table(_HEAD, lines)
 
 
-def pairs() -> Iterator[tuple[Table, str]]:
-    """Every table with every precision of it."""
-    for table in TABLES:
-        for precision in PRECISIONS:
-            yield table, precision
+def _measured(table: Table, row: dict[str, Any]) -> list[str]:
+    speedup, whole = row["speedup"], row["layers"] == WHOLE_MODELS[table.size]
+    return [
+        "measured" if whole else f"measured, {row['layers']} layers",
+        f"{row['flops'] / 1e12:.2f}",
+        f"{row['kv_bytes'] / 1e6:.1f}",
+        ranged(row["ttft_seconds"]),
+        f"{speedup['median']:.2f}x ({speedup['min']:.2f}-{speedup['max']:.2f})",
+        f"{row['predicted_speedup']:.2f}x",
+    ]
+
+
+def _planned(table: Table, row: Row, bits: int) -> list[str]:
+    shape = model_shape(model.config(WHOLE_MODELS[table.size], table.size))
+    stock, cost = (
+        estimate(shape, one.plan(shape), num_text_tokens=table.num_text_tokens) for one in (STOCK, row)
+    )
+    kv_megabytes = cost.kv_bytes * bits / 16 / 1e6
+    faster = f"{stock.total_flops / cost.total_flops:.2f}x"
+    return ["planned", f"{cost.decoder_flops / 1e12:.2f}", f"{kv_megabytes:.1f}", "", "", faster]

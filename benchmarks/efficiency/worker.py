@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
@@ -16,34 +15,25 @@ BLOCK_SIZE = 32  # the smallest of vLLM's CPU attention
 MAX_MODEL_LEN = 1152  # an image and Table 9's 512 tokens of text fit
 
 
-@dataclass
-class Products:
-    """FLOPs of the decoder's products, two for a multiply-add."""
-
-    linear: int = 0
-    attention: int = 0
-
-
 def measure(engine: Any, row: Row, num_text_tokens: int, seed: int) -> dict[str, float]:
     """Answer one request with a new image, from pixels to the first token.
 
     Returns:
-        `ttft_seconds`; `linear_flops` and `attention_flops` of the decoder and its head; `kv_bytes` of the blocks that
-        the scheduler gives the prompt; `resident_bytes` of the process afterwards.
+        `ttft_seconds`; `flops` of the products in the decoder and its head; `kv_bytes` of the blocks that the scheduler
+        gives the prompt; `resident_bytes` of the process afterwards.
     """
     from vllm import SamplingParams
 
     body = image_request(engine, num_text_tokens, seed, ficoco_keep=row.tower)
     extra = {"ficoco_keep": row.decoder}
     params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, detokenize=False, extra_args=extra)
-    with _products(engine) as products, _blocks(engine) as kv_bytes:
+    with _products(engine) as flops, _blocks(engine) as kv_bytes:
         start = time.perf_counter()
         engine.generate([body], params, use_tqdm=False)
         ttft = time.perf_counter() - start
     return {
         "ttft_seconds": ttft,
-        "linear_flops": products.linear,
-        "attention_flops": products.attention,
+        "flops": sum(flops),
         "kv_bytes": kv_bytes[0],
         "resident_bytes": psutil.Process().memory_info().rss,
     }
@@ -64,30 +54,30 @@ def set_scales(engine: Any) -> None:
 
 
 @contextmanager
-def _products(engine: Any) -> Iterator[Products]:
-    """Count the decoder's products, from the shapes of its modules' inputs."""
+def _products(engine: Any) -> Iterator[list[int]]:
+    """FLOPs of the decoder's products, two for a multiply-add, from the shapes of its modules' inputs."""
     from vllm.model_executor.layers.attention import Attention
     from vllm.model_executor.layers.linear import LinearBase
     from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
-    products = Products()
+    flops: list[int] = []
 
     def linear(module: Any, arguments: tuple[Any, ...]) -> None:
-        products.linear += 2 * arguments[0].shape[0] * module.input_size * module.output_size
+        flops.append(2 * arguments[0].shape[0] * module.input_size * module.output_size)
 
     def head(module: Any, arguments: tuple[Any, ...]) -> None:
-        products.linear += 2 * arguments[1].shape[0] * arguments[1].shape[1] * module.org_vocab_size
+        flops.append(2 * arguments[1].shape[0] * arguments[1].shape[1] * module.org_vocab_size)
 
     def attention(module: Any, arguments: tuple[Any, ...]) -> None:
-        # A prompt computed in one step has as many keys as queries; the full square counts.
-        products.attention += 4 * arguments[0].shape[0] ** 2 * module.num_heads * module.head_size
+        # A prompt computed in one step has as many keys as queries; the full square is counted.
+        flops.append(4 * arguments[0].shape[0] ** 2 * module.num_heads * module.head_size)
 
     with ExitStack() as stack:
         for module in _decoder(engine).modules():
             for kind, hook in ((LinearBase, linear), (LogitsProcessor, head), (Attention, attention)):
                 if isinstance(module, kind):
                     stack.callback(module.register_forward_pre_hook(hook).remove)
-        yield products
+        yield flops
 
 
 @contextmanager

@@ -11,14 +11,9 @@ import json
 import sys
 import tempfile
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
-from openai import AsyncOpenAI
-
-from ficoco_vllm.benchmarks.elastic.driver import Driver
-from ficoco_vllm.benchmarks.elastic.overload import LONG, NUM_OUTPUT, SHORT, Result, arguments, overload
-from ficoco_vllm.benchmarks.harness.http import metric
+from ficoco_vllm.benchmarks.elastic.overload import LONG, SHORT, Result, arguments, run
 from ficoco_vllm.benchmarks.harness.results import Bar, at_most, environment, make_parser, report, write
 from ficoco_vllm.benchmarks.harness.serving import serving
 
@@ -34,18 +29,11 @@ def main() -> int:
         tempfile.TemporaryDirectory() as folder,
         serving(arguments(length, args.api_servers), Path(folder) / "log") as server,
     ):
-        result = asyncio.run(run(server.url, args.seed, args.short))
+        result = asyncio.run(run(server.url, args.seed, length))
     head = {"environment": environment(), "seed": args.seed, "api_servers": args.api_servers}
     write({**head, "length": asdict(length), "result": asdict(result)}, args.out)
     print(json.dumps(asdict(result), indent=2))
     return report(bars(result))
-
-
-async def run(url: str, seed: int, short: bool, api_key: str = "none") -> Result:
-    """The experiment on a running server."""
-    async with AsyncOpenAI(base_url=f"{url}/v1", api_key=api_key, max_retries=0, timeout=300) as client:
-        driver = Driver(client, "ficoco-demo", NUM_OUTPUT, seed)
-        return await overload(driver, partial(metric, url), SHORT if short else LONG)
 
 
 def bars(result: Result) -> list[Bar]:

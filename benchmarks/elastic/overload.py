@@ -1,30 +1,33 @@
-"""The experiment: the same rate of arrivals with the ceiling as a fixed budget, and with one that follows the load."""
+"""The same rate of arrivals with the ceiling as a fixed budget, and with a budget that follows the load."""
 
 import asyncio
 import json
+import random
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
-from ficoco_vllm.benchmarks.elastic.driver import Answer, Driver, ttft
+from openai import AsyncOpenAI
+from PIL import Image
+
+from ficoco_vllm.benchmarks.harness.http import chat, data_url, first_token, metric
 
 FLOOR, CEILING = 64, 576
-# Tokens of an answer. Prompts of 576 visual tokens take 22 blocks of 32 with it, those of 64 take 6: two against
-# seven concurrent requests in 44 blocks, one of which vLLM keeps for itself.
+# Tokens of an answer. With it, prompts of 576 visual tokens take 22 blocks of 32, those of 64 take 6: two against seven
+# concurrent requests in 44 blocks, since vLLM keeps one for itself.
 NUM_OUTPUT = 96
 BLOCK_SIZE, NUM_BLOCKS = 32, 45
+# Rate of the arrivals over the throughput of the fixed ceiling.
+OVERLOAD = 1.6
 _FEWEST_ARRIVALS = 24
+Fields = dict[str, Any]
+Answers = list[tuple[float, int]]
 
 
 @dataclass(frozen=True)
 class Length:
-    """Lengths of the phases, and the controller's times.
-
-    Attributes:
-        capacity_seconds: of measuring the throughput of the fixed ceiling.
-        overload_seconds: of arrivals above that.
-    """
+    """Lengths of the phases, and the controller's times."""
 
     capacity_seconds: float
     overload_seconds: float
@@ -42,10 +45,8 @@ class Phase:
     """One kind of budget under overload.
 
     Attributes:
-        num_requests: that arrived.
-        early_ttft_seconds: median of the first quarter of them.
+        early_ttft_seconds: median of the first quarter of the requests.
         late_ttft_seconds: median of the last quarter.
-        median_ttft_seconds: of all.
         longest_queue: most requests that waited at the same time, sampled.
         budgets: visual tokens that requests had, ascending.
         lowest_default: lowest budget of requests that name none, sampled.
@@ -65,8 +66,8 @@ class Result:
     """Figures of both phases.
 
     Attributes:
-        capacity: requests a second that the fixed ceiling serves.
-        rate: of the arrivals in both phases.
+        capacity: requests per second that the fixed ceiling serves.
+        rate: of the arrivals in both phases, per second.
         fixed: phase in which every request names the ceiling.
         elastic: phase in which no request names a budget.
         return_seconds: from the end of that phase until the default was the ceiling again, with light traffic.
@@ -95,71 +96,107 @@ def arguments(length: Length, num_servers: int) -> list[str]:
     return [*options, "--api-server-count", str(num_servers)]
 
 
-async def overload(
-    driver: Driver, metric: Callable[[str], float], length: Length, overload_factor: float = 1.6
-) -> Result:
+async def run(url: str, seed: int, length: Length, api_key: str = "none") -> Result:
     """Run both phases on one server, which was started with `arguments`.
-
-    Args:
-        driver: of the server, with `NUM_OUTPUT` tokens an answer.
-        metric: sum of one Prometheus metric of the server over its labels.
-        length: of the phases.
-        overload_factor: rate of the arrivals relative to the throughput of the fixed ceiling.
 
     Raises:
         TimeoutError: the default does not return to the ceiling.
     """
-    explicit: dict[str, Any] = {"mm_processor_kwargs": {"ficoco_keep": CEILING}}
-    num_text = (await driver.ask(**explicit)).num_prompt_tokens - CEILING
-    capacity = await driver.capacity(length.capacity_seconds, 6, **explicit)
-    rate = overload_factor * capacity
-    # On a slow machine few requests arrive in a phase; a queue shows in two dozen.
-    seconds = max(length.overload_seconds, min(_FEWEST_ARRIVALS / rate, 3 * length.overload_seconds))
-    phases = []
-    for extra in (explicit, {}):
-        await _returned(driver, metric, length)
-        phases.append(await _phase(driver, metric, rate, seconds, num_text, extra))
-    begin = time.monotonic()
-    await _returned(driver, metric, length)
-    returned = time.monotonic() - begin
-    return Result(capacity, rate, phases[0], phases[1], returned)
+    # One retry: the server may close an idle connection at the moment in which it is used again.
+    async with AsyncOpenAI(base_url=f"{url}/v1", api_key=api_key, max_retries=1, timeout=300) as client:
+        return await Overload(client, url, seed, length).run()
 
 
-async def _phase(
-    driver: Driver,
-    metric: Callable[[str], float],
-    rate: float,
-    seconds: float,
-    num_text: int,
-    extra: dict[str, Any],
-) -> Phase:
-    waiting, defaults = [0], [CEILING]
+class Overload:
+    """One run of the experiment; its chats have one new image each."""
 
-    async def watch() -> None:
-        while True:
+    def __init__(self, client: AsyncOpenAI, url: str, seed: int, length: Length) -> None:
+        self.client, self.url, self.length = client, url, length
+        self.random = random.Random(seed)
+
+    async def run(self) -> Result:
+        """Measure the capacity, then both phases."""
+        explicit: Fields = {"mm_processor_kwargs": {"ficoco_keep": CEILING}}
+        num_text = (await self._ask(explicit))[1] - CEILING
+        capacity = await self._capacity(6, explicit)
+        rate, phases = OVERLOAD * capacity, []
+        for fields in (explicit, {}):
+            await self._calm()
+            phases.append(await self._phase(rate, num_text, fields))
+        begin = time.monotonic()
+        await self._calm()
+        return Result(capacity, rate, phases[0], phases[1], time.monotonic() - begin)
+
+    async def _ask(self, fields: Fields) -> tuple[float, int]:
+        """Send one chat; see `first_token` for the result."""
+        image = Image.frombytes("RGB", (32, 32), self.random.randbytes(32 * 32 * 3))
+        body = chat("ficoco-demo", "what number is on the sign?", [data_url(image)], max_tokens=NUM_OUTPUT)
+        return await first_token(self.client, {**body, "extra_body": {"ignore_eos": True, **fields}})
+
+    async def _capacity(self, num_clients: int, fields: Fields) -> float:
+        """Requests per second that the server answers when enough of them wait."""
+        begin, ends, counted = time.monotonic(), list[float](), 0
+
+        async def client() -> None:
+            nonlocal counted
+            while not counted:
+                await self._ask(fields)
+                ends.append(time.monotonic())
+                enough = ends[-1] - begin >= self.length.capacity_seconds and len(ends) >= 2 * num_clients
+                counted = counted or (len(ends) if enough else 0)
+
+        await asyncio.gather(*(client() for _ in range(num_clients)))
+        # From the first answer on; answers after the last request was sent do not count.
+        return (counted - 1) / (ends[counted - 1] - ends[0])
+
+    async def _phase(self, rate: float, num_text: int, fields: Fields) -> Phase:
+        waiting, defaults = [0], [CEILING]
+
+        async def watch() -> None:
+            while True:
+                await asyncio.sleep(0.5)
+                waiting.append(await self._metric("vllm:num_requests_waiting"))
+                defaults.append(await self._metric("ficoco:default_budget_tokens"))
+
+        watcher = asyncio.create_task(watch())
+        answers = await self._arrive(rate, fields)
+        watcher.cancel()
+        return Phase(
+            num_requests=len(answers),
+            early_ttft_seconds=_ttft(answers, 0, 0.25),
+            late_ttft_seconds=_ttft(answers, 0.75, 1),
+            median_ttft_seconds=_ttft(answers, 0, 1),
+            longest_queue=max(waiting),
+            budgets=tuple(sorted({num_prompt_tokens - num_text for _, num_prompt_tokens in answers})),
+            lowest_default=min(defaults),
+        )
+
+    async def _arrive(self, rate: float, fields: Fields) -> Answers:
+        """Send requests at Poisson arrivals, independent of the server; the answers in order of arrival."""
+        seconds = self.length.overload_seconds
+        # On a slow machine few requests arrive in a phase; a queue shows in two dozen.
+        seconds = max(seconds, min(_FEWEST_ARRIVALS / rate, 3 * seconds))
+        begin, tasks, due = time.monotonic(), [], self.random.expovariate(rate)
+        while due < seconds:
+            await asyncio.sleep(max(0.0, begin + due - time.monotonic()))
+            tasks.append(asyncio.create_task(self._ask(fields)))
+            due += self.random.expovariate(rate)
+        return list(await asyncio.gather(*tasks))
+
+    async def _calm(self) -> None:
+        """Send one request after the other until the default is the ceiling."""
+        deadline = time.monotonic() + 30 + 4 * self.length.max_release_seconds
+        while await self._metric("ficoco:default_budget_tokens") < CEILING:
+            if time.monotonic() > deadline:
+                raise TimeoutError("the budget has not returned to the ceiling")
+            await self._ask({})
             await asyncio.sleep(0.5)
-            waiting.append(int(await asyncio.to_thread(metric, "vllm:num_requests_waiting")))
-            defaults.append(int(await asyncio.to_thread(metric, "ficoco:default_budget_tokens")))
 
-    watcher = asyncio.create_task(watch())
-    answers: list[Answer] = await driver.arrive(rate, seconds, **extra)
-    watcher.cancel()
-    return Phase(
-        num_requests=len(answers),
-        early_ttft_seconds=ttft(answers, 0, 0.25),
-        late_ttft_seconds=ttft(answers, 0.75, 1),
-        median_ttft_seconds=ttft(answers, 0, 1),
-        longest_queue=max(waiting),
-        budgets=tuple(sorted({answer.num_prompt_tokens - num_text for answer in answers})),
-        lowest_default=min(defaults),
-    )
+    async def _metric(self, name: str) -> int:
+        return int(await asyncio.to_thread(metric, self.url, name))
 
 
-async def _returned(driver: Driver, metric: Callable[[str], float], length: Length) -> None:
-    """One request after the other until the default is the ceiling."""
-    deadline = time.monotonic() + 30 + 4 * length.max_release_seconds
-    while int(await asyncio.to_thread(metric, "ficoco:default_budget_tokens")) < CEILING:
-        if time.monotonic() > deadline:
-            raise TimeoutError("the budget has not returned to the ceiling")
-        await driver.ask()
-        await asyncio.sleep(0.5)
+def _ttft(answers: Answers, begin: float, end: float) -> float:
+    """Median time to first token of the requests that arrived within a share of the phase."""
+    count = len(answers)
+    return median(seconds for seconds, _ in answers[int(begin * count) : max(1, int(end * count))])

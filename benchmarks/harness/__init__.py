@@ -1,1 +1,1 @@
-"""What the benchmarks share: engines, servers, model folders, an HTTP client, results with their bars, plots."""
+"""Shared parts of the benchmarks: engines, servers, model folders, an HTTP client, results with their bars, plots."""

@@ -1,4 +1,4 @@
-"""vLLM engines, in this process or in one of their own that answers calls.
+"""vLLM engines, in this process or in a separate one that answers calls.
 
 Nothing heavy is imported at the top: a process that uses Triton's interpreter sets it up before it imports vLLM.
 """
@@ -24,7 +24,7 @@ from ficoco_vllm.config import FicocoConfig
 if TYPE_CHECKING:
     from vllm import LLM
 
-# The engine in the process that asks it, whose parts can be read there; None takes a variable away.
+# The engine in the calling process, which can read its parts; None removes a variable.
 IN_PROCESS: Mapping[str, str | None] = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -35,18 +35,15 @@ IN_PROCESS: Mapping[str, str | None] = {
 # Model runner V2, which methods of the decoder need, without a GPU.
 INTERPRETER = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
 DECODE_GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
-# Threads may start processes beside each other, but the environment that these inherit is one.
+# Threads may start processes at the same time, but all of them inherit one environment.
 _STARTING = Lock()
 TEXT = "what number is on the red sign? "
 
 
 def make_engine(model: Path | str, ficoco: Mapping[str, Any] | None = None, **options: Any) -> "LLM":
-    """Start an engine in this process: float32, and small enough that several fit beside each other.
+    """Start an engine in this process: float32, and small enough that several fit into one process.
 
-    Args:
-        model: folder.
-        ficoco: our settings; None for vLLM alone.
-        **options: of the engine, other than these defaults.
+    `ficoco` are our settings, None for vLLM alone; `options` change the defaults of the engine.
     """
     from vllm import LLM
 
@@ -87,18 +84,19 @@ class Remote:
         """Run `function(object, *args)` in its process and return the result.
 
         Raises:
-            RuntimeError: with the traceback of the other process.
+            RuntimeError: with the traceback of the other process, or because that ended.
         """
         self._pipe.send((function, args))
         return self.receive()
 
     def receive(self) -> Any:
-        """The result of the last call, or None once the process has started.
-
-        Raises:
-            RuntimeError: with the traceback of the other process.
-        """
-        succeeded, value = self._pipe.recv()
+        """The result of the last call, or None once the process has started; see `call` for errors."""
+        try:
+            succeeded, value = self._pipe.recv()
+        except EOFError as error:
+            raise RuntimeError(
+                "the process ended without an answer; the system may be out of memory"
+            ) from error
         if not succeeded:
             raise RuntimeError(value)
         return value
@@ -114,7 +112,7 @@ def remote(
 
     Args:
         make: called in the process; opens the object.
-        environment: variables of the process beside those of this one; None takes one away.
+        environment: variables added to those of this process; None removes one.
         prepare: called in the process before `make`.
 
     Raises:
@@ -152,15 +150,10 @@ def remote_engine(
 def bench_engine(
     model: Path | str, ficoco: Mapping[str, Any] | None, **options: Any
 ) -> AbstractContextManager[Remote]:
-    """An engine of a benchmark: bfloat16, weights made up, a process of its own.
+    """An engine of a benchmark: bfloat16, weights made up, a process of its own; stock vLLM where `ficoco` is None.
 
     On a GPU all engines run model runner V2, which methods of the decoder need, and decode in CUDA graphs: what is
     compared differs in the method alone. On a CPU only methods of the decoder run V2, in Triton's interpreter.
-
-    Args:
-        model: folder.
-        ficoco: our settings; None for stock vLLM without any plugin.
-        **options: of the engine.
     """
     environment: dict[str, str | None] = dict(IN_PROCESS)
     if ficoco is None:
@@ -222,13 +215,7 @@ def _serve(
 
 
 def request(prompt: str | list[int], images: Sequence[Image.Image] = (), **kwargs: Any) -> dict[str, Any]:
-    """One prompt as vLLM takes it.
-
-    Args:
-        prompt: text, or tokens with one for each image.
-        images: in order.
-        **kwargs: its `mm_processor_kwargs`.
-    """
+    """One prompt as vLLM takes it: text, or tokens with one for each image; `kwargs` are its `mm_processor_kwargs`."""
     body: dict[str, Any] = {"prompt" if isinstance(prompt, str) else "prompt_token_ids": prompt}
     if images:
         body["multi_modal_data"] = {"image": list(images)}
@@ -238,14 +225,7 @@ def request(prompt: str | list[int], images: Sequence[Image.Image] = (), **kwarg
 
 
 def image_request(engine: "LLM", num_text_tokens: int, seed: int, **kwargs: Any) -> dict[str, Any]:
-    """A prompt of one random image of 336 x 336 pixels and of text of a given length.
-
-    Args:
-        engine: for its tokenizer.
-        num_text_tokens: of the text.
-        seed: of the pixels.
-        **kwargs: `mm_processor_kwargs`.
-    """
+    """A prompt of one random image of 336 x 336 pixels and of text of a given length; see `request` for `kwargs`."""
     tokenizer: Any = engine.get_tokenizer()
     text = tokenizer(TEXT * num_text_tokens, add_special_tokens=False).input_ids[:num_text_tokens]
     pixels = np.random.default_rng(seed).integers(0, 255, (336, 336, 3), dtype=np.uint8)
@@ -269,7 +249,7 @@ def _core(engine: Any) -> Any:
 
 
 def phase_of(request: Any) -> str:
-    """What a request of the scheduler is doing; "ended" for None."""
+    """Phase of a request of the scheduler; "ended" for None."""
     from vllm.v1.request import RequestStatus
 
     if request is None:

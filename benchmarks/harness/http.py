@@ -34,23 +34,12 @@ def message(text: str, urls: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def chat(model: str, text: str, urls: Sequence[str] = (), **more: Any) -> dict[str, Any]:
-    """Body of a greedy chat completion.
-
-    Args:
-        model: served name.
-        text: the question.
-        urls: its images.
-        **more: other fields.
-    """
+    """Body of a greedy chat completion; `more` are other fields."""
     return {"model": model, "messages": [message(text, urls)], "temperature": 0, **more}
 
 
 def served_model(url: str, api_key: str = "none") -> str:
     """Name of the first model that a server offers.
-
-    Args:
-        url: without a path.
-        api_key: of the server.
 
     Raises:
         openai.APIError: the server does not answer.
@@ -62,11 +51,7 @@ def served_model(url: str, api_key: str = "none") -> str:
 
 
 async def first_token(client: "AsyncOpenAI", body: dict[str, Any]) -> tuple[float, int]:
-    """Send one chat and read its whole answer as a stream.
-
-    Returns:
-        Seconds from sending to the first token, and the tokens of the prompt.
-    """
+    """Send one chat and read its answer as a stream: seconds until the first token, and tokens of the prompt."""
     begin, seconds, num_prompt_tokens = time.perf_counter(), None, 0
     options: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
     stream: Any = await client.chat.completions.create(**body, **options)
@@ -81,21 +66,13 @@ async def first_token(client: "AsyncOpenAI", body: dict[str, Any]) -> tuple[floa
 
 
 def read_metrics(url: str) -> str:
-    """The text of `/metrics`.
-
-    Args:
-        url: of the server, without a path.
-    """
+    """The text of `/metrics` of the server at a URL without a path."""
     with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
         return str(answer.read().decode())
 
 
 def samples(text: str) -> Iterator["Sample"]:
-    """Every sample of `/metrics`.
-
-    Args:
-        text: of `/metrics`.
-    """
+    """Every sample in the text of `/metrics`."""
     # Not at the top: the command line loads this module, and a process that serves names the folder of the metrics that
     # processes share before prometheus_client is imported.
     from prometheus_client.parser import text_string_to_metric_families
@@ -105,10 +82,5 @@ def samples(text: str) -> Iterator["Sample"]:
 
 
 def metric(url: str, name: str) -> float:
-    """Sum of one metric over its labels.
-
-    Args:
-        url: of the server, without a path.
-        name: of the sample.
-    """
+    """Sum of one metric of the server at a URL over its labels."""
     return sum(sample.value for sample in samples(read_metrics(url)) if sample.name == name)

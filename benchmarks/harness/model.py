@@ -18,12 +18,7 @@ NARROW_WIDTH = 128
 
 
 def config(num_layers: int, size: str = "7b") -> dict[str, Any]:
-    """LLaVA-1.5's configuration with another number of decoder layers.
-
-    Args:
-        num_layers: of the decoder.
-        size: one of `CHECKPOINTS`.
-    """
+    """Configuration of LLaVA-1.5, by its size in `CHECKPOINTS`, with another number of decoder layers."""
     values: dict[str, Any] = copy.deepcopy(dict(KNOWN_MODELS[CHECKPOINTS[size]]))
     values["text_config"]["num_hidden_layers"] = num_layers
     return values
@@ -35,7 +30,7 @@ def write(
     """Write configuration, tokenizer and processor; vLLM makes up the weights (`load_format="dummy"`).
 
     Args:
-        folder: where to.
+        folder: created if missing.
         num_layers: of the decoder; the vision tower is whole.
         size: one of `CHECKPOINTS`.
         weights: of the decoder.

@@ -30,15 +30,7 @@ def fill(page: str, blocks: Mapping[str, Sequence[str]]) -> str:
 
 
 def write_pages(description: str | None, make: Callable[[], Mapping[Path, str]]) -> int:
-    """Write generated files, or with `--check` only name those that would change.
-
-    Args:
-        description: of the command.
-        make: returns the content of each file.
-
-    Returns:
-        1 if `--check` finds a difference.
-    """
+    """Write generated files, or with `--check` only name those that would change and return 1."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,17 +1,15 @@
 """Figures of matplotlib as SVG; the same figures give the same bytes."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
 from io import StringIO
-from itertools import cycle
 from typing import Any, Literal
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, PercentFormatter
 
 # Distinguishable with colour blindness (Okabe and Ito's palette).
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
@@ -34,11 +32,7 @@ class Plot:
 def draw(name: str, caption: str, size_inches: tuple[float, float], paint: Callable[[Figure], None]) -> Plot:
     """Draw one picture of a report; several of them can stand in one page, light or dark.
 
-    Args:
-        name: of its file, without suffix.
-        caption: also the text for screen readers.
-        size_inches: width and height.
-        paint: fills the figure.
+    The caption is also the text for screen readers.
     """
     svg = as_svg(size_inches, paint, transparent=True)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL).replace("#000000", "currentColor")
@@ -48,7 +42,7 @@ def draw(name: str, caption: str, size_inches: tuple[float, float], paint: Calla
 
 
 def legend_above(figure: Figure) -> None:
-    """One legend for all axes, above them, where it covers nothing."""
+    """One legend for all axes, above them."""
     entries: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -75,16 +69,7 @@ def from_zero(axes: Axes, axis: Literal["x", "y"] = "y") -> None:
 def as_svg(
     size_inches: tuple[float, float], paint: Callable[[Figure], None], *, transparent: bool = False
 ) -> str:
-    """Draw one figure.
-
-    Args:
-        size_inches: width and height.
-        paint: fills the figure.
-        transparent: without a background.
-
-    Returns:
-        The `<svg>` element.
-    """
+    """Draw one figure as an `<svg>` element."""
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ficoco", "font.size": 9}):
         figure = Figure(size_inches, layout="constrained")
         paint(figure)
@@ -95,56 +80,3 @@ def as_svg(
         text = StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None}, transparent=transparent)
     return text.getvalue()[text.getvalue().index("<svg") :]
-
-
-@dataclass(frozen=True)
-class Panel:
-    """Lines over time.
-
-    Attributes:
-        lines: name of each line to its points (seconds, value).
-    """
-
-    title: str
-    unit: str
-    lines: Mapping[str, Sequence[tuple[float, float]]]
-
-
-_UNITS = {"s": "s", "Bps": "B/s", "flops": "FLOP/s", "reqps": "/s", "ops": "/s"}
-
-
-def as_panels(panels: Sequence[Panel], num_columns: int, title: str) -> str:
-    """Draw panels of lines in rows.
-
-    Args:
-        panels: in reading order.
-        num_columns: panels of a row.
-        title: of the whole figure.
-
-    Returns:
-        The `<svg>` element.
-    """
-    num_rows = -(-len(panels) // num_columns)
-
-    def paint(figure: Figure) -> None:
-        figure.suptitle(title, fontsize=9)
-        for index, panel in enumerate(panels, 1):
-            axes = figure.add_subplot(num_rows, num_columns, index)
-            for (name, points), colour in zip(panel.lines.items(), cycle(COLOURS), strict=False):
-                axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.4, label=name)
-            axes.set_title(panel.title, fontsize=9, loc="left", weight="bold")
-            axes.set_ylim(bottom=0)
-            is_share = panel.unit == "percentunit"
-            formatter = PercentFormatter(1.0) if is_share else EngFormatter(_UNITS.get(panel.unit, ""))
-            axes.yaxis.set_major_formatter(formatter)
-            axes.xaxis.set_major_formatter(EngFormatter("s"))
-            axes.legend(
-                frameon=False,
-                fontsize=6,
-                ncols=3,
-                loc="upper center",
-                bbox_to_anchor=(0.5, -0.1),
-                columnspacing=1,
-            )
-
-    return as_svg((4.2 * num_columns, 2.4 * num_rows), paint)

@@ -25,11 +25,7 @@ SCHEMES: dict[Kind, dict[str, Any]] = {
 
 
 def quantization_config(kind: Kind) -> dict[str, Any]:
-    """The entry `quantization_config` of a checkpoint's `config.json`.
-
-    Args:
-        kind: of the scheme.
-    """
+    """The entry `quantization_config` of a checkpoint's `config.json`."""
     scheme = SCHEMES[kind]
     group = {
         "targets": ["Linear"],
@@ -46,12 +42,7 @@ def quantization_config(kind: Kind) -> dict[str, Any]:
 
 
 def runs_here(weights: Weights, dtype: str = "bfloat16") -> bool:
-    """Whether vLLM can multiply by such weights on this machine: on a CPU, 4-bit ones need bfloat16 and AVX-512.
-
-    Args:
-        weights: of the decoder.
-        dtype: of activations.
-    """
+    """Whether vLLM can multiply by such weights on this machine: on a CPU, 4-bit ones need bfloat16 and AVX-512."""
     import torch
     from vllm.platforms import current_platform
 

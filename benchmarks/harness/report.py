@@ -147,13 +147,6 @@ class Page:
 def save(page: Page, result: Mapping[str, Any], csv: str, folder: Path, name: str) -> str:
     """Write a result in every form: JSON, HTML page, CSV, the tables in LaTeX, and a file for each plot.
 
-    Args:
-        page: the report.
-        result: for the JSON file.
-        csv: text of the CSV file.
-        folder: of the files.
-        name: of the files, without suffix; plots have their own.
-
     Returns:
         A line that names the files.
     """
@@ -172,12 +165,7 @@ def save(page: Page, result: Mapping[str, Any], csv: str, folder: Path, name: st
 
 
 def facts(environment: Mapping[str, Any], **more: object) -> dict[str, str]:
-    """What a result depends on: hardware and versions, after what the benchmark adds.
-
-    Args:
-        environment: of `results.environment`.
-        **more: by name, with `_` for a space; empty values are left out.
-    """
+    """What a result depends on: hardware and versions, after what the benchmark adds by name, if it is not empty."""
     versions = ", ".join(f"{name} {number}" for name, number in environment["versions"].items())
     machine = {"hardware": f"{environment['cores']} cores, {environment['cpu']}", "versions": versions}
     named = {name.replace("_", " "): str(value) for name, value in more.items() if value not in (None, "")}

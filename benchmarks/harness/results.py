@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -45,14 +46,10 @@ def at_most(name: str, measured: float, limit: float = 0) -> Bar:
 
 
 def report(bars: Iterable[Bar]) -> int:
-    """Print the bars.
-
-    Returns:
-        Exit status: 1 if one fails.
-    """
-    bars = list(bars)
+    """Print the bars, coloured on a terminal; returns the exit status, 1 if one fails."""
+    bars, coloured = list(bars), sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for bar in bars:
-        print(bar)
+        print(f"\033[{'32' if bar.passed else '1;31'}m{bar}\033[0m" if coloured else bar)
     return int(not all(bar.passed for bar in bars))
 
 
@@ -65,13 +62,7 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None
 
 
 def make_parser(description: str | None, name: str, seed: bool = True) -> argparse.ArgumentParser:
-    """Options that benchmarks have in common: `--out` and `--seed`.
-
-    Args:
-        description: the command's docstring.
-        name: of the JSON file in build/.
-        seed: whether anything is random.
-    """
+    """Options of every benchmark: `--out`, by default `build/NAME.json`, and `--seed` if anything is random."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -113,12 +104,7 @@ def _cpu_name() -> str:
 
 
 def write(result: Mapping[str, Any], path: Path) -> None:
-    """Write a result as JSON, each of its `rows`, if it has any, on one line.
-
-    Args:
-        result: to write.
-        path: of the file; its folder is made.
-    """
+    """Write a result as JSON, each of its `rows`, if it has any, on one line; the file's folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     head = json.dumps({key: value for key, value in result.items() if key != "rows"}, indent=2)
     if "rows" in result:
@@ -128,12 +114,7 @@ def write(result: Mapping[str, Any], path: Path) -> None:
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
-    """Rows as CSV; a missing value leaves its cell empty.
-
-    Args:
-        columns: names, in order; other entries of a row are left out.
-        rows: column to value.
-    """
+    """Columns of some rows as CSV; a missing value leaves its cell empty."""
     text = StringIO()
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -142,9 +123,5 @@ def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def read(name: str) -> dict[str, Any]:
-    """A committed result.
-
-    Args:
-        name: of the benchmark.
-    """
+    """A committed result, by the name of its benchmark."""
     return dict(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")))

@@ -1,4 +1,4 @@
-"""Rows of a benchmark measured in turns, round by round, so that a busy machine slows all of them alike."""
+"""Rows of a benchmark measured in turns, round by round, so that a busy machine slows all of them equally."""
 
 import random
 import time
@@ -43,12 +43,6 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def ranged(figures: Mapping[str, float], name: str = "", digits: int = 2) -> str:
-    """Median and range as text.
-
-    Args:
-        figures: with `median`, `min` and `max`, or with these after a name.
-        name: before them, with its underscore.
-        digits: after the point.
-    """
+    """Median and range as text, from `median`, `min` and `max` after a prefix."""
     middle, low, high = (figures[f"{name}{which}"] for which in ("median", "min", "max"))
     return f"{middle:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"

@@ -82,17 +82,7 @@ def running(
     environment: Mapping[str, str | None] | None = None,
     folder: Path | None = None,
 ) -> Iterator[Process]:
-    """Run a command until the block ends.
-
-    Args:
-        command: program and arguments.
-        log: file for its output.
-        is_ready: whether it has started up.
-        environment: variables added to those of this process; None removes one.
-        folder: working directory; None means that of this process.
-
-    Yields:
-        The process.
+    """Run a command until the block ends; see `serving` for the arguments.
 
     Raises:
         StartError: it ends or is not ready in time.
@@ -125,7 +115,7 @@ def free_port() -> int:
     Raises:
         OSError: there is none.
     """
-    # A generator of the system: vLLM seeds the module's own one alike in several processes.
+    # The system's generator: vLLM seeds Python's global one identically in several processes.
     for port in random.SystemRandom().sample(_PORTS, len(_PORTS)):
         with socket.socket() as probe:
             try:
@@ -137,11 +127,7 @@ def free_port() -> int:
 
 
 def is_healthy(url: str) -> bool:
-    """Whether /health of a server answers 200.
-
-    Args:
-        url: base URL, without a path.
-    """
+    """Whether /health of the server at a URL without a path answers 200."""
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
             return bool(answer.status == 200)

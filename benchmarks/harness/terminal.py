@@ -1,4 +1,4 @@
-"""A benchmark's output: progress with the time left, tables and bars, coloured where there is a terminal."""
+"""A benchmark's output: progress with the time left, and tables, coloured on a terminal."""
 
 import time
 from collections.abc import Iterable, Sequence
@@ -18,7 +18,6 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from ficoco_vllm.benchmarks.harness.report import Table, plain
-from ficoco_vllm.benchmarks.harness.results import Bar
 
 # Between two lines of progress where there is no terminal to draw a bar on.
 LINE_SECONDS = 15.0
@@ -97,14 +96,7 @@ def show(
     warnings: Sequence[str] = (),
     console: Console | None = None,
 ) -> None:
-    """Print a summary: drawn and coloured tables on a terminal, Markdown elsewhere; warnings on stderr.
-
-    Args:
-        tables: of the summary.
-        lines: after them.
-        warnings: reasons to doubt the result.
-        console: for the output; None means stdout.
-    """
+    """Print tables, then lines: drawn and coloured on a terminal, Markdown elsewhere; warnings on stderr."""
     console = console or Console()
     for table in tables:
         if console.is_terminal:
@@ -116,18 +108,6 @@ def show(
     errors = Console(stderr=True)
     for warning in warnings:
         errors.print(Text(f"WARNING {warning}", "bold yellow"), soft_wrap=True)
-
-
-def report(bars: Iterable[Bar], console: Console | None = None) -> int:
-    """Print the bars, coloured on a terminal.
-
-    Returns:
-        Exit status: 1 if one fails.
-    """
-    console, bars = console or Console(), list(bars)
-    for bar in bars:
-        console.print(Text(str(bar), "green" if bar.passed else "bold red"), soft_wrap=True)
-    return int(not all(bar.passed for bar in bars))
 
 
 def _drawn(table: Table) -> RichTable:

@@ -1,1 +1,1 @@
-"""What the fused ops cost: compiled ahead of time, counted, and timed."""
+"""Cost of the fused ops: compiled ahead of time, counted, and timed."""

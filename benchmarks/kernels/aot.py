@@ -1,8 +1,8 @@
-"""Compiles every kernel ahead of time, without a GPU, and holds what can be known so to bars.
+"""Compile every kernel ahead of time, without a GPU, and check registers, spills, memory and traffic against bars.
 
     python -m ficoco_vllm.benchmarks.kernels.aot [--json OUT.json] [--defaults]
 
-The launchers run on meta tensors at the shapes of LLaVA-1.5-7B; what they would compile is compiled for
+The launchers run on meta tensors at the shapes of LLaVA-1.5-7B; the kernels that they would launch are compiled for
 three NVIDIA generations and for AMD's gfx942, and so are other types and awkward shapes; with
 `--defaults` only what LLaVA-1.5-7B launches in fp16, for NVIDIA. Each bar is a line
 `BAR name measured limit PASS|FAIL`; the exit status is 1 if one fails.
@@ -26,18 +26,17 @@ import torch
 
 from ficoco_vllm.benchmarks.harness.results import Bar, at_most, print_table
 from ficoco_vllm.benchmarks.harness.results import report as report_bars
-from ficoco_vllm.benchmarks.kernels.chips import CHIPS, Chip
-from ficoco_vllm.benchmarks.kernels.compiling import Compiled, Compiler, compiled, launches_of
+from ficoco_vllm.benchmarks.kernels.compiling import CHIPS, Chip, Compiled, Compiler, compiled, launches_of
 from ficoco_vllm.benchmarks.kernels.recording import Launch
 from ficoco_vllm.benchmarks.kernels.variants import variants
 from ficoco_vllm.benchmarks.kernels.workloads import Workload, workloads
 
 BATCHES = (1, 8, 32)
 BYTES_LIMIT = 1.25
-# Kernels of which the programs along the first axes of the grid read the same data: how many axes, and over how many
+# Kernels whose programs along the first axes of the grid read the same data: how many axes, and over how many
 # steps of a loop they walk through it side by side (the heads of the tower, the smaller model).
 SHARING = {"attention_block_kernel": (2, 16), "merge_kernel": (2, 1)}
-# While programs walk side by side through the heads, so many heads' data is live: the pipeline and its skew.
+# While programs walk side by side through the heads, the data of this many heads is live: the pipeline and its skew.
 LIVE_STEPS = 4
 # Kernels that live off matrix products of what they load.
 PRODUCT_KERNELS = ("softmax_stats_kernel", "attention_sums_kernel", "attention_block_kernel", "merge_kernel")
@@ -90,17 +89,13 @@ def summed(counts: dict[str, Any], name: str) -> int:
 
 
 def distinct(made: list[Compiled]) -> list[Compiled]:
-    """One of those that differ in nothing but the number of programs."""
+    """The first of those that differ in the number of programs only."""
     names = ("workload", "kernel", "chip", "registers", "shared_bytes", "loads")
     return list({attrgetter(*names)(c): c for c in reversed(made)}.values())[::-1]
 
 
 def report(made: list[Compiled], moved: list[dict[str, Any]], amd_spills: dict[str, int]) -> int:
-    """Print tables and bars.
-
-    Returns:
-        Exit status: 1 if a bar fails.
-    """
+    """Print tables and bars; returns the exit status, 1 if a bar fails."""
     print("\nCompiled (programs, resident ones, occupancy and waves are predicted)")
     print_table(
         [
@@ -156,11 +151,7 @@ def _bars(made: list[Compiled], moved: list[dict[str, Any]], amd_spills: dict[st
 
 
 def main() -> int:
-    """Compile, count, print the tables and the bars.
-
-    Returns:
-        1 if a bar fails.
-    """
+    """Compile, count, print the tables and the bars; returns 1 if a bar fails."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""What is timed: each result of a reducing layer, by the fused ops and by the obvious way."""
+"""Timed cases: each result of a reducing layer, by the fused ops and by plain torch code."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ficoco_vllm import kernels
-from ficoco_vllm.benchmarks.kernels import naive
 from ficoco_vllm.benchmarks.kernels.workloads import DECODER, TOWER, Layer
 from ficoco_vllm.kernels import Backend
 
@@ -19,7 +18,7 @@ class Case:
     """One result, two ways.
 
     Attributes:
-        attention: the attention of the layer alone, which runs anyway; None where none is at stake.
+        attention: the attention of the layer alone, which runs anyway; None for results that need none.
     """
 
     name: str
@@ -39,7 +38,7 @@ def _merge_case(layer: Layer, backend: Backend) -> Case:
     return Case(
         f"quantile_merge/{layer.shape.site}",
         lambda: kernels.quantile_merge(*inputs, epsilon=0.998, backend=backend),
-        lambda: naive.merge(*inputs),
+        lambda: _merge(*inputs),
         None,
     )
 
@@ -59,7 +58,7 @@ def tower(B: int, dtype: torch.dtype, device: str, backend: Backend) -> list[Cas
         return to_others[:, 1:], from_cls[:, 1:], correlation
 
     def obvious() -> tuple[Tensor, ...]:
-        return naive.tower_scores(*qk, layer.scale, layer.source, layer.target)
+        return _tower_scores(*qk, layer.scale, layer.source, layer.target)
 
     given = normalisers()
     return [
@@ -88,7 +87,57 @@ def decoder(B: int, dtype: torch.dtype, device: str, backend: Backend) -> list[C
         return row_sum[:, layer.visual], text.sum(1)[:, layer.visual], correlation
 
     def obvious() -> tuple[Tensor, ...]:
-        return naive.decoder_scores(*qk, scale, layer.source, layer.target, layer.text_rows, layer.visual)
+        return _decoder_scores(*qk, scale, layer.source, layer.target, layer.text_rows, layer.visual)
 
     scored = Case("scores/decoder", scores, obvious, lambda: _attention(layer))
     return [scored, _merge_case(layer, backend)]
+
+
+def _attention_map(query: Tensor, key: Tensor, scale: float, causal: bool) -> Tensor:
+    """Head-mean attention (B, M, N) fp32, by way of the whole (B, H, M, N) map."""
+    logits = (query @ key.transpose(-1, -2)).float() * scale
+    if causal:
+        hidden = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).triu(1)
+        logits = logits.masked_fill(hidden, -torch.inf)
+    return logits.softmax(dim=-1).mean(dim=1)
+
+
+def _tower_scores(
+    query: Tensor, key: Tensor, scale: float, source: Tensor, target: Tensor
+) -> tuple[Tensor, ...]:
+    """Row sums and [CLS] row of the patches, and the correlation; indices into all tokens."""
+    attention = _attention_map(query, key, scale, causal=False)
+    return attention[:, 1:, 1:].sum(-1), attention[:, 0, 1:], _pick(attention, source, target)
+
+
+def _decoder_scores(
+    query: Tensor, key: Tensor, scale: float, source: Tensor, target: Tensor, text_rows: Tensor, visual: slice
+) -> tuple[Tensor, ...]:
+    """Row sums over the visual tokens, what the text gives, and Eq. 15; indices into the prompt."""
+    attention = _attention_map(query, key, scale, causal=True)
+    batch = torch.arange(len(source), device=source.device)[:, None]
+    text = attention[batch, text_rows]
+    received = text.transpose(1, 2)
+    indirect = received[batch, source] @ received[batch, target].transpose(1, 2)
+    correlation = 0.6 * _pick(attention, source, target) + 0.4 * indirect
+    return attention[:, visual, visual].sum(-1), text.sum(1)[:, visual], correlation
+
+
+def _pick(attention: Tensor, source: Tensor, target: Tensor) -> Tensor:
+    """Rows and columns of a map (B, N, N) by index, (B, R, K)."""
+    batch = torch.arange(len(source), device=source.device)[:, None, None]
+    return attention[batch, source[:, :, None], target[:, None, :]]
+
+
+def _merge(
+    tokens: Tensor, size: Tensor, correlation: Tensor, source: Tensor, target: Tensor
+) -> tuple[Tensor, ...]:
+    """Eq. 13 line by line."""
+    batch = torch.arange(len(source), device=source.device)[:, None]
+    threshold = torch.quantile(correlation, 0.998, dim=-1, keepdim=True)
+    weight = torch.where(correlation >= threshold, correlation, 0.0)
+    alpha = weight / weight.sum(dim=-1, keepdim=True)
+    flow = alpha.transpose(1, 2) @ tokens[batch, source].float()
+    merged = (tokens[batch, target].float() + flow) / (1 + alpha.sum(dim=1)[..., None])
+    moved = size[batch, target] + (alpha * size[batch, source][..., None]).sum(dim=1)
+    return merged.to(tokens.dtype), moved

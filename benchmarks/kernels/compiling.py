@@ -1,4 +1,4 @@
-"""Compiles launches for devices that are not here, and reads what came out."""
+"""Compiles launches for devices that are not here, and reads registers, memory and instructions of the result."""
 
 import re
 import subprocess
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from triton.backends.compiler import GPUTarget
 
-from ficoco_vllm.benchmarks.kernels.chips import AMD, Chip, occupancy, resident
 from ficoco_vllm.benchmarks.kernels.recording import Launch, recorded
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -23,8 +23,47 @@ SINGLE_LOAD = re.compile(r"\bld\.global")
 
 
 @dataclass(frozen=True)
+class Chip:
+    """One kind of device.
+
+    Attributes:
+        num_processors: streaming multiprocessors.
+        shared_bytes: shared memory of one of them.
+        cache_bytes: second-level cache.
+    """
+
+    name: str
+    target: GPUTarget
+    num_processors: int
+    shared_bytes: int
+    cache_bytes: int
+
+
+# Source: NVIDIA's Ampere, Hopper and Blackwell tuning guides; the limits below are the same for all three.
+CHIPS = (
+    Chip("sm_80", GPUTarget("cuda", 80, 32), 108, 164 * 1024, 40 * 2**20),
+    Chip("sm_90", GPUTarget("cuda", 90, 32), 132, 228 * 1024, 50 * 2**20),
+    Chip("sm_100", GPUTarget("cuda", 100, 32), 148, 228 * 1024, 126 * 2**20),
+)
+AMD = GPUTarget("hip", "gfx942", 64)
+
+_WARPS, _PROGRAMS, _REGISTERS, _REGISTER_UNIT, _RESERVED_SHARED = 64, 32, 65536, 256, 1024
+
+
+def resident(chip: Chip, num_warps: int, registers: int, shared_bytes: int) -> int:
+    """Programs of a kernel that fit on one processor: the least limit of warps, programs, registers and memory."""
+    per_warp = -(-registers * 32 // _REGISTER_UNIT) * _REGISTER_UNIT
+    return min(
+        _WARPS // num_warps,
+        _PROGRAMS,
+        _REGISTERS // (per_warp * num_warps),
+        chip.shared_bytes // (shared_bytes + _RESERVED_SHARED),
+    )
+
+
+@dataclass(frozen=True)
 class Code:
-    """What the compiler made of one specialisation of a kernel for one NVIDIA device.
+    """Compiled code of one specialisation of a kernel for one NVIDIA device.
 
     Attributes:
         spills: loads and stores of local memory in the machine code.
@@ -70,7 +109,7 @@ def compiled(workload: str, launch: Launch, chip: Chip, code: Code) -> Compiled:
         **asdict(code),
         num_programs=launch.num_programs,
         num_resident=fits,
-        occupancy=occupancy(fits, num_warps),
+        occupancy=fits * num_warps / _WARPS,
         waves=launch.num_programs / (fits * chip.num_processors),
     )
 
@@ -105,7 +144,7 @@ class Compiler:
 
 
 def compile_for(launch: Launch, chip: Chip) -> Code:
-    """Compile one launch and read what came out."""
+    """Compile one launch and read the properties of its code."""
     made = triton.compile(launch.source(hip=False), target=chip.target, options=launch.options)
     usage = _resources(made.asm["cubin"])
     ptx = made.asm["ptx"]

@@ -1,4 +1,4 @@
-"""What Triton would compile for a launch, found out without a GPU: the launchers run on meta tensors."""
+"""Record what Triton would compile for a launch, without a GPU: the launchers run on meta tensors."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,7 +47,7 @@ class Launch:
 
     @property
     def specialisation(self) -> tuple[Any, ...]:
-        """What the compiler sees: launches that agree in it are one kernel."""
+        """Everything that the compiler depends on: launches that agree in it are one kernel."""
         constants = sorted((name, repr(value)) for name, value in self.constants.items())
         options = sorted(self.options.items())
         return (
@@ -75,7 +75,7 @@ class Launch:
         return int(torch.Size(self.grid).numel())
 
     def source(self, hip: bool) -> ASTSource:
-        """What is handed to the compiler. ROCm knows no TF32 emulation; the launchers ask for none there."""
+        """Input of the compiler. ROCm has no TF32 emulation, so the launchers request none there."""
         constants = {
             name: "ieee" if hip and value == "tf32x3" else value for name, value in self.constants.items()
         }
@@ -89,7 +89,7 @@ def _launch(function: Any, args: tuple[Any, ...], grid: Any, kwargs: dict[str, A
     signature, constants, divisible = {}, {}, []
     for index, parameter in enumerate(function.params):
         value = values[parameter.name]
-        # The launcher makes a constant of None, and of 1 unless it is told not to.
+        # The launcher makes a constant of None, and of 1 unless the parameter forbids it.
         fixed = parameter.is_constexpr or value is None
         if fixed or (type(value) is int and value == 1 and not parameter.do_not_specialize):
             signature[parameter.name], constants[parameter.name] = "constexpr", value

@@ -1,4 +1,4 @@
-"""Counts what the kernels really load and store, by running them in Triton's interpreter.
+"""Count the loads and stores of the kernels by running them in Triton's interpreter.
 
     TRITON_INTERPRET=1 python -m ficoco_vllm.benchmarks.kernels.traffic OUT.json
 
@@ -30,7 +30,7 @@ SECTOR_BYTES = 32
 _FREE = {"empty", "empty_like", "new_empty", "view", "transpose", "expand", "select", "slice", "detach"}
 
 
-class Traffic(TorchDispatchMode):
+class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """What the launches made inside load, store and multiply.
 
     Attributes:
@@ -40,7 +40,7 @@ class Traffic(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.launches: list[dict[str, int]] = []
         self.torch_bytes = 0
         self.requested_bytes = self.flops = 0
@@ -48,7 +48,7 @@ class Traffic(TorchDispatchMode):
         self._stores: list[Any] = []
 
     def touch(self, pointers: Any, mask: Any, store: bool) -> None:
-        """Note one load or store."""
+        """Record one load or store."""
         element = max(1, pointers.dtype.element_ty.primitive_bitwidth // 8)
         addresses = np.broadcast_to(pointers.data, np.broadcast(pointers.data, mask.data).shape)[
             mask.data.astype(bool)
@@ -112,11 +112,7 @@ def counted() -> Iterator[Traffic]:
 
 
 def main() -> int:
-    """Write the counts of every workload.
-
-    Returns:
-        The exit status.
-    """
+    """Write the counts of every workload."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         print("set TRITON_INTERPRET=1", file=sys.stderr)
         return 2

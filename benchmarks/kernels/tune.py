@@ -22,7 +22,7 @@ BATCHES = (1, 8, 32)
 
 
 class _Chosen(dict[str, int]):
-    """Choices by class, which notes what it is asked for."""
+    """Choices by class, with a record of the classes that were looked up."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,12 +37,7 @@ class _Chosen(dict[str, int]):
 def fastest(
     runs: Iterable[Callable[[], Any]], kind: str, measure: Callable[[Callable[[], Any]], float]
 ) -> dict[str, int]:
-    """The fastest candidate of every class of shapes that the calls use.
-
-    Args:
-        runs: calls of the kernels.
-        kind: the device's name, as `tuning.config` asks for it.
-        measure: seconds of a call.
+    """The fastest candidate of every class of shapes that the calls use on a device.
 
     Returns:
         "op/default" to index into `CANDIDATES[op]`.
@@ -62,11 +57,7 @@ def fastest(
 
 
 def main() -> int:
-    """Measure and write.
-
-    Returns:
-        1 where there is no GPU.
-    """
+    """Measure and write; returns 1 where there is no GPU."""
     if not torch.cuda.is_available():
         print("no GPU: there is nothing to tune", file=sys.stderr)
         return 1

@@ -19,7 +19,6 @@ class Workload:
     """One op at one shape.
 
     Attributes:
-        name: op and where it runs.
         floor_bytes: what any implementation must move: each input that counts once, each output once.
         floor_flops: multiplications and additions that the equation asks for in matrix products.
         run: launches the Triton kernels.
@@ -33,15 +32,9 @@ class Workload:
 
 @dataclass(frozen=True)
 class Shape:
-    """A reducing layer.
+    """A reducing layer: N, H, d, D and R.
 
     Attributes:
-        site: "tower" or "decoder".
-        num_tokens: of an item, N.
-        num_heads: H.
-        head_size: d.
-        width: D.
-        num_removed: R.
         first: position of the first visual token: after [CLS], or after the system prompt.
         num_text: text tokens among N; 0 in the tower.
     """

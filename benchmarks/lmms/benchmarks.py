@@ -16,7 +16,7 @@ class Benchmark:
         pad: pad images to squares with CLIP's mean colour, as LLaVA-1.5 does (`image_aspect_ratio: pad`); Hugging
             Face's processor crops the centre instead. Not where lmms-eval's own settings for LLaVA take the original.
         specific: takes the place of the task's `lmms_eval_specific_kwargs.default`.
-        note: what cannot match, for the reader of the table.
+        note: differences from the paper, shown in the table.
     """
 
     title: str
@@ -29,68 +29,38 @@ class Benchmark:
     note: str = ""
 
 
-SHORT = "\nAnswer the question using a single word or phrase."
+def _of(folder: str, task: str, title: str, metric: str = "exact_match", **more: Any) -> Benchmark:
+    """A benchmark whose file has the name of its task."""
+    return Benchmark(title, task, f"{folder}/{task}.yaml", metric, **more)
+
+
+def _judged(folder: str, task: str, title: str, note: str = "", **more: Any) -> Benchmark:
+    """A benchmark whose answers another model judges, in percent."""
+    options = {"metric": "gpt_eval_score", "scale": 1.0, **more}
+    return _of(folder, task, title, note=f"{note}needs a judge model", **options)
+
+
+_SHORT = "\nAnswer the question using a single word or phrase."
+# LLaVA-1.5's figure has the tokens of an OCR system in the prompt; lmms-eval leaves them out by default.
+_OCR = {"pre_prompt": "", "post_prompt": _SHORT, "ocr": True}
+_F1 = "F1; the paper does not say which it prints"
 BENCHMARKS: Mapping[str, Benchmark] = {
-    "sqa": Benchmark(
-        "SQA",
-        "scienceqa_img",
-        "scienceqa/scienceqa_img.yaml",
-        "exact_match",
-        pad=False,
-        note="questions with an image",
-    ),
-    "textvqa": Benchmark(
-        "VQA^T",
-        "textvqa_val",
-        "textvqa/textvqa_val.yaml",
-        "exact_match",
-        # LLaVA-1.5's figure has the tokens of an OCR system in the prompt; lmms-eval leaves them out by default.
-        specific={"pre_prompt": "", "post_prompt": SHORT, "ocr": True},
-    ),
-    "pope": Benchmark(
-        "POPE", "pope", "pope/pope.yaml", "pope_f1_score", note="F1; the paper does not say which it prints"
-    ),
-    "vizwiz": Benchmark(
-        "Vizwiz",
-        "vizwiz_vqa_val",
-        "vizwiz_vqa/vizwiz_vqa_val.yaml",
-        "exact_match",
-        note="val; the paper: test",
-    ),
-    "mm-vet": Benchmark(
-        "MM-Vet", "mmvet", "mmvet/mmvet.yaml", "gpt_eval_score", 1.0, note="needs a judge model"
-    ),
-    "mmbench-cn": Benchmark(
-        "MMBCN",
-        "mmbench_cn_dev",
-        "mmbench/mmbench_cn_dev.yaml",
-        "gpt_eval_score",
-        1.0,
-        pad=False,
-        note="dev; needs a judge model",
-    ),
-    "gqa": Benchmark("GQA", "gqa", "gqa/gqa.yaml", "exact_match"),
+    "sqa": _of("scienceqa", "scienceqa_img", "SQA", pad=False, note="questions with an image"),
+    "textvqa": _of("textvqa", "textvqa_val", "VQA^T", specific=_OCR),
+    "pope": _of("pope", "pope", "POPE", "pope_f1_score", note=_F1),
+    "vizwiz": _of("vizwiz_vqa", "vizwiz_vqa_val", "Vizwiz", note="val; the paper: test"),
+    "mm-vet": _judged("mmvet", "mmvet", "MM-Vet"),
+    "mmbench-cn": _judged("mmbench", "mmbench_cn_dev", "MMBCN", "dev; ", pad=False),
+    "gqa": _of("gqa", "gqa", "GQA"),
     "llava-w": Benchmark(
         "LLAVA-W",
         "llava_in_the_wild",
         "llava-in-the-wild/llava-in-the-wild.yaml",
-        "gpt_eval_llava_all",
-        1.0,
-        pad=False,
+        *("gpt_eval_llava_all", 1.0, False),
         note="needs a judge model",
     ),
-    "mmbench": Benchmark(
-        "MMB",
-        "mmbench_en_dev",
-        "mmbench/mmbench_en_dev.yaml",
-        "gpt_eval_score",
-        1.0,
-        pad=False,
-        note="dev; needs a judge model",
-    ),
-    "vqav2": Benchmark(
-        "VQAv2", "vqav2_val", "vqav2/vqav2_val.yaml", "exact_match", note="val; the paper: test-dev"
-    ),
+    "mmbench": _judged("mmbench", "mmbench_en_dev", "MMB", "dev; ", pad=False),
+    "vqav2": _of("vqav2", "vqav2_val", "VQAv2", note="val; the paper: test-dev"),
 }
 
 # The paper's Table 3, LLaVA-1.5-7B, in the order of BENCHMARKS. The key is the method and the tokens of an image
@@ -112,12 +82,6 @@ POINT_OF_KEEP = {192: "3.3", 128: "2.4", 64: "1.5"}
 
 
 def paper_figure(name: str, method: str | None, keep: int | None) -> float | None:
-    """What the paper prints for a benchmark, or None.
-
-    Args:
-        name: key of BENCHMARKS.
-        method: None for all visual tokens.
-        keep: visual tokens that are left.
-    """
+    """What the paper prints for a benchmark of BENCHMARKS, None if nothing; None as method is all visual tokens."""
     row = PAPER.get(("full", "8.5") if method is None else (method, POINT_OF_KEEP.get(keep or 0, "")))
     return None if row is None or name not in BENCHMARKS else row[list(BENCHMARKS).index(name)]

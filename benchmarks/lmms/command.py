@@ -1,28 +1,30 @@
-"""One benchmark: a server, lmms-eval in its own environment, one line of result."""
+"""One benchmark: a server, lmms-eval in its own environment, one line of result; and the table of all results."""
 
 import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ficoco_vllm.benchmarks.accuracy.probe import probe
 from ficoco_vllm.benchmarks.harness.http import served_model
+from ficoco_vllm.benchmarks.harness.pages import table as markdown_table
 from ficoco_vllm.benchmarks.harness.results import environment
 from ficoco_vllm.benchmarks.harness.serving import serving
-from ficoco_vllm.benchmarks.lmms.benchmarks import Benchmark, paper_figure
+from ficoco_vllm.benchmarks.lmms.benchmarks import BENCHMARKS, Benchmark, paper_figure
 from ficoco_vllm.benchmarks.lmms.tasks import write_task
 
 PYTHON = Path(".venv-lmms/bin/python")
 TIMEOUT_SECONDS = 600
+_HEAD = ("benchmark", "model", "method", "tokens", "questions", "measured", "the paper", "note")
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is run.
+    """One run of a benchmark.
 
     Attributes:
         python: of an environment with lmms-eval (`make lmms`).
@@ -55,61 +57,34 @@ def evaluate(run: Run) -> dict[str, Any]:
 
     Raises:
         ValueError: there is no lmms-eval where it should be.
-        RuntimeError: the server or lmms-eval fails, the server does not reduce as said, or a question went unanswered.
+        RuntimeError: the server or lmms-eval fails, the server does not reduce as requested, or an answer is missing.
         openai.APIError: the server does not answer.
     """
     # Not resolved: a virtual environment's python is a link, and its own path determines the environment.
     python = Path(os.path.abspath(run.python))
     if not python.is_file():
         raise ValueError(f"--lmms-python = {str(run.python)!r} does not exist; `make lmms` makes it")
-    if run.url is not None:
-        return _evaluate(run, python, run.url)
-    arguments = [*filter(None, [run.model]), "--api-key", run.api_key, *run.serve_arguments]
-    if run.method is not None:
-        arguments += ["--ficoco-method", run.method]
-    if run.keep is not None:
-        arguments += ["--ficoco-keep", str(run.keep)]
-    with (
-        tempfile.TemporaryDirectory(prefix="ficoco-lmms-") as name,
-        serving(arguments, Path(name) / "log") as server,
-    ):
-        return _evaluate(run, python, server.url)
+    with tempfile.TemporaryDirectory(prefix="ficoco-lmms-") as name:
+        folder = Path(name)
+        if run.url is not None:
+            return _evaluate(run, python, run.url, folder)
+        arguments = [*filter(None, [run.model]), "--api-key", run.api_key, *run.serve_arguments]
+        arguments += [] if run.method is None else ["--ficoco-method", run.method]
+        arguments += [] if run.keep is None else ["--ficoco-keep", str(run.keep)]
+        with serving(arguments, folder / "log") as server:
+            return _evaluate(run, python, server.url, folder)
 
 
-def _evaluate(run: Run, python: Path, url: str) -> dict[str, Any]:
+def _evaluate(run: Run, python: Path, url: str, folder: Path) -> dict[str, Any]:
     benchmark = run.benchmark
     wrong = probe(url, run.api_key, run.method, run.keep)
     if wrong:
         raise RuntimeError(f"{url} does not serve the requested setting: {'; '.join(wrong)}")
-    with tempfile.TemporaryDirectory(prefix="ficoco-lmms-") as name:
-        folder = Path(name)
-        original = Path(benchmark.file)
-        if not original.is_absolute():
-            original = tasks_folder(python) / original
-        task = write_task(folder / "tasks", original, benchmark.task, benchmark.pad, benchmark.specific)
-        model = [
-            f"model={served_model(url, run.api_key)}",
-            f"base_url={url}/v1",
-            f"num_concurrent={run.concurrency}",
-            f"timeout={TIMEOUT_SECONDS}",
-        ]
-        command = [str(python), "-m", "lmms_eval", "eval", "--model", "openai"]
-        command += ["--model_args", ",".join(model)]
-        command += ["--tasks", task, "--include_path", str(folder / "tasks"), "--batch_size", "1"]
-        command += ["--output_path", str(folder / "out"), "--log_samples"]
-        command += [] if run.limit is None else ["--limit", str(run.limit)]
-        variables = {**os.environ, "OPENAI_API_KEY": run.api_key}
-        done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
-        figures = _result(folder / "out")
-        if done.returncode or figures is None:
-            raise RuntimeError(
-                f"lmms-eval failed: {' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-            )
-        failed = sum(text.count("[LMMS_EVAL_REQUEST_FAILED") for text in _samples(folder / "out"))
-    if failed:
-        # lmms-eval counts them as wrong answers, which would look like a loss of accuracy.
-        raise RuntimeError(f"{failed} questions were not answered; the last lines:\n{done.stderr[-4000:]}")
-    measured = _metric(figures["results"][task], benchmark.metric)
+    original = Path(benchmark.file)
+    if not original.is_absolute():
+        original = tasks_folder(python) / original
+    task = write_task(folder / "tasks", original, benchmark.task, benchmark.pad, benchmark.specific)
+    figures = _lmms_eval(run, python, url, task, folder)
     return {
         "schema": 1,
         "benchmark": run.name,
@@ -119,12 +94,41 @@ def _evaluate(run: Run, python: Path, url: str) -> dict[str, Any]:
         "method": run.method,
         "keep": run.keep,
         "count": figures["n-samples"][task]["effective"],
-        "measured": round(measured * benchmark.scale, 2),
+        "measured": round(_metric(figures["results"][task], benchmark.metric) * benchmark.scale, 2),
         "paper": paper_figure(run.name, run.method, run.keep),
         "note": benchmark.note,
         "environment": environment(),
-        "lmms_eval": figures.get("lmms_eval_version") or _version(python),
+        "lmms_eval": figures.get("lmms_eval_version")
+        or _output(python, "from importlib.metadata import version; print(version('lmms_eval'))"),
     }
+
+
+def _lmms_eval(run: Run, python: Path, url: str, task: str, folder: Path) -> dict[str, Any]:
+    """Run one task; what lmms-eval wrote of it."""
+    out = folder / "out"
+    model = {
+        "model": served_model(url, run.api_key),
+        "base_url": f"{url}/v1",
+        "num_concurrent": run.concurrency,
+        "timeout": TIMEOUT_SECONDS,
+    }
+    command = [str(python), "-m", "lmms_eval", "eval", "--model", "openai"]
+    command += ["--model_args", ",".join(f"{name}={value}" for name, value in model.items())]
+    command += ["--tasks", task, "--include_path", str(folder / "tasks"), "--batch_size", "1"]
+    command += ["--output_path", str(out), "--log_samples"]
+    command += [] if run.limit is None else ["--limit", str(run.limit)]
+    variables = {**os.environ, "OPENAI_API_KEY": run.api_key}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    written = sorted(out.rglob("*results.json"))
+    if done.returncode or not written:
+        output = f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        raise RuntimeError(f"lmms-eval failed: {' '.join(command)}\n{output}")
+    samples = [path.read_text(encoding="utf-8") for path in out.rglob("*samples*.jsonl")]
+    failed = sum(text.count("[LMMS_EVAL_REQUEST_FAILED") for text in samples)
+    if failed:
+        # lmms-eval counts them as wrong answers, which would look like a loss of accuracy.
+        raise RuntimeError(f"{failed} questions were not answered; the last lines:\n{done.stderr[-4000:]}")
+    return dict(json.loads(written[-1].read_text(encoding="utf-8")))
 
 
 def tasks_folder(python: Path) -> Path:
@@ -137,10 +141,6 @@ def tasks_folder(python: Path) -> Path:
     return Path(_output(python, code)) / "tasks"
 
 
-def _version(python: Path) -> str:
-    return _output(python, "from importlib.metadata import version; print(version('lmms_eval'))")
-
-
 def _output(python: Path, code: str) -> str:
     done = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -148,17 +148,26 @@ def _output(python: Path, code: str) -> str:
     return done.stdout.strip().splitlines()[-1]
 
 
-def _result(folder: Path) -> dict[str, Any] | None:
-    files = sorted(folder.rglob("*results.json"))
-    return json.loads(files[-1].read_text(encoding="utf-8")) if files else None
-
-
-def _samples(folder: Path) -> list[str]:
-    return [path.read_text(encoding="utf-8") for path in folder.rglob("*samples*.jsonl")]
-
-
 def _metric(figures: Mapping[str, Any], name: str) -> float:
     for key, value in figures.items():
         if key.partition(",")[0] == name:
             return float(value)
     raise RuntimeError(f"metric = {name!r} is not in lmms-eval's result: {', '.join(figures)}")
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """Results of a folder that `bench lmms` wrote into, in the order of the paper's columns."""
+    rows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    order = {name: place for place, name in enumerate(BENCHMARKS)}
+    return sorted(rows, key=lambda row: order.get(row["benchmark"], len(order)))
+
+
+def table(results: Iterable[Mapping[str, Any]]) -> list[str]:
+    """A line for each run: what was measured, what the paper prints."""
+    lines = []
+    for row in results:
+        title = BENCHMARKS[row["benchmark"]].title if row["benchmark"] in BENCHMARKS else row["benchmark"]
+        paper = "" if row["paper"] is None else f"{row['paper']:.1f}"
+        cells = [title, Path(row["model"]).name, row["method"] or "none", row["keep"] or "all", row["count"]]
+        lines.append([*cells, f"{row['measured']:.1f}", paper, row["note"]])
+    return markdown_table(_HEAD, lines)

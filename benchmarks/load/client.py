@@ -2,53 +2,47 @@
 
 import argparse
 import asyncio
+import json
 import logging
+import random
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from io import StringIO
 from itertools import accumulate
 from pathlib import Path
+from string import ascii_lowercase
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import httpx
 import numpy as np
+from PIL import Image
 
-from ficoco_vllm.benchmarks.load.prompts import write_dataset
+from ficoco_vllm.benchmarks.harness.http import data_url
 from ficoco_vllm.benchmarks.load.sampling import Sampler
-from ficoco_vllm.benchmarks.load.settings import Traffic
+from ficoco_vllm.benchmarks.load.settings import Target, Traffic
 
 PERCENTILES = (50, 90, 99)
 # Figures kept from the client's result.
 _FIELDS = (
-    "duration",
-    "completed",
-    "failed",
-    "request_throughput",
-    "output_throughput",
-    "total_output_tokens",
+    *("duration", "completed", "failed", "request_throughput", "output_throughput", "total_output_tokens"),
 )
 
 
 def run_point(
     url: str,
-    model: str,
-    tokenizer: str | None,
+    target: Target,
     traffic: Traffic,
     seed: int,
-    api_key: str = "",
-    sample_seconds: float = 0.5,
     finished: Callable[[float], None] = lambda count: None,
 ) -> dict[str, Any]:
     """Send the traffic and measure.
 
     Args:
         url: of the server, without a path.
-        model: served name.
-        tokenizer: folder or name, for prompts of a known length; None leaves their length to the server's `/tokenize`.
+        target: what it serves.
         traffic: what to send.
         seed: of prompts and images.
-        api_key: of the server, or empty.
-        sample_seconds: between two reads of /metrics.
         finished: called now and then with the number of requests that have been answered.
 
     Returns:
@@ -57,7 +51,7 @@ def run_point(
         have it, and `reduced_by`, the methods of ours that were at work.
 
     Raises:
-        RuntimeError: a request failed; with the client's words.
+        RuntimeError: a request failed; with the client's message.
     """
     # The client's module takes seconds to import.
     from vllm.benchmarks.serve import main_async
@@ -65,11 +59,9 @@ def run_point(
     logging.getLogger("vllm").setLevel(logging.ERROR)
     printed = StringIO()
     with TemporaryDirectory() as folder:
-        dataset = None
-        if tokenizer is None:
-            dataset = write_dataset(Path(folder), url, model, traffic, seed, api_key)
-        args = _arguments(url, model, tokenizer, dataset, traffic, seed, api_key)
-        with Sampler(url, sample_seconds, finished) as sampler, redirect_stdout(printed):
+        dataset = None if target.tokenizer else write_dataset(Path(folder), url, target, traffic, seed)
+        args = _arguments(url, target, dataset, traffic, seed)
+        with Sampler(url, target.sample_seconds, finished) as sampler, redirect_stdout(printed):
             result = asyncio.run(main_async(args))
     if result["failed"] or result["completed"] != traffic.num_requests:
         errors = "\n".join(dict.fromkeys(filter(None, result["errors"])))
@@ -89,11 +81,7 @@ def run_point(
 
 
 def latencies(result: Mapping[str, Any]) -> dict[str, list[float]]:
-    """Seconds of each request, or each token, by the name of the latency.
-
-    Args:
-        result: of vLLM's client, with details.
-    """
+    """Seconds of each request, or each token, by the name of the latency, from the client's detailed result."""
     timed = zip(result["latencies"], result["ttfts"], result["output_lens"], strict=True)
     return {
         "ttft": result["ttfts"],
@@ -104,38 +92,28 @@ def latencies(result: Mapping[str, Any]) -> dict[str, list[float]]:
 
 
 def decoding_together(result: Mapping[str, Any]) -> int:
-    """Most requests that were between their first and their last token at the same time, as the client saw it.
-
-    Args:
-        result: of vLLM's client, with details.
-    """
-    starts, firsts, wholes = (result[name] for name in ("start_times", "ttfts", "latencies"))
-    changes = [(start + first, 1) for start, first in zip(starts, firsts, strict=True)]
-    changes += [(start + whole, -1) for start, whole in zip(starts, wholes, strict=True)]
+    """Most requests that were between their first and their last token at the same time, as the client saw it."""
+    changes = []
+    for start, first, whole in zip(
+        *(result[name] for name in ("start_times", "ttfts", "latencies")), strict=True
+    ):
+        changes += [(start + first, 1), (start + whole, -1)]
     # At equal times a request ends before another one begins.
     return max(accumulate(change for _, change in sorted(changes)))
 
 
 def _arguments(
-    url: str,
-    model: str,
-    tokenizer: str | None,
-    dataset: Path | None,
-    traffic: Traffic,
-    seed: int,
-    api_key: str,
+    url: str, target: Target, dataset: Path | None, traffic: Traffic, seed: int
 ) -> argparse.Namespace:
     from vllm.benchmarks.serve import add_cli_args
 
-    parser = argparse.ArgumentParser()
-    add_cli_args(parser)
     side = traffic.image_side
     options: dict[str, Any] = {
         "--backend": "openai-chat",
         "--base-url": url,
         "--endpoint": "/v1/chat/completions",
-        "--model": model,
-        "--served-model-name": model,
+        "--model": target.name,
+        "--served-model-name": target.name,
         "--num-prompts": traffic.num_requests,
         "--seed": seed,
         "--temperature": 0,
@@ -144,24 +122,54 @@ def _arguments(
         "--ready-check-timeout-sec": 0,
         "--num-warmups": 0,
     }
+    flags = ["--disable-tqdm", "--save-detailed", "--ignore-eos"]
     if dataset is None:
         options |= {
-            "--tokenizer": tokenizer,
+            "--tokenizer": target.tokenizer,
             "--dataset-name": "random-mm",
             "--random-input-len": traffic.num_text_tokens,
             "--random-output-len": traffic.num_answer_tokens,
             "--random-mm-bucket-config": f"{{({side}, {side}, 1): 1.0}}",
         }
     else:
-        options |= {
-            "--dataset-name": "custom_image",
-            "--dataset-path": dataset,
-            "--custom-output-len": traffic.num_answer_tokens,
-        }
+        options |= {"--dataset-name": "custom_image", "--dataset-path": dataset}
+        options["--custom-output-len"] = traffic.num_answer_tokens
+        flags.append("--skip-tokenizer-init")
     if traffic.concurrency is not None:
         options["--max-concurrency"] = traffic.concurrency
-    words = [str(word) for pair in options.items() for word in pair]
-    words += ["--disable-tqdm", "--save-detailed", "--ignore-eos"]
-    words += ["--skip-tokenizer-init"] if tokenizer is None else []
-    words += ["--header", f"Authorization=Bearer {api_key}"] if api_key else []
-    return parser.parse_args(words)
+    if target.api_key:
+        options["--header"] = f"Authorization=Bearer {target.api_key}"
+    parser = argparse.ArgumentParser()
+    add_cli_args(parser)
+    return parser.parse_args([*(str(word) for pair in options.items() for word in pair), *flags])
+
+
+def write_dataset(folder: Path, url: str, target: Target, traffic: Traffic, seed: int) -> Path:
+    """Write prompts for a server whose tokenizer is not available: letters and noise, cut by the server's `/tokenize`.
+
+    Returns:
+        A JSONL file with a prompt and an image, as a data URL, in each line (vLLM's `custom_image`).
+    """
+    rng, side = random.Random(seed), traffic.image_side
+    headers = {"Authorization": f"Bearer {target.api_key}"} if target.api_key else {}
+    lines = []
+    with httpx.Client(base_url=url, headers=headers, timeout=60) as client:
+        for _ in range(traffic.num_requests):
+            letters = " ".join(rng.choices(ascii_lowercase, k=traffic.num_text_tokens))
+            text = _cut(client, target.name, letters, traffic.num_text_tokens)
+            image = Image.frombytes("RGB", (side, side), rng.randbytes(3 * side * side))
+            lines.append(json.dumps({"prompt": text, "image_files": [data_url(image)]}))
+    file = folder / "prompts.jsonl"
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return file
+
+
+def _cut(client: httpx.Client, model: str, text: str, num_tokens: int) -> str:
+    """The first tokens of a text; the whole text, a letter for each token, where the server does not tokenize."""
+
+    def post(path: str, **body: Any) -> dict[str, Any]:
+        answer = client.post(path, json={"model": model, **body})
+        return dict(answer.json()) if answer.is_success else {}
+
+    tokens = post("/tokenize", prompt=text, add_special_tokens=False).get("tokens")
+    return str((tokens and post("/detokenize", tokens=tokens[:num_tokens]).get("prompt")) or text)

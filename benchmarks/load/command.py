@@ -4,57 +4,41 @@ import argparse
 import json
 import math
 import os
+import shlex
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from importlib import import_module
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ficoco_vllm import demo_model
+from ficoco_vllm.benchmarks.harness import model, terminal
+from ficoco_vllm.benchmarks.harness.http import served_model
+from ficoco_vllm.benchmarks.harness.report import save
 from ficoco_vllm.benchmarks.harness.results import Bar, at_most, environment
+from ficoco_vllm.benchmarks.harness.results import report as print_bars
+from ficoco_vllm.benchmarks.load.arguments import DEMO, WIDE
+from ficoco_vllm.benchmarks.load.report import page
+from ficoco_vllm.benchmarks.load.run import run_turns
+from ficoco_vllm.benchmarks.load.settings import STOCK, Server, Target, Traffic, Turn, make_points, make_turns
+from ficoco_vllm.benchmarks.load.summary import Rows, as_csv, check, ratio, summarise
+from ficoco_vllm.compat import multiplies_bfloat16
+from ficoco_vllm.reduction.cost import model_shape
 
-if TYPE_CHECKING:
-    from ficoco_vllm.benchmarks.load.settings import Server, Traffic, Turn
-
-DEMO = "demo"
-WIDE = "llava-1.5-7b-width"
 # For the demo model and `WIDE`: the cache holds a dozen of stock vLLM's requests, so that requests compete for it.
 _STOCK_REQUESTS = 12
-_STOCK_VISUAL_TOKENS = 576
 _BLOCK = 32
-_DEFAULT_SERVERS = ("stock", "ficoco-v:64", "ficoco-v:192")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's options, beside those that all benchmarks of a server share."""
-    add = parser.add_argument
-    add(
-        "--model",
-        default=DEMO,
-        help=f"a folder or name that vLLM serves; {DEMO!r}: the demo model; {WIDE!r}: LLaVA-1.5-7B's shapes with "
-        "--layers decoder layers and random weights (default: %(default)s)",
-    )
-    add("--layers", type=int, default=2, help=f"decoder layers of {WIDE!r} (default: %(default)s)")
-    add("--served-model-name", help="name of the model in requests (default with --url: the server's first)")
-    add(
-        "--tokenizer",
-        help="folder or name, for prompts of a known length (default: the model; with --url the server's /tokenize)",
-    )
-    add("--servers", nargs="+", default=list(_DEFAULT_SERVERS), help="stock, METHOD or METHOD:KEEP, each")
-    add("--rates", nargs="*", default=[], help="requests a second, one point each")
-    add("--concurrency", nargs="*", type=int, default=[4, 16], help="concurrent requests, one point each")
-    add("--requests", type=int, default=64, help="of a point (default: %(default)s)")
-    add("--text-tokens", type=int, default=60, help="of a prompt, beside its image (default: %(default)s)")
-    add("--answer-tokens", type=int, default=32, help="of an answer (default: %(default)s)")
-    add("--image-side", type=int, default=336, help="pixels (default: %(default)s)")
-    add("--rounds", type=int, default=2, help="turns of each server (default: %(default)s)")
-    add("--sample-seconds", type=float, default=0.5, help="between two reads of /metrics")
-    add(
-        "--server-options", default="", help="more options of vLLM's server, as one argument, for all servers"
-    )
-    add("--bar", type=float, help="least throughput of each method over stock's, at the last point")
-    add("--bar-token", type=float, help="most time of a token of each method over stock's, at the last point")
-    add("--remark", default="", help="stored with the figures, for example the other load of the machine")
+_SHOWN = (
+    "rates",
+    "concurrency",
+    "requests",
+    "text_tokens",
+    "answer_tokens",
+    "rounds",
+    "seed",
+    "server_options",
+)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,18 +52,10 @@ def run(args: argparse.Namespace) -> int:
         RuntimeError: a server failed.
         openai.APIError: the server at `--url` does not answer.
     """
-    # Not at the top: they need packages of the extra `bench`, or seconds.
-    from ficoco_vllm.benchmarks.harness import terminal
-    from ficoco_vllm.benchmarks.harness.report import save
-    from ficoco_vllm.benchmarks.load.checks import check
-    from ficoco_vllm.benchmarks.load.report import page
-    from ficoco_vllm.benchmarks.load.settings import make_turns
-    from ficoco_vllm.benchmarks.load.summary import as_csv, summarise
-
     servers, points = _read(args)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # of the client's own import of vLLM
     rows = _measure(args, make_turns(servers, points, args.rounds, args.seed))
-    patches = _STOCK_VISUAL_TOKENS if args.model in (DEMO, WIDE) else None  # of other models unknown
+    patches = model.PATCHES if args.model in (DEMO, WIDE) else None  # of other models unknown
     warnings = [] if args.url is not None else check(rows, servers, patches)
     result = {
         "model": _model_name(args),
@@ -88,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         "remark": args.remark,
         "seed": args.seed,
         "num_rounds": args.rounds,
-        "servers": [server.model_dump() for server in servers],
+        "servers": [asdict(server) for server in servers],
         "warnings": warnings,
         "summary": summarise(rows),
         "rows": rows,
@@ -96,12 +72,10 @@ def run(args: argparse.Namespace) -> int:
     report = page(result)
     written = save(report, result, as_csv(rows), args.out, "load")
     terminal.show(report.tables, [written], warnings)
-    return terminal.report(_bars(args, servers, points, rows, warnings))
+    return print_bars(() if args.url is not None else _bars(args, servers, points[-1].name, rows, warnings))
 
 
-def _read(args: argparse.Namespace) -> "tuple[list[Server], list[Traffic]]":
-    from ficoco_vllm.benchmarks.load.settings import Server, make_points
-
+def _read(args: argparse.Namespace) -> tuple[list[Server], list[Traffic]]:
     servers = [Server.parse(text) for text in args.servers]
     if len({server.name for server in servers}) < len(servers):
         raise ValueError(f"--servers = {args.servers} names one twice")
@@ -122,25 +96,17 @@ def _read(args: argparse.Namespace) -> "tuple[list[Server], list[Traffic]]":
     return servers, points
 
 
-def _measure(args: argparse.Namespace, turns: "list[Turn]") -> list[dict[str, Any]]:
+def _measure(args: argparse.Namespace, turns: list[Turn]) -> list[dict[str, Any]]:
     """The rows of all turns, from the server at `--url` or from servers that are started."""
-    from ficoco_vllm.benchmarks.harness.http import served_model
-    from ficoco_vllm.benchmarks.load.run import Target, run_turns
-
     if args.url is not None:
         name = args.served_model_name or served_model(args.url, args.api_key or "none")
         target = Target("", name, args.tokenizer, (), args.out, args.api_key, args.sample_seconds)
         return run_turns(turns, target, args.url)
     with tempfile.TemporaryDirectory() if args.model == WIDE else nullcontext("") as scratch:
-        model, options = _model(args, Path(scratch))
-        target = Target(
-            model,
-            args.served_model_name or "load",
-            args.tokenizer or model,
-            (*options, *args.server_options.split()),
-            args.out,
-            sample_seconds=args.sample_seconds,
-        )
+        served, options = _model(args, Path(scratch))
+        options += tuple(args.server_options.split())
+        name, tokenizer = args.served_model_name or "load", args.tokenizer or served
+        target = Target(served, name, tokenizer, options, args.out, sample_seconds=args.sample_seconds)
         return run_turns(turns, target)
 
 
@@ -152,26 +118,18 @@ def _model_name(args: argparse.Namespace) -> str:
 
 def _model(args: argparse.Namespace, scratch: Path) -> tuple[str, tuple[str, ...]]:
     """Folder of the model, and the options that it needs."""
-    from ficoco_vllm.compat import multiplies_bfloat16
-    from ficoco_vllm.reduction.cost import model_shape
-
     options: tuple[str, ...] = ()
     if args.model == DEMO:
-        folder = Path(import_module("ficoco_vllm.demo_model").path())
+        folder = Path(demo_model.path())
     elif args.model == WIDE:
-        from ficoco_vllm.benchmarks.harness import model
-
-        model.write(scratch, args.layers)
-        folder = scratch
-        options = ("--load-format", "dummy")
+        folder, options = model.write(scratch, args.layers), ("--load-format", "dummy")
     else:
         return args.model, ()
     decoder = model_shape(json.loads((folder / "config.json").read_text())).decoder
     dtype, value_bytes = ("bfloat16", 2) if multiplies_bfloat16() else ("float32", 4)
     block_bytes = _BLOCK * decoder.num_layers * 2 * decoder.num_kv_heads * decoder.head_dim * value_bytes
-    num_blocks = _STOCK_REQUESTS * math.ceil(
-        (_STOCK_VISUAL_TOKENS + args.text_tokens + args.answer_tokens) / _BLOCK
-    )
+    num_tokens = model.PATCHES + args.text_tokens + args.answer_tokens
+    num_blocks = _STOCK_REQUESTS * math.ceil(num_tokens / _BLOCK)
     return str(folder), (
         *("--enforce-eager", "--dtype", dtype, "--max-model-len", "2048", "--block-size", str(_BLOCK)),
         *("--kv-cache-memory-bytes", str(num_blocks * block_bytes), *options),
@@ -179,44 +137,26 @@ def _model(args: argparse.Namespace, scratch: Path) -> tuple[str, tuple[str, ...
 
 
 def _bars(
-    args: argparse.Namespace,
-    servers: "Sequence[Server]",
-    points: "Sequence[Traffic]",
-    rows: Sequence[Mapping[str, Any]],
-    warnings: Sequence[str],
-) -> list[Bar]:
-    from ficoco_vllm.benchmarks.load.settings import STOCK
-    from ficoco_vllm.benchmarks.load.summary import ratio
-
-    if args.url is not None:
-        return []
-    last = points[-1].name
+    args: argparse.Namespace, servers: Sequence[Server], last: str, rows: Rows, warnings: Sequence[str]
+) -> Iterator[Bar]:
+    yield at_most("load-servers-that-do-not-reduce-as-configured", len(warnings))
     methods = [server.name for server in servers if server.method is not None]
-    bars = [at_most("load-servers-that-do-not-reduce-as-configured", len(warnings))]
     if args.bar is not None:
         for name in methods:
             throughput = ratio(rows, "request_throughput", name, STOCK, last)
-            bars.append(Bar(f"load-throughput-{name}-over-stock", throughput, args.bar))
+            yield Bar(f"load-throughput-{name}-over-stock", throughput, args.bar)
     if args.bar_token is not None:
         for name in methods:
             token = ratio(rows, "tpot_ms_p50", name, STOCK, last)
-            bars.append(at_most(f"load-token-{name}-over-stock", token, args.bar_token))
-    return bars
+            yield at_most(f"load-token-{name}-over-stock", token, args.bar_token)
 
 
 def _command(args: argparse.Namespace) -> str:
-    shown = {
-        "model": args.model if args.url is None else None,
-        "url": args.url,
-        "servers": " ".join(args.servers) if args.url is None else None,
-        "rates": " ".join(args.rates),
-        "concurrency": " ".join(map(str, args.concurrency)),
-        "requests": args.requests,
-        "text-tokens": args.text_tokens,
-        "answer-tokens": args.answer_tokens,
-        "rounds": args.rounds,
-        "seed": args.seed,
-        "server-options": args.server_options and repr(args.server_options),
-    }
-    words = " ".join(f"--{name} {value}" for name, value in shown.items() if value not in ("", None))
-    return f"ficoco-vllm bench load {words}" + (f" --layers {args.layers}" if args.model == WIDE else "")
+    """The command for the report, without the API key."""
+    names = ("model", "servers") if args.url is None else ("url",)
+    words = ["ficoco-vllm", "bench", "load"]
+    for name in (*names, *_SHOWN, *["layers"] * (args.model == WIDE)):
+        value = getattr(args, name)
+        values = [str(one) for one in (value if isinstance(value, list) else [value]) if one != ""]
+        words += [f"--{name.replace('_', '-')}", *values] if values else []
+    return shlex.join(words)

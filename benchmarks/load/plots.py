@@ -9,19 +9,14 @@ from matplotlib.figure import Figure
 from ficoco_vllm.benchmarks.harness.plots import COLOURS, Plot, draw, from_zero, legend_above
 
 _SIZE_INCHES = (4.8, 3.2)
-# Latencies whose 99th percentile is so many times the median are drawn on a logarithmic scale.
+# Latencies whose 99th percentile exceeds the median by this factor get a logarithmic scale.
 _WIDE = 20
 Rows = Sequence[Mapping[str, Any]]
 Colours = Mapping[str, str]
 
 
 def plots(rows: Rows, summary: Rows) -> list[Plot]:
-    """Every picture that has something to show.
-
-    Args:
-        rows: of the run.
-        summary: their medians.
-    """
+    """Every picture that has something to show, from the rows of a run and their medians."""
     servers = list(dict.fromkeys(row["server"] for row in summary))
     points = list(dict.fromkeys(row["point"] for row in summary))
     colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(servers)}

@@ -1,17 +1,23 @@
 """The report of a load test: tables and page."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from ficoco_vllm.benchmarks.harness.report import Page, Section, Table, facts
 from ficoco_vllm.benchmarks.load.plots import plots
 from ficoco_vllm.benchmarks.load.settings import STOCK
-from ficoco_vllm.benchmarks.load.summary import ratio
+from ficoco_vllm.benchmarks.load.summary import Rows, ratio
 
-Rows = Sequence[Mapping[str, Any]]
 # A percentile that fewer values than this lie above is marked.
 _MARK = "†"
 _LATENCIES = "Latencies: the dot is the median, the bar ends at the 90th percentile, the line at the 99th."
+_SPEEDUP = "Speed-up: requests/s over stock vLLM's in the same round. TTFT: time to first token. ITL: between tokens."
+_FEW = "requests in a round are too few for this percentile. Raise `--requests`."
+_LATENCY_HEAD = (
+    *("server", "load", "requests/s", "speed-up", "TTFT p50, s", "TTFT p90, s", "TTFT p99, s"),
+    *("ITL p50, ms", "ITL p99, ms"),
+)
+_MEMORY_HEAD = ("server", "load", "running requests, most", "KV cache in use, most", "preemptions")
 
 
 def page(result: Mapping[str, Any]) -> Page:
@@ -34,10 +40,7 @@ def page(result: Mapping[str, Any]) -> Page:
         ],
         facts=facts(
             result["environment"],
-            model=result["model"],
-            command=result["command"],
-            seed=result["seed"],
-            remark=result.get("remark"),
+            **{name: result.get(name) for name in ("model", "command", "seed", "remark")},
         ),
     )
 
@@ -45,60 +48,28 @@ def page(result: Mapping[str, Any]) -> Page:
 def tables(rows: Rows, summary: Rows) -> list[Table]:
     """Throughput and latency; memory and scheduling."""
     traffic = rows[0]["traffic"]
-    num_requests, num_gaps = (
-        traffic["num_requests"],
-        traffic["num_requests"] * (traffic["num_answer_tokens"] - 1),
-    )
+    num_requests = traffic["num_requests"]
+    num_gaps = num_requests * (traffic["num_answer_tokens"] - 1)
     latency, memory = [], []
     for row in summary:
         head = (f"`{row['server']}`", row["point"])
         speedup = _speedup(rows, row["server"], row["point"])
         latency.append(
             (
-                *head,
-                _throughput(row),
-                "-" if speedup is None else f"{speedup:.2f}x",
+                *(*head, _throughput(row), "-" if speedup is None else f"{speedup:.2f}x"),
                 *(_percentile(row, "ttft", p, num_requests, 1e-3, ".3f") for p in (50, 90, 99)),
                 *(_percentile(row, "itl", p, num_gaps, 1.0, ".1f") for p in (50, 99)),
             )
         )
         figures = (("num_running_max", ".0f"), ("kv_cache_usage_max", ".0%"), ("num_preemptions", ".0f"))
-        memory.append(
-            (*head, *("-" if row[name] is None else f"{row[name]:{form}}" for name, form in figures))
-        )
-    marked = any(cell.endswith(_MARK) for cells in latency for cell in cells)
-    note = (
-        f"{_MARK} Close to the largest value: {num_requests} requests in a round are too few for this percentile. "
-        "Raise `--requests`."
-    )
+        cells = ("-" if row[name] is None else f"{row[name]:{form}}" for name, form in figures)
+        memory.append((*head, *cells))
+    notes = [_SPEEDUP]
+    if any(cell.endswith(_MARK) for cells in latency for cell in cells):
+        notes.append(f"{_MARK} Close to the largest value: {num_requests} {_FEW}")
     return [
-        Table(
-            "throughput",
-            "Throughput and latency",
-            (
-                "server",
-                "load",
-                "requests/s",
-                "speed-up",
-                "TTFT p50, s",
-                "TTFT p90, s",
-                "TTFT p99, s",
-                "ITL p50, ms",
-                "ITL p99, ms",
-            ),
-            latency,
-            [
-                "Speed-up: requests/s over stock vLLM's in the same round. TTFT: time to first token. ITL: "
-                "time between tokens.",
-                *[note] * marked,
-            ],
-        ),
-        Table(
-            "memory",
-            "Memory and scheduling",
-            ("server", "load", "running requests, most", "KV cache in use, most", "preemptions"),
-            memory,
-        ),
+        Table("throughput", "Throughput and latency", _LATENCY_HEAD, latency, notes),
+        Table("memory", "Memory and scheduling", _MEMORY_HEAD, memory),
     ]
 
 

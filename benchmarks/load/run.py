@@ -2,42 +2,18 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import Any
 
 from ficoco_vllm.benchmarks.harness.serving import STOCK, serving
 from ficoco_vllm.benchmarks.harness.terminal import Task
 from ficoco_vllm.benchmarks.load.client import run_point
-from ficoco_vllm.benchmarks.load.settings import Turn
+from ficoco_vllm.benchmarks.load.settings import Target, Turn
 from ficoco_vllm.compat import set_cpu_defaults
 
 # Requests that a server answers before anything is measured: it compiles, grows its pools, fills its thread pools.
 _WARM_UP = 4
 _WARM_UP_SEED = 2**31 - 1
-
-
-@dataclass(frozen=True)
-class Target:
-    """What is served, and how.
-
-    Attributes:
-        model: folder or name.
-        name: of the model in requests.
-        tokenizer: folder or name, of the client; None leaves the prompts' length to the server.
-        options: of vLLM's server, the same for every server.
-        log_folder: for the logs of the servers.
-        api_key: of a server that is up, or empty.
-        sample_seconds: between two reads of /metrics.
-    """
-
-    model: str
-    name: str
-    tokenizer: str | None
-    options: tuple[str, ...]
-    log_folder: Path
-    api_key: str = ""
-    sample_seconds: float = 0.5
 
 
 def run_turns(turns: list[Turn], target: Target, url: str | None = None) -> list[dict[str, Any]]:
@@ -55,8 +31,7 @@ def run_turns(turns: list[Turn], target: Target, url: str | None = None) -> list
         RuntimeError: a server does not start, or a request fails.
     """
     rows = []
-    total = sum(_WARM_UP + traffic.num_requests for turn in turns for traffic, _ in turn.points)
-    total -= sum(_WARM_UP * (len(turn.points) - 1) for turn in turns)
+    total = sum(_WARM_UP + sum(traffic.num_requests for traffic, _ in turn.points) for turn in turns)
     with Task("requests", total) as task:
         for turn in turns:
             task.describe(f"round {turn.round_index + 1}, starting {turn.server.name}")
@@ -68,35 +43,24 @@ def run_turns(turns: list[Turn], target: Target, url: str | None = None) -> list
 def run_turn(turn: Turn, url: str, target: Target, task: Task) -> list[dict[str, Any]]:
     """Run the points of one turn against a server that is up; see `run_turns`."""
     first = turn.points[0][0]
-    warm_up = first.model_copy(update={"num_requests": _WARM_UP, "rate": None, "concurrency": _WARM_UP})
+    warm_up = replace(first, num_requests=_WARM_UP, rate=None, concurrency=_WARM_UP)
     rows = []
     for traffic, seed in [(warm_up, _WARM_UP_SEED), *turn.points]:
         name = "warm-up" if traffic is warm_up else traffic.name
         label = f"round {turn.round_index + 1}, {turn.server.name}, {name}"
         task.describe(label)
-        before = task.done
 
-        def finished(count: float, before: int = before, most: int = traffic.num_requests) -> None:
+        def finished(count: float, before: int = task.done, most: int = traffic.num_requests) -> None:
             task.advance(before + min(int(count), most) - task.done)
 
-        point = run_point(
-            url,
-            target.name,
-            target.tokenizer,
-            traffic,
-            seed,
-            target.api_key,
-            target.sample_seconds,
-            finished,
-        )
+        point = run_point(url, target, traffic, seed, finished)
         finished(traffic.num_requests)
         if traffic is warm_up:
             continue
         head = {"server": turn.server.name, "round": turn.round_index, "point": traffic.name}
-        rows.append({**head, "traffic": traffic.model_dump(), "seed": seed, **point})
-        task.say(
-            f"{label}: {point['request_throughput']:.2f} requests/s, TTFT {point['ttft_ms_p50']:.0f} ms (median)"
-        )
+        rows.append({**head, "traffic": asdict(traffic), "seed": seed, **point})
+        figures = f"{point['request_throughput']:.2f} requests/s, TTFT {point['ttft_ms_p50']:.0f} ms (median)"
+        task.say(f"{label}: {figures}")
     return rows
 
 

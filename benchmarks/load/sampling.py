@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from ficoco_vllm.benchmarks.harness.http import read_metrics, samples
 
-# vLLM's name to ours; several engines are added up, but for the share of the cache, of which the fullest counts.
+# vLLM's name to ours; several engines are added up, except for the share of the cache, where the fullest counts.
 _SUMS = {
     "vllm:num_requests_running": "num_running",
     "vllm:num_requests_waiting": "num_waiting",
@@ -21,7 +21,7 @@ _AVOIDED = "ficoco:kv_tokens_avoided_total"
 
 
 class Sampler:
-    """Reads /metrics in a thread of its own from entering to leaving.
+    """Reads /metrics in a separate thread while its block runs.
 
     Args:
         url: of the server, without a path.
@@ -39,9 +39,7 @@ class Sampler:
     ) -> None:
         self.samples: list[dict[str, float]] = []
         self.avoided: list[dict[str, float]] = []
-        self._url = url
-        self._interval = interval_seconds
-        self._finished = finished
+        self._url, self._interval, self._finished = url, interval_seconds, finished
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -58,16 +56,12 @@ class Sampler:
 
     def summary(self) -> dict[str, float | None]:
         """Most concurrent requests and largest share of the cache; preemptions and prompt tokens in between."""
-        if not self.samples:
-            names = ("num_running_max", "kv_cache_usage_max", "num_preemptions", "num_prompt_tokens")
-            return dict.fromkeys(names)
-        first, last = self.samples[0], self.samples[-1]
-        return {
-            "num_running_max": max(sample["num_running"] for sample in self.samples),
-            "kv_cache_usage_max": max(sample["kv_cache_usage"] for sample in self.samples),
-            "num_preemptions": last["num_preemptions"] - first["num_preemptions"],
-            "num_prompt_tokens": last["num_prompt_tokens"] - first["num_prompt_tokens"],
-        }
+        summary: dict[str, float | None] = {}
+        for name in ("num_running", "kv_cache_usage"):
+            summary[f"{name}_max"] = max((sample[name] for sample in self.samples), default=None)
+        for name in ("num_preemptions", "num_prompt_tokens"):
+            summary[name] = self.samples[-1][name] - self.samples[0][name] if self.samples else None
+        return summary
 
     def reduced_by(self) -> list[str]:
         """Methods of ours that spared a prompt any KV slot in between."""
@@ -93,12 +87,7 @@ class Sampler:
 
 
 def read_figures(text: str) -> dict[str, float]:
-    """The figures that the load test follows.
-
-    Returns:
-        `num_running`, `num_waiting`, `num_preemptions`, `num_prompt_tokens`, `num_finished`, `kv_cache_usage` (0 to
-        1), or nothing where one is missing.
-    """
+    """The figures that the load test follows, those of `_SUMS` and `_MAXIMA`; nothing where one is missing."""
     figures: dict[str, float] = {}
     for sample in samples(text):
         if name := _SUMS.get(sample.name):

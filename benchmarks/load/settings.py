@@ -2,18 +2,20 @@
 
 import math
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ficoco_vllm.reduction import available
 from ficoco_vllm.reduction.pipeline import PIPELINES
 
 STOCK = "stock"
+_LEAST = {"concurrency": 1, "num_requests": 2, "num_text_tokens": 1, "num_answer_tokens": 2, "image_side": 1}
 
 
-class Server(BaseModel):
+@dataclass(frozen=True)
+class Server:
     """One kind of server.
 
     Attributes:
@@ -21,11 +23,9 @@ class Server(BaseModel):
         keep: visual tokens that an image keeps; None leaves the method's default.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     name: str
     method: str | None = None
-    keep: int | None = Field(default=None, ge=1)
+    keep: int | None = None
 
     @classmethod
     def parse(cls, text: str) -> "Server":
@@ -47,40 +47,37 @@ class Server(BaseModel):
         return cls(name=text.replace(":", "-"), method=method, keep=int(keep) if colon else None)
 
 
-class Traffic(BaseModel):
+@dataclass(frozen=True)
+class Traffic:
     """The requests of one point: one image and some text each, images never seen before.
 
     Attributes:
-        rate: requests a second (Poisson); None: as fast as `concurrency` lets them.
+        rate: requests per second (Poisson); None: as fast as `concurrency` lets them.
         concurrency: open requests of the client; None does not limit them.
         num_text_tokens: of a prompt, beside the image.
-        num_answer_tokens: each answer has exactly so many.
+        num_answer_tokens: exact number of each answer.
         image_side: of the square images, in pixels.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     rate: float | None = None
-    concurrency: int | None = Field(default=None, ge=1)
-    num_requests: int = Field(default=64, ge=2)
-    num_text_tokens: int = Field(default=60, ge=1)
-    num_answer_tokens: int = Field(default=32, ge=2)
-    image_side: int = Field(default=336, ge=1)
+    concurrency: int | None = None
+    num_requests: int = 64
+    num_text_tokens: int = 60
+    num_answer_tokens: int = 32
+    image_side: int = 336
 
-    @model_validator(mode="after")
-    def _bounded(self) -> "Traffic":
-        if self.rate is None and self.concurrency is None:
-            raise ValueError("a point needs a rate or a concurrency; got neither")
+    def __post_init__(self) -> None:
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} = {value} is not allowed; allowed: an integer of at least {least}")
         if self.rate is not None and not 0 < self.rate < math.inf:
             raise ValueError(f"rate = {self.rate} is not allowed; allowed: a number above 0")
-        return self
 
     @property
     def name(self) -> str:
         """Short and unique among the points of a run."""
-        if self.rate is None:
-            return f"concurrency {self.concurrency}"
-        return f"{self.rate:g} requests/s"
+        return f"concurrency {self.concurrency}" if self.rate is None else f"{self.rate:g} requests/s"
 
 
 @dataclass(frozen=True)
@@ -96,14 +93,37 @@ class Turn:
     points: tuple[tuple[Traffic, int], ...]
 
 
+@dataclass(frozen=True)
+class Target:
+    """What is served, and how.
+
+    Attributes:
+        model: folder or name.
+        name: of the model in requests.
+        tokenizer: folder or name, for prompts of a known length; None leaves their length to the server's `/tokenize`.
+        options: of vLLM's server, the same for every server.
+        log_folder: for the logs of the servers.
+        api_key: of a server that is up, or empty.
+        sample_seconds: between two reads of /metrics.
+    """
+
+    model: str
+    name: str
+    tokenizer: str | None
+    options: tuple[str, ...]
+    log_folder: Path
+    api_key: str = ""
+    sample_seconds: float = 0.5
+
+
 def make_turns(servers: list[Server], points: list[Traffic], num_rounds: int, seed: int) -> list[Turn]:
-    """Servers in an order of their own in every round; in a round all see the same prompts and images.
+    """Servers in a new random order in every round; in a round all see the same prompts and images.
 
     Args:
         servers: each takes one turn a round.
         points: that each turn runs through.
         num_rounds: at least 1.
-        seed: of order, prompts and images; every round and point has its own, so that no cache flatters.
+        seed: of order, prompts and images; each round and point has its own, so that no cache holds them.
     """
     order = random.Random(seed)
     turns = []
@@ -114,32 +134,17 @@ def make_turns(servers: list[Server], points: list[Traffic], num_rounds: int, se
     return turns
 
 
-def make_points(rates: list[str], concurrencies: list[int], **traffic: Any) -> list[Traffic]:
-    """One point for each rate and each concurrency.
-
-    Args:
-        rates: numbers, as the command line gives them.
-        concurrencies: each is run as fast as it lets the client go.
-        **traffic: the other fields of `Traffic`.
+def make_points(rates: Iterable[str], concurrencies: Iterable[int], **traffic: Any) -> list[Traffic]:
+    """One point for each rate, as the command line gives it, and for each concurrency.
 
     Raises:
         ValueError: naming the option, its value and what is allowed.
     """
-    numbers: list[dict[str, Any]] = []
+    points = []
     for text in rates:
         try:
-            numbers.append({"rate": float(text)})
+            rate = float(text)
         except ValueError as error:
             raise ValueError(f"--rates: {text!r} is not allowed; allowed: numbers above 0") from error
-    try:
-        return [
-            Traffic(**pace, **traffic) for pace in (*numbers, *({"concurrency": n} for n in concurrencies))
-        ]
-    except ValidationError as error:
-        raise ValueError(_first(error)) from error
-
-
-def _first(error: ValidationError) -> str:
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"])
-    return f"{place} = {first['input']!r}: {first['msg']}" if place else first["msg"]
+        points.append(Traffic(rate=rate, **traffic))
+    return points + [Traffic(concurrency=number, **traffic) for number in concurrencies]

@@ -2,13 +2,13 @@
 
 import json
 import time
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import httpx
 
 from ficoco_vllm.benchmarks.harness.serving import free_port, running
 
@@ -19,15 +19,14 @@ Labels = tuple[tuple[str, str], ...]
 
 @dataclass
 class Prometheus:
-    """Where it listens."""
+    """A running Prometheus, by its port."""
 
     port: int
 
     def ask(self, path: str, **values: Any) -> list[dict[str, Any]]:
         """Result of a GET of `/api/v1/PATH`: a mapping for each series."""
-        url = f"http://127.0.0.1:{self.port}/api/v1/{path}?" + urllib.parse.urlencode(values)
-        with urllib.request.urlopen(url, timeout=60) as answer:
-            return list(json.load(answer)["data"]["result"])
+        answer = httpx.get(f"http://127.0.0.1:{self.port}/api/v1/{path}", params=values, timeout=60)
+        return list(answer.raise_for_status().json()["data"]["result"])
 
     def query(self, expression: str, at: float | None = None) -> dict[Labels, float]:
         """Evaluate now, or at a time in seconds since 1970: sorted labels of each series to its value."""
@@ -37,9 +36,10 @@ class Prometheus:
     def is_ready(self) -> bool:
         """Whether it has scraped its target."""
         try:
-            return self.query("up") != {} and all(self.query("up").values())
-        except OSError:
+            targets = self.query("up")
+        except httpx.HTTPError:
             return False
+        return bool(targets) and all(targets.values())
 
     def wait_for_scrapes(self, count: int = 2) -> None:
         """Wait until everything so far has been scraped, with samples after it."""
@@ -49,15 +49,18 @@ class Prometheus:
 @contextmanager
 def scrape(folder: Path, target: str) -> Iterator[Prometheus]:
     """Scrape a target every second until the block ends."""
-    port = free_port()
-    settings = folder / "prometheus.yml"
+    prometheus, settings = Prometheus(free_port()), folder / "prometheus.yml"
     job = {"job_name": "server", "static_configs": [{"targets": [target]}]}
     settings.write_text(json.dumps({"global": {"scrape_interval": "1s"}, "scrape_configs": [job]}))
     command = ["prometheus", f"--config.file={settings}", f"--storage.tsdb.path={folder / 'data'}"]
-    command += [f"--web.listen-address=127.0.0.1:{port}", "--log.level=warn"]
-    prometheus = Prometheus(port)
+    command += [f"--web.listen-address=127.0.0.1:{prometheus.port}", "--log.level=warn"]
     with running(command, folder / "log", prometheus.is_ready):
         yield prometheus
+
+
+def panels() -> list[dict[str, Any]]:
+    """Panels of the dashboard, as Grafana stores them."""
+    return list(json.loads(DASHBOARD.read_text())["panels"])
 
 
 def filled_in(expression: str, window_seconds: int, model: str = ".*", instance: str = ".*") -> str:

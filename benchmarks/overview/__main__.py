@@ -7,8 +7,7 @@ from typing import Any
 from ficoco_vllm.benchmarks.harness.pages import ROOT, fill, write_pages
 from ficoco_vllm.benchmarks.harness.results import read
 from ficoco_vllm.benchmarks.overview.pictures import pictures
-from ficoco_vllm.benchmarks.overview.rows import Results
-from ficoco_vllm.benchmarks.overview.tables import blocks
+from ficoco_vllm.benchmarks.overview.tables import Results, blocks
 
 README, PAGE, IMAGES = ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "images"
 NAMES = ("accuracy", "accuracy-decoder", "ttft", "load", "concurrency")

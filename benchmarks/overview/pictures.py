@@ -6,8 +6,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ficoco_vllm.benchmarks.accuracy.plots import budget_lines, token_axis
+from ficoco_vllm.benchmarks.harness.model import PATCHES
 from ficoco_vllm.benchmarks.harness.plots import COLOURS, as_svg
-from ficoco_vllm.benchmarks.overview.rows import PATCHES, Results, accuracies, full_accuracy, shallowest
+from ficoco_vllm.benchmarks.overview.tables import Results, accuracies, full_accuracy, shallowest
 
 _PANEL_WIDTH, _HEIGHT = 4.2, 3.3
 

@@ -2,12 +2,15 @@
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from ficoco_vllm.benchmarks.questions.questions import (
     Question,
+    colour_question,
+    count_question,
     digit_question,
+    lone_number_question,
     number_question,
     shape_exists_balanced,
     sign_exists_balanced,
@@ -58,14 +61,14 @@ def _original(names: tuple[str, ...], kind: str) -> Callable[[random.Random, int
 
 def _number(rng: random.Random, _: int) -> Example:
     scene = _signs(rng, 1)
-    return Example(scene, Question("what number is on the sign?", scene.signs[0].number, "number"))
+    return Example(scene, lone_number_question(scene.signs[0]))
 
 
 def _number_by_colour(num_signs: int) -> Callable[[random.Random, int], Example]:
     def make(rng: random.Random, _: int) -> Example:
         scene = _signs(rng, num_signs)
         question = number_question(rng.choice(scene.signs))
-        return Example(scene, Question(question.text, question.answer, f"number_by_colour_{num_signs}"))
+        return Example(scene, replace(question, kind=f"number_by_colour_{num_signs}"))
 
     return make
 
@@ -80,14 +83,12 @@ def _digit(place: str) -> Callable[[random.Random, int], Example]:
 
 def _colour_by_number(rng: random.Random, index: int) -> Example:
     scene = _signs(rng, 2 + index % 2)
-    sign = rng.choice(scene.signs)
-    text = f"what color is the sign with the number {sign.number}?"
-    return Example(scene, Question(text, COLOUR_NAMES[sign.colour], "colour_by_number"))
+    return Example(scene, colour_question(rng.choice(scene.signs)))
 
 
 def _count(rng: random.Random, index: int) -> Example:
     scene = _signs(rng, 1 + index % 3)
-    return Example(scene, Question("how many signs are there?", str(len(scene.signs)), "count"))
+    return Example(scene, count_question(scene.signs))
 
 
 def _yes_no_signs(rng: random.Random, index: int) -> Example:

@@ -27,7 +27,7 @@ ABSENT = (
     "does the image not contain a {}?",
 )
 
-# Stands for every place in Question.evidence.
+# Any place, in Question.evidence.
 ANY = -1
 
 
@@ -69,17 +69,28 @@ def digit_question(sign: Sign, place: str) -> Question:
     return Question(text, sign.number[index], f"{place}_digit", ((sign.colour, index),))
 
 
-def sign_exists(colour: int, signs: tuple[Sign, ...]) -> Question:
-    """Whether a sign of a colour is there."""
-    answer = "yes" if any(sign.colour == colour for sign in signs) else "no"
-    return Question(f"is there a {COLOUR_NAMES[colour]} sign?", answer, "yes_no_signs")
+def lone_number_question(sign: Sign) -> Question:
+    """The number on the only sign."""
+    return Question("what number is on the sign?", sign.number, "number", evidence_of(sign))
+
+
+def colour_question(sign: Sign) -> Question:
+    """The colour of the sign with a number."""
+    text = f"what color is the sign with the number {sign.number}?"
+    return Question(text, COLOUR_NAMES[sign.colour], "colour_by_number", ((sign.colour, ANY),))
+
+
+def count_question(signs: tuple[Sign, ...]) -> Question:
+    """The number of signs."""
+    return Question("how many signs are there?", str(len(signs)), "count")
 
 
 def sign_exists_balanced(signs: tuple[Sign, ...], rng: random.Random, answer: bool) -> Question:
-    """A yes/no question whose answer is chosen first."""
+    """A yes/no question on the colour of a sign whose answer is chosen first."""
     shown = [sign.colour for sign in signs]
     hidden = [colour for colour in range(len(COLOUR_NAMES)) if colour not in shown]
-    return sign_exists(rng.choice(shown if answer else hidden), signs)
+    name = COLOUR_NAMES[rng.choice(shown if answer else hidden)]
+    return Question(f"is there a {name} sign?", "yes" if answer else "no", "yes_no_signs")
 
 
 def shape_exists_balanced(shape: Shape, rng: random.Random, answer: bool, negated: bool) -> Question:

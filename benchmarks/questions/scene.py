@@ -1,4 +1,4 @@
-"""What an image shows, and what every patch of it carries."""
+"""Contents of an image, and labels of its patches."""
 
 from dataclasses import dataclass
 

@@ -31,7 +31,7 @@ from ficoco_vllm.kv.admission import (
 from ficoco_vllm.kv.marker import generation_prompt
 from ficoco_vllm.metrics.counting import RequestCounter
 from ficoco_vllm.metrics.families import count_refusal
-from ficoco_vllm.processing import BUDGET, SIZES
+from ficoco_vllm.request_fields import BUDGET
 
 # Tokens of the generation prompt, on vLLM's renderer.
 _MARKER = "ficoco_generation_prompt"
@@ -62,6 +62,19 @@ class FrontEnd:
         return state
 
 
+def fill_defaults(processor: Any, request: Any) -> None:
+    """Give a request with images the ends of its windows and, where that follows the load, its budget in the decoder.
+
+    Args:
+        processor: vLLM's input processor.
+        request: vLLM's `EngineCoreRequest`, or an object with its prompt, images and sampling parameters.
+    """
+    config, state = FicocoConfig.of(processor.vllm_config.model_config.hf_config), FrontEnd.of(processor)
+    fill_windows(config, getattr(processor.renderer, _MARKER, ()), request)
+    if state.default_keep is not None:
+        fill_budget(state.default_keep, state.chats, request)
+
+
 def hook_admission() -> None:
     """Make vLLM's front end admit requests through `_process_inputs` and `_resolve_watermarking`. Idempotent."""
     hook_processor_cache()
@@ -74,11 +87,8 @@ def _process_inputs(original: Any, self: Any, request_id: str, prompt: Any, *arg
     request = original(self, request_id, prompt, *args, **kwargs)
     state = FrontEnd.of(self)
     with _refusals_counted(self):
-        config = FicocoConfig.of(self.vllm_config.model_config.hf_config)
-        fill_windows(config, getattr(self.renderer, _MARKER, ()), request)
+        fill_defaults(self, request)
         check_stop(request)
-        if state.default_keep is not None:
-            fill_budget(state.default_keep, state.chats, request)
         if state.bounds is not None:
             check_bounds(state.bounds, request)
         check_request(self.vllm_config, request)
@@ -87,15 +97,11 @@ def _process_inputs(original: Any, self: Any, request_id: str, prompt: Any, *arg
     note_sent(self.renderer.mm_processor_cache, prompt)
     params = request.sampling_params
     if state.counter is not None and params is not None:
-        ours = prompt if isinstance(prompt, dict) else {}
+        # A prompt of another kind, which vLLM renders only now, carries no budget.
+        is_ours = isinstance(prompt, dict) and BUDGET in prompt
+        rendered = prompt if is_ours else {"prompt_token_ids": request.prompt_token_ids}
         # The parameters are the request's own copy; children of a request with several answers share them.
-        params.ficoco = state.counter.request(
-            len(request.prompt_token_ids or ()),
-            images_of(request),
-            ours.get(BUDGET),
-            params.extra_args,
-            ours.get(SIZES, ()),
-        )
+        params.ficoco = state.counter.request(rendered, images_of(request), params.extra_args)
     return request
 
 

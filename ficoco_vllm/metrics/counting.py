@@ -9,8 +9,7 @@ from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.metrics.families import NO_ENGINE, OFF, TEXT, metrics, observe_all, set_default_budget
-from ficoco_vllm.metrics.savings import Account, Accountant
-from ficoco_vllm.planning.tower import Budget
+from ficoco_vllm.metrics.savings import Account, Accountant, read_prompt
 
 
 @dataclass
@@ -105,15 +104,13 @@ class RequestCounter:
 
     def request(
         self,
-        num_prompt_tokens: int,
+        prompt: dict[str, Any],
         images: Sequence[tuple[int, int]],
-        budget: Budget | None,
         extra_args: Mapping[str, Any] | None,
-        sizes: Sequence[tuple[int, int]],
     ) -> CountedRequest:
-        """A request that has been admitted; see `Accountant.account` for the arguments."""
-        prompt = (num_prompt_tokens, images, budget, extra_args, sizes)
-        return CountedRequest(self.accountant.account(*prompt), self, self.only_engine, prompt)
+        """A request that has been admitted; see `Accountant.account_prompt` for the arguments."""
+        account = self.accountant.account_prompt(prompt, images, extra_args)
+        return CountedRequest(account, self, self.only_engine, read_prompt(prompt, images, extra_args))
 
     def record(self, outputs: BatchOutputs, engine: str) -> None:
         """Count one batch of outputs.

@@ -13,7 +13,7 @@ from ficoco_vllm.planning.tower import Budget
 from ficoco_vllm.planning.windows import read_ends
 from ficoco_vllm.reduction.cost import ModelShape, TokenPlan, estimate_prompt, model_shape
 from ficoco_vllm.reduction.pipeline import PIPELINES
-from ficoco_vllm.request_fields import WINDOW
+from ficoco_vllm.request_fields import ACCOUNT, BUDGET, KEEP, METHOD, SIZES, WINDOW
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,27 @@ class Accountant:
             shape = None
         return _shared(ServerPlan.served(hf_config), shape)
 
+    def account_prompt(
+        self, prompt: dict[str, Any], images: Sequence[tuple[int, int]], extra_args: Mapping[str, Any] | None
+    ) -> Account:
+        """The savings of a processed prompt, kept with it: the response reports what the metrics count.
+
+        Args:
+            prompt: from vLLM's renderer.
+            images: see `account`.
+            extra_args: see `account`.
+
+        Raises:
+            ValueError: the decoder cannot serve the request.
+        """
+        # Ends of windows are added at admission; they change no count.
+        decoder = {name: value for name, value in (extra_args or {}).items() if name in (KEEP, METHOD)}
+        known: tuple[Any, Account] | None = prompt.get(ACCOUNT)
+        if known is None or known[0] != (images, decoder):
+            known = (images, decoder), self.account(*read_prompt(prompt, images, decoder))
+            prompt[ACCOUNT] = known
+        return known[1]
+
     def account(
         self,
         num_prompt_tokens: int,
@@ -100,9 +121,7 @@ class Accountant:
         num_text_tokens = num_prompt_tokens - sum(length for _, length in images)
         if self.shape is not None and budget is not None and (by_tower or by_decoder) and num_text_tokens > 0:
             per_image = zip(*counts, strict=True)
-            with suppress(
-                ValueError
-            ):  # a request that the cost model does not cover is answered all the same
+            with suppress(ValueError):  # a request that the cost model does not cover is answered anyway
                 reduced = [
                     self.plan.image_tokens(budget, *image) for image in zip(per_image, places, strict=True)
                 ]
@@ -149,6 +168,14 @@ class Accountant:
         if pipeline and (by_tower, by_decoder) == (pipeline.encoder.name, pipeline.decoder.name):
             return pipeline.name
         return "+".join(name for name in (by_tower, by_decoder) if name is not None) or OFF
+
+
+def read_prompt(
+    prompt: Mapping[str, Any], images: Sequence[tuple[int, int]], extra_args: Mapping[str, Any] | None
+) -> tuple[Any, ...]:
+    """Arguments of `Accountant.account` for a processed prompt; see there."""
+    num_tokens = len(prompt.get("prompt_token_ids") or ())
+    return num_tokens, images, prompt.get(BUDGET), extra_args, prompt.get(SIZES, ())
 
 
 @cache

@@ -48,7 +48,7 @@ class Lap:
 class Stopwatch:
     """Makes laps and reports them once they are finished.
 
-    On the CPU a lap is finished at once. On CUDA it is a pair of events in the stream, reported when a later lap is
+    On the CPU a lap is finished immediately. On CUDA it is a pair of events in the stream, reported when a later lap is
     handed in and the events have passed, so nothing ever waits for the device.
     """
 

@@ -16,9 +16,9 @@ from vllm.multimodal.processing.context import TimingContext
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from ficoco_vllm.planning.tower import Budget
-from ficoco_vllm.processing import BUDGET, SIZES, ReducingInfo, ReducingProcessor, without_ours
+from ficoco_vllm.processing import ReducingInfo, ReducingProcessor, without_ours
 from ficoco_vllm.reduction.control import DOWNSCALE
-from ficoco_vllm.request_fields import KEEP
+from ficoco_vllm.request_fields import BUDGET, KEEP, SIZES
 
 # Positions in vLLM's table of rotations where it prunes, as a multiple of the model's own.
 KNOWN_POSITIONS = 4

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ficoco_vllm.benchmarks.load import command as load
+from ficoco_vllm.benchmarks.load.arguments import add_arguments
 from ficoco_vllm.server.commands.arguments import base_url, counts, fail, names
 
 NEEDS = "pip install 'ficoco-vllm[bench]'"
@@ -95,7 +95,7 @@ def add_questions(parser: argparse.ArgumentParser) -> None:
 
 def asked(args: argparse.Namespace) -> dict[str, Any]:
     """Fields that the settings of these benchmarks share, from `add_server` and `add_questions`."""
-    from ficoco_vllm.benchmarks.accuracy.host import Host
+    from ficoco_vllm.benchmarks.accuracy.client import Host
 
     host = Host(url=args.url, model=args.model, api_key=args.api_key, num_tokens=args.visual_tokens)
     answers = args.answers or args.out / "answers.jsonl"
@@ -178,9 +178,9 @@ def _add_load(benchmarks: Any) -> None:
         description="Starts the servers one after the other and sends each the same traffic with vLLM's own benchmark "
         "client. With --url it measures a server that is up; --servers then has one name for it.",
     )
-    parser.set_defaults(command_function=load.run)
+    parser.set_defaults(command_function=_load)
     add_server(parser, "build/load", api_key=os.environ.get("OPENAI_API_KEY", ""))
-    load.add_arguments(parser)
+    add_arguments(parser)
 
 
 def _accuracy(args: argparse.Namespace) -> int:
@@ -192,6 +192,7 @@ def _accuracy(args: argparse.Namespace) -> int:
     from ficoco_vllm.benchmarks.accuracy.workload import KINDS
     from ficoco_vllm.benchmarks.harness import terminal
     from ficoco_vllm.benchmarks.harness.report import save
+    from ficoco_vllm.benchmarks.harness.results import report
 
     reference = args.reference and json.loads(args.reference.read_text(encoding="utf-8"))
     options = Options(
@@ -209,14 +210,19 @@ def _accuracy(args: argparse.Namespace) -> int:
     result["warnings"] += regressed
     written = save(page(result), result, as_csv(result), args.out, "accuracy")
     terminal.show(summary(result), [written], result["warnings"])
-    return terminal.report(limits)
+    return report(limits)
+
+
+def _load(args: argparse.Namespace) -> int:
+    from ficoco_vllm.benchmarks.load.command import run
+
+    return run(args)
 
 
 def _lmms(args: argparse.Namespace) -> int:
     """Run one benchmark of lmms-eval, or print the table of all results."""
     from ficoco_vllm.benchmarks.lmms.benchmarks import BENCHMARKS
-    from ficoco_vllm.benchmarks.lmms.collect import read_results, table
-    from ficoco_vllm.benchmarks.lmms.command import PYTHON, Run, evaluate
+    from ficoco_vllm.benchmarks.lmms.command import PYTHON, Run, evaluate, read_results, table
 
     if args.name is None:
         print("\n".join(table(read_results(args.out))))

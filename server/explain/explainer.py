@@ -13,9 +13,8 @@ from vllm.exceptions import VLLMValidationError
 from ficoco_vllm.hooks.wrapping import wrap
 from ficoco_vllm.metrics.families import count_refusal
 from ficoco_vllm.planning.server import ServerPlan
-from ficoco_vllm.processing import BUDGET, SIZES
 from ficoco_vllm.reduction.control import CONTROLS
-from ficoco_vllm.request_fields import FIELD, KEEP, KEEP_RATIO, MAX_TRACE_ID, TRACE
+from ficoco_vllm.request_fields import BUDGET, FIELD, KEEP, KEEP_RATIO, MAX_TRACE_ID, SIZES, TRACE
 from ficoco_vllm.server.explain.chat import Reply, send_chat
 from ficoco_vllm.server.explain.pages import examples
 from ficoco_vllm.server.explain.schema import ExplainRequest, Explanation, Measured, Options

@@ -6,17 +6,17 @@ from contextvars import ContextVar
 from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, Literal
 
 from vllm.exceptions import GenerationError, RetryableRequestError, VLLMValidationError
 
-from ficoco_vllm.hooks.admission import FrontEnd
+from ficoco_vllm.hooks.admission import FrontEnd, fill_defaults
 from ficoco_vllm.hooks.unread_field import READ
 from ficoco_vllm.hooks.wrapping import wrap
 from ficoco_vllm.kv.admission import visual_range
 from ficoco_vllm.metrics.families import count_refusal
 from ficoco_vllm.metrics.savings import Account, Accountant
-from ficoco_vllm.processing import BUDGET, SIZES
 from ficoco_vllm.request_fields import FIELD, KEEP, KEEP_RATIO, METHOD, find_misplaced, misplaced
 from ficoco_vllm.server.request_field.report import add_usage
 from ficoco_vllm.server.request_field.resolve import Resolver
@@ -199,25 +199,36 @@ class FieldApplier:
             request, "media_io_kwargs", None
         )  # the client's own are for vLLM to check
 
-    def _account(self, request: Any, prompt: Mapping[str, Any]) -> Account | None:
+    def _account(self, request: Any, prompt: dict[str, Any]) -> Account | None:
         """Savings of a rendered prompt; None without images."""
         places = (prompt.get("mm_placeholders") or {}).get("image", ())
         images = [visual_range(place) for place in places]
         if not images:
             return None
         extra_args = dict(_mapping(request, _DECODER_FIELD))
-        default_keep = FrontEnd.of(self.processor).default_keep
-        if default_keep is not None and KEEP not in extra_args:
-            # Fixed now, so that the response reports the budget that the decoder gets.
-            extra_args[KEEP] = default_keep(extra_args.get(METHOD), max(length for _, length in images))
-            request.vllm_xargs = extra_args
-        num_tokens = len(prompt.get("prompt_token_ids") or ())
         try:
-            return self.accountant.account(
-                num_tokens, images, prompt.get(BUDGET), extra_args, prompt.get(SIZES, ())
-            )
+            if FrontEnd.of(self.processor).default_keep is not None and KEEP not in extra_args:
+                # Fixed now, so that the response reports the budget that the decoder gets.
+                extra_args[KEEP] = self._default_keep(prompt, extra_args)
+                request.vllm_xargs = extra_args
+            return self.accountant.account_prompt(prompt, images, extra_args)
         except ValueError:
             return None  # admission refuses the request with its own message
+
+    def _default_keep(self, prompt: Mapping[str, Any], extra_args: Mapping[str, Any]) -> int:
+        """Budget in the decoder that follows the load, as admission would choose it for this prompt."""
+        names, places = prompt["mm_hashes"]["image"], prompt["mm_placeholders"]["image"]
+        images = [
+            SimpleNamespace(identifier=name, mm_position=place)
+            for name, place in zip(names, places, strict=True)
+        ]
+        params = SimpleNamespace(extra_args=dict(extra_args))
+        tokens = prompt.get("prompt_token_ids") or ()
+        fill_defaults(
+            self.processor,
+            SimpleNamespace(prompt_token_ids=tokens, mm_features=images, sampling_params=params),
+        )
+        return int(params.extra_args[KEEP])
 
     def _usage(self, accounts: list[Account]) -> FicocoUsage | None:
         """The reported usage; None without visual tokens."""

@@ -42,20 +42,6 @@ def honest(command: list[str], folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "accuracy.json").read_text()))
 
 
-@pytest.fixture
-def tampered(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """A server that does not apply the request: fields that replace those of a method."""
-    fields: list[dict[str, Any]] = []
-    original = Variant.fields
-
-    def changed(self: Variant) -> dict[str, Any]:
-        requested = original(self)
-        return requested if self.method is None else {"ficoco": {**requested["ficoco"], **fields[0]}}
-
-    monkeypatch.setattr(Variant, "fields", changed)
-    return fields
-
-
 @pytest.mark.server
 def test_result_has_every_row_with_what_it_rests_on(honest: dict[str, Any]) -> None:
     assert honest["schema"] == 1
@@ -189,7 +175,7 @@ def test_bad_options_are_named(
 
 
 def _options(server: Server, folder: Path, methods: tuple[str, ...], count: int) -> Options:
-    from ficoco_vllm.benchmarks.accuracy.host import Host
+    from ficoco_vllm.benchmarks.accuracy.client import Host
 
     host = Host(url=server.url, api_key=API_KEY)
     answers = folder / "answers.jsonl"

@@ -13,9 +13,8 @@ from ficoco_vllm.benchmarks.accuracy.store import Store
 from ficoco_vllm.benchmarks.accuracy.variants import Variant, full
 from ficoco_vllm.benchmarks.accuracy.workload import Item, embedded
 from ficoco_vllm.benchmarks.calibration.data import read_items
-from ficoco_vllm.benchmarks.calibration.divergence import divergence
+from ficoco_vllm.benchmarks.calibration.effects import divergence, kv_saving, visual_tokens_of_layers
 from ficoco_vllm.benchmarks.calibration.report import page
-from ficoco_vllm.benchmarks.calibration.savings import kv_saving, visual_tokens_of_layers
 from ficoco_vllm.server.cli import main
 from ficoco_vllm.server.commands.plan import read_config
 from tests.support.server import API_KEY, Server
@@ -159,20 +158,14 @@ def test_darkened_patches_lie_where_they_were() -> None:
 def test_planted_regressions_are_noticed(
     server: Server,
     reports: dict[str, dict[str, Any]],
+    tampered: list[dict[str, Any]],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     change: dict[str, Any],
     warned: bool,
 ) -> None:
     """Not reducing shows in the prompts; dropping at random costs a larger budget, or leaves none."""
-    original = Variant.fields
-
-    def tampered(self: Variant) -> dict[str, Any]:
-        requested = original(self)
-        return requested if self.method is None else {"ficoco": {**requested["ficoco"], **change}}
-
-    monkeypatch.setattr(Variant, "fields", tampered)
+    tampered.append(change)
     status, report = _calibrate(server, tmp_path, HARD)
     entry = report["methods"][0]
     if warned:

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from ficoco_vllm.benchmarks.efficiency.__main__ import bars, measure
-from ficoco_vllm.benchmarks.efficiency.rows import TABLES, token_plan
-from ficoco_vllm.benchmarks.efficiency.table import markdown
+from ficoco_vllm.benchmarks.efficiency.rows import TABLES, markdown
 from ficoco_vllm.benchmarks.harness import model
 from ficoco_vllm.benchmarks.harness.model import WHOLE_MODELS
 from ficoco_vllm.benchmarks.ttft.kinds import KINDS, predicted_speedup
@@ -50,7 +49,7 @@ def test_the_rows_are_the_papers() -> None:
     shape = model_shape(model.config(40, "13b"))
     printed = {"LLaVA-1.5": 891, "FiCoCo-V": 488, "FiCoCo-L": 485, "FiCoCo-VL": 482}
     for row in TABLE_9.rows:
-        tokens = sum(512 + count for count in token_plan(row, shape).decoder[:-1])
+        tokens = sum(512 + count for count in row.plan(shape).decoder[:-1])
         assert tokens * 2 * shape.decoder.kv_width * 2 / 1e6 == pytest.approx(printed[row.method], abs=0.5)
 
 

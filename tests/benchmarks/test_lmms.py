@@ -13,10 +13,8 @@ from ficoco_vllm.benchmarks.accuracy import probe as module
 from ficoco_vllm.benchmarks.accuracy.probe import probe
 from ficoco_vllm.benchmarks.accuracy.workload import Item, embedded
 from ficoco_vllm.benchmarks.lmms.benchmarks import BENCHMARKS, PAPER, Benchmark, paper_figure
-from ficoco_vllm.benchmarks.lmms.collect import read_results, table
-from ficoco_vllm.benchmarks.lmms.command import Run, evaluate, tasks_folder
-from ficoco_vllm.benchmarks.lmms.padding import MEAN_COLOUR, pad_to_square
-from ficoco_vllm.benchmarks.lmms.tasks import write_task
+from ficoco_vllm.benchmarks.lmms.command import Run, evaluate, read_results, table, tasks_folder
+from ficoco_vllm.benchmarks.lmms.tasks import MEAN_COLOUR, pad_to_square, write_task
 from tests.support.server import API_KEY, Server, data_url, message
 
 ROOT = Path(__file__).parents[2]

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import asdict
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,12 @@ from xml.etree import ElementTree
 import pytest
 
 from ficoco_vllm.benchmarks.harness.terminal import Task
-from ficoco_vllm.benchmarks.load.checks import check
-from ficoco_vllm.benchmarks.load.client import decoding_together, latencies
-from ficoco_vllm.benchmarks.load.prompts import write_dataset
+from ficoco_vllm.benchmarks.load.client import decoding_together, latencies, write_dataset
 from ficoco_vllm.benchmarks.load.report import page, tables
-from ficoco_vllm.benchmarks.load.run import Target, run_turn, run_turns
+from ficoco_vllm.benchmarks.load.run import run_turn, run_turns
 from ficoco_vllm.benchmarks.load.sampling import read_avoided, read_figures
-from ficoco_vllm.benchmarks.load.settings import Server, Traffic, Turn, make_points, make_turns
-from ficoco_vllm.benchmarks.load.summary import FIGURES, as_csv, ratio, summarise
+from ficoco_vllm.benchmarks.load.settings import Server, Target, Traffic, Turn, make_points, make_turns
+from ficoco_vllm.benchmarks.load.summary import FIGURES, as_csv, check, ratio, summarise
 from ficoco_vllm.server.cli import main
 from tests.support.answering import answering
 from tests.support.server import API_KEY
@@ -57,7 +56,7 @@ def row(server: str, round_index: int, throughput: float, point: str = "concurre
         "round": round_index,
         "point": point,
         "seed": 1,
-        "traffic": Traffic(concurrency=4).model_dump(),
+        "traffic": asdict(Traffic(concurrency=4)),
         "completed": 4,
         "failed": 0,
         "duration": 1.0,
@@ -155,9 +154,7 @@ def test_csv_holds_every_row() -> None:
 
 
 def test_report_draws_every_picture_the_same_each_time() -> None:
-    other = [
-        {**line, "point": "concurrency 16", "traffic": Traffic(concurrency=16).model_dump()} for line in ROWS
-    ]
+    other = [{**line, "point": "concurrency 16", "traffic": asdict(Traffic(concurrency=16))} for line in ROWS]
     result: dict[str, Any] = {
         "model": "<demo>",
         "environment": {"cpu": "c", "cores": 2, "versions": {"torch": "2"}},
@@ -247,8 +244,9 @@ def test_a_server_of_another_method_or_budget_is_noticed(server: RunningServer, 
 def test_prompts_without_a_tokenizer(tmp_path: Path) -> None:
     """A server that does not tokenize gets as many words; all prompts and images differ, and a seed repeats them."""
     traffic = Traffic(concurrency=2, num_requests=3, num_text_tokens=7, image_side=8)
+    target = Target("", "m", None, (), tmp_path)
     with answering([], {}) as (url, _):
-        texts = [write_dataset(tmp_path, url, "m", traffic, seed).read_text() for seed in (1, 1, 2)]
+        texts = [write_dataset(tmp_path, url, target, traffic, seed).read_text() for seed in (1, 1, 2)]
     assert texts[0] == texts[1]
     rows = [json.loads(line) for text in texts[1:] for line in text.splitlines()]
     assert {len(row["prompt"].split()) for row in rows} == {7}

@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from dataclasses import asdict
 from typing import Any
 from xml.etree import ElementTree
 
@@ -12,8 +13,7 @@ from ficoco_vllm.benchmarks.harness.pages import ROOT, fill
 from ficoco_vllm.benchmarks.load.settings import Traffic
 from ficoco_vllm.benchmarks.overview.__main__ import BLOCKS, PAGE, README, committed, files
 from ficoco_vllm.benchmarks.overview.pictures import pictures
-from ficoco_vllm.benchmarks.overview.rows import FICOCO_L, FICOCO_V, STOCK
-from ficoco_vllm.benchmarks.overview.tables import blocks
+from ficoco_vllm.benchmarks.overview.tables import FICOCO_L, FICOCO_V, STOCK, blocks
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_every_cell_of_the_readme_is_filled(results: dict[str, Any]) -> None:
 def test_load_is_that_of_the_largest_point(results: dict[str, Any]) -> None:
     names = ("stock", "tome-64")
     rows = [
-        {"point": f"concurrency {number}", "traffic": Traffic(concurrency=number).model_dump()}
+        {"point": f"concurrency {number}", "traffic": asdict(Traffic(concurrency=number))}
         for number in (4, 16)
     ]
     figures = ("request_throughput", "request_throughput_min", "request_throughput_max")

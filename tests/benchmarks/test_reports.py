@@ -22,7 +22,7 @@ from ficoco_vllm.benchmarks.accuracy.workload import Item, embedded
 from ficoco_vllm.benchmarks.harness import terminal
 from ficoco_vllm.benchmarks.harness.plots import draw, from_zero, legend_above
 from ficoco_vllm.benchmarks.harness.report import Page, Section, Table
-from ficoco_vllm.benchmarks.harness.results import at_most, read
+from ficoco_vllm.benchmarks.harness.results import at_most, read, report
 from ficoco_vllm.benchmarks.load.report import page as load_page
 from ficoco_vllm.server.cli import main
 from tests.reduction.test_registry import blocks, install
@@ -294,13 +294,20 @@ def check_latex(text: str) -> None:
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
-def test_summary_is_coloured_on_a_terminal_and_markdown_elsewhere(is_terminal: bool) -> None:
+def test_summary_is_coloured_on_a_terminal_and_markdown_elsewhere(
+    is_terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
     colours = "standard" if is_terminal else None
     output = io.StringIO()
     console = Console(file=output, force_terminal=is_terminal, width=100, color_system=colours)
     terminal.show([TABLE], ["written"], console=console)
-    assert terminal.report([at_most("a", 0), at_most("b-with-a-long-name" * 8, 2)], console) == 1
-    printed = output.getvalue()
+    bars = io.StringIO()
+    monkeypatch.setattr(bars, "isatty", lambda: is_terminal)
+    with redirect_stdout(bars):
+        assert report([at_most("a", 0), at_most("b-with-a-long-name" * 8, 2)]) == 1
+    assert ("\x1b[" in bars.getvalue()) is is_terminal
+    printed = output.getvalue() + bars.getvalue()
     assert ("\x1b[" in printed) is is_terminal
     assert ("| `a_b` |" in printed) is not is_terminal
     plain = re.sub(r"\x1b\[[0-9;]*m", "", printed)

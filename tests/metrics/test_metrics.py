@@ -17,6 +17,7 @@ from ficoco_vllm.metrics.stopwatch import Stopwatch
 from ficoco_vllm.planning.server import ServerPlan
 from ficoco_vllm.planning.tower import Budget
 from ficoco_vllm.reduction import cost
+from ficoco_vllm.request_fields import BUDGET
 from ficoco_vllm.server.commands.serve import resolve_settings
 from ficoco_vllm.server.commands.serve_options import read_options
 from ficoco_vllm.server.lifecycle.shared_metrics import MULTIPROC, shared_metrics
@@ -85,7 +86,7 @@ def test_decoder(schedule: str) -> None:
 
 
 def test_what_the_prefix_cache_held_counts_for_nothing() -> None:
-    """The second of two windows alone, as a prompt of its own."""
+    """The second of two windows counts like a separate prompt."""
     of = accountant("ficoco-l", keep=64, windows="turn", window_tokens=700)
     assert of.plan.decoder is not None
     prompt = (1300, [(20, 576), (650, 576)], of.plan.tower.default, {"ficoco_window": [640.0, 1290]})
@@ -98,6 +99,24 @@ def test_what_the_prefix_cache_held_counts_for_nothing() -> None:
     # Only text before the images was cached, or all of them.
     assert of.account_of_rest(16, whole, *prompt, ()).missing == whole.missing
     assert of.account_of_rest(1280, whole, *prompt, ()) == Account("ficoco-l")
+
+
+def test_a_prompt_carries_its_savings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The response and the metrics share one computation; another budget in the decoder is another one."""
+    of, calls = accountant("ficoco-l", keep=64), list[Any]()
+    original = Accountant.account
+
+    def counted(*args: Any) -> Account:
+        calls.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(Accountant, "account", counted)
+    prompt: dict[str, Any] = {"prompt_token_ids": [0] * 636, BUDGET: of.plan.tower.default}
+    response = of.account_prompt(prompt, [(20, 576)], {})
+    assert of.account_prompt(prompt, [(20, 576)], {"ficoco_window": [636]}) is response
+    assert len(calls) == 1
+    assert of.account_prompt(prompt, [(20, 576)], {"ficoco_keep": 9}).budgets == (9,)
+    assert of.account_prompt({"prompt_token_ids": [0] * 60}, [], None) == Account("text")
 
 
 def test_one_accountant_serves_api_and_metrics() -> None:

@@ -31,7 +31,7 @@ def planner(num_layers: int = 32, **values: Any) -> DecoderPlanner:
     [
         # Layers 3, 7, ..., 27 of 32: FiCoCo-L starts at the 4th layer; the last segment has no successor.
         ("ficoco-l", [3, 7, 11, 15, 19, 23, 27]),
-        # exactly as its authors, at the price of 16 segments; its schedule takes all in the first
+        # exactly as its authors do, which takes 16 segments; its schedule removes all in the first
         ("fastv", list(range(1, 31, 2))),
         ("pyramiddrop", [7, 15, 23]),  # its layers 8, 16, 24 rank before they run
         ("sparsevlm", [3, 7, 15]),

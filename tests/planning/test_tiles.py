@@ -101,7 +101,7 @@ def test_the_crop_of_a_wide_image() -> None:
 
 @pytest.mark.parametrize(("height", "width", "before"), [(1, 4000, 576), (4000, 1, 576 + 24)])
 def test_a_line_of_pixels_has_a_base_view_only(height: int, width: int, before: int) -> None:
-    """Scaled, it is thinner than a patch: stock vLLM crops a wide line; of a tall one it leaves the newlines."""
+    """Scaled, it is thinner than a patch: stock vLLM crops a wide line, and keeps only the newlines of a tall one."""
     result = planner(keep=64).layout(Budget("ficoco-v", 64), height, width)
     assert (result.num_tokens, result.num_before, result.newline_rows) == (64, before, ())
 

@@ -75,7 +75,7 @@ def test_blocks_of_segments_stand_for_blocks_of_the_prompt(
     rounding: bool,
     method: str,
 ) -> None:
-    """For any prompt: windows cover the images, and a reusable prefix is whole blocks everywhere, found by itself."""
+    """Windows cover the images; a reusable prefix is whole blocks in every segment and finds itself."""
     images, end = [], 0
     for gap, length in zip(gaps, lengths, strict=False):
         images.append((end + gap, length))
@@ -99,7 +99,7 @@ def test_blocks_of_segments_stand_for_blocks_of_the_prompt(
         assert all(tokens % block == 0 for tokens in held)
         names = [plan.prompt_block(segment, index, block) for index in range(held[-1] // block)]
         assert names == sorted(set(names))  # injective and ascending
-        # A prefix is found by hashes of its own blocks alone, and the next block is not one of them.
+        # A prefix is found by the hashes of its blocks alone, and the next block is not among them.
         for length, tokens in zip(lengths_found, held, strict=True):
             assert all(name < length // block for name in names[: tokens // block])
             assert all(name >= length // block for name in names[tokens // block :])

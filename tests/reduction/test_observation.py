@@ -16,7 +16,7 @@ def method(request: pytest.FixtureRequest) -> Method:
 def observe(
     method: Method, N: int, R: int, B: int = 2, **settings: object
 ) -> tuple[Observation, torch.Tensor]:
-    """One reduction with somebody watching, and the reduced tokens."""
+    """One reduction with an observer, and the reduced tokens."""
     seen: list[Observation] = []
     size = torch.rand(B, N) + 0.5
     reducer = method.configure(**settings)
@@ -63,7 +63,7 @@ def test_shares_of_the_quantile_merge_are_alpha(epsilon: float) -> None:
         for row in range(R):
             scores = seen.correlation[index, row].tolist()
             threshold = reference.quantile(scores, epsilon)
-            # The threshold is computed in fp32 there; a score that is not it keeps well away from it.
+            # The threshold is computed in fp32; all other scores are well away from it.
             chosen = [score if score >= threshold - 1e-7 else 0.0 for score in scores]
             alpha = torch.tensor(chosen) / sum(chosen)
             torch.testing.assert_close(shares[row], alpha, rtol=0, atol=1e-6)

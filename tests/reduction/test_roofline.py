@@ -76,7 +76,7 @@ def test_a_model_that_does_not_fit_serves_nobody() -> None:
 
 @pytest.mark.parametrize("name", sorted(DEVICES))
 def test_fewer_tokens_serve_more_but_at_most_by_their_flops(name: str) -> None:
-    """One request alone gains less than its FLOPs say: weights are read all the same."""
+    """One request alone gains less than its FLOPs say: weights are read in any case."""
     device = reached(DEVICES[name])
     stock, reduced = (predict(SHAPE, tokens, device, num_text_tokens=60) for tokens in (plan(None), plan(64)))
     costs = [estimate(SHAPE, tokens, num_text_tokens=60).total_flops for tokens in (plan(None), plan(64))]

@@ -159,7 +159,7 @@ def test_prumerge(signals: Signals, tokens: Tensor) -> None:
 @transcribes("prumerge-plus")
 @pytest.mark.parametrize("num_kept", [2, 9, 16, 30])
 def test_prumerge_plus(signals: Signals, tokens: Tensor, num_kept: int) -> None:
-    # Seven values above the fence, of which three lie close above it.
+    # Seven values above the fence, three of them just above it.
     order = signals.cls_attention[0].argsort()
     spread = torch.linspace(0.4, 0.6, N)
     spread[-7:] = torch.tensor([0.81, 0.82, 0.83, 1.2, 1.3, 1.4, 1.5])
@@ -276,7 +276,7 @@ def test_best(signals: Signals, tokens: Tensor, epsilon: float) -> None:
 @transcribes("cdpruner")
 @pytest.mark.parametrize("negate", [True, False])
 def test_cdpruner(signals: Signals, tokens: Tensor, negate: bool) -> None:
-    """Greedy by the determinant itself, computed anew for every candidate."""
+    """Greedy by the determinant itself, recomputed for every candidate."""
     num_kept = 9  # fewer than the 16 dimensions of the features: determinants well above rounding
     features = torch.nn.functional.normalize(signals.features[0].double(), dim=-1)
     relevance = signals.text_relevance[0].double() * (-1 if negate else 1)

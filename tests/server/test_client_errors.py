@@ -45,7 +45,7 @@ def chat(*parts: Any, **more: Any) -> dict[str, Any]:
 
 
 def png(width: int, height: int) -> bytes:
-    """A file whose header promises these sides, and which has no pixels."""
+    """A file whose header claims these sides, and which has no pixels."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(

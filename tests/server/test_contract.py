@@ -1,4 +1,4 @@
-"""Our part of the server's OpenAPI schema under inputs that schemathesis makes of it: never a 5xx.
+"""Our part of the server's OpenAPI schema under inputs that schemathesis generates from it: never a 5xx.
 
 Derived from the schema that the server publishes, valid and invalid, a bounded number of them, the same in every run.
 """
@@ -40,7 +40,7 @@ pytestmark = pytest.mark.server
 
 
 def some(count: int) -> settings:
-    """So many examples, seeded, and not made smaller where one fails: each costs a request."""
+    """Settings for a number of examples, seeded and not shrunk where one fails: each costs a request."""
     return settings(
         max_examples=count,
         derandomize=True,
@@ -85,7 +85,7 @@ def test_our_routes(server: Server) -> None:
 
 
 def body_of(path: str) -> dict[str, Any]:
-    """A body that is right, but for our field."""
+    """A body that is valid except for our field."""
     chat = [message("is there a red sign?", [SMALL])]
     if path == "/v1/responses":
         content = [{"type": "input_image", "image_url": SMALL, "detail": "auto"}]

@@ -1,4 +1,4 @@
-"""The endurance run in miniature, on servers that these tests share, and that it notices what it is there for."""
+"""The server soak in miniature, on servers that these tests share, and its detection of planted faults."""
 
 import asyncio
 import json
@@ -10,11 +10,10 @@ from typing import Any
 import httpx
 import pytest
 
-from ficoco_vllm.benchmarks.soak.server.bars import bars
+from ficoco_vllm.benchmarks.soak.server.__main__ import bars
 from ficoco_vllm.benchmarks.soak.server.client import Client
 from ficoco_vllm.benchmarks.soak.server.mixture import CHAT, Target, make_requests
-from ficoco_vllm.benchmarks.soak.server.run import Settings, run
-from ficoco_vllm.benchmarks.soak.server.state import GAUGES, read_counts, tree_mib
+from ficoco_vllm.benchmarks.soak.server.run import GAUGES, Settings, read_counts, run, tree_mib
 from tests.server.conftest import BODY_BYTES, KEEP, NUM_PATCHES, Bounded
 from tests.support.server import API_KEY, Server
 
@@ -71,7 +70,7 @@ def test_the_decoder_in_miniature(bounded: Bounded) -> None:
 
 
 class Tampering(httpx.AsyncHTTPTransport):
-    """Does something to the answer of one chat."""
+    """Transport that changes the answer of one chat."""
 
     def __init__(self, tamper: Callable[[bytes], tuple[int, bytes]]) -> None:
         super().__init__()
@@ -114,7 +113,7 @@ def another_s(body: bytes) -> tuple[int, bytes]:
 def test_a_planted_fault_is_noticed(
     server: Server, tamper: Callable[[bytes], tuple[int, bytes]], failing: set[str]
 ) -> None:
-    """Besides, the server has counted one answer more than came."""
+    """The server has also counted one answer more than arrived."""
     settings = Settings(8, num_per_round=8, num_open=4)
     asks = [ask for ask in make_requests(TOWER, 0, 60) if ask.name == "text" and not ask.abort][:6]
 

@@ -124,7 +124,7 @@ def test_so_many_in_any_minute() -> None:
 
 
 def test_the_limit_holds_from_the_first_second() -> None:
-    """A client that asks once a second gets what the limit says, and no more while it goes on."""
+    """A client that asks every second gets as many answers as the limit allows, and no more while it continues."""
     limiter = RateLimiter(20)
     admitted = [second for second in range(180) if limiter.wait_seconds("a", float(second)) == 0.0]
     assert len([second for second in admitted if second < 22]) == 20
@@ -199,7 +199,7 @@ def test_our_routes_are_let_in_and_no_other_plugin_is_shut_out(
 
 
 def explanation(lost: bool = False) -> Explanation:
-    """4 x 4 patches, of which the first left into the last."""
+    """4 x 4 patches, the first of which is merged into the last."""
     side = Measured(
         answer="two\nlines",
         method="ficoco-v",

@@ -73,7 +73,7 @@ def test_views_cover_the_image(size: tuple[int, int]) -> None:
 
 
 def test_each_tile_has_its_own_reductions() -> None:
-    """Two tiles of which one reduces later and less, and newlines after the rows of tiles."""
+    """Two tiles, one of which reduces later and less, and newlines after the rows of tiles."""
     traced = image((64, 64), 10)
     nothing = {"rows": [], "columns": [], "values": [], "site": "encoder"}
 

@@ -87,7 +87,7 @@ class Traffic:
 
 
 def send(server: Server, images: list[Image.Image], traffic: Traffic, prometheus: Prometheus | None) -> None:
-    """Requests of every kind; streams that are still running are looked at, then left by their client."""
+    """Requests of every kind; running streams are measured, then left by their client."""
     with server.client() as client, ExitStack() as streams:
         kinds = [DEMO_KEEP] * NUM_REDUCED + [NUM_PATCHES] * NUM_OFF + [None] * NUM_TEXT
         for index, kind in enumerate(kinds):
@@ -130,7 +130,7 @@ def send(server: Server, images: list[Image.Image], traffic: Traffic, prometheus
 def traffic(
     server: Server, images: list[Image.Image], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Traffic]:
-    """Known traffic, before which and after which `/metrics` was read; Prometheus looks on where there is one."""
+    """Known traffic, before which and after which `/metrics` was read; Prometheus scrapes it where there is one."""
     with server.client() as client:
         for _ in range(3):  # a rate is cut where its counter was zero, or missing, shortly before the window
             chat(client, images[4], DEMO_KEEP)

@@ -113,7 +113,7 @@ def test_a_bomb_in_the_text_of_an_image(bounded: Bounded, kind: bytes) -> None:
 
 
 def test_an_image_of_more_pixels_than_its_file_has(bounded: Bounded) -> None:
-    """The header promises 30000 x 30000 pixels, which nothing may make room for."""
+    """The header claims 30000 x 30000 pixels, for which nothing may allocate memory."""
     header = struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)
     png = (
         b"\x89PNG\r\n\x1a\n"
@@ -163,7 +163,7 @@ def test_a_body_of_too_many_bytes(bounded: Bounded, path: str, declared: bool) -
 
 
 def test_a_body_that_fits(bounded: Bounded) -> None:
-    """Read, and refused for what it says."""
+    """Read, and refused for its content."""
     body = b'{"model": "other", "prompt": "' + b"a" * (BODY_BYTES - 100) + b'"}'
     answer = post(bounded, "/v1/completions", content=body, headers={"Content-Type": "application/json"})
     assert "other" in refused(answer, 404)

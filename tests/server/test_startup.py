@@ -1,4 +1,4 @@
-"""What `ficoco-vllm serve` prints: progress, one block that holds what it says, and no warning to be ignored."""
+"""Output of `ficoco-vllm serve`: progress, one block whose statements hold, and no warning to be ignored."""
 
 import argparse
 import importlib.util

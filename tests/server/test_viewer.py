@@ -352,7 +352,7 @@ def test_an_answer_is_text_and_never_markup(page: Browser) -> None:
 
 
 def test_tiles_are_drawn_where_they_lie(page: Browser) -> None:
-    """A base tile over the whole image, and four tiles of which the lower ones are cut."""
+    """A base tile over the whole image, and four tiles, the lower ones of which are cut."""
     page.run(
         """window.original = window.fetch;
         window.fetch = async () => {

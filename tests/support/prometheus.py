@@ -1,6 +1,5 @@
 """A real Prometheus in a process of its own, and Grafana's variables filled in."""
 
-import json
 import shutil
 import subprocess
 from typing import Any
@@ -9,6 +8,7 @@ import pytest
 import yaml
 
 from ficoco_vllm.benchmarks.metrics.prometheus import DASHBOARD, ROOT, Labels, Prometheus, filled_in, scrape
+from ficoco_vllm.benchmarks.metrics.prometheus import panels as all_panels
 
 __all__ = ["DASHBOARD", "ROOT", "Labels", "Prometheus", "filled_in", "scrape"]
 MISSING = "the dashboard's tests: no prometheus or promtool (Debian's package prometheus)"
@@ -18,10 +18,9 @@ needs_prometheus = pytest.mark.needs(bool(shutil.which("prometheus") and shutil.
 
 def panels() -> dict[str, list[str]]:
     """Title of each panel of the dashboard to its queries."""
-    dashboard: dict[str, Any] = json.loads(DASHBOARD.read_text())
     return {
         panel["title"]: [target["expr"] for target in panel["targets"]]
-        for panel in dashboard["panels"]
+        for panel in all_panels()
         if panel["type"] != "row"
     }
 

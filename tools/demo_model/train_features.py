@@ -1,14 +1,13 @@
 """Stages 3 and 4: projector and decoder on the tower's features, first on some tokens, then on all."""
 
 import random
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from ficoco_vllm.benchmarks.questions.questions import Question
@@ -17,7 +16,7 @@ from tools.demo_model.architecture import ARCHITECTURE
 from tools.demo_model.decoder import Decoder, Projector
 from tools.demo_model.dialogue import Asker, right_answers
 from tools.demo_model.features import Features, choose_tokens, load_or_collect
-from tools.demo_model.steps import optimizers, running_accuracy, set_rates
+from tools.demo_model.steps import Optimizers, Stage
 from tools.demo_model.synthetic import VisualVocabulary
 from tools.demo_model.tokenizer import build_tokenizer
 from tools.demo_model.training_questions import shape_questions, sign_questions
@@ -123,77 +122,53 @@ def train_features(work: Path, phase: Phase, seconds: float, num_images: int, se
     decoder = Decoder(len(asker.tokenizer), ARCHITECTURE.decoder_layers // 2)
     decoder.grow()
     path, before = work / f"{phase.name}.pt", work / "subsets.pt"
-    step, spent = 0, 0.0
+
+    def save(stage: Stage) -> None:
+        parts = {"projector": projector.state_dict(), "decoder": decoder.state_dict()}
+        torch.save(parts | {"step": stage.step, "spent": stage.spent}, path)
+
+    stage = Stage(phase.name, seconds, save, save_every=200)
     if path.exists() or before.exists():
         saved = torch.load(path if path.exists() else before)
         projector.load_state_dict(saved["projector"])
         decoder.load_state_dict(saved["decoder"])
         if path.exists():
-            step, spent = saved["step"], saved["spent"]
+            stage.step, stage.spent = saved["step"], saved["spent"]
     else:
         decoder.load_state_dict(torch.load(work / "synthetic.pt")["decoder"])
         error = fit_projector(projector, features, vocabulary, decoder.embedding.detach())
         tqdm.write(f"projector fitted, error {error:.3f} of the variance")
-    muon, adam = optimizers(decoder, list(projector.parameters()))
+    optimizers = Optimizers(decoder, list(projector.parameters()))
     params = [*decoder.parameters(), *projector.parameters()]
-    rng = random.Random(seed + 1000 * step)
-    running: dict[str, float] = {}
-    started = time.monotonic()
-    images, first, begin = 0, step, started - spent
-    with tqdm(total=round(seconds), initial=round(spent), unit="s", desc=phase.name) as bar:
-        while (spent := time.monotonic() - begin) < seconds:
-            scale = min(1.0, (step - first + 1) / 20) * max(0.03, 1 - spent / seconds)
-            set_rates(muon, adam, phase.muon_lr * scale, phase.adam_lr * scale)
-            num_tokens = rng.choice(phase.tokens)
-            batch = max(6, phase.rows // (num_tokens + 18 * NUM_QUESTIONS))
-            index = torch.tensor([rng.randrange(len(features)) for _ in range(batch)])
-            labels = features.labels[index]
-            kept = choose_tokens(labels, num_tokens)
-            labels = labels.gather(2, kept[:, None].expand(-1, 4, -1)).long()
-            patches = features.patches[index[:, None], kept]
-            questions = ask_about([features.shown[i] for i in index.tolist()], rng)
-            whole = rng.random() < 0.5 or num_tokens == NUM_POSITIONS
-            position = kept if whole else torch.arange(num_tokens).expand(batch, -1)
-            visual = projector(patches)
-            scores = asker.score(
-                decoder,
-                visual,
-                position,
-                NUM_POSITIONS if whole else num_tokens,
-                questions,
-                system=rng.choice(SYSTEM_MESSAGES) if rng.random() < SYSTEM_SHARE else "",
-                chained=rng.random() < CHAIN_SHARE,
-            )
-            target = vocabulary.embed(labels, decoder.embedding.detach())
-            align = F.mse_loss(visual.float(), target) / target.var()
-            loss = asker.loss(scores)
-            muon.zero_grad()
-            adam.zero_grad()
-            (loss + ALIGN_WEIGHT * align).backward()
-            nn.utils.clip_grad_norm_(params, 1.0)
-            muon.step()
-            adam.step()
-            step += 1
-            images += batch
-            running_accuracy(running, right_answers(scores, questions), questions)
-            for name, value in (("loss", loss.item()), ("align", align.item())):
-                running[name] = 0.95 * running.get(name, value) + 0.05 * value
-            if step % 50 == 0:
-                bar.update(round(spent) - bar.n)
-                shown = " ".join(f"{kind}={value:.3f}" for kind, value in sorted(running.items()))
-                rate = images / (time.monotonic() - started)
-                bar.write(f"{phase.name} {step} {rate:.0f} images/s {shown}")
-            if step % 200 == 0:
-                save(path, projector, decoder, step, spent)
-    save(path, projector, decoder, step, seconds)
-
-
-def save(path: Path, projector: Projector, decoder: Decoder, step: int, spent: float) -> None:
-    """Write projector and decoder with the stage's progress."""
-    state = {
-        "projector": projector.state_dict(),
-        "decoder": decoder.state_dict(),
-        "step": step,
-        "spent": spent,
-    }
-    torch.save(state, path)
+    first, rng = stage.step, random.Random(seed + 1000 * stage.step)
+    for progress in stage:
+        scale = min(1.0, (stage.step - first + 1) / 20) * max(0.03, 1 - progress)
+        num_tokens = rng.choice(phase.tokens)
+        batch = max(6, phase.rows // (num_tokens + 18 * NUM_QUESTIONS))
+        index = torch.tensor([rng.randrange(len(features)) for _ in range(batch)])
+        labels = features.labels[index]
+        kept = choose_tokens(labels, num_tokens)
+        labels = labels.gather(2, kept[:, None].expand(-1, 4, -1)).long()
+        patches = features.patches[index[:, None], kept]
+        questions = ask_about([features.shown[i] for i in index.tolist()], rng)
+        whole = rng.random() < 0.5 or num_tokens == NUM_POSITIONS
+        position = kept if whole else torch.arange(num_tokens).expand(batch, -1)
+        visual = projector(patches)
+        scores = asker.score(
+            decoder,
+            visual,
+            position,
+            NUM_POSITIONS if whole else num_tokens,
+            questions,
+            system=rng.choice(SYSTEM_MESSAGES) if rng.random() < SYSTEM_SHARE else "",
+            chained=rng.random() < CHAIN_SHARE,
+        )
+        target = vocabulary.embed(labels, decoder.embedding.detach())
+        align = F.mse_loss(visual.float(), target) / target.var()
+        loss = asker.loss(scores)
+        rates = (phase.muon_lr * scale, phase.adam_lr * scale)
+        optimizers.step(loss + ALIGN_WEIGHT * align, *rates, params)
+        stage.images += batch
+        stage.average_accuracy(right_answers(scores, questions), questions)
+        stage.average("loss", loss.item())
+        stage.average("align", align.item())

@@ -3,10 +3,11 @@
 import random
 
 from ficoco_vllm.benchmarks.questions.questions import (
-    ANY,
     Question,
+    colour_question,
+    count_question,
     digit_question,
-    evidence_of,
+    lone_number_question,
     number_question,
     shape_exists_balanced,
     sign_exists_balanced,
@@ -20,20 +21,12 @@ SHAPE_ASKED = ("what shape does the image contain?", "what shape is in the image
 def other_sign_questions(signs: tuple[Sign, ...], rng: random.Random) -> list[Question]:
     """All other questions about signs, in random order."""
     sign = rng.choice(signs)
-    questions = [
-        Question(
-            f"what color is the sign with the number {sign.number}?",
-            COLOUR_NAMES[sign.colour],
-            "colour_by_number",
-            ((sign.colour, ANY),),
-        ),
-        Question("how many signs are there?", str(len(signs)), "count"),
-    ]
+    questions = [colour_question(sign), count_question(signs)]
     if len(sign.number) == len(PLACES):
         questions += [digit_question(sign, place) for place in PLACES]
     if len(signs) == 1:
         questions += [
-            Question("what number is on the sign?", sign.number, "number", evidence_of(sign)),
+            lone_number_question(sign),
             Question("what color is the sign?", COLOUR_NAMES[sign.colour], "colour_of_sign"),
         ]
     rng.shuffle(questions)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ficoco_vllm.benchmarks.harness.http import chat, data_url
+from ficoco_vllm.benchmarks.harness.http import chat, data_url, png
 from ficoco_vllm.demo_model import examples
 
 CHAT = "/v1/chat/completions"
@@ -78,13 +78,10 @@ def make_requests(target: Target, seed: int, count: int = NUM_DIFFERENT) -> list
     order, pictures = random.Random(seed), _Pictures(seed)
     refusals = _refusals(target, pictures)
     # Exact shares in a random order, so that even a short run has every kind.
-    kinds = [kind for kind, share in SHARES.items() for _ in range(round(share * count))]
-    order.shuffle(kinds)
-    requests: list[Request] = []
-    numbers = dict.fromkeys(SHARES, 0)
-    for kind in kinds:
-        number = numbers[kind]
-        numbers[kind] += 1
+    numbered = [(kind, n) for kind, share in SHARES.items() for n in range(round(share * count))]
+    order.shuffle(numbered)
+    requests = []
+    for kind, number in numbered:
         if kind == "refused":
             requests.append(refusals[number % len(refusals)])
         elif kind == "sample":
@@ -107,24 +104,17 @@ def _sample(target: Target, pictures: _Pictures, number: int) -> Request:
     """A question whose answer the demo model ends by itself; methods and budgets in turn."""
     index = number % (len(pictures.examples) * 2)
     question, url = pictures.examples[index % len(pictures.examples)]
-    ficoco = {
-        "method": target.methods[index % len(target.methods)],
-        "keep": target.budgets[index % len(target.budgets)],
-    }
+    method, keep = (choices[index % len(choices)] for choices in (target.methods, target.budgets))
     # With log-probabilities, which show ties.
-    more = {"logprobs": True, "top_logprobs": 2, "ficoco": ficoco}
+    more = {"logprobs": True, "top_logprobs": 2, "ficoco": {"method": method, "keep": keep}}
     body = _bytes(target, question, [url], max_tokens=MOST_TOKENS, **more)
     return Request("sample", body, sample=index)
 
 
 def _answered(target: Target, pictures: _Pictures, order: random.Random, kind: str, number: int) -> Request:
     (question, first), (_, second) = order.sample(pictures.examples, 2)
-    urls = {
-        "image": [first],
-        "two": [first, second],
-        "odd": [pictures.odd[number % len(pictures.odd)]],
-        "text": [],
-    }[kind]
+    odd = pictures.odd[number % len(pictures.odd)]
+    urls = {"image": [first], "two": [first, second], "odd": [odd], "text": []}[kind]
     stream = order.random() < STREAM_SHARE
     abort = None
     if order.random() < ABORT_SHARE:
@@ -190,14 +180,6 @@ def _coarse(noise: np.random.Generator, width: int, height: int) -> Image.Image:
 
 def _huge() -> bytes:
     """A PNG whose header claims 30000 x 30000 pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b""))
-        + chunk(b"IEND", b"")
-    )
+    data = png(Image.new("RGB", (1, 1)))
+    header = b"IHDR" + struct.pack(">II", 30_000, 30_000) + data[24:29]
+    return data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]

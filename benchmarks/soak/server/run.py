@@ -2,22 +2,43 @@
 
 import asyncio
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from itertools import cycle, islice
 from typing import Any
 from uuid import uuid4
 
+import psutil
+
+from ficoco_vllm.benchmarks.harness.http import samples
 from ficoco_vllm.benchmarks.soak.server.client import ABORTED, FAULTS, Answer, Client, Outcome
 from ficoco_vllm.benchmarks.soak.server.mixture import Request
-from ficoco_vllm.benchmarks.soak.server.state import QUEUE, difference, read_counts, read_gauges, tree_mib
 
+QUEUE = "vllm:num_requests_waiting"
+# Must be 0 in a server without requests.
+GAUGES = (
+    "vllm:num_requests_running",
+    QUEUE,
+    "vllm:kv_cache_usage_perc",
+    "ficoco:kv_blocks_held",
+    "ficoco:kv_blocks_saved",
+)
+FINISHED, OUTCOMES, RESPONSES = "vllm:request_success_total", "ficoco:requests_total", "http_requests_total"
+# Counters by the label that says how a request ended.
+COUNTERS = {
+    FINISHED: "finished_reason",
+    OUTCOMES: "outcome",
+    RESPONSES: "status",
+    "vllm:num_preemptions_total": "",
+}
 # The server notices disconnects, and its gauges follow, within this time.
 SETTLE_SECONDS = 60.0
 _NUM_LISTED = 20
 # Between two looks at the queue.
 _QUEUE_SECONDS = 0.5
+Counts = Mapping[str, Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -26,7 +47,7 @@ class Settings:
 
     Attributes:
         num_per_round: after which the server is looked at.
-        burst_every: every so many rounds, all requests of a round are sent at the same time.
+        burst_every: once in this many rounds, all requests of a round are sent at the same time.
     """
 
     num_requests: int = 10_000
@@ -42,21 +63,21 @@ class Outcomes:
     Attributes:
         aborts: disconnects by when they happened.
         refusals: that the server's own counter must show.
-        alone: answers to the sample, sent alone.
         num_compared: answers to the sample under load.
+        alone: answers to the sample, sent alone.
     """
 
-    kinds: Counter[str] = field(default_factory=Counter)
+    outcomes: Counter[str] = field(default_factory=Counter)
     aborts: Counter[str] = field(default_factory=Counter)
     refusals: int = 0
     faults: list[str] = field(default_factory=list)
-    alone: dict[int, Answer] = field(default_factory=dict)
     num_compared: int = 0
     different: list[str] = field(default_factory=list)
+    alone: dict[int, Answer] = field(default_factory=dict)
 
     def add(self, request: Request, outcome: Outcome) -> None:
         """Count an outcome, and compare the answer to a sample with the one sent alone."""
-        self.kinds[outcome.kind] += 1
+        self.outcomes[outcome.kind] += 1
         self.refusals += request.counted_refusal
         if outcome.kind == ABORTED:
             self.aborts[str(request.abort)] += 1
@@ -85,35 +106,30 @@ async def run(
     """
     outcomes, rounds, longest_queue = Outcomes(), list[dict[str, Any]](), 0.0
     before, start = read_counts(await client.metrics()), time.monotonic()
-    samples = {request.sample: request for request in requests if request.sample is not None}
-    for request in samples.values():
-        outcomes.add(request, await client.send(request, _name()))
-    closing = next(
-        request for request in requests if request.num_tokens and not (request.abort or request.stream)
-    )
+    sample = {request.sample: request for request in requests if request.sample is not None}
+    for request in sample.values():
+        outcomes.add(request, await client.send(request, uuid4().hex))
+    closing = next(one for one in requests if one.num_tokens and not (one.abort or one.stream))
     supply, sent = cycle(requests), 0
     while sent < settings.num_requests:
-        number = len(rounds) + 1
         batch = list(islice(supply, min(settings.num_per_round, settings.num_requests - sent)))
-        is_burst = number % settings.burst_every == 0
-        open_at_once = len(batch) if is_burst else settings.num_open
-        queue = await _round(client, batch, open_at_once, outcomes, sent)
-        longest_queue = max(longest_queue, queue)
+        is_burst = (len(rounds) + 1) % settings.burst_every == 0
+        num_open = len(batch) if is_burst else settings.num_open
+        longest_queue = max(longest_queue, await _round(client, batch, num_open, outcomes, sent))
         sent += len(batch)
         rounds.append({"num_requests": sent, "burst": is_burst, **await look(client, pid, outcomes, closing)})
         rate = sent / (time.monotonic() - start)
-        say(f"{sent} requests, {rate:.1f}/s, {rounds[-1]['mib']:.0f} MiB, {dict(outcomes.kinds)}")
-    counted = difference(read_counts(await client.metrics()), before)
+        say(f"{sent} requests, {rate:.1f}/s, {rounds[-1]['mib']:.0f} MiB, {dict(outcomes.outcomes)}")
+    after, ended = read_counts(await client.metrics()), asdict(outcomes)
+    del ended["alone"]
     return {
-        "num_requests": sent + len(samples) + sum(row["num_closing"] for row in rounds),
+        "num_requests": sent + len(sample) + sum(row["num_closing"] for row in rounds),
         "seconds": round(time.monotonic() - start, 1),
-        "outcomes": dict(outcomes.kinds),
-        "aborts": dict(outcomes.aborts),
-        "refusals": outcomes.refusals,
-        "faults": outcomes.faults,
-        "num_compared": outcomes.num_compared,
-        "different": outcomes.different,
-        "counted": counted,
+        **ended,
+        "counted": {
+            name: {label: value - before[name].get(label, 0.0) for label, value in values.items()}
+            for name, values in after.items()
+        },
         "longest_queue": longest_queue,
         "rounds": rounds,
     }
@@ -127,7 +143,7 @@ async def look(client: Client, pid: int, outcomes: Outcomes, closing: Request) -
     deadline, num_closing = time.monotonic() + SETTLE_SECONDS, 0
     while True:
         num_closing += 1
-        outcomes.add(closing, await client.send(closing, _name()))
+        outcomes.add(closing, await client.send(closing, uuid4().hex))
         gauges = read_gauges(await client.metrics())
         if not any(gauges.values()) or time.monotonic() > deadline:
             return {"gauges": gauges, "num_closing": num_closing, "mib": round(tree_mib(pid), 1)}
@@ -137,16 +153,12 @@ async def look(client: Client, pid: int, outcomes: Outcomes, closing: Request) -
 async def _round(
     client: Client, requests: Sequence[Request], num_open: int, outcomes: Outcomes, first: int
 ) -> float:
-    """Send requests, a number of them at the same time.
-
-    Returns:
-        The longest queue seen.
-    """
+    """Send requests, a number of them at the same time; returns the longest queue seen."""
     free = asyncio.Semaphore(num_open)
 
     async def send(request: Request, number: int) -> None:
         async with free:
-            outcomes.add(request, await client.send(request, _name(), number))
+            outcomes.add(request, await client.send(request, uuid4().hex, number))
 
     sending = asyncio.gather(*(send(request, first + index) for index, request in enumerate(requests)))
     longest = 0.0
@@ -157,5 +169,30 @@ async def _round(
     return longest
 
 
-def _name() -> str:
-    return uuid4().hex
+def read_gauges(text: str) -> dict[str, float]:
+    """Each of `GAUGES`, added up over its labels."""
+    totals = dict.fromkeys(GAUGES, 0.0)
+    for sample in samples(text):
+        if sample.name in totals:
+            totals[sample.name] += sample.value
+    return totals
+
+
+def read_counts(text: str) -> Counts:
+    """Each of `COUNTERS`, by its label."""
+    totals = {name: defaultdict[str, float](float) for name in COUNTERS}
+    for sample in samples(text):
+        if sample.name in totals:
+            totals[sample.name][sample.labels.get(COUNTERS[sample.name], "")] += sample.value
+    return totals
+
+
+def tree_mib(pid: int) -> float:
+    """Memory of a process and its descendants, MiB; shared pages count once (PSS)."""
+    num_bytes = 0
+    with suppress(psutil.NoSuchProcess):
+        root = psutil.Process(pid)
+        for process in [root, *root.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                num_bytes += process.memory_full_info().pss
+    return num_bytes / 2**20

@@ -221,7 +221,7 @@ def check_line(stderr: str, parts: list[str]) -> None:
 
 
 def test_the_command_line_does_not_import_prometheus() -> None:
-    """prometheus_client decides at import whether its counters are shared by processes; the server says so first."""
+    """prometheus_client decides at import whether processes share its counters; the server decides before that."""
     code = "import sys, ficoco_vllm.server.cli; sys.exit('prometheus_client' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0
 

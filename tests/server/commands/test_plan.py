@@ -50,7 +50,7 @@ def test_the_papers_settings(
 
 
 def test_the_json_is_stable(capsys: pytest.CaptureFixture[str]) -> None:
-    """A change here breaks who reads it: raise JSON_SCHEMA with it."""
+    """A change here breaks readers of the JSON: raise JSON_SCHEMA with it."""
     parsed = report(capsys, LLAVA_7B, "--keep", "64", "--images", "2", "--dtype", "int8")
     assert parsed["schema"] == 1
     assert list(parsed) == [

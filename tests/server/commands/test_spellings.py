@@ -1,4 +1,4 @@
-"""All spellings that vLLM's parser accepts mean the same, to vLLM and to the light reading before it is imported."""
+"""All spellings that vLLM's parser accepts are read alike by vLLM and by our light parser before vLLM is imported."""
 
 import argparse
 import json

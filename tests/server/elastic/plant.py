@@ -1,4 +1,4 @@
-"""A server in numbers: arrivals, a KV cache of so many tokens, and steps that take longer the more they compute."""
+"""A server in numbers: arrivals, a KV cache of a given size, and steps that take longer the more they compute."""
 
 import random
 from collections import deque
@@ -22,7 +22,7 @@ class Machine:
         step_seconds: of a step without work.
         prefill_seconds: for each token of a prompt.
         decode_seconds: for each running request.
-        max_running: requests at once.
+        max_running: concurrent requests.
         max_batched: tokens of prompts in one step.
     """
 
@@ -95,7 +95,7 @@ def poisson(rate: Callable[[float], float], seconds: float, seed: int) -> Iterat
 
 
 def evenly(rate: Callable[[float], float], seconds: float) -> Iterator[float]:
-    """Times of arrivals without any chance in them."""
+    """Evenly spaced times of arrivals."""
     time, done = 0.0, 0.0
     while time < seconds:
         done += rate(time) * 0.001

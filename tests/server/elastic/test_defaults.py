@@ -88,7 +88,7 @@ def test_a_method_that_cannot_reach_the_level_gets_the_next_one_that_it_can() ->
     reached = [TowerBudget(Fixed(level, settings), served)("tome") for level in range(10)]
     assert reached == [512] * 10
     assert TowerBudget(Fixed(3, settings), served)("topk-cls") == 8
-    # Nothing is reached by a method that does not exist: it is refused by name, like without elastic.
+    # An unknown method reaches no budget; it is refused by name, as without elastic.
     assert TowerBudget(Fixed(0, settings), served)("magic") == 1
 
 

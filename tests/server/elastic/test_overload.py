@@ -10,8 +10,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from ficoco_vllm.benchmarks.elastic.__main__ import run
-from ficoco_vllm.benchmarks.elastic.overload import CEILING, FLOOR, SHORT, Result, arguments
+from ficoco_vllm.benchmarks.elastic.overload import CEILING, FLOOR, SHORT, Result, arguments, run
 from tests.support.server import API_KEY, Server, budget, data_url, message, serve
 
 pytestmark = [pytest.mark.compat, pytest.mark.server, pytest.mark.alone, pytest.mark.long]
@@ -28,7 +27,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def result(small: Server) -> Result:
     """The short form of `make bench-elastic`."""
-    return asyncio.run(run(small.url, 0, short=True, api_key=API_KEY))
+    return asyncio.run(run(small.url, 0, SHORT, API_KEY))
 
 
 def test_the_fixed_ceiling_queues_without_end(result: Result) -> None:

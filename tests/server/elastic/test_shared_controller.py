@@ -91,7 +91,7 @@ def test_requests_of_another_process_keep_the_report(tmp_path: Path) -> None:
     one, two = SharedController(SETTINGS, tmp_path, 1), SharedController(SETTINGS, tmp_path, 2)
     update(one, 1.0, Observations({0: EngineReport(1.0, FULL)}, num_unfinished=30))
     assert update(two, 1.1, Observations(num_unfinished=0))[1] == FULL
-    # A process that is heard of no more takes its requests with it.
+    # Requests of a process that no longer reports are not counted.
     assert update(two, 2.0 + EXPIRY_SECONDS, Observations(num_unfinished=0))[1] == Load()
 
 

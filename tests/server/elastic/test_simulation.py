@@ -6,7 +6,7 @@ from ficoco_vllm.server.elastic.settings import ElasticSettings
 from tests.server.elastic.plant import Machine, Run, evenly, poisson, simulate
 
 SETTINGS = ElasticSettings(floor=64, ceiling=288)
-# KV: 22 prompts at the ceiling, 46 at the floor. Compute: 64 requests at once, prompts at 1 ms a token.
+# KV: 22 prompts at the ceiling, 46 at the floor. Compute: 64 concurrent requests, prompts at 1 ms a token.
 SCARCE_KV = Machine(kv_tokens=8000)
 SLOW = Machine(kv_tokens=10**6, prefill_seconds=1e-3, max_running=64)
 

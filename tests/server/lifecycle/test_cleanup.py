@@ -10,7 +10,7 @@ import pytest
 
 from ficoco_vllm.server.lifecycle.cleanup import SHARED_MEMORY, ProcessScanner, tidied
 
-# Says the name of its shared memory and is then killed.
+# Prints the name of its shared memory and is then killed.
 HOLDER = """
 import sys
 from multiprocessing import shared_memory

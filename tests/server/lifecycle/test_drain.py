@@ -22,7 +22,7 @@ OPEN = Mock()
 
 
 class Engine:
-    """vLLM's client, as far as it is touched."""
+    """vLLM's client, as far as it is used."""
 
     def __init__(self, dead: bool = False) -> None:
         self.engine_core = SimpleNamespace(resources=SimpleNamespace(engine_dead=dead))

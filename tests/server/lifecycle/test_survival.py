@@ -17,7 +17,7 @@ import pytest
 from ficoco_vllm.benchmarks.harness.http import chat, data_url
 from ficoco_vllm.benchmarks.soak.server.client import ANSWERED, LOST, SERVER_ERROR, Client, Outcome
 from ficoco_vllm.benchmarks.soak.server.mixture import Request
-from ficoco_vllm.benchmarks.soak.server.state import read_gauges
+from ficoco_vllm.benchmarks.soak.server.run import read_gauges
 from ficoco_vllm.server.lifecycle.cleanup import SHARED_MEMORY
 from tests.support.pictures import noise
 from tests.support.server import Server, serve

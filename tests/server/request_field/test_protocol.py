@@ -58,10 +58,10 @@ def events(text: str) -> list[Any]:
 
 
 def in_one(events: list[Any]) -> list[Any]:
-    """A stream whose chunks of one choice are one.
+    """A stream with the chunks of each choice joined.
 
-    Tokens that are ready before a client has read those before them come in one chunk: how many come in one is a matter
-    of the machine's load, for vLLM's own server as well.
+    Tokens that are ready before a client has read those before them come in one chunk; their number depends on the
+    machine's load, for vLLM's own server as well.
     """
     joined: list[Any] = []
     for event in events:
@@ -86,7 +86,7 @@ def _kind(event: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _join(before: Any, after: Any) -> None:
-    """Text and lists go on, of everything else the later holds."""
+    """Text and lists are appended; of everything else the later value is taken."""
     for key, value in after.items():
         old = before.get(key)
         if isinstance(value, dict) and isinstance(old, dict):
