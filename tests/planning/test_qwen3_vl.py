@@ -21,7 +21,9 @@ LLAVA = TowerShape((24, 24), num_layers=24, num_executed_layers=23, with_cls=Fal
 
 def hf_config(model_type: str = "qwen3_vl", **more: Any) -> Any:
     """What a Qwen3-VL-8B says of its tower."""
-    vision = SimpleNamespace(depth=27, patch_size=16, spatial_merge_size=2)
+    vision = SimpleNamespace(
+        depth=27, patch_size=16, spatial_merge_size=2, deepstack_visual_indexes=[8, 16, 24]
+    )
     return SimpleNamespace(model_type=model_type, vision_config=vision, **more)
 
 
