@@ -11,7 +11,7 @@ from ficoco_vllm.benchmarks.harness.engine import TEXT, request, scheduler_of
 
 NUM_TURNS = 5
 NUM_QUESTION, NUM_SYSTEM, NUM_ANSWER = 40, 500, 4
-NUM_IMAGES = 4
+NUM_IMAGES = 3
 Figures = dict[str, float]
 
 

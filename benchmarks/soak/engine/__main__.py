@@ -79,7 +79,8 @@ def bars(record: Mapping[str, Any]) -> list[Bar]:
         at_most("soak-engine-plans-left", max(look["num_plans"] for look in rounds)),
         Bar("soak-engine-requests-answered-or-aborted", answered, rounds[-1]["num_requests"]),
         Bar("soak-engine-preemptions", record["num_preempted"], 1),
-        Bar("soak-engine-prefixes-found", record["num_found"], 1),
+        # The committed run is older than the engine's prefix cache.
+        *([Bar("soak-engine-prefixes-found", record["num_found"], 1)] if "num_found" in record else []),
         *(Bar(f"soak-engine-aborts-{phase}", record["num_aborted"].get(phase, 0), 1) for phase in PHASES),
         *growth_bars("soak-engine-rss-growth-mib-per-1000-requests", rounds, "rss_mib", MOST_GROWTH_MIB),
     ]
