@@ -78,9 +78,7 @@ def bars(result: dict[str, Any]) -> Iterator[Bar]:
         if variant == "none":
             continue
         for name, row in rows.items():
-            yield at_most(
-                f"precision-logprob-{variant}-{name}", row["mean"] / stock, MOST_TIMES
-            )
+            yield at_most(f"precision-logprob-{variant}-{name}", row["mean"] / stock, MOST_TIMES)
 
 
 def _pictures(count: int, seed: int) -> torch.Tensor:
