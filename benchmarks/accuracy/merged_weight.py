@@ -26,8 +26,9 @@ from ficoco_vllm.benchmarks.accuracy.statistics import paired_bootstrap
 from ficoco_vllm.benchmarks.accuracy.workload import SIGNS, Item, embedded
 from ficoco_vllm.benchmarks.harness.results import environment
 from ficoco_vllm.demo_model import path
-from ficoco_vllm.hf import images, reduce_tokens
-from ficoco_vllm.hf.decoder import SegmentedLlama
+from ficoco_vllm.hf import reduce_tokens
+from ficoco_vllm.hf.decoder import SegmentedModel
+from ficoco_vllm.vision.tower import encode
 
 # Method to budgets; ToMe cannot go below 36 in the demo model's four reducing layers.
 VARIANTS = {
@@ -68,21 +69,21 @@ class Sizes:
 @contextmanager
 def weighted(model: Any, sizes: Sizes, strength: float) -> Iterator[None]:
     """Weigh merged tokens in the decoder of a model whose tokens are reduced."""
-    encode, attend, reduce = images.encode, SegmentedLlama._attend, SegmentedLlama._reduce
+    attend, reduce = SegmentedModel._attend, SegmentedModel._reduce
 
     def note_encoded(*args: Any, **kwargs: Any) -> Any:
         kept = encode(*args, **kwargs)
         sizes.image = kept.size[0]
         return kept
 
-    def note_reduced(self: SegmentedLlama, rows: Any, heads: Any, edge: Any) -> Any:
+    def note_reduced(self: SegmentedModel, rows: Any, heads: Any, edge: Any) -> Any:
         reduced = reduce(self, rows, heads, edge)
         first = sizes.reduced_after + 1
         sizes.of_layer |= dict.fromkeys(range(first, len(sizes.layers)), reduced.size)
         return reduced
 
     def attend_weighted(
-        self: SegmentedLlama, layer: Any, hidden: Tensor, valid: Tensor, **kwargs: Any
+        self: SegmentedModel, layer: Any, hidden: Tensor, valid: Tensor, **kwargs: Any
     ) -> Any:
         sizes.reduced_after = sizes.layers.index(layer)
         kwargs["attention_mask"] = mask(sizes.reduced_after, hidden, kwargs["past_key_values"])
@@ -97,9 +98,9 @@ def weighted(model: Any, sizes: Sizes, strength: float) -> Iterator[None]:
         return args, kwargs
 
     with ExitStack() as stack:
-        stack.enter_context(patch.object(images, "encode", note_encoded))
-        stack.enter_context(patch.object(SegmentedLlama, "_reduce", note_reduced))
-        stack.enter_context(patch.object(SegmentedLlama, "_attend", attend_weighted))
+        stack.enter_context(patch("ficoco_vllm.hf.images.encode", note_encoded))
+        stack.enter_context(patch.object(SegmentedModel, "_reduce", note_reduced))
+        stack.enter_context(patch.object(SegmentedModel, "_attend", attend_weighted))
         for layer in sizes.layers:
             hook = layer.register_forward_pre_hook(before, with_kwargs=True)
             stack.callback(hook.remove)
