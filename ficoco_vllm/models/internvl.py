@@ -1,6 +1,6 @@
 """InternVL with each tile's visual tokens reduced in the tower; replaces vLLM's class."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -141,10 +141,46 @@ def _build_processor(
     return InternS1MultiModalProcessor(info, dummy_inputs, **kwargs)
 
 
+class ReducingInternVL(ReducingModel):
+    """Mixin for vLLM's classes of InternVL, whose batches hold the tiles of all images one after the other."""
+
+    def embed_flat(
+        self, fields: dict[str, Any], pixels_field: str, stock: Callable[..., MultiModalEmbeddings]
+    ) -> MultiModalEmbeddings:
+        """Embed the images or the videos of a step, tiles of one budget together.
+
+        Args:
+            fields: vLLM's of a batch of n images, and ours; see `ReducingModel.requested`.
+            pixels_field: name of the tiles among them.
+            stock: vLLM's own `embed_multimodal`.
+
+        Returns:
+            One tensor (num_tokens, hidden size) for each image, in order.
+        """
+        requested, pixels = self.requested(fields), fields.get(pixels_field)
+        if requested is None or pixels is None:
+            return stock(**fields)
+        assert self.planner is not None
+        assert isinstance(self.planner.shape.tiling, Mosaic)
+        num_tiles: Tensor = fields["image_num_patches"]
+        tiles = torch.split(pixels, num_tiles.tolist())
+
+        def whole(index: list[int]) -> Sequence[Tensor]:
+            some = {
+                pixels_field: torch.cat([tiles[image] for image in index]),
+                "image_num_patches": take_items(num_tiles, index),
+            }
+            embeddings: Sequence[Tensor] = stock(**{**fields, **some})
+            return embeddings
+
+        places = [self.planner.shape.tiling.places_of(count) for count in num_tiles.tolist()]
+        return self.embed_tiles(tiles, places, requested, whole)
+
+
 @MULTIMODAL_REGISTRY.register_processor(
     _build_processor, info=_build_info, dummy_inputs=InternS1DummyInputsBuilder
 )
-class FicocoInternVL(ReducingModel, InternS1ForConditionalGeneration):
+class FicocoInternVL(ReducingInternVL, InternS1ForConditionalGeneration):
     """vLLM's InternVL, with reduction of the images whose budget is below their number of tokens. Videos stay whole."""
 
     vision_tower: Any
@@ -154,30 +190,9 @@ class FicocoInternVL(ReducingModel, InternS1ForConditionalGeneration):
         return InternTower(self.vision_tower, grid)
 
     def embed_multimodal(self, **kwargs: object) -> MultiModalEmbeddings:
-        """Embed the images or the videos of a step, tiles of one budget together.
+        """Embed the images or the videos of a step; see `embed_flat`.
 
         Args:
-            **kwargs: vLLM's fields of a batch of n images, and ours; see `ReducingModel.requested`.
-
-        Returns:
-            One tensor (num_tokens, hidden size) for each image, in order.
+            **kwargs: vLLM's fields and ours.
         """
-        requested, pixels = self.requested(kwargs), kwargs.get("pixel_values")
-        stock = super().embed_multimodal
-        if requested is None or not isinstance(pixels, Tensor):
-            return stock(**kwargs)
-        assert self.planner is not None
-        assert isinstance(self.planner.shape.tiling, Mosaic)
-        num_tiles = cast(Tensor, kwargs["image_num_patches"])
-        tiles = torch.split(pixels, num_tiles.tolist())
-
-        def whole(index: list[int]) -> Sequence[Tensor]:
-            embeddings: Sequence[Tensor] = stock(
-                pixel_values=torch.cat([tiles[image] for image in index]),
-                image_num_patches=take_items(num_tiles, index),
-                image_token_id=kwargs["image_token_id"],
-            )
-            return embeddings
-
-        places = [self.planner.shape.tiling.places_of(count) for count in num_tiles.tolist()]
-        return self.embed_tiles(tiles, places, requested, whole)
+        return self.embed_flat(kwargs, "pixel_values", super().embed_multimodal)

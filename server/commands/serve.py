@@ -240,6 +240,9 @@ def configure(args: argparse.Namespace) -> "ServerPlan | None":
     from vllm.logger import init_logger
     from vllm.transformers_utils.config import get_config
 
+    from ficoco_vllm.planning.families import family
+    from ficoco_vllm.planning.tower_shape import IMAGES
+
     if not (args.model_tag or args.model):
         _use_demo_model(args)
     elif args.dtype == "auto" and is_cpu_build() and not multiplies_bfloat16():
@@ -263,6 +266,14 @@ def configure(args: argparse.Namespace) -> "ServerPlan | None":
     args.additional_config = {**(args.additional_config or {}), NAME: settings}
     hf_config = get_config(args.model, trust_remote_code=args.trust_remote_code, revision=args.revision)
     check_architecture(args.model, list(getattr(hf_config, "architectures", None) or []))
+    read = family(hf_config).image_settings
+    if read is not None:
+        from vllm.transformers_utils.processor import cached_get_image_processor
+
+        processor = cached_get_image_processor(
+            args.model, revision=args.revision, trust_remote_code=args.trust_remote_code
+        )
+        setattr(hf_config, IMAGES, read(processor, args.mm_processor_kwargs or {}))
     return make_plan(settings, elastic, hf_config, args)
 
 
