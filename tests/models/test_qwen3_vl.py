@@ -28,7 +28,6 @@ from tests.support.random_qwen import (
     VIDEO,
     VISION_END,
     VISION_START,
-    build,
 )
 from tests.support.subprocess_engine import answers
 
@@ -105,15 +104,6 @@ def test_awkward_images_and_budgets(
         chosen = [images[index] for index in pair]
         keeps = [min(keep, rows * columns) for rows, columns in (reference.grid(image) for image in chosen)]
         check(engine, reference, TWO, chosen, keeps, ficoco_keep=keep)
-
-
-@pytest.mark.engine
-@pytest.mark.long
-def test_a_mixture_of_experts(engines: Engines, tmp_path: Path, images: list[Image.Image]) -> None:
-    folder = build(tmp_path, num_experts=4)
-    engine, reference = engines.get(folder, {"method": "ficoco-v", "keep": 20}), ReferenceQwen(folder)
-    check(engine, reference, TWO, [images[0], images[2]], [20, 6])
-    check(engine, reference, TWO, images[:2], [9, 9], ficoco_keep=9)
 
 
 @pytest.mark.engine

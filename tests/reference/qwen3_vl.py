@@ -15,9 +15,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm, rotate_half
-from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextRMSNorm
 
 from ficoco_vllm.reduction import Signals, get
 from ficoco_vllm.reduction.schedule import make_schedule
@@ -34,13 +33,11 @@ class ReferenceQwen:
     method: str | None = None
 
     def __init__(self, folder: Path) -> None:
-        # Experts one by one: the grouped product knows no float64.
-        model = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=torch.float32, experts_implementation="eager"
+        self.model = (
+            Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval().double()
         )
-        self.model: Any = model.eval().double()
         for module in self.model.modules():
-            if isinstance(module, Qwen3VLTextRMSNorm | Qwen3VLMoeTextRMSNorm):
+            if isinstance(module, Qwen3VLTextRMSNorm):
                 module.forward = MethodType(plain_norm, module)
         rotary = self.model.model.language_model.rotary_emb
         rotary.forward = MethodType(_text_angles, rotary)

@@ -9,8 +9,6 @@ from transformers import (
     Qwen2VLImageProcessor,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
-    Qwen3VLMoeConfig,
-    Qwen3VLMoeForConditionalGeneration,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
 )
@@ -35,9 +33,7 @@ PATCH, MERGE = 8, 2
 LEAST_UNITS, MOST_UNITS = 4, 160
 
 
-def build(
-    folder: Path, *, depth: int = 6, decoder_layers: int = 4, seed: int = 0, num_experts: int = 0
-) -> Path:
+def build(folder: Path, *, depth: int = 6, decoder_layers: int = 4, seed: int = 0) -> Path:
     """Write a random model in the layout of published Qwen3-VL checkpoints.
 
     Args:
@@ -45,7 +41,6 @@ def build(
         depth: layers of the tower.
         decoder_layers: depth of the language model.
         seed: of the weights.
-        num_experts: of a mixture, two of which see a token; 0 for a dense model.
     """
     tokenizer = _tokenizer()
     size = {
@@ -63,13 +58,7 @@ def build(
         chat_template=CHAT_TEMPLATE,
     ).save_pretrained(folder)
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
-    experts = {"num_experts": num_experts, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
-    config_class, model_class = (
-        (Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration)
-        if num_experts
-        else (Qwen3VLConfig, Qwen3VLForConditionalGeneration)
-    )
-    config = config_class(
+    config = Qwen3VLConfig(
         vision_config={
             "depth": depth,
             "hidden_size": 128,
@@ -100,7 +89,6 @@ def build(
             "eos_token_id": ids["<|im_end|>"],
             "bos_token_id": None,
             "pad_token_id": ids["<|endoftext|>"],
-            **(experts if num_experts else {}),
         },
         image_token_id=ids[IMAGE],
         video_token_id=ids[VIDEO],
@@ -109,7 +97,7 @@ def build(
         tie_word_embeddings=False,
     )
     torch.manual_seed(seed)
-    model = model_class(config).float().eval()
+    model = Qwen3VLForConditionalGeneration(config).float().eval()
     for name, parameter in model.named_parameters():
         if parameter.dim() >= 2:
             std = 1.0 if "embed_tokens" in name else 0.12 if "language_model" in name else 0.08
