@@ -46,7 +46,7 @@ BUDGET = {
     "topk-cls": 9,
     "turbo": 46,
     "visionzip": 59,
-    "vscan-v": 58,
+    "vscan-v": 59,
 }
 # Launches of a filter that picks one token after another without a kernel of its own: at the start, and for each pick.
 PICKS = {"scope": (22, 13), "tops-v": (30, 24)}
