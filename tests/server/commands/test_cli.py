@@ -18,6 +18,7 @@ from ficoco_vllm.config import DEFAULT_METHOD
 from ficoco_vllm.reduction import available, get
 from ficoco_vllm.reduction.advice import ADVICE, TITLE, as_markdown
 from ficoco_vllm.reduction.pipeline import PIPELINES
+from ficoco_vllm.reduction.registry import names
 from ficoco_vllm.server.cli import COMMANDS, command, main, make_parser
 from ficoco_vllm.server.commands.completion import SHELLS, script
 from ficoco_vllm.server.commands.methods import _meanings, _source
@@ -49,7 +50,7 @@ def test_methods_lists_all(capsys: pytest.CaptureFixture[str]) -> None:
     start = next(number for number, line in enumerate(lines) if line.startswith("NAME"))
     assert lines[start].split() == ["NAME", "SITE", "SERVED", "SOURCE", "TITLE"]
     rows = {line.split()[0]: line.split()[1:] for line in lines[start + 1 : lines.index("", start)]}
-    assert sorted(rows) == sorted([*available(), "downscale", "ficoco-vl"])
+    assert sorted(rows) == sorted(names())
     refused = {name for name, row in rows.items() if row[1] == "no"}
     assert refused == {"cdpruner", "downscale", "recoverable", "trim"}
     assert "downscale needs a model with dynamic resolution" in printed
@@ -323,7 +324,7 @@ assert not {{"vllm", "transformers"}} & set(sys.modules)
 
 
 def test_names_of_methods_are_known_without_torch() -> None:
-    assert method_names() == tuple(sorted({*available(), *PIPELINES}))
+    assert method_names() == tuple(sorted(names()))
 
 
 @pytest.mark.parametrize("words", [["--help"], ["serve", "--help"], ["serve", "--ficoco-keep", "64", "-h"]])

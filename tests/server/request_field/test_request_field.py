@@ -203,7 +203,7 @@ def test_routes_that_do_not_read_it_say_so(server: Server, path: str) -> None:
         ({"kv_budget": -1}, "ficoco.kv_budget", "1.00 to 576.00"),
         ({"kv_budget": 1000}, "ficoco.kv_budget", "1.00 to 576.00"),
         ({"kv_budget": 64, "keep": 64}, "ficoco.kv_budget", "one of them"),
-        ({"method": "off", "keep": 64}, "ficoco.method", "no keep"),
+        ({"method": "off", "keep": 64}, "ficoco.method", "no budget"),
     ],
 )
 def test_refused(server: Server, ficoco: Any, param: str, words: str) -> None:
