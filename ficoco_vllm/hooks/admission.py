@@ -101,7 +101,7 @@ def _process_inputs(original: Any, self: Any, request_id: str, prompt: Any, *arg
         is_ours = isinstance(prompt, dict) and BUDGET in prompt
         rendered = prompt if is_ours else {"prompt_token_ids": request.prompt_token_ids}
         # The parameters are the request's own copy; children of a request with several answers share them.
-        params.ficoco = state.counter.request(rendered, images_of(request), params.extra_args)
+        params.ficoco = state.counter.request(rendered, images_of(request, videos=False), params.extra_args)
     return request
 
 

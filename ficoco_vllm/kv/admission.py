@@ -25,13 +25,15 @@ from ficoco_vllm.request_fields import (
 )
 
 
-def images_of(request: Any) -> list[tuple[int, int]]:
+def images_of(request: Any, *, videos: bool = True) -> list[tuple[int, int]]:
     """Offset in the prompt and number of tokens of each image.
 
     Args:
         request: object of vLLM's front end, scheduler or worker with `mm_features`.
+        videos: whether videos count as images, as they do for the decoder, which keeps them whole.
     """
-    return [visual_range(feature.mm_position) for feature in request.mm_features or ()]
+    features = [feature for feature in request.mm_features or () if videos or feature.modality == "image"]
+    return [visual_range(feature.mm_position) for feature in features]
 
 
 def visual_range(position: Any) -> tuple[int, int]:
@@ -81,7 +83,9 @@ def check_request(vllm_config: Any, request: Any) -> None:
             check_trace_id(extra_args[TRACE])
             # A cached window is not reduced again, so it would leave no trace.
             params.skip_reading_prefix_cache = True
-        plan = decoder_planner(vllm_config.model_config.hf_config).plan(num_tokens, images, extra_args)
+        planner = decoder_planner(vllm_config.model_config.hf_config)
+        plan = planner.plan(num_tokens, images, extra_args)
+        planner.check_windows(plan)
     except ValueError as error:
         field = next((name for name in (KEEP, METHOD, WINDOW) if str(error).startswith(name)), None)
         raise VLLMValidationError(str(error), parameter=field) from error
@@ -225,7 +229,7 @@ def fill_budget(default_keep: Callable[[str | None, int], int], chats: ChatBudge
         return
     extra_args = params.extra_args or {}
     if KEEP not in extra_args:
-        most = max(feature.mm_position.length for feature in request.mm_features)
+        most = max(length for _, length in images_of(request))
         keep = chats.keep(request, lambda: default_keep(extra_args.get(METHOD), most))
         params.extra_args = {**extra_args, KEEP: keep}
 
@@ -241,7 +245,7 @@ def check_bounds(bounds: Callable[[Mapping[str, Any], int], None], request: Any)
         VLLMValidationError: naming the field, its value and what is allowed (HTTP 400).
     """
     extra_args = request.sampling_params.extra_args if request.sampling_params else None
-    most = max((feature.mm_position.length for feature in request.mm_features or ()), default=0)
+    most = max((length for _, length in images_of(request)), default=0)
     try:
         bounds(extra_args or {}, most)
     except ValueError as error:

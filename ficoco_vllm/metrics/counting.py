@@ -173,7 +173,7 @@ class RequestCounter:
         if account.flops_avoided:
             families.prefill_flops_avoided.labels(*labels).inc(account.flops_avoided)
         for segment, num_tokens in enumerate(account.missing):
-            if num_tokens:
+            if num_tokens > 0:  # a counter that refuses a value would end vLLM's output handler
                 families.kv_tokens_avoided.labels(*labels, str(segment)).inc(num_tokens)
                 families.kv_bytes_avoided.labels(*labels, str(segment)).inc(num_tokens * self.token_bytes)
         self._add_blocks_saved(request, +1)

@@ -304,15 +304,19 @@ class DecoderPlanner:
         counts = tuple(zip(*per_image, strict=True))
         empty: tuple[tuple[int, ...], ...] = ((),) * self.segments.num_segments
         ends = read_ends(extra_args[WINDOW], num_prompt_tokens) if WINDOW in extra_args else ()
-        plan = RequestPlan(method, num_prompt_tokens, tuple(images), counts or empty, ends)
-        if self.config.windows == "turn":
-            self._check_windows(plan)
-        return plan
+        return RequestPlan(method, num_prompt_tokens, tuple(images), counts or empty, ends)
 
-    def _check_windows(self, plan: RequestPlan) -> None:
-        """Refuse a window that no step of the server can hold."""
+    def check_windows(self, plan: RequestPlan) -> None:
+        """Refuse a window that no step of the server can hold.
+
+        Args:
+            plan: of a request that names the ends of its windows.
+
+        Raises:
+            ValueError: starting with the field.
+        """
         most = self.config.window_tokens
-        if most is None or not plan.reduces:
+        if self.config.windows != "turn" or most is None or not plan.reduces:
             return
         for window in plan.windows:
             if window.end - window.start > most:

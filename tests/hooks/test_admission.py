@@ -43,6 +43,18 @@ def test_the_default_budget_is_filled_in_then_bounds_are_checked(processor: Any)
     assert seen == [({KEEP: 6}, 36)]
 
 
+def test_videos_are_not_counted_as_images(processor: Any) -> None:
+    """The tower does not see their tokens, so a saving would be negative."""
+    counted = []
+    FrontEnd.of(processor).counter = SimpleNamespace(
+        request=lambda prompt, images, extra_args: counted.append(images)
+    )
+    for modality in ("video", "image"):
+        admitted = request({KEEP: 36}, modality=modality)
+        processor.process_inputs("id", {}, admitted)
+    assert counted == [[], [(4, 36)]]
+
+
 def test_refusals_are_counted(processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     counted: list[Any] = []
     monkeypatch.setattr(admission, "count_refusal", counted.append)
@@ -64,4 +76,4 @@ def test_an_admitted_request_is_counted_by_its_parameters(processor: Any) -> Non
     FrontEnd.of(processor).counter = counter
     prompt = {"ficoco_budget": "budget", "ficoco_sizes": ((48, 48),)}
     admitted = processor.process_inputs("id", prompt, request({KEEP: 9}))
-    assert admitted.sampling_params.ficoco == (50, [(4, 36)], "budget", {KEEP: 9}, ((48, 48),))
+    assert admitted.sampling_params.ficoco == (prompt, [(4, 36)], {KEEP: 9})

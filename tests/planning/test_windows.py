@@ -167,11 +167,17 @@ def test_ends_as_a_client_sends_them() -> None:
 
 def test_a_window_that_no_step_holds_is_refused() -> None:
     small = planner(window_tokens=600)
-    assert small.plan(700, [(50, PATCHES)], {"ficoco_window": 650}).reduces
+    small.check_windows(small.plan(700, [(50, PATCHES)], {"ficoco_window": 650}))
+    too_long = small.plan(700, [(50, PATCHES)], {"ficoco_window": 651})
     with pytest.raises(ValueError, match=r"ficoco_window: tokens 50 to 650 .* are 601; allowed: 600"):
-        small.plan(700, [(50, PATCHES)], {"ficoco_window": 651})
+        small.check_windows(too_long)
     # A prompt that keeps everything has no window.
-    assert not small.plan(700, [(50, PATCHES)], {"ficoco_keep": PATCHES}).reduces
+    small.check_windows(small.plan(700, [(50, PATCHES)], {"ficoco_keep": PATCHES}))
+
+
+def test_counts_are_planned_before_the_windows_are_known() -> None:
+    """Savings of a long chat, and the largest image of a server with a short context: neither names its ends."""
+    assert planner(window_tokens=600).plan(2000, [(50, PATCHES)], None).reduces
 
 
 @pytest.mark.parametrize(
