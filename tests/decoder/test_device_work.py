@@ -24,8 +24,16 @@ pytestmark = [
 ]
 
 WIDTH, H, d, N = 64, 4, 32, 576
-# Launches of one boundary, two prompts of different length as one group.
-BUDGET = {"fastv": 24, "ficoco-l": 30, "fitprune": 34, "pyramiddrop": 24, "sparsevlm": 120}
+# Launches of one boundary, two prompts of different length as one group. TOPS picks 192 tokens one after another.
+BUDGET = {
+    "fastv": 24,
+    "ficoco-l": 30,
+    "fitprune": 34,
+    "pyramiddrop": 24,
+    "sparsevlm": 120,
+    "tops-l": 48 + 22 * 192,
+    "vscan-l": 24,
+}
 # Indices of a boundary that are copied to the device.
 COPIES = 3
 
