@@ -120,7 +120,7 @@ def test_offloaded_weights_are_where_their_hooks_bring_them() -> None:
 
 
 def test_an_old_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transformers.__version__", "4.57.1")
+    monkeypatch.setattr("ficoco_vllm.hf.reduce.transformers.__version__", "4.57.1")
     with pytest.raises(
         ValueError, match=r"transformers = 4\.57\.1 is not supported; allowed: 5\.19 or later"
     ):

@@ -5,7 +5,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import cycle, islice
 from typing import Any
 from uuid import uuid4
@@ -120,7 +120,7 @@ async def run(
         rounds.append({"num_requests": sent, "burst": is_burst, **await look(client, pid, outcomes, closing)})
         rate = sent / (time.monotonic() - start)
         say(f"{sent} requests, {rate:.1f}/s, {rounds[-1]['mib']:.0f} MiB, {dict(outcomes.outcomes)}")
-    after, ended = read_counts(await client.metrics()), asdict(outcomes)
+    after, ended = read_counts(await client.metrics()), vars(outcomes).copy()
     del ended["alone"]
     return {
         "num_requests": sent + len(sample) + sum(row["num_closing"] for row in rounds),
