@@ -12,7 +12,6 @@ from ficoco_vllm.reduction.methods.tops_v import TOPS_V
 from ficoco_vllm.reduction.methods.vscan_l import VSCAN_L
 from ficoco_vllm.reduction.methods.vscan_v import VSCAN_V
 
-
 # Tokens that leave the encoder for each one that is left in the end, where no split is given and the number of tokens
 # that enter is unknown: the even split of a ninth.
 EVEN_RATIO = 3
