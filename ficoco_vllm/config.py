@@ -9,13 +9,15 @@ from ficoco_vllm.environment import NAME as NAME
 from ficoco_vllm.kernels.backend import Backend
 from ficoco_vllm.reduction import Method, get
 from ficoco_vllm.reduction.control import CONTROLS
-from ficoco_vllm.reduction.pipeline import PIPELINES
+from ficoco_vllm.reduction.pipeline import PIPELINES, Pipeline
 from ficoco_vllm.reduction.registry import names
 
 # Method of a server with a budget and no method; docs/serving.md has the reasons.
 DEFAULT_METHOD = "divprune"
 # Method to which hyperparameters belong that come without one.
 SETTINGS_METHOD = "ficoco-v"
+# Share of an image's tokens where the grid follows the image's size and no budget is given.
+DEFAULT_RATIO = 1 / 9
 
 
 def default_keep(num_tokens: int) -> int:
@@ -48,7 +50,7 @@ class FicocoConfig(BaseModel):
             computes; None allows what `max_num_batched_tokens` holds.
         rounding: images in the decoder lose multiples of this many tokens. A server sets it: the block size where
             whole windows are cached, else 1.
-        encoder: for a method that reduces twice: `keep` and settings of its part in the tower.
+        encoder: for a method that reduces twice: `keep` or `keep_ratio` and settings of its part in the tower.
         backend: implementation of the fused ops: "triton", "torch", or "auto": Triton on a GPU and torch elsewhere. A
             named implementation never falls back to another.
         graph_budgets: budgets whose tower is captured as CUDA graphs beside the default budget's, where vLLM's
@@ -154,19 +156,34 @@ class FicocoConfig(BaseModel):
         method = get(self.method)
         return method if method.site == "decoder" else None
 
-    def tower_part(self, num_patches: int) -> "FicocoConfig":
+    @property
+    def fixes_tower(self) -> bool:
+        """Whether `encoder` gives the tower a budget of its own, which requests do not change."""
+        return not self.encoder.keys().isdisjoint(("keep", "keep_ratio"))
+
+    def tower_part(self, num_patches: int, dynamic: bool = False) -> "FicocoConfig":
         """The vision tower's part of the settings.
 
         Args:
-            num_patches: of an image.
+            num_patches: of an image, of the largest one where `dynamic`.
+            dynamic: whether the number of patches follows the image's size, so that the tower's budget follows each
+                image.
         """
         pipeline = PIPELINES.get(self.method or "")
         if pipeline is not None:
-            final = self.keep if self.keep is not None else default_keep(num_patches)
-            keep = {"keep": pipeline.encoder_keep(num_patches, min(final, num_patches))}
+            keep = {} if self.fixes_tower else self._encoder_budget(pipeline, num_patches, dynamic)
             part = {"method": pipeline.encoder.name, "backend": self.backend}
             return FicocoConfig.model_validate({**keep, **self.encoder, **part})
         return FicocoConfig() if self.decoder_method is not None else self
+
+    def _encoder_budget(self, pipeline: Pipeline, num_patches: int, dynamic: bool) -> dict[str, Any]:
+        """The tower's budget of a method that reduces twice, where `encoder` names none; see `tower_part`."""
+        if not dynamic:
+            final = self.keep if self.keep is not None else default_keep(num_patches)
+            return {"keep": pipeline.encoder_keep(num_patches, min(final, num_patches))}
+        if self.keep is None:
+            return {"keep_ratio": pipeline.encoder_share(DEFAULT_RATIO)}
+        return {"keep": min(num_patches, pipeline.encoder_most(self.keep))}
 
     @classmethod
     def parse(cls, values: Any) -> "FicocoConfig":

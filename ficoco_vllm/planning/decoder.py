@@ -155,7 +155,8 @@ class DecoderPlanner:
         config: settings of the server.
         segments: of the decoder.
         num_visual_tokens: of the largest image that enters the decoder under the tower's default budget.
-        most: a budget that is always allowed, even for prompts whose images are smaller.
+        most: a budget that is always allowed, even for prompts whose images are smaller; 0 where all images have
+            the same number of tokens.
         first_layer: the first layer in which tokens may leave; to the outputs of earlier ones the decoder adds
             deepstack features of all visual tokens.
     """
@@ -211,15 +212,17 @@ class DecoderPlanner:
         """Tokens of the largest image in the last segment where a request names no budget.
 
         Raises:
-            ValueError: no number of tokens meets the settings' average over the layers.
+            ValueError: no number of tokens meets the settings' average over the layers. Where images differ in size
+                only an average above all tokens is refused: smaller images reach lower ones than the largest.
         """
         num_tokens, budget = self.num_visual_tokens, self.config.kv_budget
-        least = 0.0 if budget is None else fmean(self.counts(self.method, num_tokens, 1))
-        if budget is not None and not least <= budget <= num_tokens:
-            raise ValueError(
-                f"ficoco.kv_budget = {budget} is not allowed; "
-                f"allowed: {least:.2f} (one token left in the end) to {num_tokens}"
-            )
+        if budget is not None:
+            least = 0.0 if self.most else fmean(self.counts(self.method, num_tokens, 1))
+            if not least <= budget <= num_tokens:
+                lowest = "above 0" if self.most else f"{least:.2f} (one token left in the end)"
+                raise ValueError(
+                    f"ficoco.kv_budget = {budget} is not allowed; allowed: {lowest} to {num_tokens}"
+                )
         return self.keep_of(num_tokens)
 
     def keep_of(self, num_tokens: int) -> int:
@@ -379,7 +382,7 @@ def _keep_of(planner: DecoderPlanner, num_tokens: int) -> int:
     def mean(keep: int) -> float:
         return fmean(planner.counts(planner.method, num_tokens, keep))
 
-    # An image that is too small for the average keeps a single token.
+    # An image that the method cannot bring down to the average keeps a single token in the last segment.
     return max(1, bisect_right(range(1, num_tokens + 1), budget, key=mean))
 
 

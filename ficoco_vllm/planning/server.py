@@ -84,14 +84,18 @@ class ServerPlan:
     @property
     def tower_follows(self) -> bool:
         """Whether the tower's budget follows the request's; for a method that reduces twice the operator may fix it."""
-        return self.tower.active and "keep" not in self.config.encoder
+        return self.tower.active and not self.config.fixes_tower
 
     def tower_keep(self, budget: int) -> int:
-        """Visual tokens of an image after the tower, for a budget of the whole model."""
+        """The most visual tokens of an image after the tower, for a budget of the whole model."""
         if self.config.method not in PIPELINES:
             return budget
-        num_patches = self.tower.shape.num_units
-        return self.config.model_copy(update={"keep": budget}).tower_part(num_patches).keep or num_patches
+        if self.config.fixes_tower:
+            return self.tower.default.keep
+        shape = self.tower.shape
+        part = self.config.model_copy(update={"keep": budget}).tower_part(shape.num_units, shape.dynamic)
+        assert part.keep is not None
+        return part.keep
 
     def check_budget(self, budget: int) -> None:
         """Raise unless the server's own method can meet a budget at all sites.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, lru_cache, partial
 from typing import Any, NamedTuple
 
-from ficoco_vllm.config import FicocoConfig, default_keep
+from ficoco_vllm.config import DEFAULT_RATIO, FicocoConfig, default_keep
 from ficoco_vllm.kernels.backend import Backend
 from ficoco_vllm.planning.resolution import Resolution
 from ficoco_vllm.planning.tiles import Layout, Tile
@@ -19,8 +19,6 @@ from ficoco_vllm.reduction.schedule import default_start_layer, make_schedule, s
 from ficoco_vllm.request_fields import KEEP, KEEP_RATIO, METHOD, check_keep, check_keep_ratio
 
 VISION_SITES = ("encoder", "features")
-# Share of an image's units where the grid follows the image's size and nothing else is said.
-DEFAULT_RATIO = 1 / 9
 
 
 class Budget(NamedTuple):
@@ -94,7 +92,7 @@ class VisionPlanner:
             ValueError: the settings do not fit the tower.
         """
         _check_tiles(config, shape)
-        return _shared(config.tower_part(shape.num_units).model_dump_json(), shape)
+        return _shared(config.tower_part(shape.num_units, shape.dynamic).model_dump_json(), shape)
 
     @property
     def active(self) -> bool:
@@ -109,11 +107,7 @@ class VisionPlanner:
         """
         offered = [(name, SITES[site]) for site in VISION_SITES for name in available(site)]
         served = tuple(name for name, signals in offered if get(name).required_signals() <= signals)
-        return (*served, *CONTROLS) if self._is_dynamic else served
-
-    @property
-    def _is_dynamic(self) -> bool:
-        return self.shape.tiling is not None and self.shape.tiling.dynamic
+        return (*served, *CONTROLS) if self.shape.dynamic else served
 
     @property
     def default(self) -> Budget:
@@ -121,7 +115,7 @@ class VisionPlanner:
         method, keep, ratio = self.config.method, self.config.keep, self.config.keep_ratio
         if not self.active:
             return Budget(None, self.most_keep)
-        if keep is None and ratio is None and self._is_dynamic:
+        if keep is None and ratio is None and self.shape.dynamic:
             ratio = DEFAULT_RATIO
         if ratio is not None:
             return self._share(method, ratio)
@@ -137,7 +131,7 @@ class VisionPlanner:
         """The default budget, for logs."""
         method, keep, ratio = self.default
         part = "an image"
-        if self.shape.tiling is not None and not self._is_dynamic and self.config.keep_per == "tile":
+        if self.shape.tiling is not None and not self.shape.dynamic and self.config.keep_per == "tile":
             part = "each tile of an image"
         share = f"{keep} of {self.most_keep}" if ratio is None else f"{ratio:.1%} of the"
         return f"{method} keeps {share} visual tokens of {part}"
@@ -342,7 +336,7 @@ def _check_tiles(config: FicocoConfig, shape: TowerShape) -> None:
         return
     if config.encoder.get("keep_per") == "image" and "keep" not in config.encoder:
         raise ValueError("ficoco.encoder.keep_per = 'image' is allowed with ficoco.encoder.keep only")
-    schedule = config.tower_part(shape.num_units).settings.get("schedule")
+    schedule = config.tower_part(shape.num_units, shape.dynamic).settings.get("schedule")
     if schedule is not None and not isinstance(schedule, str):
         raise ValueError(
             f"ficoco.schedule = {schedule!r} is not allowed with images in tiles, whose numbers of tokens differ; "

@@ -51,6 +51,11 @@ class TowerShape:
         """Visual tokens of an image, or of a tile of it, before any reduction, [CLS] not counted."""
         return self.grid[0] * self.grid[1]
 
+    @property
+    def dynamic(self) -> bool:
+        """Whether the number of units follows the image's size."""
+        return self.tiling is not None and self.tiling.dynamic
+
     @classmethod
     def from_model_shape(cls, shape: ModelShape) -> "TowerShape":
         """Read the sizes of a LLaVA-1.5 that the cost model has read from a config.json.

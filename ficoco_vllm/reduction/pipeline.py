@@ -12,6 +12,10 @@ from ficoco_vllm.reduction.methods.tops_v import TOPS_V
 from ficoco_vllm.reduction.methods.vscan_l import VSCAN_L
 from ficoco_vllm.reduction.methods.vscan_v import VSCAN_V
 
+# Tokens that leave the encoder for each one that is left in the end, where no split is given and the number of tokens
+# that enter is unknown: the even split of a ninth.
+EVEN_RATIO = 3
+
 
 @dataclass(frozen=True)
 class Pipeline:
@@ -51,6 +55,25 @@ class Pipeline:
         if not 1 <= keep <= num_tokens:
             raise ValueError(f"keep = {keep}: allowed is 1 to {num_tokens}, the number of visual tokens")
         return math.isqrt(num_tokens * keep) if self.ratio is None else min(num_tokens, self.ratio * keep)
+
+    def encoder_share(self, share: float) -> float:
+        """Share of the tokens that leaves the encoder: `encoder_keep` for images whose number of tokens varies.
+
+        Args:
+            share: of the tokens after the decoder's last reduction, above 0, at most 1.
+        """
+        return math.sqrt(share) if self.ratio is None else min(1.0, self.ratio * share)
+
+    def encoder_most(self, keep: int) -> int:
+        """The most tokens that leave the encoder for a final count, of images whose number of tokens varies.
+
+        Deviation: without a ratio it is three times the final count, not the geometric mean, which needs the number of
+        tokens that enter. Both are equal where a ninth is left.
+
+        Args:
+            keep: tokens after the decoder's last reduction.
+        """
+        return (EVEN_RATIO if self.ratio is None else self.ratio) * keep
 
 
 _ALL = (

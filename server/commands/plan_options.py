@@ -7,6 +7,7 @@ from math import floor, isfinite
 from typing import Any
 
 from ficoco_vllm.config import DEFAULT_METHOD, FicocoConfig
+from ficoco_vllm.planning.tower import VisionPlanner
 from ficoco_vllm.planning.tower_shape import TowerShape
 from ficoco_vllm.reduction import available, get
 from ficoco_vllm.reduction.control import CONTROLS
@@ -137,7 +138,8 @@ def settings(args: argparse.Namespace, tower: TowerShape, decoder: DecoderShape)
         values["encoder"] = parts[1].settings(num_units, tower.num_executed_layers)
     if method.site == "decoder":
         final = {} if parts[0].keep is None else {"keep": max(1, parts[0].keep)}
-        entering = FicocoConfig.parse({**values, **final}).tower_part(num_units).keep or num_units
+        in_tower = FicocoConfig.parse({**values, **final}).tower_part(num_units, tower.dynamic)
+        entering = VisionPlanner(in_tower, tower).default.keep
         values |= parts[0].settings(entering, decoder.num_layers)
     else:
         values |= parts[0].settings(num_units, tower.num_executed_layers)

@@ -242,7 +242,10 @@ class Resolver:
         """The largest `keep` whose KV cache, averaged over the layers, is no larger than the budget."""
         smallest, largest = self._kv_budgets(method)
         if not smallest <= kv_budget <= largest:
+            varies = self.plan.decoder is not None and self.plan.tower.shape.tiling is not None
+            of_largest = f", for the largest image; for smaller ones use {FIELD}.keep" if varies else ""
             raise ValueError(
-                f"{FIELD}.kv_budget = {kv_budget:g} is not allowed; allowed: {smallest:.2f} to {largest:.2f}"
+                f"{FIELD}.kv_budget = {kv_budget:g} is not allowed; "
+                f"allowed: {smallest:.2f} to {largest:.2f}{of_largest}"
             )
         return bisect_right(range(1, self.max_keep + 1), kv_budget, key=partial(self._mean, method))

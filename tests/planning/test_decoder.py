@@ -111,6 +111,19 @@ def test_kv_budget_is_the_average_over_the_layers() -> None:
         planner(kv_budget=10.0)
 
 
+def test_kv_budget_below_the_least_of_the_largest_image() -> None:
+    """Where images differ in size it is met by smaller ones; the largest keeps a single token in the end."""
+    config = FicocoConfig.parse({"method": "ficoco-l", "kv_budget": 100})
+    varied = DecoderPlanner.shared(config, 32, num_visual_tokens=2880, most=2880)
+    assert varied.keep == 1
+    keep = varied.keep_of(144)
+    mean = fmean(varied.counts("ficoco-l", 144, keep))
+    assert keep > 1
+    assert mean <= 100 < fmean(varied.counts("ficoco-l", 144, keep + 1))
+    with pytest.raises(ValueError, match=r"kv_budget = 3000\.0 is not allowed; allowed: above 0 to 2880"):
+        DecoderPlanner.shared(config.model_copy(update={"kv_budget": 3000.0}), 32, 2880, 2880)
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     offsets=st.lists(st.integers(0, 40), min_size=0, max_size=3),

@@ -10,6 +10,7 @@ from transformers import Qwen2VLImageProcessor
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.planning.families import FAMILIES, qwen3_vl, tower_shape
 from ficoco_vllm.planning.resolution import Resolution
+from ficoco_vllm.planning.server import ServerPlan
 from ficoco_vllm.planning.tower import Budget, VisionPlanner
 from ficoco_vllm.planning.tower_shape import IMAGES, TowerShape
 from ficoco_vllm.reduction.registry import names
@@ -29,6 +30,12 @@ def hf_config(model_type: str = "qwen3_vl", **more: Any) -> Any:
 
 def planner(**settings: Any) -> VisionPlanner:
     return VisionPlanner.shared(FicocoConfig.parse(settings), tower_shape(hf_config()))
+
+
+def plan(**settings: Any) -> ServerPlan:
+    """Of a server of a Qwen3-VL-8B."""
+    text = SimpleNamespace(num_hidden_layers=36)
+    return ServerPlan.of(FicocoConfig.parse(settings), hf_config(get_text_config=lambda: text))
 
 
 def test_published_models() -> None:
@@ -135,3 +142,26 @@ def test_a_llava_has_no_smaller_image() -> None:
     with pytest.raises(ValueError, match="ficoco_method = 'downscale'"):
         plans.budget("downscale", 64)
     assert plans.budget(None, None, 0.25) == Budget("divprune", 144)
+
+
+@pytest.mark.parametrize(("method", "most"), [("ficoco-vl", 3), ("vscan", 3), ("tops", 8)])
+def test_the_tower_of_a_pipeline_reduces_ordinary_images(method: str, most: int) -> None:
+    """Its budget follows the units of each image, not those of the largest one."""
+    large, small = {"height": 768, "width": 1024}, {"height": 256, "width": 256}
+    served = plan(method=method)
+    left = [served.tower.num_image_tokens(served.tower.default, **size) for size in (large, small)]
+    assert left == [round(768 * most / 9), round(64 * most / 9)]
+    served = plan(method=method, keep=30)
+    left = [served.tower.num_image_tokens(served.tower.default, **size) for size in (large, small)]
+    assert left == [30 * most, 64]
+    assert (served.tower_keep(10), served.tower_keep(16384)) == (10 * most, 16384)
+    served.check_budget(10)
+
+
+def test_the_tower_of_a_pipeline_may_have_a_share_of_its_own() -> None:
+    settings = {"method": "ficoco-vl", "keep": 64, "encoder": {"keep_ratio": 0.5}}
+    assert VisionPlanner.shared(FicocoConfig.parse(settings), LLAVA).default == Budget("ficoco-v", 288)
+    served = plan(**settings)
+    assert served.tower.num_image_tokens(served.tower.default, height=768, width=1024) == 384
+    assert not served.tower_follows
+    assert served.tower_keep(9) == 8192

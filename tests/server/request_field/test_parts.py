@@ -14,6 +14,7 @@ from ficoco_vllm.request_fields import find_misplaced, misplaced
 from ficoco_vllm.server.request_field.apply import FieldApplier, _in_terms_of
 from ficoco_vllm.server.request_field.resolve import UNBOUNDED, Bounds, Resolver
 from ficoco_vllm.server.request_field.schema import FicocoRequest, parse
+from tests.planning.test_qwen3_vl import plan as qwen3_vl_plan
 
 
 def resolver(settings: dict[str, Any], bounds: Bounds = UNBOUNDED) -> Resolver:
@@ -65,6 +66,15 @@ def test_kv_budget_is_met_from_below() -> None:
     assert mean(arguments["ficoco_keep"]) <= 400 < mean(arguments["ficoco_keep"] + 1)
     with pytest.raises(ValueError, match=f"allowed: {mean(1):.2f} to 576.00"):
         resolve(decoder, {"kv_budget": mean(1) - 1})
+
+
+def test_kv_budget_of_images_that_differ_in_size() -> None:
+    """The server may start with an average that only smaller images reach; a request is told whose range it left."""
+    served = Resolver(qwen3_vl_plan(method="ficoco-l", kv_budget=100), UNBOUNDED)
+    with pytest.raises(
+        ValueError, match=r"ficoco.kv_budget = 100 .* to 16384.00, for the largest image; .*keep"
+    ):
+        resolve(served, {"kv_budget": 100})
 
 
 def test_a_share_of_the_tokens() -> None:
