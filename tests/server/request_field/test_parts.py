@@ -2,7 +2,7 @@
 
 import asyncio
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from vllm.exceptions import GenerationError, RetryableRequestError, VLLMValidationError
@@ -10,6 +10,7 @@ from vllm.exceptions import GenerationError, RetryableRequestError, VLLMValidati
 from ficoco_vllm import demo_model
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.planning.server import ServerPlan
+from ficoco_vllm.processing import ReducingInfo
 from ficoco_vllm.request_fields import find_misplaced, misplaced
 from ficoco_vllm.server.explain.served_model import default_keep
 from ficoco_vllm.server.request_field.apply import FieldApplier, _in_terms_of
@@ -130,6 +131,21 @@ def test_why_a_model_with_dynamic_resolution_does_not_downscale(
 ) -> None:
     with pytest.raises(ValueError, match=f"'downscale' is not allowed, since {reason}"):
         resolve(dynamic({"method": settings}, Bounds(1, methods)), {"method": "downscale"})
+
+
+def test_a_budget_of_a_request_replaces_one_of_the_operators_arguments() -> None:
+    def merged(served: dict[str, Any], requested: dict[str, Any]) -> dict[str, Any]:
+        context = SimpleNamespace(get_merged_mm_kwargs=lambda own: {**served, **own})
+        return ReducingInfo._merged(cast(Any, SimpleNamespace(ctx=context)), requested)
+
+    assert merged({"ficoco_keep": 9}, {"ficoco_keep_ratio": 0.5}) == {"ficoco_keep_ratio": 0.5}
+    assert merged({"ficoco_keep_ratio": 0.5}, {"ficoco_keep": 9}) == {"ficoco_keep": 9}
+    assert merged({"ficoco_keep": 9}, {"ficoco_method": "tome"}) == {
+        "ficoco_keep": 9,
+        "ficoco_method": "tome",
+    }
+    both = {"ficoco_keep": 9, "ficoco_keep_ratio": 0.5}  # refused as a pair
+    assert merged({}, both) == both
 
 
 def test_the_budget_of_a_server_that_follows_each_image() -> None:
