@@ -106,7 +106,7 @@ class ReducingInfo(BaseProcessingInfo):
         """
         if self.default_keep is None or not self.planner.active:
             return mm_kwargs
-        merged = self.ctx.get_merged_mm_kwargs(mm_kwargs)
+        merged = self._merged(mm_kwargs)
         if merged.get(KEEP) is not None or merged.get(KEEP_RATIO) is not None:
             return mm_kwargs
         method = merged.get(METHOD)
@@ -123,7 +123,7 @@ class ReducingInfo(BaseProcessingInfo):
             VLLMValidationError: naming the field, its value and what is allowed (HTTP 400).
         """
         try:
-            return self._budget(self.ctx.get_merged_mm_kwargs(mm_kwargs), sizes)
+            return self._budget(self._merged(mm_kwargs), sizes)
         except VLLMValidationError:
             count_refusal(self.ctx.model_config)
             raise
@@ -162,6 +162,14 @@ class ReducingInfo(BaseProcessingInfo):
                     parameter=name,
                     value=value,
                 )
+
+    def _merged(self, mm_kwargs: Mapping[str, object]) -> dict[str, Any]:
+        """The request's arguments over the server's; a budget replaces one of the other kind."""
+        merged = dict(self.ctx.get_merged_mm_kwargs(mm_kwargs))
+        for name, other in ((KEEP, KEEP_RATIO), (KEEP_RATIO, KEEP)):
+            if mm_kwargs.get(name) is not None and mm_kwargs.get(other) is None:
+                merged.pop(other, None)
+        return merged
 
     def _budget(self, fields: Mapping[str, Any], sizes: Sequence[tuple[int, int]]) -> Budget:
         planner = self.planner

@@ -65,7 +65,8 @@ def make_parser(complete: Sequence[str]) -> argparse.ArgumentParser:
         complete: commands with their options, whose modules are imported; the others have a name and a line.
     """
     parser = argparse.ArgumentParser(
-        prog="ficoco-vllm", description="Serves LLaVA with a fraction of its visual tokens."
+        prog="ficoco-vllm",
+        description="Serves vision-language models with a fraction of their visual tokens.",
     )
     parser.add_argument("-v", "--version", action="version", version=f"ficoco-vllm {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")

@@ -217,7 +217,7 @@ class DecoderModelState(DefaultModelState):
     def _parts(self, req_ids: Sequence[str], computed: Counts, query_start: Counts) -> list[Part | None]:
         """Tokens that a step computes of each request whose prompt is reduced, None for the others.
 
-        The host may count refused drafts among the computed tokens; these come after the prompt, which is counted well.
+        The host may count refused drafts among the computed tokens; these come after the prompt, whose count is exact.
         """
         plans = [self.plans.get(req_id) for req_id in req_ids]
         ends = (computed[: len(plans)] + np.diff(query_start)).tolist()

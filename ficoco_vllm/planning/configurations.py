@@ -1,4 +1,4 @@
-"""What plans read of transformers' configuration, from a config.json alone: importing transformers takes seconds."""
+"""Fields of transformers' configuration that plans read, from config.json: importing transformers takes seconds."""
 
 from collections.abc import Mapping
 from types import SimpleNamespace

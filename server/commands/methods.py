@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def obstacle(name: str) -> str | None:
-    """Reason why a LLaVA cannot serve a method, or None; the method can be planned all the same.
+    """Reason why LLaVA-1.5 cannot serve a method, or None; the method can be planned all the same.
 
     Args:
         name: of a method, or of one that reduces twice.
@@ -75,7 +75,7 @@ def _all_methods() -> list[str]:
         "",
         *_table([("NAME", "SITE", "SERVED", "SOURCE", "TITLE"), *sorted(rows)]),
         "",
-        "Not served with a LLaVA:",
+        "Not served with every model:",
         *(part for line in refused for part in textwrap.wrap(line, width, subsequent_indent="    ")),
         "",
         f"A server with a budget and no method uses {DEFAULT_METHOD}. Settings: `ficoco-vllm methods NAME`.",

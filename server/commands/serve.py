@@ -202,6 +202,11 @@ def resolve_settings(args: argparse.Namespace) -> "tuple[dict[str, Any], Elastic
             raise ValueError(
                 f"--disable-log-stats is not allowed with {OPTION}, which follows these statistics"
             )
+        if settings.get("keep_ratio") is not None:
+            raise ValueError(
+                f"keep_ratio = {settings['keep_ratio']} is not allowed with {OPTION}, whose budgets are numbers of "
+                "tokens; allowed: keep, or neither"
+            )
         if settings.get("keep") is None and settings.get("kv_budget") is None:
             # vLLM sizes its own budgets by the default.
             settings = {**settings, "keep": elastic.floor}

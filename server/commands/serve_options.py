@@ -7,7 +7,7 @@ import argparse
 import difflib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from ficoco_vllm.server.commands.arguments import names
 from ficoco_vllm.server.commands.vllm_options import light_parser
 
 PROGRAM = "ficoco-vllm serve"
+# Settings of which a server has one.
+_BUDGETS = ("keep", "keep_ratio", "kv_budget")
 USAGE = f"{PROGRAM} [MODEL] [options]   (without MODEL: the demo model)"
 
 # An explanation takes two chats without any cache.
@@ -197,8 +199,8 @@ def _count(option: str, text: str, minimum: int) -> int:
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Our settings, from all options that name them: `--ficoco-method` and `--ficoco-keep` override `--ficoco-config`,
-    which overrides `--additional-config`.
+    """Our settings, from all options that name them: `--ficoco-method`, `--ficoco-keep` and `--ficoco-keep-ratio`
+    override `--ficoco-config`, which overrides `--additional-config`. A budget replaces any budget below it.
 
     Args:
         args: options, read by vLLM's parser or by the light one, which leaves JSON as text.
@@ -220,25 +222,27 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(
             f"--additional-config: {NAME} = {settings!r} is not allowed; allowed: an object of settings"
         )
-    ours = read_settings(args.ficoco_method, args.ficoco_keep, args.ficoco_config)
-    if args.ficoco_keep_ratio is not None:
-        try:
-            ours["keep_ratio"] = check_keep_ratio(float(args.ficoco_keep_ratio))
-        except ValueError as error:
-            raise ValueError(
-                f"--ficoco-keep-ratio = {args.ficoco_keep_ratio!r} is not allowed; allowed: a number above 0, at most 1"
-            ) from error
-    settings = {**(settings or {}), **ours}
+    ours = read_settings(args.ficoco_method, args.ficoco_keep, args.ficoco_config, args.ficoco_keep_ratio)
+    settings = _override(settings or {}, ours)
     return {**settings, "metrics": False} if settings and args.ficoco_no_metrics else settings
 
 
-def read_settings(method: str | None, keep: str | None, config: str | None) -> dict[str, Any]:
-    """Merge our options; `method` and `keep` override the same fields of `config`.
+def _override(settings: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings under those of a higher level, where a budget of any kind replaces all budgets below it."""
+    if any(upper.get(name) is not None for name in _BUDGETS):
+        settings = {name: value for name, value in settings.items() if name not in _BUDGETS}
+    return {**settings, **upper}
+
+
+def read_settings(
+    method: str | None, keep: str | None, config: str | None, keep_ratio: str | None = None
+) -> dict[str, Any]:
+    """Merge our options; `method`, `keep` and `keep_ratio` override `config`.
 
     Raises:
         ValueError: naming the option, its value and what is allowed.
     """
-    settings = {} if config is None else load_config(config)
+    settings: dict[str, Any] = {}
     if method is not None:
         settings["method"] = method
     if keep is not None:
@@ -248,7 +252,14 @@ def read_settings(method: str | None, keep: str | None, config: str | None) -> d
             raise ValueError(
                 f"--ficoco-keep = {keep!r} is not allowed; allowed: an integer of at least 1"
             ) from error
-    return settings
+    if keep_ratio is not None:
+        try:
+            settings["keep_ratio"] = check_keep_ratio(float(keep_ratio))
+        except ValueError as error:
+            raise ValueError(
+                f"--ficoco-keep-ratio = {keep_ratio!r} is not allowed; allowed: a number above 0, at most 1"
+            ) from error
+    return settings if config is None else _override(load_config(config), settings)
 
 
 def load_config(text: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from ficoco_vllm.hooks.wrapping import wrap
 from ficoco_vllm.metrics.families import count_refusal
 from ficoco_vllm.planning.server import ServerPlan
 from ficoco_vllm.reduction.control import CONTROLS
-from ficoco_vllm.request_fields import BUDGET, FIELD, KEEP, KEEP_RATIO, MAX_TRACE_ID, SIZES, TRACE
+from ficoco_vllm.request_fields import BUDGET, FIELD, KEEP, MAX_TRACE_ID, METHOD, SIZES, TRACE
 from ficoco_vllm.server.explain.chat import Reply, send_chat
 from ficoco_vllm.server.explain.pages import examples
 from ficoco_vllm.server.explain.schema import ExplainRequest, Explanation, Measured, Options
@@ -144,8 +144,8 @@ class Explainer:
         if request.compare:
             full = self._measured(await self._chat(request, raw_request, whole), None)
         traced = await self._chat(request, raw_request, reduced)
-        if KEEP_RATIO in reduced.tower:
-            keep = traced.image.num_entering
+        if keep is None:
+            _, keep = self.served.visual_tokens(traced.steps, traced.image)
         layers, destinations = Explanation.summarize(traced.steps)
         return Explanation(
             model=self.model,
@@ -179,10 +179,9 @@ class Explainer:
             count_refusal(self.engine_client.model_config)
             message = str(error).removeprefix(f"{FIELD}.")
             raise VLLMValidationError(message, parameter=message.split(" ", 1)[0]) from error
-        # The server's budget is written down, as another one may follow the load.
-        default: dict[str, Any] = {KEEP: served.keep}
-        if served.tower.default.ratio is not None:
-            default = {} if KEEP in resolved.tower else {KEEP_RATIO: served.tower.default.ratio}
+        # The server's budget is written down, as another one may follow the load; one that follows the size of the
+        # image is left to processor and decoder.
+        default: dict[str, Any] = {} if served.keep is None else {KEEP: served.keep}
         if served.in_decoder:
             return replace(resolved, decoder=default | dict(resolved.decoder))
         return replace(resolved, tower=default | dict(resolved.tower))
@@ -223,10 +222,19 @@ class Explainer:
         image = self.served.image(prompt[BUDGET], prompt[SIZES][0])
         try:
             steps = read_steps(image.complete(trace), image.num_patches, image.pack)
-            self.served.check_complete(steps, image, resolved.decoder.get(KEEP))
+            self.served.check_complete(steps, image, self._expected(resolved, image))
         except ValueError as error:
             raise TraceLostError(str(error)) from error
         return _Traced(reply, image, steps)
+
+    def _expected(self, resolved: Resolved, image: TracedImage) -> int | None:
+        """Visual tokens in the decoder's last layer by plan; None where the decoder does not reduce."""
+        decoder = self.resolver.plan.decoder
+        if decoder is None:
+            return None
+        entering, keep = image.num_entering, resolved.decoder.get(KEEP)
+        keep = decoder.keep_of(entering) if keep is None else keep
+        return decoder.counts(resolved.decoder.get(METHOD, decoder.method), entering, keep)[-1]
 
     def _fields(self, resolved: Resolved, trace_id: int) -> dict[str, Any]:
         """Fields of the chat that carry method, budget and trace id."""

@@ -121,7 +121,9 @@ class Explanation(BaseModel):
     question: str
     method: str
     keep: int
-    views: list[View] = Field(description="one, or LLaVA-NeXT's base view and its tiles")
+    views: list[View] = Field(
+        description="one, or the tiles of an image and its whole view, in the order of their tokens"
+    )
     grid: tuple[int, int] = Field(description="rows and columns of patches of the first view")
     central_square: float | None = Field(
         description="the grid covers the central square of the image; side of that square as a multiple of the "
@@ -162,7 +164,7 @@ class Options(BaseModel):
     model: str
     methods: list[MethodChoice]
     method: str
-    keep: int
+    keep: int | None = Field(description="the server's budget; None: it follows the size of each image")
     min_keep: int
     max_keep: int
     grid: tuple[int, int]

@@ -26,7 +26,7 @@ class ServedModel:
         token_bytes: KV cache of one token in one layer, over all workers.
         central_square: see `Explanation`.
         method: the server's method.
-        keep: the server's budget.
+        keep: the server's budget; None where it follows the size of each image.
         most: the largest budget.
         methods: methods that a request may name.
         in_decoder: whether the decoder reduces.
@@ -37,7 +37,7 @@ class ServedModel:
     token_bytes: int
     central_square: float | None
     method: str
-    keep: int
+    keep: int | None
     most: int
     methods: tuple[MethodChoice, ...]
     in_decoder: bool
@@ -57,9 +57,9 @@ class ServedModel:
         config, tower = plan.config, plan.tower
         assert config.method is not None
         if plan.decoder is None:
-            names, keep = tower.methods, tower.default.keep
+            names = tower.methods
         else:
-            names, keep = plan.decoder.methods, plan.decoder.keep
+            names = plan.decoder.methods
         if config.method in PIPELINES:
             pipeline = PIPELINES[config.method]
             choices = [_choice(pipeline.name, pipeline.title, "decoder")]
@@ -75,7 +75,7 @@ class ServedModel:
             if tower.shape.tiling
             else central_square(cached_image_processor_from_config(model)),
             method=config.method,
-            keep=keep,
+            keep=default_keep(plan),
             most=plan.most,
             methods=tuple(choices),
             in_decoder=plan.decoder is not None,
@@ -115,7 +115,7 @@ class ServedModel:
         Args:
             steps: trace of an image.
             image: the image.
-            keep: budget of the request in the decoder; None where that does not reduce.
+            keep: budget of the image in the decoder; None where that does not reduce.
 
         Raises:
             ValueError: a part is missing.
@@ -145,6 +145,20 @@ class ServedModel:
                 num_tokens -= (before - len(step.kept)) * (self.num_layers - 1 - step.layer)
                 before = len(step.kept)
         return num_tokens * self.token_bytes
+
+
+def default_keep(plan: ServerPlan) -> int | None:
+    """The budget of a request that names none, or None where it follows the size of each image.
+
+    Args:
+        plan: of the server.
+    """
+    if plan.decoder is None:
+        return plan.tower.default.keep if plan.tower.default.ratio is None else None
+    # With --ficoco-elastic, `keep` is set: its floor.
+    if plan.tower.shape.tiling is not None and plan.config.keep is None:
+        return None
+    return plan.decoder.keep
 
 
 def _choice(name: str, title: str, site: Site) -> MethodChoice:

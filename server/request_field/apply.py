@@ -17,7 +17,16 @@ from ficoco_vllm.hooks.wrapping import wrap
 from ficoco_vllm.kv.admission import visual_range
 from ficoco_vllm.metrics.families import count_refusal
 from ficoco_vllm.metrics.savings import Account, Accountant
-from ficoco_vllm.request_fields import FIELD, KEEP, KEEP_RATIO, METHOD, find_misplaced, misplaced
+from ficoco_vllm.request_fields import (
+    BUDGET,
+    FIELD,
+    KEEP,
+    KEEP_RATIO,
+    METHOD,
+    SIZES,
+    find_misplaced,
+    misplaced,
+)
 from ficoco_vllm.server.request_field.report import add_usage
 from ficoco_vllm.server.request_field.resolve import Resolver
 from ficoco_vllm.server.request_field.routes import HANDLERS
@@ -147,9 +156,23 @@ class FieldApplier:
             state.is_rendered = True
             # A chat comes with its messages.
             prompts = rendered[1] if isinstance(rendered, tuple) else rendered
+            self._check_images(request, state, prompts)
             state.accounts += filter(None, (self._account(request, prompt) for prompt in prompts))
             self._check_echo(request, state)
         return rendered
+
+    def _check_images(self, request: Any, state: RequestState, prompts: Sequence[Any]) -> None:
+        """Refuse a share that keeps fewer tokens of one of the images than the operator allows."""
+        if _mapping(request, _PROCESSOR_FIELD).get(KEEP_RATIO) is None:
+            return
+        name = f"{_PROCESSOR_FIELD}.{KEEP_RATIO}" if state.requested is None else f"{FIELD}.keep_ratio"
+        try:
+            for prompt in prompts:
+                if BUDGET in prompt:
+                    self.resolver.check_images(name, prompt[BUDGET], prompt[SIZES])
+        except ValueError as error:
+            self._count_refusal()
+            raise VLLMValidationError(str(error), parameter=name) from error
 
     def _check_echo(self, request: Any, state: RequestState) -> None:
         """Refuse the echo of a prompt that the decoder reduces: vLLM takes it for a request of `prompt_logprobs`.

@@ -1,14 +1,15 @@
 """Translation of the field `ficoco` into arguments for the image processor and the decoder: integers and names."""
 
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from math import ceil
 from statistics import fmean
 from typing import Any, Literal
 
 from ficoco_vllm.planning.server import ServerPlan
-from ficoco_vllm.planning.tower import VISION_SITES
+from ficoco_vllm.planning.tower import VISION_SITES, Budget
 from ficoco_vllm.reduction import get
 from ficoco_vllm.reduction.control import CONTROLS
 from ficoco_vllm.reduction.method import SITES
@@ -194,6 +195,34 @@ class Resolver:
             least = self.bounds.min_keep / self.max_keep
             raise ValueError(f"{name} = {ratio} is not allowed; allowed: a number from {least:.4f} to 1")
 
+    def check_images(self, name: str, budget: Budget, sizes: Sequence[tuple[int, int]]) -> None:
+        """Refuse a share that keeps fewer tokens of an image than the operator's bound, where their number differs.
+
+        An image that has fewer tokens than the bound keeps all of them.
+
+        Args:
+            name: of the field that holds the share.
+            budget: of the request.
+            sizes: height and width in pixels of each image.
+
+        Raises:
+            ValueError: starting with the field, then its value and what is allowed.
+        """
+        tower = self.plan.tower
+        tiling = tower.shape.tiling
+        if budget.ratio is None or tiling is None or not tiling.dynamic:
+            return
+        for height, width in sizes:
+            most = tower.num_before(height=height, width=width)
+            least = min(self.bounds.min_keep, most)
+            keep = budget.of(most)
+            if keep < least:
+                share = ceil(1e4 * least / most) / 1e4
+                raise ValueError(
+                    f"{name} = {budget.ratio} is not allowed: of the {most} visual tokens of an image of {width} x "
+                    f"{height} pixels it keeps {keep}, fewer than {least}; allowed: a number from {share:.4f} to 1"
+                )
+
     def _entering(self, keep: int) -> tuple[int, dict[str, Any]]:
         """Visual tokens that enter the decoder for a budget, and the arguments of the tower that lead there."""
         plan = self.plan
@@ -209,13 +238,16 @@ class Resolver:
             return f", since this server reduces twice, by {config.method}" if name in names() else ""
         if name in PIPELINES:
             return ", since it reduces twice, for which a server is started with it (--ficoco-method)"
-        if name in CONTROLS:
-            return f", since it needs {CONTROLS[name].needs}"
         if name not in names():
             return ""
-        method = get(name)
         if self.bounds.methods is not None and name not in self.bounds.methods:
             return ", since the operator has chosen others (--ficoco-allow-methods)"
+        if name in CONTROLS:
+            tiling = self.plan.tower.shape.tiling
+            if tiling is None or not tiling.dynamic:
+                return f", since it needs {CONTROLS[name].needs}"
+            return ", since it works before the vision tower, and this server reduces in the decoder"
+        method = get(name)
         where = dict.fromkeys(VISION_SITES, "in the vision tower") | {"decoder": "in the decoder"}
         here = "decoder" if self.plan.decoder is not None else VISION_SITES[0]
         if where[method.site] != where[here]:

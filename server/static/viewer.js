@@ -11,6 +11,7 @@ const RUNS = 3;
 const $ = (id) => document.getElementById(id);
 const stage = new Stage(writeLink);
 let options = null;
+let isKeepChosen = false; // else the request names no budget and gets the server's
 let image = null;
 let example = null; // file name of the chosen example, null for an image of the user
 let asking = null; // AbortController of the question that is being asked
@@ -45,12 +46,15 @@ async function loadOptions() {
 function setFields({ method, keep }) {
   const known = options.methods.some(({ name }) => name === method);
   $("method").value = known ? method : options.method;
-  $("keep").value = keep ?? options.keep;
+  isKeepChosen = keep !== null && keep !== undefined;
+  // The share that a server without a budget keeps; shown as a position alone.
+  $("keep").value = keep ?? options.keep ?? Math.max(options.min_keep, Math.round(options.max_keep / 9));
   describeFields();
 }
 
 function describeFields() {
-  $("keep-value").textContent = `${$("keep").value} of ${$("keep").max}`;
+  const isServers = !isKeepChosen && options && options.keep === null;
+  $("keep-value").textContent = isServers ? "follows the image" : `${$("keep").value} of ${$("keep").max}`;
   $("method-summary").textContent = options?.methods.find(({ name }) => name === $("method").value)?.summary ?? "";
 }
 
@@ -167,17 +171,18 @@ function fail(error, isCancelled) {
 async function run(signal, state) {
   const method = $("method").value;
   const title = $("method").selectedOptions[0].textContent;
-  const request = { image: image.src, question: $("question").value, method, keep: Number($("keep").value) };
+  const request = { image: image.src, question: $("question").value, method };
+  if (isKeepChosen) request.keep = Number($("keep").value);
   const asked = { ...request, example, image };
   const runs = [];
-  $("status").textContent = `Asking with all tokens and with ${request.keep}.`;
+  $("status").textContent = `Asking with all tokens and with ${request.keep ?? options.keep ?? "fewer"}.`;
   for (let index = 0; index < RUNS; index += 1) {
     const answer = index ? await again(request, signal) : await patiently(request, signal);
     if (!answer) break;
     runs.push(answer);
     if (index) showFigures(runs);
     else {
-      shown = { ...asked, said: show(runs, title) };
+      shown = { ...asked, kept: answer.keep, said: show(runs, title) };
       $("empty").hidden = true;
       $("summary").hidden = $("way").hidden = false;
       stage.load(answer, shown.image, { mode: null, step: null, patch: null, ...state });
@@ -239,7 +244,10 @@ $("form").addEventListener("submit", (event) => {
 $("question").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("form").requestSubmit();
 });
-$("keep").addEventListener("input", describeFields);
+$("keep").addEventListener("input", () => {
+  isKeepChosen = true;
+  describeFields();
+});
 $("method").addEventListener("change", describeFields);
 $("file").addEventListener("change", () => takeImage($("file").files[0], $("file").files[0]?.name));
 $("key-use").addEventListener("click", useKey);
@@ -277,7 +285,7 @@ $("copy").addEventListener("click", async () => {
 });
 $("download").addEventListener("click", async () => {
   const blob = await picture(stage, shown.image, shown.question, shown.said, options.model);
-  download(blob, `${shown.method}-${shown.keep}.png`);
+  download(blob, `${shown.method}-${shown.kept}.png`);
 });
 addEventListener("hashchange", () => options && openLink());
 loadOptions();

@@ -23,8 +23,8 @@ from ficoco_vllm.server.cli import COMMANDS, command, main, make_parser
 from ficoco_vllm.server.commands.completion import SHELLS, script
 from ficoco_vllm.server.commands.methods import _meanings, _source
 from ficoco_vllm.server.commands.preflight import method_names
-from ficoco_vllm.server.commands.serve import _use_demo_model
-from ficoco_vllm.server.commands.serve_options import load_config, read_settings
+from ficoco_vllm.server.commands.serve import _use_demo_model, resolve_settings
+from ficoco_vllm.server.commands.serve_options import load_config, read_options, read_settings
 
 ROOT = Path(__file__).parents[3]
 ELASTIC = '{"floor": 64, "ceiling": 288}'
@@ -125,6 +125,24 @@ def test_method_and_keep_win_over_the_file() -> None:
     assert read_settings(None, None, config) == {"method": "tome", "keep": 9, "start_layer": 2}
     assert read_settings("evit", "64", config) == {"method": "evit", "keep": 64, "start_layer": 2}
     assert read_settings(None, None, None) == {}
+    assert read_settings(None, None, config, "0.5") == {"method": "tome", "keep_ratio": 0.5, "start_layer": 2}
+    assert read_settings(None, "64", '{"keep_ratio": 0.5}') == {"keep": 64}
+    assert read_settings(None, "64", None, "0.5") == {"keep": 64, "keep_ratio": 0.5}  # refused as a pair
+
+
+def test_a_budget_replaces_those_of_lower_levels() -> None:
+    below = ["--additional-config", '{"ficoco": {"method": "divprune", "keep_ratio": 0.5}}']
+    settings, _ = resolve_settings(read_options([*below, "--ficoco-config", '{"keep": 9}']))
+    assert settings == {"method": "divprune", "keep": 9}
+    settings, _ = resolve_settings(read_options([*below, "--ficoco-keep-ratio", "0.25"]))
+    assert settings == {"method": "divprune", "keep_ratio": 0.25}
+
+
+def test_a_share_beside_the_load_is_refused_by_name() -> None:
+    options = ["--ficoco-method", "divprune", "--ficoco-keep-ratio", "0.25"]
+    options += ["--ficoco-elastic", '{"floor": 64, "ceiling": 288}']
+    with pytest.raises(ValueError, match=r"keep_ratio = 0.25 is not allowed with --ficoco-elastic"):
+        resolve_settings(read_options(options))
 
 
 def test_config_as_text_and_file(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from vllm.exceptions import GenerationError, RetryableRequestError, VLLMValidationError
@@ -10,7 +10,9 @@ from vllm.exceptions import GenerationError, RetryableRequestError, VLLMValidati
 from ficoco_vllm import demo_model
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.planning.server import ServerPlan
+from ficoco_vllm.processing import ReducingInfo
 from ficoco_vllm.request_fields import find_misplaced, misplaced
+from ficoco_vllm.server.explain.served_model import default_keep
 from ficoco_vllm.server.request_field.apply import FieldApplier, _in_terms_of
 from ficoco_vllm.server.request_field.resolve import UNBOUNDED, Bounds, Resolver
 from ficoco_vllm.server.request_field.schema import FicocoRequest, parse
@@ -101,6 +103,66 @@ def test_a_share_of_the_tokens() -> None:
         ValueError, match=r"ficoco.keep_ratio = 0.5 .*reduces in the decoder; allowed: ficoco.keep$"
     ):
         resolve(resolver({"method": "ficoco-l"}), {"keep_ratio": 0.5})
+
+
+def dynamic(settings: dict[str, Any], bounds: Bounds) -> Resolver:
+    """Resolver of a server of a Qwen3-VL-8B."""
+    vision = SimpleNamespace(
+        depth=27, patch_size=16, spatial_merge_size=2, deepstack_visual_indexes=[8, 16, 24]
+    )
+    text = SimpleNamespace(num_hidden_layers=36)
+    config = SimpleNamespace(model_type="qwen3_vl", vision_config=vision, get_text_config=lambda: text)
+    return Resolver(ServerPlan.of(FicocoConfig.parse(settings), config), bounds)
+
+
+def test_a_share_keeps_the_fewest_tokens_of_every_image() -> None:
+    server = dynamic({"method": "divprune"}, Bounds(32))
+    tower = server.plan.tower
+
+    def check(ratio: float, *sizes: tuple[int, int]) -> None:
+        server.check_images("ficoco.keep_ratio", tower.budget(None, None, ratio), sizes)
+
+    check(0.1, (1024, 1024))  # 102 of 1024 units
+    check(1.0, (64, 96))  # all of an image that has fewer
+    with pytest.raises(ValueError, match=r"0.1 .* of the 256 .* 512 x 512 .* keeps 26.* from 0.1250 to 1$"):
+        check(0.1, (1024, 1024), (512, 512))
+    check(0.125, (512, 512))
+
+
+@pytest.mark.parametrize(
+    ("settings", "methods", "reason"),
+    [
+        ("divprune", ("divprune",), "the operator has chosen others"),
+        ("ficoco-l", None, "it works before the vision tower, and this server reduces in the decoder"),
+    ],
+)
+def test_why_a_model_with_dynamic_resolution_does_not_downscale(
+    settings: str, methods: tuple[str, ...] | None, reason: str
+) -> None:
+    with pytest.raises(ValueError, match=f"'downscale' is not allowed, since {reason}"):
+        resolve(dynamic({"method": settings}, Bounds(1, methods)), {"method": "downscale"})
+
+
+def test_a_budget_of_a_request_replaces_one_of_the_operators_arguments() -> None:
+    def merged(served: dict[str, Any], requested: dict[str, Any]) -> dict[str, Any]:
+        context = SimpleNamespace(get_merged_mm_kwargs=lambda own: {**served, **own})
+        return ReducingInfo._merged(cast(Any, SimpleNamespace(ctx=context)), requested)
+
+    assert merged({"ficoco_keep": 9}, {"ficoco_keep_ratio": 0.5}) == {"ficoco_keep_ratio": 0.5}
+    assert merged({"ficoco_keep_ratio": 0.5}, {"ficoco_keep": 9}) == {"ficoco_keep": 9}
+    assert merged({"ficoco_keep": 9}, {"ficoco_method": "tome"}) == {
+        "ficoco_keep": 9,
+        "ficoco_method": "tome",
+    }
+    both = {"ficoco_keep": 9, "ficoco_keep_ratio": 0.5}  # refused as a pair
+    assert merged({}, both) == both
+
+
+def test_the_budget_of_a_server_that_follows_each_image() -> None:
+    for method in ("divprune", "ficoco-l"):
+        assert default_keep(dynamic({"method": method}, UNBOUNDED).plan) is None
+        assert default_keep(dynamic({"method": method, "keep": 64}, UNBOUNDED).plan) == 64
+        assert default_keep(resolver({"method": method}).plan) == 64
 
 
 def test_both() -> None:
