@@ -25,7 +25,7 @@ def image_chat(engine: Any, cold: bool, seed: int) -> Figures:
 
     Returns:
         `ttft_seconds`, the mean of turns 2 to 5, that of the first as `first_seconds`, `cached_share` of the prompts'
-        tokens in these turns, and the KV blocks at the end of the chat: `num_blocks`, and how many of them are beyond the
+        tokens in these turns, and the KV blocks at the end of the chat: `num_blocks`, and how many are beyond the
         plan, `num_beyond_plan`.
     """
     tokens = [_image_token(engine)]
