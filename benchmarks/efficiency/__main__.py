@@ -102,6 +102,7 @@ def measure(
         "max_num_seqs": 1,
         "block_size": worker.BLOCK_SIZE,
         "kv_cache_memory_bytes": 2**30,
+        "enable_prefix_caching": False,  # counts of tokens as in the plan, not rounded to blocks
         "kv_cache_dtype": "auto" if PRECISIONS[precision][1] == 16 else "fp8",
     }
     with bench_engine(folder, SETTINGS, **limits) as engine:

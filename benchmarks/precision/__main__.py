@@ -4,7 +4,8 @@ Against the same model in float64 (of which only the scores are computed in floa
 
 - kept: share of the kept tokens that half precision chooses otherwise, after each reducing layer, on the trained demo
   model and on a tower of LLaVA-1.5's widths with random weights, whose tokens are nearly equal.
-- log-probabilities: error of the demo model's first answer token, beside bfloat16's own without a reduction.
+- log-probabilities: error of the demo model's first answer token, over bfloat16's own without a reduction, which has a
+  bar, and over that of the same precision without one, which is reported only.
 """
 
 import sys
@@ -64,6 +65,7 @@ def main() -> int:
         }
         write(result, args.out)
     result["log_probabilities"] = measure.log_probabilities(args.questions, args.seed)
+    result["error_ratios"] = ratios(result["log_probabilities"])
     write(result, args.out)
     _print(result)
     return report(bars(result))
@@ -73,12 +75,27 @@ def bars(result: dict[str, Any]) -> Iterator[Bar]:
     """Limits on what half precision changes on trained weights; random ones have no answer to lose."""
     for method, rows in result["kept"]["demo"].items():
         yield at_most(f"precision-kept-{method}-bfloat16", rows["bfloat16"]["share"][-1], MOST_DIFFERING)
-    stock = result["log_probabilities"]["none"]["bfloat16"]["mean"]
-    for variant, rows in result["log_probabilities"].items():
-        if variant == "none":
-            continue
+    for variant, rows in ratios(result["log_probabilities"]).items():
         for name, row in rows.items():
-            yield at_most(f"precision-logprob-{variant}-{name}", row["mean"] / stock, MOST_TIMES)
+            yield at_most(f"precision-logprob-{variant}-{name}", row["over_bfloat16"], MOST_TIMES)
+
+
+def ratios(
+    log_probabilities: dict[str, dict[str, dict[str, float]]],
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Mean errors with a reduction over those without: bfloat16's, and the precision's own."""
+    stock = log_probabilities["none"]
+    return {
+        variant: {
+            name: {
+                "over_bfloat16": row["mean"] / stock["bfloat16"]["mean"],
+                "over_own": row["mean"] / stock[name]["mean"],
+            }
+            for name, row in rows.items()
+        }
+        for variant, rows in log_probabilities.items()
+        if variant != "none"
+    }
 
 
 def _pictures(count: int, seed: int) -> torch.Tensor:
@@ -112,6 +129,12 @@ def _print(result: dict[str, Any]) -> None:
         for name, row in precisions.items()
     ]
     print_table(("error of a log-probability", "mean", "most", "other token"), rows)
+    rows = [
+        (f"{variant}, {name}", f"{row['over_bfloat16']:.2f}", f"{row['over_own']:.2f}")
+        for variant, precisions in result["error_ratios"].items()
+        for name, row in precisions.items()
+    ]
+    print_table(("mean error, over that without a reduction", "of bfloat16", "of the same precision"), rows)
 
 
 if __name__ == "__main__":

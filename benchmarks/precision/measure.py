@@ -1,5 +1,6 @@
 """Kept tokens and log-probabilities in half precision, against float64, on transformers' models."""
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
@@ -74,7 +75,7 @@ def differing(
     """Share of the kept tokens that another precision does not keep, after each reducing layer.
 
     Args:
-        tower: transformers' CLIP tower; its weights are left in float64.
+        tower: transformers' CLIP tower in float64.
         shape: of the tower.
         images: (B, 3, height, width).
         method: of the tower.
@@ -87,14 +88,14 @@ def differing(
     kept: dict[str, list[list[Tensor]]] = {}
     features: dict[str, Tensor] = {}
     for name, dtype in {"float64": torch.float64, **PRECISIONS}.items():
-        tower.to(dtype)
+        # A copy: float16 does not hold the least of the weights, and the next method starts from exact ones again.
+        cast = copy.deepcopy(tower).to(dtype)
         positions = kept[name] = []
         for image in images.to(dtype):
-            layers = HfTower(tower, shape.num_executed_layers)
+            layers = HfTower(cast, shape.num_executed_layers)
             positions.append(_kept(layers, shape, image[None], method, keep))
         with torch.inference_mode():
-            features[name] = HfTower(tower, shape.num_executed_layers).features(images.to(dtype)).double()
-    tower.to(torch.float64)
+            features[name] = HfTower(cast, shape.num_executed_layers).features(images.to(dtype)).double()
     exact = features["float64"]
     return {
         name: {
@@ -155,15 +156,15 @@ def log_probabilities(num_questions: int, seed: int = 0) -> dict[str, dict[str, 
         )
         for one in held_out("number_by_colour_2", num_questions, seed)
     ]
-    model = demo()
-    exact = {variant: _answers(model, asked, settings) for variant, settings in VARIANTS.items()}
+    exact = {variant: _answers(demo(), asked, settings) for variant, settings in VARIANTS.items()}
     rows: dict[str, dict[str, dict[str, float]]] = {variant: {} for variant in VARIANTS}
     kinds: dict[str, tuple[torch.dtype, AbstractContextManager[Any]]] = {
         "fp8-kv": (torch.float64, fp8_cache()),
         **{name: (dtype, nullcontext()) for name, dtype in PRECISIONS.items()},
     }
     for name, (dtype, context) in kinds.items():
-        model.to(dtype)
+        # Loaded anew, since `to` casts what loading leaves in float32: the frequencies of rotary positions.
+        model = demo(dtype)
         with context:
             for variant, settings in VARIANTS.items():
                 rows[variant][name] = _errors(exact[variant], _answers(model, asked, settings))

@@ -73,7 +73,7 @@ STOCK, ENCODER_KINDS, DECODER_KINDS, KINDS = (
 def token_plan(kind: Kind, num_layers: int, size: str = "7b") -> TokenPlan:
     """Visual tokens layer by layer, as the engine serves them."""
     used = MODELS[size]
-    hf_config = hf_config_of(used.config(num_layers))
+    hf_config = hf_config_of(used.config(num_layers), used.images)
     settings = {"method": "ficoco-v"} if kind.settings is None else kind.settings
     plan = ServerPlan.of(FicocoConfig.model_validate({**settings, "keep": kind.keep}), hf_config)
     pixels = None if plan.tower.shape.tiling is None else (used.side, used.side)

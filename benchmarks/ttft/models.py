@@ -38,6 +38,14 @@ class Model:
     depths: tuple[int, int] = (8, 16)
 
     @property
+    def images(self) -> dict[str, Any] | None:
+        """Settings of the image processor that are not those of the published checkpoint."""
+        if self.family != "qwen3_vl":
+            return None
+        # vLLM profiles an image of the most pixels, which would not fit the benchmark's prompts.
+        return {"size": {"shortest_edge": 256**2, "longest_edge": self.side**2}}
+
+    @property
     def num_layers(self) -> int:
         """Decoder layers of the whole model."""
         return int(KNOWN_MODELS[self.checkpoint]["text_config"]["num_hidden_layers"])
@@ -130,10 +138,9 @@ def _qwen3_vl(folder: Path, used: Model, values: dict[str, Any]) -> dict[str, An
     from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
 
     tokenizer = _tokenizer({}, (*_VISION, "<|video_pad|>"))
-    # vLLM profiles an image of the most pixels, which would not fit the benchmark's prompts.
-    size = {"shortest_edge": 256**2, "longest_edge": used.side**2}
     vision = values["vision_config"]
-    patches = {
+    settings = {
+        **(used.images or {}),
         "patch_size": vision["patch_size"],
         "merge_size": vision["spatial_merge_size"],
         "temporal_patch_size": vision["temporal_patch_size"],
@@ -141,9 +148,9 @@ def _qwen3_vl(folder: Path, used: Model, values: dict[str, Any]) -> dict[str, An
         "image_std": [0.5] * 3,
     }
     Qwen3VLProcessor(
-        image_processor=Qwen2VLImageProcessor(size=size, **patches),
+        image_processor=Qwen2VLImageProcessor(**settings),
         tokenizer=tokenizer,
-        video_processor=Qwen3VLVideoProcessor(size=size, **patches),
+        video_processor=Qwen3VLVideoProcessor(**settings),
     ).save_pretrained(folder)
     fields = {
         "image_token_id": "<|image_pad|>",

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from ficoco_vllm.benchmarks.chat.__main__ import bars, summarise
 from ficoco_vllm.benchmarks.chat.accuracy import compare, messages
 from ficoco_vllm.benchmarks.chat.questions import KINDS, held_out_chats
 from ficoco_vllm.benchmarks.harness.results import read
@@ -42,3 +43,32 @@ def test_the_default_follows_from_the_committed_run() -> None:
     losing = {row["method"] for row in rows if row["window_against_whole"][2] < 0}
     assert losing == {"sparsevlm"}
     assert {row["method"] for row in rows} - losing == {"ficoco-l", "fastv", "pyramiddrop", "fitprune"}
+
+
+def chat(blocks: list[int], beyond: list[int], cached: float) -> list[dict[str, float]]:
+    """Rounds of a chat, as the worker measures them."""
+    return [
+        {"ttft_seconds": 1.0, "cached_share": cached, "num_blocks": held, "num_beyond_plan": more}
+        for held, more in zip(blocks, beyond, strict=True)
+    ]
+
+
+def chat_result(ours: list[dict[str, float]], stock: list[dict[str, float]]) -> dict[str, Any]:
+    system = [{"ttft_seconds": 1.0, "cached_tokens": 480.0}]
+    prompts = {name: summarise(system, system) for name in ("stock", "ficoco-l")}
+    chats = {"stock": summarise(stock, stock), "ficoco-l": summarise(ours, stock)}
+    return {"layers": 8, "kinds": {"chat": chats, "system prompt": prompts}}
+
+
+def test_blocks_beyond_the_plan_are_those_of_one_round() -> None:
+    """A round with a small plan is not excused by another one's large plan."""
+    stock = chat([20, 20], [0, 0], 0.9)
+    assert all(bar.passed for bar in bars(chat_result(chat([40, 90], [8, 1], 0.9), stock)))
+    failed = {bar.name for bar in bars(chat_result(chat([50, 90], [20, 0], 0.9), stock)) if not bar.passed}
+    assert failed == {"chat-kv-blocks-beyond-plan"}
+
+
+def test_a_stock_cache_that_finds_nothing_fails() -> None:
+    stock = chat([20, 20], [0, 0], 0.0)
+    failed = {bar.name for bar in bars(chat_result(chat([40, 40], [0, 0], 0.0), stock)) if not bar.passed}
+    assert failed == {"chat-stock-cached-share"}

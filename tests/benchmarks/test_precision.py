@@ -7,8 +7,11 @@ import pytest
 import torch
 
 from ficoco_vllm.benchmarks.precision import measure
-from ficoco_vllm.benchmarks.precision.__main__ import MOST_DIFFERING, MOST_TIMES, _pictures, bars
+from ficoco_vllm.benchmarks.precision.__main__ import MOST_DIFFERING, MOST_TIMES, _pictures, bars, ratios
 from ficoco_vllm.planning.families import tower_shape
+
+# Of a log-probability's errors without a reduction.
+MEANS = {"bfloat16": 0.02, "float16": 0.0025, "fp8-kv": 0.01}
 
 
 def good() -> dict[str, Any]:
@@ -33,6 +36,38 @@ def test_bars() -> None:
         "precision-kept-ficoco-v-bfloat16",
         "precision-logprob-ficoco-v-fp8-kv",
     }
+
+
+def test_errors_are_compared_with_bfloat16_and_with_the_same_precision() -> None:
+    """The bar is of bfloat16's error; that of the precision itself is reported."""
+    row = good()["log_probabilities"]["none"]
+    result = good()
+    result["log_probabilities"]["none"] = {name: row[name] | {"mean": mean} for name, mean in MEANS.items()}
+    found = ratios(result["log_probabilities"])
+    assert found == {
+        "ficoco-v": {
+            "bfloat16": {"over_bfloat16": 0.5, "over_own": 0.5},
+            "float16": {"over_bfloat16": 0.5, "over_own": 4.0},
+            "fp8-kv": {"over_bfloat16": 0.5, "over_own": 1.0},
+        }
+    }
+    assert all(bar.passed for bar in bars(result))
+
+
+def test_each_precision_has_the_models_own_frequencies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rotary frequencies are in float32, as loading leaves them, whatever was measured before."""
+    seen: dict[torch.dtype, torch.Tensor] = {}
+
+    def answers(model: Any, *_: Any) -> torch.Tensor:
+        frequencies = model.model.language_model.rotary_emb.inv_freq
+        assert frequencies.dtype == torch.float32
+        seen[model.dtype] = frequencies
+        return torch.zeros(1, 2, dtype=torch.float64)
+
+    monkeypatch.setattr(measure, "_answers", answers)
+    measure.log_probabilities(1)
+    assert set(seen) == {torch.float64, torch.bfloat16, torch.float16}
+    assert all(torch.equal(one, seen[torch.float64]) for one in seen.values())
 
 
 def test_kept_tokens_of_the_demo_model(monkeypatch: pytest.MonkeyPatch) -> None:

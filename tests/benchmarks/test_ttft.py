@@ -1,5 +1,6 @@
 """`make bench-ttft` without an engine: the models that it writes, their plans, and the bars of the roofline."""
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,12 @@ from typing import Any
 import pytest
 
 from ficoco_vllm.benchmarks.harness.results import read
-from ficoco_vllm.benchmarks.ttft.__main__ import bars, summarise
+from ficoco_vllm.benchmarks.ttft.__main__ import LIMITS, bars, summarise
 from ficoco_vllm.benchmarks.ttft.kinds import kinds, predicted_speedup, predicted_ttft, token_plan
 from ficoco_vllm.benchmarks.ttft.models import MODELS, NUM_TEXT_TOKENS, write
+from ficoco_vllm.config import FicocoConfig
+from ficoco_vllm.planning.configurations import hf_config_of
+from ficoco_vllm.planning.server import ServerPlan
 from ficoco_vllm.reduction.cost import Device
 
 DEVICE = Device("made up", 1e11, 2e10, 24e9, 0.0, "made up")
@@ -34,6 +38,25 @@ def test_a_model_is_written_whose_processor_counts_as_planned(size: str, tmp_pat
     num_visual = tokens.count(config.image_token_id)
     assert num_visual == model.keeps[0] == token_plan(kinds(size)["stock"], 4, size).decoder[0]
     assert len(tokens) - num_visual - 1 == model.num_around
+
+
+@pytest.mark.parametrize("size", NEW)
+def test_a_plan_has_the_tokens_of_the_written_model(size: str, tmp_path: Path) -> None:
+    """Its image processor has settings of its own, which the engine's plans follow."""
+    write(tmp_path, 8, size)
+    config = json.loads((tmp_path / "config.json").read_text())
+    images = json.loads((tmp_path / "processor_config.json").read_text())["image_processor"]
+    for kind in kinds(size).values():
+        settings = {**(kind.settings or {"method": "ficoco-v"}), "keep": kind.keep}
+        served = ServerPlan.of(FicocoConfig.model_validate(settings), hf_config_of(config, images))
+        pixels = None if served.tower.shape.tiling is None else (MODELS[size].side,) * 2
+        plan = served.image_tokens(size=pixels) if kind.settings else served.unreduced(pixels)
+        assert token_plan(kind, 8, size) == plan
+
+
+def test_counts_are_not_rounded_to_blocks() -> None:
+    """Predictions are of the plan, from which a prefix cache deviates."""
+    assert LIMITS["enable_prefix_caching"] is False
 
 
 @pytest.mark.parametrize("size", list(MODELS))
