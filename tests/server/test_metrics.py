@@ -155,10 +155,11 @@ def traffic(
         if prometheus is not None:
             prometheus.wait_for_scrapes()
             result.window_seconds = int(time.monotonic() - start) + 2
+            at = time.time()  # of all queries, which together take longer than the window's margin
             for title, expressions in panels().items():
                 for index, expression in enumerate(expressions):
                     selected, *others = [
-                        prometheus.query(filled_in(expression, result.window_seconds, *names))
+                        prometheus.query(filled_in(expression, result.window_seconds, *names), at)
                         for names in ((MODEL, instance(server)), ("other", ".*"), (".*", "other:8000"))
                     ]
                     result.queries[title, index] = selected
