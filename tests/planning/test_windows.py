@@ -180,6 +180,10 @@ def test_a_window_that_no_step_holds_is_refused() -> None:
         ({"method": "ficoco-v", "windows": "turn"}, "methods of the decoder"),
         ({"method": "ficoco-l", "windows": "prompt", "window_tokens": 700}, "windows = 'turn' only"),
         ({"method": "ficoco-l", "windows": "chat"}, "windows"),
+        (
+            {"method": "divprune", "window_tokens": 700},
+            "window_tokens = 700 is allowed for methods of the decoder",
+        ),
     ],
 )
 def test_settings_that_are_refused(settings_: dict[str, Any], part: str) -> None:
