@@ -100,6 +100,7 @@ class FicocoConfig(BaseModel):
                 raise ValueError(
                     "explain = True is not allowed without a method: there is nothing to explain"
                 )
+            self._check_without_method()
             return self
         pipeline = PIPELINES.get(self.method)
         if self.method not in names():
@@ -125,6 +126,20 @@ class FicocoConfig(BaseModel):
         self._check_decoder_fields()
         return self
 
+    def _check_without_method(self) -> None:
+        """Refuse settings of a method where none is set."""
+        unused = {
+            "windows": self.windows not in (None, "off"),
+            "rounding": self.rounding != 1,
+            "keep_per": self.keep_per != "tile",
+            "graph_budgets": bool(self.graph_budgets),
+        }
+        for name, is_set in unused.items():
+            if is_set:
+                raise ValueError(
+                    f"{name} = {getattr(self, name)!r} is not allowed without a method; allowed: with a method"
+                )
+
     def _check_decoder_fields(self) -> None:
         if self.encoder and self.method not in PIPELINES:
             raise ValueError(f"encoder = {self.encoder!r} is allowed for {', '.join(PIPELINES)} only")
@@ -140,6 +155,17 @@ class FicocoConfig(BaseModel):
             raise ValueError(
                 f"windows = {self.windows!r} and rounding = {self.rounding} are for methods of the decoder; allowed: "
                 "'off' and 1"
+            )
+        if self.window_tokens is not None and self.decoder_method is None:
+            raise ValueError(
+                f"window_tokens = {self.window_tokens} is allowed for methods of the decoder only, "
+                f"not for {self.method}"
+            )
+        outside_tower = self.method in CONTROLS or self.decoder_method is not None
+        if self.graph_budgets and outside_tower and self.method not in PIPELINES:
+            raise ValueError(
+                f"graph_budgets = {self.graph_budgets!r} is not allowed with {self.method}, which does not reduce in "
+                "the vision tower; allowed: for methods of the tower, and for those that reduce twice"
             )
         if self.window_tokens is not None and self.windows not in (None, "turn"):
             raise ValueError(f"window_tokens = {self.window_tokens} is allowed with windows = 'turn' only")

@@ -25,6 +25,8 @@ from ficoco_vllm.config import DEFAULT_METHOD, SETTINGS_METHOD, FicocoConfig
         ({"filter": "cls_attention"}, SETTINGS_METHOD, None, {"filter": "cls_attention"}),
         ({"method": "tome", "explain": True}, "tome", None, {}),
         ({"explain": False}, None, None, {}),
+        ({"windows": "off"}, None, None, {}),
+        ({"method": "ficoco-vl", "graph_budgets": [64]}, "ficoco-vl", None, {}),
     ],
 )
 def test_accepted(
@@ -51,6 +53,11 @@ def test_accepted(
         ([64], ["[64]", "mapping"]),
         ({"explain": True}, ["explain = True", "without a method"]),
         ({"keep": 9, "explain": 1}, ["ficoco.explain = 1"]),
+        ({"windows": "prompt"}, ["windows = 'prompt'", "without a method"]),
+        ({"keep_per": "image"}, ["keep_per = 'image'", "without a method"]),
+        ({"graph_budgets": [64]}, ["graph_budgets = (64,)", "without a method"]),
+        ({"method": "ficoco-l", "graph_budgets": [64]}, ["graph_budgets = (64,)", "ficoco-l", "tower"]),
+        ({"method": "downscale", "graph_budgets": [64]}, ["graph_budgets = (64,)", "downscale", "tower"]),
     ],
 )
 def test_refused(values: Any, parts: list[str]) -> None:

@@ -217,7 +217,9 @@ def _serving(args: argparse.Namespace, ceilings: Device) -> Iterator[dict[str, d
 @contextmanager
 def _engine(path: str, kinds: Sequence[Kind], options: Mapping[str, Any]) -> Iterator[tuple[Remote, bool]]:
     """The engine of some rows, on a GPU with graphs of the tower, unless it fails to start with them."""
-    settings = kinds[0].settings and {**kinds[0].settings, "graph_budgets": [kind.keep for kind in kinds]}
+    settings = kinds[0].settings
+    if settings and not kinds[0].in_decoder:
+        settings = {**settings, "graph_budgets": [kind.keep for kind in kinds]}
     with ExitStack() as stack:
         if device.name() == "cuda":
             graphs = {"compilation_config": {**DECODE_GRAPHS, "cudagraph_mm_encoder": True}}

@@ -36,7 +36,13 @@ def prepare_decoder(vllm_config: Any, config: FicocoConfig) -> None:
     """
     hf_config = vllm_config.model_config.hf_config
     if config.windows is None:
-        config = config.model_copy(update={"windows": default_windows(vllm_config, config)})
+        windows = default_windows(vllm_config, config)
+        if config.window_tokens is not None and windows != "turn":
+            raise ValueError(
+                f"ficoco.window_tokens = {config.window_tokens} is not allowed with windows = {windows!r}, the default "
+                f"of {config.method} on this server; allowed: with windows = 'turn' only"
+            )
+        config = config.model_copy(update={"windows": windows})
         setattr(hf_config, NAME, config.model_dump(mode="json"))
     refusal = find_refusal(vllm_config)
     if refusal is not None:

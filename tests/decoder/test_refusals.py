@@ -9,8 +9,9 @@ from PIL import Image
 from transformers import CLIPVisionConfig
 from vllm.config.compilation import CUDAGraphMode
 
+from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.decoder.layers import LAYER_KINDS
-from ficoco_vllm.decoder.startup import SCHEDULER, find_refusal
+from ficoco_vllm.decoder.startup import SCHEDULER, find_refusal, prepare_decoder
 from tests.decoder import calls
 from tests.decoder.calls import Ask
 from tests.support.engine import PROMPT, TEXT_ONLY, TWO_IMAGES
@@ -249,6 +250,24 @@ def test_start_up_makes_room_for_whole_prompts(
     longest = Ask(TWO_IMAGES.replace("USER:", "USER:" + "a" * 650), images[:2], num_tokens=1)
     (answer,) = engine.call(calls.ask, [longest])
     assert 950 < answer.num_prompt_tokens < 1024
+
+
+@pytest.mark.parametrize(
+    ("method", "cache_dtype", "windows"), [("sparsevlm", "auto", "prompt"), ("ficoco-l", "fp8", "off")]
+)
+def test_window_tokens_of_windows_that_do_not_end_with_a_turn(
+    method: str, cache_dtype: str, windows: str
+) -> None:
+    vllm_config: Any = SimpleNamespace(
+        model_config=SimpleNamespace(hf_config=None),
+        cache_config=SimpleNamespace(cache_dtype=cache_dtype),
+        kv_events_config=None,
+    )
+    settings = FicocoConfig.parse({"method": method, "window_tokens": 700})
+    with pytest.raises(
+        ValueError, match=rf"ficoco\.window_tokens = 700 .* '{windows}', .* allowed: .*'turn'"
+    ):
+        prepare_decoder(vllm_config, settings)
 
 
 @pytest.mark.engine

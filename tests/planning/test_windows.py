@@ -186,6 +186,10 @@ def test_counts_are_planned_before_the_windows_are_known() -> None:
         ({"method": "ficoco-v", "windows": "turn"}, "methods of the decoder"),
         ({"method": "ficoco-l", "windows": "prompt", "window_tokens": 700}, "windows = 'turn' only"),
         ({"method": "ficoco-l", "windows": "chat"}, "windows"),
+        (
+            {"method": "divprune", "window_tokens": 700},
+            "window_tokens = 700 is allowed for methods of the decoder",
+        ),
     ],
 )
 def test_settings_that_are_refused(settings_: dict[str, Any], part: str) -> None:
