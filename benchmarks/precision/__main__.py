@@ -134,7 +134,9 @@ def _print(result: dict[str, Any]) -> None:
         for variant, precisions in result["error_ratios"].items()
         for name, row in precisions.items()
     ]
-    print_table(("mean error, over that without a reduction", "of bfloat16", "of the same precision"), compared)
+    print_table(
+        ("mean error, over that without a reduction", "of bfloat16", "of the same precision"), compared
+    )
 
 
 if __name__ == "__main__":
