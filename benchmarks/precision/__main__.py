@@ -129,12 +129,14 @@ def _print(result: dict[str, Any]) -> None:
         for name, row in precisions.items()
     ]
     print_table(("error of a log-probability", "mean", "most", "other token"), rows)
-    rows = [
+    compared = [
         (f"{variant}, {name}", f"{row['over_bfloat16']:.2f}", f"{row['over_own']:.2f}")
         for variant, precisions in result["error_ratios"].items()
         for name, row in precisions.items()
     ]
-    print_table(("mean error, over that without a reduction", "of bfloat16", "of the same precision"), rows)
+    print_table(
+        ("mean error, over that without a reduction", "of bfloat16", "of the same precision"), compared
+    )
 
 
 if __name__ == "__main__":
