@@ -37,7 +37,13 @@ def make_engine(model: Path, ficoco: dict[str, Any] | None = None, **options: An
     """
     if ficoco is not None and (backend := os.environ.get("FICOCO_TEST_BACKEND")):
         ficoco = {**ficoco, "backend": backend}
-    return harness.make_engine(model, ficoco, **({"kv_cache_memory_bytes": KV_CACHE_BYTES} | options))
+    # conftest.py sets a gigabyte for engines without the option, which the variable would override here.
+    space = os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
+    try:
+        return harness.make_engine(model, ficoco, **({"kv_cache_memory_bytes": KV_CACHE_BYTES} | options))
+    finally:
+        if space is not None:
+            os.environ["VLLM_CPU_KVCACHE_SPACE"] = space
 
 
 class Engines:
