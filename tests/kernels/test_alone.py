@@ -34,7 +34,7 @@ def test_torch_and_triton_are_enough() -> None:
     options = [str(FOLDER), "--collect-only", "-q", "-p", "no:cacheprovider", "-p", "pytest_timeout"]
     done = subprocess.run(
         [sys.executable, "-c", ALONE, " ".join(others), *options],
-        env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""},
         capture_output=True,
         text=True,
         check=False,
