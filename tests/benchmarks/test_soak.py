@@ -49,6 +49,7 @@ def made_up(mib_per_round: float, **last: Any) -> dict[str, Any]:
         (made_up(0.0, num_held_blocks=[0] * 6 + [1, 0]), {"soak-engine-blocks-held-by-group-6"}),
         (made_up(0.0, num_plans=1), {"soak-engine-plans-left"}),
         (made_up(0.0) | {"num_finished": 1989}, {"soak-engine-requests-answered-or-aborted"}),
+        (made_up(0.0) | {"num_found": 0}, {"soak-engine-prefixes-found"}),
     ],
 )
 def test_bars(record: dict[str, Any], failing: set[str]) -> None:

@@ -20,7 +20,7 @@ from ficoco_vllm import demo_model
 from ficoco_vllm.benchmarks.harness.engine import IN_PROCESS, INTERPRETER, remote_engine
 from ficoco_vllm.benchmarks.harness.results import Bar, at_most, environment, make_parser, report, write
 from ficoco_vllm.benchmarks.soak.engine.adapters import write_adapter
-from ficoco_vllm.benchmarks.soak.engine.mixture import PHASES
+from ficoco_vllm.benchmarks.soak.engine.mixture import NUM_DIFFERENT, PHASES
 from ficoco_vllm.benchmarks.soak.engine.run import Settings, run
 from ficoco_vllm.benchmarks.soak.growth import growth_bars
 from ficoco_vllm.compat import is_cpu_build
@@ -73,14 +73,15 @@ def bars(record: Mapping[str, Any]) -> list[Bar]:
     lost = max(abs(start["num_free_blocks"] - look["num_free_blocks"]) for look in rounds)
     held = [max(counts) for counts in zip(*(look["num_held_blocks"] for look in rounds), strict=True)]
     answered = record["num_finished"] + sum(record["num_aborted"].values())
+    # The mixture repeats after a while. The committed run is older than the engine's prefix cache.
+    repeats = "num_found" in record and rounds[-1]["num_requests"] > NUM_DIFFERENT
     return [
         at_most("soak-engine-blocks-not-free-again", lost),
         *(at_most(f"soak-engine-blocks-held-by-group-{i}", count) for i, count in enumerate(held)),
         at_most("soak-engine-plans-left", max(look["num_plans"] for look in rounds)),
         Bar("soak-engine-requests-answered-or-aborted", answered, rounds[-1]["num_requests"]),
         Bar("soak-engine-preemptions", record["num_preempted"], 1),
-        # The committed run is older than the engine's prefix cache.
-        *([Bar("soak-engine-prefixes-found", record["num_found"], 1)] if "num_found" in record else []),
+        *([Bar("soak-engine-prefixes-found", record["num_found"], 1)] if repeats else []),
         *(Bar(f"soak-engine-aborts-{phase}", record["num_aborted"].get(phase, 0), 1) for phase in PHASES),
         *growth_bars("soak-engine-rss-growth-mib-per-1000-requests", rounds, "rss_mib", MOST_GROWTH_MIB),
     ]
