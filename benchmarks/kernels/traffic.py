@@ -30,6 +30,7 @@ SECTOR_BYTES = 32
 _FREE = {"empty", "empty_like", "new_empty", "view", "transpose", "expand", "select", "slice", "detach"}
 
 
+# torch does not annotate the base class and its `__init__`.
 class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """What the launches made inside load, store and multiply.
 

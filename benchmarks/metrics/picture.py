@@ -119,11 +119,14 @@ def _lines(prometheus: Prometheus, panel: Mapping[str, Any], start: float, end: 
     for target in panel["targets"]:
         query = filled_in(target["expr"], WINDOW_SECONDS)
         for row in prometheus.ask("query_range", query=query, start=start, end=end, step=STEP_SECONDS):
-            labels, values = row["metric"], row["values"]
-            name = re.sub(r"{{(\w+)}}", lambda match: labels.get(match[1], ""), target["legendFormat"])  # noqa: B023
-            if points := [(float(t) - start, float(v)) for t, v in values if v != "NaN"]:
-                lines[name] = points
+            if points := [(float(t) - start, float(v)) for t, v in row["values"] if v != "NaN"]:
+                lines[_legend(target["legendFormat"], row["metric"])] = points
     return lines
+
+
+def _legend(template: str, labels: Mapping[str, str]) -> str:
+    """Grafana's name of a series."""
+    return re.sub(r"{{(\w+)}}", lambda match: labels.get(match[1], ""), template)
 
 
 def _drawn(lines: Mapping[str, Lines], units: Mapping[str, str], title: str) -> str:

@@ -52,11 +52,14 @@ class ReducingModel(nn.Module):
         stopwatch: times the reductions in the tower.
         traces: of the requests that are traced.
         max_images: images, or tiles, that the tower encodes in one batch.
+        tower_of: returns the model's tower as `encode` runs it, for images whose grids have these rows and columns of
+            units.
     """
 
     config: Any
     language_model: Any
     multi_modal_projector: Any
+    tower_of: Callable[[tuple[int, int]], Tower]
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -139,14 +142,6 @@ class ReducingModel(nn.Module):
     def newline(self) -> Tensor | None:
         """Embedding of the end of a row of tiles, (hidden size,); None where the model has none."""
         return None
-
-    def tower_of(self, grid: tuple[int, int]) -> Tower:
-        """The model's tower as `encode` runs it.
-
-        Args:
-            grid: rows and columns of units of the images that follow.
-        """
-        raise NotImplementedError
 
     def project(self, units: Tensor) -> Tensor:
         """Tokens of the language model, (B, K, hidden size), from units (B, K, unit * D)."""

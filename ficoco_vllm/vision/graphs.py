@@ -56,25 +56,16 @@ class TowerGraphs:
         planner: of the tower, None unless a method works there.
         config: transformers' configuration of the model.
         stopwatch: times the reductions in the tower.
+        embed_budget: embeds images (B, 3, height, width) of one budget, all of which take the same way, as
+            (B, num_tokens, hidden size of the language model).
     """
 
     supports_encoder_cudagraph: ClassVar[Literal[True]] = True
     planner: VisionPlanner | None
     config: Any
     stopwatch: Any
+    embed_budget: Callable[[Tensor, Budget], Tensor]
     embed_multimodal: Callable[..., Any]
-
-    def embed_budget(self, pixels: Tensor, budget: Budget) -> Tensor:
-        """Embed images of one budget, all of which take the same way.
-
-        Args:
-            pixels: (B, 3, height, width).
-            budget: of each image.
-
-        Returns:
-            (B, num_tokens, hidden size of the language model).
-        """
-        raise NotImplementedError
 
     @cached_property
     def graph_budgets(self) -> dict[str, Budget]:

@@ -1,5 +1,6 @@
 """A vision tower run with fewer tokens from layer to layer, on the modules and weights of vLLM or transformers."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -47,7 +48,7 @@ class EncoderLayer(Protocol):
         """MLP of the normalised input, (B, N, D) to (B, N, D), without the residual."""
 
 
-class Tower:
+class Tower(ABC):
     """A vision tower up to the layer that its model reads. The defaults are those of a CLIP.
 
     Attributes:
@@ -60,6 +61,7 @@ class Tower:
     has_cls: bool = True
     unit: int = 1
 
+    @abstractmethod
     def embed(self, pixels: Tensor) -> Tensor:
         """Input of the first layer.
 
@@ -70,7 +72,6 @@ class Tower:
             (B, C + U * unit, D): [CLS] first where there is one (C = 1), then unit after unit in raster order; a unit's
             patches in the order in which the module after the tower joins them.
         """
-        raise NotImplementedError
 
     def layers_at(self, position: Tensor) -> Sequence[EncoderLayer]:
         """The layers, for units at these places; a tower that rotates queries and keys by place needs them.

@@ -147,7 +147,7 @@ class ShutdownGate:
             if not is_started:
                 await _unavailable(LEFT)(scope, receive, send)
         except Exception:
-            # Of a thread that is gone; without a handler it would become 500 outside of this middleware.
+            # A thread is gone. Without a handler its error would become 500 outside of this middleware.
             if is_started or not self.shutdown.ended or self.shutdown.engine_died:
                 raise
             await _unavailable(LEFT)(scope, receive, send)

@@ -10,7 +10,7 @@ from ficoco_vllm.benchmarks.precision import measure
 from ficoco_vllm.benchmarks.precision.__main__ import MOST_DIFFERING, MOST_TIMES, _pictures, bars, ratios
 from ficoco_vllm.planning.families import tower_shape
 
-# Of a log-probability's errors without a reduction.
+# Mean error of a log-probability without a reduction.
 MEANS = {"bfloat16": 0.02, "float16": 0.0025, "fp8-kv": 0.01}
 
 

@@ -124,7 +124,7 @@ def test_equals_reference(case: Case, pictures: list[Image.Image], method: str) 
 
 
 def test_a_batch_equals_each_alone(case: Case, pictures: list[Image.Image]) -> None:
-    """Of several methods."""
+    """The requests of the batch name different methods."""
     asks = [case.one(PROMPT, pictures[:1], method, 20) for method in (*METHODS, "ficoco-vl")]
     asks.append(case.one(TWO_IMAGES, pictures[:2], "ficoco-l", 9))
     for answer, one in zip(case.engine.call(ask, asks), asks, strict=True):

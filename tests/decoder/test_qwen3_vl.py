@@ -49,7 +49,7 @@ def reference(folder: Path) -> ReferenceQwenDecoder:
 
 @pytest.fixture(scope="module")
 def options() -> dict[str, Any]:
-    """Of both engines."""
+    """Options that both engines share."""
     return {"block_size": BLOCK_SIZE, "limit_mm_per_prompt": {"image": 2, "video": 0}}
 
 

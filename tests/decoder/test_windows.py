@@ -109,7 +109,7 @@ def test_turns_equal_cold_ones(empty: Remote, images: list[Image.Image]) -> None
 def test_a_cached_turn_equals_its_tokens_forced_upon_an_engine_without_windows(
     empty: Remote, small_engine: Remote, images: list[Image.Image]
 ) -> None:
-    """The oracle knows neither caches nor windows: the second turn comes to it as the answer to the first."""
+    """The oracle, without caches and windows, is forced to answer the first turn with the second one."""
     first, second = (turn(prompt, images, 1, [FIRST]) for prompt in (FIRST, SECOND))
     empty.call(window_calls.ask, [first])
     (reply,) = empty.call(window_calls.ask, [second])

@@ -60,7 +60,7 @@ def deep(num_layers: int = 36, **values: Any) -> DecoderPlanner:
     ],
 )
 def test_no_token_leaves_before_the_last_deepstack_features(method: str, ends: list[int]) -> None:
-    """Of the server's own method, and of one that a request names."""
+    """Neither by the server's own method nor by one that a request names."""
     result = deep(method=method)
     assert [result.segments.end(segment) for segment in result.reducing_segments(method)] == ends
     other = deep(num_segments=36)

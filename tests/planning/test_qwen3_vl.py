@@ -33,7 +33,7 @@ def planner(**settings: Any) -> VisionPlanner:
 
 
 def plan(**settings: Any) -> ServerPlan:
-    """Of a server of a Qwen3-VL-8B."""
+    """The plan of a server with Qwen3-VL-8B."""
     text = SimpleNamespace(num_hidden_layers=36)
     return ServerPlan.of(FicocoConfig.parse(settings), hf_config(get_text_config=lambda: text))
 

@@ -71,6 +71,27 @@ def plain_norm(module: Any, hidden: Tensor) -> Tensor:
     return module.weight * hidden / torch.sqrt(squares + module.variance_epsilon)
 
 
+def decode(model: Any, embeddings: Tensor, num_tokens: int) -> tuple[list[int], Tensor]:
+    """Greedy tokens of a model of transformers, without a cache.
+
+    Args:
+        model: with a language model and a head.
+        embeddings: (1, S, D) of the prompt.
+        num_tokens: to generate.
+
+    Returns:
+        Tokens and log-probabilities (num_tokens, vocabulary), float64.
+    """
+    language_model, tokens, rows = model.model.language_model, list[int](), list[Tensor]()
+    for _ in range(num_tokens):
+        hidden = language_model(inputs_embeds=embeddings).last_hidden_state[:, -1]
+        rows.append(torch.log_softmax(model.lm_head(hidden)[0], dim=-1))
+        tokens.append(int(rows[-1].argmax()))
+        embedding = language_model.embed_tokens(torch.tensor([tokens[-1:]]))
+        embeddings = torch.cat([embeddings, embedding], dim=1)
+    return tokens, torch.stack(rows)
+
+
 class Shown(NamedTuple):
     """The rows and the columns of a tile's patches that show the image; the others are padding."""
 
@@ -174,8 +195,7 @@ class ReferenceLlava:
         Returns:
             Tokens and log-probabilities (num_tokens, vocabulary), float64.
         """
-        language_model = self.model.model.language_model
-        table = language_model.embed_tokens
+        table = self.model.model.language_model.embed_tokens
         ids = self.processor.tokenizer(prompt, add_special_tokens=False).input_ids
         pieces, waiting = [], list(images)
         for token in ids:
@@ -183,12 +203,4 @@ class ReferenceLlava:
                 pieces.append(self.features(*waiting.pop(0)))
             else:
                 pieces.append(table(torch.tensor([token])))
-        embeddings = torch.cat(pieces)[None]
-        tokens: list[int] = []
-        rows = []
-        for _ in range(num_tokens):
-            hidden = language_model(inputs_embeds=embeddings).last_hidden_state[:, -1]
-            rows.append(torch.log_softmax(self.model.lm_head(hidden)[0], dim=-1))
-            tokens.append(int(rows[-1].argmax()))
-            embeddings = torch.cat([embeddings, table(torch.tensor([tokens[-1:]]))], dim=1)
-        return tokens, torch.stack(rows)
+        return decode(self.model, torch.cat(pieces)[None], num_tokens)

@@ -19,7 +19,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from ficoco_vllm.reduction import Signals, get
 from ficoco_vllm.reduction.schedule import make_schedule
-from tests.reference.algorithm1 import plain_norm, reduce_layer
+from tests.reference.algorithm1 import decode, plain_norm, reduce_layer
 from tests.support.random_internvl import IMAGE
 
 
@@ -161,8 +161,7 @@ class ReferenceInternVL:
         Returns:
             Tokens and log-probabilities (num_tokens, vocabulary), float64.
         """
-        language_model, tokenizer = self.model.model.language_model, self.processor.tokenizer
-        table = language_model.embed_tokens
+        table, tokenizer = self.model.model.language_model.embed_tokens, self.processor.tokenizer
         pieces, waiting = [], list(images)
         for token in tokenizer(prompt, add_special_tokens=False).input_ids:
             if token == self.config.image_token_id:
@@ -171,12 +170,4 @@ class ReferenceInternVL:
                 pieces += [start, self.features(*waiting.pop(0)), end]
             else:
                 pieces.append(table(torch.tensor([token])))
-        embeddings = torch.cat(pieces)[None]
-        tokens: list[int] = []
-        rows = []
-        for _ in range(num_tokens):
-            hidden = language_model(inputs_embeds=embeddings).last_hidden_state[:, -1]
-            rows.append(torch.log_softmax(self.model.lm_head(hidden)[0], dim=-1))
-            tokens.append(int(rows[-1].argmax()))
-            embeddings = torch.cat([embeddings, table(torch.tensor([tokens[-1:]]))], dim=1)
-        return tokens, torch.stack(rows)
+        return decode(self.model, torch.cat(pieces)[None], num_tokens)

@@ -7,7 +7,7 @@ from typing import Any
 
 from tests.support.browser import Browser
 
-# Of its Python code nothing is imported: that drives another browser's driver.
+# Only the script is used: the package's Python code needs Playwright.
 PACKAGE, SCRIPT = "axe-playwright-python", "axe_playwright_python/axe.min.js"
 # Every rule of WCAG 2.2 A and AA, and axe-core's own advice.
 RUN = """

@@ -12,8 +12,9 @@ from transformers import (
     InternVLVideoProcessor,
     InternVLVisionConfig,
     PreTrainedTokenizerFast,
-    Qwen2Config,
 )
+
+from tests.support.random_llava import decoder_config
 
 IMAGE = "<IMG_CONTEXT>"
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", IMAGE, "<img>", "</img>", "<video>"]
@@ -58,20 +59,7 @@ def build(folder: Path, *, vision_layers: int = 6, decoder_layers: int = 3, seed
             layer_scale_init_value=0.5,
             use_mean_pooling=False,
         ),
-        text_config=Qwen2Config(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=decoder_layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=4096,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=3,
-            tie_word_embeddings=False,
-            architectures=["Qwen2ForCausalLM"],
-        ),
+        text_config=decoder_config("qwen2", len(tokenizer), decoder_layers),
         image_token_id=SPECIAL.index(IMAGE),
         image_seq_length=UNITS,
         tie_word_embeddings=False,

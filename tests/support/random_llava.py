@@ -145,11 +145,36 @@ def _vocabulary() -> dict[str, int]:
     return {token: index for index, token in enumerate(SPECIAL + sorted(pre_tokenizers.ByteLevel.alphabet()))}
 
 
+def decoder_config(name: str, num_tokens: int, num_layers: int) -> PreTrainedConfig:
+    """A decoder of toy widths.
+
+    Args:
+        name: among `DECODERS`.
+        num_tokens: of the vocabulary.
+        num_layers: of the decoder.
+    """
+    kind, more = DECODERS[name]
+    return kind(
+        vocab_size=num_tokens,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=3,
+        tie_word_embeddings=False,
+        architectures=[kind.__name__.replace("Config", "ForCausalLM")],
+        **more,
+    )
+
+
 def _parts(
     vision_layers: int, image_size: int, patch_size: int, decoder_layers: int, decoder: str
 ) -> dict[str, Any]:
     """Common fields of both configurations."""
-    text_config, more = DECODERS[decoder]
     return {
         "vision_config": CLIPVisionConfig(
             hidden_size=128,
@@ -160,21 +185,7 @@ def _parts(
             patch_size=patch_size,
             projection_dim=128,
         ),
-        "text_config": text_config(
-            vocab_size=len(_vocabulary()) + 3,
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=decoder_layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=4096,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=3,
-            tie_word_embeddings=False,
-            architectures=[text_config.__name__.replace("Config", "ForCausalLM")],
-            **more,
-        ),
+        "text_config": decoder_config(decoder, len(_vocabulary()) + 3, decoder_layers),
         "image_token_index": 4,
         "image_token_id": 4,
         "vision_feature_layer": -2,
