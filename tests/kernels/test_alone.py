@@ -12,7 +12,7 @@ ALLOWED = {
     *("torch", "triton", "pytest", "_pytest", "pytest_timeout", "pluggy", "iniconfig", "pygments"),
     *("pydantic", "pydantic_core", "annotated_types", "typing_inspection", "typing_extensions", "numpy"),
     *("packaging", "filelock", "fsspec", "jinja2", "markupsafe", "mpmath", "networkx", "sympy"),
-    *("setuptools", "ficoco_vllm", "functorch", "torchgen", "py", "tests"),
+    *("setuptools", "ficoco_vllm", "ficoco_interpreter", "functorch", "torchgen", "py", "tests"),
 }
 # Refuses every other package, then collects the tests.
 ALONE = """
