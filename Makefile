@@ -28,7 +28,7 @@ DEV     := $(VENV)/.installed-dev
 
 .PHONY: help install serve test test-long test-kernels check format lint types imports kernels-aot bench-kernels bench-ttft bench-gpu \
     bench-efficiency bench-concurrency bench-chat bench-chat-accuracy bench-decoding \
-    soak soak-engine bench-metrics bench-elastic bench-load bench-cpu-mode bench-precision \
+    soak soak-engine bench-metrics bench-elastic bench-quality bench-load bench-cpu-mode bench-precision \
     bench-accuracy bench-accuracy-decoder bench-smoke figures screenshots lmms dist release-check container-check \
     charts-check ray-check compat docs clean
 
@@ -136,6 +136,9 @@ bench-metrics: $(DEV)  ## time our metrics in the front end, as a share of a req
 
 bench-elastic: $(DEV)  ## overload a small KV cache: time to first token at a fixed budget and with --ficoco-elastic
 	@$(BIN)/python -m ficoco_vllm.benchmarks.elastic $(ARGS)
+
+bench-quality: $(DEV)  ## traffic that turns from easy to hard and back, with --ficoco-target-agreement
+	@$(BIN)/python -m ficoco_vllm.benchmarks.quality $(ARGS)
 
 bench-accuracy: $(DEV)  ## measure the accuracy of the tower's methods by budget, ablations, sensitivity
 	@$(BIN)/ficoco-vllm bench accuracy --sites tower --count 19 --few-count 19 $(ARGS)

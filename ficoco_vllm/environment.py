@@ -21,9 +21,8 @@ COUNTS_IN_FILES = "FICOCO_COUNTS_IN_FILES"
 QUIET = "FICOCO_QUIET"
 # Query of the request by which `ficoco-vllm serve` learns that its server answers.
 HEALTH_QUERY = "from=ficoco-vllm"
-# Our entry points in vLLM's group of endpoint plugins.
+# Our entry point in vLLM's group of endpoint plugins.
 ENDPOINT_PLUGIN = "ficoco_endpoint"
-ELASTIC_PLUGIN = "ficoco_elastic"
 _ENDPOINT_GROUP = "vllm.endpoint_plugins"
 
 

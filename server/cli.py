@@ -21,6 +21,7 @@ COMMANDS = {
     "explain": "draw which patches of an image are kept, and where the others' information goes",
     "bench": "measure accuracy and load through the endpoint",
     "calibrate": "find the smallest budget that answers your own questions as the full model does",
+    "replay": "show what --ficoco-target-agreement would have done on a log of requests",
     "completion": "print the completion of a shell",
 }
 

@@ -1,5 +1,6 @@
 """Endpoint plugin: adds our routes and the request field `ficoco` to vLLM's server."""
 
+import asyncio
 from argparse import Namespace
 from typing import Any
 
@@ -9,6 +10,7 @@ from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.environment import ENDPOINT_PLUGIN
 from ficoco_vllm.metrics.counting import token_layer_bytes
 from ficoco_vllm.metrics.savings import Accountant
+from ficoco_vllm.server import moving_budget
 from ficoco_vllm.server.explain import routes
 from ficoco_vllm.server.explain.explainer import Explainer
 from ficoco_vllm.server.lifecycle.shutdown import Shutdown, ShutdownGate
@@ -28,6 +30,7 @@ class FicocoEndpoint:
         shutdown: open requests, and whether the engine died; shared with `ficoco-vllm serve` through `args`.
         explainer: answers `/ficoco/explain`, where that is on.
         applier: applies the field of requests, where the server reduces.
+        following: updates the budget of requests that name none, where it moves; kept so that it is not collected.
     """
 
     name = ENDPOINT_PLUGIN
@@ -37,6 +40,7 @@ class FicocoEndpoint:
         self.shutdown = Shutdown()
         self.explainer: Explainer | None = None
         self.applier: FieldApplier | None = None
+        self.following: asyncio.Task[None] | None = None
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the middlewares, the field's schema, and the routes that the operator selects."""
@@ -62,6 +66,7 @@ class FicocoEndpoint:
         if config.method is not None:
             self.applier = _field_applier(engine_client, config, args)
             self.applier.attach(state)
+            self.following = moving_budget.install(engine_client, state, args, self.applier)
 
 
 def _field_applier(engine_client: Any, config: FicocoConfig, args: Namespace) -> FieldApplier:

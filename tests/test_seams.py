@@ -8,7 +8,6 @@ import ast
 import inspect
 from importlib import import_module
 from textwrap import dedent
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,9 +15,8 @@ from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase, StatLoggerManager
 from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
-from ficoco_vllm.server.elastic.budget import LoadRecorder
-from ficoco_vllm.server.elastic.plugin import ElasticEndpoint
 from ficoco_vllm.server.endpoint import FicocoEndpoint
+from ficoco_vllm.server.load.recorder import LoadRecorder
 from ficoco_vllm.server.request_field.routes import HANDLERS
 
 pytestmark = pytest.mark.compat
@@ -114,23 +112,23 @@ def test_handlers_answer_their_routes(name: str, method: str, path: str) -> None
     assert f".{method}(" in source, f"{ROUTERS[path]} does not call {method} any more"
 
 
-@pytest.mark.parametrize("plugin", [FicocoEndpoint, ElasticEndpoint])
-def test_our_endpoints_are_what_vllm_loads(plugin: Any) -> None:
-    assert isinstance(plugin(), EndpointPlugin), "vLLM's contract of endpoint plugins has changed"
+def test_our_endpoint_is_what_vllm_loads() -> None:
+    assert isinstance(FicocoEndpoint(), EndpointPlugin), "vLLM's contract of endpoint plugins has changed"
 
 
 def test_a_recorder_among_vllm_s_stat_loggers() -> None:
     """Whatever the manager does with its loggers, it can do with ours."""
-    seen: list[tuple[int, Any, int]] = []
-    budget = SimpleNamespace(record=lambda *seen_now: seen.append(seen_now))
-    recorder = LoadRecorder(budget)  # type: ignore[arg-type]
+    recorder = LoadRecorder()
     assert isinstance(recorder, AggregateStatLoggerBase)
     manager = StatLoggerManager.__new__(StatLoggerManager)
     manager.stat_loggers = [recorder]
     scheduler, iteration = SchedulerStats(), IterationStats()
     iteration.num_preempted_reqs = 2
     manager.record(scheduler, iteration, engine_idx=3)
-    assert seen == [(3, scheduler, 2)], "StatLoggerManager.record does not reach stat_loggers any more"
+    seen = recorder.observations
+    assert (list(seen.reports), seen.num_preempted) == ([3], 2), (
+        "StatLoggerManager.record does not reach stat_loggers any more"
+    )
     manager.log()
     manager.log_engine_initialized()
     manager.record_sleep_state(1, 1)

@@ -23,8 +23,9 @@ def read_items(data: Path, prompt: str | None = None) -> list[Item]:
     """Questions of a JSONL file or of a folder of images.
 
     Args:
-        data: a JSONL file with an object `{"image": PATH, "prompt": TEXT}` in each line, paths relative to the file;
-            or a folder of images, each with its prompts in a text file of the same name (one a line).
+        data: a JSONL file with an object `{"image": PATH, "prompt": TEXT}` in each line, paths relative to the file,
+            with "class" where questions are of several kinds; or a folder of images, each with its prompts in a text
+            file of the same name (one a line).
         prompt: for what has no prompt of its own.
 
     Returns:
@@ -71,7 +72,10 @@ def _of_lines(path: Path, prompt: str | None) -> Iterable[Item]:
             raise ValueError(
                 f"{where}: prompt = {question!r} is not allowed; allowed: a text, here or in --prompt"
             )
-        yield _item(f"{number:07d}", path.parent / row["image"], question, where)
+        kind = row.get("class", "")
+        if not isinstance(kind, str):
+            raise ValueError(f"{where}: class = {kind!r} is not allowed; allowed: a text")
+        yield _item(f"{number:07d}", path.parent / row["image"], question, where, kind)
 
 
 def _of_folder(folder: Path, prompt: str | None) -> Iterable[Item]:
@@ -84,7 +88,7 @@ def _of_folder(folder: Path, prompt: str | None) -> Iterable[Item]:
             yield _item(f"{path.name}#{number}", path, question, str(path))
 
 
-def _item(name: str, path: Path, prompt: str, where: str) -> Item:
+def _item(name: str, path: Path, prompt: str, where: str, kind: str = "") -> Item:
     media_type = MEDIA_TYPES.get(path.suffix.lower())
     if media_type is None:
         raise ValueError(f"{where}: image = {path.name!r} is not allowed; allowed: {', '.join(MEDIA_TYPES)}")
@@ -92,4 +96,4 @@ def _item(name: str, path: Path, prompt: str, where: str) -> Item:
         image = path.read_bytes()
     except OSError as error:
         raise ValueError(f"{where}: image = {str(path)!r} cannot be read ({error.strerror})") from error
-    return Item(name, "own", prompt, image, media_type=media_type)
+    return Item(name, kind, prompt, image, media_type=media_type)

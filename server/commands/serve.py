@@ -4,7 +4,7 @@ import argparse
 import os
 import tempfile
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ficoco_vllm.compat import (
     do_without_triton,
@@ -14,14 +14,13 @@ from ficoco_vllm.compat import (
     use_interpreter,
 )
 from ficoco_vllm.environment import (
-    ELASTIC_PLUGIN,
     ENDPOINT_PLUGIN,
     MEDIA_CONNECTOR,
     NAME,
     QUIET,
     enable_endpoint_plugin,
 )
-from ficoco_vllm.server.commands.arguments import fail
+from ficoco_vllm.server.commands.arguments import fail, names
 from ficoco_vllm.server.commands.preflight import (
     as_hf_config,
     check_architecture,
@@ -36,6 +35,7 @@ from ficoco_vllm.server.commands.serve_options import (
     add_arguments,
     apply_limits,
     print_help,
+    quality_of,
     read_options,
     settings_of,
 )
@@ -44,6 +44,7 @@ from ficoco_vllm.server.commands.vllm_options import expand
 if TYPE_CHECKING:  # they import torch, which the first checks do without
     from ficoco_vllm.config import FicocoConfig
     from ficoco_vllm.planning.server import ServerPlan
+    from ficoco_vllm.quality.settings import QualitySettings
     from ficoco_vllm.server.elastic.settings import ElasticSettings
     from ficoco_vllm.server.lifecycle.ready import Progress
 
@@ -69,16 +70,16 @@ def main(arguments: Sequence[str]) -> int:
         model = _model_of(options)
         architecture = read_model(model, options)
         check_settings(settings_of(options), architecture)
-        settings, elastic = resolve_settings(options)
+        wanted = resolve_settings(options)
         apply_limits(options)
         hf_config = None if architecture is None else as_hf_config(architecture)
-        if settings and architecture is not None:
+        if wanted.settings and architecture is not None:
             check_architecture(model, architecture.get("architectures") or [])
-        if settings and hf_config is not None:
-            make_plan(settings, elastic, hf_config, options)
+        if wanted.settings and hf_config is not None:
+            make_plan(wanted, hf_config, options)
     except (ValueError, ModuleNotFoundError) as error:
         return fail(str(error))
-    return _start(arguments, options, settings)
+    return _start(arguments, options, wanted.settings)
 
 
 def _start(arguments: Sequence[str], options: argparse.Namespace, settings: dict[str, Any]) -> int:
@@ -104,18 +105,14 @@ def _start(arguments: Sequence[str], options: argparse.Namespace, settings: dict
         with (
             tidied(),
             shared_metrics(config.method is not None and config.metrics) as metrics_folder,
-            tempfile.TemporaryDirectory(
-                prefix="ficoco-elastic-", ignore_cleanup_errors=True
-            ) as elastic_folder,
+            tempfile.TemporaryDirectory(prefix="ficoco-server-", ignore_cleanup_errors=True) as folder,
         ):
-            return _serve(arguments, metrics_folder, elastic_folder, progress)
+            return _serve(arguments, metrics_folder, folder, progress)
     finally:
         progress.end()
 
 
-def _serve(
-    arguments: Sequence[str], metrics_folder: str | None, elastic_folder: str, progress: "Progress"
-) -> int:
+def _serve(arguments: Sequence[str], metrics_folder: str | None, folder: str, progress: "Progress") -> int:
     progress.stage("importing vLLM")
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.logger import configure_logging_from_args
@@ -130,7 +127,7 @@ def _serve(
     command = ServeSubcommand()
     args = _vllm_parser().parse_args(list(arguments))
     # vLLM hands `args` to every API server process.
-    args.ficoco_elastic_folder = elastic_folder
+    args.ficoco_folder = folder
     args.ficoco_shutdown = Shutdown()
     try:
         plan = configure(args)
@@ -179,8 +176,22 @@ def _model_of(args: argparse.Namespace) -> str:
     return str(args.model_tag or args.model or demo_model.path())
 
 
-def resolve_settings(args: argparse.Namespace) -> "tuple[dict[str, Any], ElasticSettings | None]":
-    """Settings of the server and of the budget that follows the load, validated without a model.
+class Wanted(NamedTuple):
+    """What the command line asks for.
+
+    Attributes:
+        settings: of the engine.
+        elastic: of a budget that follows the load.
+        quality: of a budget that holds a target.
+    """
+
+    settings: dict[str, Any]
+    elastic: "ElasticSettings | None"
+    quality: "QualitySettings | None"
+
+
+def resolve_settings(args: argparse.Namespace) -> Wanted:
+    """Settings of the server, validated without a model.
 
     Args:
         args: options, from vLLM's parser or from the light one.
@@ -189,27 +200,25 @@ def resolve_settings(args: argparse.Namespace) -> "tuple[dict[str, Any], Elastic
         ValueError: naming the option, its value and what is allowed.
     """
     from ficoco_vllm.config import FicocoConfig
-    from ficoco_vllm.server.elastic.settings import OPTION, ElasticSettings
+    from ficoco_vllm.quality.settings import OPTION as QUALITY
+    from ficoco_vllm.quality.settings import QualitySettings
+    from ficoco_vllm.server.elastic.settings import OPTION as ELASTIC
+    from ficoco_vllm.server.elastic.settings import ElasticSettings
 
-    settings = settings_of(args)
-    elastic = None if args.ficoco_elastic is None else ElasticSettings.load(args.ficoco_elastic)
-    if elastic is not None:
-        if FicocoConfig.parse(settings).method is None:
-            raise ValueError(
-                f"{OPTION} needs a method; allowed: one of `ficoco-vllm methods` as --ficoco-method"
-            )
-        if args.disable_log_stats:
-            raise ValueError(
-                f"--disable-log-stats is not allowed with {OPTION}, which follows these statistics"
-            )
-        if settings.get("keep_ratio") is not None:
-            raise ValueError(
-                f"keep_ratio = {settings['keep_ratio']} is not allowed with {OPTION}, whose budgets are numbers of "
-                "tokens; allowed: keep, or neither"
-            )
-        if settings.get("keep") is None and settings.get("kv_budget") is None:
-            # vLLM sizes its own budgets by the default.
-            settings = {**settings, "keep": elastic.floor}
+    settings, quality = settings_of(args), quality_of(args)
+    wanted = Wanted(
+        settings,
+        None if args.ficoco_elastic is None else ElasticSettings.load(args.ficoco_elastic),
+        None if quality is None else QualitySettings.parse(quality),
+    )
+    for option, moving in ((ELASTIC, wanted.elastic), (QUALITY, wanted.quality)):
+        if moving is not None:
+            _check_moving(option, settings, args)
+    if wanted.quality is not None:
+        _check_quality(QUALITY, settings, args)
+    if wanted.elastic is not None and settings.get("keep") is None and settings.get("kv_budget") is None:
+        # vLLM sizes its own budgets by the default.
+        settings = {**settings, "keep": wanted.elastic.floor}
     if args.ficoco_explain:
         if args.ficoco_explain_rate < 0:
             raise ValueError(
@@ -217,15 +226,48 @@ def resolve_settings(args: argparse.Namespace) -> "tuple[dict[str, Any], Elastic
             )
         settings = {**settings, "explain": True}
     FicocoConfig.parse(settings)
-    return settings, elastic
+    return wanted._replace(settings=settings)
 
 
-def make_plan(
-    settings: dict[str, Any],
-    elastic: "ElasticSettings | None",
-    hf_config: Any,
-    args: argparse.Namespace,
-) -> "ServerPlan":
+def _check_moving(option: str, settings: dict[str, Any], args: argparse.Namespace) -> None:
+    """Refuse what a budget that moves cannot do without, or not beside.
+
+    Raises:
+        ValueError: naming the option, its value and what is allowed.
+    """
+    from ficoco_vllm.config import FicocoConfig
+
+    if FicocoConfig.parse(settings).method is None:
+        raise ValueError(f"{option} needs a method; allowed: one of `ficoco-vllm methods` as --ficoco-method")
+    if args.disable_log_stats:
+        raise ValueError(f"--disable-log-stats is not allowed with {option}, which follows these statistics")
+    if settings.get("keep_ratio") is not None:
+        raise ValueError(
+            f"keep_ratio = {settings['keep_ratio']} is not allowed with {option}, whose budgets are numbers of "
+            "tokens; allowed: keep, or neither"
+        )
+
+
+def _check_quality(option: str, settings: dict[str, Any], args: argparse.Namespace) -> None:
+    """Refuse what contradicts a target agreement.
+
+    Raises:
+        ValueError: naming the option, its value and what is allowed.
+    """
+    if settings.get("keep") is not None:
+        raise ValueError(
+            f"keep = {settings['keep']} is not allowed with {option}, which finds it; allowed: a ladder of budgets in "
+            "the setting quality"
+        )
+    allowed = args.ficoco_allow_methods
+    if allowed is not None and "off" not in (names(allowed) if isinstance(allowed, str) else allowed):
+        raise ValueError(
+            f"--ficoco-allow-methods = {allowed!r} is not allowed with {option}, whose second answers keep all tokens; "
+            "allowed: off among the names"
+        )
+
+
+def make_plan(wanted: Wanted, hf_config: Any, args: argparse.Namespace) -> "ServerPlan":
     """Plan the server.
 
     Raises:
@@ -233,11 +275,20 @@ def make_plan(
     """
     from ficoco_vllm.config import FicocoConfig
     from ficoco_vllm.planning.server import ServerPlan
-    from ficoco_vllm.server.elastic.defaults import check_elastic
+    from ficoco_vllm.quality.settings import LADDER
+    from ficoco_vllm.quality.states import check_state
+    from ficoco_vllm.server.budget import check_budgets, most_tokens
+    from ficoco_vllm.server.elastic.settings import OPTION as ELASTIC
 
-    config = FicocoConfig.parse(settings)
-    if elastic is not None:
-        check_elastic(elastic, config, hf_config, args.ficoco_min_keep or 1)
+    config = FicocoConfig.parse(wanted.settings)
+    min_keep = int(args.ficoco_min_keep or 1)
+    if wanted.elastic is not None:
+        wanted.elastic.check_bounds(min_keep, most_tokens(config, hf_config))
+        check_budgets(ELASTIC, wanted.elastic.budgets, config, hf_config)
+    if wanted.quality is not None:
+        quality = wanted.quality.on_model(most_tokens(config, hf_config), min_keep)
+        check_budgets(LADDER, quality.ladder or (), config, hf_config)
+        check_state(quality, config.method or "")
     return ServerPlan.of(config, hf_config)
 
 
@@ -270,13 +321,14 @@ def configure(args: argparse.Namespace) -> "ServerPlan | None":
         from ficoco_vllm.server.lifecycle.quiet import SERVING_LOG
 
         args.middleware.append(SERVING_LOG)
-    settings, elastic = resolve_settings(args)
-    if not settings:
+    wanted = resolve_settings(args)
+    if not wanted.settings:
         return None
+    args.ficoco_quality = quality_of(args)  # read by every API server process
+    if wanted.quality is not None and args.scheduling_policy == "fcfs":
+        args.scheduling_policy = "priority"  # the same order, but for second answers, which come last
     enable_endpoint_plugin(ENDPOINT_PLUGIN)
-    if elastic is not None:
-        enable_endpoint_plugin(ELASTIC_PLUGIN)
-    args.additional_config = {**(args.additional_config or {}), NAME: settings}
+    args.additional_config = {**(args.additional_config or {}), NAME: wanted.settings}
     hf_config = get_config(args.model, trust_remote_code=args.trust_remote_code, revision=args.revision)
     check_architecture(args.model, list(getattr(hf_config, "architectures", None) or []))
     read = family(hf_config).image_settings
@@ -287,7 +339,7 @@ def configure(args: argparse.Namespace) -> "ServerPlan | None":
             args.model, revision=args.revision, trust_remote_code=args.trust_remote_code
         )
         setattr(hf_config, IMAGES, read(processor, args.mm_processor_kwargs or {}))
-    return make_plan(settings, elastic, hf_config, args)
+    return make_plan(wanted, hf_config, args)
 
 
 def _use_demo_model(args: argparse.Namespace) -> None:
@@ -314,6 +366,9 @@ def _in_words(plan: "ServerPlan | None", args: argparse.Namespace) -> str:
     config: FicocoConfig = plan.config
     if args.ficoco_elastic is not None:
         return f"{config.method}, with a budget that follows the load: {args.ficoco_elastic}"
+    if args.ficoco_quality is not None:
+        target = args.ficoco_quality["target_agreement"]
+        return f"{config.method}, with the smallest budget that holds an agreement of {target} with the full model"
     if config.kv_budget is not None:
         return (
             f"{config.method} keeps {config.kv_budget:g} visual tokens of an image on average over the layers"

@@ -19,6 +19,8 @@ from ficoco_vllm.server.commands.vllm_options import light_parser
 PROGRAM = "ficoco-vllm serve"
 # Settings of which a server has one.
 _BUDGETS = ("keep", "keep_ratio", "kv_budget")
+# The setting that is the server's alone.
+_QUALITY = "quality"
 USAGE = f"{PROGRAM} [MODEL] [options]   (without MODEL: the demo model)"
 
 # An explanation takes two chats without any cache.
@@ -115,6 +117,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         """'{"floor": 64, "ceiling": 288, "target_kv_usage": 0.8}'""",
     )
     group.add_argument(
+        "--ficoco-target-agreement",
+        metavar="X",
+        help="find the budget for requests that name none: the smallest at which this share of the answers is the full "
+        "model's, for example 0.98 (docs/quality.md)",
+    )
+    group.add_argument(
         "--ficoco-no-metrics", action="store_true", help="omit the savings of the reduction from /metrics"
     )
     group.add_argument("--verbose", action="store_true", help="show all that vLLM logs while it starts")
@@ -206,11 +214,39 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
         args: options, read by vLLM's parser or by the light one, which leaves JSON as text.
 
     Returns:
-        The settings, not yet validated.
+        The settings of the engine, not yet validated; see `quality_of` for the rest.
 
     Raises:
         ValueError: naming the option, its value and what is allowed.
     """
+    return {name: value for name, value in _all_settings(args).items() if name != _QUALITY}
+
+
+def quality_of(args: argparse.Namespace) -> Any:
+    """Settings of the target agreement, from `--ficoco-config` and `--ficoco-target-agreement`, which overrides it.
+
+    Args:
+        args: as for `settings_of`.
+
+    Returns:
+        The settings, not yet validated; None without a target.
+
+    Raises:
+        ValueError: naming the option, its value and what is allowed.
+    """
+    values = _all_settings(args).get(_QUALITY)
+    text = args.ficoco_target_agreement
+    if text is None or not isinstance(values, dict | None):
+        return values
+    try:
+        return {**(values or {}), "target_agreement": float(text)}
+    except ValueError as error:
+        raise ValueError(
+            f"--ficoco-target-agreement = {text!r} is not allowed; allowed: a number above 0, below 1"
+        ) from error
+
+
+def _all_settings(args: argparse.Namespace) -> dict[str, Any]:
     additional = args.additional_config
     if isinstance(additional, str):
         try:

@@ -4,53 +4,14 @@ docs/elastic.md says why it is stable.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ficoco_vllm.server.elastic.settings import ElasticSettings
+from ficoco_vllm.server.load.reports import Load
 
 # Upper limit of the pressure: only the duration of an overload counts, not its queue length, or the budget would stay
 # low long after it.
 MAX_PRESSURE = 4.0
-
-
-@dataclass(frozen=True)
-class Load:
-    """Load of one or several engines.
-
-    Attributes:
-        kv_usage: share of the KV cache that requests hold, 0 to 1.
-        num_running: requests that hold KV blocks.
-        num_waiting: accepted requests that wait.
-        num_preempted: requests that lost their blocks since the last report.
-    """
-
-    kv_usage: float = 0.0
-    num_running: int = 0
-    num_waiting: int = 0
-    num_preempted: int = 0
-
-    @property
-    def idle(self) -> bool:
-        """Whether no request runs or waits."""
-        return self.num_running + self.num_waiting == 0
-
-    @property
-    def queue(self) -> float:
-        """Waiting requests per running one: the waiting time in units of the running time."""
-        return (self.num_waiting + self.num_preempted) / max(1, self.num_running)
-
-    @classmethod
-    def of_engines(cls, loads: Sequence["Load"]) -> "Load":
-        """Total load of engines that share the requests."""
-        if not loads:
-            return cls()
-        return cls(
-            sum(load.kv_usage for load in loads) / len(loads),
-            sum(load.num_running for load in loads),
-            sum(load.num_waiting for load in loads),
-            sum(load.num_preempted for load in loads),
-        )
 
 
 @dataclass(frozen=True)

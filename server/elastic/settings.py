@@ -1,7 +1,6 @@
 """Settings of the load-following budget (`--ficoco-elastic`) and their checks."""
 
 import json
-from collections.abc import Callable
 from functools import cached_property
 from typing import Annotated, Any
 
@@ -117,23 +116,6 @@ class ElasticSettings(BaseModel):
                 f"{OPTION}: ceiling = {self.ceiling} is not allowed; allowed: at most {max_keep}, the visual tokens "
                 "of an image"
             )
-
-    def check_served(self, plan: Callable[[int], Any]) -> None:
-        """Plan every level once, so that none fails at the first request under load.
-
-        Args:
-            plan: called with a budget; raises ValueError where the method cannot reach it.
-
-        Raises:
-            ValueError: naming the budget that cannot be served, and why.
-        """
-        for budget in self.budgets:
-            try:
-                plan(budget)
-            except ValueError as error:
-                raise ValueError(
-                    f"{OPTION}: the budget {budget} of {', '.join(map(str, self.budgets))} cannot be served: {error}"
-                ) from error
 
 
 def _example() -> str:

@@ -7,6 +7,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from copy import copy
 from http import HTTPStatus
 from pickle import UnpicklingError
@@ -41,6 +42,9 @@ _UNREADABLE = (
 )
 # A host that cannot be reached or does not answer.
 _NETWORK_ERRORS = (aiohttp.ClientError, OSError, TimeoutError)
+# Media that were fetched from the network for the request in whose context this is set, so that a second answer to it
+# asks no host again.
+remembered: ContextVar[dict[Any, Any] | None] = ContextVar("ficoco_media", default=None)
 # LLaVA's processor scales the shorter side up to the tower's before it crops: a thin line would become gigabytes.
 MAX_ASPECT_RATIO = 200
 
@@ -120,9 +124,15 @@ class FicocoMediaConnector(MediaConnector):
 
     async def load_from_url_async(self, url: str, media_io: Any, **kwargs: Any) -> Any:
         """Load one medium; see `load_from_url`."""
+        known, key = remembered.get(), (url, type(media_io))
+        if known is not None and key in known:
+            return known[key]
         limited = self._check(url, media_io)
         with self._client_errors(url):
-            return await super().load_from_url_async(url, limited, **kwargs)
+            medium = await super().load_from_url_async(url, limited, **kwargs)
+        if known is not None and _is_network(url):
+            known[key] = medium
+        return medium
 
     @contextmanager
     def _client_errors(self, url: str) -> Iterator[None]:

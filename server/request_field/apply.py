@@ -77,6 +77,9 @@ class FieldApplier:
         self.accountant = accountant
         self.segment_bytes = segment_bytes
         self.processor = processor
+        # Budget in the tower of requests that name none, where it moves: from the method that a request names to the
+        # visual tokens of an image. Written into the request, since vLLM's threads do not know its class of traffic.
+        self.default_tower: Callable[[str | None], int] | None = None
 
     def attach(self, state: Any) -> None:
         """Wrap vLLM's handlers and renderer.
@@ -204,7 +207,7 @@ class FieldApplier:
             for name, values in extensions:
                 self.resolver.bounds.check_reduces(f"{name}.{KEEP}", values.get(KEEP), self.resolver.max_keep)
             if state is None or state.requested is None:
-                return False
+                return self._apply_default(request, raw)
             for name, values in extensions:
                 for key in (KEEP, KEEP_RATIO, METHOD):
                     if key in values:
@@ -221,6 +224,13 @@ class FieldApplier:
         return not raw and not getattr(
             request, "media_io_kwargs", None
         )  # the client's own are for vLLM to check
+
+    def _apply_default(self, request: Any, raw: Mapping[str, Any]) -> bool:
+        """Write the moving budget in the tower into a request that names none; see `_apply`."""
+        if self.default_tower is None or raw.keys() & {KEEP, KEEP_RATIO, METHOD}:
+            return False
+        request.mm_processor_kwargs = {**raw, KEEP: self.default_tower(None)}
+        return not raw and not getattr(request, "media_io_kwargs", None)
 
     def _account(self, request: Any, prompt: dict[str, Any]) -> Account | None:
         """Savings of a rendered prompt; None without images."""

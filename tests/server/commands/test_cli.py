@@ -132,9 +132,9 @@ def test_method_and_keep_win_over_the_file() -> None:
 
 def test_a_budget_replaces_those_of_lower_levels() -> None:
     below = ["--additional-config", '{"ficoco": {"method": "divprune", "keep_ratio": 0.5}}']
-    settings, _ = resolve_settings(read_options([*below, "--ficoco-config", '{"keep": 9}']))
+    settings, *_ = resolve_settings(read_options([*below, "--ficoco-config", '{"keep": 9}']))
     assert settings == {"method": "divprune", "keep": 9}
-    settings, _ = resolve_settings(read_options([*below, "--ficoco-keep-ratio", "0.25"]))
+    settings, *_ = resolve_settings(read_options([*below, "--ficoco-keep-ratio", "0.25"]))
     assert settings == {"method": "divprune", "keep_ratio": 0.25}
 
 

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from ficoco_vllm.server.elastic.controller import Load, start, step
+from ficoco_vllm.server.elastic.controller import start, step
 from ficoco_vllm.server.elastic.settings import ElasticSettings
+from ficoco_vllm.server.load.reports import Load
 
 # Between two reports of the load, as on the server.
 REPORT_SECONDS = 0.25

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ficoco_vllm.server.elastic.controller import MAX_PRESSURE, Load, State, measure, start, step
+from ficoco_vllm.server.elastic.controller import MAX_PRESSURE, State, measure, start, step
 from ficoco_vllm.server.elastic.settings import ElasticSettings
+from ficoco_vllm.server.load.reports import Load
 
 SETTINGS = ElasticSettings(floor=64, ceiling=288)
 TOP = len(SETTINGS.budgets) - 1

@@ -76,17 +76,3 @@ def test_bounds_of_operator_and_model() -> None:
         settings.check_bounds(min_keep=65, max_keep=576)
     with pytest.raises(ValueError, match=r"ceiling = 288 .* at most 287"):
         settings.check_bounds(min_keep=1, max_keep=287)
-
-
-def test_every_level_is_planned_at_start_up() -> None:
-    planned: list[int] = []
-    settings = ElasticSettings(**GOOD)
-    settings.check_served(planned.append)
-    assert tuple(planned) == settings.budgets
-
-    def refuse(keep: int) -> None:
-        if keep == 93:
-            raise ValueError("the schedule cannot reach it")
-
-    with pytest.raises(ValueError, match=r"budget 93 .* the schedule cannot reach it"):
-        settings.check_served(refuse)

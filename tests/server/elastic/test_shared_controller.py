@@ -6,14 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from ficoco_vllm.server.elastic.controller import Load, State
+from ficoco_vllm.server.elastic.controller import State
 from ficoco_vllm.server.elastic.settings import ElasticSettings
-from ficoco_vllm.server.elastic.shared_controller import (
-    EXPIRY_SECONDS,
-    EngineReport,
-    Observations,
-    SharedController,
-)
+from ficoco_vllm.server.elastic.shared_controller import SharedController
+from ficoco_vllm.server.load.reports import EXPIRY_SECONDS, EngineReport, Load, Observations
 
 SETTINGS = ElasticSettings(floor=64, ceiling=288)
 FULL = Load(1.0, 10, 20)
@@ -105,7 +101,7 @@ def test_preempted_requests_of_all_processes_count_once(tmp_path: Path) -> None:
 def test_a_held_lock_blocks_no_process(tmp_path: Path) -> None:
     controller = SharedController(SETTINGS, tmp_path, 1)
     update(controller, 1.0)
-    with (tmp_path / "lock").open("w") as lock:
+    with (tmp_path / "controller.json.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert controller.update(Observations(), 2.0) is None
     update(controller, 3.0)
@@ -115,6 +111,6 @@ def test_the_file_is_always_complete(tmp_path: Path) -> None:
     controller = SharedController(SETTINGS, tmp_path, 1)
     update(controller, 1.0, Observations({0: EngineReport(1.0, FULL)}, num_unfinished=1))
     content = json.loads((tmp_path / "controller.json").read_text())
-    assert set(content) == {"state", "reports", "num_preempted", "servers"}
-    (tmp_path / "controller.draft").write_text("{")  # left by a process that was killed
+    assert set(content) == {"state", "table"}
+    (tmp_path / "controller.json.draft").write_text("{")  # left by a process that was killed
     assert update(controller, 1.25)[1] == FULL

@@ -13,9 +13,10 @@ from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.kv.admission import ChatBudgets, fill_budget
 from ficoco_vllm.planning.server import ServerPlan
-from ficoco_vllm.server.elastic.budget import ElasticBudget, LoadRecorder, install
-from ficoco_vllm.server.elastic.defaults import DecoderBudget, TowerBudget, check_elastic
-from ficoco_vllm.server.elastic.settings import ElasticSettings
+from ficoco_vllm.server.budget import DecoderBudget, DefaultBudget, TowerBudget, check_budgets, most_tokens
+from ficoco_vllm.server.elastic.budget import ElasticBudget
+from ficoco_vllm.server.elastic.settings import OPTION, ElasticSettings
+from ficoco_vllm.server.load.recorder import LoadRecorder
 
 # 576 patches, towers and decoders of LLaVA-1.5's depth.
 HF_CONFIG = LlavaConfig(
@@ -34,15 +35,28 @@ def server_plan(**ficoco: Any) -> ServerPlan:
 
 def check(settings: ElasticSettings, min_keep: int = 1, **ficoco: Any) -> None:
     """As at start-up."""
-    check_elastic(settings, FicocoConfig.parse(ficoco), HF_CONFIG, min_keep)
+    config = FicocoConfig.parse(ficoco)
+    settings.check_bounds(min_keep, most_tokens(config, HF_CONFIG))
+    check_budgets(OPTION, settings.budgets, config, HF_CONFIG)
 
 
-class Fixed(ElasticBudget):
+class Level:
+    """A source at a level of our choice."""
+
+    def __init__(self, budgets: tuple[int, ...], level: int) -> None:
+        self.budgets, self.level = budgets, level
+
+    def __call__(self) -> int:
+        """The budget of the level."""
+        return self.budgets[self.level]
+
+    def update(self) -> None:
+        """Stay."""
+
+
+def fixed(level: int, settings: ElasticSettings = SETTINGS) -> DefaultBudget:
     """A budget at a level of our choice."""
-
-    def __init__(self, level: int, settings: ElasticSettings = SETTINGS) -> None:
-        self.settings = settings
-        self._level = level
+    return DefaultBudget((Level(settings.budgets, level),))
 
 
 @pytest.mark.parametrize(
@@ -78,39 +92,39 @@ def test_the_tower_gets_the_level(level: int) -> None:
     served = server_plan(method="ficoco-v")
     budget = SETTINGS.budgets[level]
     assert served.tower_follows
-    assert TowerBudget(Fixed(level), served)(None) == budget
-    assert TowerBudget(Fixed(level), served)("visionzip") == budget
+    assert TowerBudget(fixed(level), served)(None) == budget
+    assert TowerBudget(fixed(level), served)("visionzip") == budget
 
 
 def test_a_method_that_cannot_reach_the_level_gets_the_next_one_that_it_can() -> None:
     settings = ElasticSettings(floor=1, ceiling=512, levels=10)
     served = server_plan(method="tome", keep=300, start_layer=22)
-    reached = [TowerBudget(Fixed(level, settings), served)("tome") for level in range(10)]
+    reached = [TowerBudget(fixed(level, settings), served)("tome") for level in range(10)]
     assert reached == [512] * 10
-    assert TowerBudget(Fixed(3, settings), served)("topk-cls") == 8
+    assert TowerBudget(fixed(3, settings), served)("topk-cls") == 8
     # An unknown method reaches no budget; it is refused by name, as without elastic.
-    assert TowerBudget(Fixed(0, settings), served)("magic") == 1
+    assert TowerBudget(fixed(0, settings), served)("magic") == 1
 
 
 def test_the_decoder_gets_the_level_but_no_more_than_enters() -> None:
     served = server_plan(method="ficoco-l")
     assert not served.tower_follows
-    assert DecoderBudget(Fixed(2), served)(None, 576) == 136
-    assert DecoderBudget(Fixed(2), served)("fastv", 576) == 136
-    assert DecoderBudget(Fixed(4), served)(None, 100) == 100
+    assert DecoderBudget(fixed(2), served)(None, 576) == 136
+    assert DecoderBudget(fixed(2), served)("fastv", 576) == 136
+    assert DecoderBudget(fixed(4), served)(None, 100) == 100
 
 
 def test_of_a_method_that_reduces_twice_both_parts_follow_together() -> None:
     served = server_plan(method="ficoco-vl", keep=64)
-    tower, decoder = TowerBudget(Fixed(4), served), DecoderBudget(Fixed(0), served)
+    tower, decoder = TowerBudget(fixed(4), served), DecoderBudget(fixed(0), served)
     entering = tower(None)
     assert entering == 407  # the geometric mean of 576 and 288
     # The load has changed since the prompt was sized; the tower's budget says for which level it was.
     assert decoder(None, entering) == 288
     assert decoder(None, 200) == 64
-    fixed = server_plan(method="ficoco-vl", encoder={"keep": 192})
-    assert not fixed.tower_follows
-    assert DecoderBudget(Fixed(4), fixed)(None, 192) == 192
+    still = server_plan(method="ficoco-vl", encoder={"keep": 192})
+    assert not still.tower_follows
+    assert DecoderBudget(fixed(4), still)(None, 192) == 192
 
 
 def request(extra_args: dict[str, Any] | None, *lengths: int) -> Any:
@@ -120,7 +134,7 @@ def request(extra_args: dict[str, Any] | None, *lengths: int) -> Any:
 
 
 def test_an_explicit_budget_in_the_decoder_wins_and_others_are_filled() -> None:
-    budget = DecoderBudget(Fixed(1), server_plan(method="ficoco-l"))
+    budget = DecoderBudget(fixed(1), server_plan(method="ficoco-l"))
     for extra_args, lengths, expected in (
         ({"ficoco_keep": 500}, (576,), {"ficoco_keep": 500}),
         ({"ficoco_method": "fastv"}, (576,), {"ficoco_method": "fastv", "ficoco_keep": 93}),
@@ -133,21 +147,48 @@ def test_an_explicit_budget_in_the_decoder_wins_and_others_are_filled() -> None:
     fill_budget(budget, ChatBudgets(), SimpleNamespace(sampling_params=None, mm_features=[1]))
 
 
+def test_the_largest_of_two_sources_counts() -> None:
+    load, quality = Level((64, 93, 288), 0), Level((32, 128, 576), 1)
+    budget = DefaultBudget((load, quality))
+    assert budget.budgets == (32, 64, 93, 128, 288, 576)
+    assert budget() == 128, "the quality's rung is the floor"
+    load.level = 2
+    assert budget() == 288
+
+    def odd(keep: int) -> None:
+        if keep < 300:
+            raise ValueError(keep)
+
+    assert budget.reachable(odd) == 576
+
+
+def test_it_is_updated_and_shown_while_the_server_runs() -> None:
+    source, shown = Level((64, 288), 0), list[int]()
+    counts = iter(range(3))
+
+    def update() -> None:
+        source.level = next(counts) % 2
+
+    source.update = update  # type: ignore[method-assign]
+
+    async def run() -> None:
+        task = asyncio.create_task(DefaultBudget((source,)).follow(shown.append))
+        while len(shown) < 3:
+            await asyncio.sleep(0.01)
+        task.cancel()
+
+    asyncio.run(asyncio.wait_for(run(), 10))
+    assert shown == [64, 288, 64]
+
+
 def test_statistics_of_vllm_move_the_budget(tmp_path: Path) -> None:
-    shown: list[int] = []
     manager = SimpleNamespace(stat_loggers=[])
-    client = SimpleNamespace(logger_manager=manager, get_num_unfinished_requests=lambda: 9)
+    recorder = LoadRecorder.on(SimpleNamespace(logger_manager=manager), OPTION)
+    assert manager.stat_loggers == [recorder]
     settings = ElasticSettings(
         floor=64, ceiling=288, levels=2, attack_seconds=0.01, release_seconds=0.02, max_release_seconds=0.1
     )
-
-    async def start() -> ElasticBudget:
-        budget, _ = install(settings, tmp_path, client, shown.append)
-        return budget
-
-    budget = asyncio.run(start())  # its task ends with the loop; here the test looks at the board itself
-    (recorder,) = manager.stat_loggers
-    assert isinstance(recorder, LoadRecorder)
+    budget = ElasticBudget(settings, tmp_path, recorder, lambda: 9)
     assert budget() == 288
     preempted = IterationStats()
     preempted.num_preempted_reqs = 3
@@ -156,15 +197,10 @@ def test_statistics_of_vllm_move_the_budget(tmp_path: Path) -> None:
         recorder.record(SchedulerStats(kv_cache_usage=1.0, num_running_reqs=2, num_waiting_reqs=7), preempted)
         budget.update()
     assert budget() == 64
-    assert shown[0] == 288
-    assert shown[-1] == 64
     recorder.record(None, None)  # the statistics of this step went to another process
     recorder.log_engine_initialized()
 
 
-def test_without_statistics_it_is_refused(tmp_path: Path) -> None:
-    async def start() -> None:
-        install(SETTINGS, tmp_path, SimpleNamespace(logger_manager=None), print)
-
+def test_without_statistics_it_is_refused() -> None:
     with pytest.raises(ValueError, match="--disable-log-stats is not allowed"):
-        asyncio.run(start())
+        LoadRecorder.on(SimpleNamespace(logger_manager=None), OPTION)

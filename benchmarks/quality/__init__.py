@@ -1,0 +1,1 @@
+"""A target agreement instead of a budget: replay of a log, and the live experiment (docs/quality.md)."""

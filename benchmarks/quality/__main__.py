@@ -1,0 +1,211 @@
+"""`make bench-quality`: a target agreement on traffic that turns from easy to hard and back.
+
+Three parts, on the demo model and one server each:
+1. Traffic: colours and shapes, then numbers, then colours and shapes again, none naming a budget. Each answer is
+   compared with the full model's, which was asked for before.
+2. Stationary traffic: the budget on which the control law settles, against the one that `calibrate` finds on the same
+   answers.
+3. Overhead: requests a second at the same budget, with second answers and without, in turns.
+"""
+
+import asyncio
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ficoco_vllm.benchmarks.accuracy.client import Endpoint, Host
+from ficoco_vllm.benchmarks.accuracy.statistics import wilson
+from ficoco_vllm.benchmarks.accuracy.workload import Item, embedded
+from ficoco_vllm.benchmarks.calibration.search import certify, search
+from ficoco_vllm.benchmarks.harness.http import metric, served_model
+from ficoco_vllm.benchmarks.harness.results import Bar, at_most, environment, make_parser, report, write
+from ficoco_vllm.benchmarks.harness.serving import serving
+from ficoco_vllm.benchmarks.harness.terminal import Task
+from ficoco_vllm.benchmarks.quality.replay import Log, recorded
+from ficoco_vllm.benchmarks.quality.traffic import EASY, FULL, HARD, PHASES, answers, send
+from ficoco_vllm.quality.settings import QualitySettings
+from ficoco_vllm.quality.simulation import simulate
+
+NUM_TOKENS = 576
+# Of the live traffic and of the stationary one. Fewer requests show a lower target.
+LIVE_TARGET, STATIONARY_TARGET = 0.9, 0.98
+# One request in five may be compared, within the 3% that second answers may cost.
+QUALITY = {"share": 0.2, "max_tokens_per_minute": 10_000_000}
+NUM_ROUNDS = 6
+
+
+def main() -> int:
+    """Run the benchmark, write its JSON, print its bars."""
+    parser = make_parser(__doc__, "quality")
+    parser.add_argument(
+        "--count", type=int, default=5000, help="requests of each kind of traffic (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--items", type=int, default=100, help="questions of each type (default: %(default)s)"
+    )
+    parser.add_argument("--method", default="ficoco-v", help="default: %(default)s")
+    parser.add_argument(
+        "--answers", type=Path, default=Path("build/quality/answers"), help="folder, to continue from"
+    )
+    args = parser.parse_args()
+    live = _live(args.method, args.count, args.items, args.seed)
+    stationary = [
+        _stationary(args.method, kinds, args.items, args.seed, args.answers / f"{name}.jsonl")
+        for name, kinds in (("easy", EASY), ("hard", HARD))
+    ]
+    overhead = _overhead(args.method, args.items, args.seed)
+    head = {"environment": environment(), "seed": args.seed, "method": args.method, "quality": QUALITY}
+    result = {**head, "live": live, "stationary": stationary, "overhead": overhead}
+    write(result, args.out)
+    print(json.dumps(result, indent=2))
+    return report(bars(result))
+
+
+def bars(result: dict[str, Any]) -> list[Bar]:
+    """The bars."""
+    live, stationary = result["live"], result["stationary"]
+    easy, hard, again = (phase["visual_tokens_late"] for phase in live["phases"])
+    apart = [abs(row["settled_rung"] - row["calibrated_rung"]) for row in stationary]
+    return [
+        Bar("quality-agreement", live["high"], LIVE_TARGET),
+        at_most("quality-easy-tokens", easy / NUM_TOKENS, 0.5),
+        Bar("quality-hard-tokens-of-easy", hard / easy, 1.25),
+        at_most("quality-easy-again-tokens-of-hard", again / hard, 0.9),
+        at_most("quality-extra-tokens", live["extra"], 0.03),
+        at_most("quality-rungs-from-calibrated", max(apart), 0),
+        at_most("quality-overhead", result["overhead"]["time_ratio"], 1.05),
+    ]
+
+
+def _questions(kinds: tuple[str, ...], count: int, seed: int) -> list[Item]:
+    return embedded(kinds, count, seed)
+
+
+def _live(method: str, count: int, num_items: int, seed: int) -> dict[str, Any]:
+    """Traffic that turns, to one server."""
+    arguments = ["--ficoco-method", method, "--ficoco-target-agreement", str(LIVE_TARGET)]
+    arguments += ["--ficoco-config", json.dumps({"quality": {**QUALITY, "seed": seed}})]
+    with tempfile.TemporaryDirectory() as folder, serving(arguments, Path(folder) / "log") as server:
+        endpoint = Endpoint(server.url, served_model(server.url, "none"), NUM_TOKENS)
+        phases = []
+        with Task("traffic that turns", len(PHASES) * count) as task:
+            for number, kinds in enumerate(PHASES):
+                items = _questions(kinds, num_items, seed)
+                reference = asyncio.run(answers(endpoint, items, FULL))
+
+                phases.append(asyncio.run(send(endpoint, items, reference, count, seed + number, task)))
+        second = metric(server.url, "ficoco:quality_tokens_total")
+        falls = metric(server.url, "ficoco:quality_falls")
+    agreeing = sum(sum(phase.agreeing) for phase in phases)
+    total = sum(len(phase.agreeing) for phase in phases)
+    low, high = wilson(agreeing, total)
+    return {
+        "target": LIVE_TARGET,
+        "requests": total,
+        "agreement": agreeing / total,
+        "low": low,
+        "high": high,
+        "extra": second / sum(phase.tokens for phase in phases),
+        "falls": falls,
+        "phases": [
+            {
+                "agreement": phase.agreement,
+                "visual_tokens": phase.mean_kept(),
+                "visual_tokens_late": phase.mean_kept(last=0.25),
+            }
+            for phase in phases
+        ],
+    }
+
+
+def _stationary(method: str, kinds: tuple[str, ...], num_items: int, seed: int, path: Path) -> dict[str, Any]:
+    """The budget of the control law and that of `calibrate`, on the same answers."""
+    settings = QualitySettings.parse(
+        {**QUALITY, "seed": seed, "target_agreement": STATIONARY_TARGET}
+    ).on_model(NUM_TOKENS)
+    ladder = settings.ladder or ()
+    items = _questions(kinds, num_items, seed)
+    known = recorded(Log(method, settings, items, path, Host()))
+    draw = random.Random(seed)
+    log = [draw.choice(known) for _ in range(100_000)]
+    outcome = simulate(settings, log, per_second=1000.0)
+    # `calibrate` on as many questions, all different to it.
+    below = ladder[:-1]
+    asked = [draw.choice(known) for _ in range(4000)]
+
+    def ask(part: list[Any]) -> Any:
+        return lambda budgets, n: {
+            keep: round(sum(request.scores[ladder.index(keep)] for request in part[:n])) for keep in budgets
+        }
+
+    searched, fresh = asked[:1000], asked[1000:]
+    candidate, _ = search(below, STATIONARY_TARGET, len(searched), ask(searched))
+    safe = None
+    if candidate is not None:
+        safe, _ = certify(below, candidate, STATIONARY_TARGET, len(fresh), ask(fresh))
+    calibrated = ladder[-1] if safe is None else safe.keep
+    settled = outcome.settled[""]
+    return {
+        "target": STATIONARY_TARGET,
+        "kinds": kinds,
+        "agreement_by_budget": {
+            keep: statistics.fmean(request.scores[index] for request in known)
+            for index, keep in enumerate(ladder)
+        },
+        "settled": settled,
+        "calibrated": calibrated,
+        "settled_rung": ladder.index(settled),
+        "calibrated_rung": ladder.index(calibrated),
+        "requests_until_settled": outcome.moves[-1].request if outcome.moves else None,
+        "extra": outcome.extra,
+        "agreement": outcome.agreement,
+    }
+
+
+def _overhead(method: str, num_items: int, seed: int) -> dict[str, Any]:
+    """Seconds for the same requests with second answers and without, in turns on two servers."""
+    items = _questions(EASY, num_items, seed)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        quality = {**QUALITY, "seed": seed, "ladder": [64, NUM_TOKENS], "share": 1.0}
+        held = ["--ficoco-target-agreement", "0.5", "--ficoco-config", json.dumps({"quality": quality})]
+        both = {"with": held, "without": ["--ficoco-keep", "64"]}
+        seconds: dict[str, list[float]] = {kind: [] for kind in both}
+        extra = {}
+        with (
+            serving(["--ficoco-method", method, *both["with"]], folder / "with.log") as first,
+            serving(["--ficoco-method", method, *both["without"]], folder / "without.log") as second,
+        ):
+            endpoints = {
+                kind: Endpoint(server.url, served_model(server.url, "none"), NUM_TOKENS)
+                for kind, server in (("with", first), ("without", second))
+            }
+            reference = asyncio.run(answers(endpoints["without"], items, replace(FULL)))
+            count = 10 * len(items)
+            with Task("overhead of second answers", (2 * NUM_ROUNDS + 2) * count) as task:
+                for number in range(NUM_ROUNDS + 1):
+                    for kind in (("with", "without"), ("without", "with"))[number % 2]:
+                        begin = time.monotonic()
+                        phase = asyncio.run(send(endpoints[kind], items, reference, count, number, task))
+                        if number:  # in the first round the budget finds its rung
+                            seconds[kind].append(time.monotonic() - begin)
+                            extra[kind] = phase.mean_kept()
+            spent = metric(first.url, "ficoco:quality_tokens_total")
+    ratios = [on / off for on, off in zip(seconds["with"], seconds["without"], strict=True)]
+    return {
+        "time_ratio": statistics.median(ratios),
+        "ratios": ratios,
+        "visual_tokens": extra,
+        "second_tokens": spent,
+        "requests": count * (NUM_ROUNDS + 1),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
