@@ -15,7 +15,6 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +42,11 @@ NUM_ROUNDS = 6
 def main() -> int:
     """Run the benchmark, write its JSON, print its bars."""
     parser = make_parser(__doc__, "quality")
-    parser.add_argument(
-        "--count", type=int, default=5000, help="requests of each kind of traffic (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--items", type=int, default=100, help="questions of each type (default: %(default)s)"
-    )
-    parser.add_argument("--method", default="ficoco-v", help="default: %(default)s")
-    parser.add_argument(
-        "--answers", type=Path, default=Path("build/quality/answers"), help="folder, to continue from"
-    )
+    add = parser.add_argument
+    add("--count", type=int, default=5000, help="requests of each kind of traffic (default: %(default)s)")
+    add("--items", type=int, default=100, help="questions of each type (default: %(default)s)")
+    add("--method", default="ficoco-v", help="default: %(default)s")
+    add("--answers", type=Path, default=Path("build/quality/answers"), help="folder, to continue from")
     args = parser.parse_args()
     live = _live(args.method, args.count, args.items, args.seed)
     stationary = [
@@ -186,7 +180,7 @@ def _overhead(method: str, num_items: int, seed: int) -> dict[str, Any]:
                 kind: Endpoint(server.url, served_model(server.url, "none"), NUM_TOKENS)
                 for kind, server in (("with", first), ("without", second))
             }
-            reference = asyncio.run(answers(endpoints["without"], items, replace(FULL)))
+            reference = asyncio.run(answers(endpoints["without"], items, FULL))
             count = 10 * len(items)
             with Task("overhead of second answers", (2 * NUM_ROUNDS + 2) * count) as task:
                 for number in range(NUM_ROUNDS + 1):

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ficoco_vllm.quality.allowance import Allowance
-from ficoco_vllm.quality.controller import next_rungs, record, start
+from ficoco_vllm.quality.controller import State, next_rungs, record, start
 from ficoco_vllm.quality.settings import QualitySettings
 
 
@@ -90,7 +90,8 @@ def simulate(
         per_second: rate of the requests, for the bound on tokens a minute.
     """
     ladder: Sequence[int] = settings.ladder or ()
-    draw, allowance, states, outcome = random.Random(settings.seed), Allowance(settings, 0.0), {}, Replayed()
+    draw, allowance, outcome = random.Random(settings.seed), Allowance(settings, 0.0), Replayed()
+    states: dict[str, State] = {}
     for number, request in enumerate(requests):
         state = states.get(request.traffic) or start(settings)
         served = state.served

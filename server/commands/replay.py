@@ -13,9 +13,9 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "replay",
         help="show what --ficoco-target-agreement would have done on a log of requests",
-        description="Answers every question of a log at every budget of the ladder, once, and lets the control law of "
-        "--ficoco-target-agreement run over these answers: the budget that each request would have got, how many answers "
-        "would have been those of the full model, and what that would have cost.",
+        description="Answers every question of a log at every budget of the ladder, once, and lets the control law "
+        "of --ficoco-target-agreement run over these answers: the budget that each request would have got, how many "
+        "answers would have been those of the full model, and what that would have cost.",
     )
     add_server(parser, "build/replay")
     add_questions(parser)
