@@ -172,6 +172,13 @@ HOOKS = (
         "tests/metrics/test_files.py::test_a_disk_that_becomes_full",
     ),
     Hook(
+        "vllm.v1.engine.async_llm.AsyncLLM",
+        "generate",
+        "prompt sampling_params request_id",
+        "notes the answers of requests that are compared, and sends second ones with the lowest priority",
+        "tests/server/quality/test_server.py::test_it_starts_with_all_tokens_and_finds_that_few_are_enough",
+    ),
+    Hook(
         f"{_OPENAI}.chat_completion.serving.OpenAIServingChat",
         "create_chat_completion",
         "request raw_request",

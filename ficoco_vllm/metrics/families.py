@@ -106,6 +106,52 @@ class Metrics:
             "follows the load.",
             "mostrecent",
         )
+        self.quality_target = gauge(
+            "quality_target",
+            "Target agreement; this and all of quality_ only where there is one.",
+            "mostrecent",
+        )
+        self.quality_comparisons = counter(
+            "quality_comparisons",
+            "Answers at a budget that were compared with the full model's.",
+            "keep",
+            "traffic",
+        )
+        self.quality_score = counter(
+            "quality_score",
+            "Sum of their scores: 1 for the same text, for sampled answers the mean probability at which the full "
+            "model would have accepted a token.",
+            "keep",
+            "traffic",
+        )
+        self.quality_tokens = counter("quality_tokens", "Tokens of second answers, prompts and outputs.")
+        self.quality_skipped = counter(
+            "quality_skipped", "Requests that were chosen and not compared: no room, failed.", "reason"
+        )
+        self.quality_budget_tokens = gauge(
+            "quality_budget_tokens",
+            "Visual tokens of an image that requests without a budget keep now.",
+            "mostrecent",
+            "traffic",
+        )
+        self.quality_agreement_low = gauge(
+            "quality_agreement_low",
+            "Lower bound of the agreement at this budget, in its present trial.",
+            "mostrecent",
+            "traffic",
+        )
+        self.quality_agreement_high = gauge(
+            "quality_agreement_high", "Upper bound of the same.", "mostrecent", "traffic"
+        )
+        self.quality_trial_comparisons = gauge(
+            "quality_trial_comparisons", "Comparisons on which these bounds rest.", "mostrecent", "traffic"
+        )
+        self.quality_falls = gauge(
+            "quality_falls",
+            "Times that the budget went back to the top of the ladder.",
+            "mostrecent",
+            "traffic",
+        )
         self.time_to_first_token_seconds = histogram(
             "time_to_first_token_seconds",
             "Time from the arrival of a request to its first token, as vllm:time_to_first_token_seconds.",

@@ -35,7 +35,7 @@ def used(text: str) -> set[str]:
 def test_promtool_accepts_the_configuration() -> None:
     result = promtool("check", "config", str(PROMETHEUS / "prometheus.yml"))
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "11 rules found" in result.stdout
+    assert "13 rules found" in result.stdout
 
 
 @needs_prometheus
