@@ -40,12 +40,13 @@ def read_states(settings: QualitySettings, method: str, values: Any) -> dict[str
         return {}
     try:
         head = {**as_json(settings, method, {}), "states": values["states"]}
-        return {name: _state(state) for name, state in values["states"].items()} if values == head else {}
+        states = {name: _state(state) for name, state in values["states"].items()}
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{SETTING}.state = {settings.state!r} holds no state of a server; allowed: a file that a server wrote, or "
             "a path where there is none"
         ) from error
+    return states if values == head else {}
 
 
 def _state(values: dict[str, Any]) -> State:

@@ -1,0 +1,255 @@
+"""Choosing and comparing requests, with an engine and handlers of our own."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ConfigDict, Field
+from vllm.sampling_params import SamplingParams
+
+from ficoco_vllm.quality.settings import QualitySettings
+from ficoco_vllm.server.load.recorder import LoadRecorder
+from ficoco_vllm.server.load.reports import EngineReport, Load
+from ficoco_vllm.server.quality import comparing
+from ficoco_vllm.server.quality.budget import MAX_CLASSES, OTHER, UNNAMED, QualityBudget, traffic
+from ficoco_vllm.server.quality.comparing import LOWEST_PRIORITY, Comparer
+
+NUM_TOKENS = 576
+Answering = Callable[[Any], str]
+
+
+class Request(BaseModel):
+    """The fields of vLLM's requests that are read."""
+
+    model_config = ConfigDict(extra="allow")
+
+    prompt: str = "?"
+    stream: bool = False
+    temperature: float = 0.0
+    n: int = 1
+    request_id: str = Field(default_factory=lambda: "fresh")
+    metadata: dict[str, str] | None = None
+
+
+class Engine:
+    """Answers by a function of the request's budget.
+
+    Attributes:
+        sent: budget, parameters and priority of each prompt.
+    """
+
+    def __init__(self, answering: Callable[[int, SamplingParams], str]) -> None:
+        self.answering = answering
+        self.sent: list[tuple[int, SamplingParams, int]] = []
+
+    def generate(
+        self, prompt: Any, sampling_params: Any, request_id: str, *, priority: int = 0
+    ) -> AsyncIterator[Any]:
+        """As vLLM's."""
+        return self._generate(prompt, sampling_params, priority)
+
+    async def _generate(self, prompt: Any, params: Any, priority: int) -> AsyncIterator[Any]:
+        keep = prompt["keep"]
+        self.sent.append((keep, params, priority))
+        text = self.answering(keep, params)
+        ids = [ord(letter) for letter in text]
+        logprobs = None if params.logprobs is None else [{i: SimpleNamespace(logprob=-0.5)} for i in ids]
+        forced = None
+        if params.prompt_logprobs is not None:
+            forced = [{i: SimpleNamespace(logprob=-1.5)} for i in prompt["prompt_token_ids"]]
+        answer = SimpleNamespace(text=text, token_ids=ids, logprobs=logprobs, finish_reason="stop")
+        yield SimpleNamespace(
+            prompt_token_ids=prompt["prompt_token_ids"], prompt_logprobs=forced, outputs=[answer]
+        )
+
+
+class Figures:
+    """Notes what is reported."""
+
+    def __init__(self) -> None:
+        self.scores: list[tuple[int, str, float]] = []
+        self.skipped: list[str] = []
+        self.tokens = 0
+
+    def score(self, keep: int, name: str, score: float) -> None:
+        """As in the metrics."""
+        self.scores.append((keep, name, score))
+
+    def spend(self, num_tokens: int) -> None:
+        """As in the metrics."""
+        self.tokens += num_tokens
+
+    def skip(self, reason: str) -> None:
+        """As in the metrics."""
+        self.skipped.append(reason)
+
+
+class Server:
+    """A server with a handler that renders and generates, as vLLM's do."""
+
+    def __init__(self, folder: Path, engine: Engine, **settings: Any) -> None:
+        values = {"target_agreement": 0.8, "ladder": [64, NUM_TOKENS], "share": 1.0, "max_extra": 1.0}
+        parsed = QualitySettings.parse({**values, "max_tokens_per_minute": 10**9, **settings})
+        self.budget = QualityBudget(parsed, "ficoco-v", folder, LoadRecorder(), lambda: 1)
+        self.figures, self.engine = Figures(), engine
+        self.comparer = Comparer(
+            self.budget,
+            NUM_TOKENS,
+            self.figures,  # type: ignore[arg-type]
+            has_priorities=True,
+        )
+        self.comparer._allowance.is_ready, self.comparer._allowance.earned = True, 1e6
+        self.openai_serving_chat = self
+        self.comparer.attach(self, engine)
+
+    async def create_chat_completion(self, request: Any, raw_request: Any = None) -> Any:
+        """The handler."""
+        field = (request.model_extra or {}).get("ficoco")
+        keep = self.budget() if field is None else NUM_TOKENS if field == "off" else field["keep"]
+        prompt = {"keep": keep, "prompt_token_ids": [0] * keep, "mm_placeholders": {"image": [1]}}
+        params = SamplingParams(temperature=request.temperature, n=request.n)
+        text = ""
+        async for output in self.engine.generate(prompt, params, "id"):
+            text = output.outputs[0].text
+        return text
+
+    async def ask(self, raw_request: Any = None, **fields: Any) -> str:
+        """Send one request, and wait for its comparison."""
+        answer: str = await self.create_chat_completion(Request(**fields), raw_request)
+        while self.comparer._waiting:
+            await asyncio.sleep(0.001)
+        self.budget.update()
+        return answer
+
+
+def test_both_answers_are_compared_after_the_first_was_given(tmp_path: Path) -> None:
+    engine = Engine(lambda keep, params: "706" if keep == NUM_TOKENS else "708")
+    server = Server(tmp_path, engine)
+    assert asyncio.run(server.ask()) == "706"
+    assert [(keep, priority) for keep, _, priority in engine.sent] == [(576, 0), (64, LOWEST_PRIORITY)]
+    assert server.figures.scores == [(64, "", 0.0)]
+    assert server.figures.tokens == 64 + 3
+    assert server.budget.state(UNNAMED).rungs[0].tally.count == 1
+
+
+def test_at_a_reduced_budget_the_full_model_answers_once_for_all_rungs(tmp_path: Path) -> None:
+    engine = Engine(lambda keep, params: "same")
+    server = Server(tmp_path, engine, ladder=[32, 64, NUM_TOKENS])
+
+    async def run() -> None:
+        while server.budget() > 64:
+            await server.ask()
+        engine.sent.clear()
+        await server.ask()
+
+    asyncio.run(run())
+    if server.budget() == 64:
+        assert [keep for keep, *_ in engine.sent] == [64, NUM_TOKENS, 32]
+    else:  # the smallest was shown first
+        assert [keep for keep, *_ in engine.sent] == [32, NUM_TOKENS]
+
+
+def test_of_a_sampled_answer_the_full_model_reads_the_tokens(tmp_path: Path) -> None:
+    engine = Engine(lambda keep, params: "abc" if params.max_tokens != 1 else "x")
+    server = Server(tmp_path, engine)
+    asyncio.run(server.ask(temperature=0.7))
+    (first, one, _), (second, two, _), (third, three, _) = engine.sent
+    assert (first, second, third) == (NUM_TOKENS, 64, NUM_TOKENS)
+    assert (one.logprobs, two.logprobs, three.prompt_logprobs, three.max_tokens) == (0, 0, 0, 1)
+    assert server.figures.scores == [(64, "", pytest.approx(2.718281828**-1))]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"ficoco": {"keep": 100}},
+        {"ficoco": "off"},
+        {"mm_processor_kwargs": {"ficoco_keep": 100}},
+        {"vllm_xargs": {"ficoco_method": "fastv"}},
+        {"n": 2, "temperature": 0.7},
+        {"echo": True},
+        {"use_beam_search": True},
+        {"prompt_logprobs": 1},
+    ],
+    ids=str,
+)
+def test_what_is_not_compared(fields: dict[str, Any], tmp_path: Path) -> None:
+    engine = Engine(lambda keep, params: "706")
+    server = Server(tmp_path, engine)
+    assert asyncio.run(server.ask(**fields)) == "706"
+    assert len(engine.sent) == 1
+    assert server.figures.scores == []
+
+
+def test_a_second_answer_that_fails_is_nobody_s_error(tmp_path: Path) -> None:
+    def answering(keep: int, params: Any) -> str:
+        if keep == 64:
+            raise ValueError("the prompt is too long")
+        return "706"
+
+    server = Server(tmp_path, Engine(answering))
+    assert asyncio.run(server.ask()) == "706"
+    assert server.figures.skipped == ["failed"]
+    assert server.budget.state(UNNAMED).rungs[0].tally.count == 0
+
+
+def test_without_room_a_comparison_waits_and_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparing, "WAIT_SECONDS", 0.1)
+    server = Server(tmp_path, Engine(lambda keep, params: "706"))
+    for load in (Load(0.9, 1, 0), Load(0.1, 2, 2)):
+        server.budget._recorder.observations.reports[0] = EngineReport(time.monotonic(), load)
+        server.budget.update()
+        assert asyncio.run(server.ask()) == "706"
+    assert server.figures.skipped == ["no room", "no room"]
+    server.budget._recorder.observations.reports[0] = EngineReport(time.monotonic(), Load(0.5, 8, 2))
+    server.budget.update()
+    asyncio.run(server.ask())
+    assert server.figures.scores == [(64, "", 1.0)]
+
+
+def test_classes_of_traffic(tmp_path: Path) -> None:
+    engine = Engine(lambda keep, params: "same")
+    server = Server(tmp_path, engine, class_header="x-traffic")
+    raw = SimpleNamespace(headers={"x-traffic": "photos"})
+
+    async def run() -> None:
+        while True:
+            await server.ask(raw)
+            traffic.set("photos")
+            if server.budget() == 64:
+                return
+
+    asyncio.run(run())
+    assert {name for _, name, _ in server.figures.scores} == {"photos"}
+    assert server.budget() == NUM_TOKENS, "the unnamed class has shown nothing"
+    assert server.budget.class_of("photos") == "photos"
+    assert server.budget.class_of(None) == server.budget.class_of("") == UNNAMED
+    assert len(server.budget.class_of("x" * 1000)) == 64
+    server.budget.states = {str(number): server.budget.state("") for number in range(MAX_CLASSES)}
+    assert server.budget.class_of("one more") == OTHER
+
+
+def test_a_key_of_the_metadata_names_the_class(tmp_path: Path) -> None:
+    server = Server(tmp_path, Engine(lambda keep, params: "same"), class_metadata="kind")
+    asyncio.run(server.ask(metadata={"kind": "ocr"}))
+    asyncio.run(server.ask(metadata={"other": "ocr"}))
+    assert [name for _, name, _ in server.figures.scores] == ["ocr", ""]
+
+
+def test_processes_share_the_state_and_a_file_outlasts_them(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    first, second = (Server(tmp_path, Engine(lambda keep, params: "same"), state=str(path)) for _ in range(2))
+    asyncio.run(first.ask())
+    asyncio.run(second.ask())
+    first.budget.update()
+    assert first.budget.state(UNNAMED).rungs[0].tally.count == 2
+    later = Server(tmp_path, Engine(lambda keep, params: "same"), state=str(path))
+    assert later.budget.states == first.budget.states
+    other = Server(tmp_path, Engine(lambda keep, params: "same"), state=str(path), target_agreement=0.9)
+    assert other.budget.states == {}, "another target is begun anew"
