@@ -123,7 +123,7 @@ def test_a_recorder_among_vllm_s_stat_loggers() -> None:
     """Whatever the manager does with its loggers, it can do with ours."""
     seen: list[tuple[int, Any, int]] = []
     budget = SimpleNamespace(record=lambda *seen_now: seen.append(seen_now))
-    recorder = LoadRecorder(budget)  # type: ignore[arg-type]
+    recorder = LoadRecorder(budget)
     assert isinstance(recorder, AggregateStatLoggerBase)
     manager = StatLoggerManager.__new__(StatLoggerManager)
     manager.stat_loggers = [recorder]
