@@ -113,7 +113,7 @@ def test_moved_seams_are_reported(
 def test_a_method_that_hands_on_what_it_does_not_name_is_not_broken(
     installed: Tree, needed: dict[Seam, set[str]], tmp_path: Path
 ) -> None:
-    """Of two methods that get a parameter, ours of `get_bytes` takes any; that of `get_async_response` names them."""
+    """Both methods of vLLM get a new parameter. Ours in place of `get_bytes` hands on any; the other names each."""
     old, new = "allow_redirects: bool = True,", "allow_redirects: bool = True,\n        again: int = 0,"
     tree = changed(installed, "vllm.connections", old, new, tmp_path)
     names = {"HTTPConnection.get_bytes", "HTTPConnection.get_async_response"}

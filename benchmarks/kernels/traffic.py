@@ -30,8 +30,7 @@ SECTOR_BYTES = 32
 _FREE = {"empty", "empty_like", "new_empty", "view", "transpose", "expand", "select", "slice", "detach"}
 
 
-# torch does not annotate the base class and its `__init__`.
-class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Traffic(TorchDispatchMode):
     """What the launches made inside load, store and multiply.
 
     Attributes:
@@ -41,7 +40,7 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.launches: list[dict[str, int]] = []
         self.torch_bytes = 0
         self.requested_bytes = self.flops = 0

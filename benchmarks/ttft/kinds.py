@@ -29,7 +29,7 @@ class Kind:
 
 
 def stock(size: str) -> Kind:
-    """VLLM without any plugin.
+    """Stock vLLM, without any plugin.
 
     Args:
         size: one of `MODELS`.

@@ -81,7 +81,7 @@ class QwenLayer:
 
     @property
     def layer(self) -> Qwen3_VisionBlock:
-        """VLLM's layer."""
+        """The layer that vLLM built."""
         return self.tower.visual.blocks[self.index]
 
     @property

@@ -39,7 +39,7 @@ def pictures() -> list[Image.Image]:
 
 @pytest.fixture(scope="module")
 def reference(model: Path) -> TiledDecoder:
-    """On the same weights."""
+    """The float64 oracle on the same weights."""
     return TiledDecoder(model)
 
 

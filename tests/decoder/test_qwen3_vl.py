@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reference(folder: Path) -> ReferenceQwenDecoder:
-    """On the same weights."""
+    """The float64 oracle on the same weights."""
     return ReferenceQwenDecoder(folder)
 
 

@@ -29,7 +29,7 @@ def test_exists_and_takes_what_it_took(hook: Hook) -> None:
     except ModuleNotFoundError:
         owner = getattr(import_module(module), name, None)
     seam = f"{hook.owner}.{hook.attribute}"
-    attribute = inspect.unwrap(getattr(owner, hook.attribute, None))  # type: ignore[arg-type]
+    attribute = inspect.unwrap(getattr(owner, hook.attribute, None))
     assert attribute is not None, f"{seam} is gone"
     expected = hook.parameters.split()
     signature = inspect.signature(attribute).parameters if callable(attribute) else ()

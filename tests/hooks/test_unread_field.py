@@ -13,7 +13,7 @@ from ficoco_vllm.hooks.unread_field import READ, hook_renderer
 
 
 class ReachedError(Exception):
-    """VLLM's own method was called."""
+    """The method of vLLM was called."""
 
 
 @pytest.fixture

@@ -139,7 +139,7 @@ def test_choice_of_implementation() -> None:
     assert uses_triton("triton", here)
     assert not uses_triton("torch", there)
     with pytest.raises(ValueError, match="backend = 'cuda'"):
-        uses_triton("cuda", here)  # type: ignore[arg-type]
+        uses_triton("cuda", here)
 
 
 WITHOUT_TRITON = """

@@ -41,7 +41,7 @@ def run(
     """The op where the kernels run, back on the CPU."""
     there = {name: x.to(DEVICE) if isinstance(x, Tensor) else x for name, x in settings.items()}
     first, second = (None if x is None else x.to(DEVICE) for x in (row_sum, task))
-    return filter_scores(first, second, weight, backend=backend, **there).cpu()  # type: ignore[arg-type]
+    return filter_scores(first, second, weight, backend=backend, **there).cpu()
 
 
 @pytest.mark.parametrize(

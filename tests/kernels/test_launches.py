@@ -4,7 +4,6 @@ import pytest
 
 from tests.kernels.conftest import INTERPRETED
 
-pytest.importorskip("triton", reason="kernels are written in Triton, which is not installed")
 pytestmark = [
     pytest.mark.compiler,
     pytest.mark.skipif(INTERPRETED, reason="the interpreter replaces the launcher"),

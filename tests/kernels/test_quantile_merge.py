@@ -30,7 +30,7 @@ class Problem:
     def run(self, backend: Backend, **settings: object) -> tuple[Tensor, Tensor]:
         """The op where the kernels run, back on the CPU."""
         parts = (self.tokens, self.size, self.correlation, self.source, self.target)
-        tokens, size = quantile_merge(*(part.to(DEVICE) for part in parts), backend=backend, **settings)  # type: ignore[arg-type]
+        tokens, size = quantile_merge(*(part.to(DEVICE) for part in parts), backend=backend, **settings)
         return tokens.cpu(), size.cpu()
 
 

@@ -17,7 +17,7 @@ class Renderer:
         self.before, self.after, self.answer = before, after, answer
 
     def render_chat(self, conversations: Any, params: ChatParams, **_: Any) -> tuple[Any, Any]:
-        """VLLM's conversations and prompts."""
+        """The conversations and prompts that vLLM returns."""
         ((message,),) = conversations
         assert params.chat_template == "the server's"
         assert params.chat_template_kwargs["of the server"]

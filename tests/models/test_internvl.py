@@ -9,6 +9,7 @@ from PIL import Image
 from vllm import LLM
 from vllm.exceptions import VLLMValidationError
 
+from tests.models.checks import assert_images_equal, assert_together_equals_alone
 from tests.reference.internvl import ReferenceInternVL
 from tests.support.compare import NUM_TOKENS, TOLERANCE, assert_equal
 from tests.support.engine import Answers, Engines, Question, ask, ask_all, request
@@ -39,7 +40,7 @@ def engine(engines: Engines, random_internvl: Path) -> LLM:
 
 @pytest.fixture(scope="module")
 def reference(random_internvl: Path) -> ReferenceInternVL:
-    """On the same weights."""
+    """The float64 oracle on the same weights."""
     return ReferenceInternVL(random_internvl)
 
 
@@ -48,10 +49,7 @@ def reference(random_internvl: Path) -> ReferenceInternVL:
 def test_equals_reference(
     engine: LLM, reference: ReferenceInternVL, pictures: list[Image.Image], keep: int
 ) -> None:
-    result = ask(engine, [request(PROMPT, [image], ficoco_keep=keep) for image in pictures], NUM_TOKENS)
-    for image, answer in zip(pictures, result, strict=True):
-        tokens, logprobs = reference.generate(PROMPT, [(image, keep)], NUM_TOKENS)
-        assert_equal(answer.tokens, answer.logprobs, tokens, logprobs, ends=False)
+    assert_images_equal(engine, reference, PROMPT, pictures, keep)
 
 
 @pytest.mark.parametrize("method", ["tome", "evit", "topk-cls", "visionzip", "divprune"])
@@ -64,10 +62,7 @@ def test_other_methods_equal_reference(
 ) -> None:
     """Merging with weights, fused units without a place, selection on the features."""
     monkeypatch.setattr(reference, "method", method)
-    requested = [request(PROMPT, [image], ficoco_method=method, ficoco_keep=9) for image in pictures]
-    for image, answer in zip(pictures, ask(engine, requested, NUM_TOKENS), strict=True):
-        tokens, logprobs = reference.generate(PROMPT, [(image, 9)], NUM_TOKENS)
-        assert_equal(answer.tokens, answer.logprobs, tokens, logprobs, ends=False)
+    assert_images_equal(engine, reference, PROMPT, pictures, 9, ficoco_method=method)
 
 
 def test_two_images_equal_reference(
@@ -86,14 +81,7 @@ def test_batched_equals_alone(engine: LLM, pictures: list[Image.Image]) -> None:
         requests.append(request(PROMPT, [image], ficoco_keep=(9, UNITS, 4)[index % 3]))
         if index % 3 == 0:
             requests.append(request(TEXT_ONLY))
-    engine.reset_prefix_cache()
-    engine.llm_engine.reset_mm_cache()
-    together = ask(engine, requests, NUM_TOKENS)
-    for one, answer in zip(requests, together, strict=True):
-        engine.reset_prefix_cache()
-        engine.llm_engine.reset_mm_cache()
-        (alone,) = ask(engine, [one], NUM_TOKENS)
-        assert_equal(answer.tokens, answer.logprobs, alone.tokens, alone.logprobs, ends=False)
+    assert_together_equals_alone(engine, requests)
 
 
 def test_the_check_can_fail(engine: LLM, reference: ReferenceInternVL, pictures: list[Image.Image]) -> None:

@@ -12,6 +12,7 @@ from vllm.exceptions import VLLMValidationError
 from ficoco_vllm.hf import reduce_tokens
 from ficoco_vllm.reduction import available, get
 from ficoco_vllm.reduction.method import SITES
+from tests.models.checks import assert_together_equals_alone
 from tests.reference.dense_tower import DenseLlava
 from tests.support.engine import PROMPT, Engines, ask, request
 from tests.support.hugging_face import HfLlava
@@ -70,12 +71,7 @@ def test_all_methods_in_one_step_equal_each_alone(engine: LLM, images: list[Imag
         request(PROMPT, [images[index % len(images)]], ficoco_method=method, ficoco_keep=(64, 100)[index % 2])
         for index, method in enumerate(SERVED)
     ]
-    engine.reset_prefix_cache()
-    for one, answer in zip(requests, ask(engine, requests, 3), strict=True):
-        engine.reset_prefix_cache()
-        (alone,) = ask(engine, [one], 3)
-        assert answer.tokens == alone.tokens
-        torch.testing.assert_close(answer.logprobs, alone.logprobs, atol=TOLERANCE, rtol=0)
+    assert_together_equals_alone(engine, requests, 3)
 
 
 @pytest.mark.parametrize("method", sorted({*available(), "magic"} - set(SERVED)))

@@ -10,6 +10,7 @@ from vllm import LLM
 from vllm.exceptions import VLLMValidationError
 
 from ficoco_vllm.hf import reduce_tokens
+from tests.models.checks import assert_images_equal, assert_together_equals_alone
 from tests.reference.tiles import TiledDense, TiledLlava
 from tests.support.compare import NUM_TOKENS, TOLERANCE, assert_equal
 from tests.support.engine import (
@@ -49,17 +50,14 @@ def engine(engines: Engines, random_next: Path) -> LLM:
 
 @pytest.fixture(scope="module")
 def reference(random_next: Path) -> TiledLlava:
-    """On the same weights."""
+    """The float64 oracle on the same weights."""
     return TiledLlava(random_next)
 
 
 @pytest.mark.proves(family="LLaVA-NeXT", site="tower")
 @pytest.mark.parametrize("keep", BUDGETS)
 def test_equals_reference(engine: LLM, reference: TiledLlava, pictures: list[Image.Image], keep: int) -> None:
-    result = ask(engine, [request(PROMPT, [image], ficoco_keep=keep) for image in pictures], NUM_TOKENS)
-    for image, answer in zip(pictures, result, strict=True):
-        tokens, logprobs = reference.generate(PROMPT, [(image, keep)], NUM_TOKENS)
-        assert_equal(answer.tokens, answer.logprobs, tokens, logprobs, ends=False)
+    assert_images_equal(engine, reference, PROMPT, pictures, keep)
 
 
 def test_two_images_equal_reference(engine: LLM, reference: TiledLlava, pictures: list[Image.Image]) -> None:
@@ -89,14 +87,7 @@ def test_batched_equals_alone(engine: LLM, pictures: list[Image.Image]) -> None:
         requests.append(request(PROMPT, [image], ficoco_keep=(16, 144, 9)[index % 3]))
         if index % 3 == 0:
             requests.append(request(TEXT_ONLY))
-    engine.reset_prefix_cache()
-    engine.llm_engine.reset_mm_cache()
-    together = ask(engine, requests, NUM_TOKENS)
-    for one, answer in zip(requests, together, strict=True):
-        engine.reset_prefix_cache()
-        engine.llm_engine.reset_mm_cache()
-        (alone,) = ask(engine, [one], NUM_TOKENS)
-        assert_equal(answer.tokens, answer.logprobs, alone.tokens, alone.logprobs, ends=False)
+    assert_together_equals_alone(engine, requests)
 
 
 @pytest.mark.parametrize("method", ["tome", "evit", "topk-cls", "spatial-pool", "visionzip", "divprune"])
@@ -106,10 +97,7 @@ def test_other_methods_equal_reference(
     """Merging with weights, fused tokens without a place, selection on the features, places of the crop."""
     reference = TiledDense(random_next)
     reference.method, reference.settings = method, {}
-    requested = [request(PROMPT, [image], ficoco_method=method, ficoco_keep=20) for image in pictures]
-    for image, answer in zip(pictures, ask(engine, requested, NUM_TOKENS), strict=True):
-        tokens, logprobs = reference.generate(PROMPT, [(image, 20)], NUM_TOKENS)
-        assert_equal(answer.tokens, answer.logprobs, tokens, logprobs, ends=False)
+    assert_images_equal(engine, reference, PROMPT, pictures, 20, ficoco_method=method)
 
 
 def test_the_check_can_fail(engine: LLM, reference: TiledLlava, pictures: list[Image.Image]) -> None:

@@ -16,6 +16,7 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from ficoco_vllm.models.qwen3_vl import FicocoQwen3VL
 from ficoco_vllm.models.verify import _check_positions
 from ficoco_vllm.vision.mrope import CHANNELS, put_places, with_places, without_places
+from tests.models.checks import assert_together_equals_alone
 from tests.reference.qwen3_vl import ReferenceQwen
 from tests.support.engine import Answers, Engines, Question, ask, ask_all, request
 from tests.support.pictures import noise
@@ -144,12 +145,7 @@ def test_together_equals_alone(engine: LLM, images: list[Image.Image]) -> None:
         for index, method in enumerate(["ficoco-v", "divprune", "tome", "ficoco-v", "ficoco-v", "downscale"])
     ]
     requests += [request(PROMPT, [images[0]], ficoco_keep=MOST_UNITS), {"prompt": TEXT}]
-    engine.reset_prefix_cache()
-    for one, answer in zip(requests, ask(engine, requests, 3), strict=True):
-        engine.reset_prefix_cache()
-        (alone,) = ask(engine, [one], 3)
-        assert answer.tokens == alone.tokens
-        torch.testing.assert_close(answer.logprobs, alone.logprobs, atol=TOLERANCE, rtol=0)
+    assert_together_equals_alone(engine, requests, 3)
 
 
 @pytest.mark.engine

@@ -8,6 +8,7 @@ from PIL import Image
 
 from ficoco_vllm.hf import reduce_tokens
 from ficoco_vllm.tracing.chain import read_steps
+from tests.models.checks import assert_together_equals_alone
 from tests.models.conftest import Pair
 from tests.reference import algorithm1
 from tests.support.compare import NUM_TOKENS, TOLERANCE, assert_equal, demo_questions
@@ -69,13 +70,7 @@ def test_batched_equals_alone(pair: Pair, weights: str, questions: list[tuple[st
         requests.append(request(text, [image], ficoco_keep=(64, 192, 9)[index % 3]))
         if index % 3 == 0:
             requests.append(request(TEXT_ONLY))
-    engine.reset_prefix_cache()
-    together = ask(engine, requests, NUM_TOKENS)
-    for one, answer in zip(requests, together, strict=True):
-        engine.reset_prefix_cache()
-        engine.llm_engine.reset_mm_cache()
-        (alone,) = ask(engine, [one], NUM_TOKENS)
-        assert_equal(answer.tokens, answer.logprobs, alone.tokens, alone.logprobs, ends=weights == "demo")
+    assert_together_equals_alone(engine, requests, ends=weights == "demo")
 
 
 def test_a_trace_matches_the_reference(

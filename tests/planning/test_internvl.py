@@ -96,7 +96,7 @@ def test_budgets() -> None:
     per_tile = planner(method="ficoco-v", keep=64)
     whole = per_tile.num_before(height=1080, width=1920)
     num_tiles = whole // 256
-    assert num_tiles == len(per_tile.shape.tiling.places(1080, 1920))  # type: ignore[union-attr]
+    assert num_tiles == len(per_tile.shape.tiling.places(1080, 1920))
     assert per_tile.num_image_tokens(per_tile.default, height=1080, width=1920) == 64 * num_tiles
     assert per_tile.most_keep == 256
     assert per_tile.num_image_tokens(Budget("ficoco-v", 256), height=1080, width=1920) == whole

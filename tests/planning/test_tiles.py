@@ -72,7 +72,7 @@ def test_counts(height: int, width: int) -> None:
     ]
     assert result.num_tokens == sum(tile.keep for tile in result.tiles) + len(result.newline_rows)
     # Every patch that stock vLLM hands on is in exactly one tile.
-    places = served.shape.tiling.places(height, width)  # type: ignore[union-attr]
+    places = served.shape.tiling.places(height, width)
     lines = sum(place.crop.rows for place in places if place.column == 0)
     assert sum(place.crop.num_units for place in places) + lines == stock
 

@@ -57,7 +57,7 @@ def bounded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bounded]:
     arguments += ["--ficoco-max-image-mb", "1", "--ficoco-max-body-mb", "4"]
     arguments += ["--ficoco-max-image-pixels", str(PIXELS), "--limit-mm-per-prompt", '{"image": 2}']
     arguments += ["--enforce-eager", "--max-model-len", "1024", "--kv-cache-memory-bytes", str(2**26)]
-    # Few requests run at the same time, so that the burst of the soak queues on a fast machine, too.
+    # Few requests run at the same time, so that the burst of the soak queues on every machine.
     arguments += ["--dtype", DTYPE, "--max-num-seqs", "8"]
     with (
         loopback_site(SITE) as site,

@@ -50,7 +50,7 @@ def ask(client: OpenAI, sizes: list[tuple[int, int]], ficoco: Any = None) -> Any
     urls = [data_url(image) for image in noise(sizes, seed=3)]
     answer = client.chat.completions.create(
         model="internvl",
-        messages=[message("how many?", urls)],  # type: ignore[list-item]
+        messages=[message("how many?", urls)],
         max_tokens=2,
         temperature=0,
         extra_body=None if ficoco is None else {"ficoco": ficoco},

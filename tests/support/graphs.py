@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class Graph:
-    """In place of `torch.cuda.CUDAGraph`.
+    """Stand-in for `torch.cuda.CUDAGraph`.
 
     Attributes:
         replays: of all graphs, since they were installed.

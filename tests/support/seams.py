@@ -102,24 +102,34 @@ class Tree:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._modules: dict[str, ast.Module | None] = {}
+        self._found: dict[tuple[str, str], tuple[str, ast.AST] | None] = {}
 
-    @cache  # noqa: B019 (a tree lives as long as the run)
     def module(self, name: str) -> ast.Module | None:
-        """Syntax of a module; None if there is none."""
+        """Syntax of a module, parsed once; None if there is none."""
+        if name not in self._modules:
+            self._modules[name] = self._parse(name)
+        return self._modules[name]
+
+    def _parse(self, name: str) -> ast.Module | None:
         path = self.root.joinpath(*name.split(".")[1:])
         for file in (path / "__init__.py", path.with_suffix(".py")):
             if file.is_file():
                 return ast.parse(file.read_text())
         return None
 
-    @cache  # noqa: B019
     def find(self, module: str, name: str) -> tuple[str, ast.AST] | None:
-        """Definition of a name of a module, through imports within vLLM.
+        """Definition of a name of a module, through imports within vLLM; looked up once.
 
         Returns:
             The defining module and the node; None if there is no such name. A submodule and a lazily loaded name
             (`__getattr__`, as in `vllm.envs`) resolve to the module itself.
         """
+        if (module, name) not in self._found:
+            self._found[module, name] = self._find(module, name)
+        return self._found[module, name]
+
+    def _find(self, module: str, name: str) -> tuple[str, ast.AST] | None:
         tree = self.module(module)
         if tree is None:
             return None

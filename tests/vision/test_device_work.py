@@ -22,7 +22,6 @@ from ficoco_vllm.vision.vllm_tower import VllmTower
 from tests.kernels.conftest import INTERPRETED
 from tests.support.device_work import DeviceWork, record_launches
 
-pytest.importorskip("triton", reason="kernels are written in Triton, which is not installed")
 pytestmark = [
     pytest.mark.compiler,
     pytest.mark.skipif(INTERPRETED, reason="the interpreter replaces the launcher"),

@@ -111,7 +111,7 @@ def pixels() -> Tensor:
 
 
 def planner(method: str, keep: int) -> VisionPlanner:
-    """Of the random model's tower."""
+    """Plan of the random model's tower, with one method and budget."""
     shape = TowerShape((SIDE, SIDE), 6, 6, False, Mosaic(1, MOST_TILES, TILE, SIDE), unit=4)
     return VisionPlanner.shared(FicocoConfig(method=method, keep=keep), shape)
 

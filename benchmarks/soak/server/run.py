@@ -37,7 +37,7 @@ COUNTERS = {
 SETTLE_SECONDS = 60.0
 _NUM_LISTED = 20
 # Between two looks at the queue.
-_QUEUE_SECONDS = 0.5
+_QUEUE_SECONDS = 0.1
 Counts = Mapping[str, Mapping[str, float]]
 
 

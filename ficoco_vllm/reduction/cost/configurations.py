@@ -1,6 +1,7 @@
 """Reading the sizes of a model from the content of its config.json, family by family."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ficoco_vllm.reduction.cost.shapes import DecoderShape, ModelShape, ProjectorShape, TowerShape
@@ -125,55 +126,55 @@ def _llava(config: Mapping[str, Any], read: "_Reader", decoder: DecoderShape) ->
         raise ValueError(
             f"vision_feature_select_strategy: got {select!r}, allowed: 'default' (without [CLS])"
         )
-    num_layers = read.positive("num_hidden_layers", MAX_LAYERS)
-    width, num_heads = read.divisible("hidden_size", "num_attention_heads")
-    image_size, patch_size = _sides(read)
-    mlp = read.positive("intermediate_size")
-    tower = TowerShape(
-        image_size=image_size,
-        patch_size=patch_size,
-        hidden=width,
-        num_heads=num_heads,
-        mlp=mlp,
-        num_layers=num_layers,
-        num_executed=_executed(config.get("vision_feature_layer", -2), num_layers),
-        layer_small=4 * width + mlp + width + 4 * width,
+    tower = _vit(read, config.get("vision_feature_layer", -2))
+    width = tower.hidden
+    tower = replace(
+        tower,
+        layer_small=4 * width + tower.mlp + width + 4 * width,
         # [CLS], positions and the norm before the first layer; the embedding has no bias.
-        small=width + ((image_size // patch_size) ** 2 + 1) * width + 2 * width,
+        small=width + (tower.num_patches + 1) * width + 2 * width,
     )
     return ModelShape(tower, decoder, ProjectorShape(inner=decoder.hidden, small=2 * decoder.hidden))
 
 
-def _internvl(config: Mapping[str, Any], read: "_Reader", decoder: DecoderShape) -> ModelShape:
+def _vit(read: "_Reader", feature_layer: Any) -> TowerShape:
+    """Sizes of a vision transformer with [CLS], by the names that CLIP and InternViT share."""
     num_layers = read.positive("num_hidden_layers", MAX_LAYERS)
     width, num_heads = read.divisible("hidden_size", "num_attention_heads")
     image_size, patch_size = _sides(read)
-    mlp = read.positive("intermediate_size")
+    return TowerShape(
+        image_size=image_size,
+        patch_size=patch_size,
+        hidden=width,
+        num_heads=num_heads,
+        mlp=read.positive("intermediate_size"),
+        num_layers=num_layers,
+        num_executed=_executed(feature_layer, num_layers),
+    )
+
+
+def _internvl(config: Mapping[str, Any], read: "_Reader", decoder: DecoderShape) -> ModelShape:
+    tower = _vit(read, config.get("vision_feature_layer", -1))
+    width = tower.hidden
     ratio = config.get("downsample_ratio", 0.5)
     if ratio not in (0.5, 1.0):
         raise ValueError(f"downsample_ratio: got {ratio!r}, allowed: 0.5, 1.0")
     side = round(1 / ratio)
-    grid = image_size // patch_size
-    if grid % side:
+    if tower.image_size // tower.patch_size % side:
         raise ValueError(
-            f"vision_config.image_size: got {image_size}, allowed: a multiple of {side * patch_size} (a unit)"
+            f"vision_config.image_size: got {tower.image_size}, allowed: a multiple of {side * tower.patch_size} "
+            "(a unit)"
         )
     norm = width if read.values.get("norm_type") == "rms_norm" else 2 * width
     biases = 3 * width if read.values.get("attention_bias") else 0
     query_key_norms = 2 * width if read.values.get("use_qk_norm") else 0
     last_norm = 0 if read.values.get("use_mean_pooling", True) else 2 * width
-    tower = TowerShape(
-        image_size=image_size,
-        patch_size=patch_size,
-        hidden=width,
-        num_heads=num_heads,
-        mlp=mlp,
-        num_layers=num_layers,
-        num_executed=_executed(config.get("vision_feature_layer", -1), num_layers),
+    tower = replace(
+        tower,
         unit=side**2,
         # Beside norms and biases, two scales of the residual stream.
-        layer_small=biases + query_key_norms + width + mlp + width + 2 * norm + 2 * width,
-        small=width + (grid**2 + 1) * width + width + last_norm,
+        layer_small=biases + query_key_norms + width + tower.mlp + width + 2 * norm + 2 * width,
+        small=width + (tower.num_patches + 1) * width + width + last_norm,
     )
     small = 2 * side**2 * width + 2 * decoder.hidden
     return ModelShape(tower, decoder, ProjectorShape(inner=decoder.hidden, small=small))

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.server
 
 @pytest.fixture(scope="module")
 def plain(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """VLLM's own server, which loads no plugin at all."""
+    """The server of vLLM itself, without any plugin."""
     log = tmp_path_factory.mktemp("plain") / "log"
     arguments = ["--model", str(demo_model), "--served-model-name", MODEL, "--enforce-eager"]
     arguments += ["--api-key", API_KEY, "--kv-cache-memory-bytes", str(2**28), "--trust-request-mm-kwargs"]
