@@ -15,13 +15,14 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ficoco_vllm.benchmarks.accuracy.client import Endpoint, Host
 from ficoco_vllm.benchmarks.accuracy.statistics import wilson
-from ficoco_vllm.benchmarks.accuracy.workload import Item, embedded
-from ficoco_vllm.benchmarks.calibration.search import certify, search
+from ficoco_vllm.benchmarks.accuracy.workload import embedded
+from ficoco_vllm.benchmarks.calibration.search import Ask, certify, search
 from ficoco_vllm.benchmarks.harness.http import metric, served_model
 from ficoco_vllm.benchmarks.harness.results import Bar, at_most, environment, make_parser, report, write
 from ficoco_vllm.benchmarks.harness.serving import serving
@@ -29,7 +30,7 @@ from ficoco_vllm.benchmarks.harness.terminal import Task
 from ficoco_vllm.benchmarks.quality.replay import Log, recorded
 from ficoco_vllm.benchmarks.quality.traffic import EASY, FULL, HARD, PHASES, answers, send
 from ficoco_vllm.quality.settings import QualitySettings
-from ficoco_vllm.quality.simulation import simulate
+from ficoco_vllm.quality.simulation import Recorded, simulate
 
 NUM_TOKENS = 576
 # Of the live traffic and of the stationary one. Fewer requests show a lower target.
@@ -37,6 +38,8 @@ LIVE_TARGET, STATIONARY_TARGET = 0.9, 0.98
 # One request in five may be compared, within the 3% that second answers may cost.
 QUALITY = {"share": 0.2, "max_tokens_per_minute": 10_000_000}
 NUM_ROUNDS = 6
+# Questions of `calibrate`: to search with, and to certify.
+NUM_CALIBRATED = (1000, 3000)
 
 
 def main() -> int:
@@ -49,10 +52,14 @@ def main() -> int:
     add("--answers", type=Path, default=Path("build/quality/answers"), help="folder, to continue from")
     args = parser.parse_args()
     live = _live(args.method, args.count, args.items, args.seed)
-    stationary = [
-        _stationary(args.method, kinds, args.items, args.seed, args.answers / f"{name}.jsonl")
-        for name, kinds in (("easy", EASY), ("hard", HARD))
-    ]
+    settings = QualitySettings.parse(
+        {**QUALITY, "seed": args.seed, "target_agreement": STATIONARY_TARGET}
+    ).on_model(NUM_TOKENS)
+    stationary = []
+    for name, kinds in (("easy", EASY), ("hard", HARD)):
+        items = embedded(kinds, args.items, args.seed)
+        log = Log(args.method, settings, items, args.answers / f"{name}.jsonl", Host())
+        stationary.append({"kinds": kinds, **compared(settings, recorded(log))})
     overhead = _overhead(args.method, args.items, args.seed)
     head = {"environment": environment(), "seed": args.seed, "method": args.method, "quality": QUALITY}
     result = {**head, "live": live, "stationary": stationary, "overhead": overhead}
@@ -77,10 +84,6 @@ def bars(result: dict[str, Any]) -> list[Bar]:
     ]
 
 
-def _questions(kinds: tuple[str, ...], count: int, seed: int) -> list[Item]:
-    return embedded(kinds, count, seed)
-
-
 def _live(method: str, count: int, num_items: int, seed: int) -> dict[str, Any]:
     """Traffic that turns, to one server."""
     arguments = ["--ficoco-method", method, "--ficoco-target-agreement", str(LIVE_TARGET)]
@@ -90,9 +93,8 @@ def _live(method: str, count: int, num_items: int, seed: int) -> dict[str, Any]:
         phases = []
         with Task("traffic that turns", len(PHASES) * count) as task:
             for number, kinds in enumerate(PHASES):
-                items = _questions(kinds, num_items, seed)
+                items = embedded(kinds, num_items, seed)
                 reference = asyncio.run(answers(endpoint, items, FULL))
-
                 phases.append(asyncio.run(send(endpoint, items, reference, count, seed + number, task)))
         second = metric(server.url, "ficoco:quality_tokens_total")
         falls = metric(server.url, "ficoco:quality_falls")
@@ -118,36 +120,30 @@ def _live(method: str, count: int, num_items: int, seed: int) -> dict[str, Any]:
     }
 
 
-def _stationary(method: str, kinds: tuple[str, ...], num_items: int, seed: int, path: Path) -> dict[str, Any]:
-    """The budget of the control law and that of `calibrate`, on the same answers."""
-    settings = QualitySettings.parse(
-        {**QUALITY, "seed": seed, "target_agreement": STATIONARY_TARGET}
-    ).on_model(NUM_TOKENS)
-    ladder = settings.ladder or ()
-    items = _questions(kinds, num_items, seed)
-    known = recorded(Log(method, settings, items, path, Host()))
-    draw = random.Random(seed)
-    log = [draw.choice(known) for _ in range(100_000)]
-    outcome = simulate(settings, log, per_second=1000.0)
-    # `calibrate` on as many questions, all different to it.
-    below = ladder[:-1]
-    asked = [draw.choice(known) for _ in range(4000)]
+def compared(settings: QualitySettings, known: Sequence[Recorded]) -> dict[str, Any]:
+    """The budget on which the control law settles and the one that `calibrate` finds, on the same traffic.
 
-    def ask(part: list[Any]) -> Any:
-        return lambda budgets, n: {
-            keep: round(sum(request.scores[ladder.index(keep)] for request in part[:n])) for keep in budgets
+    Args:
+        settings: with a ladder whose last rung keeps all tokens.
+        known: questions of the traffic, from which its requests are drawn.
+    """
+    ladder, target, draw = settings.ladder or (), settings.target_agreement, random.Random(settings.seed)
+    outcome = simulate(settings, [draw.choice(known) for _ in range(100_000)], per_second=1000.0)
+
+    def ask(part: Sequence[Recorded]) -> Ask:
+        return lambda budgets, count: {
+            keep: round(sum(request.scores[ladder.index(keep)] for request in part[:count]))
+            for keep in budgets
         }
 
-    searched, fresh = asked[:1000], asked[1000:]
-    candidate, _ = search(below, STATIONARY_TARGET, len(searched), ask(searched))
+    searched, fresh = ([draw.choice(known) for _ in range(count)] for count in NUM_CALIBRATED)
+    candidate, _ = search(ladder[:-1], target, len(searched), ask(searched))
     safe = None
     if candidate is not None:
-        safe, _ = certify(below, candidate, STATIONARY_TARGET, len(fresh), ask(fresh))
-    calibrated = ladder[-1] if safe is None else safe.keep
-    settled = outcome.settled[""]
+        safe, _ = certify(ladder[:-1], candidate, target, len(fresh), ask(fresh))
+    settled, calibrated = outcome.settled[""], ladder[-1] if safe is None else safe.keep
     return {
-        "target": STATIONARY_TARGET,
-        "kinds": kinds,
+        "target": target,
         "agreement_by_budget": {
             keep: statistics.fmean(request.scores[index] for request in known)
             for index, keep in enumerate(ladder)
@@ -164,7 +160,7 @@ def _stationary(method: str, kinds: tuple[str, ...], num_items: int, seed: int, 
 
 def _overhead(method: str, num_items: int, seed: int) -> dict[str, Any]:
     """Seconds for the same requests with second answers and without, in turns on two servers."""
-    items = _questions(EASY, num_items, seed)
+    items = embedded(EASY, num_items, seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         quality = {**QUALITY, "seed": seed, "ladder": [64, NUM_TOKENS], "share": 1.0}

@@ -1,5 +1,6 @@
 """A real Prometheus in a process of its own, and Grafana's variables filled in."""
 
+import re
 import shutil
 import subprocess
 from typing import Any
@@ -16,13 +17,25 @@ MISSING = "the dashboard's tests: no prometheus or promtool (Debian's package pr
 needs_prometheus = pytest.mark.needs(bool(shutil.which("prometheus") and shutil.which("promtool")), MISSING)
 
 
-def panels() -> dict[str, list[str]]:
-    """Title of each panel of the dashboard to its queries."""
-    return {
-        panel["title"]: [target["expr"] for target in panel["targets"]]
-        for panel in all_panels()
-        if panel["type"] != "row"
-    }
+# The row, and the alerts, of a server with a target agreement.
+QUALITY_ROW = "Quality"
+QUALITY_ALERTS = {"FicocoTargetMissed", "FicocoTargetUnwatched"}
+
+
+def panels(row: str | None = None) -> dict[str, list[str]]:
+    """Title of each panel of the dashboard, or of one row, to its queries."""
+    found, current = {}, ""
+    for panel in all_panels():
+        if panel["type"] == "row":
+            current = panel["title"]
+        elif row in (None, current):
+            found[panel["title"]] = [target["expr"] for target in panel["targets"]]
+    return found
+
+
+def without_limit(rule: dict[str, Any]) -> str:
+    """What an alert compares with its limit."""
+    return re.sub(r" (?:[<>]=?|==) [0-9.]+", "", rule["expr"])
 
 
 def rules() -> list[dict[str, Any]]:

@@ -11,6 +11,17 @@ import pytest
 from openai import OpenAI
 
 from ficoco_vllm.benchmarks.accuracy.workload import Item, embedded
+from tests.support.prometheus import (
+    QUALITY_ALERTS,
+    QUALITY_ROW,
+    Labels,
+    filled_in,
+    needs_prometheus,
+    panels,
+    rules,
+    scrape,
+    without_limit,
+)
 from tests.support.server import API_KEY, Server, data_url, message, serve
 from tests.support.site import Site, loopback_site
 
@@ -113,27 +124,62 @@ def test_the_file_holds_counts_and_nothing_of_a_request(
     assert items[0].question not in text
 
 
-@pytest.mark.parametrize(
-    "more", [{"temperature": 0.7, "seed": 1}, {"stream": True}], ids=["sampled", "stream"]
-)
-def test_other_requests_are_compared_as_well(server: Server, items: list[Item], more: dict[str, Any]) -> None:
+def test_sampled_and_streamed_answers_are_compared_and_prompts_without_an_image_are_not(
+    server: Server, items: list[Item]
+) -> None:
     before = server.metric("ficoco:quality_comparisons_total")
     with server.client() as client:
-        if "stream" in more:
-            chat = client.chat.completions.create(
-                model="ficoco-demo",
-                messages=[message(items[1].question, [data_url(items[1].image or b"")])],
-                max_tokens=8,
-                **more,
-            )
-            assert "".join(part.choices[0].delta.content or "" for part in chat)
-        else:
-            ask(client, items[1], **more)
-        completion = client.completions.create(model="ficoco-demo", prompt="What", max_tokens=4)
-        assert completion.choices[0].text, "a prompt without an image is not compared"
-    wait(server, "ficoco:quality_comparisons_total", before + 1)
-    assert server.metric("ficoco:quality_comparisons_total") == before + 1
+        ask(client, items[1], temperature=0.7, seed=1)
+        wait(server, "ficoco:quality_comparisons_total", before + 1)
+        chunks = client.chat.completions.create(
+            model="ficoco-demo",
+            messages=[message(items[1].question, [data_url(items[1].image or b"")])],
+            temperature=0,
+            max_tokens=8,
+            stream=True,
+        )
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        wait(server, "ficoco:quality_comparisons_total", before + 2)
+        assert client.completions.create(model="ficoco-demo", prompt="What", max_tokens=4).choices[0].text
+    time.sleep(1)
+    assert server.metric("ficoco:quality_comparisons_total") == before + 2
     assert server.metric("ficoco:quality_skipped_total") == 0
+
+
+@needs_prometheus
+def test_every_query_of_the_row_and_both_alerts(server: Server, items: list[Item], tmp_path: Path) -> None:
+    instance = server.url.removeprefix("http://")
+    before = server.metric("ficoco:quality_comparisons_total")
+    start = time.monotonic()
+    with scrape(tmp_path, instance) as prometheus, server.client() as client:
+        prometheus.wait_for_scrapes()
+        for item in items[:12]:
+            ask(client, item)
+        wait(server, "ficoco:quality_comparisons_total", before + 6)
+        prometheus.wait_for_scrapes()
+        window, at = int(time.monotonic() - start) + 2, time.time()
+
+        def query(expression: str) -> dict[Labels, float]:
+            return prometheus.query(filled_in(expression, window, "ficoco-demo", instance), at)
+
+        (agreement, target), (low, high), (budget, falls), (tokens, count, tally, skipped) = (
+            [query(expression) for expression in expressions] for expressions in panels(QUALITY_ROW).values()
+        )
+        alerts = {
+            rule["alert"]: query(without_limit(rule)) for rule in rules() if rule["alert"] in QUALITY_ALERTS
+        }
+    assert 0 <= agreement[("keep", "64"),] <= 1
+    assert list(target.values()) == [0.8]
+    assert 0.8 <= low[()] < high[()] <= 1, (low, high)
+    assert budget[("instance", instance),] == 64
+    assert list(falls.values()) == [0] * len(falls)
+    grown = server.metric("ficoco:quality_comparisons_total") - before
+    assert count[()] == pytest.approx(grown / window, rel=0.15)
+    assert tokens[()] > 576 * count[()]
+    assert tally[()] >= grown
+    assert skipped == {}
+    assert alerts.keys() == QUALITY_ALERTS
+    assert all(alerts.values()), alerts
 
 
 def test_an_image_is_fetched_from_the_network_once(server: Server, site: Site) -> None:
