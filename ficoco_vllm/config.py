@@ -51,6 +51,9 @@ class FicocoConfig(BaseModel):
         rounding: images in the decoder lose multiples of this many tokens. A server sets it: the block size where
             whole windows are cached, else 1.
         encoder: for a method that reduces twice: `keep` or `keep_ratio` and settings of its part in the tower.
+        text_encoder: for methods that compare the image with the question: folder or name of the CLIP from which the
+            model's vision tower came; its text encoder reads the question. None compares the language model's own
+            embeddings.
         backend: implementation of the fused ops: "triton", "torch", or "auto": Triton on a GPU and torch elsewhere. A
             named implementation never falls back to another.
         graph_budgets: budgets whose tower is captured as CUDA graphs beside the default budget's, where vLLM's
@@ -72,6 +75,7 @@ class FicocoConfig(BaseModel):
     window_tokens: int | None = Field(default=None, ge=1, strict=True)
     rounding: int = Field(default=1, ge=1, strict=True)
     encoder: dict[str, Any] = Field(default_factory=dict)
+    text_encoder: str | None = Field(default=None, min_length=1)
     backend: Backend = "auto"
     graph_budgets: tuple[Annotated[int, Field(ge=1, strict=True)], ...] = ()
     metrics: bool = Field(default=True, strict=True)
@@ -87,7 +91,16 @@ class FicocoConfig(BaseModel):
         loose = {key: value for key, value in values.items() if key not in cls.model_fields}
         if loose:
             fields["settings"] = {**fields.get("settings", {}), **loose}
-        general = ("backend", "graph_budgets", "metrics", "explain", "keep_per", "windows", "rounding")
+        general = (
+            "text_encoder",
+            "backend",
+            "graph_budgets",
+            "metrics",
+            "explain",
+            "keep_per",
+            "windows",
+            "rounding",
+        )
         about_method = [value for key, value in fields.items() if key not in general]
         if any(value not in (None, {}) for value in about_method) and fields.get("method") is None:
             fields["method"] = SETTINGS_METHOD if fields.get("settings") else DEFAULT_METHOD
@@ -133,6 +146,7 @@ class FicocoConfig(BaseModel):
             "rounding": self.rounding != 1,
             "keep_per": self.keep_per != "tile",
             "graph_budgets": bool(self.graph_budgets),
+            "text_encoder": self.text_encoder is not None,
         }
         for name, is_set in unused.items():
             if is_set:
@@ -155,6 +169,10 @@ class FicocoConfig(BaseModel):
             raise ValueError(
                 f"windows = {self.windows!r} and rounding = {self.rounding} are for methods of the decoder; allowed: "
                 "'off' and 1"
+            )
+        if self.text_encoder is not None and self.decoder_method is not None:
+            raise ValueError(
+                f"text_encoder = {self.text_encoder!r} is allowed for methods of the tower only, not for {self.method}"
             )
         if self.window_tokens is not None and self.decoder_method is None:
             raise ValueError(

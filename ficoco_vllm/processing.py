@@ -41,12 +41,15 @@ from ficoco_vllm.request_fields import (
     KEEP_RATIO,
     METHOD,
     PREFIX,
+    QUESTION,
     SIZES,
     TRACE,
+    check_question,
     check_trace_id,
     find_unknown,
     unknown_field,
 )
+from ficoco_vllm.vision.text_encoder import text_tokenizer
 
 # Part of the multimodal hash, with budget and method, so that servers that share a cache never mix settings.
 SETTINGS = "ficoco_settings"
@@ -175,7 +178,7 @@ class ReducingInfo(BaseProcessingInfo):
         planner = self.planner
         config = FicocoConfig.of(self.get_hf_config())
         unknown = find_unknown(
-            (name for name in fields if name != SETTINGS), explain=config.explain, ratio=True
+            (name for name in fields if name != SETTINGS), explain=config.explain, tower=True
         )
         if unknown is not None:
             raise VLLMValidationError(unknown_field(unknown), parameter=unknown, value=fields[unknown])
@@ -191,9 +194,13 @@ class ReducingInfo(BaseProcessingInfo):
         try:
             if TRACE in fields:
                 check_trace_id(fields[TRACE])
+            if QUESTION in fields:
+                check_question(fields[QUESTION])
             budget = planner.budget(fields.get(METHOD), fields.get(KEEP), fields.get(KEEP_RATIO))
         except ValueError as error:
-            field = next((name for name in (METHOD, TRACE, KEEP_RATIO) if str(error).startswith(name)), KEEP)
+            field = next(
+                (name for name in (METHOD, TRACE, QUESTION, KEEP_RATIO) if str(error).startswith(name)), KEEP
+            )
             raise VLLMValidationError(str(error), parameter=field) from error
         try:
             for height, width in sizes:
@@ -207,8 +214,9 @@ class ReducingProcessor(BaseMultiModalProcessor[Any]):
     """Mixin for vLLM's processor of a model: a budget for each request.
 
     The budget travels in the processor's keyword arguments, which are part of the multimodal hash: neither the
-    processor cache nor the encoder cache nor the prefix cache can mix two budgets. The trace id of a request is part of
-    the hash too, so that a traced request hits none of these caches and its trace shows its own run.
+    processor cache nor the encoder cache nor the prefix cache can mix two budgets, or two questions where the method
+    reads them. The trace id of a request is part of the hash too, so that a traced request hits none of these caches,
+    and its trace shows its own run.
     """
 
     info: ReducingInfo
@@ -258,11 +266,20 @@ class ReducingProcessor(BaseMultiModalProcessor[Any]):
             kwargs[SETTINGS] = self.info.planner.fingerprint
             if TRACE in fields:
                 kwargs[TRACE] = check_trace_id(fields[TRACE])
+            if self.info.planner.reduces(budget) and self.info.planner.reads_question(budget.method):
+                given = fields.get(QUESTION)
+                kwargs[QUESTION] = self._text_of(inputs.prompt) if given is None else given
         sized = SizedInputs(**{**vars(inputs), "hf_processor_mm_kwargs": kwargs})
         result: Any = super().apply(sized, timing_ctx)
         if sized.sizes:
             result[BUDGET], result[SIZES] = budget, sized.sizes
         return cast(MultiModalInput, result)
+
+    def _text_of(self, prompt: Sequence[int]) -> str:
+        """The text of a prompt, which takes the place of a question that its request does not name."""
+        image = self.info.get_hf_config().image_token_id
+        text = [token for token in prompt if token != image]
+        return str(self.info.get_tokenizer().decode(text, skip_special_tokens=True))
 
     def _cached_apply_hf_processor(
         self, inputs: ProcessorInputs, timing_ctx: TimingContext
@@ -292,7 +309,15 @@ class ReducingProcessor(BaseMultiModalProcessor[Any]):
             for name, value in fields.items():
                 dtype = torch.float64 if isinstance(value, float) else torch.int64
                 processed[name] = torch.full((num_images,), value, dtype=dtype)
+            if QUESTION in hf_kwargs:
+                processed[QUESTION] = self._question(str(hf_kwargs[QUESTION])).expand(num_images, -1)
         return processed
+
+    def _question(self, text: str) -> torch.Tensor:
+        """Tokens of a question, (M,) int64, of the model that reads it."""
+        encoder = FicocoConfig.of(self.info.get_hf_config()).text_encoder
+        tokenizer = self.info.get_tokenizer() if encoder is None else text_tokenizer(encoder)
+        return torch.tensor(tokenizer.encode(text, add_special_tokens=False), dtype=torch.int64)
 
     def _admitted(self, kwargs: Mapping[str, Any]) -> Budget:
         """The budget that `apply` has validated and written."""
@@ -307,6 +332,7 @@ class ReducingProcessor(BaseMultiModalProcessor[Any]):
         # On the CPU, where they are read to group the images of a step.
         for name in (KEEP, KEEP_RATIO, METHOD, TRACE):
             fields[name] = MultiModalFieldConfig.batched("image", keep_on_cpu=True)
+        fields[QUESTION] = MultiModalFieldConfig.batched("image")
         return fields
 
     def _get_prompt_updates(

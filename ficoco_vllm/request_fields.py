@@ -13,6 +13,8 @@ KEEP_RATIO = "ficoco_keep_ratio"
 METHOD = "ficoco_method"
 # Ends of the decision windows, counted in tokens of the prompt with its placeholders: one number or several.
 WINDOW = "ficoco_window"
+# The question about the images, for methods that compare them with it: a text.
+QUESTION = "ficoco_question"
 # The mark of a request that is to be traced.
 TRACE = "ficoco_trace"
 # Keys of a processed prompt: its `Budget`, height and width of its images in pixels, its savings.
@@ -24,7 +26,7 @@ MAX_TRACE_ID = 2**53 - 1
 
 
 def find_unknown(
-    names: Iterable[str], *, explain: bool, windows: bool = False, ratio: bool = False
+    names: Iterable[str], *, explain: bool, windows: bool = False, tower: bool = False
 ) -> str | None:
     """The first of our fields that a server does not know.
 
@@ -32,11 +34,11 @@ def find_unknown(
         names: of all fields that the request sets.
         explain: whether the server traces requests.
         windows: whether a request may name the ends of its decision windows.
-        ratio: whether a request may name a share of the tokens.
+        tower: whether these are arguments of the tower, where a budget may be a share and a question may come with it.
     """
     allowed = {KEEP, METHOD}
-    if ratio:
-        allowed.add(KEEP_RATIO)
+    if tower:
+        allowed |= {KEEP_RATIO, QUESTION}
     if explain:
         allowed.add(TRACE)
     if windows:
@@ -46,7 +48,10 @@ def find_unknown(
 
 def unknown_field(name: str) -> str:
     """Error text for a field that a server does not know."""
-    return f"{name} is not a field of this server; allowed: {KEEP}, {METHOD}, in mm_processor_kwargs also {KEEP_RATIO}"
+    return (
+        f"{name} is not a field of this server; allowed: {KEEP}, {METHOD}, in mm_processor_kwargs also {KEEP_RATIO} "
+        f"and {QUESTION}"
+    )
 
 
 def find_misplaced(body: Mapping[str, Any]) -> str | None:
@@ -115,6 +120,20 @@ def check_keep_ratio(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) <= 1:
         raise ValueError(f"{KEEP_RATIO} = {value!r} is not allowed; allowed: a number above 0, at most 1")
     return float(value)
+
+
+def check_question(value: Any) -> str:
+    """Validate the question about the images.
+
+    Args:
+        value: as the client sent it.
+
+    Raises:
+        ValueError: starting with the field, then its value and what is allowed.
+    """
+    if not isinstance(value, str):
+        raise ValueError(f"{QUESTION} = {value!r} is not allowed; allowed: a text")
+    return value
 
 
 def check_trace_id(value: Any) -> int:

@@ -93,6 +93,12 @@ class ReducingQwen(ReducingModel):
         """See `ReducingModel`; the tower has merged them."""
         return units
 
+    def embed_units(self, units: Tensor) -> Tensor:
+        """See `ReducingModel`; without deepstack features."""
+        B, N, _ = units.shape
+        merged: Tensor = self.visual.merger(units.reshape(B * N * self.visual.spatial_merge_unit, -1))
+        return merged.view(B, N, -1)
+
     def embed_multimodal(self, **kwargs: object) -> MultiModalEmbeddings | None:
         """Embed the images and videos of a step, images of one budget and grid together.
 
@@ -142,12 +148,13 @@ class ReducingQwen(ReducingModel):
         plan: VisionPlan,
         grid: tuple[int, int],
         observers: Observers | None,
+        questions: Sequence[Tensor],
         crop: Crop | None = None,
         tower: Tower | None = None,
     ) -> Tokens:
         """See `ReducingModel`; tokens of the language model, with deepstack features and places."""
         tower = QwenTower(self.visual, grid)
-        tokens = super()._encode(pixels, plan, grid, observers, crop, tower)
+        tokens = super()._encode(pixels, plan, grid, observers, questions, crop, tower)
         merged = tower.merged(tokens)
         unit = tower.unit_of(tokens.position)
         return Merged(

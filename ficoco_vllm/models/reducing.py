@@ -1,7 +1,7 @@
 """Base of the model classes that replace vLLM's."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,10 +21,12 @@ from ficoco_vllm.planning.server import ServerPlan
 from ficoco_vllm.planning.tiles import Layout
 from ficoco_vllm.planning.tiling import Crop, Place
 from ficoco_vllm.planning.tower import Budget, VisionPlan, VisionPlanner
-from ficoco_vllm.request_fields import KEEP, KEEP_RATIO, METHOD, TRACE
+from ficoco_vllm.request_fields import KEEP, KEEP_RATIO, METHOD, QUESTION, TRACE
 from ficoco_vllm.tracing.store import Traces
 from ficoco_vllm.vision.packing import Kept, pack
+from ficoco_vllm.vision.relevance import Relevance, Source
 from ficoco_vllm.vision.staging import take_items
+from ficoco_vllm.vision.text_encoder import ClipText
 from ficoco_vllm.vision.tiles import keep_tiles
 from ficoco_vllm.vision.tower import Observers, Tokens, Tower, encode, run_whole
 
@@ -35,10 +37,16 @@ class Requested(NamedTuple):
     Attributes:
         budgets: of each image.
         traced: image to trace id, for the images that are traced.
+        questions: tokens (M,) of the question about each image, where a method reads it.
     """
 
     budgets: Sequence[Budget]
     traced: Mapping[int, int]
+    questions: Sequence[Tensor] = ()
+
+    def about(self, images: Iterable[int]) -> list[Tensor]:
+        """Questions about some images; none where no method reads them."""
+        return [self.questions[image] for image in images] if len(self.questions) else []
 
 
 class ReducingModel(nn.Module):
@@ -52,6 +60,7 @@ class ReducingModel(nn.Module):
         stopwatch: times the reductions in the tower.
         traces: of the requests that are traced.
         max_images: images, or tiles, that the tower encodes in one batch.
+        source: of the vectors by which units are compared with a question.
         tower_of: returns the model's tower as `encode` runs it, for images whose grids have these rows and columns of
             units.
     """
@@ -67,6 +76,7 @@ class ReducingModel(nn.Module):
         self.decoder: SegmentedDecoder | None = None
         self.stopwatch: Stopwatch | None = None
         self.traces = Traces()
+        self.source: Source = _Embeddings(self)
         if FicocoConfig.of(self.config).method is None:
             return
         plan = ServerPlan.served(self.config)
@@ -97,6 +107,9 @@ class ReducingModel(nn.Module):
             self.stopwatch = _stopwatch(vllm_config, str(plan.tower.default.method), "tower")
             # As many at a time as in stock vLLM, so that many small budgets need no more memory.
             at_once = vllm_config.scheduler_config.max_num_batched_tokens // shape.num_units
+            if plan.config.text_encoder is not None:
+                model = vllm_config.model_config
+                self.source = ClipText(plan.config.text_encoder, model.dtype, current_platform.device_type)
             self.max_images = max(1 if shape.tiling is None else shape.tiling.most_tiles, at_once)
 
     def forward(
@@ -148,6 +161,14 @@ class ReducingModel(nn.Module):
         projected: Tensor = self.multi_modal_projector(units)
         return projected
 
+    def embed_units(self, units: Tensor) -> Tensor:
+        """Embeddings of units that are compared with those of a question, (B, N, hidden size).
+
+        Args:
+            units: (B, N, unit * D), output of the tower.
+        """
+        return self.project(units)
+
     def stock_units(self, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
         """Units of tiles from which nothing leaves, (B, U, unit * D).
 
@@ -163,9 +184,11 @@ class ReducingModel(nn.Module):
 
         Args:
             fields: of a batch of n images, with `ficoco_keep` and `ficoco_method` (n,) on the host, `ficoco_keep_ratio`
-                (n,) where budgets are shares, and `ficoco_trace` (n,) where images are traced.
+                (n,) where budgets are shares, `ficoco_trace` (n,) where images are traced, and `ficoco_question` where
+                a method reads it, (n, M) or n tensors (M,) on the device.
         """
         keep, ratio, method, trace = (fields.pop(name, None) for name in (KEEP, KEEP_RATIO, METHOD, TRACE))
+        questions: Any = fields.pop(QUESTION, ())
         if self.planner is None or not isinstance(keep, Tensor):
             return None
         assert isinstance(method, Tensor)
@@ -174,7 +197,8 @@ class ReducingModel(nn.Module):
             Budget(self.planner.methods[number], count, share)
             for number, count, share in zip(method.tolist(), keep.tolist(), ratios, strict=True)
         ]
-        return Requested(budgets, dict(enumerate(trace.tolist())) if isinstance(trace, Tensor) else {})
+        traced = dict(enumerate(trace.tolist())) if isinstance(trace, Tensor) else {}
+        return Requested(budgets, traced, questions)
 
     def embed_whole(
         self, pixels: Tensor, requested: Requested, stock: Callable[[Tensor], Tensor]
@@ -220,7 +244,9 @@ class ReducingModel(nn.Module):
         observers = self._observers(
             {place: traced[index] for place, index in enumerate(chunk) if index in traced}
         )
-        tokens = self._encode(pixels, self.planner.plan(budget), shape.grid, observers)
+        tokens = self._encode(
+            pixels, self.planner.plan(budget), shape.grid, observers, requested.about(chunk)
+        )
         return self.project(tokens.hidden if shape.with_cls else tokens.split(shape.unit)[1])
 
     def embed_tiles(
@@ -272,7 +298,8 @@ class ReducingModel(nn.Module):
                 {place: traced[image] for place, (image, _) in enumerate(tiles) if image in traced},
                 {place: number for place, (_, number) in enumerate(tiles)},
             )
-            return self._encode(batch, plan, grid, observers, crop)
+            questions = requested.about(image for image, _ in tiles)
+            return self._encode(batch, plan, grid, observers, questions, crop)
 
         return keep_tiles(
             pixels,
@@ -291,6 +318,7 @@ class ReducingModel(nn.Module):
         plan: VisionPlan,
         grid: tuple[int, int],
         observers: Observers | None,
+        questions: Sequence[Tensor],
         crop: Crop | None = None,
         tower: Tower | None = None,
     ) -> Tokens:
@@ -301,13 +329,16 @@ class ReducingModel(nn.Module):
             plan: of all of them.
             grid: rows and columns of their units.
             observers: the observer of each reduction, if an image is traced.
+            questions: about each image, or about that of each tile; read where the method compares them.
             crop: of tiles with padding, the units that show the image.
             tower: the one of this grid, if the caller needs it afterwards.
         """
         # vLLM's dummy images, which it profiles before it allocates the KV cache, are not timed.
         stopwatch = self.stopwatch if self._has_kv_cache() else None
         lap = None if stopwatch is None else stopwatch.lap(plan.reducer.method.name, pixels.device)
-        tokens = encode(tower or self.tower_of(grid), pixels, plan, grid, lap, observers, crop)
+        reads = "text_relevance" in plan.reducer.signals
+        relevance = Relevance(self.source, questions) if reads else None
+        tokens = encode(tower or self.tower_of(grid), pixels, plan, grid, lap, observers, crop, relevance)
         if stopwatch is not None and lap is not None:
             stopwatch.hand_in(lap)
         return tokens
@@ -319,6 +350,22 @@ class ReducingModel(nn.Module):
     def _has_kv_cache(self) -> bool:
         layers = self.language_model.model.layers
         return any(_numel(layer.self_attn.attn.kv_cache) for layer in layers if hasattr(layer, "self_attn"))
+
+
+class _Embeddings:
+    """The language model's own embeddings, of the question and of the units."""
+
+    def __init__(self, model: ReducingModel) -> None:
+        self._model = model
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """See `Source`."""
+        embedded: Tensor = self._model.language_model.embed_input_ids(tokens)
+        return embedded
+
+    def show(self, units: Tensor) -> Tensor:
+        """See `Source`."""
+        return self._model.embed_units(units)
 
 
 def _numel(kv_cache: Any) -> int:

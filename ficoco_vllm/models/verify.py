@@ -14,6 +14,7 @@ from ficoco_vllm.planning.families import ARCHITECTURES, family, tower_shape
 from ficoco_vllm.planning.tower import VisionPlanner
 from ficoco_vllm.planning.tower_shape import IMAGES
 from ficoco_vllm.tracing.worker import QUALIFIED_NAME as TRACING_WORKER
+from ficoco_vllm.vision.text_encoder import check_text_encoder
 
 # A child of vLLM's logger, whose handlers and level it shares.
 logger = init_logger("vllm.ficoco")
@@ -59,6 +60,8 @@ class FicocoModelConfig(VerifyAndUpdateConfig):
             )
         if planner.active and vllm_config.model_config.uses_mrope:
             _check_positions(vllm_config)
+        if config.text_encoder is not None:
+            check_text_encoder(config.text_encoder, hf_config)
         if config.explain:
             _allow_traces(vllm_config)
         # The processor receives the model's configuration only, so the settings travel with it to every process.

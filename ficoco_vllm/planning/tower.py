@@ -101,13 +101,20 @@ class VisionPlanner:
 
     @cached_property
     def methods(self) -> tuple[str, ...]:
-        """Methods that the vision tower can serve, in the order of their indices.
-
-        Methods that need a signal of another model are left out.
-        """
+        """Methods that the vision tower can serve, in the order of their indices."""
         offered = [(name, SITES[site]) for site in VISION_SITES for name in available(site)]
         served = tuple(name for name, signals in offered if get(name).required_signals() <= signals)
         return (*served, *CONTROLS) if self.shape.dynamic else served
+
+    def reads_question(self, method: str | None) -> bool:
+        """Whether what stays of an image depends on the question about it.
+
+        Args:
+            method: by name; None, or a name that this tower does not serve, reads none.
+        """
+        if method is None or method in CONTROLS or method not in self.methods:
+            return False
+        return "text_relevance" in _reducer(self, method).signals
 
     @property
     def default(self) -> Budget:
@@ -360,13 +367,23 @@ def _of_grid(planner: VisionPlanner, grid: tuple[int, int]) -> VisionPlanner:
     return VisionPlanner(planner.config, replace(planner.shape, grid=grid, tiling=None))
 
 
+@lru_cache(maxsize=256)
+def _reducer(planner: VisionPlanner, name: str) -> Reducer:
+    """A method with its settings: the server's own has the server's, another one its defaults."""
+    method, config = get(name), planner.config
+    settings = config.settings if name == config.method else {}
+    if "negate" in method.settings.model_fields and config.text_encoder is None:
+        # A patch of CLIP is least similar to what it shows; the embeddings of a language model need no such turn.
+        settings = {"negate": False, **settings}
+    return method.configure(**settings)
+
+
 @lru_cache(maxsize=4096)
 def _plan(planner: VisionPlanner, budget: Budget) -> VisionPlan:
     assert budget.method is not None
     config, shape = planner.config, planner.shape
-    method = get(budget.method)
-    # The server's hyperparameters are those of the server's method; another one runs with its own defaults.
-    reducer = method.configure(**(config.settings if budget.method == config.method else {}))
+    reducer = _reducer(planner, budget.method)
+    method = reducer.method
     spread = partial(
         make_schedule,
         num_tokens=shape.num_units,

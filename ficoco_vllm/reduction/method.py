@@ -17,10 +17,12 @@ from ficoco_vllm.reduction.stages import COMPRESSIONS, CORRELATIONS, FILTERS
 
 Site = Literal["encoder", "features", "decoder"]
 
-# Where a reduction can take place, and which signals a LLaVA can measure there; `WHY_ABSENT` gives the reasons.
+# Where a reduction can take place, and which signals a server can measure there; `WHY_ABSENT` gives the reasons.
 SITES: Mapping[str, frozenset[str]] = {
     "encoder": frozenset({"visual_attention", "cls_attention", "keys", "features"}),
-    "features": frozenset({"visual_attention", "cls_attention", "shallow_cls_attention", "keys", "features"}),
+    "features": frozenset(
+        {"visual_attention", "cls_attention", "shallow_cls_attention", "keys", "features", "text_relevance"}
+    ),
     "decoder": frozenset({"visual_attention", "text_attention", "keys", "features", "text_features"}),
 }
 _STAGES: Mapping[str, Mapping[str, Stage]] = {

@@ -14,7 +14,7 @@ TOKEN_AXIS = {"text_attention": 2, "text_features": 0}
 
 # Error texts for signals that a site cannot provide.
 WHY_ABSENT = {
-    "text_relevance": "it takes another model's text encoder, which a LLaVA checkpoint does not carry",
+    "text_relevance": "the question is compared with the output of the vision encoder",
     "text_attention": "the text is seen in the decoder only",
     "text_features": "the text is seen in the decoder only",
     "cls_attention": "only the vision encoder has a [CLS] token",
@@ -62,9 +62,9 @@ class Signals:
         keys: (B, N, Dk) head-mean keys.
         features: (B, N, Df) vectors whose similarity is measured; `reduce` takes the tokens themselves if None.
         text_features: (B, M, Df) hidden states of the text tokens, in the space of `features`.
-        text_relevance: (B, N) how well each visual token fits the question by another model, for example the
-            cosine between CLIP's projected patch and its projected text. LLaVA carries no text encoder of
-            CLIP.
+        text_relevance: (B, N) how well each visual token fits the question: the mean cosine between its embedding and
+            those of the question in the language model, or the cosine between CLIP's projected patch and its projected
+            text.
         position: (B, N) int64 index in the original raster grid, -1 for a token that has no place in it.
         grid: rows and columns of the original grid.
 

@@ -82,7 +82,8 @@ class TowerGraphs:
         if self.planner is not None:
             keeps = (plan.tower_keep(keep) for keep in plan.config.graph_budgets)
             for budget in (self.planner.default, *(self.planner.budget(None, keep) for keep in keeps)):
-                budgets[self._path(budget)] = budget
+                if not self.planner.reads_question(budget.method):  # questions differ in length
+                    budgets[self._path(budget)] = budget
         return budgets
 
     def get_encoder_cudagraph_config(self) -> EncoderCudaGraphConfig:

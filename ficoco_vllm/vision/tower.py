@@ -16,6 +16,8 @@ from ficoco_vllm.reduction import Observer, Signals
 from ficoco_vllm.vision.attention import ClipHeads, attention_with_lse
 from ficoco_vllm.vision.units import UnitHeads
 
+# Relevance (B, N) fp32 for the questions about B images, of units (B, N, unit * D) behind the tower.
+ToQuestion = Callable[[Tensor], Tensor]
 # Returns the observer of the reduction at a site and a layer index, or None.
 Observers = Callable[[str, int], Observer | None]
 
@@ -122,6 +124,7 @@ def encode(
     lap: Lap | None = None,
     observers: Observers | None = None,
     crop: Crop | None = None,
+    relevance: ToQuestion | None = None,
 ) -> Tokens:
     """Features of images that all follow one plan.
 
@@ -137,6 +140,7 @@ def encode(
         observers: the observer of each reduction, for requests that are traced.
         crop: of tiles with padding, the units that show the image. The others are dropped before the first layer whose
             attention the method reads; from there on the crop is the whole grid.
+        relevance: for the questions about the images, where the method reads it.
 
     Returns:
         The kept tokens: `hidden` (B, C + keep * unit, D) in the tower's dtype, units in raster order, `position` in the
@@ -180,7 +184,9 @@ def encode(
                 observers and observers("features", index),
             )
             with _timed(lap):
-                return _reduce(tokens, attention, plan, num_removed, grid, observer, tower.unit, shallow)
+                return _reduce(
+                    tokens, attention, plan, num_removed, grid, observer, tower.unit, shallow, relevance
+                )
     return replace(tokens, hidden=tower.finish(tokens.hidden))
 
 
@@ -282,6 +288,7 @@ def _reduce(
     observer: Observer | None,
     unit: int,
     shallow: Tensor | None = None,
+    relevance: ToQuestion | None = None,
 ) -> Tokens:
     """One reduction of the units; [CLS] stays first. `shallow` is the [CLS] attention of a shallow layer."""
     needed = plan.reducer.signals
@@ -292,6 +299,7 @@ def _reduce(
             cls_attention=attention.cls_attention() if "cls_attention" in needed else None,
             shallow_cls_attention=shallow,
             keys=attention.keys() if "keys" in needed else None,
+            text_relevance=relevance(units) if relevance is not None else None,
             position=tokens.position,
             grid=grid,
         )

@@ -111,6 +111,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ficoco-config", metavar="JSON|FILE", help="all settings, as a JSON object or a file with one"
     )
     group.add_argument(
+        "--ficoco-text-encoder",
+        metavar="NAME|PATH",
+        help="CLIP from which the model's vision tower came, whose text encoder reads the question for cdpruner, "
+        "recoverable and trim (default: they compare the language model's embeddings)",
+    )
+    group.add_argument(
         "--ficoco-elastic",
         metavar="JSON",
         help="budget that follows the load, for requests that name none, for example "
@@ -207,8 +213,8 @@ def _count(option: str, text: str, minimum: int) -> int:
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Our settings, from all options that name them: `--ficoco-method`, `--ficoco-keep` and `--ficoco-keep-ratio`
-    override `--ficoco-config`, which overrides `--additional-config`. A budget replaces any budget below it.
+    """Our settings, from all options that name them: `--ficoco-method` and the like override `--ficoco-config`, which
+    overrides `--additional-config`. A budget replaces any budget below it.
 
     Args:
         args: options, read by vLLM's parser or by the light one, which leaves JSON as text.
@@ -259,6 +265,8 @@ def _all_settings(args: argparse.Namespace) -> dict[str, Any]:
             f"--additional-config: {NAME} = {settings!r} is not allowed; allowed: an object of settings"
         )
     ours = read_settings(args.ficoco_method, args.ficoco_keep, args.ficoco_config, args.ficoco_keep_ratio)
+    if args.ficoco_text_encoder is not None:
+        ours["text_encoder"] = args.ficoco_text_encoder
     settings = _override(settings or {}, ours)
     return {**settings, "metrics": False} if settings and args.ficoco_no_metrics else settings
 

@@ -23,10 +23,12 @@ from ficoco_vllm.request_fields import (
     KEEP,
     KEEP_RATIO,
     METHOD,
+    QUESTION,
     SIZES,
     find_misplaced,
     misplaced,
 )
+from ficoco_vllm.server.request_field.question import question_of
 from ficoco_vllm.server.request_field.report import add_usage
 from ficoco_vllm.server.request_field.resolve import Resolver
 from ficoco_vllm.server.request_field.routes import HANDLERS
@@ -96,8 +98,8 @@ class FieldApplier:
         trusting = copy(renderer)
         trusting.trust_request_mm_kwargs = True
         # All routes render their prompts through these two methods.
-        for name in ("preprocess_chat", "preprocess_cmpl"):
-            wrap(renderer, name, partial(self._render, getattr(trusting, name)))
+        for name, ask in (("preprocess_chat", question_of), ("preprocess_cmpl", _no_question)):
+            wrap(renderer, name, partial(self._render, getattr(trusting, name), ask))
         # Arguments of the decoder pass the input processor on every route, also where no prompt is rendered.
         FrontEnd.of(self.processor).bounds = partial(self.resolver.check_raw, _DECODER_FIELD)
 
@@ -143,15 +145,17 @@ class FieldApplier:
     async def _render(
         self,
         trusting: Callable[..., Awaitable[Any]],
+        question: Callable[[Any], str | None],
         render: Callable[..., Awaitable[Any]],
         request: Any,
+        messages: Any,
         *args: Any,
         **kwargs: Any,
     ) -> Any:
         """Render the prompts of a request with its method and budget."""
-        chosen = trusting if self._apply(request) else render
+        chosen = trusting if self._apply(request, question(messages)) else render
         try:
-            rendered = await chosen(request, *args, **kwargs)
+            rendered = await chosen(request, messages, *args, **kwargs)
         except _RENDERING_ERRORS as error:
             raise _unrenderable(error) from error
         state = _current.get()
@@ -193,8 +197,8 @@ class FieldApplier:
                 parameter="echo",
             )
 
-    def _apply(self, request: Any) -> bool:
-        """Write method and budget into the request.
+    def _apply(self, request: Any, question: str | None) -> bool:
+        """Write method and budget into the request, and the question where the method reads it.
 
         Returns:
             Whether its `mm_processor_kwargs` are ours alone, so that vLLM may trust them.
@@ -207,30 +211,36 @@ class FieldApplier:
             for name, values in extensions:
                 self.resolver.bounds.check_reduces(f"{name}.{KEEP}", values.get(KEEP), self.resolver.max_keep)
             if state is None or state.requested is None:
-                return self._apply_default(request, raw)
-            for name, values in extensions:
-                for key in (KEEP, KEEP_RATIO, METHOD):
-                    if key in values:
-                        raise ValueError(f"{name}.{key} beside {FIELD} is not allowed; allowed: one of them")
-            resolved = self.resolver.resolve(state.requested)
+                ours = self._default(raw)
+            else:
+                for name, values in extensions:
+                    for key in (KEEP, KEEP_RATIO, METHOD):
+                        if key in values:
+                            raise ValueError(
+                                f"{name}.{key} beside {FIELD} is not allowed; allowed: one of them"
+                            )
+                resolved = self.resolver.resolve(state.requested)
+                ours = dict(resolved.tower)
+                if resolved.decoder:
+                    request.vllm_xargs = {**xargs, **resolved.decoder}
         except ValueError as error:
             self._count_refusal()
             raise VLLMValidationError(str(error), parameter=str(error).split(" ", 1)[0]) from error
-        if resolved.decoder:
-            request.vllm_xargs = {**xargs, **resolved.decoder}
-        if not resolved.tower:
+        tower = self.resolver.plan.tower
+        method = ours.get(METHOD, raw.get(METHOD, tower.config.method))
+        if question is not None and QUESTION not in raw and tower.reads_question(method):
+            ours[QUESTION] = question
+        if not ours:
             return False
-        request.mm_processor_kwargs = {**raw, **resolved.tower}
-        return not raw and not getattr(
-            request, "media_io_kwargs", None
-        )  # the client's own are for vLLM to check
-
-    def _apply_default(self, request: Any, raw: Mapping[str, Any]) -> bool:
-        """Write the moving budget in the tower into a request that names none; see `_apply`."""
-        if self.default_tower is None or raw.keys() & {KEEP, KEEP_RATIO, METHOD}:
-            return False
-        request.mm_processor_kwargs = {**raw, KEEP: self.default_tower(None)}
+        request.mm_processor_kwargs = {**raw, **ours}
+        # The client's own are for vLLM to check.
         return not raw and not getattr(request, "media_io_kwargs", None)
+
+    def _default(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """The moving budget in the tower, for a request that names none; see `_apply`."""
+        if self.default_tower is None or raw.keys() & {KEEP, KEEP_RATIO, METHOD}:
+            return {}
+        return {KEEP: self.default_tower(None)}
 
     def _account(self, request: Any, prompt: dict[str, Any]) -> Account | None:
         """Savings of a rendered prompt; None without images."""
@@ -277,6 +287,10 @@ class FieldApplier:
 
     def _count_refusal(self) -> None:
         count_refusal(self.processor.vllm_config.model_config)
+
+
+def _no_question(prompts: Any) -> None:
+    """Prompts without messages: their text is the question."""
 
 
 def _mapping(request: Any, name: str) -> Mapping[str, Any]:

@@ -9,7 +9,6 @@ from PIL import Image
 
 from ficoco_vllm.hf import reduce_tokens
 from ficoco_vllm.reduction import available, get
-from ficoco_vllm.reduction.method import SITES
 from tests.decoder.test_reference import LAYERS, LAYERS_OF_TWO, left
 from tests.reference.algorithm2 import ReferenceDecoder, Shown
 from tests.reference.dense_tower import DenseLlava
@@ -21,7 +20,7 @@ from tests.support.pictures import noise
 
 LONG = "<s>USER: <image>\nplease say in one word which of the signs is the largest? ASSISTANT:"
 VISION = [*available("encoder"), *available("features")]
-IN_TOWER = [name for name in VISION if get(name).required_signals() <= SITES[get(name).site]]
+IN_TOWER = [name for name in VISION if "text_relevance" not in get(name).required_signals()]
 SETTINGS: list[dict[str, Any]] = [
     {"filter": "cls_attention", "correlate": "key_cosine", "compress": "quantile_merge", "epsilon": 0.99},
     {"attention": "logits"},

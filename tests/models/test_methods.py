@@ -21,6 +21,8 @@ from tests.support.hugging_face import HfLlava
 TOLERANCE = 1e-4
 VISION = [*available("encoder"), *available("features")]
 SERVED = [name for name in VISION if get(name).required_signals() <= SITES[get(name).site]]
+# The others are in test_question.py.
+WITHOUT_QUESTION = [name for name in SERVED if "text_relevance" not in get(name).required_signals()]
 COMPOSED: list[dict[str, Any]] = [
     {"filter": "cls_attention", "correlate": "key_cosine", "compress": "quantile_merge", "epsilon": 0.99},
     {"attention": "logits"},
@@ -45,7 +47,7 @@ def hugging_face(random_llava: Path) -> HfLlava:
     return HfLlava(random_llava)
 
 
-@pytest.mark.parametrize("method", SERVED)
+@pytest.mark.parametrize("method", WITHOUT_QUESTION)
 def test_served_as_defined(
     engine: LLM, reference: DenseLlava, hugging_face: HfLlava, images: list[Image.Image], method: str
 ) -> None:

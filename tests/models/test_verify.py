@@ -52,7 +52,8 @@ def test_nothing_happens_without_settings(random_llava: Path) -> None:
         ({"method": "magic"}, {}, ["method = 'magic'", "ficoco-v"]),
         ({"keep": 577}, {}, ["ficoco.keep = 577", "1 to 576"]),
         ({"keep": 64, "epsilon": 2}, {}, ["epsilon = 2"]),
-        ({"method": "cdpruner"}, {}, ["cdpruner", "text_relevance"]),
+        ({"keep": 64, "filter": "text_relevance"}, {}, ["ficoco-v", "text_relevance"]),
+        ({"keep": 64, "text_encoder": "missing"}, {}, ["ficoco.text_encoder = 'missing' cannot be read"]),
         ({"keep": 64, "backend": "triton"}, {}, ["ficoco.backend = 'triton'", "'auto', 'torch'"]),
         ({"keep": 64, "backend": "cuda"}, {}, ["ficoco.backend = 'cuda'", "'auto', 'torch' or 'triton'"]),
         (

@@ -69,7 +69,7 @@ def test_fingerprint_distinguishes_settings() -> None:
     ("settings", "message"),
     [
         ({"keep": 577}, "ficoco.keep = 577 is not allowed; allowed: an integer from 1 to 576"),
-        ({"method": "trim"}, "trim needs the signal `text_relevance`"),
+        ({"keep": 64, "filter": "text_relevance"}, "ficoco-v needs the signal `text_relevance`"),
         (
             {"keep": 64, "start_layer": 23},
             "start_layer = 23 is not allowed; allowed: an integer from 0 to 22",

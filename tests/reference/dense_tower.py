@@ -5,6 +5,7 @@ they are shown, and the schedule.
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,10 +17,41 @@ from tests.reference.algorithm1 import ReferenceLlava, Shown
 
 
 class DenseLlava(ReferenceLlava):
-    """Like the reference of FiCoCo-V, for a method by name."""
+    """Like the reference of FiCoCo-V, for a method by name.
+
+    Attributes:
+        question: about the image, for methods that compare them.
+        clip: whose text encoder reads the question, in float64; None compares the language model's embeddings.
+    """
 
     method: str
     settings: dict[str, Any]
+    question: str = ""
+    clip: Any = None
+    clip_tokenizer: Any = None
+
+    def relevance(self, features: Tensor) -> list[float]:
+        """The mean cosine of each patch with the question.
+
+        Args:
+            features: (N, D) output of the tower.
+        """
+        if self.clip is None:
+            ids = self.processor.tokenizer(self.question, add_special_tokens=False).input_ids
+            said = self.model.model.language_model.embed_tokens(torch.tensor(ids))
+            shown = self.model.model.multi_modal_projector(features)
+        else:
+            ids = self.clip_tokenizer(self.question, add_special_tokens=False).input_ids
+            room = self.clip.config.text_config.max_position_embeddings - 2
+            ends = self.clip_tokenizer("").input_ids
+            parts = [[ends[0], *ids[start : start + room], ends[1]] for start in range(0, len(ids), room)]
+            read = [self.clip.get_text_features(torch.tensor([part])).pooler_output for part in parts]
+            said = torch.cat(read)
+            shown = self.clip.visual_projection(self.clip.vision_model.post_layernorm(features))
+        return [
+            sum(float(patch @ token / (patch.norm() * token.norm())) for token in said) / len(said)
+            for patch in shown
+        ]
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, keep: int, shown: Shown) -> tuple[Tensor, list[int]]:
@@ -80,6 +112,8 @@ class DenseLlava(ReferenceLlava):
                 )
             hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
         if method.site == "features" and keep < N:
+            if "text_relevance" in reducer.signals:
+                signals = replace(signals, text_relevance=torch.tensor([self.relevance(hidden[0, 1:])]))
             reduced = reducer(hidden[:, 1:], signals, N - keep + reducer.num_extra, size)
             hidden, position = torch.cat([hidden[:, :1], reduced.tokens], dim=1), reduced.position
         return (hidden, position[0].tolist()) if keep < N else (hidden[:, places], list(range(N)))

@@ -4,8 +4,9 @@ Filter: greedy maximum of det(L), L_ij = r_i * cos(f_i, f_j) * r_j, r the releva
 to 0..1.
 Compress: prune.
 
-Signal: `text_relevance`, the cosine of CLIP's projected patch and its projected text. It takes CLIP's text
-encoder and both projections, which a LLaVA checkpoint does not contain: without the signal the method is refused.
+Signal: `text_relevance`, the mean cosine of a patch with the question: in CLIP's projections where the server has a
+text encoder, as in the paper, else in the language model's embeddings, as OpenVINO GenAI serves the method for models
+other than LLaVA.
 
 Deviation: as in the authors' code the relevance is negated (`negate`): CLIP's patches are most similar to a
 text where the image does not show it. Their code measures cos(f_i, f_j) after the projector, on the

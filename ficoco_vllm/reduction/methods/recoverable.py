@@ -6,8 +6,8 @@ Correlate: C_ij = a_i^CLS for the 32 sources nearest to centre j: cosine of the 
 relevance for the text.
 Compress (Eq. 10): X_j = X_j + sum_i C_ij X_i.
 
-Signal: `text_relevance`, the cosine of CLIP's projected patch and its projected text. It takes CLIP's text
-encoder and both projections, which a LLaVA checkpoint does not contain: without the signal the method is refused.
+Signal: `text_relevance`, the mean cosine of a patch with the question: in CLIP's projections where the server has a
+text encoder, as in the paper, else in the language model's embeddings.
 
 The authors derive all three counts from the data, as local outliers of the scores. Here the prompt fixes the total,
 and the parts are shares of it.

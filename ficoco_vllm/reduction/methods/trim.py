@@ -3,15 +3,15 @@
 Filter: s_i = minus the relevance of token i for the text.
 Compress: append the mean of all discarded tokens.
 
-Signal: `text_relevance`, the similarity of CLIP's projected patch and its projected text. It takes CLIP's text
-encoder and both projections, which a LLaVA checkpoint does not contain: without the signal the method is refused.
+Signal: `text_relevance`, the mean cosine of a patch with the question: in CLIP's projections where the server has a
+text encoder, as in the paper, else in the language model's embeddings.
 
 The authors keep as many tokens as there are outliers of the relevance, so the count depends on image and
 text. Here the prompt fixes the count, and the most relevant tokens stay, outliers or not.
 
-Deviation: as in the authors' code the relevance is negated (`negate`), which the paper does not say. Their
-code takes the plain product of patch and text; the caller who computes the signal chooses between that and the cosine.
-Their softmax over the tokens is left out: it changes no order.
+Deviation: as in the authors' code the relevance is negated (`negate`), which the paper does not say. Their code takes
+the plain product of patch and text, here it is the cosine. Their softmax over the tokens is left out: it changes no
+order.
 
 Source: arXiv:2409.10994, Sec. 3.
 """

@@ -121,7 +121,8 @@ class Relevance(Settings):
 
     Attributes:
         negate: take the negated relevance. CLIP's patch tokens are most similar to a text where the image does not
-            show it, so the released codes of TRIM and CDPruner negate a plain cosine of CLIP.
+            show it, so the released codes of TRIM and CDPruner negate a plain cosine of CLIP. A server without a text
+            encoder, which compares the language model's embeddings, does not, unless it is told to.
     """
 
     negate: bool = True

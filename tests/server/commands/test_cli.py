@@ -52,9 +52,8 @@ def test_methods_lists_all(capsys: pytest.CaptureFixture[str]) -> None:
     rows = {line.split()[0]: line.split()[1:] for line in lines[start + 1 : lines.index("", start)]}
     assert sorted(rows) == sorted(names())
     refused = {name for name, row in rows.items() if row[1] == "no"}
-    assert refused == {"cdpruner", "downscale", "recoverable", "trim"}
+    assert refused == {"downscale"}
     assert "downscale needs a model with dynamic resolution" in printed
-    assert all(f"{name} needs the signal `text_relevance`" in printed for name in refused - {"downscale"})
     assert rows["best"][2:4] == ["no", "paper"]
     assert rows["ficoco-v"][2] == "arXiv:2411.17686"
 
@@ -194,7 +193,6 @@ def test_config_refuses_a_list_in_a_file(tmp_path: Path) -> None:
             ["--ficoco-elastic", ELASTIC, "--ficoco-config", '{"method": "ficoco-l", "kv_budget": 450}'],
             ["kv_budget = 450", "--ficoco-elastic"],
         ),
-        (["--ficoco-method", "trim"], ["trim", "text_relevance"]),
         (["--ficoco-min-keep", "0"], ["--ficoco-min-keep = '0'", "an integer of at least 1"]),
         (["--ficoco-max-image-pixels", "few"], ["--ficoco-max-image-pixels = 'few'", "at least 2"]),
         (["--ficoco-max-image-mb", "-1"], ["--ficoco-max-image-mb = '-1'", "an integer of at least 0"]),

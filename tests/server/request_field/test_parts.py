@@ -222,8 +222,6 @@ def test_an_average_out_of_range_is_refused_with_the_range(kv_budget: Any) -> No
         ("ficoco-l", "ficoco-v", "it reduces in the vision tower, and this server in the decoder"),
         ("ficoco-l", "tome", "it reduces in the vision tower, and this server in the decoder"),
         ("ficoco-vl", "ficoco-v", "this server reduces twice, by ficoco-vl"),
-        ("ficoco-v", "trim", r"needs the signal `text_relevance` \(it takes another model's text encoder"),
-        ("ficoco-v", "cdpruner", "needs the signal `text_relevance`"),
         ("ficoco-v", "downscale", "it needs a model with dynamic resolution"),
         ("ficoco-v", "magic", None),
         ("ficoco-vl", "magic", None),
