@@ -18,16 +18,27 @@ from ficoco_vllm.reduction import get
 from ficoco_vllm.vision.text_encoder import check_text_encoder
 from tests.models.checks import assert_together_equals_alone
 from tests.reference.dense_tower import DenseLlava
+from tests.reference.internvl import ReferenceInternVL
+from tests.reference.qwen3_vl import ReferenceQwen
+from tests.reference.tiles import TiledDense
 from tests.support.compare import NUM_TOKENS, assert_equal
-from tests.support.engine import PROMPT, Engines, ask, request
+from tests.support.engine import PROMPT, Engines, ask
+from tests.support.engine import request as make_request
+from tests.support.pictures import noise
+from tests.support.random_internvl import IMAGE
+from tests.support.random_qwen import IMAGE as QWEN_IMAGE
+from tests.support.random_qwen import VISION_END, VISION_START
 
 pytestmark = [pytest.mark.compat, pytest.mark.engine]
 
 METHODS = ("cdpruner", "recoverable", "trim")
+QWEN_PROMPT = (
+    f"<|im_start|>user\n{VISION_START}{QWEN_IMAGE}{VISION_END}what is it?<|im_end|>\n<|im_start|>assistant\n"
+)
 QUESTIONS = ("what number is on the left sign?", "is it a circle?")
 
 
-def as_served(reference: DenseLlava, method: str) -> None:
+def as_served(reference: Any, method: str) -> None:
     """Set the method, with the settings of a server that compares the language model's embeddings."""
     with_sign = "negate" in get(method).settings.model_fields
     reference.method, reference.settings = method, {"negate": False} if with_sign else {}
@@ -51,9 +62,40 @@ def test_equals_reference(
     as_served(reference, method)
     reference.question = question
     for keep in (65, 9):
-        asked = request(PROMPT, [images[1]], ficoco_method=method, ficoco_keep=keep, ficoco_question=question)
+        asked = make_request(
+            PROMPT, [images[1]], ficoco_method=method, ficoco_keep=keep, ficoco_question=question
+        )
         (answer,) = ask(engine, [asked], NUM_TOKENS)
         tokens, logprobs = reference.generate(PROMPT, [(images[1], keep)], NUM_TOKENS)
+        assert_equal(answer.tokens, answer.logprobs, tokens, logprobs, ends=False)
+
+
+@pytest.mark.parametrize(
+    ("model", "oracle", "prompt", "size"),
+    [
+        ("random_next", TiledDense, PROMPT, (288, 96)),
+        ("random_internvl", ReferenceInternVL, PROMPT.replace("<image>", IMAGE), (300, 200)),
+        ("random_qwen", ReferenceQwen, QWEN_PROMPT, (150, 90)),
+    ],
+)
+def test_other_families_equal_reference(
+    engines: Engines,
+    request: pytest.FixtureRequest,
+    model: str,
+    oracle: Any,
+    prompt: str,
+    size: tuple[int, int],
+) -> None:
+    """In tiles, in units of four patches, and with merged patches."""
+    folder = request.getfixturevalue(model)
+    engine, reference = engines.get(folder, {"method": "cdpruner", "keep": 9}), oracle(folder)
+    (image,) = noise([size], seed=4)
+    for method, question in zip(METHODS, (*QUESTIONS, QUESTIONS[0]), strict=True):
+        as_served(reference, method)
+        reference.question = question
+        asked = make_request(prompt, [image], ficoco_method=method, ficoco_question=question)
+        (answer,) = ask(engine, [asked], NUM_TOKENS)
+        tokens, logprobs = reference.generate(prompt, [(image, 9)], NUM_TOKENS)
         assert_equal(answer.tokens, answer.logprobs, tokens, logprobs, ends=False)
 
 
@@ -75,7 +117,7 @@ def test_without_a_question_the_prompt_is_the_question(
     image = engine.llm_engine.model_config.hf_config.image_token_id
     text = [token for token in tokenizer(PROMPT).input_ids if token != image]
     reference.question = tokenizer.decode(text, skip_special_tokens=True)
-    (answer,) = ask(engine, [request(PROMPT, [images[2]], ficoco_keep=64)], NUM_TOKENS)
+    (answer,) = ask(engine, [make_request(PROMPT, [images[2]], ficoco_keep=64)], NUM_TOKENS)
     tokens, logprobs = reference.generate(PROMPT, [(images[2], 64)], NUM_TOKENS)
     assert_equal(answer.tokens, answer.logprobs, tokens, logprobs, ends=False)
 
@@ -83,7 +125,9 @@ def test_without_a_question_the_prompt_is_the_question(
 def test_questions_in_one_step_equal_each_alone(engine: LLM, images: list[Image.Image]) -> None:
     """Of different lengths, one of them empty, beside images that no question concerns; also one image, twice."""
     requests = [
-        request(PROMPT, [images[index // 2]], ficoco_method=method, ficoco_keep=keep, ficoco_question=text)
+        make_request(
+            PROMPT, [images[index // 2]], ficoco_method=method, ficoco_keep=keep, ficoco_question=text
+        )
         for index, (method, keep, text) in enumerate(
             [
                 ("trim", 64, QUESTIONS[0]),
@@ -102,7 +146,7 @@ def test_no_cache_mixes_two_questions(engine: LLM, images: list[Image.Image]) ->
     """Asked again, the second finds the image; asked otherwise, it does not."""
 
     def hashes(**fields: Any) -> Any:
-        processed = engine.renderer.render_cmpl([request(PROMPT, [images[0]], **fields)])
+        processed = engine.renderer.render_cmpl([make_request(PROMPT, [images[0]], **fields)])
         return processed[0]["mm_hashes"]["image"]
 
     first = hashes(ficoco_question=QUESTIONS[0])
@@ -114,7 +158,7 @@ def test_no_cache_mixes_two_questions(engine: LLM, images: list[Image.Image]) ->
 
 def test_a_question_is_a_text(engine: LLM, images: list[Image.Image]) -> None:
     with pytest.raises(VLLMValidationError, match="ficoco_question = 3 is not allowed; allowed: a text"):
-        ask(engine, [request(PROMPT, [images[0]], ficoco_question=3)])
+        ask(engine, [make_request(PROMPT, [images[0]], ficoco_question=3)])
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +200,7 @@ def test_a_text_encoder_reads_the_question(
     reference.clip_tokenizer = CLIPTokenizer.from_pretrained(clip)
     for question in ("is it red?", QUESTIONS[0]):
         reference.question = question
-        asked = request(PROMPT, [images[1]], ficoco_method=method, ficoco_question=question)
+        asked = make_request(PROMPT, [images[1]], ficoco_method=method, ficoco_question=question)
         (answer,) = ask(engine, [asked], NUM_TOKENS)
         tokens, logprobs = reference.generate(PROMPT, [(images[1], 64)], NUM_TOKENS)
         assert_equal(answer.tokens, answer.logprobs, tokens, logprobs, ends=False)

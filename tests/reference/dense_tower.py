@@ -14,6 +14,7 @@ from torch import Tensor
 from ficoco_vllm.reduction import Signals, get
 from ficoco_vllm.reduction.schedule import make_schedule
 from tests.reference.algorithm1 import ReferenceLlava, Shown
+from tests.reference.relevance import embedded, mean_cosines
 
 
 class DenseLlava(ReferenceLlava):
@@ -30,28 +31,23 @@ class DenseLlava(ReferenceLlava):
     clip: Any = None
     clip_tokenizer: Any = None
 
-    def relevance(self, features: Tensor) -> list[float]:
-        """The mean cosine of each patch with the question.
+    def relevance(self, features: Tensor) -> Tensor:
+        """The mean cosine of each patch with the question, (1, N).
 
         Args:
             features: (N, D) output of the tower.
         """
+        model = self.model.model
         if self.clip is None:
-            ids = self.processor.tokenizer(self.question, add_special_tokens=False).input_ids
-            said = self.model.model.language_model.embed_tokens(torch.tensor(ids))
-            shown = self.model.model.multi_modal_projector(features)
-        else:
-            ids = self.clip_tokenizer(self.question, add_special_tokens=False).input_ids
-            room = self.clip.config.text_config.max_position_embeddings - 2
-            ends = self.clip_tokenizer("").input_ids
-            parts = [[ends[0], *ids[start : start + room], ends[1]] for start in range(0, len(ids), room)]
-            read = [self.clip.get_text_features(torch.tensor([part])).pooler_output for part in parts]
-            said = torch.cat(read)
-            shown = self.clip.visual_projection(self.clip.vision_model.post_layernorm(features))
-        return [
-            sum(float(patch @ token / (patch.norm() * token.norm())) for token in said) / len(said)
-            for patch in shown
-        ]
+            said = embedded(self.question, self.processor, model.language_model)
+            return mean_cosines(model.multi_modal_projector(features), said)
+        ids = self.clip_tokenizer(self.question, add_special_tokens=False).input_ids
+        room = self.clip.config.text_config.max_position_embeddings - 2
+        first, last = self.clip_tokenizer("").input_ids
+        parts = [[first, *ids[start : start + room], last] for start in range(0, len(ids), room)]
+        read = [self.clip.get_text_features(torch.tensor([part])).pooler_output for part in parts]
+        shown = self.clip.visual_projection(self.clip.vision_model.post_layernorm(features))
+        return mean_cosines(shown, torch.cat(read))
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, keep: int, shown: Shown) -> tuple[Tensor, list[int]]:
@@ -113,7 +109,7 @@ class DenseLlava(ReferenceLlava):
             hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
         if method.site == "features" and keep < N:
             if "text_relevance" in reducer.signals:
-                signals = replace(signals, text_relevance=torch.tensor([self.relevance(hidden[0, 1:])]))
+                signals = replace(signals, text_relevance=self.relevance(hidden[0, 1:]))
             reduced = reducer(hidden[:, 1:], signals, N - keep + reducer.num_extra, size)
             hidden, position = torch.cat([hidden[:, :1], reduced.tokens], dim=1), reduced.position
         return (hidden, position[0].tolist()) if keep < N else (hidden[:, places], list(range(N)))

@@ -5,6 +5,7 @@ Units are lists of four patches by their place in the image; nothing is reordere
 """
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from types import MethodType
@@ -20,6 +21,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from ficoco_vllm.reduction import Signals, get
 from ficoco_vllm.reduction.schedule import make_schedule
 from tests.reference.algorithm1 import decode, plain_norm, reduce_layer
+from tests.reference.relevance import embedded, mean_cosines
 from tests.support.random_internvl import IMAGE
 
 
@@ -29,8 +31,11 @@ class ReferenceInternVL:
     Attributes:
         method: by name.
         settings: of the method.
+        question: about the image, for methods that compare them.
         per_image: whether tiles share a budget.
     """
+
+    question: str = ""
 
     def __init__(self, folder: Path) -> None:
         self.model = (
@@ -127,6 +132,10 @@ class ReferenceInternVL:
             hidden = hidden + layer.lambda_2 * layer.mlp(layer.layernorm_after(hidden))
         tokens = self._joined(tower.layernorm(hidden), units)
         if method.site == "features" and keep < side * side:
+            if "text_relevance" in reducer.signals:
+                said = embedded(self.question, self.processor, self.model.model.language_model)
+                shown = self.model.model.multi_modal_projector(tokens)[0]
+                signals = replace(signals, text_relevance=mean_cosines(shown, said))
             tokens, _, _ = reducer(tokens, signals, side * side - keep + reducer.num_extra, size)
         return tokens[0]
 

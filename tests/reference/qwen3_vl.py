@@ -7,6 +7,8 @@ method reads its attention, the attention that a unit receives on average takes 
 All of it is float64. For FiCoCo-V nothing of ours is used; any other method brings its own rule and schedule.
 """
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -21,6 +23,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm, r
 from ficoco_vllm.reduction import Signals, get
 from ficoco_vllm.reduction.schedule import make_schedule
 from tests.reference.algorithm1 import plain_norm, reduce_layer
+from tests.reference.relevance import embedded, mean_cosines
 
 
 class ReferenceQwen:
@@ -28,9 +31,13 @@ class ReferenceQwen:
 
     Attributes:
         method: by name, for `encode`; None is FiCoCo-V as Algorithm 1 says.
+        settings: of the method.
+        question: about the image, for methods that compare them.
     """
 
     method: str | None = None
+    settings: Mapping[str, Any] = {}
+    question: str = ""
 
     def __init__(self, folder: Path) -> None:
         self.model = (
@@ -120,7 +127,7 @@ class ReferenceQwen:
             steps, lost = depth - start, N - keep
             return None, {start + i: lost // steps + (i < lost % steps) for i in range(steps)}
         method = get(self.method)
-        reducer = method.configure()
+        reducer = method.configure(**self.settings)
         if method.site == "features":
             return reducer, {}
         layers = range(start, depth)
@@ -153,6 +160,11 @@ class ReferenceQwen:
             position=torch.tensor([position]),
             grid=grid,
         )
+        if "text_relevance" in reducer.signals:
+            model = self.model.model
+            shown = model.visual.merger(hidden.reshape(-1, hidden.shape[-1]))
+            said = embedded(self.question, self.processor, model.language_model)
+            signals = replace(signals, text_relevance=mean_cosines(shown, said))
         reduced = reducer(flat[None], signals, removed, size)
         return reduced.tokens[0].view(-1, *hidden.shape[1:]), reduced.position[0].tolist(), reduced.size
 
