@@ -56,6 +56,8 @@ def test_accepted(
         ({"windows": "prompt"}, ["windows = 'prompt'", "without a method"]),
         ({"keep_per": "image"}, ["keep_per = 'image'", "without a method"]),
         ({"graph_budgets": [64]}, ["graph_budgets = (64,)", "without a method"]),
+        ({"text_encoder": "clip"}, ["text_encoder = 'clip'", "without a method"]),
+        ({"method": "ficoco-l", "text_encoder": "clip"}, ["text_encoder = 'clip'", "ficoco-l", "tower"]),
         ({"method": "ficoco-l", "graph_budgets": [64]}, ["graph_budgets = (64,)", "ficoco-l", "tower"]),
         ({"method": "downscale", "graph_budgets": [64]}, ["graph_budgets = (64,)", "downscale", "tower"]),
     ],

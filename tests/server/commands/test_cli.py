@@ -129,6 +129,13 @@ def test_method_and_keep_win_over_the_file() -> None:
     assert read_settings(None, "64", None, "0.5") == {"keep": 64, "keep_ratio": 0.5}  # refused as a pair
 
 
+def test_a_text_encoder_belongs_to_the_settings() -> None:
+    settings, *_ = resolve_settings(
+        read_options(["--ficoco-method", "trim", "--ficoco-text-encoder", "clip", "--ficoco-keep", "9"])
+    )
+    assert settings == {"method": "trim", "keep": 9, "text_encoder": "clip"}
+
+
 def test_a_budget_replaces_those_of_lower_levels() -> None:
     below = ["--additional-config", '{"ficoco": {"method": "divprune", "keep_ratio": 0.5}}']
     settings, *_ = resolve_settings(read_options([*below, "--ficoco-config", '{"keep": 9}']))
