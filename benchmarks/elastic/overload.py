@@ -39,7 +39,8 @@ class Length:
     max_release_seconds: float
 
 
-# The floor serves seven at once where the ceiling serves two. The short form overloads a machine that gets faster, too.
+# In the short form the machine may get faster between the measurement of its capacity and the phases: with 2.4 the
+# ceiling is overloaded all the same, and the floor, which serves 3.5 times as many at once, is not.
 SHORT = Length(8, 16, 2.4, 0.3, 2, 8)
 LONG = Length(20, 60, 1.6, 1, 5, 60)
 
