@@ -176,15 +176,10 @@ def host() -> "Iterator[Host]":
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Server]":
-    """The demo model by FiCoCo-V; requests may also name a budget in `mm_processor_kwargs`."""
-    from tests.support.server import API_KEY, DEMO_KEEP, serve
+    """The demo model as `make serve` serves it; requests may also name a budget in `mm_processor_kwargs`."""
+    from tests.support.server import DEMO_ARGUMENTS, serve
 
-    log = tmp_path_factory.mktemp("server") / "log"
-    arguments = ["--ficoco-method", "ficoco-v", "--ficoco-keep", str(DEMO_KEEP), "--trust-request-mm-kwargs"]
-    arguments += ["--api-key", API_KEY, "--ficoco-explain", "--ficoco-explain-rate", "0"]
-    # Few requests run at the same time, so that the burst of the soak queues on every machine.
-    arguments += ["--max-num-seqs", "8"]
-    with serve(log, *arguments, verbose=False) as server:
+    with serve(tmp_path_factory.mktemp("server") / "log", *DEMO_ARGUMENTS, verbose=False) as server:
         yield server
 
 

@@ -2,8 +2,8 @@
 
 The demo model with a KV cache of 45 blocks of 32 tokens, so that memory and not compute limits how many requests run.
 The benchmark first measures the throughput of the ceiling (576 tokens, no reduction) when enough requests wait; then
-1.6 times as many arrive (Poisson, seeded), once with requests that name the ceiling and once with none that name a
-budget.
+1.6 times as many (2.4 times in the short form) arrive (Poisson, seeded), once with requests that name the ceiling and
+once with none that name a budget.
 """
 
 import asyncio

@@ -166,11 +166,11 @@ def test_stopwatch_adds_up() -> None:
     for _ in range(2):
         with lap.running():
             time.sleep(0.02)
-        time.sleep(0.05)
+        time.sleep(0.5)
     assert reported == []
     watch.hand_in(lap)
     assert [label for label, _ in reported] == ["tome"]
-    assert 0.04 <= reported[0][1] < 0.09  # without the time between
+    assert 0.04 <= reported[0][1] < 0.5  # without the time between
 
 
 def test_stopwatch_never_waits_for_the_device() -> None:

@@ -104,7 +104,7 @@ def send(server: Server, images: list[Image.Image], traffic: Traffic, prometheus
                 chat(client, images[4], NUM_PATCHES + 1)
         running = []
         for _ in range(NUM_STREAMS):
-            more = {"max_tokens": 2000, "stream": True, "extra_body": {"ignore_eos": True}}
+            more = {"max_tokens": 3500, "stream": True, "extra_body": {"ignore_eos": True}}
             start = time.monotonic()
             running.append(streams.enter_context(chat(client, images[4], **more)))
             next(iter(running[-1]))

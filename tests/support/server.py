@@ -21,6 +21,10 @@ DTYPE, VALUE_BYTES = "float32", 4
 DEMO_KEEP = 64
 # Also what the README's client sends.
 API_KEY = "none"
+DEMO_ARGUMENTS = [
+    *("--ficoco-method", "ficoco-v", "--ficoco-keep", str(DEMO_KEEP), "--trust-request-mm-kwargs"),
+    *("--api-key", API_KEY, "--ficoco-explain", "--ficoco-explain-rate", "0"),
+]
 # What conftest.py sets for engines inside the test process, and what the command line leaves in the tests that
 # call it there.
 _ONLY_IN_PROCESS = (

@@ -42,6 +42,8 @@ END_SECONDS = 60.0
 # Beyond the shutdown's timeout, for the engine's end and for the answers to those that it has not reached.
 ANSWER_SECONDS = 20.0
 NUM_REQUESTS = 16
+# How long the requests run beside each other that a stop signal meets, and their longest answers.
+RUNNING_SECONDS, MAX_TOKENS = 10.0, 2000
 
 
 @dataclass(frozen=True)
@@ -51,34 +53,30 @@ class Supervised:
     Attributes:
         server: its first process is the supervisor.
         folder: of its temporary files alone.
-        num_tokens: of answers that take it several seconds.
     """
 
     server: Server
     folder: Path
-    num_tokens: int
 
     def processes(self) -> list[psutil.Process]:
         """Processes of the server, without the supervisor."""
         return psutil.Process(self.server.process.pid).children(recursive=True)
 
 
-# Triton's interpreter makes a token take longer.
-@pytest.fixture(scope="module", params=[("ficoco-v", 150), ("ficoco-l", 30)], ids=lambda param: param[0])
+@pytest.fixture(scope="module", params=["ficoco-v", "ficoco-l"])
 def supervised(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Supervised]:
     """The demo model, with time for running requests when it stops."""
-    method, num_tokens = request.param
     folder = tmp_path_factory.mktemp("supervised")
-    arguments = ["--ficoco-method", method, "--ficoco-keep", "64", "--shutdown-timeout", "60"]
+    arguments = ["--ficoco-method", request.param, "--ficoco-keep", "64", "--shutdown-timeout", "60"]
     with (
         tempfile.TemporaryDirectory() as temporary,  # a short path: sockets lie in it
         serve(
             folder / "log", *arguments, program=SERVE, python=Path("/bin/bash"), TMPDIR=temporary
         ) as server,
     ):
-        yield Supervised(server, Path(temporary), num_tokens)
+        yield Supervised(server, Path(temporary))
 
 
 def long_asks(num_tokens: int) -> list[Request]:
@@ -96,6 +94,17 @@ def long_asks(num_tokens: int) -> list[Request]:
         )
         for stream in (True, False) * (NUM_REQUESTS // 2)
     ]
+
+
+async def tokens_of_a_run(server: Server) -> int:
+    """Tokens of an answer with which this server's requests run together for `RUNNING_SECONDS`, up to `MAX_TOKENS`."""
+    count = 32
+    async with Client(server.url) as client:
+        for name in ("warm", "timed"):
+            start = time.monotonic()
+            asks = enumerate(long_asks(count))
+            await asyncio.gather(*(client.send(ask, f"{name}-{number}") for number, ask in asks))
+    return min(int(count * RUNNING_SECONDS / (time.monotonic() - start)), MAX_TOKENS)
 
 
 async def under_load(
@@ -143,7 +152,7 @@ def test_a_killed_engine_is_an_error_and_a_new_server(supervised: Supervised) ->
     segments = shared_memory_of(processes)
     assert segments
     time.sleep(6)  # processes are scanned every five seconds, and only scanned ones are cleaned up
-    outcomes, seconds = asyncio.run(under_load(server, 2000, engine, 9))
+    outcomes, seconds = asyncio.run(under_load(server, MAX_TOKENS, engine, 9))
     kinds = {outcome.kind for outcome in outcomes}
     assert kinds <= {SERVER_ERROR, LOST}, outcomes
     assert SERVER_ERROR in kinds, outcomes
@@ -173,7 +182,8 @@ def test_a_stopping_server_answers_accepted_requests(supervised: Supervised) -> 
     processes = supervised.processes()
     segments = shared_memory_of(processes)
     supervisor = psutil.Process(server.process.pid)
-    outcomes, _ = asyncio.run(under_load(server, supervised.num_tokens, supervisor, 15))
+    num_tokens = asyncio.run(tokens_of_a_run(server))
+    outcomes, _ = asyncio.run(under_load(server, num_tokens, supervisor, 15))
     assert [outcome.kind for outcome in outcomes] == [ANSWERED] * NUM_REQUESTS, outcomes
     assert server.process.wait(END_SECONDS) == 0, server.log.read_text()[-3000:]
     wait_until_ended(processes)
