@@ -1,6 +1,7 @@
 """The budget of requests that name none, on a server where it moves: with the load, with the quality of the answers."""
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,9 @@ from ficoco_vllm.request_fields import KEEP, METHOD
 
 # Interval between two updates.
 UPDATE_SECONDS = 0.25
+
+# A child of vLLM's logger, whose handlers and level it shares.
+logger = logging.getLogger("vllm.ficoco.budget")
 
 
 class Source(Protocol):
@@ -69,9 +73,15 @@ class DefaultBudget:
         Args:
             show: called with the budget after each update, for the metrics.
         """
+        warned = ""
         while True:
-            for source in self.sources:
-                source.update()
+            try:
+                for source in self.sources:
+                    source.update()
+            except (OSError, ValueError) as error:  # of a file: a full disk, or somebody has changed it
+                if str(error) != warned:
+                    warned = str(error)
+                    logger.warning("ficoco: the default budget stays at %d visual tokens: %s", self(), warned)
             show(self())
             await asyncio.sleep(UPDATE_SECONDS)
 

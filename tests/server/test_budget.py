@@ -54,6 +54,42 @@ class Level:
         """Stay."""
 
 
+class Failing(Level):
+    """A source whose file cannot be written at first."""
+
+    def __init__(self, budgets: tuple[int, ...], num_failures: int) -> None:
+        super().__init__(budgets, len(budgets) - 1)
+        self.num_failures = num_failures
+
+    def update(self) -> None:
+        """Fail, or go to the lowest level."""
+        self.num_failures -= 1
+        if self.num_failures >= 0:
+            raise OSError("no space left")
+        self.level = 0
+
+
+def test_a_file_that_cannot_be_written_leaves_the_budget_and_is_told_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shown: list[int] = []
+    told: list[str] = []
+    monkeypatch.setattr("ficoco_vllm.server.budget.UPDATE_SECONDS", 0.0)
+    monkeypatch.setattr(
+        "ficoco_vllm.server.budget.logger.warning", lambda text, *more: told.append(text % more)
+    )
+
+    async def run() -> None:
+        following = asyncio.create_task(DefaultBudget((Failing((64, 288), 3),)).follow(shown.append))
+        while 64 not in shown:
+            await asyncio.sleep(0)
+        following.cancel()
+
+    asyncio.run(run())
+    assert shown[:4] == [288, 288, 288, 64]
+    assert told == ["ficoco: the default budget stays at 288 visual tokens: no space left"]
+
+
 def fixed(level: int, settings: ElasticSettings = SETTINGS) -> DefaultBudget:
     """A budget at a level of our choice."""
     return DefaultBudget((Level(settings.budgets, level),))
