@@ -7,14 +7,14 @@ from typing import Any
 def question_of(messages: Sequence[Any]) -> str | None:
     """The text that comes with the last image.
 
-    That of its message; if there is none, that of the next message which has some, or of the one before. What the model
-    has said is no question. Later turns without an image change nothing, so that the caches still have the image.
+    That of its message; if there is none, that of the user's next message which has some, or of the one before. Later
+    turns without an image change nothing, so that the caches still have the image.
 
     Args:
         messages: of a chat, each a mapping with `content`: a text, or parts with `type`.
 
     Returns:
-        None without an image, or where no message has a text.
+        None without an image, or where no message of a user has a text.
     """
     last = max((number for number, message in enumerate(messages) if _has_image(message)), default=None)
     if last is None:
@@ -41,8 +41,8 @@ def _has_image(message: Any) -> bool:
 
 
 def _text(message: Any) -> str:
-    """The text of a message, empty for those of the model."""
-    if isinstance(message, dict) and message.get("role") == "assistant":
+    """The text of a message, empty unless it is a user's."""
+    if isinstance(message, dict) and message.get("role", "user") != "user":
         return ""
     texts = (part if isinstance(part, str) else part.get("text") for part in _parts(message))
     return "\n".join(text for text in texts if isinstance(text, str)).strip()

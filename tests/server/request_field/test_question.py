@@ -28,6 +28,7 @@ def turn(*parts: Any, role: str = "user") -> dict[str, Any]:
         ([turn({"type": "input_image"}, text("what?", "input_text"))], "what?"),
         ([turn({"image_url": "data:"}, "what?")], "what?"),
         ([{"role": "system", "content": "be brief"}, turn(IMAGE, text("what?"))], "what?"),
+        ([{"role": "system", "content": "be brief"}, turn(IMAGE)], None),
         ([turn(IMAGE), turn(text("sure"), role="assistant"), turn(text("what?"))], "what?"),
         ([turn(IMAGE), turn(text("what?"))], "what?"),
         ([{"role": "user", "content": "what is this?"}, turn(IMAGE)], "what is this?"),
