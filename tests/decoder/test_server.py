@@ -253,7 +253,7 @@ def test_blocks_of_segments_while_a_request_runs(server: Server, images: list[Im
         stream = client.chat.completions.create(
             model="small",
             messages=[message("what is this?", [data_url(images[0])])],
-            max_tokens=600,
+            max_tokens=800,
             stream=True,
             extra_body={"ignore_eos": True},
         )

@@ -42,8 +42,8 @@ END_SECONDS = 60.0
 # Beyond the shutdown's timeout, for the engine's end and for the answers to those that it has not reached.
 ANSWER_SECONDS = 20.0
 NUM_REQUESTS = 16
-# How long the requests run beside each other that a stop signal meets, and their longest answers.
-RUNNING_SECONDS, MAX_TOKENS = 10.0, 2000
+# So long that no machine answers one request before all of them run, and a slow one within the shutdown's timeout.
+NUM_TOKENS, SHUTDOWN_SECONDS = 1000, 300
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ def supervised(
 ) -> Iterator[Supervised]:
     """The demo model, with time for running requests when it stops."""
     folder = tmp_path_factory.mktemp("supervised")
-    arguments = ["--ficoco-method", request.param, "--ficoco-keep", "64", "--shutdown-timeout", "60"]
+    arguments = ["--ficoco-method", request.param, "--ficoco-keep", "64", "--shutdown-timeout"]
+    arguments += [str(SHUTDOWN_SECONDS)]
     with (
         tempfile.TemporaryDirectory() as temporary,  # a short path: sockets lie in it
         serve(
@@ -79,37 +80,24 @@ def supervised(
         yield Supervised(server, Path(temporary))
 
 
-def long_asks(num_tokens: int) -> list[Request]:
+def long_asks() -> list[Request]:
     """Requests that take a while, every second one as a stream."""
     body = {
         "model": "ficoco-demo",
         "messages": [{"role": "user", "content": "is there a red sign?"}],
-        "max_tokens": num_tokens,
+        "max_tokens": NUM_TOKENS,
         "ignore_eos": True,
     }
     streamed = body | {"stream": True, "stream_options": {"include_usage": True}}
     return [
         Request(
-            "text", json.dumps(streamed if stream else body).encode(), stream=stream, num_tokens=num_tokens
+            "text", json.dumps(streamed if stream else body).encode(), stream=stream, num_tokens=NUM_TOKENS
         )
         for stream in (True, False) * (NUM_REQUESTS // 2)
     ]
 
 
-async def tokens_of_a_run(server: Server) -> int:
-    """Tokens of an answer with which this server's requests run together for `RUNNING_SECONDS`, up to `MAX_TOKENS`."""
-    count = 32
-    async with Client(server.url) as client:
-        for name in ("warm", "timed"):
-            start = time.monotonic()
-            asks = enumerate(long_asks(count))
-            await asyncio.gather(*(client.send(ask, f"{name}-{number}") for number, ask in asks))
-    return min(int(count * RUNNING_SECONDS / (time.monotonic() - start)), MAX_TOKENS)
-
-
-async def under_load(
-    server: Server, num_tokens: int, strike: psutil.Process, signal: int
-) -> tuple[list[Outcome], float]:
+async def under_load(server: Server, strike: psutil.Process, signal: int) -> tuple[list[Outcome], float]:
     """Send requests, and a signal to a process once all of them run.
 
     Returns:
@@ -118,7 +106,7 @@ async def under_load(
     async with Client(server.url) as client:
         sending = [
             asyncio.create_task(client.send(ask, f"survival-{signal}-{number}"))
-            for number, ask in enumerate(long_asks(num_tokens))
+            for number, ask in enumerate(long_asks())
         ]
         while read_gauges(await client.metrics())["vllm:num_requests_running"] < NUM_REQUESTS:
             assert not any(task.done() for task in sending), [
@@ -152,7 +140,7 @@ def test_a_killed_engine_is_an_error_and_a_new_server(supervised: Supervised) ->
     segments = shared_memory_of(processes)
     assert segments
     time.sleep(6)  # processes are scanned every five seconds, and only scanned ones are cleaned up
-    outcomes, seconds = asyncio.run(under_load(server, MAX_TOKENS, engine, 9))
+    outcomes, seconds = asyncio.run(under_load(server, engine, 9))
     kinds = {outcome.kind for outcome in outcomes}
     assert kinds <= {SERVER_ERROR, LOST}, outcomes
     assert SERVER_ERROR in kinds, outcomes
@@ -171,7 +159,7 @@ def test_a_killed_engine_is_an_error_and_a_new_server(supervised: Supervised) ->
 
     async def ask() -> Outcome:
         async with Client(server.url) as client:
-            return await client.send(long_asks(4)[0], "after-the-kill")
+            return await client.send(long_asks()[0], "after-the-kill")
 
     assert asyncio.run(ask()).kind == ANSWERED
 
@@ -182,8 +170,7 @@ def test_a_stopping_server_answers_accepted_requests(supervised: Supervised) -> 
     processes = supervised.processes()
     segments = shared_memory_of(processes)
     supervisor = psutil.Process(server.process.pid)
-    num_tokens = asyncio.run(tokens_of_a_run(server))
-    outcomes, _ = asyncio.run(under_load(server, num_tokens, supervisor, 15))
+    outcomes, _ = asyncio.run(under_load(server, supervisor, 15))
     assert [outcome.kind for outcome in outcomes] == [ANSWERED] * NUM_REQUESTS, outcomes
     assert server.process.wait(END_SECONDS) == 0, server.log.read_text()[-3000:]
     wait_until_ended(processes)
