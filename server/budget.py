@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.planning.families import tower_shape
 from ficoco_vllm.planning.server import ServerPlan
+from ficoco_vllm.quality.settings import LADDER, OPTION, QualitySettings
 from ficoco_vllm.request_fields import KEEP, METHOD
 
 # Interval between two updates.
@@ -152,6 +153,39 @@ def most_tokens(config: FicocoConfig, hf_config: Any) -> int:
     """
     shape = tower_shape(hf_config)
     return shape.num_units if shape.tiling is None else ServerPlan.of(config, hf_config).most
+
+
+def on_server(
+    settings: QualitySettings, config: FicocoConfig, hf_config: Any, min_keep: int = 1
+) -> QualitySettings:
+    """A target agreement with the ladder that a server serves.
+
+    Args:
+        settings: as the operator gave them. A ladder that is not theirs leaves out what the method cannot reach.
+        config: settings of the server.
+        hf_config: transformers' configuration of the model.
+        min_keep: the operator's lower bound on a request's budget.
+
+    Raises:
+        ValueError: naming the field, its value and what is allowed.
+    """
+    most = most_tokens(config, hf_config)
+    served = settings.on_model(most, min_keep)
+    ladder = served.ladder or ()
+    if settings.ladder is not None:
+        check_budgets(LADDER, ladder, config, hf_config)
+        return served
+    check_budgets(OPTION, (most,), config, hf_config)
+    plan = ServerPlan.of(config.model_copy(update={"keep": most}), hf_config)
+
+    def reached(budget: int) -> bool:
+        try:
+            plan.check_budget(budget)
+        except ValueError:
+            return False
+        return True
+
+    return served.model_copy(update={"ladder": tuple(filter(reached, ladder))})
 
 
 def check_budgets(name: str, budgets: Sequence[int], config: FicocoConfig, hf_config: Any) -> None:

@@ -11,7 +11,7 @@ from ficoco_vllm.metrics.families import set_default_budget
 from ficoco_vllm.planning.server import ServerPlan
 from ficoco_vllm.quality.settings import OPTION as QUALITY
 from ficoco_vllm.quality.settings import QualitySettings
-from ficoco_vllm.server.budget import DecoderBudget, DefaultBudget, Source, TowerBudget, most_tokens
+from ficoco_vllm.server.budget import DecoderBudget, DefaultBudget, Source, TowerBudget, most_tokens, on_server
 from ficoco_vllm.server.elastic.budget import ElasticBudget
 from ficoco_vllm.server.elastic.settings import OPTION as ELASTIC
 from ficoco_vllm.server.elastic.settings import ElasticSettings
@@ -54,13 +54,14 @@ def install(
         sources.append(ElasticBudget(ElasticSettings.load(elastic), folder, recorder, num_unfinished))
     engines = engine_client.logger_manager.engine_indexes
     if quality is not None:
-        most = most_tokens(config, model.hf_config)
-        settings = QualitySettings.parse(quality).on_model(most, args.ficoco_min_keep or 1)
+        settings = QualitySettings.parse(quality)
+        settings = on_server(settings, config, model.hf_config, args.ficoco_min_keep or 1)
         recorder = LoadRecorder.on(engine_client, QUALITY)
         held = QualityBudget(settings, config.method or "", folder, recorder, num_unfinished)
         sources.append(held)
         figures = Figures(model.served_model_name, str(engines[0]), held)
         policy = engine_client.vllm_config.scheduler_config.policy
+        most = most_tokens(config, model.hf_config)
         Comparer(held, most, figures, has_priorities=policy == "priority").attach(state, engine_client)
     budget = DefaultBudget(tuple(sources))
     _apply(budget, plan, engine_client, applier)

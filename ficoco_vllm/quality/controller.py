@@ -24,8 +24,8 @@ ALARM = 1000.0
 SUSPICION = 1.5
 # A rung below the served one that has failed is tried again after so many chosen requests; doubles with each failure.
 FIRST_REST, LONGEST_REST = 32, 512
-# Comparisons after which a rung that is neither good nor bad counts as failed, in units of those that a perfect rung
-# needs.
+# Comparisons after which a rung that is neither good nor bad counts as failed while its mean does not pass the target,
+# in units of those that a perfect rung needs.
 PATIENCE = 8
 
 
@@ -112,7 +112,7 @@ def next_rungs(settings: QualitySettings, state: State, *, top_reduces: bool) ->
         Their indices, ascending; none where nothing is to be found out.
     """
     watched = () if state.served == state.top and not top_reduces else (state.served,)
-    tried = None if state.suspects(settings.target_agreement) else _candidate(settings, state)
+    tried = _candidate(settings, state)
     return watched if tried is None else (tried, *watched)
 
 
@@ -147,7 +147,8 @@ def _score(settings: QualitySettings, state: State, index: int, score: float) ->
     if evidence_above(rung.tally, target) >= needed:
         return replace(state, served=index, alarm=())
     patience = PATIENCE * needed / -math.log(target)
-    if evidence_below(rung.tally, target) >= needed or rung.tally.count >= patience:
+    is_doubtful = rung.tally.count >= patience and rung.tally.mean <= target
+    if evidence_below(rung.tally, target) >= needed or is_doubtful:
         return replace(state, rungs=_with(state.rungs, index, rung.failed(state.num_chosen)))
     return state
 

@@ -275,9 +275,8 @@ def make_plan(wanted: Wanted, hf_config: Any, args: argparse.Namespace) -> "Serv
     """
     from ficoco_vllm.config import FicocoConfig
     from ficoco_vllm.planning.server import ServerPlan
-    from ficoco_vllm.quality.settings import LADDER
     from ficoco_vllm.quality.states import check_state
-    from ficoco_vllm.server.budget import check_budgets, most_tokens
+    from ficoco_vllm.server.budget import check_budgets, most_tokens, on_server
     from ficoco_vllm.server.elastic.settings import OPTION as ELASTIC
 
     config = FicocoConfig.parse(wanted.settings)
@@ -286,8 +285,7 @@ def make_plan(wanted: Wanted, hf_config: Any, args: argparse.Namespace) -> "Serv
         wanted.elastic.check_bounds(min_keep, most_tokens(config, hf_config))
         check_budgets(ELASTIC, wanted.elastic.budgets, config, hf_config)
     if wanted.quality is not None:
-        quality = wanted.quality.on_model(most_tokens(config, hf_config), min_keep)
-        check_budgets(LADDER, quality.ladder or (), config, hf_config)
+        quality = on_server(wanted.quality, config, hf_config, min_keep)
         check_state(quality, config.method or "")
     return ServerPlan.of(config, hf_config)
 

@@ -104,7 +104,9 @@ class Comparer:
         self.has_priorities = has_priorities
         self.figures = figures
         settings = budget.settings
-        self._allowance = Allowance(settings, time.monotonic())
+        # A budget that an earlier server has found is watched from the first request on.
+        found = any(state.served < state.top for state in budget.states.values())
+        self._allowance = Allowance(settings, time.monotonic(), is_ready=found)
         self._random = random.Random(settings.seed)
         self._waiting: set[asyncio.Task[None]] = set()
         self._one = asyncio.Lock()

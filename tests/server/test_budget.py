@@ -13,7 +13,8 @@ from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.kv.admission import ChatBudgets, fill_budget
 from ficoco_vllm.planning.server import ServerPlan
-from ficoco_vllm.server.budget import DecoderBudget, DefaultBudget, TowerBudget, check_budgets, most_tokens
+from ficoco_vllm.quality.settings import QualitySettings
+from ficoco_vllm.server.budget import DecoderBudget, DefaultBudget, TowerBudget, check_budgets, most_tokens, on_server
 from ficoco_vllm.server.elastic.budget import ElasticBudget
 from ficoco_vllm.server.elastic.settings import OPTION, ElasticSettings
 from ficoco_vllm.server.load.recorder import LoadRecorder
@@ -38,6 +39,28 @@ def check(settings: ElasticSettings, min_keep: int = 1, **ficoco: Any) -> None:
     config = FicocoConfig.parse(ficoco)
     settings.check_bounds(min_keep, most_tokens(config, HF_CONFIG))
     check_budgets(OPTION, settings.budgets, config, HF_CONFIG)
+
+
+def test_the_default_ladder_leaves_out_what_a_method_cannot_reach() -> None:
+    """ToMe halves at most; four reducing layers bring 576 tokens to 36. A ladder of the operator's is refused."""
+    vision = CLIPVisionConfig(image_size=336, patch_size=14, num_hidden_layers=8)
+    shallow = LlavaConfig(
+        vision_config=vision,
+        text_config=HF_CONFIG.text_config,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+    settings, tome = QualitySettings(target_agreement=0.9), FicocoConfig.parse({"method": "tome"})
+    every = (32, 64, 96, 128, 192, 288, 576)
+    reached = on_server(settings, tome, shallow).ladder or ()
+    assert 1 < len(reached) < len(every)
+    assert reached == every[-len(reached) :]
+    assert on_server(settings, FicocoConfig.parse({"method": "random"}), shallow).ladder == every
+    named = settings.model_copy(update={"ladder": every})
+    with pytest.raises(ValueError, match=r"quality\.ladder: the budget 32 of 32, 64, .* cannot be served"):
+        on_server(named, tome, shallow)
+    with pytest.raises(ValueError, match=r"kv_budget = 64\.0 is not allowed with --ficoco-target-agreement"):
+        on_server(settings, FicocoConfig.parse({"method": "ficoco-l", "kv_budget": 64}), HF_CONFIG)
 
 
 class Level:
@@ -198,14 +221,14 @@ def test_the_largest_of_two_sources_counts() -> None:
     assert budget.reachable(odd) == 576
 
 
-def test_it_is_updated_and_shown_while_the_server_runs() -> None:
+def test_it_is_updated_and_shown_while_the_server_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     source, shown = Level((64, 288), 0), list[int]()
     counts = iter(range(3))
 
     def update() -> None:
         source.level = next(counts) % 2
 
-    source.update = update  # type: ignore[method-assign]
+    monkeypatch.setattr(source, "update", update)
 
     async def run() -> None:
         task = asyncio.create_task(DefaultBudget((source,)).follow(shown.append))

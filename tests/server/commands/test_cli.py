@@ -330,7 +330,7 @@ refused("--ficoco-config", '{{"method": "magic"}}')
 refused("--ficoco-keep", "577")
 refused("--ficoco-keep", "0")
 assert "torch" not in sys.modules
-refused("--ficoco-method", "trim")
+refused("--ficoco-config", '{{"method": "ficoco-v", "lam": 2}}')
 assert not {{"vllm", "transformers"}} & set(sys.modules)
 """
         done = subprocess.run(

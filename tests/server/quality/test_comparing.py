@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
@@ -100,7 +100,7 @@ class Server:
         self.comparer = Comparer(
             self.budget,
             NUM_TOKENS,
-            self.figures,  # type: ignore[arg-type]
+            cast(Any, self.figures),
             has_priorities=True,
         )
         self.comparer._allowance.is_ready, self.comparer._allowance.earned = True, 1e6
