@@ -11,7 +11,14 @@ from ficoco_vllm.metrics.families import set_default_budget
 from ficoco_vllm.planning.server import ServerPlan
 from ficoco_vllm.quality.settings import OPTION as QUALITY
 from ficoco_vllm.quality.settings import QualitySettings
-from ficoco_vllm.server.budget import DecoderBudget, DefaultBudget, Source, TowerBudget, most_tokens, on_server
+from ficoco_vllm.server.budget import (
+    DecoderBudget,
+    DefaultBudget,
+    Source,
+    TowerBudget,
+    most_tokens,
+    on_server,
+)
 from ficoco_vllm.server.elastic.budget import ElasticBudget
 from ficoco_vllm.server.elastic.settings import OPTION as ELASTIC
 from ficoco_vllm.server.elastic.settings import ElasticSettings

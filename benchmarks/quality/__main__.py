@@ -40,7 +40,13 @@ STATIONARY: tuple[dict[str, Any], ...] = (
     {"name": "easy", "method": "ficoco-v", "kinds": EASY, "target": 0.98},
     {"name": "hard", "method": "ficoco-v", "kinds": HARD, "target": 0.98},
     # Its four reducing layers cannot reach 32 tokens.
-    {"name": "hard-tome", "method": "tome", "kinds": HARD, "target": 0.95, "ladder": (64, 96, 128, 192, 288, 576)},
+    {
+        "name": "hard-tome",
+        "method": "tome",
+        "kinds": HARD,
+        "target": 0.95,
+        "ladder": (64, 96, 128, 192, 288, 576),
+    },
 )
 # One request in five may be compared, within the 3% that second answers may cost.
 QUALITY = {"share": 0.2, "max_tokens_per_minute": 10_000_000}

@@ -14,7 +14,14 @@ from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.kv.admission import ChatBudgets, fill_budget
 from ficoco_vllm.planning.server import ServerPlan
 from ficoco_vllm.quality.settings import QualitySettings
-from ficoco_vllm.server.budget import DecoderBudget, DefaultBudget, TowerBudget, check_budgets, most_tokens, on_server
+from ficoco_vllm.server.budget import (
+    DecoderBudget,
+    DefaultBudget,
+    TowerBudget,
+    check_budgets,
+    most_tokens,
+    on_server,
+)
 from ficoco_vllm.server.elastic.budget import ElasticBudget
 from ficoco_vllm.server.elastic.settings import OPTION, ElasticSettings
 from ficoco_vllm.server.load.recorder import LoadRecorder
