@@ -50,7 +50,8 @@ STATIONARY: tuple[dict[str, Any], ...] = (
 )
 # One request in five may be compared, within the 3% that second answers may cost.
 QUALITY = {"share": 0.2, "max_tokens_per_minute": 10_000_000}
-NUM_ROUNDS = 6
+# Of the overhead: rounds and their requests, and those in which the budget finds its rung before.
+NUM_ROUNDS, NUM_REQUESTS, NUM_BEFORE = 6, 800, 1500
 # Questions of `calibrate`: to search with, and to certify.
 NUM_CALIBRATED = (1000, 3000)
 
@@ -183,7 +184,7 @@ def _overhead(method: str, num_items: int, seed: int) -> dict[str, Any]:
         held = ["--ficoco-target-agreement", "0.5", "--ficoco-config", json.dumps({"quality": quality})]
         both = {"with": held, "without": ["--ficoco-keep", "64"]}
         seconds: dict[str, list[float]] = {kind: [] for kind in both}
-        extra = {}
+        kept = {}
         with (
             serving(["--ficoco-method", method, *both["with"]], folder / "with.log") as first,
             serving(["--ficoco-method", method, *both["without"]], folder / "without.log") as second,
@@ -193,23 +194,26 @@ def _overhead(method: str, num_items: int, seed: int) -> dict[str, Any]:
                 for kind, server in (("with", first), ("without", second))
             }
             reference = asyncio.run(answers(endpoints["without"], items, FULL))
-            count = 10 * len(items)
-            with Task("overhead of second answers", (2 * NUM_ROUNDS + 2) * count) as task:
-                for number in range(NUM_ROUNDS + 1):
+            total = NUM_BEFORE + 2 * NUM_ROUNDS * NUM_REQUESTS
+            with Task("overhead of second answers", total) as task:
+                asyncio.run(send(endpoints["with"], items, reference, NUM_BEFORE, seed, task))
+                before = metric(first.url, "ficoco:quality_tokens_total")
+                for number in range(NUM_ROUNDS):
                     for kind in (("with", "without"), ("without", "with"))[number % 2]:
                         begin = time.monotonic()
-                        phase = asyncio.run(send(endpoints[kind], items, reference, count, number, task))
-                        if number:  # in the first round the budget finds its rung
-                            seconds[kind].append(time.monotonic() - begin)
-                            extra[kind] = phase.mean_kept()
-            spent = metric(first.url, "ficoco:quality_tokens_total")
+                        phase = asyncio.run(
+                            send(endpoints[kind], items, reference, NUM_REQUESTS, number, task)
+                        )
+                        seconds[kind].append(time.monotonic() - begin)
+                        kept[kind] = phase.mean_kept()
+            spent = metric(first.url, "ficoco:quality_tokens_total") - before
     ratios = [on / off for on, off in zip(seconds["with"], seconds["without"], strict=True)]
     return {
         "time_ratio": statistics.median(ratios),
         "ratios": ratios,
-        "visual_tokens": extra,
+        "visual_tokens": kept,
         "second_tokens": spent,
-        "requests": count * (NUM_ROUNDS + 1),
+        "requests": NUM_ROUNDS * NUM_REQUESTS,
     }
 
 
