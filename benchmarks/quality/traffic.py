@@ -17,7 +17,8 @@ EASY, HARD = ("colour", "shape", "yes_no_shapes"), ("number", "number_by_colour_
 PHASES = (EASY, HARD, EASY)
 # The default budget: nothing is named.
 UNNAMED = Variant("unnamed", "tower")
-CONCURRENCY = 8
+# Few, so that a server on a CPU has room for second answers.
+CONCURRENCY = 2
 
 
 @dataclass

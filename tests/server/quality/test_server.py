@@ -160,7 +160,7 @@ def test_sampled_and_streamed_answers_are_compared_and_prompts_without_an_image_
 @needs_prometheus
 def test_every_query_of_the_row_and_both_alerts(server: Server, items: list[Item], tmp_path: Path) -> None:
     instance = server.url.removeprefix("http://")
-    before = server.metric("ficoco:quality_comparisons_total")
+    before = at_rest(server)
     start = time.monotonic()
     with scrape(tmp_path, instance) as prometheus, server.client() as client:
         prometheus.wait_for_scrapes()
@@ -185,7 +185,8 @@ def test_every_query_of_the_row_and_both_alerts(server: Server, items: list[Item
     assert budget[("instance", instance),] == 64
     assert list(falls.values()) == [0] * len(falls)
     grown = server.metric("ficoco:quality_comparisons_total") - before
-    assert count[()] == pytest.approx(grown / window, rel=0.15)
+    # Prometheus extrapolates to the edges of the window, which holds few scrapes.
+    assert 0.5 < count[()] / (grown / window) < 2
     assert tokens[()] > 576 * count[()]
     assert tally[()] >= grown
     assert skipped == {}
