@@ -220,7 +220,7 @@ def test_downscale_is_the_small_image(
         ),
         ({"ficoco_keep_ratio": "half"}, "ficoco_keep_ratio = 'half' is not allowed"),
         ({"ficoco_keep": 3, "ficoco_keep_ratio": 0.5}, "ficoco_keep_ratio = 0.5 beside ficoco_keep = 3"),
-        ({"ficoco_method": "trim"}, "ficoco_method = 'trim' is not a method that this model can serve"),
+        ({"ficoco_method": "fastv"}, "ficoco_method = 'fastv' is not a method that this model can serve"),
         ({"max_pixels": 1024}, "max_pixels = 1024 in mm_processor_kwargs is not allowed"),
     ],
 )

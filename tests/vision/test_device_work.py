@@ -40,15 +40,17 @@ BUDGET = {
     "prumerge": 32,
     "prumerge-plus": 67,
     "random": 21,
+    "recoverable": 76,
     "spatial-pool": 61,
     "tome": 45,
     "topk-cls": 9,
+    "trim": 17,
     "turbo": 46,
     "visionzip": 59,
     "vscan-v": 59,
 }
 # Launches of a filter that picks one token after another without a kernel of its own: at the start, and for each pick.
-PICKS = {"scope": (22, 13), "tops-v": (30, 24)}
+PICKS = {"cdpruner": (24, 21), "scope": (22, 13), "tops-v": (30, 24)}
 KEPT = 490
 
 
@@ -96,8 +98,12 @@ def work(method: str, handed_out: bool, monkeypatch: pytest.MonkeyPatch) -> Devi
         encoder=SimpleNamespace(layers=[layer() for _ in range(3)]),
     )
     pixels = torch.empty(2, 577, WIDTH, device="meta")
+
+    def relevance(units: Tensor) -> Tensor:
+        return units.new_empty(units.shape[:2], dtype=torch.float32)
+
     with torch.inference_mode(), DeviceWork() as done:
-        encode(VllmTower(tower), pixels, plan, GRID)
+        encode(VllmTower(tower), pixels, plan, GRID, relevance=relevance)
     return done
 
 
