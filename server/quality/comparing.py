@@ -30,6 +30,8 @@ LOWEST_PRIORITY = 2**31 - 1
 MAX_WAITING = 8
 # Time for which a comparison waits for room, and between two looks.
 WAIT_SECONDS, LOOK_SECONDS = 60.0, 0.05
+# Time for the second answers of a comparison. At the lowest priority they may never have their turn.
+ANSWER_SECONDS = 300.0
 
 logger = init_logger("vllm.ficoco.quality")
 
@@ -110,6 +112,7 @@ class Comparer:
         self._random = random.Random(settings.seed)
         self._waiting: set[asyncio.Task[None]] = set()
         self._one = asyncio.Lock()
+        self._engine_client: Any = None
 
     def attach(self, state: Any, engine_client: Any) -> None:
         """Wrap vLLM's handlers and the engine. Call it after the request field's.
@@ -123,6 +126,7 @@ class Comparer:
             if handler is not None and name in _COMPARED:
                 wrap(handler, method, self._handle)
         wrap(engine_client, "generate", self._generate)
+        self._engine_client = engine_client
 
     async def _handle(
         self, handler: Callable[..., Awaitable[Any]], request: Any, raw_request: Any = None
@@ -206,13 +210,21 @@ class Comparer:
                 if not await self._room():
                     self.figures.skip("no room")
                     return
-                scores = await self._scores(chosen)
+                async with asyncio.timeout(ANSWER_SECONDS):
+                    scores = await self._scores(chosen)
+        except TimeoutError:
+            self.figures.skip("no room")
+            return
         except Exception as error:  # whatever a second answer fails of, it is nobody's request
+            if self._engine_client.errored:  # the server ends, and says so itself
+                return
             self.figures.skip("failed")
             logger.warning(
                 "ficoco: a request could not be answered a second time: %s", error or type(error).__name__
             )
             return
+        for index, score in scores:
+            self.figures.score(self.budget.budgets[index], chosen.name, score)
         self.budget.record(chosen.name, scores)
 
     async def _room(self) -> bool:
@@ -239,7 +251,6 @@ class Comparer:
                     full = chosen.answer if kept_all else await self._again(chosen, None)
                 score = same_text(answer, full)
             scores.append((index, score))
-            self.figures.score(keep, chosen.name, score)
         return scores
 
     async def _again(self, chosen: Chosen, keep: int | None, forced: tuple[int, ...] | None = None) -> Answer:

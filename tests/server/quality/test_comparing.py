@@ -4,6 +4,7 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -41,7 +42,12 @@ class Engine:
 
     Attributes:
         sent: budget, parameters and priority of each prompt.
+        errored: as vLLM's, whether the engine is gone.
+        starves: whether second answers never have their turn.
     """
+
+    errored = False
+    starves = False
 
     def __init__(self, answering: Callable[[int, SamplingParams], str]) -> None:
         self.answering = answering
@@ -54,6 +60,8 @@ class Engine:
         return self._generate(prompt, sampling_params, priority)
 
     async def _generate(self, prompt: Any, params: Any, priority: int) -> AsyncIterator[Any]:
+        if self.starves and priority == LOWEST_PRIORITY:
+            await asyncio.sleep(3600)
         keep = prompt["keep"]
         self.sent.append((keep, params, priority))
         text = self.answering(keep, params)
@@ -198,6 +206,55 @@ def test_a_second_answer_that_fails_is_nobody_s_error(tmp_path: Path) -> None:
     assert asyncio.run(server.ask()) == "706"
     assert server.figures.skipped == ["failed"]
     assert server.budget.state(UNNAMED).rungs[0].tally.count == 0
+
+
+def test_a_comparison_that_fails_half_way_is_counted_nowhere(tmp_path: Path) -> None:
+    """The rung that has its score already is in neither the metrics nor the tally."""
+
+    def answering(keep: int, params: Any) -> str:
+        if keep == 32:
+            raise ValueError("the prompt is too long")
+        return "706"
+
+    server = Server(tmp_path, Engine(answering), ladder=[32, 64, NUM_TOKENS])
+    server.budget.states = {UNNAMED: replace(server.budget.state(UNNAMED), served=1)}
+    asyncio.run(server.ask())
+    assert [keep for keep, *_ in server.engine.sent] == [64, NUM_TOKENS, 32]
+    assert server.figures.skipped == ["failed"]
+    assert server.figures.scores == []
+    assert server.budget.state(UNNAMED).rungs[1].tally.count == 0
+
+
+def test_second_answers_that_have_no_turn_are_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparing, "ANSWER_SECONDS", 0.1)
+    engine = Engine(lambda keep, params: "706")
+    engine.starves = True
+    server = Server(tmp_path, engine)
+    assert asyncio.run(server.ask()) == "706"
+    assert server.figures.skipped == ["no room"]
+
+
+def test_an_engine_that_ends_is_not_reported_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparing.logger, "propagate", True)
+
+    def answering(keep: int, params: Any) -> str:
+        if keep == 64:
+            raise RuntimeError("the engine is gone")
+        return "706"
+
+    engine = Engine(answering)
+    server = Server(tmp_path, engine)
+    asyncio.run(server.ask())
+    assert "a second time: the engine is gone" in caplog.text
+    caplog.clear()
+    engine.errored = True
+    asyncio.run(server.ask())
+    assert server.figures.skipped == ["failed"]
+    assert caplog.text == ""
 
 
 def test_without_room_a_comparison_waits_and_is_given_up(
