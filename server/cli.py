@@ -4,6 +4,7 @@ A command's module is imported when the command runs: the list of commands answe
 """
 
 import argparse
+import asyncio
 import os
 import signal
 import sys
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: command line without the program's name; None takes the process's own.
 
     Returns:
-        The exit status: 0, 2 for bad input (with one line on stderr), 130 after Ctrl-C.
+        The exit status: 0, 2 for bad input (with one line on stderr), 130 after Ctrl-C, 143 after SIGTERM.
     """
     is_program = arguments is None
     arguments = sys.argv[1:] if arguments is None else list(arguments)
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.print_help()
             return 2
         if is_program:
-            signal.signal(signal.SIGTERM, _exit)  # ends the servers that a command has started
+            signal.signal(signal.SIGTERM, _terminate)  # ends the servers that a command has started
         return _ended(int(command(args.command).run(args)), is_program)
     except BrokenPipeError:  # of `| head`; nothing may be flushed at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -57,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("ficoco-vllm: stopped", file=sys.stderr)
         return 130
+    except asyncio.CancelledError:  # see `_terminate`
+        return _ended(128 + signal.SIGTERM, is_program)
 
 
 def make_parser(complete: Sequence[str]) -> argparse.ArgumentParser:
@@ -93,8 +96,14 @@ def _ended(status: int, is_program: bool) -> int:
     return status
 
 
-def _exit(number: int, frame: Any) -> None:
-    sys.exit(128 + number)
+def _terminate(number: int, frame: Any) -> None:
+    """End the command, and with it what it has started."""
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        sys.exit(128 + number)
+    # Raised in a task, SystemExit would be printed as that task's error.
+    loop.call_soon_threadsafe(lambda: [task.cancel() for task in asyncio.all_tasks(loop)])
 
 
 if __name__ == "__main__":

@@ -116,7 +116,8 @@ def test_only_papers_are_printed_as_papers(source: str, printed: str) -> None:
 
 def test_methods_refuses_unknown(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods", "magic"]) == 2
-    assert "'magic'" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"method 'magic' is not known; allowed: {', '.join(names())}")
 
 
 def test_method_and_keep_win_over_the_file() -> None:
@@ -276,6 +277,38 @@ sys.exit(cli.main())
         assert command.wait(60) == 128 + signal.SIGTERM
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
+
+
+def test_a_command_that_sends_requests_ends_without_a_traceback() -> None:
+    """The signal finds one of several tasks at work."""
+    code = """
+import asyncio, sys, time
+from ficoco_vllm.server import cli
+from ficoco_vllm.server.commands import bench
+
+async def ask():
+    while True:
+        print("at work", flush=True)
+        time.sleep(0.05)
+        await asyncio.sleep(0)
+
+async def ask_all():
+    async with asyncio.TaskGroup() as group:
+        for _ in range(2):
+            group.create_task(ask())
+
+bench.run = lambda args: asyncio.run(ask_all())
+sys.argv = ["ficoco-vllm", "bench", "load"]
+sys.exit(cli.main())
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as command:
+        assert command.stdout is not None
+        command.stdout.readline()
+        command.terminate()
+        _, errors = command.communicate(timeout=60)
+    assert (command.returncode, errors) == (128 + signal.SIGTERM, "")
 
 
 @pytest.mark.parametrize(
