@@ -18,6 +18,7 @@ from ficoco_vllm.planning.segments import Segments, scaled
 from ficoco_vllm.planning.windows import Window, find_windows, read_ends
 from ficoco_vllm.reduction import Reducer, available, get
 from ficoco_vllm.reduction.method import SITES
+from ficoco_vllm.reduction.pipeline import PIPELINES
 from ficoco_vllm.reduction.schedule import DECODER_START_LAYER, make_schedule
 from ficoco_vllm.request_fields import KEEP, METHOD, WINDOW, check_keep
 
@@ -377,7 +378,10 @@ def _reducer(planner: DecoderPlanner, method: str) -> Reducer:
 def _keep_of(planner: DecoderPlanner, num_tokens: int) -> int:
     budget = planner.config.kv_budget
     if budget is None:
-        return planner.config.keep or default_keep(num_tokens)
+        if planner.config.keep is not None:
+            return planner.config.keep
+        pipeline = PIPELINES.get(planner.config.method or "")
+        return default_keep(num_tokens) if pipeline is None else pipeline.decoder_keep(num_tokens)
 
     def mean(keep: int) -> float:
         return fmean(planner.counts(planner.method, num_tokens, keep))

@@ -75,6 +75,16 @@ class Pipeline:
         """
         return (EVEN_RATIO if self.ratio is None else self.ratio) * keep
 
+    def decoder_keep(self, num_tokens: int) -> int:
+        """Tokens after the decoder's last reduction where no final count is given.
+
+        They are a ninth of the image's where the encoder's budget is not given either.
+
+        Args:
+            num_tokens: of the image as it leaves the encoder.
+        """
+        return max(1, round(num_tokens / (EVEN_RATIO if self.ratio is None else self.ratio)))
+
 
 _ALL = (
     Pipeline("ficoco-vl", "FiCoCo-VL", "2411.17686", FICOCO_V, FICOCO_L),

@@ -219,12 +219,15 @@ def test_every_method_has_a_plan_without_options(capsys: pytest.CaptureFixture[s
         assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("method", ["ficoco-v", "ficoco-l", "ficoco-vl"])
+@pytest.mark.parametrize("method", ["ficoco-v", "ficoco-l", *PIPELINES])
 def test_without_a_budget_it_is_the_server_s(capsys: pytest.CaptureFixture[str], method: str) -> None:
-    """A ninth of the entering tokens."""
-    keep = "21" if method == "ficoco-vl" else "64"  # the tower leaves 192
-    default = report(capsys, LLAVA_7B, "--method", method)
-    assert default["decoder_visual_tokens"][-1] == int(keep)
+    """A ninth of the image's tokens."""
+    default, named = (
+        report(capsys, LLAVA_7B, "--method", method, *budget) for budget in ((), ("--keep", "64"))
+    )
+    assert default["decoder_visual_tokens"] == named["decoder_visual_tokens"]
+    assert default["encoder_tokens"] == named["encoder_tokens"]
+    assert default["decoder_visual_tokens"][-1] == 64
 
 
 @pytest.mark.parametrize(
