@@ -9,6 +9,7 @@ import pytest
 
 from ficoco_vllm.benchmarks.accuracy.client import Endpoint
 from ficoco_vllm.benchmarks.accuracy.workload import embedded
+from ficoco_vllm.benchmarks.harness.results import read
 from ficoco_vllm.benchmarks.harness.terminal import Task
 from ficoco_vllm.benchmarks.quality.__main__ import bars, compared
 from ficoco_vllm.benchmarks.quality.replay import parts
@@ -151,3 +152,7 @@ def result(**changes: Any) -> dict[str, Any]:
 )
 def test_each_bar_can_fail(change: dict[str, Any], failing: set[str]) -> None:
     assert {bar.name for bar in bars(result(**change)) if not bar.passed} == failing
+
+
+def test_the_committed_result_passes() -> None:
+    assert all(bar.passed for bar in bars(read("quality")))
