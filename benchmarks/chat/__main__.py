@@ -2,7 +2,7 @@
 
 Stock vLLM with its prefix cache and FiCoCo-L with decision windows take turns, round by round; FiCoCo-L also computes
 every prompt as a whole. Times are compared within a round. The tower is LLaVA-1.5-7B's, the decoder is cut in depth and
-width.
+width. On a CPU stock vLLM also runs in model runner V2, as FiCoCo-L does: the bars compare engines of one runner.
 """
 
 import json
@@ -10,6 +10,7 @@ import random
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,12 @@ from ficoco_vllm.benchmarks.harness.results import (
     write,
 )
 from ficoco_vllm.benchmarks.harness.rounds import Sample, ranged, spread, take_turns
+from ficoco_vllm.compat import is_cpu_build
 
 SETTINGS = {"method": "ficoco-l", "keep": 64, "windows": "turn"}
-# Time to first token over stock's, each with its cache.
+# Time to first token over stock's in the same runner, each with its cache.
 MOST_TIME = 1.1
+STOCK, STOCK_V2, OURS = "stock", "stock, model runner V2", "ficoco-l"
 # Share of the tokens of stock's later turns that come from its cache: above 0.
 LEAST_CACHED = 0.01
 MEASURES = {"chat": worker.image_chat, "system prompt": worker.shared_system_prompt}
@@ -45,13 +48,16 @@ def main() -> int:
     args = parser.parse_args()
     options = {"block_size": 32, "max_model_len": 1536, "max_num_batched_tokens": 1536, "max_num_seqs": 4}
     options |= {"kv_cache_memory_bytes": 2**30, "disable_log_stats": False}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         write_model(Path(folder), args.layers, args.width)
-        with (
-            bench_engine(folder, None, **options) as stock,
-            bench_engine(folder, SETTINGS, **options) as ours,
-        ):
-            kinds = {name: measure(name, stock, ours, args.rounds, args.seed) for name in MEASURES}
+
+        def start(settings: Mapping[str, Any] | None, *, in_v2: bool = False) -> Remote:
+            return stack.enter_context(bench_engine(folder, settings, in_v2=in_v2, **options))
+
+        engines = {STOCK: start(None), OURS: start(SETTINGS)}
+        if is_cpu_build():
+            engines[STOCK_V2] = start(None, in_v2=True)
+        kinds = {name: measure(name, engines, args.rounds, args.seed) for name in MEASURES}
     shape = {"layers": args.layers, "width": args.width}
     result = {"environment": environment(), **shape, "rounds": args.rounds, "seed": args.seed, "kinds": kinds}
     write(result, args.out)
@@ -68,26 +74,29 @@ def write_model(folder: Path, num_layers: int, width: int) -> None:
     path.write_text(json.dumps(config), encoding="utf-8")
 
 
-def measure(name: str, stock: Remote, ours: Remote, rounds: int, seed: int) -> dict[str, dict[str, Any]]:
-    """Figures of stock vLLM and of FiCoCo-L with its cache and without."""
+def measure(name: str, engines: Mapping[str, Remote], rounds: int, seed: int) -> dict[str, dict[str, Any]]:
+    """Figures of every engine with its cache, and of FiCoCo-L without."""
     function = MEASURES[name]
-    asks = {
-        "stock": partial(stock.call, function, False),
-        "ficoco-l": partial(ours.call, function, False),
-        "ficoco-l without cache": partial(ours.call, function, True),
-    }
+    asks = {row: partial(engine.call, function, False) for row, engine in engines.items()}
+    asks[f"{OURS} without cache"] = partial(engines[OURS].call, function, True)
     samples = take_turns(asks, rounds, random.Random(seed), name)
-    return {row: summarise(values, samples["stock"]) for row, values in samples.items()}
+    same_runner = samples.get(STOCK_V2, samples[STOCK])
+    return {row: summarise(values, samples[STOCK], same_runner) for row, values in samples.items()}
 
 
-def summarise(samples: list[Sample], stock: list[Sample]) -> dict[str, Any]:
-    """Median and range of each figure, and of the time over stock's in the same round."""
+def summarise(samples: list[Sample], stock: list[Sample], same_runner: list[Sample]) -> dict[str, Any]:
+    """Median and range of each figure, and of the time over that of stock vLLM in the same round.
+
+    Args:
+        samples: of one row.
+        stock: of stock vLLM as it comes.
+        same_runner: of stock vLLM in the runner of FiCoCo-L.
+    """
     figures: dict[str, Any] = {key: spread([sample[key] for sample in samples]) for key in samples[0]}
-    pairs = zip(samples, stock, strict=True)
-    return {
-        **figures,
-        "over_stock": spread([one["ttft_seconds"] / base["ttft_seconds"] for one, base in pairs]),
-    }
+    for name, base in (("over_stock", stock), ("over_stock_same_runner", same_runner)):
+        pairs = zip(samples, base, strict=True)
+        figures[name] = spread([one["ttft_seconds"] / other["ttft_seconds"] for one, other in pairs])
+    return figures
 
 
 def bars(result: Mapping[str, Any]) -> Iterator[Bar]:
@@ -95,14 +104,15 @@ def bars(result: Mapping[str, Any]) -> Iterator[Bar]:
     kinds, num_segments = result["kinds"], result["layers"]
     for name, rows in kinds.items():
         label = f"chat-{name.replace(' ', '-')}"
-        yield at_most(f"{label}-ttft-over-stock", rows["ficoco-l"]["over_stock"]["median"], MOST_TIME)
-    chat, stock = kinds["chat"]["ficoco-l"], kinds["chat"]["stock"]
+        ratio = rows[OURS]["over_stock_same_runner"]["median"]
+        yield at_most(f"{label}-ttft-over-stock-same-runner", ratio, MOST_TIME)
+    chat, stock = kinds["chat"][OURS], kinds["chat"][STOCK]
     # Where stock's cache finds nothing, bars of ours that compare with it say nothing.
     yield Bar("chat-stock-cached-share", stock["cached_share"]["min"], LEAST_CACHED)
     yield Bar("chat-cached-share", chat["cached_share"]["min"], stock["cached_share"]["min"] * 0.95)
-    system = kinds["system prompt"]["ficoco-l"]["cached_tokens"]["min"]
+    system = kinds["system prompt"][OURS]["cached_tokens"]["min"]
     yield Bar(
-        "chat-system-prompt-cached-tokens", system, kinds["system prompt"]["stock"]["cached_tokens"]["min"]
+        "chat-system-prompt-cached-tokens", system, kinds["system prompt"][STOCK]["cached_tokens"]["min"]
     )
     # A step may have taken the block of its next token.
     beyond = chat["num_beyond_plan"]["max"]
@@ -111,17 +121,18 @@ def bars(result: Mapping[str, Any]) -> Iterator[Bar]:
 
 def _print(result: Mapping[str, Any]) -> None:
     for name, rows in result["kinds"].items():
-        others = [key for key in rows["stock"] if key not in ("ttft_seconds", "over_stock")]
+        ratios = ("over_stock", "over_stock_same_runner")
+        others = [key for key in rows[STOCK] if key not in ("ttft_seconds", *ratios)]
         table = [
             (
                 row,
                 ranged(figures["ttft_seconds"], digits=3),
-                ranged(figures["over_stock"]),
+                *(ranged(figures[key]) for key in ratios),
                 *(f"{figures[key]['median']:.4g}" for key in others),
             )
             for row, figures in rows.items()
         ]
-        print_table((name, "TTFT (min-max), s", "over stock", *others), table)
+        print_table((name, "TTFT (min-max), s", "over stock", "in the same runner", *others), table)
 
 
 if __name__ == "__main__":

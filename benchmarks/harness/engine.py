@@ -148,17 +148,19 @@ def remote_engine(
 
 
 def bench_engine(
-    model: Path | str, ficoco: Mapping[str, Any] | None, **options: Any
+    model: Path | str, ficoco: Mapping[str, Any] | None, *, in_v2: bool = False, **options: Any
 ) -> AbstractContextManager[Remote]:
     """An engine of a benchmark: bfloat16, weights made up, a process of its own; stock vLLM where `ficoco` is None.
 
     On a GPU all engines run model runner V2, which methods of the decoder need, and decode in CUDA graphs: what is
-    compared differs in the method alone. On a CPU only methods of the decoder run V2, in Triton's interpreter.
+    compared differs in the method alone. On a CPU only methods of the decoder run V2, with our kernels for it; stock vLLM
+    does where `in_v2` asks for it.
     """
     environment: dict[str, str | None] = dict(IN_PROCESS)
+    decoder = ficoco is not None and FicocoConfig.parse(dict(ficoco)).decoder_method is not None
     if ficoco is None:
         environment["VLLM_PLUGINS"] = ""
-    elif FicocoConfig.parse(dict(ficoco)).decoder_method is not None and is_cpu_build():
+    if is_cpu_build() and (in_v2 or decoder):
         environment |= INTERPRETER
     defaults: dict[str, Any] = {
         "load_format": "dummy",
@@ -168,7 +170,13 @@ def bench_engine(
     if not is_cpu_build():
         environment |= {"VLLM_USE_V2_MODEL_RUNNER": "1"}
         defaults |= {"enforce_eager": False, "compilation_config": DECODE_GRAPHS}
-    return remote_engine(model, ficoco, environment, **(defaults | options))
+    return remote_engine(model, ficoco, environment, _hook_kernels if in_v2 else None, **(defaults | options))
+
+
+def _hook_kernels() -> None:
+    from ficoco_vllm.hooks.kernels import hook_kernels
+
+    hook_kernels()
 
 
 @contextmanager

@@ -55,8 +55,8 @@ def chat(blocks: list[int], beyond: list[int], cached: float) -> list[dict[str, 
 
 def chat_result(ours: list[dict[str, float]], stock: list[dict[str, float]]) -> dict[str, Any]:
     system = [{"ttft_seconds": 1.0, "cached_tokens": 480.0}]
-    prompts = {name: summarise(system, system) for name in ("stock", "ficoco-l")}
-    chats = {"stock": summarise(stock, stock), "ficoco-l": summarise(ours, stock)}
+    prompts = {name: summarise(system, system, system) for name in ("stock", "ficoco-l")}
+    chats = {"stock": summarise(stock, stock, stock), "ficoco-l": summarise(ours, stock, stock)}
     return {"layers": 8, "kinds": {"chat": chats, "system prompt": prompts}}
 
 
@@ -72,3 +72,10 @@ def test_a_stock_cache_that_finds_nothing_fails() -> None:
     stock = chat([20, 20], [0, 0], 0.0)
     failed = {bar.name for bar in bars(chat_result(chat([40, 40], [0, 0], 0.0), stock)) if not bar.passed}
     assert failed == {"chat-stock-cached-share"}
+
+
+def test_a_first_token_that_comes_later_than_stock_s_fails() -> None:
+    stock = chat([20, 20], [0, 0], 0.9)
+    slow = [{**sample, "ttft_seconds": 1.2} for sample in stock]
+    failed = {bar.name for bar in bars(chat_result(slow, stock)) if not bar.passed}
+    assert failed == {"chat-chat-ttft-over-stock-same-runner"}

@@ -204,8 +204,13 @@ def test_what_cannot_be_read_is_refused(
     assert part in line
 
 
-def test_the_default_of_vllm_is_no_model() -> None:
+def test_without_a_model_the_demo_model_is_served_under_the_given_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     args = full_parser().parse_args(["--served-model-name", "x"])
     assert args.model is args.model_tag is None
+    serve._use_demo_model(args)
+    assert (args.model_tag, args.served_model_name) == (MODEL, ["x"])
     help_text = full_parser().format_help()
     assert "None)" not in help_text
