@@ -153,8 +153,8 @@ def bench_engine(
     """An engine of a benchmark: bfloat16, weights made up, a process of its own; stock vLLM where `ficoco` is None.
 
     On a GPU all engines run model runner V2, which methods of the decoder need, and decode in CUDA graphs: what is
-    compared differs in the method alone. On a CPU only methods of the decoder run V2, with our kernels for it; stock vLLM
-    does where `in_v2` asks for it.
+    compared differs in the method alone. On a CPU only methods of the decoder run V2, with our kernels for it, and
+    stock vLLM where `in_v2` asks for it.
     """
     environment: dict[str, str | None] = dict(IN_PROCESS)
     decoder = ficoco is not None and FicocoConfig.parse(dict(ficoco)).decoder_method is not None

@@ -55,8 +55,8 @@ ADVICE = (
         "documents and OCR",
         ("divprune", "best"),
         "--ficoco-keep 192",
-        "Both read every number on the demo model's signs at 192, 128 and 64 tokens; `ficoco-v` misses up to 5 in 10 at "
-        "64.",
+        "Both read every number on the demo model's signs at 192, 128 and 64 tokens; `ficoco-v` misses up to 5 in 10 "
+        "at 64.",
         "Dense text: in the paper, TextVQA loses more than ScienceQA. Measure yours: `ficoco-vllm calibrate`.",
     ),
     Advice(
