@@ -12,7 +12,7 @@ from openai import AsyncOpenAI
 
 from ficoco_vllm.benchmarks.accuracy.store import Reply, Store
 from ficoco_vllm.benchmarks.accuracy.variant_package import write_package
-from ficoco_vllm.benchmarks.accuracy.variants import HOST_METHOD, Site, Variant
+from ficoco_vllm.benchmarks.accuracy.variants import SITES, Variant, server_method
 from ficoco_vllm.benchmarks.accuracy.workload import Item
 from ficoco_vllm.benchmarks.harness.http import chat, data_url, served_model
 from ficoco_vllm.benchmarks.harness.serving import serving
@@ -57,7 +57,8 @@ class Host:
     """A server.
 
     Attributes:
-        url: of a running server without a path, or None: servers are started, one for each site.
+        url: of a running server without a path, or None: servers are started, one for each site
+            and for each method that reduces twice.
         model: folder or name of the model to serve, or None: the demo model.
         num_tokens: visual tokens of an image without reduction.
         arguments: more options for servers that are started.
@@ -76,12 +77,12 @@ class Host:
 
 
 @contextmanager
-def endpoint(host: Host, site: Site, variants: Sequence[Variant], **changes: Any) -> Iterator[Endpoint]:
-    """A server that can answer as the variants of one site.
+def endpoint(host: Host, method: str, variants: Sequence[Variant], **changes: Any) -> Iterator[Endpoint]:
+    """A server that can answer as some variants.
 
     Args:
         host: which server.
-        site: where the variants reduce.
+        method: of a server that is started, see `server_method`.
         variants: a server that is started offers those with settings of their own as methods.
         **changes: fields of `Endpoint` other than its defaults.
 
@@ -95,10 +96,18 @@ def endpoint(host: Host, site: Site, variants: Sequence[Variant], **changes: Any
     with tempfile.TemporaryDirectory(prefix="ficoco-bench-") as name:
         folder = Path(name)
         variables = write_package(folder, variants)
-        arguments = [*filter(None, [host.model]), "--ficoco-method", HOST_METHOD[site]]
+        arguments = [*filter(None, [host.model]), "--ficoco-method", method]
         arguments += ["--api-key", host.api_key, *host.arguments]
         with serving(arguments, folder / "server.log", variables) as server:
             yield Endpoint(server.url, served_model(server.url, host.api_key), **fields)
+
+
+def by_server(jobs: Iterable[Job]) -> dict[str, list[Job]]:
+    """Variants with questions, by the method of the server that answers them."""
+    groups: dict[str, list[Job]] = {}
+    for job in sorted(jobs, key=lambda job: SITES.index(job[0].site)):
+        groups.setdefault(server_method(job[0].method, job[0].site), []).append(job)
+    return groups
 
 
 def unanswered(jobs: Iterable[Job], store: Store) -> list[Job]:

@@ -5,7 +5,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ficoco_vllm.benchmarks.accuracy.client import CONCURRENCY, Host, Job, endpoint, replay, unanswered
+from ficoco_vllm.benchmarks.accuracy.client import (
+    CONCURRENCY,
+    Host,
+    Job,
+    by_server,
+    endpoint,
+    replay,
+    unanswered,
+)
 from ficoco_vllm.benchmarks.accuracy.store import Store
 from ficoco_vllm.benchmarks.accuracy.suites import Row, methods_of, rows
 from ficoco_vllm.benchmarks.accuracy.summary import summarise
@@ -62,13 +70,10 @@ def measure(options: Options) -> dict[str, Any]:
         jobs = _jobs(wanted, items, options)
         left = len(unanswered(jobs, store))
         with Task("questions", len(jobs), len(jobs) - left) as task:
-            for site in SITES:
-                missing = unanswered((job for job in jobs if job[0].site == site), store)
-                if not missing:
-                    continue
-                task.describe(f"questions, starting the server: {site}")
-                with endpoint(options.host, site, [variant for variant, _ in missing]) as server:
-                    task.describe(f"questions, {site}")
+            for method, missing in by_server(unanswered(jobs, store)).items():
+                task.describe(f"questions, starting the server: {method}")
+                with endpoint(options.host, method, [variant for variant, _ in missing]) as server:
+                    task.describe(f"questions, server of {method}")
                     replay(server, missing, store, options.concurrency, task)
         result = summarise(wanted, items, store, options.host.num_tokens, lambda row: _count(row, options))
     head = {"schema": 1, **options.identity, "environment": environment()}

@@ -12,7 +12,7 @@ from ficoco_vllm.reduction.pipeline import PIPELINES
 Site = Literal["tower", "decoder", "both"]
 SITES: tuple[Site, ...] = ("tower", "decoder", "both")
 # The method a server of each site is started with: settings of the server are those of this method, so none are given.
-HOST_METHOD: Mapping[Site, str] = {"tower": "ficoco-v", "decoder": "ficoco-l", "both": "ficoco-vl"}
+_SERVER_METHODS: Mapping[Site, str] = {"tower": "ficoco-v", "decoder": "ficoco-l", "both": "ficoco-vl"}
 FULL = "full"
 NO_IMAGE = "no image"
 
@@ -26,6 +26,14 @@ def site_of(method: str) -> Site:
     if method in PIPELINES:
         return "both"
     return "decoder" if get(method).site == "decoder" else "tower"
+
+
+def server_method(method: str | None, site: Site) -> str:
+    """The method of a server that can run a method, or none, at its site.
+
+    A server whose method reduces twice runs no other one.
+    """
+    return method if method is not None and method in PIPELINES else _SERVER_METHODS[site]
 
 
 @dataclass(frozen=True)

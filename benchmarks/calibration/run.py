@@ -9,7 +9,7 @@ from typing import Any
 from ficoco_vllm.benchmarks.accuracy.client import CONCURRENCY, Endpoint, Host, endpoint, pairs, replay
 from ficoco_vllm.benchmarks.accuracy.store import Reply, Store
 from ficoco_vllm.benchmarks.accuracy.summary import check
-from ficoco_vllm.benchmarks.accuracy.variants import SITES, Site, Variant, full, site_of
+from ficoco_vllm.benchmarks.accuracy.variants import SITES, Site, Variant, full, server_method, site_of
 from ficoco_vllm.benchmarks.accuracy.workload import Item
 from ficoco_vllm.benchmarks.calibration.effects import (
     EXPLAINS,
@@ -95,11 +95,12 @@ def calibrate(settings: Settings, items: Sequence[Item]) -> dict[str, Any]:
     reports = []
     with Store(settings.answers, {**settings.host.identity, **workload}) as store:
         for site in SITES:
-            methods = [method for method in settings.methods if site_of(method) == site]
-            if methods:
-                with endpoint(host, site, [], **fields) as server:
+            of_site = [method for method in settings.methods if site_of(method) == site]
+            servers = {method: server_method(method, site) for method in of_site}
+            for name in dict.fromkeys(servers.values()):
+                with endpoint(host, name, [], **fields) as server:
                     run = SiteRun(settings, site, server, store, searched, fresh)
-                    reports += run.reports(methods)
+                    reports += run.reports([method for method in of_site if servers[method] == name])
     return {
         "schema": 1,
         "environment": environment(),

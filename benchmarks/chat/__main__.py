@@ -17,7 +17,7 @@ from typing import Any
 
 from ficoco_vllm.benchmarks.chat import worker
 from ficoco_vllm.benchmarks.harness import model
-from ficoco_vllm.benchmarks.harness.engine import Remote, bench_engine
+from ficoco_vllm.benchmarks.harness.engine import Remote, bench_engine, stock_in_v2
 from ficoco_vllm.benchmarks.harness.results import (
     Bar,
     at_most,
@@ -50,13 +50,13 @@ def main() -> int:
     options |= {"kv_cache_memory_bytes": 2**30, "disable_log_stats": False}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         write_model(Path(folder), args.layers, args.width)
-
-        def start(settings: Mapping[str, Any] | None, *, in_v2: bool = False) -> Remote:
-            return stack.enter_context(bench_engine(folder, settings, in_v2=in_v2, **options))
-
-        engines = {STOCK: start(None), OURS: start(SETTINGS)}
+        starting = {
+            STOCK: bench_engine(folder, None, **options),
+            OURS: bench_engine(folder, SETTINGS, **options),
+        }
         if is_cpu_build():
-            engines[STOCK_V2] = start(None, in_v2=True)
+            starting[STOCK_V2] = stock_in_v2(folder, **options)
+        engines = {row: stack.enter_context(engine) for row, engine in starting.items()}
         kinds = {name: measure(name, engines, args.rounds, args.seed) for name in MEASURES}
     shape = {"layers": args.layers, "width": args.width}
     result = {"environment": environment(), **shape, "rounds": args.rounds, "seed": args.seed, "kinds": kinds}

@@ -148,20 +148,32 @@ def remote_engine(
 
 
 def bench_engine(
-    model: Path | str, ficoco: Mapping[str, Any] | None, *, in_v2: bool = False, **options: Any
+    model: Path | str, ficoco: Mapping[str, Any] | None, **options: Any
 ) -> AbstractContextManager[Remote]:
     """An engine of a benchmark: bfloat16, weights made up, a process of its own; stock vLLM where `ficoco` is None.
 
     On a GPU all engines run model runner V2, which methods of the decoder need, and decode in CUDA graphs: what is
-    compared differs in the method alone. On a CPU only methods of the decoder run V2, with our kernels for it, and
-    stock vLLM where `in_v2` asks for it.
+    compared differs in the method alone. On a CPU only methods of the decoder run V2, with our kernels for it.
     """
-    environment: dict[str, str | None] = dict(IN_PROCESS)
     decoder = ficoco is not None and FicocoConfig.parse(dict(ficoco)).decoder_method is not None
+    return _bench_engine(model, ficoco, options, INTERPRETER if decoder and is_cpu_build() else {})
+
+
+def stock_in_v2(model: Path | str, **options: Any) -> AbstractContextManager[Remote]:
+    """Stock vLLM as in `bench_engine`, on a CPU in the runner and with the kernels of methods of the decoder."""
+    return _bench_engine(model, None, options, INTERPRETER, _hook_kernels)
+
+
+def _bench_engine(
+    model: Path | str,
+    ficoco: Mapping[str, Any] | None,
+    options: Mapping[str, Any],
+    variables: Mapping[str, str],
+    prepare: Callable[[], None] | None = None,
+) -> AbstractContextManager[Remote]:
+    environment: dict[str, str | None] = {**IN_PROCESS, **variables}
     if ficoco is None:
         environment["VLLM_PLUGINS"] = ""
-    if is_cpu_build() and (in_v2 or decoder):
-        environment |= INTERPRETER
     defaults: dict[str, Any] = {
         "load_format": "dummy",
         "dtype": "bfloat16",
@@ -170,7 +182,7 @@ def bench_engine(
     if not is_cpu_build():
         environment |= {"VLLM_USE_V2_MODEL_RUNNER": "1"}
         defaults |= {"enforce_eager": False, "compilation_config": DECODE_GRAPHS}
-    return remote_engine(model, ficoco, environment, _hook_kernels if in_v2 else None, **(defaults | options))
+    return remote_engine(model, ficoco, environment, prepare, **{**defaults, **options})
 
 
 def _hook_kernels() -> None:

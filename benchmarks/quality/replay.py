@@ -9,7 +9,7 @@ from typing import Any
 from ficoco_vllm.benchmarks.accuracy.client import CONCURRENCY, Host, endpoint, pairs, replay
 from ficoco_vllm.benchmarks.accuracy.statistics import wilson
 from ficoco_vllm.benchmarks.accuracy.store import Store
-from ficoco_vllm.benchmarks.accuracy.variants import Variant, full, site_of
+from ficoco_vllm.benchmarks.accuracy.variants import Variant, full, server_method, site_of
 from ficoco_vllm.benchmarks.accuracy.workload import Item
 from ficoco_vllm.benchmarks.harness.report import Table
 from ficoco_vllm.benchmarks.harness.results import environment
@@ -60,7 +60,11 @@ def recorded(log: Log, *, by_class: bool = False) -> list[Recorded]:
     rungs = [reference if keep >= most else Variant(log.method, site, log.method, keep) for keep in ladder]
     unique = list({item.name: item for item in log.items}.values())
     run = {**log.host.identity, "workload": [item.name for item in unique], "tokens": log.max_tokens}
-    with Store(log.answers, run) as store, endpoint(log.host, site, [], max_tokens=log.max_tokens) as server:
+    served = server_method(log.method, site)
+    with (
+        Store(log.answers, run) as store,
+        endpoint(log.host, served, [], max_tokens=log.max_tokens) as server,
+    ):
         variants = list({variant.key: variant for variant in (reference, *rungs)}.values())
         replay(
             server, pairs(variants, unique), store, log.concurrency, f"{log.method}: the log at every budget"

@@ -7,25 +7,42 @@ from pathlib import Path
 
 import pytest
 
+from ficoco_vllm.benchmarks.accuracy.client import by_server
 from ficoco_vllm.benchmarks.accuracy.suites import TABLES, rows, served_methods
 from ficoco_vllm.benchmarks.accuracy.variant_package import load, with_defaults, write_package
-from ficoco_vllm.benchmarks.accuracy.variants import NO_IMAGE, SITES, Variant, full
-from ficoco_vllm.benchmarks.accuracy.workload import KINDS
+from ficoco_vllm.benchmarks.accuracy.variants import NO_IMAGE, SITES, Variant, full, site_of
+from ficoco_vllm.benchmarks.accuracy.workload import KINDS, embedded
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.planning.decoder import DecoderPlanner
 from ficoco_vllm.planning.tower import Budget, VisionPlanner
 from ficoco_vllm.planning.tower_shape import TowerShape
 from ficoco_vllm.reduction import get
+from ficoco_vllm.reduction.pipeline import PIPELINES
 
 # The demo model's.
 TOWER = TowerShape(grid=(24, 24), num_layers=8, num_executed_layers=7, with_cls=False)
 NUM_LAYERS = 8
 METHODS = [method for site in SITES for method in served_methods(site)]
 ROWS = rows(METHODS, (288, 192, 128, 64), TABLES, KINDS)
+(ITEM,) = embedded(("colour",), 1, 0)
 
 
 def test_every_served_method_is_compared() -> None:
     assert {"ficoco-v", "random", "trim", "fastv", "sparsevlm", "ficoco-vl"} <= set(METHODS)
+
+
+def test_each_method_is_asked_of_a_server_that_runs_it() -> None:
+    """A server whose method reduces twice refuses every other one."""
+    groups = by_server((row.variant, ITEM) for row in ROWS)
+    assert set(groups) == {"ficoco-v", "ficoco-l", *PIPELINES}
+    assert sum(map(len, groups.values())) == len(ROWS)
+    for server, jobs in groups.items():
+        methods = {variant.method for variant, _ in jobs if variant.method is not None}
+        if server in PIPELINES:
+            assert methods == {server}
+        else:
+            assert len(methods) > 1
+            assert {site_of(method) for method in methods} == {site_of(server)}
 
 
 def test_rows_of_one_table_differ() -> None:
