@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print("ficoco-vllm: stopped", file=sys.stderr)
-        return 130
+        return _ended(130, is_program)
     except asyncio.CancelledError:  # see `_terminate`
         return _ended(128 + signal.SIGTERM, is_program)
 

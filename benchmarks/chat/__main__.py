@@ -2,7 +2,7 @@
 
 Stock vLLM with its prefix cache and FiCoCo-L with decision windows take turns, round by round; FiCoCo-L also computes
 every prompt as a whole. Times are compared within a round. The tower is LLaVA-1.5-7B's, the decoder is cut in depth and
-width. On a CPU stock vLLM also runs in model runner V2, as FiCoCo-L does: the bars compare engines of one runner.
+width. On a CPU stock vLLM also runs in model runner V2, as FiCoCo-L does: part of a difference is the runner's.
 """
 
 import json
@@ -31,7 +31,7 @@ from ficoco_vllm.benchmarks.harness.rounds import Sample, ranged, spread, take_t
 from ficoco_vllm.compat import is_cpu_build
 
 SETTINGS = {"method": "ficoco-l", "keep": 64, "windows": "turn"}
-# Time to first token over stock's in the same runner, each with its cache.
+# Time to first token over stock's, each with its cache.
 MOST_TIME = 1.1
 STOCK, STOCK_V2, OURS = "stock", "stock, model runner V2", "ficoco-l"
 # Share of the tokens of stock's later turns that come from its cache: above 0.
@@ -104,8 +104,7 @@ def bars(result: Mapping[str, Any]) -> Iterator[Bar]:
     kinds, num_segments = result["kinds"], result["layers"]
     for name, rows in kinds.items():
         label = f"chat-{name.replace(' ', '-')}"
-        ratio = rows[OURS]["over_stock_same_runner"]["median"]
-        yield at_most(f"{label}-ttft-over-stock-same-runner", ratio, MOST_TIME)
+        yield at_most(f"{label}-ttft-over-stock", rows[OURS]["over_stock"]["median"], MOST_TIME)
     chat, stock = kinds["chat"][OURS], kinds["chat"][STOCK]
     # Where stock's cache finds nothing, bars of ours that compare with it say nothing.
     yield Bar("chat-stock-cached-share", stock["cached_share"]["min"], LEAST_CACHED)

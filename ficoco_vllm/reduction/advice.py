@@ -48,7 +48,7 @@ ADVICE = (
         ("ficoco-v", "ficoco-l", "ficoco-vl"),
         "--ficoco-method ficoco-v --ficoco-keep 64",
         "The paper's equations in tower, decoder and both. On the demo model `ficoco-v` loses 14 points at 64 tokens, "
-        "`ficoco-l` 18, `ficoco-vl` 25; `best`, a composition tuned on this model, loses 0.",
+        "`ficoco-l` 16, `ficoco-vl` 26; `best`, a composition tuned on this model, loses 0.",
         "Whether the paper's own figures hold here: no real checkpoint was run.",
     ),
     Advice(
