@@ -11,6 +11,7 @@ from PIL import Image
 
 from ficoco_vllm.demo_model import examples
 from ficoco_vllm.hf import apply, reduce_tokens, remove
+from ficoco_vllm.reduction.pipeline import PIPELINES
 from tests.support.hugging_face import HfLlava, Prompt
 from tests.support.random_llava import build
 
@@ -198,7 +199,11 @@ def test_half_precision(demo_model: Path, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("method", [*METHODS, "pyramiddrop", "tome", "visionzip"])
 def test_autocast(demo_model: Path, method: str) -> None:
-    """Linear layers compute in bfloat16 beside a residual stream in float32, as under accelerate's mixed precision."""
+    """Linear layers compute in bfloat16 beside a residual stream in float32, as under accelerate's mixed precision.
+
+    A reduction picks other tokens in bfloat16, how many depends on the CPU: with AVX512-BF16 half of FiCoCo-VL's 64 are
+    those of float32. The logits of unlikely tokens move with them, by up to 1 for each reduction; the answer does not.
+    """
     hf = HfLlava(demo_model)
     example = examples()[0]
     prompt = f"<s>USER: <image>\n{example.question} ASSISTANT:"
@@ -208,7 +213,9 @@ def test_autocast(demo_model: Path, method: str) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             ((tokens, logprobs),) = hf.ask(prompts, 2)
     assert tokens == expected
-    torch.testing.assert_close(logprobs[0], exact[0], atol=1.0, rtol=0)  # bfloat16 alone shifts logits by 0.5
+    torch.testing.assert_close(logprobs[0], exact[0], atol=2.0 if method in PIPELINES else 1.0, rtol=0)
+    total_variation = 0.5 * (logprobs[0].exp() - exact[0].exp()).abs().sum()
+    assert total_variation < 1e-3
 
 
 def test_a_tower_that_hands_cls_on(tmp_path: Path, images: list[Image.Image]) -> None:

@@ -211,8 +211,9 @@ def test_a_new_server_goes_on_from_the_file(server: Server, state: Path, items: 
         assert [ask(client, item) for item in items[:4]] == [64] * 4
         before = again.metric("ficoco:quality_comparisons_total")
         with ThreadPoolExecutor(4) as pool:
-            list(pool.map(lambda item: ask(client, item), items[:16]))
-        # At 64 tokens, one in some fifteen requests of a process pays for a comparison; its first is in advance.
+            list(pool.map(lambda item: ask(client, item), items[:16] * 4))
+        # At 64 tokens, one in some fifteen requests of a process pays for a comparison; its first is in advance. One of
+        # the two processes has at least 32 of these 64 requests.
         wait(again, "ficoco:quality_comparisons_total", before + 1)
 
 
