@@ -31,7 +31,7 @@ from vllm.multimodal.processing.processor import MultiModalProcessingResult
 
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.metrics.families import count_refusal
-from ficoco_vllm.planning.families import family, tower_shape
+from ficoco_vllm.planning.families import family, read_image_settings, tower_shape
 from ficoco_vllm.planning.tower import Budget, VisionPlanner
 from ficoco_vllm.planning.tower_shape import IMAGES, image_settings
 from ficoco_vllm.request_fields import (
@@ -153,15 +153,13 @@ class ReducingInfo(BaseProcessingInfo):
     def _check_image_settings(self, fields: Mapping[str, Any]) -> None:
         """Refuse a request that changes the number of tokens that a plan gives an image."""
         hf_config = self.get_hf_config()
-        read = family(hf_config).image_settings
-        if read is None:
-            return
-        served = image_settings(hf_config)
-        for name, value in read(self.get_hf_processor().image_processor, fields).items():
-            if value != served[name]:
+        asked = read_image_settings(hf_config, fields, lambda: self.get_hf_processor().image_processor)
+        for name, value in (asked or {}).items():
+            served = image_settings(hf_config)[name]
+            if value != served:
                 raise VLLMValidationError(
                     f"{name} = {value!r} in mm_processor_kwargs is not allowed on a server that reduces, whose images "
-                    f"are all cut alike; allowed: {served[name]!r}, set at start-up with --mm-processor-kwargs",
+                    f"are all cut alike; allowed: {served!r}, set at start-up with --mm-processor-kwargs",
                     parameter=name,
                     value=value,
                 )

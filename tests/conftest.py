@@ -123,6 +123,14 @@ def random_internvl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def random_internvl_chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in OpenGVLab's own format."""
+    from tests.support.random_internvl_chat import build
+
+    return build(tmp_path_factory.mktemp("random-internvl-chat"))
+
+
+@pytest.fixture(scope="session")
 def random_qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Qwen3-VL with random weights, 4 to 160 units an image."""
     from tests.support.random_qwen import build

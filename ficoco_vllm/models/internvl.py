@@ -98,9 +98,9 @@ class InternTower(Tower):
         self.layers = [InternLayer(layer) for layer in tower.encoder.layer]
 
     def embed(self, pixels: Tensor) -> Tensor:
-        """See `Tower`. A unit's patches are in raster order, as the pixel shuffle joins them."""
+        """See `Tower`."""
         hidden, _ = self.tower.embeddings(pixels)
-        return torch.cat([hidden[:, :1], by_units(hidden[:, 1:], self.grid, SIDE_OF_UNIT)], dim=1)
+        return in_units(hidden, self.grid)
 
     def finish(self, hidden: Tensor) -> Tensor:
         """See `Tower`."""
@@ -176,6 +176,16 @@ class ReducingInternVL(ReducingModel):
 
         places = [self.planner.shape.tiling.places_of(count) for count in num_tiles.tolist()]
         return self.embed_tiles(tiles, places, requested, whole)
+
+
+def in_units(hidden: Tensor, grid: tuple[int, int]) -> Tensor:
+    """[CLS] and patches with the patches unit by unit, those of a unit in raster order, as the pixel shuffle joins them.
+
+    Args:
+        hidden: (B, 1 + N, D), the patches in raster order.
+        grid: rows and columns of units.
+    """
+    return torch.cat([hidden[:, :1], by_units(hidden[:, 1:], grid, SIDE_OF_UNIT)], dim=1)
 
 
 @MULTIMODAL_REGISTRY.register_processor(

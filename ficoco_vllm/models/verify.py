@@ -1,6 +1,7 @@
 """Start-up validation of the settings, which are then stored where processor and workers read them."""
 
 import os
+from functools import partial
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -10,9 +11,8 @@ from vllm.platforms import current_platform
 
 from ficoco_vllm.config import NAME, FicocoConfig
 from ficoco_vllm.hooks.wrapping import wrap
-from ficoco_vllm.planning.families import ARCHITECTURES, family, tower_shape
+from ficoco_vllm.planning.families import ARCHITECTURES, family, leave_image_settings, tower_shape
 from ficoco_vllm.planning.tower import VisionPlanner
-from ficoco_vllm.planning.tower_shape import IMAGES
 from ficoco_vllm.tracing.worker import QUALIFIED_NAME as TRACING_WORKER
 from ficoco_vllm.vision.text_encoder import check_text_encoder
 
@@ -31,6 +31,8 @@ class FicocoModelConfig(VerifyAndUpdateConfig):
             ValueError: naming the field, its value and what is allowed.
         """
         # These import vLLM's engine, which a process that only loads plugins does not need.
+        from vllm.transformers_utils.processor import cached_image_processor_from_config
+
         from ficoco_vllm.decoder.startup import prepare_decoder
         from ficoco_vllm.hooks.admission import hook_admission
         from ficoco_vllm.hooks.request_metrics import hook_request_metrics
@@ -43,7 +45,10 @@ class FicocoModelConfig(VerifyAndUpdateConfig):
         config = FicocoConfig.parse(values)
         _check_backend(config)
         hf_config = vllm_config.model_config.hf_config
-        _leave_image_settings(vllm_config)
+        overrides = vllm_config.model_config.get_multimodal_config().mm_processor_kwargs or {}
+        leave_image_settings(
+            hf_config, overrides, partial(cached_image_processor_from_config, vllm_config.model_config)
+        )
         shape = tower_shape(hf_config)
         lora = vllm_config.lora_config
         if lora is not None and lora.enable_tower_connector_lora:
@@ -97,18 +102,6 @@ def _verify(original: Any, self: VllmConfig) -> None:
         raise ValueError(
             f"ficoco: the architecture {model.architecture!r} cannot be reduced; allowed: {', '.join(ARCHITECTURES)}"
         )
-
-
-def _leave_image_settings(vllm_config: VllmConfig) -> None:
-    """Put the settings of the image processor that a family counts with where every process finds them."""
-    model = vllm_config.model_config
-    read = family(model.hf_config).image_settings
-    if read is None:
-        return
-    from vllm.transformers_utils.processor import cached_image_processor_from_config
-
-    overrides = model.get_multimodal_config().mm_processor_kwargs or {}
-    setattr(model.hf_config, IMAGES, read(cached_image_processor_from_config(model), overrides))
 
 
 def _check_backend(config: FicocoConfig) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
-from ficoco_vllm.planning.families import FAMILIES
+from ficoco_vllm.planning.families import FAMILIES, leave_image_settings
 from ficoco_vllm.planning.tower_shape import IMAGES
 from ficoco_vllm.reduction.cost.configurations import QWEN3_VL_LARGEST, sections
 
@@ -16,6 +16,16 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "vision_feature_layer": -1,
         "vision_feature_select_strategy": "default",
         "downsample_ratio": 0.5,
+    },
+    # Those of the class that a checkpoint of this format brings.
+    "internvl_chat": {
+        "select_layer": -1,
+        "downsample_ratio": 0.5,
+        "ps_version": "v1",
+        "dynamic_image_size": False,
+        "use_thumbnail": False,
+        "min_dynamic_patch": 1,
+        "max_dynamic_patch": 6,
     },
 }
 # The image processor's settings in all published checkpoints, by `model_type`.
@@ -50,15 +60,15 @@ def hf_config_of(config: Mapping[str, Any], images: Mapping[str, Any] | None = N
         "text_config": text_config,
         "get_text_config": lambda: text_config,
     }
-    read = FAMILIES[model_type].image_settings
-    if read is not None:
-        known = {**_IMAGES.get(model_type, {}), **(images or {})}
-        try:
-            given[IMAGES] = read(SimpleNamespace(**known), {})
-            valid = all(isinstance(value, int) and value >= 0 for value in given[IMAGES].values())
-        except (AttributeError, KeyError, TypeError, ValueError):
-            valid = False
-        if not valid:
-            kept = {name: known[name] for name in _IMAGES.get(model_type, known)}
-            raise ValueError(f"preprocessor_config.json: got {kept}, allowed: the image processor's settings")
-    return SimpleNamespace(**given)
+    hf_config = SimpleNamespace(**given)
+    known = {**_IMAGES.get(model_type, {}), **(images or {})}
+    try:
+        leave_image_settings(hf_config, {}, lambda: SimpleNamespace(**known))
+        settings = getattr(hf_config, IMAGES, {}).values()
+        valid = all(isinstance(value, int) and value >= 0 for value in settings)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        valid = False
+    if not valid and not FAMILIES[model_type].images_in_config:
+        kept = {name: known[name] for name in _IMAGES.get(model_type, known)}
+        raise ValueError(f"preprocessor_config.json: got {kept}, allowed: the image processor's settings")
+    return hf_config

@@ -4,6 +4,7 @@ import argparse
 import os
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ficoco_vllm.compat import (
@@ -301,9 +302,9 @@ def configure(args: argparse.Namespace) -> "ServerPlan | None":
     """
     from vllm.logger import init_logger
     from vllm.transformers_utils.config import get_config
+    from vllm.transformers_utils.processor import cached_get_image_processor
 
-    from ficoco_vllm.planning.families import family
-    from ficoco_vllm.planning.tower_shape import IMAGES
+    from ficoco_vllm.planning.families import leave_image_settings
 
     if not (args.model_tag or args.model):
         _use_demo_model(args)
@@ -329,14 +330,13 @@ def configure(args: argparse.Namespace) -> "ServerPlan | None":
     args.additional_config = {**(args.additional_config or {}), NAME: wanted.settings}
     hf_config = get_config(args.model, trust_remote_code=args.trust_remote_code, revision=args.revision)
     check_architecture(args.model, list(getattr(hf_config, "architectures", None) or []))
-    read = family(hf_config).image_settings
-    if read is not None:
-        from vllm.transformers_utils.processor import cached_get_image_processor
-
-        processor = cached_get_image_processor(
-            args.model, revision=args.revision, trust_remote_code=args.trust_remote_code
-        )
-        setattr(hf_config, IMAGES, read(processor, args.mm_processor_kwargs or {}))
+    processor = partial(
+        cached_get_image_processor,
+        args.model,
+        revision=args.revision,
+        trust_remote_code=args.trust_remote_code,
+    )
+    leave_image_settings(hf_config, args.mm_processor_kwargs or {}, processor)
     return make_plan(wanted, hf_config, args)
 
 

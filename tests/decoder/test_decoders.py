@@ -4,7 +4,7 @@ One engine each. It runs FiCoCo-VL; requests that keep all patches in the tower 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from ficoco_vllm.hf import reduce_tokens
 from tests.decoder.calls import Ask, ask, written_slots
 from tests.decoder.test_reference import left
 from tests.reference.algorithm2 import ReferenceDecoder, Shown
+from tests.reference.internvl_chat import ReferenceInternVLChatDecoder
 from tests.reference.internvl_decoder import ReferenceInternVLDecoder
 from tests.reference.tiles import TiledDecoder
 from tests.support.compare import NUM_TOKENS, TOLERANCE, assert_equal
@@ -24,6 +25,7 @@ from tests.support.hugging_face import HfLlava
 from tests.support.pictures import noise
 from tests.support.random_internvl import IMAGE, UNITS
 from tests.support.random_internvl import build as build_internvl
+from tests.support.random_internvl_chat import build as build_internvl_chat
 from tests.support.random_llava import build, build_next
 from tests.support.remote import Host, Remote
 
@@ -47,6 +49,7 @@ class Case:
         num_units: of an image, or of a tile.
         engine: runs FiCoCo-VL down to 16 tokens.
         image_token: in prompts.
+        options: of all engines.
     """
 
     folder: Path
@@ -54,6 +57,7 @@ class Case:
     num_units: int
     engine: Remote
     image_token: str = "<image>"
+    options: dict[str, Any] = field(default_factory=dict)
 
     def shown(self, image: Image.Image, method: str, keep: int) -> Shown:
         """An image as a prompt holds it; `method` ficoco-vl reduces in the tower as well."""
@@ -80,7 +84,7 @@ class Case:
 LLAVAS = ("llava-qwen2", "llava-qwen3", "next-mistral")
 
 
-@pytest.fixture(scope="module", params=[*LLAVAS, "internvl"])
+@pytest.fixture(scope="module", params=[*LLAVAS, "internvl", "internvl-chat"])
 def case(request: pytest.FixtureRequest, host: Host, tmp_path_factory: pytest.TempPathFactory) -> Case:
     """Random weights, eight decoder layers."""
     name: str = request.param
@@ -90,11 +94,13 @@ def case(request: pytest.FixtureRequest, host: Host, tmp_path_factory: pytest.Te
         "llava-qwen3": (build, ReferenceDecoder, 144, {"patch_size": 16, "decoder": "qwen3"}),
         "next-mistral": (build_next, TiledDecoder, 36, {"tile_size": 48, "decoder": "mistral"}),
         "internvl": (build_internvl, ReferenceInternVLDecoder, UNITS, {}),
+        "internvl-chat": (build_internvl_chat, ReferenceInternVLChatDecoder, UNITS, {}),
     }[name]
     build_one(folder, decoder_layers=8, **options)
-    engine = host.get(folder, SETTINGS, block_size=BLOCK_SIZE)
+    of_engines = {"block_size": BLOCK_SIZE, "trust_remote_code": name == "internvl-chat"}
+    engine = host.get(folder, SETTINGS, **of_engines)
     image_token = IMAGE if name == "internvl" else "<image>"
-    return Case(folder, reference(folder), num_units, engine, image_token)
+    return Case(folder, reference(folder), num_units, engine, image_token, of_engines)
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +113,7 @@ def pictures() -> list[Image.Image]:
 @pytest.mark.proves(family="LLaVA-1.5", site=("decoder", "both"), decoder="Qwen3")
 @pytest.mark.proves(family="LLaVA-NeXT", site=("decoder", "both"), decoder="Mistral")
 @pytest.mark.proves(family="InternVL3", site=("decoder", "both"), decoder="Qwen2")
+@pytest.mark.proves(family="InternVL3, OpenGVLab's format", site=("decoder", "both"), decoder="Qwen2")
 @pytest.mark.parametrize("method", [*METHODS, "ficoco-vl"])
 def test_equals_reference(case: Case, pictures: list[Image.Image], method: str) -> None:
     """In one step: several budgets, two images, and a prompt without any."""
@@ -156,7 +163,7 @@ def test_slots_and_blocks_are_the_plans(case: Case, pictures: list[Image.Image],
     "case",
     [
         "internvl",
-        *(pytest.param(name, marks=pytest.mark.long) for name in LLAVAS),
+        *(pytest.param(name, marks=pytest.mark.long) for name in (*LLAVAS, "internvl-chat")),
     ],
     indirect=True,
 )
@@ -168,7 +175,7 @@ def test_all_kept_equals_stock_bit_for_bit(case: Case, host: Host, pictures: lis
         most = max((len(case.reference.features(image, case.num_units)) for image in images), default=0)
         kept.append(case.one(prompt, images, "ficoco-l", most))
     plain = [Ask(one.prompt, one.images, one.num_tokens) for one in kept]
-    stock = host.get(case.folder, {}, block_size=BLOCK_SIZE)
+    stock = host.get(case.folder, {}, **case.options)
     for answer, expected in zip(case.engine.call(ask, kept), stock.call(ask, plain), strict=True):
         assert (answer.tokens, answer.num_prompt_tokens) == (expected.tokens, expected.num_prompt_tokens)
         assert torch.equal(answer.logprobs, expected.logprobs)

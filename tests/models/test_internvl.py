@@ -1,5 +1,6 @@
-"""InternVL as served against each tile reduced plainly on Hugging Face's model, in float64."""
+"""InternVL as served, in both formats, against each tile reduced plainly on Hugging Face's model, in float64."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,95 @@ from vllm.exceptions import VLLMValidationError
 
 from tests.models.checks import assert_images_equal, assert_together_equals_alone
 from tests.reference.internvl import ReferenceInternVL
+from tests.reference.internvl_chat import ReferenceInternVLChat
 from tests.support.compare import NUM_TOKENS, TOLERANCE, assert_equal
-from tests.support.engine import Answers, Engines, Question, ask, ask_all, request
+from tests.support.engine import TEXT_ONLY, Answers, Engines, Question, ask, ask_all, request
+from tests.support.engine import PROMPT as PLAIN_PROMPT
+from tests.support.engine import TWO_IMAGES as PLAIN_TWO_IMAGES
 from tests.support.pictures import noise
 from tests.support.random_internvl import IMAGE, UNITS
+from tests.support.random_internvl_chat import PLACEHOLDER
 from tests.support.subprocess_engine import answers
 
 pytestmark = [pytest.mark.compat, pytest.mark.engine]
 
 # Width and height; tiles are 96 pixels wide. One tile; four, six and three with a thumbnail; a line of pixels; tiny.
 SIZES = [(96, 96), (192, 192), (300, 200), (40, 300), (700, 3), (10, 10), (97, 191)]
-PROMPT = f"<s>USER: {IMAGE}\nwhat number is on the sign? ASSISTANT:"
-TWO_IMAGES = f"<s>USER: {IMAGE}\n{IMAGE}\nhow many signs are there? ASSISTANT:"
-TEXT_ONLY = "<s>USER: is there a red sign? ASSISTANT:"
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format of InternVL checkpoints.
+
+    Attributes:
+        model: name of the fixture of a checkpoint.
+        reference: class of the oracle.
+        image: in prompts.
+        stock: class in vLLM.
+        served: class of ours.
+        refused: `mm_processor_kwargs` that would change the number of tiles, and what the refusal says.
+        options: of its engines.
+    """
+
+    model: str
+    reference: type[ReferenceInternVL]
+    image: str
+    stock: str
+    served: str
+    refused: list[tuple[dict[str, Any], str]]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def prompt(self) -> str:
+        """With one image."""
+        return PLAIN_PROMPT.replace("<image>", self.image)
+
+    @property
+    def two_images(self) -> str:
+        """With two images."""
+        return PLAIN_TWO_IMAGES.replace("<image>", self.image)
+
+
+FORMATS = {
+    "hf": Format(
+        "random_internvl",
+        ReferenceInternVL,
+        IMAGE,
+        "vllm.model_executor.models.interns1.InternS1ForConditionalGeneration",
+        "ficoco_vllm.models.internvl.FicocoInternVL",
+        [
+            ({"max_patches": 2}, "max_patches = 2 in mm_processor_kwargs is not allowed .* allowed: 6"),
+            ({"images_kwargs": {"crop_to_patches": False}}, "crop_to_patches = False in mm_processor_kwargs"),
+        ],
+    ),
+    "opengvlab": Format(
+        "random_internvl_chat",
+        ReferenceInternVLChat,
+        PLACEHOLDER,
+        "vllm.model_executor.models.internvl.InternVLChatModel",
+        "ficoco_vllm.models.internvl_chat.FicocoInternVLChat",
+        [
+            ({"max_dynamic_patch": 2}, "max_dynamic_patch = 2 in mm_processor_kwargs is .* allowed: 6"),
+            ({"min_dynamic_patch": 2}, "min_dynamic_patch = 2 in mm_processor_kwargs is .* allowed: 1"),
+            ({"dynamic_image_size": False}, "dynamic_image_size = False in mm_processor_kwargs"),
+            ({"use_thumbnail": False}, "use_thumbnail = False in mm_processor_kwargs"),
+            ({"image_size": 48}, "image_size = 48 in mm_processor_kwargs is not allowed .* allowed: 96"),
+        ],
+        {"trust_remote_code": True},
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=FORMATS)
+def form(request: pytest.FixtureRequest) -> Format:
+    """Each of them."""
+    return FORMATS[request.param]
+
+
+@pytest.fixture(scope="module")
+def folder(form: Format, request: pytest.FixtureRequest) -> Path:
+    """The checkpoint."""
+    return request.getfixturevalue(form.model)
 
 
 @pytest.fixture(scope="module")
@@ -33,79 +110,79 @@ def pictures() -> list[Image.Image]:
 
 
 @pytest.fixture(scope="module")
-def engine(engines: Engines, random_internvl: Path) -> LLM:
+def engine(engines: Engines, form: Format, folder: Path) -> LLM:
     """FiCoCo-V with 9 tokens a tile."""
-    return engines.get(random_internvl, {"method": "ficoco-v", "keep": 9})
+    return engines.get(folder, {"method": "ficoco-v", "keep": 9}, **form.options)
 
 
 @pytest.fixture(scope="module")
-def reference(random_internvl: Path) -> ReferenceInternVL:
+def reference(form: Format, folder: Path) -> ReferenceInternVL:
     """The float64 oracle on the same weights."""
-    return ReferenceInternVL(random_internvl)
+    return form.reference(folder)
 
 
 @pytest.mark.proves(family="InternVL3", site="tower")
+@pytest.mark.proves(family="InternVL3, OpenGVLab's format", site="tower")
 @pytest.mark.parametrize("keep", [UNITS, UNITS - 1, 16, 4, 1])
 def test_equals_reference(
-    engine: LLM, reference: ReferenceInternVL, pictures: list[Image.Image], keep: int
+    engine: LLM, reference: ReferenceInternVL, form: Format, pictures: list[Image.Image], keep: int
 ) -> None:
-    assert_images_equal(engine, reference, PROMPT, pictures, keep)
+    assert_images_equal(engine, reference, form.prompt, pictures, keep)
 
 
 @pytest.mark.parametrize("method", ["tome", "evit", "topk-cls", "visionzip", "divprune"])
 def test_other_methods_equal_reference(
     engine: LLM,
     reference: ReferenceInternVL,
+    form: Format,
     pictures: list[Image.Image],
     method: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Merging with weights, fused units without a place, selection on the features."""
     monkeypatch.setattr(reference, "method", method)
-    assert_images_equal(engine, reference, PROMPT, pictures, 9, ficoco_method=method)
+    assert_images_equal(engine, reference, form.prompt, pictures, 9, ficoco_method=method)
 
 
 def test_two_images_equal_reference(
-    engine: LLM, reference: ReferenceInternVL, pictures: list[Image.Image]
+    engine: LLM, reference: ReferenceInternVL, form: Format, pictures: list[Image.Image]
 ) -> None:
     """One tile, and six with a thumbnail."""
-    (answer,) = ask(engine, [request(TWO_IMAGES, [pictures[0], pictures[2]])], NUM_TOKENS)
-    tokens, logprobs = reference.generate(TWO_IMAGES, [(pictures[0], 9), (pictures[2], 9)], NUM_TOKENS)
+    (answer,) = ask(engine, [request(form.two_images, [pictures[0], pictures[2]])], NUM_TOKENS)
+    tokens, logprobs = reference.generate(form.two_images, [(pictures[0], 9), (pictures[2], 9)], NUM_TOKENS)
     assert_equal(answer.tokens, answer.logprobs, tokens, logprobs, ends=False)
 
 
-def test_batched_equals_alone(engine: LLM, pictures: list[Image.Image]) -> None:
+def test_batched_equals_alone(engine: LLM, form: Format, pictures: list[Image.Image]) -> None:
     """All sizes with three budgets, one of them all tokens, text between them, in one step."""
     requests = []
     for index, image in enumerate(pictures):
-        requests.append(request(PROMPT, [image], ficoco_keep=(9, UNITS, 4)[index % 3]))
+        requests.append(request(form.prompt, [image], ficoco_keep=(9, UNITS, 4)[index % 3]))
         if index % 3 == 0:
             requests.append(request(TEXT_ONLY))
     assert_together_equals_alone(engine, requests)
 
 
-def test_the_check_can_fail(engine: LLM, reference: ReferenceInternVL, pictures: list[Image.Image]) -> None:
+def test_the_check_can_fail(
+    engine: LLM, reference: ReferenceInternVL, form: Format, pictures: list[Image.Image]
+) -> None:
     """Negative control: one more token in each tile is detected."""
-    (answer,) = ask(engine, [request(PROMPT, [pictures[1]])], 1)
-    _, logprobs = reference.generate(PROMPT, [(pictures[1], 10)], 1)
+    (answer,) = ask(engine, [request(form.prompt, [pictures[1]])], 1)
+    _, logprobs = reference.generate(form.prompt, [(pictures[1], 10)], 1)
     assert (answer.logprobs - logprobs).abs().max() > 10 * TOLERANCE
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "message"),
-    [
+def test_refused(engine: LLM, form: Format, pictures: list[Image.Image]) -> None:
+    for kwargs, message in [
         ({"ficoco_keep": UNITS + 1}, "ficoco_keep = 37 is not allowed; allowed: an integer from 1 to 36"),
         ({"ficoco_method": "evit", "ficoco_keep": 1}, "ficoco_keep = 1: "),
-        ({"max_patches": 2}, "max_patches = 2 in mm_processor_kwargs is not allowed .* allowed: 6"),
-        ({"images_kwargs": {"crop_to_patches": False}}, "crop_to_patches = False in mm_processor_kwargs"),
-    ],
-)
-def test_refused(engine: LLM, pictures: list[Image.Image], kwargs: dict[str, object], message: str) -> None:
-    with pytest.raises(VLLMValidationError, match=message):
-        ask(engine, [request(PROMPT, [pictures[0]], **kwargs)], 1)
+        *form.refused,
+    ]:
+        with pytest.raises(VLLMValidationError, match=message):
+            ask(engine, [request(form.prompt, [pictures[0]], **kwargs)], 1)
 
 
-def test_a_video_stays_whole(engine: LLM, pictures: list[Image.Image]) -> None:
+def test_a_video_stays_whole(engine: LLM, form: Format, pictures: list[Image.Image]) -> None:
     """Two frames beside an image that is reduced: the prompt has all units of the frames."""
     frames = torch.stack([torch.full((96, 96, 3), value, dtype=torch.uint8) for value in (9, 200)])
     alone = {
@@ -113,7 +190,7 @@ def test_a_video_stays_whole(engine: LLM, pictures: list[Image.Image]) -> None:
         "multi_modal_data": {"video": [frames.numpy()]},
     }
     both = {
-        "prompt": f"<s>USER: <video>\n{IMAGE}\nhow many? ASSISTANT:",
+        "prompt": f"<s>USER: <video>\n{form.image}\nhow many? ASSISTANT:",
         "multi_modal_data": {"video": [frames.numpy()], "image": [pictures[1]]},
     }
     one, two = (ask(engine, [prompt], 1)[0].num_prompt_tokens for prompt in (alone, both))
@@ -121,35 +198,73 @@ def test_a_video_stays_whole(engine: LLM, pictures: list[Image.Image]) -> None:
     assert two - one == 5 * 9 + 3
 
 
-def asked(**kwargs: Any) -> list[Question]:
+def asked(form: Format, **kwargs: Any) -> list[Question]:
     """Each picture, text alone, and two pictures.
 
     Args:
+        form: whose prompts they are.
         **kwargs: of the processor, for prompts with images.
     """
-    alone: list[Question] = [(PROMPT, [index], kwargs) for index in range(len(SIZES))]
-    return [*alone, (TEXT_ONLY, [], {}), (TWO_IMAGES, [1, 3], kwargs)]
+    alone: list[Question] = [(form.prompt, [index], kwargs) for index in range(len(SIZES))]
+    return [*alone, (TEXT_ONLY, [], {}), (form.two_images, [1, 3], kwargs)]
 
 
 @pytest.fixture(scope="module")
 def stock(
-    random_internvl: Path, pictures: list[Image.Image], tmp_path_factory: pytest.TempPathFactory
+    form: Format, folder: Path, pictures: list[Image.Image], tmp_path_factory: pytest.TempPathFactory
 ) -> Answers:
     """Answers of vLLM without any plugin."""
-    folder = tmp_path_factory.mktemp("stock-internvl")
-    return answers(folder, random_internvl, pictures, asked(), environment={"VLLM_PLUGINS": ""})
+    files = tmp_path_factory.mktemp("stock-internvl")
+    environment = {"VLLM_PLUGINS": ""}
+    return answers(files, folder, pictures, asked(form), environment=environment, **form.options)
 
 
 @pytest.mark.parametrize("keep", [UNITS, UNITS - 1])
 def test_equals_stock_bit_for_bit(
-    stock: Answers, engine: LLM, pictures: list[Image.Image], keep: int
+    stock: Answers, engine: LLM, form: Format, pictures: list[Image.Image], keep: int
 ) -> None:
     """With one token less in each tile the answers differ; otherwise the check could not fail."""
-    ours = ask_all(engine, pictures, asked(ficoco_keep=keep))
-    assert stock.model_class == "vllm.model_executor.models.interns1.InternS1ForConditionalGeneration"
-    assert ours.model_class == "ficoco_vllm.models.internvl.FicocoInternVL"
-    for (_, images, _), answer, expected in zip(asked(), ours.answers, stock.answers, strict=True):
+    ours = ask_all(engine, pictures, asked(form, ficoco_keep=keep))
+    assert (stock.model_class, ours.model_class) == (form.stock, form.served)
+    for (_, images, _), answer, expected in zip(asked(form), ours.answers, stock.answers, strict=True):
         reduced = keep < UNITS and images
         same = answer.tokens == expected.tokens and torch.equal(answer.logprobs, expected.logprobs)
         assert answer.num_prompt_tokens == expected.num_prompt_tokens or reduced
         assert same is not bool(reduced)
+
+
+def test_settings_of_the_images(
+    engines: Engines, random_internvl_chat: Path, pictures: list[Image.Image]
+) -> None:
+    """Set at start-up: fewer tiles, no thumbnail."""
+    form = FORMATS["opengvlab"]
+    images = {"max_dynamic_patch": 4, "use_thumbnail": False}
+    settings = {"method": "ficoco-v", "keep": 9}
+    engine = engines.get(random_internvl_chat, settings, mm_processor_kwargs=images, **form.options)
+    reference = ReferenceInternVLChat(random_internvl_chat)
+    reference.images |= images
+    assert [len(reference.pixels(picture)) for picture in pictures] == [1, 4, 2, 4, 4, 1, 2]
+    assert_images_equal(engine, reference, form.prompt, pictures, 9)
+
+
+@pytest.mark.long
+def test_two_tensor_parallel_workers_equal_the_reference(
+    random_internvl_chat: Path, pictures: list[Image.Image], tmp_path: Path
+) -> None:
+    """The norms of queries and keys are over all heads, which two workers share."""
+    form = FORMATS["opengvlab"]
+    options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", **form.options}
+    questions: list[Question] = [(form.prompt, [index], {}) for index in (1, 3)]
+    parallel = answers(
+        tmp_path,
+        random_internvl_chat,
+        pictures,
+        questions,
+        environment={"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "OMP_NUM_THREADS": "1"},
+        ficoco={"method": "ficoco-v", "keep": 9},
+        **options,
+    )
+    reference = ReferenceInternVLChat(random_internvl_chat)
+    for (prompt, (index,), _), answer in zip(questions, parallel.answers, strict=True):
+        tokens, logprobs = reference.generate(prompt, [(pictures[index], 9)], len(answer.tokens))
+        assert_equal(answer.tokens, answer.logprobs, tokens, logprobs, ends=False)

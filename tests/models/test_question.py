@@ -19,6 +19,7 @@ from ficoco_vllm.vision.text_encoder import check_text_encoder
 from tests.models.checks import assert_together_equals_alone
 from tests.reference.dense_tower import DenseLlava
 from tests.reference.internvl import ReferenceInternVL
+from tests.reference.internvl_chat import ReferenceInternVLChat
 from tests.reference.qwen3_vl import ReferenceQwen
 from tests.reference.tiles import TiledDense
 from tests.support.compare import NUM_TOKENS, assert_equal
@@ -71,11 +72,12 @@ def test_equals_reference(
 
 
 @pytest.mark.parametrize(
-    ("model", "oracle", "prompt", "size"),
+    ("model", "oracle", "prompt", "size", "options"),
     [
-        ("random_next", TiledDense, PROMPT, (288, 96)),
-        ("random_internvl", ReferenceInternVL, PROMPT.replace("<image>", IMAGE), (300, 200)),
-        ("random_qwen", ReferenceQwen, QWEN_PROMPT, (150, 90)),
+        ("random_next", TiledDense, PROMPT, (288, 96), {}),
+        ("random_internvl", ReferenceInternVL, PROMPT.replace("<image>", IMAGE), (300, 200), {}),
+        ("random_internvl_chat", ReferenceInternVLChat, PROMPT, (300, 200), {"trust_remote_code": True}),
+        ("random_qwen", ReferenceQwen, QWEN_PROMPT, (150, 90), {}),
     ],
 )
 def test_other_families_equal_reference(
@@ -85,10 +87,11 @@ def test_other_families_equal_reference(
     oracle: Any,
     prompt: str,
     size: tuple[int, int],
+    options: dict[str, Any],
 ) -> None:
     """In tiles, in units of four patches, and with merged patches."""
     folder = request.getfixturevalue(model)
-    engine, reference = engines.get(folder, {"method": "cdpruner", "keep": 9}), oracle(folder)
+    engine, reference = engines.get(folder, {"method": "cdpruner", "keep": 9}, **options), oracle(folder)
     (image,) = noise([size], seed=4)
     for method, question in zip(METHODS, (*QUESTIONS, QUESTIONS[0]), strict=True):
         as_served(reference, method)
@@ -120,6 +123,23 @@ def test_without_a_question_the_prompt_is_the_question(
     (answer,) = ask(engine, [make_request(PROMPT, [images[2]], ficoco_keep=64)], NUM_TOKENS)
     tokens, logprobs = reference.generate(PROMPT, [(images[2], 64)], NUM_TOKENS)
     assert_equal(answer.tokens, answer.logprobs, tokens, logprobs, ends=False)
+
+
+def test_without_a_question_the_place_of_an_image_is_not_part_of_it(
+    engines: Engines, random_internvl_chat: Path
+) -> None:
+    """In OpenGVLab's format it is a text of the prompt, not a token."""
+    engine = engines.get(random_internvl_chat, {"method": "cdpruner", "keep": 9}, trust_remote_code=True)
+    reference = ReferenceInternVLChat(random_internvl_chat)
+    as_served(reference, "cdpruner")
+    reference.question = PROMPT.removeprefix("<s>").replace("<image>", "")
+    (image,) = noise([(300, 200)], seed=4)
+    (answer,) = ask(engine, [make_request(PROMPT, [image])], NUM_TOKENS)
+    tokens, logprobs = reference.generate(PROMPT, [(image, 9)], NUM_TOKENS)
+    assert_equal(answer.tokens, answer.logprobs, tokens, logprobs, ends=False)
+    kept = reference.features(image, 9)
+    reference.question = PROMPT.removeprefix("<s>")
+    assert not torch.equal(reference.features(image, 9), kept), "that text would change nothing"
 
 
 def test_questions_in_one_step_equal_each_alone(engine: LLM, images: list[Image.Image]) -> None:

@@ -1,4 +1,4 @@
-"""InternVL's tiles and their boxes against transformers' image processor, and budgets of an image."""
+"""InternVL's tiles and their boxes against the image processors of both formats, and budgets of an image."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 from transformers import GotOcr2ImageProcessor, InternVLConfig
+from vllm.transformers_utils.processors.internvl import InternVLImageProcessor, InternVLProcessor
 
 from ficoco_vllm.config import FicocoConfig
-from ficoco_vllm.planning.families import FAMILIES, internvl, tower_shape
+from ficoco_vllm.planning.families import FAMILIES, internvl, leave_image_settings, tower_shape
 from ficoco_vllm.planning.families.internvl import Mosaic
 from ficoco_vllm.planning.tower import Budget, VisionPlanner
 from ficoco_vllm.planning.tower_shape import IMAGES
@@ -34,6 +35,29 @@ def config(**changes: Any) -> InternVLConfig:
     return result
 
 
+def chat_config(**changes: Any) -> Any:
+    """InternVL3's in OpenGVLab's format, with the settings of its images."""
+    fields = {
+        "model_type": "internvl_chat",
+        "vision_config": SimpleNamespace(image_size=448, patch_size=14, num_hidden_layers=24),
+        "select_layer": -1,
+        "ps_version": "v2",
+        "downsample_ratio": 0.5,
+        "min_dynamic_patch": 1,
+        "max_dynamic_patch": 12,
+        "dynamic_image_size": True,
+        "use_thumbnail": True,
+    }
+    result = SimpleNamespace(**{**fields, **changes})
+    leave_image_settings(result, {}, no_processor)
+    return result
+
+
+def no_processor() -> Any:
+    """The settings are those of config.json."""
+    raise AssertionError("no image processor is needed")
+
+
 def planner(**settings: Any) -> VisionPlanner:
     """InternVL3's tower."""
     return VisionPlanner.shared(FicocoConfig.parse(settings), tower_shape(config()))
@@ -57,6 +81,30 @@ def test_as_many_tiles_as_transformers(fewest: int, most: int) -> None:
             place.crop for place in tiling.places(height, width)
         ]
     assert tiling.most_tiles == max(len(tiling.places(*size)) for size in sizes)
+    assert tiling.num_tokens(*tiling.largest) == 256 * tiling.most_tiles
+
+
+@pytest.mark.parametrize("use_thumbnail", [True, False])
+@pytest.mark.parametrize("most", [12, 6, 40, 2, 1])
+def test_as_many_tiles_as_vllm_in_opengvlabs_format(most: int, use_thumbnail: bool) -> None:
+    """The processor needs no tokenizer to count."""
+    images = {"max_dynamic_patch": most, "use_thumbnail": use_thumbnail}
+    processor = InternVLProcessor.__new__(InternVLProcessor)
+    processor.image_processor = InternVLImageProcessor(
+        image_size=448, min_dynamic_patch=1, dynamic_image_size=True, **images
+    )
+    processor.image_seq_length = 256
+    tiling = tower_shape(chat_config(**images)).tiling
+    assert isinstance(tiling, Mosaic)
+    sizes = [*SIZES, *((height, width) for height in range(50, 2500, 287) for width in range(31, 2500, 311))]
+    for height, width in sizes:
+        expected = processor.get_num_image_tokens(image_width=width, image_height=height)
+        assert tiling.num_tokens(height, width) == expected
+        places = tiling.places(height, width)
+        assert [place.row for place in tiling.places_of(len(places))].count(-1) == [
+            place.row for place in places
+        ].count(-1)
+        assert len(tiling.places_of(len(places))) == len(places)
     assert tiling.num_tokens(*tiling.largest) == 256 * tiling.most_tiles
 
 
@@ -118,6 +166,43 @@ def test_budgets() -> None:
 def test_models_that_cannot_be_reduced(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tower_shape(config(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"select_layer": -4}, "select_layer = -4 cannot be reduced; allowed: -1"),
+        ({"ps_version": "v1"}, "ps_version = 'v1' cannot be reduced; allowed: 'v2'"),
+        ({"downsample_ratio": 0.25}, "downsample_ratio = 0.25 cannot be reduced; allowed: 0.5"),
+        ({"min_dynamic_patch": 2}, "min_dynamic_patch = 2 cannot be reduced; allowed: 1"),
+        ({"max_dynamic_patch": 0}, "max_dynamic_patch = 0 is not allowed; allowed: an integer of at least 1"),
+        ({"max_dynamic_patch": "6"}, "max_dynamic_patch = '6' is not allowed"),
+        (
+            {"vision_config": SimpleNamespace(image_size=434, patch_size=14, num_hidden_layers=24)},
+            r"image_size = \(434, 434\) cannot be reduced",
+        ),
+    ],
+)
+def test_models_in_opengvlabs_format_that_cannot_be_reduced(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tower_shape(chat_config(**changes))
+
+
+def test_settings_of_opengvlabs_format() -> None:
+    """Those of config.json under those of the server; both formats then have the same tower."""
+    assert tower_shape(chat_config()) == tower_shape(config())
+    served = chat_config()
+    leave_image_settings(served, {"max_dynamic_patch": 4, "use_thumbnail": False}, no_processor)
+    tiling = tower_shape(served).tiling
+    assert tiling is not None
+    assert tiling.most_tiles == 4
+    leave_image_settings(served, {"dynamic_image_size": False}, no_processor)
+    whole = tower_shape(served).tiling
+    assert whole is not None
+    assert whole.num_tokens(1080, 1920) == 256
+    leave_image_settings(served, {"image_size": 224}, no_processor)
+    with pytest.raises(ValueError, match="image_size = 224 cannot be reduced; allowed: 448"):
+        tower_shape(served)
 
 
 def test_an_unknown_family_is_refused_by_name() -> None:

@@ -48,11 +48,15 @@ class ReferenceInternVL:
         self.config = self.model.config
         self.method, self.settings, self.per_image = "ficoco-v", dict[str, Any](), False
 
+    def pixels(self, image: Image.Image) -> Tensor:
+        """Pixel values of an image's tiles, (tiles, 3, height, width) float64."""
+        text = {"text": IMAGE, "images": image, "return_tensors": "pt"}
+        return self.processor(**text)["pixel_values"].double()
+
     @torch.no_grad()
     def features(self, image: Image.Image, keep: int) -> Tensor:
         """Projected visual tokens of one image, tile after tile."""
-        text = {"text": IMAGE, "images": image, "return_tensors": "pt"}
-        pixels = self.processor(**text)["pixel_values"].double()
+        pixels = self.pixels(image)
         side = self.config.vision_config.image_size[0] // self.config.vision_config.patch_size[0] // 2
         keeps = [min(keep, side * side)] * len(pixels)
         if self.per_image:

@@ -22,11 +22,13 @@ TILES = {(192, 192): 5, (100, 90): 1}
 TOKEN_BYTES = 3 * 2 * 2 * 32 * VALUE_BYTES  # layers, keys and values, heads, head size
 
 
-@pytest.fixture(scope="module")
-def internvl_server(random_internvl: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """FiCoCo-V with 9 tokens a tile."""
+@pytest.fixture(scope="module", params=["random_internvl", "random_internvl_chat"])
+def internvl_server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """FiCoCo-V with 9 tokens a tile, of a checkpoint in Hugging Face's format, and in OpenGVLab's."""
     arguments = [
-        str(random_internvl),
+        str(request.getfixturevalue(request.param)),
         "--served-model-name",
         "internvl",
         "--enforce-eager",
@@ -34,6 +36,8 @@ def internvl_server(random_internvl: Path, tmp_path_factory: pytest.TempPathFact
     ]
     arguments += ["--ficoco-method", "ficoco-v", "--ficoco-keep", "9", "--ficoco-explain-rate", "0"]
     arguments += ["--kv-cache-memory-bytes", str(2**28), "--max-model-len", "2048", "--dtype", DTYPE]
+    if request.param == "random_internvl_chat":
+        arguments += ["--trust-remote-code"]
     with serve(tmp_path_factory.mktemp("internvl-server") / "log", *arguments) as server:
         yield server
 

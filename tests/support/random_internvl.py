@@ -1,6 +1,7 @@
 """An InternVL with random weights: a Qwen2 behind a ViT with tiles of 6 x 6 units of 2 x 2 patches, widths of a toy."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -17,7 +18,7 @@ from transformers import (
 from tests.support.random_llava import decoder_config
 
 IMAGE = "<IMG_CONTEXT>"
-SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", IMAGE, "<img>", "</img>", "<video>"]
+SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", IMAGE, "<img>", "</img>", "<video>", "<|video_pad|>"]
 TILE, PATCH, MOST_TILES = 96, 8, 6
 UNITS = (TILE // PATCH // 2) ** 2
 CHAT_TEMPLATE = (
@@ -28,16 +29,16 @@ CHAT_TEMPLATE = (
 )
 
 
-def build(folder: Path, *, vision_layers: int = 6, decoder_layers: int = 3, seed: int = 0) -> Path:
+def build(folder: Path, *, decoder_layers: int = 3, seed: int = 0, **vision: Any) -> Path:
     """Write a random model in the layout of published InternVL3 checkpoints (`-hf`).
 
     Args:
         folder: where to.
-        vision_layers: depth of the ViT.
         decoder_layers: depth of the language model.
         seed: of the weights.
+        **vision: fields of the ViT's configuration that differ.
     """
-    tokenizer = _tokenizer()
+    tokenizer = make_tokenizer()
     size = {"height": TILE, "width": TILE}
     InternVLProcessor(
         image_processor=GotOcr2ImageProcessor(size=size, max_patches=MOST_TILES),
@@ -48,16 +49,19 @@ def build(folder: Path, *, vision_layers: int = 6, decoder_layers: int = 3, seed
     ).save_pretrained(folder)
     config = InternVLConfig(
         vision_config=InternVLVisionConfig(
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=vision_layers,
-            num_attention_heads=4,
-            image_size=TILE,
-            patch_size=PATCH,
-            # As in InternViT-6B; the layer scale large enough that every layer matters, and a norm after the last one.
-            use_qk_norm=True,
-            layer_scale_init_value=0.5,
-            use_mean_pooling=False,
+            **{
+                "hidden_size": 128,
+                "intermediate_size": 256,
+                "num_hidden_layers": 6,
+                "num_attention_heads": 4,
+                "image_size": TILE,
+                "patch_size": PATCH,
+                # As in InternViT-6B; the layer scale large enough that every layer matters, a norm after the last one.
+                "use_qk_norm": True,
+                "layer_scale_init_value": 0.5,
+                "use_mean_pooling": False,
+                **vision,
+            }
         ),
         text_config=decoder_config("qwen2", len(tokenizer), decoder_layers),
         image_token_id=SPECIAL.index(IMAGE),
@@ -77,7 +81,8 @@ def build(folder: Path, *, vision_layers: int = 6, decoder_layers: int = 3, seed
     return folder
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Letters and the tokens around images, as in published checkpoints of both formats."""
     letters = SPECIAL + sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate(letters)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))

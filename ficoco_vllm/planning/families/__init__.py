@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ficoco_vllm.planning.families import internvl, llava, qwen3_vl
-from ficoco_vllm.planning.tower_shape import TowerShape
+from ficoco_vllm.planning.tower_shape import IMAGES, TowerShape
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Family:
         image_settings: where the number of tokens depends on settings of the image processor (tiles, pixels): reads
             them, by name, from the processor and the server's `mm_processor_kwargs`. At start-up they are left on the
             model's configuration, where `shape` finds them with `image_settings`. A request may not change them.
+        images_in_config: whether `image_settings` reads the model's configuration instead of the processor.
         tower_graphs: whether the class captures its reducing tower as CUDA graphs (`vision/graphs.py`).
     """
 
@@ -31,6 +32,7 @@ class Family:
     model_class: str
     shape: Callable[[Any], TowerShape]
     image_settings: Callable[[Any, Mapping[str, Any]], dict[str, Any]] | None = None
+    images_in_config: bool = False
     tower_graphs: bool = False
 
 
@@ -50,6 +52,13 @@ FAMILIES = {
         "ficoco_vllm.models.internvl:FicocoInternVL",
         internvl.shape,
         internvl.settings,
+    ),
+    "internvl_chat": Family(
+        "InternVLChatModel",
+        "ficoco_vllm.models.internvl_chat:FicocoInternVLChat",
+        internvl.chat_shape,
+        internvl.chat_settings,
+        images_in_config=True,
     ),
     "qwen3_vl": Family(
         "Qwen3VLForConditionalGeneration",
@@ -96,3 +105,38 @@ def tower_shape(hf_config: Any) -> TowerShape:
         ValueError: the family is not known, or its tower cannot be reduced.
     """
     return family(hf_config).shape(hf_config)
+
+
+def read_image_settings(
+    hf_config: Any, overrides: Mapping[str, Any], processor: Callable[[], Any]
+) -> dict[str, Any] | None:
+    """The settings that decide how many tokens an image of a model has; None where there are none.
+
+    Args:
+        hf_config: transformers' configuration of the model.
+        overrides: `mm_processor_kwargs`.
+        processor: returns the model's image processor; called where the settings are its own.
+
+    Raises:
+        ValueError: the family is not known.
+    """
+    known = family(hf_config)
+    if known.image_settings is None:
+        return None
+    return known.image_settings(hf_config if known.images_in_config else processor(), overrides)
+
+
+def leave_image_settings(hf_config: Any, overrides: Mapping[str, Any], processor: Callable[[], Any]) -> None:
+    """Put the settings of a server's images on the model's configuration, where every process finds them.
+
+    Args:
+        hf_config: see `read_image_settings`.
+        overrides: the server's `mm_processor_kwargs`.
+        processor: see `read_image_settings`.
+
+    Raises:
+        ValueError: the family is not known.
+    """
+    settings = read_image_settings(hf_config, overrides, processor)
+    if settings is not None:
+        setattr(hf_config, IMAGES, settings)

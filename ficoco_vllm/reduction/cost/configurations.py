@@ -95,6 +95,7 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
 
     Source: arXiv:2310.03744 (LLaVA-1.5), arXiv:2504.10479 (InternVL3), arXiv:2511.21631 (Qwen3-VL).
     """
+    config = _in_hf_format(config)
     tower, decoder = _readers(config)
     return _MODELS[config["model_type"]](config, tower, _decoder(config, decoder))
 
@@ -108,14 +109,38 @@ def sections(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
     Raises:
         ValueError: one is missing, or is of a type that this planner cannot count.
     """
-    tower, decoder = _readers(config)
+    tower, decoder = _readers(_in_hf_format(config))
     return tower.values, decoder.values
+
+
+def _in_hf_format(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A config.json of InternVL in OpenGVLab's own format, as Hugging Face's format names its fields; others as they
+    are."""
+    if config.get("model_type") != "internvl_chat":
+        return config
+    vision = config.get("vision_config")
+    if isinstance(vision, Mapping):
+        vision = {
+            **vision,
+            "model_type": "internvl_vision",
+            "attention_bias": vision.get("qkv_bias", False),
+            "use_qk_norm": vision.get("qk_normalization", True),
+            "norm_type": vision.get("norm_type", "rms_norm"),
+            "use_mean_pooling": True,  # no norm after the last layer
+        }
+    return {
+        **config,
+        "model_type": "internvl",
+        "vision_feature_layer": config.get("select_layer", -1),
+        "vision_config": vision,
+        "text_config": config.get("llm_config"),
+    }
 
 
 def _readers(config: Mapping[str, Any]) -> "tuple[_Reader, _Reader]":
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in _MODELS:
-        raise ValueError(f"model_type: got {model_type!r}, allowed: {', '.join(_MODELS)}")
+        raise ValueError(f"model_type: got {model_type!r}, allowed: {', '.join((*_MODELS, 'internvl_chat'))}")
     decoders = {name: DECODER_DEFAULTS[name] for name in DECODERS[model_type]}
     return _Reader(config, "vision_config", TOWERS[model_type]), _Reader(config, "text_config", decoders)
 

@@ -92,6 +92,67 @@ def test_figures_of_internvl(capsys: pytest.CaptureFixture[str]) -> None:
     assert result["unreduced"]["projector_flops"] == 2 * 1280 * (4 * 1024 * 3584 + 3584**2)
 
 
+def chat_config(model: str) -> dict[str, Any]:
+    """config.json of a known InternVL in OpenGVLab's own format."""
+    config = KNOWN_MODELS[model]
+    vision = dict(config["vision_config"])
+    same = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "norm_type")
+    return {
+        "model_type": "internvl_chat",
+        "downsample_ratio": 0.5,
+        "dynamic_image_size": True,
+        "force_image_size": 448,
+        "llm_config": {**config["text_config"], "tie_word_embeddings": False},
+        "max_dynamic_patch": 12,
+        "min_dynamic_patch": 1,
+        "ps_version": "v2",
+        "select_layer": -1,
+        "use_thumbnail": True,
+        "vision_config": {
+            **{name: vision[name] for name in same},
+            "model_type": "intern_vit_6b",
+            "image_size": 448,
+            "patch_size": 14,
+            "qk_normalization": vision["use_qk_norm"],
+            "qkv_bias": vision["attention_bias"],
+        },
+    }
+
+
+@pytest.mark.parametrize("model", [name for name in KNOWN_MODELS if "InternVL" in name])
+@pytest.mark.parametrize("method", ["ficoco-v", "divprune", "ficoco-vl"])
+def test_both_formats_of_internvl_have_the_same_plan(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, model: str, method: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(chat_config(model)))
+    # Files of this format bring settings of a CLIP, which nothing reads.
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"crop_size": 448, "max_patches": 3}))
+    options = ("--method", method, "--keep", "28", "--image-size", "1280x720")
+    planned, expected = (report(capsys, name, *options) for name in (str(tmp_path), model))
+    assert {**planned, "model": model} == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ps_version": "v1"}, "ps_version = 'v1' cannot be reduced; allowed: 'v2'"),
+        ({"select_layer": -4}, "select_layer = -4 cannot be reduced; allowed: -1"),
+        ({"max_dynamic_patch": "many"}, "max_dynamic_patch = 'many' is not allowed"),
+        (
+            {"llm_config": {"model_type": "internlm2"}},
+            "text_config.model_type: got 'internlm2', allowed: qwen2",
+        ),
+        ({"vision_config": None}, "vision_config: got None"),
+    ],
+)
+def test_opengvlabs_formats_that_cannot_be_planned(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**chat_config(INTERNVL), **changes}))
+    status, _, err = run(capsys, str(tmp_path), "--keep", "28")
+    assert (status, message in err) == (2, True), err
+
+
 def test_figures_of_qwen3_vl(capsys: pytest.CaptureFixture[str]) -> None:
     """1280 x 720 pixels: 44 x 80 patches in 22 x 40 units; the projector also runs after three layers of the tower."""
     result = report(capsys, QWEN, "--keep", "98", "--image-size", "1280x720", "--method", "divprune")
