@@ -179,7 +179,7 @@ class ReducingInternVL(ReducingModel):
 
 
 def in_units(hidden: Tensor, grid: tuple[int, int]) -> Tensor:
-    """[CLS] and patches with the patches unit by unit, those of a unit in raster order, as the pixel shuffle joins them.
+    """Patches unit by unit, those of a unit in raster order, as the pixel shuffle joins them; [CLS] stays first.
 
     Args:
         hidden: (B, 1 + N, D), the patches in raster order.

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 from transformers import BatchFeature
 from vllm.distributed import tensor_model_parallel_all_reduce
-from vllm.model_executor.models.intern_vit import InternVisionEncoderLayer, InternVisionModel
 from vllm.model_executor.models.interfaces import MultiModalEmbeddings
+from vllm.model_executor.models.intern_vit import InternVisionEncoderLayer, InternVisionModel
 from vllm.model_executor.models.internvl import (
     InternVLChatModel,
     InternVLDummyInputsBuilder,
@@ -54,7 +54,8 @@ class ChatLayer:
         return tensor_model_parallel_all_reduce if self.layer.attn.tp_size > 1 else None
 
     def whole(self, hidden: Tensor) -> Tensor:
-        """See `EncoderLayer`; past `__call__`, whose compiled form (`compile_mm_encoder`) is for one number of tokens."""
+        """See `EncoderLayer`."""
+        # vLLM's `__call__` may be compiled (`compile_mm_encoder`), for one number of tokens.
         output: Tensor = self.layer.forward(hidden)
         return output
 

@@ -14,8 +14,8 @@ from tests.models.checks import assert_images_equal, assert_together_equals_alon
 from tests.reference.internvl import ReferenceInternVL
 from tests.reference.internvl_chat import ReferenceInternVLChat
 from tests.support.compare import NUM_TOKENS, TOLERANCE, assert_equal
-from tests.support.engine import TEXT_ONLY, Answers, Engines, Question, ask, ask_all, request
 from tests.support.engine import PROMPT as PLAIN_PROMPT
+from tests.support.engine import TEXT_ONLY, Answers, Engines, Question, ask, ask_all, request
 from tests.support.engine import TWO_IMAGES as PLAIN_TWO_IMAGES
 from tests.support.pictures import noise
 from tests.support.random_internvl import IMAGE, UNITS

@@ -1,7 +1,6 @@
 """A server of InternVL with the official client: budgets, reported usage and explanations in units."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx

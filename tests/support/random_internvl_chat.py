@@ -1,4 +1,4 @@
-"""The InternVL of `random_internvl.py` in OpenGVLab's own format; the weights in Hugging Face's format lie beside it."""
+"""An InternVL with random weights in OpenGVLab's own format; the same in Hugging Face's lies in a folder of it."""
 
 import json
 import shutil

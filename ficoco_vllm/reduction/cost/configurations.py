@@ -114,8 +114,7 @@ def sections(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
 
 
 def _in_hf_format(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A config.json of InternVL in OpenGVLab's own format, as Hugging Face's format names its fields; others as they
-    are."""
+    """A config.json of InternVL in OpenGVLab's own format by the names of Hugging Face's; any other as it is."""
     if config.get("model_type") != "internvl_chat":
         return config
     vision = config.get("vision_config")
