@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from transformers import BatchFeature
@@ -21,6 +21,7 @@ from vllm.multimodal.processing import (
     InputProcessingContext,
     PromptUpdateDetails,
 )
+from vllm.transformers_utils.processors.internvl import InternVLVideoProcessor
 
 from ficoco_vllm.models.internvl import ReducingInternVL, in_units
 from ficoco_vllm.planning.families.internvl import SIDE_OF_UNIT
@@ -66,11 +67,12 @@ class ChatLayer:
         query, key, value = qkv.chunk(3, dim=-1)
         if attention.qk_normalization:
             query, key = attention._apply_qk_norm(query, key)
-
-        def apart(part: Tensor) -> Tensor:
-            return part.unflatten(-1, (attention.num_heads_per_partition, attention.head_dim)).transpose(1, 2)
-
-        return apart(query), apart(key), apart(value)
+        B, N, _ = hidden.shape
+        H, d = attention.num_heads_per_partition, attention.head_dim
+        return cast(
+            tuple[Tensor, Tensor, Tensor],
+            tuple(part.reshape(B, N, H, d).transpose(1, 2) for part in (query, key, value)),
+        )
 
     def project(self, mixed: Tensor) -> Tensor:
         """See `EncoderLayer`."""
@@ -105,6 +107,14 @@ class ChatTower(Tower):
 
 class ChatProcessingInfo(ReducingInfo, InternVLProcessingInfo):
     """InternVL's processing info, with the number of tokens that an image keeps."""
+
+    def get_video_processor(self, **kwargs: object) -> InternVLVideoProcessor:
+        """The processor of videos, which takes no settings of images; vLLM's own class hands it those, too.
+
+        Args:
+            **kwargs: `mm_processor_kwargs` of a request.
+        """
+        return InternVLVideoProcessor(image_size=self.get_hf_config().vision_config.image_size)
 
 
 class ChatProcessor(ReducingProcessor, InternVLMultiModalProcessor):
