@@ -42,8 +42,11 @@ LAYER_KINDS: Mapping[str, LayerKind] = {
     "mistral": LayerKind(),
     "qwen2": LayerKind(),
     "qwen3": LayerKind(head_norms=True),
+    # Mixtures of experts differ in their `mlp` alone, which is called as it is.
+    "qwen3_moe": LayerKind(head_norms=True),
     # M-RoPE, whose positions have three rows, and deepstack features: see `Segment` and `DecoderPlanner.first_layer`.
     "qwen3_vl_text": LayerKind(head_norms=True),
+    "qwen3_vl_moe_text": LayerKind(head_norms=True),
 }
 # Fields of a configuration that change the attention of a known layer, and why such a layer cannot be reduced.
 _EXCLUDED = {

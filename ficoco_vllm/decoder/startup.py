@@ -188,6 +188,8 @@ def find_refusal(vllm_config: Any) -> str | None:
         "--pipeline-parallel-size must be 1, since every worker needs all segments": (
             parallel.pipeline_parallel_size > 1
         ),
+        "--data-parallel-size must be 1 with a mixture of experts, whose layers wait for as many rows of every other "
+        "engine as a step has tokens": parallel.data_parallel_size > 1 and vllm_config.model_config.is_moe,
         "--decode-context-parallel-size and --prefill-context-parallel-size must be 1": (
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
         ),

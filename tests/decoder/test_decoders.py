@@ -84,7 +84,7 @@ class Case:
 LLAVAS = ("llava-qwen2", "llava-qwen3", "next-mistral")
 
 
-@pytest.fixture(scope="module", params=[*LLAVAS, "internvl", "internvl-chat"])
+@pytest.fixture(scope="module", params=[*LLAVAS, "internvl", "internvl-moe", "internvl-chat"])
 def case(request: pytest.FixtureRequest, host: Host, tmp_path_factory: pytest.TempPathFactory) -> Case:
     """Random weights, eight decoder layers."""
     name: str = request.param
@@ -94,12 +94,13 @@ def case(request: pytest.FixtureRequest, host: Host, tmp_path_factory: pytest.Te
         "llava-qwen3": (build, ReferenceDecoder, 144, {"patch_size": 16, "decoder": "qwen3"}),
         "next-mistral": (build_next, TiledDecoder, 36, {"tile_size": 48, "decoder": "mistral"}),
         "internvl": (build_internvl, ReferenceInternVLDecoder, UNITS, {}),
+        "internvl-moe": (build_internvl, ReferenceInternVLDecoder, UNITS, {"decoder": "qwen3-moe"}),
         "internvl-chat": (build_internvl_chat, ReferenceInternVLChatDecoder, UNITS, {}),
     }[name]
     build_one(folder, decoder_layers=8, **options)
     of_engines = {"block_size": BLOCK_SIZE, "trust_remote_code": name == "internvl-chat"}
     engine = host.get(folder, SETTINGS, **of_engines)
-    image_token = IMAGE if name == "internvl" else "<image>"
+    image_token = IMAGE if name in ("internvl", "internvl-moe") else "<image>"
     return Case(folder, reference(folder), num_units, engine, image_token, of_engines)
 
 
@@ -113,6 +114,7 @@ def pictures() -> list[Image.Image]:
 @pytest.mark.proves(family="LLaVA-1.5", site=("decoder", "both"), decoder="Qwen3")
 @pytest.mark.proves(family="LLaVA-NeXT", site=("decoder", "both"), decoder="Mistral")
 @pytest.mark.proves(family="InternVL3", site=("decoder", "both"), decoder="Qwen2")
+@pytest.mark.proves(family="InternVL3", site=("decoder", "both"), decoder="Qwen3-MoE")
 @pytest.mark.proves(family="InternVL3, OpenGVLab's format", site=("decoder", "both"), decoder="Qwen2")
 @pytest.mark.parametrize("method", [*METHODS, "ficoco-vl"])
 def test_equals_reference(case: Case, pictures: list[Image.Image], method: str) -> None:
@@ -163,7 +165,7 @@ def test_slots_and_blocks_are_the_plans(case: Case, pictures: list[Image.Image],
     "case",
     [
         "internvl",
-        *(pytest.param(name, marks=pytest.mark.long) for name in (*LLAVAS, "internvl-chat")),
+        *(pytest.param(name, marks=pytest.mark.long) for name in (*LLAVAS, "internvl-moe", "internvl-chat")),
     ],
     indirect=True,
 )

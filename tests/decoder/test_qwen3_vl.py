@@ -36,9 +36,10 @@ LAYERS = {"ficoco-l": (3, 5), "fastv": (3,), "pyramiddrop": (3, 5), "sparsevlm":
 TOWER_KEEP = 40
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("qwen3-vl"), decoder_layers=8)
+@pytest.fixture(scope="module", params=[0, 4])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense model, and a mixture of experts."""
+    return build(tmp_path_factory.mktemp("qwen3-vl"), decoder_layers=8, experts=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +93,7 @@ def check(reference: ReferenceQwenDecoder, asked: Ask, answer: Answer, method: s
 
 
 @pytest.mark.proves(family="Qwen3-VL", site=("decoder", "both"), decoder="Qwen3")
+@pytest.mark.proves(family="Qwen3-VL", site=("decoder", "both"), decoder="Qwen3-MoE")
 @pytest.mark.parametrize("method", [*LAYERS, "ficoco-vl"])
 def test_equals_reference(
     engine: Remote, reference: ReferenceQwenDecoder, pictures: list[Image.Image], method: str

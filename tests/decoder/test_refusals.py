@@ -27,6 +27,7 @@ def config(**changed: Any) -> Any:
     result = SimpleNamespace(
         parallel_config=SimpleNamespace(
             pipeline_parallel_size=1,
+            data_parallel_size=2,
             decode_context_parallel_size=1,
             prefill_context_parallel_size=1,
             use_ubatching=False,
@@ -49,6 +50,7 @@ def config(**changed: Any) -> Any:
             max_model_len=512,
             runner_type="generate",
             enable_prompt_embeds=False,
+            is_moe=False,
             hf_config=SimpleNamespace(
                 model_type="llava",
                 vision_config=CLIPVisionConfig(),
@@ -118,6 +120,13 @@ def test_layers_that_are_known_but_for_one_field(kind: str, field: str, value: A
         result = find_refusal(config(model_config__hf_config__get_text_config=lambda c=text_config: c))
         assert (part in str(result)) == refused
         assert refused or result is None
+
+
+def test_replicas_of_experts_are_refused() -> None:
+    """Several engines are allowed for a dense model, and experts in one engine."""
+    assert "--data-parallel-size must be 1" in str(find_refusal(config(model_config__is_moe=True)))
+    alone = config(model_config__is_moe=True, parallel_config__data_parallel_size=1)
+    assert find_refusal(alone) is None
 
 
 @pytest.mark.parametrize("mode", list(CUDAGraphMode))

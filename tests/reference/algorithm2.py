@@ -176,7 +176,8 @@ def unroll(
             size[kept] = sizes
             alive[now] = False
             alive[kept] = True
-        x = x + layer.mlp(layer.post_attention_layernorm(x))
+        # A mixture of experts needs the dimension of batches.
+        x = x + layer.mlp(layer.post_attention_layernorm(x)[None])[0]
         if index < len(deepstack):
             x = x + deepstack[index]
     last: Tensor = decoder.norm(x)

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoProcessor, InternVLForConditionalGeneration
 from transformers.models.internvl.modeling_internvl import InternVLVisionRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm
 
 from ficoco_vllm.reduction import Signals, get
 from ficoco_vllm.reduction.schedule import make_schedule
@@ -38,11 +39,13 @@ class ReferenceInternVL:
     question: str = ""
 
     def __init__(self, folder: Path) -> None:
-        self.model = (
-            InternVLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).double().eval()
+        # Experts one by one: torch multiplies groups of matrices in no float64.
+        model = InternVLForConditionalGeneration.from_pretrained(
+            folder, dtype=torch.float32, experts_implementation="eager"
         )
+        self.model = model.double().eval()
         for module in self.model.modules():
-            if isinstance(module, InternVLVisionRMSNorm | Qwen2RMSNorm):
+            if isinstance(module, InternVLVisionRMSNorm | Qwen2RMSNorm | Qwen3MoeRMSNorm):
                 module.forward = MethodType(plain_norm, module)
         self.processor = AutoProcessor.from_pretrained(folder)
         self.config = self.model.config

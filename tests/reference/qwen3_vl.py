@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm, rotate_half
+from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextRMSNorm
 
 from ficoco_vllm.reduction import Signals, get
 from ficoco_vllm.reduction.schedule import make_schedule
@@ -40,11 +41,13 @@ class ReferenceQwen:
     question: str = ""
 
     def __init__(self, folder: Path) -> None:
-        self.model = (
-            Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval().double()
+        # Experts one by one: torch multiplies groups of matrices in no float64.
+        model = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=torch.float32, experts_implementation="eager"
         )
+        self.model = model.eval().double()
         for module in self.model.modules():
-            if isinstance(module, Qwen3VLTextRMSNorm):
+            if isinstance(module, Qwen3VLTextRMSNorm | Qwen3VLMoeTextRMSNorm):
                 module.forward = MethodType(plain_norm, module)
         rotary = self.model.model.language_model.rotary_emb
         rotary.forward = MethodType(_text_angles, rotary)

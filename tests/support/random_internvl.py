@@ -29,12 +29,15 @@ CHAT_TEMPLATE = (
 )
 
 
-def build(folder: Path, *, decoder_layers: int = 3, seed: int = 0, **vision: Any) -> Path:
+def build(
+    folder: Path, *, decoder_layers: int = 3, decoder: str = "qwen2", seed: int = 0, **vision: Any
+) -> Path:
     """Write a random model in the layout of published InternVL3 checkpoints (`-hf`).
 
     Args:
         folder: where to.
         decoder_layers: depth of the language model.
+        decoder: its kind, among `DECODERS`.
         seed: of the weights.
         **vision: fields of the ViT's configuration that differ.
     """
@@ -63,7 +66,7 @@ def build(folder: Path, *, decoder_layers: int = 3, seed: int = 0, **vision: Any
                 **vision,
             }
         ),
-        text_config=decoder_config("qwen2", len(tokenizer), decoder_layers),
+        text_config=decoder_config(decoder, len(tokenizer), decoder_layers),
         image_token_id=SPECIAL.index(IMAGE),
         image_seq_length=UNITS,
         tie_word_embeddings=False,

@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
@@ -32,6 +33,16 @@ DECODERS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "mistral": (MistralConfig, {"head_dim": 32, "sliding_window": None}),
     "qwen2": (Qwen2Config, {}),
     "qwen3": (Qwen3Config, {"head_dim": 64}),
+    "qwen3-moe": (
+        Qwen3MoeConfig,
+        {
+            "head_dim": 64,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 96,
+            "norm_topk_prob": True,
+        },
+    ),
 }
 # Rows and columns of tiles, as in LLaVA-NeXT.
 GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))

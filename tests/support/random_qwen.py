@@ -3,12 +3,15 @@
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     PreTrainedTokenizerFast,
     Qwen2VLImageProcessor,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
 )
@@ -33,13 +36,14 @@ PATCH, MERGE = 8, 2
 LEAST_UNITS, MOST_UNITS = 4, 160
 
 
-def build(folder: Path, *, depth: int = 6, decoder_layers: int = 4, seed: int = 0) -> Path:
+def build(folder: Path, *, depth: int = 6, decoder_layers: int = 4, experts: int = 0, seed: int = 0) -> Path:
     """Write a random model in the layout of published Qwen3-VL checkpoints.
 
     Args:
         folder: where to.
         depth: layers of the tower.
         decoder_layers: depth of the language model.
+        experts: in each of its layers, two of them for each token; 0 is the dense model.
         seed: of the weights.
     """
     tokenizer = _tokenizer()
@@ -58,7 +62,13 @@ def build(folder: Path, *, depth: int = 6, decoder_layers: int = 4, seed: int = 
         chat_template=CHAT_TEMPLATE,
     ).save_pretrained(folder)
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
-    config = Qwen3VLConfig(
+    mixture = {
+        "num_experts": experts,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 96,
+        "norm_topk_prob": True,
+    }
+    config = (Qwen3VLMoeConfig if experts else Qwen3VLConfig)(
         vision_config={
             "depth": depth,
             "hidden_size": 128,
@@ -89,6 +99,7 @@ def build(folder: Path, *, depth: int = 6, decoder_layers: int = 4, seed: int = 
             "eos_token_id": ids["<|im_end|>"],
             "bos_token_id": None,
             "pad_token_id": ids["<|endoftext|>"],
+            **(mixture if experts else {}),
         },
         image_token_id=ids[IMAGE],
         video_token_id=ids[VIDEO],
@@ -97,13 +108,25 @@ def build(folder: Path, *, depth: int = 6, decoder_layers: int = 4, seed: int = 
         tie_word_embeddings=False,
     )
     torch.manual_seed(seed)
-    model = Qwen3VLForConditionalGeneration(config).float().eval()
+    architecture = Qwen3VLMoeForConditionalGeneration if experts else Qwen3VLForConditionalGeneration
+    model = architecture(config).float().eval()
     for name, parameter in model.named_parameters():
         if parameter.dim() >= 2:
             std = 1.0 if "embed_tokens" in name else 0.12 if "language_model" in name else 0.08
             torch.nn.init.normal_(parameter, std=std)
     model.save_pretrained(folder)
+    if experts:
+        _transpose_experts(folder / "model.safetensors")
     return folder
+
+
+def _transpose_experts(file: Path) -> None:
+    """Published checkpoints hold these matrices transposed; transformers reads both and writes the other."""
+    weights = {
+        name: tensor.transpose(1, 2).contiguous() if ".experts." in name else tensor
+        for name, tensor in load_file(file).items()
+    }
+    save_file(weights, file, metadata={"format": "pt"})
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
