@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
+from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.metrics.loggers import StatLoggerManager
+from vllm.v1.metrics.stats import IterationStats, PrefillStats, RequestStateStats
 
 from ficoco_vllm.hooks.request_metrics import hook_request_metrics
 from ficoco_vllm.metrics.counting import BatchOutputs, CountedRequest, RequestCounter
@@ -82,6 +84,30 @@ def test_a_prefill_counts_once_and_blocks_go_back(counter: RequestCounter) -> No
     counter.end(request, "abort")  # too late
     assert value(families.kv_blocks_saved, "0") == 0
     assert (ended(counter, "stop"), ended(counter, "abort")) == (1, 0)
+
+
+def test_what_the_prefix_cache_held_is_not_counted_again(counter: RequestCounter) -> None:
+    """`test_metrics.py` has what is left; here from vLLM's first output of a request to the counters."""
+    asked: list[Any] = []
+
+    def account_of_rest(num_cached: int, account: Account, *prompt: Any) -> Account:
+        asked.append((num_cached, account, *prompt))
+        return Account("tome")
+
+    open_counter: Any = counter
+    open_counter.accountant = SimpleNamespace(account_of_rest=account_of_rest)
+    request = counted(counter)
+    request.prompt = ("prompt",)
+    whole, stats = request.account, IterationStats()
+    state: Any = SimpleNamespace(is_prefilling=True, stats=RequestStateStats(), lora_name=None)
+    state.ficoco = request
+    prefill = PrefillStats()
+    prefill.set(num_prompt_tokens=636, num_local_cached_tokens=608, num_external_cached_tokens=0)
+    output = EngineCoreOutput("id", [5], prefill_stats=prefill)
+    OutputProcessor(None, log_stats=True)._update_stats_from_output(state, output, 1.0, stats)
+    counter.record(vars(stats)["ficoco"], "0")
+    assert asked == [(608, whole, "prompt")]
+    assert counter.metrics.visual_tokens_in.labels("m", "0", "tome")._value.get() == 0
 
 
 def test_a_request_that_never_ran_saves_nothing(counter: RequestCounter) -> None:

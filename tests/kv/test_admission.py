@@ -145,6 +145,17 @@ def test_windows_that_are_refused_name_the_field(extra: dict[str, Any]) -> None:
     assert caught.value.parameter == "ficoco_window"
 
 
+def test_windows_that_no_step_holds_are_refused() -> None:
+    """Those that a request names; text that goes on ends a window where the step does."""
+    settings = {"method": "ficoco-l", "windows": "turn", "window_tokens": 40}
+    with pytest.raises(VLLMValidationError, match="tokens 4 to 49 .* are 46; allowed: 40") as caught:
+        check_request(config(**settings), request({"ficoco_window": 50}))
+    assert caught.value.parameter == "ficoco_window"
+    unnamed = request()
+    fill_windows(FicocoConfig.parse(settings), [], unnamed)
+    check_request(config(**settings), unnamed)
+
+
 def test_traced_requests_pass_over_the_cache() -> None:
     requested = request({"ficoco_trace": 3})
     check_request(config(method="ficoco-l", windows="turn", explain=True), requested)
