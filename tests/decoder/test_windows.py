@@ -12,13 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
+from ficoco_vllm.reduction import available
 from tests.decoder import calls, window_calls
 from tests.decoder.calls import Ask
 from tests.decoder.test_reference import LAYERS
 from tests.decoder.test_reference import left as left_of
 from tests.decoder.window_calls import Reply
 from tests.reference.algorithm2 import ReferenceDecoder, Shown
-from tests.support.remote import Host, Remote
+from tests.support.remote import Host, Remote, remote_engine
 
 PATCHES, BLOCK = 144, 32
 SETTINGS = {"method": "ficoco-l", "keep": 16, "explain": True, "windows": "turn"}
@@ -73,10 +74,11 @@ def turn(prompt: str, images: list[Image.Image], count: int, ends: list[str], **
     return Ask(prompt, images[:count], 6, {"ficoco_window": [length(end) for end in ends], **extra})
 
 
-def test_turns_equal_cold_ones(empty: Remote, images: list[Image.Image]) -> None:
+def cases(images: list[Image.Image]) -> list[tuple[Ask, int]]:
+    """Requests to send one after the other, and the tokens of each that are cached by then."""
     first = turn(FIRST, images, 1, [FIRST])
     system = length(SYSTEM + "USER: ") // BLOCK * BLOCK
-    cases: list[tuple[Ask, int]] = [
+    return [
         (first, 0),
         (first, blocks(FIRST)),
         (turn(SECOND, images, 1, [FIRST]), blocks(FIRST)),
@@ -88,6 +90,8 @@ def test_turns_equal_cold_ones(empty: Remote, images: list[Image.Image]) -> None
         (turn(FIRST.replace("number", "colour"), images, 1, [FIRST]), system),
         (turn(SECOND, images, 1, [SECOND]), system),
         (turn(FIRST, images, 1, [FIRST], ficoco_keep=80), system),
+        # The blocks that a smaller budget needs are all there, with another content.
+        (turn(FIRST, images, 1, [FIRST], ficoco_keep=48), system),
         (turn(FIRST, images, 1, [FIRST], ficoco_method="fastv"), system),
         (turn(FIRST, images[1:], 1, [FIRST]), system),
         (turn(FIRST, images, 1, [FIRST], ficoco_keep=PATCHES), system),
@@ -97,13 +101,33 @@ def test_turns_equal_cold_ones(empty: Remote, images: list[Image.Image]) -> None
         (turn(TWO, images, 2, []), system),
         (turn(TWO, images, 2, []), blocks(TWO)),
     ]
-    asks = [one for one, _ in cases]
-    warm = empty.call(window_calls.ask_each, asks)
+
+
+def warm_and_cold(engine: Remote, asked: list[tuple[Ask, int]]) -> tuple[list[Reply], list[Reply]]:
+    """Answers from the cache, whose hits are asserted, and without it."""
+    asks = [one for one, _ in asked]
+    warm = engine.call(window_calls.ask_each, asks)
     assert [reply.num_prompt_tokens for reply in warm] == [length(one.prompt) for one in asks]
-    assert [reply.num_cached for reply in warm] == [cached for _, cached in cases]
-    cold = empty.call(window_calls.ask_each, asks, True)
+    assert [reply.num_cached for reply in warm] == [cached for _, cached in asked]
+    cold = engine.call(window_calls.ask_each, asks, True)
     assert [reply.num_cached for reply in cold] == [0] * len(asks)
-    assert_equal(warm, cold)
+    return warm, cold
+
+
+def test_turns_equal_cold_ones(empty: Remote, images: list[Image.Image]) -> None:
+    assert_equal(*warm_and_cold(empty, cases(images)))
+
+
+@pytest.mark.long
+def test_turns_equal_cold_ones_bit_for_bit_on_one_thread(
+    small_llava: Path, images: list[Image.Image]
+) -> None:
+    """With one thread the sums of a row do not depend on the other rows of a step."""
+    options = {"block_size": BLOCK, "max_model_len": 1024}
+    with remote_engine(small_llava, SETTINGS, {"OMP_NUM_THREADS": "1"}, **options) as engine:
+        for one, other in zip(*warm_and_cold(engine, cases(images)), strict=True):
+            assert one.tokens == other.tokens
+            assert torch.equal(one.logprobs, other.logprobs)
 
 
 def test_a_cached_turn_equals_its_tokens_forced_upon_an_engine_without_windows(
@@ -152,6 +176,40 @@ def test_what_is_read_from_the_cache_decides_as_what_is_computed(
         torch.testing.assert_close(reply.logprobs.double(), logprobs, atol=1e-3, rtol=0)
         whole = replace(shown, end=None)
         assert (reference.judge(method, SECOND, [whole], reply.tokens) - logprobs).abs().max() > 1e-2
+
+
+def test_methods_without_a_reference(empty: Remote, images: list[Image.Image]) -> None:
+    """The other methods that a server of the decoder runs."""
+    extras = [{"ficoco_method": method, "ficoco_keep": 16} for method in available("decoder")]
+    extras = [extra for extra in extras if extra["ficoco_method"] not in LAYERS]
+    assert extras
+    for prompt in (FIRST, SECOND):
+        asks = [turn(prompt, images, 1, [FIRST], **extra) for extra in extras]
+        warm = empty.call(window_calls.ask_each, asks)
+        if prompt == SECOND:
+            assert [reply.num_cached for reply in warm] == [blocks(FIRST)] * len(asks)
+        assert_equal(warm, empty.call(window_calls.ask_each, asks, True))
+
+
+def test_tower_and_decoder(host: Host, small_llava: Path, images: list[Image.Image]) -> None:
+    """FiCoCo-VL: the tower leaves 80 tokens of an image; one of another budget there is another image."""
+    settings = {"method": "ficoco-vl", "keep": 16, "encoder": {"keep": 80}, "windows": "turn"}
+    engine = host.get(small_llava, settings, block_size=BLOCK, max_model_len=1024)
+    assert engine.call(window_calls.reset)
+    system = length(SYSTEM + "USER: ") // BLOCK * BLOCK
+    first, second = ((length(prompt) - PATCHES + 80) // BLOCK * BLOCK for prompt in (FIRST, SECOND))
+    cases: list[tuple[Ask, int]] = [
+        (Ask(FIRST, images[:1], 6), 0),
+        (Ask(FIRST, images[:1], 6), first),
+        (Ask(SECOND, images[:1], 6), first),
+        (Ask(SECOND, images[:1], 6), second),
+        (Ask(FIRST, images[:1], 6, mm={"ficoco_keep": 112}), system),
+        (Ask(FIRST, images[:1], 6, mm={"ficoco_method": "divprune"}), system),
+    ]
+    asks = [one for one, _ in cases]
+    warm = engine.call(window_calls.ask_each, asks)
+    assert [reply.num_cached for reply in warm] == [cached for _, cached in cases]
+    assert_equal(warm, engine.call(window_calls.ask_each, asks, True))
 
 
 def rounded(count: int) -> int:
