@@ -39,7 +39,7 @@ class LaterSteps:
     """Steps whose requests have all of their images computed: the same rows in every segment.
 
     What a segment does not hold of a request is on the device since the request's first step, so the host copies
-    nothing, and allocates nothing for steps that only decode.
+    nothing, and steps that only decode allocate nothing there.
     """
 
     def __init__(self, seq_lens: Tensor, max_num_tokens: int) -> None:
