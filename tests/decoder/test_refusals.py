@@ -285,7 +285,9 @@ def test_window_tokens_of_windows_that_do_not_end_with_a_turn(
     [
         ("ficoco-l", {}, "turn"),
         ("ficoco-vl", {}, "turn"),
+        ("vscan-l", {}, "turn"),
         ("sparsevlm", {}, "prompt"),
+        ("tops-l", {}, "prompt"),
         ("ficoco-l", {"kv_cache_dtype": "fp8"}, "off"),
     ],
 )

@@ -148,7 +148,7 @@ def test_windows_that_are_refused_name_the_field(extra: dict[str, Any]) -> None:
 def test_windows_that_no_step_holds_are_refused() -> None:
     """Those that a request names; text that goes on ends a window where the step does."""
     settings = {"method": "ficoco-l", "windows": "turn", "window_tokens": 40}
-    with pytest.raises(VLLMValidationError, match="tokens 4 to 49 .* are 46; allowed: 40") as caught:
+    with pytest.raises(VLLMValidationError, match=r"tokens 4 to 49 .* are 46; allowed: 40") as caught:
         check_request(config(**settings), request({"ficoco_window": 50}))
     assert caught.value.parameter == "ficoco_window"
     unnamed = request()
