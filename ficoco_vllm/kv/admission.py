@@ -191,28 +191,32 @@ class ChatBudgets:
         self.most = most
         self.keeps: OrderedDict[bytes, int] = OrderedDict()
 
-    def keep(self, request: Any, choose: Callable[[], int]) -> int:
+    def keep(self, name: bytes | None, choose: Callable[[], int]) -> int:
         """The budget of a request's chat.
 
         Args:
-            request: vLLM's `EngineCoreRequest`, with the ends of its windows.
+            name: of the chat, by its first turn; None for a request without one.
             choose: returns the budget of a new chat.
         """
-        extra_args = request.sampling_params.extra_args or {}
-        ends = extra_args.get(WINDOW)
-        if not isinstance(ends, list) or not ends:
+        if name is None:
             return choose()
-        tokens = np.asarray(request.prompt_token_ids[: int(ends[0])], dtype=np.int64)
-        images = [feature.identifier for feature in request.mm_features]
-        first = [
-            name for name, (offset, _) in zip(images, images_of(request), strict=True) if offset < ends[0]
-        ]
-        name = hashlib.sha256(repr((extra_args.get(METHOD), first)).encode() + tokens.tobytes()).digest()
         keep = self.keeps.pop(name, None)
         self.keeps[name] = choose() if keep is None else keep
         while len(self.keeps) > self.most:
             self.keeps.popitem(last=False)
         return self.keeps[name]
+
+
+def _first_window(request: Any) -> bytes | None:
+    """Digest of a request's first decision window, with what is before it."""
+    extra_args = request.sampling_params.extra_args or {}
+    ends = extra_args.get(WINDOW)
+    if not isinstance(ends, list) or not ends:
+        return None
+    tokens = np.asarray(request.prompt_token_ids[: int(ends[0])], dtype=np.int64)
+    images = [feature.identifier for feature in request.mm_features]
+    first = [name for name, (offset, _) in zip(images, images_of(request), strict=True) if offset < ends[0]]
+    return hashlib.sha256(repr((extra_args.get(METHOD), first)).encode() + tokens.tobytes()).digest()
 
 
 def fill_budget(default_keep: Callable[[str | None, int], int], chats: ChatBudgets, request: Any) -> None:
@@ -222,7 +226,7 @@ def fill_budget(default_keep: Callable[[str | None, int], int], chats: ChatBudge
         default_keep: from the method that the request names, or None, and the visual tokens of its largest image as
             they enter the decoder, to the tokens that are left of each image in the last segment.
         chats: budgets of earlier turns.
-        request: vLLM's `EngineCoreRequest`; its sampling parameters are its own copy.
+        request: vLLM's `EngineCoreRequest`, with the ends of its windows; its sampling parameters are its own copy.
     """
     params = request.sampling_params
     if params is None or not request.mm_features:
@@ -230,7 +234,7 @@ def fill_budget(default_keep: Callable[[str | None, int], int], chats: ChatBudge
     extra_args = params.extra_args or {}
     if KEEP not in extra_args:
         most = max(length for _, length in images_of(request))
-        keep = chats.keep(request, lambda: default_keep(extra_args.get(METHOD), most))
+        keep = chats.keep(_first_window(request), lambda: default_keep(extra_args.get(METHOD), most))
         params.extra_args = {**extra_args, KEEP: keep}
 
 

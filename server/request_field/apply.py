@@ -14,7 +14,7 @@ from vllm.exceptions import GenerationError, RetryableRequestError, VLLMValidati
 from ficoco_vllm.hooks.admission import FrontEnd, fill_defaults
 from ficoco_vllm.hooks.unread_field import READ
 from ficoco_vllm.hooks.wrapping import wrap
-from ficoco_vllm.kv.admission import visual_range
+from ficoco_vllm.kv.admission import ChatBudgets, visual_range
 from ficoco_vllm.metrics.families import count_refusal
 from ficoco_vllm.metrics.savings import Account, Accountant
 from ficoco_vllm.request_fields import (
@@ -28,7 +28,7 @@ from ficoco_vllm.request_fields import (
     find_misplaced,
     misplaced,
 )
-from ficoco_vllm.server.request_field.question import question_of
+from ficoco_vllm.server.request_field.question import first_turn, question_of
 from ficoco_vllm.server.request_field.report import add_usage
 from ficoco_vllm.server.request_field.resolve import Resolver
 from ficoco_vllm.server.request_field.routes import HANDLERS
@@ -82,6 +82,9 @@ class FieldApplier:
         # Budget in the tower of requests that name none, where it moves: from the method that a request names to the
         # visual tokens of an image. Written into the request, since vLLM's threads do not know its class of traffic.
         self.default_tower: Callable[[str | None], int] | None = None
+        decoder = resolver.plan.decoder
+        self.keeps_windows = decoder is not None and decoder.config.windows == "turn"
+        self.chats = ChatBudgets()
 
     def attach(self, state: Any) -> None:
         """Wrap vLLM's handlers and renderer.
@@ -98,8 +101,8 @@ class FieldApplier:
         trusting = copy(renderer)
         trusting.trust_request_mm_kwargs = True
         # All routes render their prompts through these two methods.
-        for name, ask in (("preprocess_chat", question_of), ("preprocess_cmpl", _no_question)):
-            wrap(renderer, name, partial(self._render, getattr(trusting, name), ask))
+        for name, is_chat in (("preprocess_chat", True), ("preprocess_cmpl", False)):
+            wrap(renderer, name, partial(self._render, getattr(trusting, name), is_chat))
         # Arguments of the decoder pass the input processor on every route, also where no prompt is rendered.
         FrontEnd.of(self.processor).bounds = partial(self.resolver.check_raw, _DECODER_FIELD)
 
@@ -145,7 +148,7 @@ class FieldApplier:
     async def _render(
         self,
         trusting: Callable[..., Awaitable[Any]],
-        question: Callable[[Any], str | None],
+        is_chat: bool,
         render: Callable[..., Awaitable[Any]],
         request: Any,
         messages: Any,
@@ -153,7 +156,8 @@ class FieldApplier:
         **kwargs: Any,
     ) -> Any:
         """Render the prompts of a request with its method and budget."""
-        chosen = trusting if self._apply(request, question(messages)) else render
+        # Prompts without messages: their text is the question.
+        chosen = trusting if self._apply(request, messages if is_chat else ()) else render
         try:
             rendered = await chosen(request, messages, *args, **kwargs)
         except _RENDERING_ERRORS as error:
@@ -197,7 +201,7 @@ class FieldApplier:
                 parameter="echo",
             )
 
-    def _apply(self, request: Any, question: str | None) -> bool:
+    def _apply(self, request: Any, messages: Sequence[Any]) -> bool:
         """Write method and budget into the request, and the question where the method reads it.
 
         Returns:
@@ -211,7 +215,7 @@ class FieldApplier:
             for name, values in extensions:
                 self.resolver.bounds.check_reduces(f"{name}.{KEEP}", values.get(KEEP), self.resolver.max_keep)
             if state is None or state.requested is None:
-                ours = self._default(raw)
+                ours = self._default(raw, messages)
             else:
                 for name, values in extensions:
                     for key in (KEEP, KEEP_RATIO, METHOD):
@@ -228,19 +232,26 @@ class FieldApplier:
             raise VLLMValidationError(str(error), parameter=str(error).split(" ", 1)[0]) from error
         tower = self.resolver.plan.tower
         method = ours.get(METHOD, raw.get(METHOD, tower.config.method))
-        if question is not None and QUESTION not in raw and tower.reads_question(method):
-            ours[QUESTION] = question
+        if QUESTION not in raw and tower.reads_question(method):
+            question = question_of(messages)
+            if question is not None:
+                ours[QUESTION] = question
         if not ours:
             return False
         request.mm_processor_kwargs = {**raw, **ours}
         # The client's own are for vLLM to check.
         return not raw and not getattr(request, "media_io_kwargs", None)
 
-    def _default(self, raw: Mapping[str, Any]) -> dict[str, Any]:
-        """The moving budget in the tower, for a request that names none; see `_apply`."""
-        if self.default_tower is None or raw.keys() & {KEEP, KEEP_RATIO, METHOD}:
+    def _default(self, raw: Mapping[str, Any], messages: Sequence[Any]) -> dict[str, Any]:
+        """The moving budget in the tower, for a request that names none; see `_apply`.
+
+        Where the decoder caches windows, a chat keeps that of its first turn: an image with other tokens misses them.
+        """
+        choose = self.default_tower
+        if choose is None or raw.keys() & {KEEP, KEEP_RATIO, METHOD}:
             return {}
-        return {KEEP: self.default_tower(None)}
+        chat = first_turn(messages) if self.keeps_windows else None
+        return {KEEP: self.chats.keep(chat, lambda: choose(None))}
 
     def _account(self, request: Any, prompt: dict[str, Any]) -> Account | None:
         """Savings of a rendered prompt; None without images."""
@@ -287,10 +298,6 @@ class FieldApplier:
 
     def _count_refusal(self) -> None:
         count_refusal(self.processor.vllm_config.model_config)
-
-
-def _no_question(prompts: Any) -> None:
-    """Prompts without messages: their text is the question."""
 
 
 def _mapping(request: Any, name: str) -> Mapping[str, Any]:

@@ -1,5 +1,7 @@
-"""The question of a chat about its images, for methods that compare the two."""
+"""What the messages of a chat say about its images."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +23,27 @@ def question_of(messages: Sequence[Any]) -> str | None:
         return None
     texts = (_text(message) for message in (*messages[last:], *reversed(messages[:last])))
     return next(filter(None, texts), None)
+
+
+def first_turn(messages: Sequence[Any]) -> bytes | None:
+    """Digest of a chat up to the end of its first turn with an image, which later turns repeat.
+
+    Args:
+        messages: of a chat; see `question_of`.
+
+    Returns:
+        None without an image.
+    """
+    first = next((number for number, message in enumerate(messages) if _has_image(message)), None)
+    if first is None:
+        return None
+    replies = (
+        number
+        for number, message in enumerate(messages)
+        if number > first and isinstance(message, dict) and message.get("role") == "assistant"
+    )
+    turn = messages[: next(replies, len(messages))]
+    return hashlib.sha256(json.dumps(turn, sort_keys=True, default=str).encode()).digest()
 
 
 def _parts(message: Any) -> list[Any]:

@@ -4,6 +4,7 @@ Against the oracle on Hugging Face's model, in float64. One engine, which runs F
 in the tower name the decoder's method alone.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from tests.support.compare import NUM_TOKENS, TOLERANCE, assert_equal
 from tests.support.engine import Answer
 from tests.support.pictures import noise
 from tests.support.random_qwen import MOST_UNITS, build
-from tests.support.remote import Host, Remote
+from tests.support.remote import Host, Remote, run_host
 
 pytestmark = [pytest.mark.compat, pytest.mark.engine]
 
@@ -37,9 +38,24 @@ TOWER_KEEP = 40
 
 
 @pytest.fixture(scope="module", params=[0, 4])
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def experts(request: pytest.FixtureRequest) -> int:
     """A dense model, and a mixture of experts."""
-    return build(tmp_path_factory.mktemp("qwen3-vl"), decoder_layers=8, experts=request.param)
+    return int(request.param)
+
+
+@pytest.fixture(scope="module")
+def host(host: Host, experts: int) -> Iterator[Host]:
+    """Experts need groups that vLLM makes only where the first engine of a process has some."""
+    if not experts:
+        yield host
+        return
+    with run_host() as of_experts:
+        yield of_experts
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, experts: int) -> Path:
+    return build(tmp_path_factory.mktemp("qwen3-vl"), decoder_layers=8, experts=experts)
 
 
 @pytest.fixture(scope="module")
