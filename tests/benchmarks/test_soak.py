@@ -9,6 +9,7 @@ from vllm import LLM
 
 from ficoco_vllm.benchmarks.harness.results import read
 from ficoco_vllm.benchmarks.soak.engine.__main__ import ENGINE, FICOCO, bars
+from ficoco_vllm.benchmarks.soak.engine.adapters import write_adapter
 from ficoco_vllm.benchmarks.soak.engine.run import Settings, run
 from tests.support.engine import scheduler_of
 from tests.support.remote import Remote, remote_engine
@@ -37,6 +38,8 @@ def made_up(mib_per_round: float, **last: Any) -> dict[str, Any]:
         "num_finished": 1990,
         "num_aborted": {"waiting": 10},
         "num_found": 9,
+        "num_in_chunks": 2,
+        "num_adapted": 900,
     }
 
 
@@ -50,6 +53,8 @@ def made_up(mib_per_round: float, **last: Any) -> dict[str, Any]:
         (made_up(0.0, num_plans=1), {"soak-engine-plans-left"}),
         (made_up(0.0) | {"num_finished": 1989}, {"soak-engine-requests-answered-or-aborted"}),
         (made_up(0.0) | {"num_found": 0}, {"soak-engine-prefixes-found"}),
+        (made_up(0.0) | {"num_in_chunks": 0}, {"soak-engine-prompts-in-chunks"}),
+        (made_up(0.0) | {"num_adapted": 0}, {"soak-engine-answers-by-adapters"}),
     ],
 )
 def test_bars(record: dict[str, Any], failing: set[str]) -> None:
@@ -69,15 +74,19 @@ def engine(demo_model: Path) -> Iterator[Remote]:
         yield engine
 
 
-def soaked(engine: LLM, num_requests: int, seed: int) -> dict[str, Any]:
+def soaked(engine: LLM, num_requests: int, seed: int, *adapters: str) -> dict[str, Any]:
     """A short run."""
-    return run(engine, Settings(num_requests, num_requests // 2, num_open=8, abort_share=0.5, seed=seed))
+    settings = Settings(
+        num_requests, num_requests // 2, num_open=8, abort_share=0.5, seed=seed, adapters=adapters
+    )
+    return run(engine, settings)
 
 
 @pytest.mark.long
 @pytest.mark.engine
-def test_miniature_run(engine: Remote) -> None:
-    record = engine.call(soaked, 20, 0)
+def test_miniature_run(engine: Remote, demo_model: Path, tmp_path: Path) -> None:
+    write_adapter(demo_model, tmp_path / "adapter", 0)
+    record = engine.call(soaked, 20, 0, str(tmp_path / "adapter"))
     assert failures(record) == set()
     assert sum(record["num_aborted"].values()) >= 2
     assert len(record["rounds"]) == 2

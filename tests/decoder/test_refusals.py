@@ -181,7 +181,8 @@ def engine(host: Host, small_llava: Path) -> Remote:
         ({"hf_overrides": {"vision_feature_select_strategy": "full"}}, "strategy = 'full'"),
         (
             {"hf_overrides": {"text_config": {"model_type": "gemma2"}}},
-            "the decoder is 'gemma2'; allowed: 'llama', 'mistral', 'qwen2', 'qwen3', 'qwen3_vl_text'",
+            "the decoder is 'gemma2'; allowed: 'llama', 'mistral', 'qwen2', 'qwen3', 'qwen3_moe', 'qwen3_vl_text', "
+            "'qwen3_vl_moe_text'",
         ),
         (
             {"hf_overrides": {"text_config": {"model_type": "mistral", "sliding_window": 64}}},

@@ -122,12 +122,23 @@ def test_turns_equal_cold_ones(empty: Remote, images: list[Image.Image]) -> None
 def test_turns_equal_cold_ones_bit_for_bit_on_one_thread(
     small_llava: Path, images: list[Image.Image]
 ) -> None:
-    """With one thread the sums of a row do not depend on the other rows of a step."""
+    """With one thread the sums of a row do not depend on the other rows of a step.
+
+    A CPU's matrix products may do otherwise. Requests that keep all tokens, which vLLM's own cache serves, show it.
+    """
     options = {"block_size": BLOCK, "max_model_len": 1024}
+    whole = [turn(prompt, images, 1, [FIRST], ficoco_keep=PATCHES) for prompt in (FIRST, FIRST, SECOND)]
     with remote_engine(small_llava, SETTINGS, {"OMP_NUM_THREADS": "1"}, **options) as engine:
-        for one, other in zip(*warm_and_cold(engine, cases(images)), strict=True):
-            assert one.tokens == other.tokens
-            assert torch.equal(one.logprobs, other.logprobs)
+        warm, cold = warm_and_cold(engine, cases(images))
+        own = [engine.call(window_calls.ask_each, whole, is_cold) for is_cold in (False, True)]
+    if equal_bits(*own):
+        assert equal_bits(warm, cold)
+    assert_equal(warm, cold)
+
+
+def equal_bits(left: list[Reply], right: list[Reply]) -> bool:
+    """Whether all log-probabilities are the same numbers."""
+    return all(torch.equal(one.logprobs, other.logprobs) for one, other in zip(left, right, strict=True))
 
 
 def test_a_cached_turn_equals_its_tokens_forced_upon_an_engine_without_windows(

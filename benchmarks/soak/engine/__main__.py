@@ -80,6 +80,8 @@ def bars(record: Mapping[str, Any]) -> list[Bar]:
         at_most("soak-engine-plans-left", max(look["num_plans"] for look in rounds)),
         Bar("soak-engine-requests-answered-or-aborted", answered, rounds[-1]["num_requests"]),
         Bar("soak-engine-preemptions", record["num_preempted"], 1),
+        Bar("soak-engine-prompts-in-chunks", record["num_in_chunks"], 1),
+        Bar("soak-engine-answers-by-adapters", record["num_adapted"], 1),
         *([Bar("soak-engine-prefixes-found", record["num_found"], 1)] if repeats else []),
         *(Bar(f"soak-engine-aborts-{phase}", record["num_aborted"].get(phase, 0), 1) for phase in PHASES),
         *growth_bars("soak-engine-rss-growth-mib-per-1000-requests", rounds, "rss_mib", MOST_GROWTH_MIB),

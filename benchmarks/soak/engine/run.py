@@ -83,7 +83,8 @@ def run(engine: "LLM", settings: Settings, say: Callable[[str], None] | None = N
 
     Returns:
         `start`, a `Look`; `rounds`, one after each round; `num_finished`; `num_aborted` by the phase of the request;
-        `num_preempted`; `num_found`, answers for whose prompts the prefix cache had tokens.
+        `num_preempted`; `num_in_chunks`, requests whose prompts took several steps; `num_found`, answers for whose
+        prompts the prefix cache had tokens; `num_adapted`, answers by an adapter.
 
     Raises:
         RuntimeError: an answer has another length than requested.
@@ -107,15 +108,18 @@ def run(engine: "LLM", settings: Settings, say: Callable[[str], None] | None = N
         "num_finished": driver.num_finished,
         "num_aborted": dict(sorted(driver.num_aborted.items())),
         "num_preempted": driver.num_preempted,
+        "num_in_chunks": len(driver.in_chunks),
         "num_found": driver.num_found,
+        "num_adapted": driver.num_adapted,
     }
 
 
 class Driver:
     """Keeps some requests open, and aborts those whose `abort_in` says so.
 
-    Within the block it wraps two methods of the scheduler: a request whose prompt has just been computed is aborted at
-    the point where vLLM handles the aborts that came in meanwhile, before it reads the tokens of the step.
+    Within the block it wraps three methods of the scheduler. Two are counted; in the third a request whose prompt has
+    just been computed is aborted at the point where vLLM handles the aborts that came in meanwhile, before it reads the
+    tokens of the step.
     """
 
     def __init__(
@@ -139,6 +143,8 @@ class Driver:
         self.num_finished = 0
         self.num_preempted = 0
         self.num_found = 0
+        self.num_adapted = 0
+        self.in_chunks: set[str] = set()
         self.adapters = adapters
         self.num_aborted: Counter[str] = Counter()
         self._scheduler = harness.scheduler_of(engine)
@@ -147,6 +153,7 @@ class Driver:
     def __enter__(self) -> "Driver":
         scheduler = self._scheduler
         preempt, update = scheduler._preempt_request, scheduler.update_from_output
+        schedule = scheduler.schedule
 
         def preempt_counted(*args: Any, **kwargs: Any) -> Any:
             self.num_preempted += 1
@@ -156,11 +163,19 @@ class Driver:
             self._abort("prefilled")
             return update(*args, **kwargs)
 
+        def schedule_counted(*args: Any, **kwargs: Any) -> Any:
+            step = schedule(*args, **kwargs)
+            self.in_chunks |= {
+                name for name in step.num_scheduled_tokens if _is_cut(scheduler.requests[name])
+            }
+            return step
+
         scheduler._preempt_request, scheduler.update_from_output = preempt_counted, update_later
+        scheduler.schedule = schedule_counted
         return self
 
     def __exit__(self, *exception: object) -> None:
-        del self._scheduler._preempt_request, self._scheduler.update_from_output
+        del self._scheduler._preempt_request, self._scheduler.update_from_output, self._scheduler.schedule
 
     def answer(self, waiting: list[Request]) -> None:
         """Answer requests, the last of the list first, until the engine is empty."""
@@ -204,7 +219,13 @@ class Driver:
             raise RuntimeError(f"{len(tokens)} tokens instead of {request.num_tokens}: {request}")
         self.num_finished += 1
         self.num_found += bool(output.num_cached_tokens)
+        self.num_adapted += bool(request.adapter)
         self.on_answer(request, tokens)
+
+
+def _is_cut(request: Any) -> bool:
+    """Whether the step that was just scheduled leaves tokens of a prompt to later ones."""
+    return bool(request.num_computed_tokens < request.num_prompt_tokens)
 
 
 def _params(request: Request) -> "SamplingParams":
