@@ -13,6 +13,8 @@ from importlib import import_module
 from typing import Any
 
 from ficoco_vllm import __version__
+from ficoco_vllm.server.commands.arguments import fail
+from ficoco_vllm.server.commands.preflight import check_named_methods
 
 # Command -> its line in the list. Its module in `server/commands` has `add_parser` and `run`.
 COMMANDS = {
@@ -44,6 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _ended(
                 int(command("serve").main(arguments[1:])), is_program
             )  # vLLM's parser reads the options
+        try:
+            check_named_methods(arguments)
+        except ValueError as error:
+            return fail(str(error))
         parser = make_parser([name for name in COMMANDS if name == chosen])
         args = parser.parse_args(arguments)
         if args.command is None:

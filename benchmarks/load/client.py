@@ -53,10 +53,10 @@ def run_point(
     Raises:
         RuntimeError: a request failed; with the client's message.
     """
+    logging.getLogger("vllm").setLevel(logging.ERROR)  # it also warns while it is imported
     # The client's module takes seconds to import.
     from vllm.benchmarks.serve import main_async
 
-    logging.getLogger("vllm").setLevel(logging.ERROR)
     printed = StringIO()
     with TemporaryDirectory() as folder:
         dataset = None if target.tokenizer else write_dataset(Path(folder), url, target, traffic, seed)

@@ -221,6 +221,20 @@ HOOKS = (
         "tests/server/lifecycle/test_survival.py::test_a_stopping_server_answers_accepted_requests",
     ),
     Hook(
+        "vllm.v1.engine.utils",
+        "zmq_socket_ctx",
+        "path socket_type bind",
+        "passes on the interrupt of a server that waits for its engine",
+        "tests/server/lifecycle/test_interrupts.py::test_a_starting_server_stops",
+    ),
+    Hook(
+        "multiprocessing.process.BaseProcess",
+        "start",
+        "",
+        "starts processes that a terminal's SIGINT does not reach",
+        "tests/server/lifecycle/test_interrupts.py::test_a_starting_server_stops",
+    ),
+    Hook(
         "vllm.multimodal.media.image.ImageMediaIO",
         "get_max_bytes",
         "",

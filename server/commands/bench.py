@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 from collections.abc import Callable
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ def guarded(command: Command, args: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         return fail(str(error))
     except Exception as error:
+        if getattr(error, "status_code", None) == HTTPStatus.UNAUTHORIZED:
+            return fail("the server requires its API key: --api-key, or VLLM_API_KEY in the environment", 1)
         if isinstance(error, RuntimeError) or type(error).__module__.partition(".")[0] == "openai":
             return fail(str(error), 1)
         raise
@@ -60,11 +63,12 @@ def add_server(parser: argparse.ArgumentParser, out: str, *, api_key: str = "non
     Args:
         parser: takes them.
         out: default folder of the results.
-        api_key: default of `--api-key`.
+        api_key: default of `--api-key` without VLLM_API_KEY in the environment.
     """
     add = parser.add_argument
     add("--url", type=base_url, help="a running server (default: servers are started)")
-    add("--api-key", default=api_key, help="API key of the server")
+    key = os.environ.get("VLLM_API_KEY", api_key)
+    add("--api-key", default=key, metavar="KEY", help="API key of the server (default: $VLLM_API_KEY)")
     add("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
     add(
         "--out",
@@ -160,7 +164,8 @@ def _add_lmms(benchmarks: Any) -> None:
     add("--method", help="reduction method (default: all visual tokens)")
     add("--keep", type=int, help="visual tokens kept")
     add("--url", type=base_url, help="a running server; --model, --method and --keep still describe it")
-    add("--api-key", default="none", help="API key of the server")
+    key = os.environ.get("VLLM_API_KEY", "none")
+    add("--api-key", default=key, metavar="KEY", help="API key of the server (default: $VLLM_API_KEY)")
     add("--limit", type=int, help="number of questions (default: all)")
     add("--concurrency", type=int, default=16, help="concurrent questions (default: %(default)s)")
     add(

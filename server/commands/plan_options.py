@@ -9,7 +9,7 @@ from typing import Any
 from ficoco_vllm.config import DEFAULT_METHOD, FicocoConfig
 from ficoco_vllm.planning.tower import VisionPlanner
 from ficoco_vllm.planning.tower_shape import TowerShape
-from ficoco_vllm.reduction import available, get
+from ficoco_vllm.reduction import get
 from ficoco_vllm.reduction.control import CONTROLS
 from ficoco_vllm.reduction.cost import BITS, DEVICES, KNOWN_MODELS
 from ficoco_vllm.reduction.cost.shapes import DecoderShape
@@ -17,6 +17,7 @@ from ficoco_vllm.reduction.method import Method
 from ficoco_vllm.reduction.pipeline import PIPELINES
 from ficoco_vllm.reduction.schedule import KINDS
 from ficoco_vllm.request_fields import check_keep_ratio
+from ficoco_vllm.server.commands.preflight import check_method
 
 DEMO, CPU = "demo", "cpu"
 Pairs = Sequence[tuple[int, int]]
@@ -110,9 +111,7 @@ def settings(args: argparse.Namespace, tower: TowerShape, decoder: DecoderShape)
     Raises:
         ValueError: an option is wrong, or no server supports it.
     """
-    known = sorted({*available(), *PIPELINES, *CONTROLS})
-    if args.method not in known:
-        raise ValueError(f"method: got {args.method!r}, allowed: {', '.join(known)}")
+    check_method(args.method)
     if args.method in CONTROLS:
         return _of_control(args)
     pipeline = PIPELINES.get(args.method)

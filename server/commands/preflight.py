@@ -5,12 +5,14 @@ import json
 import os
 import re
 import socket
+from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 import ficoco_vllm
 from ficoco_vllm.environment import METHODS_GROUP, NAME
+from ficoco_vllm.server.commands.arguments import names as split_names
 
 _DEFAULT_PORT = 8000
 _CONFIG = "config.json"
@@ -131,6 +133,37 @@ def method_names() -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
+def check_method(name: str) -> None:
+    """Check the name of a method.
+
+    Raises:
+        ValueError: there is none, naming the allowed ones.
+    """
+    if name not in (known := method_names()):
+        raise ValueError(f"{NAME}: method = {name!r} is not a known method; allowed: {', '.join(known)}")
+
+
+def check_named_methods(arguments: Sequence[str]) -> None:
+    """Check the methods that a command names, whose own parser imports torch: seconds on a busy machine.
+
+    Methods of a server that runs elsewhere are that server's.
+
+    Args:
+        arguments: command line without the program's name.
+
+    Raises:
+        ValueError: one is not known, naming the allowed ones.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--method", "--methods", type=split_names, nargs="?", default=(), dest="methods")
+    parser.add_argument("--url", nargs="?")
+    options, _ = parser.parse_known_args(arguments)
+    named = arguments[1:2] if arguments[:1] == ["methods"] else () if options.url else options.methods or ()
+    for name in named:
+        if not name.startswith("-"):
+            check_method(name)
+
+
 def check_settings(settings: dict[str, Any], model: dict[str, Any] | None) -> None:
     """Check the two settings that users mistype most. All others need torch, whose import takes seconds on a busy
     machine.
@@ -143,8 +176,8 @@ def check_settings(settings: dict[str, Any], model: dict[str, Any] | None) -> No
         ValueError: naming the setting, its value and what is allowed.
     """
     method, keep = settings.get("method"), settings.get("keep")
-    if method is not None and method not in (known := method_names()):
-        raise ValueError(f"{NAME}: method = {method!r} is not a known method; allowed: {', '.join(known)}")
+    if method is not None:
+        check_method(method)
     most = _num_patches(model or {})
     if keep is None or (type(keep) is int and 1 <= keep <= (most or keep)):
         return

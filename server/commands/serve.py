@@ -87,6 +87,7 @@ def _start(arguments: Sequence[str], options: argparse.Namespace, settings: dict
     """Set what vLLM reads when it is imported, then serve."""
     from ficoco_vllm.config import FicocoConfig
     from ficoco_vllm.server.lifecycle.cleanup import tidied
+    from ficoco_vllm.server.lifecycle.interrupts import stop_at_once
     from ficoco_vllm.server.lifecycle.quiet import set_quiet
     from ficoco_vllm.server.lifecycle.ready import Progress
     from ficoco_vllm.server.lifecycle.shared_metrics import shared_metrics
@@ -101,6 +102,7 @@ def _start(arguments: Sequence[str], options: argparse.Namespace, settings: dict
     # A redirect could lead out of the allowed domains.
     os.environ.setdefault("VLLM_MEDIA_URL_ALLOW_REDIRECTS", "0")
     set_quiet(options)
+    stop_at_once()
     progress = Progress()
     try:
         with (
@@ -120,6 +122,7 @@ def _serve(arguments: Sequence[str], metrics_folder: str | None, folder: str, pr
     from vllm.plugins import load_general_plugins
 
     from ficoco_vllm.compat.versions import cli_env_setup
+    from ficoco_vllm.server.lifecycle.interrupts import stop_while_the_engine_starts
     from ficoco_vllm.server.lifecycle.shared_metrics import MULTIPROC, starts_several_servers
     from ficoco_vllm.server.lifecycle.shutdown import Shutdown
 
@@ -139,6 +142,7 @@ def _serve(arguments: Sequence[str], metrics_folder: str | None, folder: str, pr
         progress.stage("starting the engine: its processes import vLLM and load the model")
         if not args.headless:
             progress.announce(args, _in_words(plan, args))
+        stop_while_the_engine_starts(forwards_signals=args.data_parallel_multi_port_external_lb)
         command.cmd(args)
     except (ValueError, RuntimeError, OSError) as error:
         if args.verbose:

@@ -13,7 +13,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ficoco_vllm.environment import HEALTH_QUERY, QUIET
+from ficoco_vllm.environment import ENDPOINT_PLUGIN, HEALTH_QUERY, QUIET
 
 # Value of vLLM's `--middleware`.
 SERVING_LOG = "ficoco_vllm.server.lifecycle.quiet.ServingLog"
@@ -95,9 +95,10 @@ def hide() -> None:
         logger = logging.getLogger(name)
         if not any(isinstance(known, _Hidden) for known in logger.filters):
             logger.addFilter(_Hidden(texts))
-    access = logging.getLogger("uvicorn.access")
-    if _hide_own_request not in access.filters:
-        access.addFilter(_hide_own_request)
+    for name, is_shown in (("uvicorn.access", _hide_own_request), ("vllm.plugins", _hide_own_plugin)):
+        logger = logging.getLogger(name)
+        if is_shown not in logger.filters:
+            logger.addFilter(is_shown)
 
 
 def end_quietly() -> None:
@@ -129,6 +130,11 @@ class _Hidden(logging.Filter):
 
 def _hide_own_request(record: logging.LogRecord) -> bool:
     return HEALTH_QUERY not in record.getMessage()
+
+
+def _hide_own_plugin(record: logging.LogRecord) -> bool:
+    """A server without our settings leaves our endpoint out; other packages' endpoints are the user's to allow."""
+    return not record.getMessage().startswith(f"Found endpoint plugin(s) ['{ENDPOINT_PLUGIN}'] but")
 
 
 class ServingLog:

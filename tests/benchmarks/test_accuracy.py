@@ -14,7 +14,7 @@ from ficoco_vllm.benchmarks.accuracy.summary import summarise
 from ficoco_vllm.benchmarks.accuracy.variants import Variant, full
 from ficoco_vllm.benchmarks.accuracy.workload import Item, embedded
 from ficoco_vllm.benchmarks.harness.results import write
-from ficoco_vllm.server.cli import main
+from ficoco_vllm.server.cli import main, make_parser
 from tests.support.server import API_KEY, Server
 
 COUNT = 8
@@ -119,7 +119,7 @@ def test_the_reference_on_the_command_line(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--api-key", "wrong"], "401"),
+        (["--api-key", "wrong"], "requires its API key: --api-key, or VLLM_API_KEY"),
         (["--keeps", "600"], "ficoco.keep = 600 is not allowed"),
         (["--visual-tokens", "600", "--count", "1"], "shorter by [512] tokens, not by 536"),
     ],
@@ -129,6 +129,13 @@ def test_what_the_server_refuses_is_said_in_one_line(
 ) -> None:
     assert main([*command, *arguments, "--answers", str(tmp_path / "answers.jsonl")]) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("benchmark", ["accuracy", "load", "lmms"])
+def test_the_key_comes_from_where_the_server_s_does(monkeypatch: pytest.MonkeyPatch, benchmark: str) -> None:
+    """As for `ficoco-vllm explain` and vLLM itself."""
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    assert make_parser(["bench"]).parse_args(["bench", benchmark]).api_key == "secret"
 
 
 def test_equal_log_probabilities_are_noticed_where_prompts_have_the_same_length(tmp_path: Path) -> None:

@@ -252,8 +252,8 @@ def test_a_server_of_its_own_that_does_not_start(tmp_path: Path, capsys: pytest.
         "?",
         "--out",
         str(tmp_path / "out.png"),
-        "--method",
-        "magic",
+        "--keep",
+        "577",
     ]
     assert main(arguments) == 1
-    assert "error: ficoco: method = 'magic' is not a known method" in capsys.readouterr().err
+    assert "error: ficoco.keep = 577 is not allowed" in capsys.readouterr().err

@@ -2,18 +2,22 @@
 
 import argparse
 import importlib.util
+import io
 import json
+import logging
 import os
 import re
 import subprocess
 import sys
 import time
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import httpx
 import pytest
 
-from ficoco_vllm.server.lifecycle.quiet import HIDDEN
+from ficoco_vllm.environment import ENDPOINT_PLUGIN
+from ficoco_vllm.server.lifecycle.quiet import HIDDEN, hide
 from ficoco_vllm.server.lifecycle.ready import block
 from tests.support.server import API_KEY, Server
 
@@ -72,6 +76,27 @@ def test_what_is_hidden_is_what_the_installed_packages_say() -> None:
         source = re.sub(r'"\s*f?"', "", "".join(file.read_text() for file in files))
         for text in texts:
             assert text in source, (name, text)
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize(("others", "shown"), [([], 0), (["theirs"], 1)])
+def test_an_endpoint_that_is_left_out_is_reported_unless_it_is_ours(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, others: list[str], shown: int
+) -> None:
+    """A server without our settings is stock vLLM, which warns about every endpoint that is not listed."""
+    import vllm.plugins
+
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    entries = [EntryPoint(name, "nowhere", "vllm.endpoint_plugins") for name in [ENDPOINT_PLUGIN, *others]]
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: entries)
+    logger, output = logging.getLogger("vllm.plugins"), io.StringIO()
+    handler = logging.StreamHandler(output)
+    monkeypatch.setattr(logger, "filters", [])
+    monkeypatch.setattr(logger, "handlers", [handler])
+    hide()
+    with caplog.at_level(logging.WARNING, logger.name):  # other tests silence vLLM
+        assert vllm.plugins.load_endpoint_plugins() == []
+    assert output.getvalue().count("Found endpoint plugin") == shown
 
 
 def test_what_is_printed_after_the_end_of_python_is_hidden() -> None:

@@ -27,7 +27,7 @@ DEMO_ARGUMENTS = [
 ]
 # What conftest.py sets for engines inside the test process, and what the command line leaves in the tests that
 # call it there.
-_ONLY_IN_PROCESS = (
+ONLY_IN_PROCESS = (
     "VLLM_ENABLE_V1_MULTIPROCESSING",
     "VLLM_LOGGING_LEVEL",
     "VLLM_CPU_KVCACHE_SPACE",
@@ -88,7 +88,7 @@ def serve(
         verbose: whether our own server logs all that vLLM says while it starts.
         environment: variables beside those of this process.
     """
-    variables = {**dict.fromkeys(_ONLY_IN_PROCESS), **environment}
+    variables = {**dict.fromkeys(ONLY_IN_PROCESS), **environment}
     if program == OURS and verbose:
         arguments += ("--verbose",)
     with serving(arguments, log, variables, program, python, folder) as served:

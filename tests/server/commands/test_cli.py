@@ -15,6 +15,7 @@ import pytest
 
 from ficoco_vllm import __version__
 from ficoco_vllm.config import DEFAULT_METHOD
+from ficoco_vllm.demo_model import examples
 from ficoco_vllm.reduction import available, get
 from ficoco_vllm.reduction.advice import ADVICE, TITLE, as_markdown
 from ficoco_vllm.reduction.pipeline import PIPELINES
@@ -118,7 +119,7 @@ def test_only_papers_are_printed_as_papers(source: str, printed: str) -> None:
 def test_methods_refuses_unknown(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods", "magic"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith(f"method 'magic' is not known; allowed: {', '.join(names())}")
+    assert line.endswith(f"method = 'magic' is not a known method; allowed: {', '.join(names())}")
 
 
 def test_method_and_keep_win_over_the_file() -> None:
@@ -378,6 +379,41 @@ assert not {{"vllm", "transformers"}} & set(sys.modules)
     assert "does not exist" in lines[4]
     assert "without config.json" in lines[5]
     assert "HF_HUB_OFFLINE=1 allows no download, while the cache" in lines[7]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["methods", "magic"],
+        ["plan", "--method", "magic"],
+        ["plan", "--keep", "64", "--method=magic"],
+        ["explain", "image.png", "what?", "--out", "out.png", "--method", "magic"],
+        ["bench", "accuracy", "--methods", "tome,magic"],
+        ["calibrate", "--methods", "magic", "--data", "images"],
+        ["replay", "--data", "log.jsonl", "--method", "magic"],
+    ],
+)
+def test_an_unknown_method_is_refused_before_torch_is_imported(words: list[str]) -> None:
+    code = f"""
+import sys
+from ficoco_vllm.server.cli import main
+assert main({words}) == 2
+assert not {{"torch", "vllm"}} & set(sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    check_line(done.stderr, ["method = 'magic' is not a known method; allowed: best, ", "ficoco-vl"])
+
+
+def test_a_method_of_a_server_elsewhere_is_that_server_s(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = next(iter(examples())).image
+    words = ["explain", str(image), "what?", "--out", str(tmp_path / "out.png"), "--method", "theirs"]
+    assert main([*words, "--url", "http://127.0.0.1:9"]) == 1
+    check_line(capsys.readouterr().err, ["http://127.0.0.1:9"])
 
 
 def test_names_of_methods_are_known_without_torch() -> None:

@@ -272,7 +272,7 @@ def test_the_demo_model_is_found(
             "model: got 'no/such', but there is no file no/such, allowed: a folder",
         ),
         ([LLAVA_7B, "--keep", "577"], "ficoco.keep = 577 is not allowed; allowed: an integer from 1 to 576"),
-        ([LLAVA_7B, "--keep", "64", "--method", "nope"], "method: got 'nope', allowed: "),
+        ([LLAVA_7B, "--keep", "64", "--method", "nope"], "ficoco: method = 'nope' is not a known method"),
         ([LLAVA_7B, "--keep", "64", "--dtype", "fp8"], "dtype: got 'fp8', allowed: fp16, int8, int4"),
         ([LLAVA_7B, "--keep", "64", "--images", "0"], "num_images: got 0, allowed: at least 1"),
         ([LLAVA_7B, "--keep", "64", "--text-tokens", "0"], "num_text_tokens: got 0, allowed: at least 1"),
