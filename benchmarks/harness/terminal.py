@@ -36,8 +36,8 @@ class Task:
     def __init__(self, label: str, total: int, done: int = 0, console: Console | None = None) -> None:
         self.label, self.total, self.done = label, total, done
         self._console = console or Console(stderr=True)
-        self._first, self._start = done, time.monotonic()
-        self._line = self._start
+        self._line = time.monotonic()
+        self._first: tuple[int, float] | None = None  # steps and time when the first one was done
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         self._progress = Progress(
             *columns,
@@ -73,6 +73,8 @@ class Task:
         self.done += steps
         self._progress.update(self._task, completed=self.done)
         now = time.monotonic()
+        if self._first is None:
+            self._first = self.done, now  # the time before it is mostly that of a server's start
         if not self._console.is_terminal and (now - self._line >= LINE_SECONDS or self.done >= self.total):
             self._line = now
             self.say(f"{self.label}: {self.done} of {self.total}{self._left(now)}")
@@ -83,10 +85,10 @@ class Task:
 
     def _left(self, now: float) -> str:
         """Time left at the mean pace of this run, in words."""
-        steps = self.done - self._first
-        if steps <= 0 or self.done >= self.total:
+        first, start = self._first or (self.done, now)
+        if self.done == first or self.done >= self.total:
             return ""
-        seconds = (now - self._start) / steps * (self.total - self.done)
+        seconds = (now - start) / (self.done - first) * (self.total - self.done)
         return f", about {seconds:.0f} s left" if seconds < 90 else f", about {seconds / 60:.0f} min left"
 
 

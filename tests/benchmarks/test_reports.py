@@ -324,14 +324,20 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_progress_names_the_time_left(now: list[float]) -> None:
+    """At the pace since the first step, before which a server may have started."""
     lines, shown = io.StringIO(), io.StringIO()
     with terminal.Task("questions", 100, 50, Console(file=lines, width=40)) as task:
+        now[0] += 500.0
         for _ in range(10):
-            now[0] += 20.0
             task.advance(4)
+            now[0] += 20.0
         task.describe("the rest")
         task.advance(10)
-    assert lines.getvalue().splitlines()[0] == "questions: 54 of 100, about 4 min left"
+    assert lines.getvalue().splitlines()[:3] == [
+        "questions: 54 of 100",
+        "questions: 58 of 100, about 4 min left",
+        "questions: 62 of 100, about 3 min left",
+    ]
     assert lines.getvalue().splitlines()[-1] == "the rest: 100 of 100"
     with terminal.Task("questions", 100, 50, Console(file=shown, force_terminal=True, width=100)) as task:
         task.advance(25)
