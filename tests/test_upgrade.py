@@ -121,6 +121,13 @@ def test_a_method_that_hands_on_what_it_does_not_name_is_not_broken(
     assert {seam.name for seam in broken(tree, installed)} == {"HTTPConnection.get_async_response"}
 
 
+def test_a_constructor_that_hands_nothing_on_needs_none_of_vllm(needed: dict[Seam, set[str]]) -> None:
+    """`SteadyManager` takes over the state of a manager; `FicocoMediaConnector` calls vLLM's constructor."""
+    names = {seam.name for seam in needed}
+    assert "KVCacheManager.__init__" not in names
+    assert {"KVCacheManager.allocate_slots", "MediaConnector.__init__"} <= names
+
+
 def test_a_name_may_be_in_one_of_two_places(needed: dict[Seam, set[str]], tmp_path: Path) -> None:
     source = """
 def cli_env_setup():
@@ -139,6 +146,9 @@ def cli_env_setup():
         seam = Seam(*places[0], others=places[1:])
         assert (seam in moved(Tree(root), {seam: set()})) is gone
     assert {seam.name for seam, files in needed.items() if "ficoco_vllm/compat/versions.py" in files} == {
+        "InternVLChatImageProcessor",
+        "InternVLChatProcessor",
+        "InternVLChatVideoProcessor",
         "cli_env_setup",
         "is_quantized_kv_cache",
         "make_arg_parser",

@@ -36,3 +36,24 @@ def is_quantized_kv_cache(dtype: str) -> bool:
     except ImportError:  # vLLM 0.32
         from vllm.utils.torch_utils import is_quantized_kv_cache
     return bool(is_quantized_kv_cache(dtype))
+
+
+def internvl_chat_processors() -> tuple[Any, Any, Any]:
+    """VLLM's classes that process images, videos and prompts for InternVL in OpenGVLab's format."""
+    try:
+        from vllm.transformers_utils.processors.internvl import (
+            InternVLChatImageProcessor,
+            InternVLChatProcessor,
+            InternVLChatVideoProcessor,
+        )
+    except ImportError:  # vLLM 0.32
+        from vllm.transformers_utils.processors.internvl import (
+            InternVLImageProcessor as InternVLChatImageProcessor,
+        )
+        from vllm.transformers_utils.processors.internvl import (
+            InternVLProcessor as InternVLChatProcessor,
+        )
+        from vllm.transformers_utils.processors.internvl import (
+            InternVLVideoProcessor as InternVLChatVideoProcessor,
+        )
+    return InternVLChatImageProcessor, InternVLChatVideoProcessor, InternVLChatProcessor

@@ -21,8 +21,8 @@ from vllm.multimodal.processing import (
     InputProcessingContext,
     PromptUpdateDetails,
 )
-from vllm.transformers_utils.processors.internvl import InternVLVideoProcessor
 
+from ficoco_vllm.compat.versions import internvl_chat_processors
 from ficoco_vllm.models.internvl import ReducingInternVL, in_units
 from ficoco_vllm.planning.families.internvl import SIDE_OF_UNIT
 from ficoco_vllm.processing import ReducingInfo, ReducingProcessor, reducible
@@ -108,13 +108,14 @@ class ChatTower(Tower):
 class ChatProcessingInfo(ReducingInfo, InternVLProcessingInfo):
     """InternVL's processing info, with the number of tokens that an image keeps."""
 
-    def get_video_processor(self, **kwargs: object) -> InternVLVideoProcessor:
+    def get_video_processor(self, **kwargs: object) -> Any:
         """The processor of videos, which takes no settings of images; vLLM's own class hands it those, too.
 
         Args:
             **kwargs: `mm_processor_kwargs` of a request.
         """
-        return InternVLVideoProcessor(image_size=self.get_hf_config().vision_config.image_size)
+        _, video_processor, _ = internvl_chat_processors()
+        return video_processor(image_size=self.get_hf_config().vision_config.image_size)
 
 
 class ChatProcessor(ReducingProcessor, InternVLMultiModalProcessor):

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 from transformers import GotOcr2ImageProcessor, InternVLConfig
-from vllm.transformers_utils.processors.internvl import InternVLImageProcessor, InternVLProcessor
 
+from ficoco_vllm.compat.versions import internvl_chat_processors
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.planning.families import FAMILIES, internvl, leave_image_settings, tower_shape
 from ficoco_vllm.planning.families.internvl import Mosaic
@@ -89,8 +89,9 @@ def test_as_many_tiles_as_transformers(fewest: int, most: int) -> None:
 def test_as_many_tiles_as_vllm_in_opengvlabs_format(most: int, use_thumbnail: bool) -> None:
     """The processor needs no tokenizer to count."""
     images = {"max_dynamic_patch": most, "use_thumbnail": use_thumbnail}
-    processor = InternVLProcessor.__new__(InternVLProcessor)
-    processor.image_processor = InternVLImageProcessor(
+    of_images, _, of_prompts = internvl_chat_processors()
+    processor = of_prompts.__new__(of_prompts)
+    processor.image_processor = of_images(
         image_size=448, min_dynamic_patch=1, dynamic_image_size=True, **images
     )
     processor.image_seq_length = 256

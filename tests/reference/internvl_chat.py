@@ -5,8 +5,8 @@ from pathlib import Path
 
 from PIL import Image
 from torch import Tensor
-from vllm.transformers_utils.processors.internvl import InternVLImageProcessor
 
+from ficoco_vllm.compat.versions import internvl_chat_processors
 from tests.reference.algorithm2 import Shown
 from tests.reference.internvl import ReferenceInternVL
 from tests.reference.internvl_decoder import ReferenceInternVLDecoder
@@ -30,7 +30,9 @@ class ReferenceInternVLChat(ReferenceInternVL):
 
     def pixels(self, image: Image.Image) -> Tensor:
         """See `ReferenceInternVL`."""
-        return InternVLImageProcessor(**self.images)([image])["pixel_values_flat"].double()
+        of_images, _, _ = internvl_chat_processors()
+        pixels: Tensor = of_images(**self.images)([image])["pixel_values_flat"]
+        return pixels.double()
 
     def generate(
         self, prompt: str, images: list[tuple[Image.Image, int]], num_tokens: int

@@ -208,10 +208,17 @@ def overrides(reference: Tree) -> Iterator[tuple[Seam, str, tuple[str, ...]]]:
                     continue
                 module, name = names[base.id]
                 for function in methods(cls):
+                    if function.name == "__init__" and not _hands_on(function):
+                        continue  # only ours is called
                     theirs = reference.method(module, name, function.name)
                     if theirs is not None:
                         seam = Seam(module, f"{name}.{function.name}", parameters(theirs))
                         yield seam, where, parameters(function)
+
+
+def _hands_on(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Whether a method calls the one that it overrides."""
+    return any(isinstance(node, ast.Name) and node.id == "super" for node in ast.walk(function))
 
 
 def seams(reference: Tree) -> dict[Seam, set[str]]:
