@@ -132,17 +132,23 @@ def _qwen3_vl(
     }
 
 
+_INTERNVL: Mapping[str, Mapping[str, Any]] = {
+    "OpenGVLab/InternVL3-2B": _internvl(_QWEN2_5_1_5B),
+    "OpenGVLab/InternVL3-8B": _internvl(_QWEN2_5_7B),
+    "OpenGVLab/InternVL3-38B": _internvl(_QWEN2_5_32B, _INTERNVIT_6B),
+    "OpenGVLab/InternVL3_5-8B": _internvl(
+        {"model_type": "qwen3", "head_dim": 128, "vocab_size": 151936, **_QWEN3_8B}
+    ),
+}
+
 KNOWN_MODELS: Mapping[str, Mapping[str, Any]] = {
     "llava-hf/llava-1.5-7b-hf": _llava_1_5(**_VICUNA_7B),
     "llava-hf/llava-1.5-13b-hf": _llava_1_5(**_VICUNA_13B),
     "llava-hf/llava-v1.6-vicuna-7b-hf": _llava_next(**_VICUNA_7B),
     "llava-hf/llava-v1.6-vicuna-13b-hf": _llava_next(**_VICUNA_13B),
-    "OpenGVLab/InternVL3-2B-hf": _internvl(_QWEN2_5_1_5B),
-    "OpenGVLab/InternVL3-8B-hf": _internvl(_QWEN2_5_7B),
-    "OpenGVLab/InternVL3-38B-hf": _internvl(_QWEN2_5_32B, _INTERNVIT_6B),
-    "OpenGVLab/InternVL3_5-8B-HF": _internvl(
-        {"model_type": "qwen3", "head_dim": 128, "vocab_size": 151936, **_QWEN3_8B}
-    ),
+    **_INTERNVL,
+    # The same weights in Hugging Face's format.
+    **{f"{name}-{'HF' if '3_5' in name else 'hf'}": config for name, config in _INTERNVL.items()},
     "Qwen/Qwen3-VL-2B-Instruct": _qwen3_vl(_QWEN3_1_7B, _QWEN3_VL_SMALL_TOWER, tied=True),
     "Qwen/Qwen3-VL-4B-Instruct": _qwen3_vl(_QWEN3_4B, _QWEN3_VL_SMALL_TOWER, tied=True),
     "Qwen/Qwen3-VL-8B-Instruct": _qwen3_vl(_QWEN3_8B),
