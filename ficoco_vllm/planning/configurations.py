@@ -28,10 +28,12 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "max_dynamic_patch": 6,
     },
 }
+_QWEN3_VL = {"do_resize": True, "size": {"shortest_edge": 256**2, "longest_edge": QWEN3_VL_LARGEST**2}}
 # The image processor's settings in all published checkpoints, by `model_type`.
 _IMAGES: Mapping[str, Mapping[str, Any]] = {
     "internvl": {"crop_to_patches": True, "min_patches": 1, "max_patches": 12},
-    "qwen3_vl": {"do_resize": True, "size": {"shortest_edge": 256**2, "longest_edge": QWEN3_VL_LARGEST**2}},
+    "qwen3_vl": _QWEN3_VL,
+    "qwen3_vl_moe": _QWEN3_VL,
 }
 
 

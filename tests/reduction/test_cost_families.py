@@ -62,6 +62,19 @@ QWEN3_VL: dict[str, Any] = {
         **DECODER,
     },
 }
+QWEN3_VL_MOE: dict[str, Any] = {
+    **QWEN3_VL,
+    "model_type": "qwen3_vl_moe",
+    "vision_config": {**QWEN3_VL["vision_config"], "model_type": "qwen3_vl_moe_vision"},
+    "text_config": {
+        **QWEN3_VL["text_config"],
+        "model_type": "qwen3_vl_moe_text",
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 40,
+        "tie_word_embeddings": False,
+    },
+}
 # Model parameters in billions, as Hugging Face counts the tensors of each checkpoint.
 BILLIONS = {
     "OpenGVLab/InternVL3-8B-hf": 7.94,
@@ -103,10 +116,11 @@ def test_internvl(config: dict[str, Any]) -> None:
     assert num_parameters(shape) == sum(weight.numel() for weight in model.parameters())
 
 
-def test_qwen3_vl() -> None:
+@pytest.mark.parametrize("config", [QWEN3_VL, QWEN3_VL_MOE], ids=["dense", "experts"])
+def test_qwen3_vl(config: dict[str, Any]) -> None:
     """One image of 8 x 12 patches in 24 units, with features of two layers for the decoder."""
     import torch
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+    from transformers import AutoConfig, AutoModelForImageTextToText
 
     tokens = {
         "image_token_id": 199,
@@ -114,7 +128,9 @@ def test_qwen3_vl() -> None:
         "vision_start_token_id": 197,
         "vision_end_token_id": 196,
     }
-    model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**QWEN3_VL, **tokens, attn_implementation="eager"))
+    model = AutoModelForImageTextToText.from_config(
+        AutoConfig.for_model(**config, **tokens), attn_implementation="eager", experts_implementation="eager"
+    )
     prompt = torch.tensor([[1] * 4 + [197] + [199] * 24 + [2] * 2])
     flops = counted(
         model,
@@ -123,7 +139,7 @@ def test_qwen3_vl() -> None:
         pixel_values=torch.zeros(96, 2 * 3 * 16),
         image_grid_thw=torch.tensor([[1, 8, 12]]),
     )
-    shape = model_shape(QWEN3_VL)
+    shape = model_shape(config)
     plan = TokenPlan.whole((24,) * 5, (24,) * 3)
     assert estimate(shape, plan, num_text_tokens=7).total_flops == flops
     assert num_parameters(shape) == sum(weight.numel() for weight in model.parameters())
@@ -140,6 +156,36 @@ def test_a_reduced_image_of_qwen3_vl_by_hand() -> None:
     assert cost.tower_flops == 2 * (patches + projections + attention + mlp)
     assert cost.projector_flops == 2 * (24 + 10 + 10) * (128 * 128 + 128 * 64)
     assert cost.kv_bytes_per_layer == (13 * 2 * 2 * 24 * 2,) * 2
+
+
+@pytest.mark.parametrize(
+    "name", ["Qwen/Qwen3-VL-30B-A3B-Instruct", "Qwen/Qwen3-VL-235B-A22B-Instruct", "OpenGVLab/InternVL3_5-30B-A3B"]
+)
+def test_parameters_of_mixtures_of_experts(name: str) -> None:
+    """As transformers makes them, without memory."""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    config = dict(KNOWN_MODELS[name])
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
+    counted = sum(weight.numel() for weight in model.parameters())
+    assert num_parameters(model_shape(KNOWN_MODELS[name])) == counted
+
+
+def test_weights_that_a_step_of_experts_reads() -> None:
+    """Against the mean over many choices at random: one token reads two of six experts, many read all."""
+    import torch
+
+    decoder = model_shape(QWEN3_VL_MOE).decoder
+    expert, router = 3 * 64 * 40, 64 * 6
+    generator = torch.Generator().manual_seed(0)
+    for num_tokens in (1, 3, 200):
+        choices = torch.rand(4000, num_tokens, 6, generator=generator).topk(2).indices.flatten(1)
+        read = torch.zeros(4000, 6).scatter(1, choices, 1.0).sum(1).mean()
+        expected = float(read) * expert + router
+        assert decoder.mlp_weights(num_tokens) == pytest.approx(expected, rel=0.01)
+    assert decoder.mlp_weights() == 6 * expert + router
 
 
 @pytest.mark.parametrize("name", BILLIONS)
@@ -169,6 +215,14 @@ def test_parameters_of_published_checkpoints(name: str) -> None:
             "vision_config.out_hidden_size: got 32, allowed: 64",
         ),
         (QWEN3_VL, "vision_config", "spatial_merge_size", 0, "vision_config.spatial_merge_size: got 0"),
+        (
+            QWEN3_VL_MOE,
+            "text_config",
+            "mlp_only_layers",
+            [0],
+            "text_config.mlp_only_layers: got [0], allowed: [] (experts in all layers)",
+        ),
+        (QWEN3_VL_MOE, "text_config", "num_experts_per_tok", 7, "got 7, allowed: an integer from 1 to 6"),
         (QWEN3_VL, None, "model_type", "qwen4_vl", "allowed: llava, llava_next, internvl, qwen3_vl"),
     ],
 )

@@ -56,21 +56,44 @@ DECODER_DEFAULTS: Mapping[str, Mapping[str, int]] = {
     "qwen2": _QWEN_DEFAULTS,
     "qwen3": {**_QWEN_DEFAULTS, "head_dim": 128},
     "qwen3_vl_text": {**_QWEN_DEFAULTS, "head_dim": 128},
+    "qwen3_moe": {
+        "hidden_size": 2048,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "vocab_size": 151936,
+    },
+    "qwen3_vl_moe_text": {
+        "hidden_size": 2048,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "num_experts": 60,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 1408,
+        "vocab_size": 151936,
+    },
 }
 _LLAVA = {"clip_vision_model": CLIP_DEFAULTS}
+_QWEN3_VL = {"qwen3_vl_vision": QWEN3_VL_TOWER_DEFAULTS, "qwen3_vl": QWEN3_VL_TOWER_DEFAULTS}
 # By `model_type`: types of the tower with their defaults, and types of the decoder. The first of each is the default.
 TOWERS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "llava": _LLAVA,
     "llava_next": _LLAVA,
     "internvl": {"internvl_vision": INTERNVIT_DEFAULTS},
-    # Published files say qwen3_vl for the tower, too.
-    "qwen3_vl": {"qwen3_vl_vision": QWEN3_VL_TOWER_DEFAULTS, "qwen3_vl": QWEN3_VL_TOWER_DEFAULTS},
+    # Published files name the tower as the model.
+    "qwen3_vl": _QWEN3_VL,
+    "qwen3_vl_moe": {name.replace("qwen3_vl", "qwen3_vl_moe"): values for name, values in _QWEN3_VL.items()},
 }
 DECODERS: Mapping[str, tuple[str, ...]] = {
     "llava": ("llama", "mistral"),
     "llava_next": ("llama", "mistral"),
-    "internvl": ("qwen2", "qwen3", "llama"),
+    "internvl": ("qwen2", "qwen3", "qwen3_moe", "llama"),
     "qwen3_vl": ("qwen3_vl_text",),
+    "qwen3_vl_moe": ("qwen3_vl_moe_text",),
 }
 # Side in pixels of the largest square image that Qwen3-VL's processor leaves as it is: `size.longest_edge` of
 # preprocessor_config.json is 16777216 pixels in all checkpoints.
@@ -240,7 +263,13 @@ def _qwen3_vl(config: Mapping[str, Any], read: "_Reader", decoder: DecoderShape)
     return ModelShape(tower, decoder, ProjectorShape(inner, tuple(layers), small))
 
 
-_MODELS = {"llava": _llava, "llava_next": _llava, "internvl": _internvl, "qwen3_vl": _qwen3_vl}
+_MODELS = {
+    "llava": _llava,
+    "llava_next": _llava,
+    "internvl": _internvl,
+    "qwen3_vl": _qwen3_vl,
+    "qwen3_vl_moe": _qwen3_vl,
+}
 
 
 def _sides(read: "_Reader") -> tuple[int, int]:
@@ -280,17 +309,36 @@ def _decoder(config: Mapping[str, Any], read: "_Reader") -> DecoderShape:
     elif read.model_type.startswith("qwen3"):
         small += 2 * head_dim  # norms of queries and keys
     tied = read.values.get("tie_word_embeddings", config.get("tie_word_embeddings", False))
+    is_mixture = "moe" in read.model_type
+    mlp = _experts(read) if is_mixture else {"mlp": read.positive("intermediate_size")}
     return DecoderShape(
         hidden=hidden,
         num_layers=read.positive("num_hidden_layers", MAX_LAYERS),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        mlp=read.positive("intermediate_size"),
         vocab=read.positive("vocab_size"),
         tied_head=bool(tied),
         layer_small=small,
+        **mlp,
     )
+
+
+def _experts(read: "_Reader") -> dict[str, int]:
+    """Fields of a decoder whose layers are all mixtures of experts."""
+    for field, allowed in (("mlp_only_layers", []), ("decoder_sparse_step", 1)):
+        value = read.values.get(field, allowed)
+        if value != allowed:
+            raise ValueError(f"{read.name}.{field}: got {value!r}, allowed: {allowed!r} (experts in all layers)")
+    if "num_local_experts" in read.values:  # transformers' name
+        read.values["num_experts"] = read.values["num_local_experts"]
+    num_experts = read.positive("num_experts")
+    per_token = read.positive("num_experts_per_tok", num_experts)
+    return {
+        "mlp": per_token * read.positive("moe_intermediate_size"),
+        "num_experts": num_experts,
+        "experts_per_token": per_token,
+    }
 
 
 class _Reader:

@@ -55,7 +55,7 @@ def decoder_layer(shape: DecoderShape, tokens_in: int, tokens_out: int) -> Layer
 
     Returns:
         FLOPs: projections 4 n D (Q + KV) for query width Q and key width KV, attention 4 n^2 Q,
-        gated MLP of three matrices 6 m D H.
+        gated MLP of three matrices 6 m D H, choice among E experts 2 m D E.
 
     Source: arXiv:2411.17686, Eq. 17.
     Deviation: Eq. 17 counts a multiply-add once and the MLP with two matrices; Llama's has three.
@@ -64,7 +64,7 @@ def decoder_layer(shape: DecoderShape, tokens_in: int, tokens_out: int) -> Layer
     return LayerFlops(
         projections=4 * n * shape.hidden * (shape.query_width + shape.kv_width),
         attention=4 * n**2 * shape.query_width,
-        mlp=6 * m * shape.hidden * shape.mlp,
+        mlp=2 * m * shape.hidden * (3 * shape.mlp + shape.num_experts),
     )
 
 

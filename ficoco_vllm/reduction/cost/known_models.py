@@ -91,6 +91,17 @@ _QWEN3_1_7B = _qwen(2048, 6144, 28, 16, 8)
 _QWEN3_4B = _qwen(2560, 9728, 36, 32, 8)
 _QWEN3_8B = _qwen(4096, 12288, 36, 32, 8)
 _QWEN3_32B = _qwen(5120, 25600, 64, 64, 8)
+_QWEN3_30B_A3B: Mapping[str, int] = {
+    **_qwen(2048, 6144, 48, 32, 4),
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+}
+_QWEN3_235B_A22B: Mapping[str, int] = {
+    **_QWEN3_30B_A3B,
+    **_qwen(4096, 12288, 94, 64, 4),
+    "moe_intermediate_size": 1536,
+}
 
 
 def _llava_1_5(**text_config: int) -> Mapping[str, Any]:
@@ -124,11 +135,13 @@ def _internvl(decoder: Mapping[str, Any], tower: Mapping[str, Any] = _INTERNVIT_
 def _qwen3_vl(
     decoder: Mapping[str, int], tower: Mapping[str, Any] = _QWEN3_VL_TOWER, *, tied: bool = False
 ) -> Mapping[str, Any]:
+    model_type = "qwen3_vl_moe" if "num_experts" in decoder else "qwen3_vl"
+    text_config = {"model_type": f"{model_type}_text", "head_dim": 128, "vocab_size": 151936, **decoder}
     return {
-        "model_type": "qwen3_vl",
+        "model_type": model_type,
         "tie_word_embeddings": tied,
-        "vision_config": {**tower, "out_hidden_size": decoder["hidden_size"]},
-        "text_config": {"model_type": "qwen3_vl_text", "head_dim": 128, "vocab_size": 151936, **decoder},
+        "vision_config": {**tower, "model_type": model_type, "out_hidden_size": decoder["hidden_size"]},
+        "text_config": text_config,
     }
 
 
@@ -138,6 +151,9 @@ _INTERNVL: Mapping[str, Mapping[str, Any]] = {
     "OpenGVLab/InternVL3-38B": _internvl(_QWEN2_5_32B, _INTERNVIT_6B),
     "OpenGVLab/InternVL3_5-8B": _internvl(
         {"model_type": "qwen3", "head_dim": 128, "vocab_size": 151936, **_QWEN3_8B}
+    ),
+    "OpenGVLab/InternVL3_5-30B-A3B": _internvl(
+        {"model_type": "qwen3_moe", "head_dim": 128, "vocab_size": 151936, **_QWEN3_30B_A3B}
     ),
 }
 
@@ -153,4 +169,6 @@ KNOWN_MODELS: Mapping[str, Mapping[str, Any]] = {
     "Qwen/Qwen3-VL-4B-Instruct": _qwen3_vl(_QWEN3_4B, _QWEN3_VL_SMALL_TOWER, tied=True),
     "Qwen/Qwen3-VL-8B-Instruct": _qwen3_vl(_QWEN3_8B),
     "Qwen/Qwen3-VL-32B-Instruct": _qwen3_vl(_QWEN3_32B),
+    "Qwen/Qwen3-VL-30B-A3B-Instruct": _qwen3_vl(_QWEN3_30B_A3B),
+    "Qwen/Qwen3-VL-235B-A22B-Instruct": _qwen3_vl(_QWEN3_235B_A22B),
 }

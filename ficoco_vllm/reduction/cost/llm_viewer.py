@@ -61,7 +61,7 @@ def footprint_bytes(shape: DecoderShape, tokens: Sequence[int], dtype: str) -> i
 
 
 def _layer_weights(shape: DecoderShape) -> int:
-    return 2 * shape.hidden * (shape.query_width + shape.kv_width) + 3 * shape.hidden * shape.mlp
+    return 2 * shape.hidden * (shape.query_width + shape.kv_width) + round(shape.mlp_weights())
 
 
 def _loads(shape: DecoderShape, n: int, m: int) -> int:

@@ -61,7 +61,7 @@ def num_parameters(shape: ModelShape) -> int:
     width, hidden = tower.hidden, decoder.hidden
     tower_layer = 4 * width**2 + 2 * width * tower.mlp + tower.layer_small
     attention = 2 * hidden * (decoder.query_width + decoder.kv_width)
-    decoder_layer = attention + 3 * hidden * decoder.mlp + decoder.layer_small
+    decoder_layer = attention + round(decoder.mlp_weights()) + decoder.layer_small
     vocabulary = decoder.vocab * hidden * (1 if decoder.tied_head else 2)
     return (
         tower.patch_elements * width

@@ -158,9 +158,13 @@ class _Work:
         self.shape, self.plan, self.num_images, self.dtype = shape, plan, num_images, dtype
         self.decoder_tokens = [num_text_tokens + num_images * visual for visual in plan.decoder]
         decoder = shape.decoder
-        projections = 2 * decoder.hidden * (decoder.query_width + decoder.kv_width)
-        self.layer_bytes = to_bytes(projections + 3 * decoder.hidden * decoder.mlp, dtype)
         self.head_bytes = to_bytes(decoder.hidden * decoder.vocab, dtype)
+
+    def layer_bytes(self, num_tokens: int) -> int:
+        """Bytes of a decoder layer's weights that a step reads; those of experts that no token chooses are not read."""
+        decoder = self.shape.decoder
+        projections = 2 * decoder.hidden * (decoder.query_width + decoder.kv_width)
+        return to_bytes(round(projections + decoder.mlp_weights(num_tokens)), self.dtype)
 
     def tower(self, device: Device, batch: int = 1) -> float:
         """Seconds of vision tower and projector."""
@@ -189,7 +193,8 @@ class _Work:
             work = batch * flops.decoder_layer(decoder, n, m).total
             width = 3 * decoder.hidden + 2 * (decoder.query_width + decoder.kv_width)
             rows = to_bytes(batch * (n * width + 3 * m * decoder.mlp), self.dtype)
-            seconds += max(work / device.flops, (self.layer_bytes + 2 * rows) / device.bandwidth)
+            moved = self.layer_bytes(batch * m) + 2 * rows
+            seconds += max(work / device.flops, moved / device.bandwidth)
             launches += DECODER_LAUNCHES + DECODER_REDUCTION_LAUNCHES * (n != m)
         head = batch * flops.language_head(decoder)
         seconds += max(head / device.flops, self.head_bytes / device.bandwidth)
@@ -198,7 +203,7 @@ class _Work:
     def decode(self, device: Device, batch: int, cached_bytes: float) -> float:
         """Seconds of one token for each request of a batch; decoding runs in CUDA graphs, so launches do not count."""
         decoder = self.shape.decoder
-        weights = decoder.num_layers * self.layer_bytes + self.head_bytes
+        weights = decoder.num_layers * self.layer_bytes(batch) + self.head_bytes
         layers = decoder.num_layers * flops.decoder_layer(decoder, 1, 1).total
         work = batch * (layers + flops.language_head(decoder))
         return max(work / device.flops, (weights + batch * cached_bytes) / device.bandwidth)

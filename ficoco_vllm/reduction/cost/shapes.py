@@ -1,5 +1,6 @@
 """Sizes of a vision-language model that determine its cost. `configurations.py` reads them from a config.json."""
 
+import math
 from dataclasses import dataclass
 
 
@@ -86,10 +87,12 @@ class DecoderShape:
         num_heads: query heads.
         num_kv_heads: heads of keys, and of values.
         head_dim: width of a head.
-        mlp: width of the gate.
+        mlp: width of the gate; in a mixture of experts of those that a token passes, together.
         vocab: tokens.
         tied_head: whether the language head is the table of embeddings.
         layer_small: parameters of a layer beside its seven matrices: norms, biases.
+        num_experts: of a layer; 0 without.
+        experts_per_token: that a token passes.
     """
 
     hidden: int
@@ -101,6 +104,8 @@ class DecoderShape:
     vocab: int
     tied_head: bool
     layer_small: int = 0
+    num_experts: int = 0
+    experts_per_token: int = 1
 
     @property
     def query_width(self) -> int:
@@ -111,6 +116,18 @@ class DecoderShape:
     def kv_width(self) -> int:
         """Width of all key heads together, and of all value heads together."""
         return self.num_kv_heads * self.head_dim
+
+    def mlp_weights(self, num_tokens: float = math.inf) -> float:
+        """Parameters of the MLP's matrices in a layer, and of the matrix that chooses the experts.
+
+        Args:
+            num_tokens: of a step, each of which chooses its experts; the result is the mean over choices at random.
+        """
+        share = 1.0
+        if self.num_experts:
+            missed = (1 - self.experts_per_token / self.num_experts) ** num_tokens
+            share = self.num_experts / self.experts_per_token * (1 - missed)
+        return self.hidden * (3 * self.mlp * share + self.num_experts)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import InternVLConfig, Qwen3VLConfig
+from transformers import InternVLConfig, Qwen3VLConfig, Qwen3VLMoeConfig
 
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.metrics.savings import Accountant
@@ -16,12 +16,13 @@ from ficoco_vllm.reduction.cost import KNOWN_MODELS, model_shape
 from ficoco_vllm.server.commands import plan
 
 INTERNVL, QWEN = "OpenGVLab/InternVL3-8B-hf", "Qwen/Qwen3-VL-8B-Instruct"
-FAMILIES = {"internvl": InternVLConfig, "qwen3_vl": Qwen3VLConfig}
+EXPERTS = "Qwen/Qwen3-VL-30B-A3B-Instruct"
+FAMILIES = {"internvl": InternVLConfig, "qwen3_vl": Qwen3VLConfig, "qwen3_vl_moe": Qwen3VLMoeConfig}
 METHODS = ("ficoco-v", "tome", "divprune", "ficoco-l", "ficoco-vl")
 # Settings of the image processors, as the families read them.
 SETTINGS = {
     INTERNVL: {"crop_to_patches": True, "min_patches": 1, "max_patches": 12},
-    QWEN: {"min_pixels": 65536, "max_pixels": 16777216, "do_resize": True},
+    **dict.fromkeys((QWEN, EXPERTS), {"min_pixels": 65536, "max_pixels": 16777216, "do_resize": True}),
 }
 
 
@@ -51,7 +52,11 @@ def hf_config(model: str) -> Any:
 @pytest.mark.parametrize("size", [(448, 448), (720, 1280), (2000, 300), (30, 40)])
 @pytest.mark.parametrize(
     ("model", "method"),
-    [*((model, method) for model in (INTERNVL, QWEN) for method in METHODS), (QWEN, "downscale")],
+    [
+        *((model, method) for model in (INTERNVL, QWEN) for method in METHODS),
+        (EXPERTS, "ficoco-vl"),
+        (QWEN, "downscale"),
+    ],
 )
 def test_what_is_planned_is_what_is_served(
     capsys: pytest.CaptureFixture[str], model: str, method: str, size: tuple[int, int]
