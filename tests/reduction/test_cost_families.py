@@ -159,7 +159,8 @@ def test_a_reduced_image_of_qwen3_vl_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["Qwen/Qwen3-VL-30B-A3B-Instruct", "Qwen/Qwen3-VL-235B-A22B-Instruct", "OpenGVLab/InternVL3_5-30B-A3B"]
+    "name",
+    ["Qwen/Qwen3-VL-30B-A3B-Instruct", "Qwen/Qwen3-VL-235B-A22B-Instruct", "OpenGVLab/InternVL3_5-30B-A3B"],
 )
 def test_parameters_of_mixtures_of_experts(name: str) -> None:
     """As transformers makes them, without memory."""
@@ -168,7 +169,9 @@ def test_parameters_of_mixtures_of_experts(name: str) -> None:
 
     config = dict(KNOWN_MODELS[name])
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
+        model = AutoModelForImageTextToText.from_config(
+            AutoConfig.for_model(config.pop("model_type"), **config)
+        )
     counted = sum(weight.numel() for weight in model.parameters())
     assert num_parameters(model_shape(KNOWN_MODELS[name])) == counted
 

@@ -329,7 +329,9 @@ def _experts(read: "_Reader") -> dict[str, int]:
     for field, allowed in (("mlp_only_layers", []), ("decoder_sparse_step", 1)):
         value = read.values.get(field, allowed)
         if value != allowed:
-            raise ValueError(f"{read.name}.{field}: got {value!r}, allowed: {allowed!r} (experts in all layers)")
+            raise ValueError(
+                f"{read.name}.{field}: got {value!r}, allowed: {allowed!r} (experts in all layers)"
+            )
     if "num_local_experts" in read.values:  # transformers' name
         read.values["num_experts"] = read.values["num_local_experts"]
     num_experts = read.positive("num_experts")

@@ -137,6 +137,8 @@ def _qwen3_vl(
 ) -> Mapping[str, Any]:
     model_type = "qwen3_vl_moe" if "num_experts" in decoder else "qwen3_vl"
     text_config = {"model_type": f"{model_type}_text", "head_dim": 128, "vocab_size": 151936, **decoder}
+    if "num_experts" in decoder:
+        text_config["tie_word_embeddings"] = tied  # the default of its class is another one than the model's
     return {
         "model_type": model_type,
         "tie_word_embeddings": tied,

@@ -22,7 +22,8 @@ METHODS = ("ficoco-v", "tome", "divprune", "ficoco-l", "ficoco-vl")
 # Settings of the image processors, as the families read them.
 SETTINGS = {
     INTERNVL: {"crop_to_patches": True, "min_patches": 1, "max_patches": 12},
-    **dict.fromkeys((QWEN, EXPERTS), {"min_pixels": 65536, "max_pixels": 16777216, "do_resize": True}),
+    QWEN: {"min_pixels": 65536, "max_pixels": 16777216, "do_resize": True},
+    EXPERTS: {"min_pixels": 65536, "max_pixels": 16777216, "do_resize": True},
 }
 
 
