@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,6 +20,14 @@ from tests.support.server import ONLY_IN_PROCESS
 END_SECONDS = 120
 # In the command of a process that Python starts, until it takes a name of its own.
 _SPAWNED = "multiprocessing.spawn"
+
+
+@pytest.fixture(autouse=True)
+def default_of_sigint() -> Iterator[None]:
+    """A shell lets its jobs in the background ignore SIGINT, and what the tests start would inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def children_of(server: int, parent: str) -> list[psutil.Process]:
