@@ -86,7 +86,8 @@ def test_an_endpoint_that_is_left_out_is_reported_unless_it_is_ours(
     """A server without our settings is stock vLLM, which warns about every endpoint that is not listed."""
     import vllm.plugins
 
-    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    # The environment may be read no more: an engine in this process lets vLLM remember it.
+    monkeypatch.setitem(vars(vllm.plugins.envs), "VLLM_PLUGINS", None)
     entries = [EntryPoint(name, "nowhere", "vllm.endpoint_plugins") for name in [ENDPOINT_PLUGIN, *others]]
     monkeypatch.setattr("importlib.metadata.entry_points", lambda group: entries)
     logger, output = logging.getLogger("vllm.plugins"), io.StringIO()
