@@ -11,6 +11,7 @@ from PIL.Image import Image
 from transformers import BatchFeature
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import MultiModalInput
+from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
 from vllm.multimodal.parse import (
     DictEmbeddingItems,
@@ -19,8 +20,10 @@ from vllm.multimodal.parse import (
     MultiModalDataItems,
 )
 from vllm.multimodal.processing import (
+    BaseDummyInputsBuilder,
     BaseMultiModalProcessor,
     BaseProcessingInfo,
+    InputProcessingContext,
     PromptReplacement,
     PromptUpdate,
     PromptUpdateDetails,
@@ -371,12 +374,36 @@ class ReducingProcessor(BaseMultiModalProcessor[Any]):
         ]
 
 
-def reducible(hf_config: Any) -> bool:
-    """Whether the tower of a model can be reduced; if not, vLLM's own processor serves it.
+def register(
+    info: type[ReducingInfo],
+    processor: type[ReducingProcessor],
+    stock_info: type[BaseProcessingInfo],
+    stock_processor: type[BaseMultiModalProcessor[Any]],
+    dummy_inputs: type[BaseDummyInputsBuilder[Any]],
+) -> Callable[[type[Any]], type[Any]]:
+    """Decorate a model class with its processing, vLLM's own where nothing can be reduced; see `_reducible`.
 
     Args:
-        hf_config: transformers' configuration of the model.
+        info: ours.
+        processor: ours.
+        stock_info: vLLM's.
+        stock_processor: vLLM's.
+        dummy_inputs: vLLM's.
     """
+
+    def build_info(ctx: InputProcessingContext) -> BaseProcessingInfo:
+        return info(ctx) if _reducible(ctx.get_hf_config()) else stock_info(ctx)
+
+    def build_processor(given: Any, *args: Any, **kwargs: Any) -> BaseMultiModalProcessor[Any]:
+        return (processor if isinstance(given, info) else stock_processor)(given, *args, **kwargs)
+
+    decorate: Callable[[type[Any]], type[Any]] = MULTIMODAL_REGISTRY.register_processor(
+        build_processor, info=build_info, dummy_inputs=dummy_inputs
+    )
+    return decorate
+
+
+def _reducible(hf_config: Any) -> bool:
     try:
         if family(hf_config).image_settings is not None and not hasattr(hf_config, IMAGES):
             return False  # a server without our settings

@@ -39,7 +39,7 @@ def is_quantized_kv_cache(dtype: str) -> bool:
 
 
 def internvl_chat_processors() -> tuple[Any, Any, Any]:
-    """VLLM's classes that process images, videos and prompts for InternVL in OpenGVLab's format."""
+    """Classes that process images, videos and prompts for InternVL in OpenGVLab's format."""
     try:
         from vllm.transformers_utils.processors.internvl import (
             InternVLChatImageProcessor,

@@ -15,16 +15,11 @@ from vllm.model_executor.models.interns1 import (
     InternS1ProcessingInfo,
 )
 from vllm.model_executor.models.interns1_vit import InternS1VisionLayer, InternS1VisionModel
-from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.multimodal.processing import (
-    BaseMultiModalProcessor,
-    InputProcessingContext,
-    PromptUpdateDetails,
-)
+from vllm.multimodal.processing import PromptUpdateDetails
 
 from ficoco_vllm.models.reducing import ReducingModel
 from ficoco_vllm.planning.families.internvl import SIDE_OF_UNIT, Mosaic
-from ficoco_vllm.processing import ReducingInfo, ReducingProcessor, reducible
+from ficoco_vllm.processing import ReducingInfo, ReducingProcessor, register
 from ficoco_vllm.vision.staging import take_items
 from ficoco_vllm.vision.tower import Tower
 from ficoco_vllm.vision.units import by_units
@@ -129,19 +124,6 @@ class InternVLProcessor(ReducingProcessor, InternS1MultiModalProcessor):
         return PromptUpdateDetails.select_token_id(tokens, image)
 
 
-def _build_info(ctx: InputProcessingContext) -> InternS1ProcessingInfo:
-    """Our processing info for models that can be reduced, vLLM's for others and for servers without our settings."""
-    return InternVLProcessingInfo(ctx) if reducible(ctx.get_hf_config()) else InternS1ProcessingInfo(ctx)
-
-
-def _build_processor(
-    info: InternS1ProcessingInfo, dummy_inputs: InternS1DummyInputsBuilder, **kwargs: Any
-) -> BaseMultiModalProcessor:
-    if isinstance(info, InternVLProcessingInfo):
-        return InternVLProcessor(info, dummy_inputs, **kwargs)
-    return InternS1MultiModalProcessor(info, dummy_inputs, **kwargs)
-
-
 class ReducingInternVL(ReducingModel):
     """Mixin for vLLM's classes of InternVL, whose batches hold the tiles of all images one after the other."""
 
@@ -188,8 +170,12 @@ def in_units(hidden: Tensor, grid: tuple[int, int]) -> Tensor:
     return torch.cat([hidden[:, :1], by_units(hidden[:, 1:], grid, SIDE_OF_UNIT)], dim=1)
 
 
-@MULTIMODAL_REGISTRY.register_processor(
-    _build_processor, info=_build_info, dummy_inputs=InternS1DummyInputsBuilder
+@register(
+    InternVLProcessingInfo,
+    InternVLProcessor,
+    InternS1ProcessingInfo,
+    InternS1MultiModalProcessor,
+    InternS1DummyInputsBuilder,
 )
 class FicocoInternVL(ReducingInternVL, InternS1ForConditionalGeneration):
     """vLLM's InternVL, with reduction of the images whose budget is below their number of tokens. Videos stay whole."""

@@ -15,17 +15,12 @@ from vllm.model_executor.models.internvl import (
     InternVLMultiModalProcessor,
     InternVLProcessingInfo,
 )
-from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.multimodal.processing import (
-    BaseMultiModalProcessor,
-    InputProcessingContext,
-    PromptUpdateDetails,
-)
+from vllm.multimodal.processing import PromptUpdateDetails
 
 from ficoco_vllm.compat.versions import internvl_chat_processors
 from ficoco_vllm.models.internvl import ReducingInternVL, in_units
 from ficoco_vllm.planning.families.internvl import SIDE_OF_UNIT
-from ficoco_vllm.processing import ReducingInfo, ReducingProcessor, reducible
+from ficoco_vllm.processing import ReducingInfo, ReducingProcessor, register
 from ficoco_vllm.vision.tower import Tower
 
 
@@ -140,21 +135,12 @@ class ChatProcessor(ReducingProcessor, InternVLMultiModalProcessor):
         return text.replace("<image>", "")
 
 
-def _build_info(ctx: InputProcessingContext) -> InternVLProcessingInfo:
-    """Our processing info for models that can be reduced, vLLM's for others and for servers without our settings."""
-    return ChatProcessingInfo(ctx) if reducible(ctx.get_hf_config()) else InternVLProcessingInfo(ctx)
-
-
-def _build_processor(
-    info: InternVLProcessingInfo, dummy_inputs: InternVLDummyInputsBuilder, **kwargs: Any
-) -> BaseMultiModalProcessor:
-    if isinstance(info, ChatProcessingInfo):
-        return ChatProcessor(info, dummy_inputs, **kwargs)
-    return InternVLMultiModalProcessor(info, dummy_inputs, **kwargs)
-
-
-@MULTIMODAL_REGISTRY.register_processor(
-    _build_processor, info=_build_info, dummy_inputs=InternVLDummyInputsBuilder
+@register(
+    ChatProcessingInfo,
+    ChatProcessor,
+    InternVLProcessingInfo,
+    InternVLMultiModalProcessor,
+    InternVLDummyInputsBuilder,
 )
 class FicocoInternVLChat(ReducingInternVL, InternVLChatModel):
     """vLLM's InternVL, with reduction of the images whose budget is below their number of tokens. Videos stay whole."""

@@ -11,11 +11,9 @@ from vllm.model_executor.models.llava_next import (
     LlavaNextMultiModalProcessor,
     LlavaNextProcessingInfo,
 )
-from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.multimodal.processing import BaseMultiModalProcessor, InputProcessingContext
 
 from ficoco_vllm.models.reducing import ReducingModel
-from ficoco_vllm.processing import ReducingInfo, ReducingProcessor, reducible
+from ficoco_vllm.processing import ReducingInfo, ReducingProcessor, register
 from ficoco_vllm.vision.staging import take_items
 from ficoco_vllm.vision.tower import Tower
 from ficoco_vllm.vision.vllm_tower import VllmTower
@@ -31,21 +29,12 @@ class FicocoNextProcessor(ReducingProcessor, LlavaNextMultiModalProcessor[Ficoco
     info: FicocoNextProcessingInfo
 
 
-def _build_info(ctx: InputProcessingContext) -> LlavaNextProcessingInfo:
-    """Our processing info for models that can be reduced, vLLM's for others (other towers, several feature layers)."""
-    return FicocoNextProcessingInfo(ctx) if reducible(ctx.get_hf_config()) else LlavaNextProcessingInfo(ctx)
-
-
-def _build_processor(
-    info: LlavaNextProcessingInfo, dummy_inputs: LlavaDummyInputsBuilder, **kwargs: Any
-) -> BaseMultiModalProcessor:
-    if isinstance(info, FicocoNextProcessingInfo):
-        return FicocoNextProcessor(info, dummy_inputs, **kwargs)
-    return LlavaNextMultiModalProcessor(info, dummy_inputs, **kwargs)
-
-
-@MULTIMODAL_REGISTRY.register_processor(
-    _build_processor, info=_build_info, dummy_inputs=LlavaDummyInputsBuilder
+@register(
+    FicocoNextProcessingInfo,
+    FicocoNextProcessor,
+    LlavaNextProcessingInfo,
+    LlavaNextMultiModalProcessor,
+    LlavaDummyInputsBuilder,
 )
 class FicocoLlavaNext(ReducingModel, LlavaNextForConditionalGeneration):
     """vLLM's LLaVA-NeXT, with reduction of the images whose budget is below their number of tokens."""

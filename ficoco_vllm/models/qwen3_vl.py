@@ -18,9 +18,7 @@ from vllm.model_executor.models.qwen3_vl_moe import (
     Qwen3VLMoeForConditionalGeneration,
     Qwen3VLMoeProcessingInfo,
 )
-from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFeatureSpec
-from vllm.multimodal.processing import BaseMultiModalProcessor, InputProcessingContext
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
 from ficoco_vllm.config import FicocoConfig
@@ -32,7 +30,7 @@ from ficoco_vllm.planning.resolution import Resolution
 from ficoco_vllm.planning.server import ServerPlan
 from ficoco_vllm.planning.tiling import Crop
 from ficoco_vllm.planning.tower import VisionPlan
-from ficoco_vllm.processing import reducible
+from ficoco_vllm.processing import register
 from ficoco_vllm.vision.mrope import CHANNELS, put_places, with_places, without_places
 from ficoco_vllm.vision.qwen3_vl_tower import Merged, QwenTower
 from ficoco_vllm.vision.tower import Observers, Tokens, Tower
@@ -241,32 +239,23 @@ class ReducingQwen(ReducingModel):
         return [embedding[:, :-CHANNELS] for embedding in multimodal_embeddings], positions, delta
 
 
-def _build_info(ctx: InputProcessingContext) -> Qwen3VLProcessingInfo:
-    """Our processing info on a server with our settings, else vLLM's."""
-    return QwenInfo(ctx) if reducible(ctx.get_hf_config()) else Qwen3VLProcessingInfo(ctx)
-
-
-def _build_moe_info(ctx: InputProcessingContext) -> Qwen3VLProcessingInfo:
-    return QwenMoeInfo(ctx) if reducible(ctx.get_hf_config()) else Qwen3VLMoeProcessingInfo(ctx)
-
-
-def _build_processor(
-    info: Qwen3VLProcessingInfo, dummy_inputs: Qwen3VLDummyInputsBuilder, **kwargs: Any
-) -> BaseMultiModalProcessor:
-    if isinstance(info, QwenInfo):
-        return QwenProcessor(info, dummy_inputs, **kwargs)
-    return Qwen3VLMultiModalProcessor(info, dummy_inputs, **kwargs)
-
-
-@MULTIMODAL_REGISTRY.register_processor(
-    _build_processor, info=_build_info, dummy_inputs=Qwen3VLDummyInputsBuilder
+@register(
+    QwenInfo,
+    QwenProcessor,
+    Qwen3VLProcessingInfo,
+    Qwen3VLMultiModalProcessor,
+    Qwen3VLDummyInputsBuilder,
 )
 class FicocoQwen3VL(ReducingQwen, Qwen3VLForConditionalGeneration):
     """vLLM's Qwen3-VL, with reduction of the images whose budget is below their number of units."""
 
 
-@MULTIMODAL_REGISTRY.register_processor(
-    _build_processor, info=_build_moe_info, dummy_inputs=Qwen3VLDummyInputsBuilder
+@register(
+    QwenMoeInfo,
+    QwenProcessor,
+    Qwen3VLMoeProcessingInfo,
+    Qwen3VLMultiModalProcessor,
+    Qwen3VLDummyInputsBuilder,
 )
 class FicocoQwen3VLMoe(ReducingQwen, Qwen3VLMoeForConditionalGeneration):
     """The same for the mixtures of experts."""

@@ -67,8 +67,7 @@ def add_server(parser: argparse.ArgumentParser, out: str, *, api_key: str = "non
     """
     add = parser.add_argument
     add("--url", type=base_url, help="a running server (default: servers are started)")
-    key = os.environ.get("VLLM_API_KEY", api_key)
-    add("--api-key", default=key, metavar="KEY", help="API key of the server (default: $VLLM_API_KEY)")
+    _add_api_key(parser, api_key)
     add("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
     add(
         "--out",
@@ -76,6 +75,13 @@ def add_server(parser: argparse.ArgumentParser, out: str, *, api_key: str = "non
         default=Path(out),
         metavar="DIR",
         help="folder for the report (HTML), JSON, CSV, LaTeX tables and plots (default: %(default)s)",
+    )
+
+
+def _add_api_key(parser: argparse.ArgumentParser, default: str) -> None:
+    key = os.environ.get("VLLM_API_KEY", default)
+    parser.add_argument(
+        "--api-key", default=key, metavar="KEY", help="API key of the server (default: $VLLM_API_KEY)"
     )
 
 
@@ -164,8 +170,7 @@ def _add_lmms(benchmarks: Any) -> None:
     add("--method", help="reduction method (default: all visual tokens)")
     add("--keep", type=int, help="visual tokens kept")
     add("--url", type=base_url, help="a running server; --model, --method and --keep still describe it")
-    key = os.environ.get("VLLM_API_KEY", "none")
-    add("--api-key", default=key, metavar="KEY", help="API key of the server (default: $VLLM_API_KEY)")
+    _add_api_key(parser, "none")
     add("--limit", type=int, help="number of questions (default: all)")
     add("--concurrency", type=int, default=16, help="concurrent questions (default: %(default)s)")
     add(
