@@ -45,8 +45,8 @@ class DecoderHeads:
 
     @cached_property
     def context_key(self) -> Tensor:
-        """Keys of this step, then those of earlier ones, (tokens + cached tokens, H', d)."""
-        return self.key if self.cached_key is None else torch.cat([self.key, self.cached_key])
+        """Keys of earlier steps, then those of this one, (cached tokens + tokens, H', d)."""
+        return self.key if self.cached_key is None else torch.cat([self.cached_key, self.key])
 
     def reduced(self, part: Tensor) -> Tensor:
         """The sum over the workers."""

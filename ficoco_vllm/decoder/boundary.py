@@ -5,7 +5,7 @@ fewer rows from segment to segment; its plan gives their number and the place of
 visual tokens that fill the places of an image depends on the data.
 
 A step need not compute a prompt from its beginning. Keys that earlier steps have computed, or other requests with the
-same prefix, are read from the KV cache and numbered after the rows of the step.
+same prefix, are read from the KV cache and numbered before the rows of the step, which graphs may fill up.
 """
 
 from collections import defaultdict
@@ -38,7 +38,7 @@ class ImageGroup:
         text_place: (B, M) places of `text`.
         visual_place: (B, N) places of `visual`.
         context: (B, T) rows of the prompt up to the window's end, padded on the right; keys that were computed
-            before the step are numbered after its rows.
+            before the step are numbered first, then its rows.
         num_cached: (B,) how many of these there are.
         first_row: the row of each image's first token in the first segment.
     """
@@ -159,10 +159,12 @@ def boundary(
     starts_after = [0, *accumulate(num_rows(query_start, parts, segment + 1))]
     source = np.empty(starts_after[-1], dtype=np.int64)
     groups: dict[tuple[str, int, int, int], list[_Image]] = defaultdict(list)
-    cached_row = starts[-1]
+    cached = [part.num_cached(segment) if part and part.windows else 0 for part in parts]
+    cached_starts = [0, *accumulate(cached)]
     for index, part in enumerate(parts):
         row, row_after = starts[index], starts_after[index]
-        for image in _images(part, segment, row, row_after, query_start[index], cached_row) if part else ():
+        first_rows = row, row_after, query_start[index], cached_starts[index]
+        for image in _images(part, segment, *first_rows) if part else ():
             length = image.row - row  # rows since the previous image
             source[row_after : row_after + length] = np.arange(row, row + length)
             row, row_after = image.row + image.num_tokens, image.row_after + image.num_kept
@@ -172,8 +174,8 @@ def boundary(
                 num_text = len(image.text_places) if needs_equal_text(part.plan.method) else 0
                 groups[part.plan.method, image.num_tokens, image.num_kept, num_text].append(image)
         source[row_after : starts_after[index + 1]] = np.arange(row, starts[index + 1])
-        cached_row += part.num_cached(segment) if part and part.windows else 0
-    return Boundary(source, tuple(_group(method, images) for (method, *_), images in groups.items()))
+    of_groups = (_group(method, images, cached_starts[-1]) for (method, *_), images in groups.items())
+    return Boundary(source, tuple(of_groups))
 
 
 def _images(
@@ -208,7 +210,7 @@ def _text_places(plan: RequestPlan, segment: int, window: Window, image: int) ->
         yield from range(place, place + end - start)
 
 
-def _group(method: str, images: list[_Image]) -> ImageGroup:
+def _group(method: str, images: list[_Image], num_cached_keys: int) -> ImageGroup:
     rows = np.array([image.row for image in images], dtype=np.int64)[:, None]
     request_rows = np.array([image.request_row for image in images], dtype=np.int64)[:, None]
     rows_after = np.array([image.row_after for image in images], dtype=np.int64)[:, None]
@@ -224,7 +226,8 @@ def _group(method: str, images: list[_Image]) -> ImageGroup:
     places = np.arange(max(image.window_places for image in images))[None]
     lengths = np.array([image.window_places for image in images], dtype=np.int64)[:, None]
     visual = rows + np.arange(images[0].num_tokens)
-    computed = request_rows + places - num_cached
+    first_computed = num_cached_keys + request_rows
+    computed = first_computed + places - num_cached
     return ImageGroup(
         method=method,
         visual=visual,
@@ -235,7 +238,7 @@ def _group(method: str, images: list[_Image]) -> ImageGroup:
         visual_place=visual - request_rows + num_cached,
         # Padded with the first row: such places come after every query and are masked.
         context=np.where(
-            places < num_cached, cached_rows + places, np.where(places < lengths, computed, request_rows)
+            places < num_cached, cached_rows + places, np.where(places < lengths, computed, first_computed)
         ),
         num_cached=num_cached[:, 0],
         first_row=tuple(image.first_row for image in images),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ficoco_vllm.planning.decoder import RequestPlan
+from ficoco_vllm.vision.staging import to_device
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,11 @@ class LaterSteps:
     def remove_request(self, number: int) -> None:
         """Forget a request."""
         self.last_image_end[number] = self.missing[:, number] = 0
+        self.missing_device[:, number].zero_()  # dummy steps read it, too
 
     def copy_to_device(self) -> None:
         """Copy what new requests need there."""
-        self.missing_device.copy_(torch.from_numpy(self.missing), non_blocking=True)
+        self.missing_device.copy_(to_device(self.missing, self.device))
 
     def include(self, input_batch: Any) -> bool:
         """Whether a step is one of these."""
@@ -106,7 +108,7 @@ class LaterSteps:
         torch.index_select(self.missing_device, 1, input_batch.idx_mapping, out=missing)
         torch.sub(input_batch.seq_lens[:num_reqs], missing, out=self.seq_lens[:, :num_reqs])
         if padded_reqs > num_reqs:
-            self.seq_lens[:, num_reqs:padded_reqs] = 0
+            self.seq_lens[:, num_reqs:padded_reqs].zero_()
         most_seq_lens = np.zeros((num_segments, padded_reqs), dtype=np.int32)
         bound = input_batch.seq_lens_cpu_upper_bound.numpy()[:num_reqs]
         np.subtract(bound, missing_np, out=most_seq_lens[:, :num_reqs])
@@ -151,9 +153,7 @@ class LaterSteps:
         request = self._request[:num_reqs]
         if num_tokens > num_reqs:
             rows = np.diff(input_batch.query_start_loc_np[: num_reqs + 1])
-            request = torch.from_numpy(np.repeat(np.arange(num_reqs), rows)).to(
-                self.device, non_blocking=True
-            )
+            request = to_device(np.repeat(np.arange(num_reqs), rows), self.device)
             missing = missing[:, request]
         shape = (num_segments, num_tokens)
         places, block, offset, block_ids = (

@@ -19,6 +19,7 @@ from ficoco_vllm.kv.admission import images_of
 from ficoco_vllm.planning.decoder import RequestPlan
 from ficoco_vllm.planning.server import decoder_planner
 from ficoco_vllm.request_fields import TRACE
+from ficoco_vllm.vision.staging import to_device_together
 
 Counts = npt.NDArray[np.int32]
 
@@ -157,32 +158,35 @@ class DecoderModelState(DefaultModelState):
         rows[:, :num_reqs] = np.diff(query_start_np) - (after - before)
         starts = np.zeros((num_segments, padded_reqs + 1), dtype=np.int32)
         np.cumsum(rows, axis=1, out=starts[:, 1:])
-        missing_device, starts_device = (
-            torch.from_numpy(array).to(self.device, non_blocking=True) for array in (missing, starts)
-        )
+        reducing = bool((before != after).any())
+        # Rows of the segments that do not hold all tokens, and tokens of earlier steps that decisions read.
+        moved = np.where(after.any(axis=1, keepdims=True), rows[:, :num_reqs], 0)
+        cached = np.zeros_like(moved)
+        if reducing:
+            for index, part in enumerate(parts):
+                if part is not None and part.windows:
+                    cached[:, index] = part.start - before[:, index]
+        arrays = [missing, starts, np.diff(query_start_np) + before, *_owners(moved), *_owners(cached)]
+        sent = to_device_together(arrays, self.device)
+        missing_device, starts_device, since, owner, within, cached_owner, cached_place = sent
         seq_lens = self.seq_lens[:, :padded_reqs]
         torch.sub(input_batch.seq_lens[:padded_reqs], missing_device, out=seq_lens).clamp_(min=0)
         bounds = input_batch.seq_lens_cpu_upper_bound[:padded_reqs] - torch.from_numpy(missing)
-        reducing = bool((before != after).any())
+        # The host's count of computed tokens is an upper bound where drafts are refused; the device's is exact.
+        held = input_batch.seq_lens[:num_reqs] - since
+        places = within + held.flatten()[owner]
+        places_of = places.split(moved.sum(axis=1).tolist())
+        slots_of = self._slots(moved, owner, places, block_tables)
         result: list[Rows] = []
-        moved: dict[str, Tensor] = {}
-        cached_slots: list[Tensor | None] = []
+        shrunk: dict[str, Tensor] = {}
         for segment in range(num_segments):
             shrinks = bool((before[segment] != after[segment]).any())
-            places, slots = input_batch.positions, slot_mappings
-            if after[segment].any():
-                places, slots = self._slots(
-                    input_batch,
-                    segment,
-                    rows[segment, :num_reqs],
-                    before[segment],
-                    block_tables[segment],
-                    slot_mappings,
-                    shrinks,
-                )
+            moves = bool(moved[segment].any())
+            if moves and not shrinks:
+                slot_mappings[segment, : len(slots_of[segment])] = slots_of[segment]
             if shrinks:
-                moved |= {
-                    name: slots[segment] for group in attn_groups[segment] for name in group.layer_names
+                shrunk |= {
+                    name: slots_of[segment] for group in attn_groups[segment] for name in group.layer_names
                 }
                 row_count, most = int(starts[segment, -1]), int(rows[segment].max())
                 query_start, query_start_cpu = starts_device[segment], torch.from_numpy(starts[segment])
@@ -199,18 +203,15 @@ class DecoderModelState(DefaultModelState):
                     most,
                     seq_lens[segment],
                     bounds[segment],
-                    places,
-                    slots,
+                    places_of[segment] if moves else input_batch.positions,
+                    slots_of[segment].expand(num_segments, -1) if shrinks else slot_mappings,
                 )
             )
-            if reducing:
-                num_cached = [part.num_cached(segment) if part and part.windows else 0 for part in parts]
-                cached_slots.append(
-                    self._cached_slots(num_cached, block_tables[segment], self.block_sizes[segment])
-                )
         if reducing:
+            of_cached = self._slots(cached, cached_owner, cached_place, block_tables)
+            cached_slots = tuple(slots if len(slots) else None for slots in of_cached)
             self.step = self._reducing_step(
-                input_batch.req_ids, query_start_np.tolist(), parts, moved, tuple(cached_slots)
+                input_batch.req_ids, query_start_np.tolist(), parts, shrunk, cached_slots
             )
         return result
 
@@ -226,65 +227,27 @@ class DecoderModelState(DefaultModelState):
             for plan, start, end in zip(plans, computed.tolist(), ends, strict=False)
         ]
 
-    def _cached_slots(self, num_cached: Sequence[int], block_table: Tensor, block_size: int) -> Tensor | None:
-        """KV slots of the first tokens of each request in one segment, (tokens,) int64.
-
-        Args:
-            num_cached: tokens of each request.
-            block_table: (requests, blocks).
-            block_size: of `block_table`.
-        """
-        if not any(num_cached):
-            return None
-        places = [torch.arange(count, device=self.device) for count in num_cached]
-        return torch.cat(
-            [
-                block_table[request, place // block_size].long() * block_size + place % block_size
-                for request, place in enumerate(places)
-            ]
-        )
-
     def _slots(
-        self,
-        input_batch: Any,
-        segment: int,
-        rows: Counts,
-        moved_by: Counts,
-        block_table: Tensor,
-        slot_mappings: Tensor,
-        shrinks: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """Places of the rows in one segment's KV cache.
+        self, counts: Counts, owner: Tensor, places: Tensor, block_tables: tuple[Tensor, ...]
+    ) -> list[Tensor]:
+        """KV slots of rows in each segment, (rows,) int64.
 
         Args:
-            input_batch: of the step.
-            segment: index.
-            rows: of each request in this segment.
-            moved_by: for each request, tokens before the step that the segment does not hold.
-            block_table: of the segment, (requests, blocks).
-            slot_mappings: (segments, tokens) of the unreduced step.
-            shrinks: whether this segment has fewer rows than the step has tokens.
-
-        Returns:
-            Place of each row in its sequence, and slots (segments, rows): a new tensor where `shrinks`, else
-            `slot_mappings`, rewritten.
+            counts: rows of each request in each segment, (segments, requests).
+            owner: of all these rows, see `_owners`.
+            places: of the rows in their sequences.
+            block_tables: of each segment, (requests, blocks).
         """
-        request = torch.from_numpy(np.repeat(np.arange(len(rows)), rows)).to(self.device, non_blocking=True)
-        if shrinks:
-            # The host's count of computed tokens is an upper bound where drafts are refused; the device's is exact.
-            scheduled = torch.from_numpy(np.diff(input_batch.query_start_loc_np[: len(rows) + 1]) + moved_by)
-            held = input_batch.seq_lens[: len(rows)] - scheduled.to(self.device, non_blocking=True)
-            within = np.arange(rows.sum()) - np.repeat(np.cumsum(rows) - rows, rows)
-            places = torch.from_numpy(within).to(self.device, non_blocking=True) + held[request]
-            slots = slot_mappings.new_full((len(slot_mappings), len(places)), -1)
-        else:
-            moved = torch.from_numpy(np.repeat(moved_by, rows)).to(self.device, non_blocking=True)
-            places = input_batch.positions[: len(request)] - moved
-            slots = slot_mappings
-        block_size = self.block_sizes[segment]
-        block = block_table[request, places // block_size].to(slots.dtype)
-        slots[segment, : len(places)] = block * block_size + places % block_size
-        return places, slots
+        (block_size,) = set(self.block_sizes)
+        request, block, offset = owner % counts.shape[1], places // block_size, places % block_size
+        ends = np.cumsum(counts.sum(axis=1)).tolist()
+        result = []
+        for table, start, end in zip(block_tables, [0, *ends], ends, strict=False):
+            slots = offset[start:end]
+            if start < end:
+                slots = slots + table[request[start:end], block[start:end]].long() * block_size
+            result.append(slots)
+        return result
 
     def initialize_kv_cache(self, kv_cache_config: Any, block_tables: Any) -> None:
         """Note the size of the blocks that the attention kernels use."""
@@ -317,3 +280,10 @@ class DecoderModelState(DefaultModelState):
 
     def _needs_equal_text(self, method: str) -> bool:
         return "text_features" in self.planner.reducer(method).signals
+
+
+def _owners(counts: Counts) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """For rows that are counted by segment and request, the index of each one's count, and its place among these."""
+    flat = counts.ravel()
+    owner = np.repeat(np.arange(counts.size), flat)
+    return owner, np.arange(len(owner)) - (np.cumsum(flat) - flat)[owner]

@@ -1,4 +1,4 @@
-"""Indices that the host has computed, on the device, without waiting for its work."""
+"""Arrays that the host has computed, on the device, without waiting for its work."""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -22,26 +22,30 @@ def to_device(values: npt.NDArray[Any] | Sequence[int], device: torch.device) ->
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
-def to_device_together(arrays: Sequence[npt.NDArray[np.int64]], device: torch.device) -> list[Tensor]:
-    """Copy several indices in one go; see `to_device`.
+def to_device_together(arrays: Sequence[npt.NDArray[Any]], device: torch.device) -> list[Tensor]:
+    """Copy several arrays in one go; see `to_device`.
 
     Args:
-        arrays: of any shapes.
+        arrays: of any shapes and types.
         device: where to.
 
     Returns:
         One tensor for each array, views of the same memory.
     """
     # Each starts at a multiple of 16 bytes, as memory of its own does: kernels are compiled for that.
-    starts = [0, *accumulate(array.size + array.size % 2 for array in arrays)]
-    together = np.zeros(starts[-1], dtype=np.int64)
+    starts = [0, *accumulate(array.nbytes + -array.nbytes % 16 for array in arrays)]
+    together = np.zeros(starts[-1], dtype=np.uint8)
     for start, array in zip(starts, arrays, strict=False):
-        together[start : start + array.size] = array.ravel()
+        together[start : start + array.nbytes] = np.frombuffer(array.tobytes(), dtype=np.uint8)
     sent = to_device(together, device)
     return [
-        sent[start : start + array.size].view(array.shape)
+        sent[start : start + array.nbytes].view(_dtype(array)).view(array.shape)
         for start, array in zip(starts, arrays, strict=False)
     ]
+
+
+def _dtype(array: npt.NDArray[Any]) -> torch.dtype:
+    return torch.from_numpy(np.empty(0, dtype=array.dtype)).dtype
 
 
 def take_items(values: Any, index: list[int]) -> Any:

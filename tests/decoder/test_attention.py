@@ -98,7 +98,7 @@ def test_equals_the_whole_map(heads: DecoderHeads, logits: bool, requests: tuple
 def test_keys_of_earlier_steps_count_as_those_of_this_one(
     heads: DecoderHeads, num_cached: tuple[int, int]
 ) -> None:
-    """A prefix that lies in the KV cache: queries of the rest, keys of both."""
+    """A prefix that lies in the KV cache: queries of the rest, keys of both. Rows that fill up a graph are not read."""
     whole = ImageAttention(heads, group((0, 1)), visual=True)
     cached = np.array(num_cached)[:, None]
     starts = (0, T)
@@ -106,7 +106,8 @@ def test_keys_of_earlier_steps_count_as_those_of_this_one(
         [np.arange(start, start + n) for start, n in zip(starts, num_cached, strict=True)]
     )
     step = np.setdiff1d(np.arange(sum(LENGTHS)), before)
-    row_of = np.argsort(np.concatenate([step, before]))  # keys of the step come first
+    row_of = np.argsort(np.concatenate([step, before]))
+    key_of = np.argsort(np.concatenate([before, step]))
     where = group((0, 1))
     text_place = np.where(where.has_text, where.text_place, cached)
     where = replace(
@@ -114,10 +115,13 @@ def test_keys_of_earlier_steps_count_as_those_of_this_one(
         visual=row_of[where.visual],
         text=row_of[np.array([[0], [T]]) + text_place],
         text_place=text_place,
-        context=row_of[where.context],
+        context=key_of[where.context],
         num_cached=cached[:, 0],
     )
-    rest = replace(heads, query=heads.query[step], key=heads.key[step], cached_key=heads.key[before])
+    query, key = (
+        torch.cat([rows[step], torch.full_like(rows[:5], torch.nan)]) for rows in (heads.query, heads.key)
+    )
+    rest = replace(heads, query=query, key=key, cached_key=heads.key[before])
     part = ImageAttention(rest, where, visual=True)
     assert part.query.shape[2] < whole.query.shape[2] or 0 in num_cached
     maps = part.visual_attention(), whole.visual_attention()

@@ -71,7 +71,7 @@ def test_boundary(name: str, segment: int) -> None:
     assert [len(before), len(after)] == [sum(num_rows(query_start, parts, segment + i)) for i in (0, 1)]
     # Filled with the first tokens of each image, the template is the shortened list.
     assert [before[row] for row in result.source] == after
-    keys = before + cached_of(parts, segment)
+    keys = cached_of(parts, segment) + before
     seen = []
     for group in result.groups:
         for b in range(len(group.visual)):

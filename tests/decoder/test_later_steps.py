@@ -86,11 +86,11 @@ def test_steps_with_an_image_to_compute_are_others() -> None:
 
 
 def test_a_request_in_the_place_of_another() -> None:
+    """One that is not reduced, or one of a dummy step, for which nothing is copied."""
     steps = LaterSteps(torch.zeros(SEGMENTS, REQUESTS, dtype=torch.int32), 64)
     steps.add_request(1, plan(10))
     steps.copy_to_device()
     steps.remove_request(1)
-    steps.copy_to_device()
     slots = torch.arange(SEGMENTS).repeat(4, 1).T.contiguous()
     before = slots.clone()
     tables = tuple(torch.zeros(1, BLOCKS, dtype=torch.int32) for _ in range(SEGMENTS))

@@ -25,7 +25,7 @@ CLOSE = 2e-5
 @pytest.fixture
 def model(random_pair: Pair, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The served LLaVA, FiCoCo-V with 64 tokens, of which graphs of 192 are requested beside."""
-    install(monkeypatch)
+    install(monkeypatch.setattr)
     monkeypatch.setattr(encoder_cudagraph, "current_stream", lambda: None)
     model = worker_of(random_pair[0]).model_runner.get_model()
     monkeypatch.setitem(getattr(model.config, NAME), "graph_budgets", [192])

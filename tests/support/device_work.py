@@ -43,7 +43,9 @@ class DeviceWork(TorchDispatchMode):
         result = op(*args, **(kwargs or {}))
         given = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         made = [x for x in torch.utils._pytree.tree_leaves(result) if isinstance(x, Tensor)]
-        if any(x.device.type == "cpu" for x in given) and any(x.device.type == "meta" for x in made):
+        if not any(x.device.type == "meta" for x in made):
+            return result
+        if any(x.device.type == "cpu" for x in given):
             self.copies.append(name)
         memory = {x.untyped_storage()._cdata for x in given}
         is_view = made and all(x.untyped_storage()._cdata in memory for x in made)

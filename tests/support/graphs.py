@@ -9,11 +9,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+# What would wait for the device, which ends a capture on a GPU. So does `index` with a mask.
+WAITS = {
+    f"aten::{name}" for name in ("item", "is_nonzero", "_local_scalar_dense", "nonzero", "masked_select")
+}
+_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 
 class Graph:
@@ -50,6 +55,12 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if op.namespace == "vllm":  # written in Python, which does not run again
+            with self:
+                return op.redispatch(_CPU, *args, **kwargs)
+        masked = op._schema.name == "aten::index" and any(x.dtype == torch.bool for x in _tensors(args[1:]))
+        if masked or op._schema.name in WAITS:
+            raise RuntimeError(f"{op.name()} is not permitted when stream is capturing")
         with _paused(self):
             result = op(*args, **kwargs)
         given = {one.untyped_storage().data_ptr() for one in _tensors((args, kwargs))}
@@ -77,13 +88,13 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 @contextmanager
-def _capture(graph: Graph, **_: object) -> Iterator[None]:
+def _capture(graph: Graph, *_: object, **__: object) -> Iterator[None]:
     with _Recorder(graph.calls):
         yield
 
 
-def install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put these in place of torch's for a test."""
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", _capture)
-    monkeypatch.setattr(Graph, "replays", 0)
+def install(replace: Callable[[Any, str, Any], None]) -> None:
+    """Put these in place of torch's, by `setattr` or for a test."""
+    replace(torch.cuda, "CUDAGraph", Graph)
+    replace(torch.cuda, "graph", _capture)
+    replace(Graph, "replays", 0)
