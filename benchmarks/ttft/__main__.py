@@ -38,6 +38,7 @@ from ficoco_vllm.benchmarks.harness.rounds import ranged, ratios, spread, take_t
 from ficoco_vllm.benchmarks.ttft import worker
 from ficoco_vllm.benchmarks.ttft.kinds import (
     Kind,
+    control_kinds,
     decoder_kinds,
     encoder_kinds,
     kinds,
@@ -45,6 +46,7 @@ from ficoco_vllm.benchmarks.ttft.kinds import (
     predicted_ttft,
     stock,
     token_plan,
+    whole_kinds,
 )
 from ficoco_vllm.benchmarks.ttft.models import MODELS, NUM_TEXT_TOKENS
 from ficoco_vllm.benchmarks.ttft.models import write as write_model
@@ -139,7 +141,7 @@ def _whole(result: Mapping[str, Any]) -> int:
 def _run(num_layers: int, device: Device, args: argparse.Namespace) -> dict[str, Any]:
     """All kinds of one depth: those of one engine at a time, each group beside stock vLLM."""
     size = args.model_size
-    groups: list[Sequence[Kind]] = [encoder_kinds(size)]
+    groups: list[Sequence[Kind]] = [encoder_kinds(size), *((kind,) for kind in control_kinds(size))]
     if num_layers in args.decoder_layers:
         groups += [(kind,) for kind in decoder_kinds(size)]
     order = random.Random(args.seed)
@@ -212,7 +214,7 @@ def _extrapolate(runs: list[dict[str, Any]], device: Device, size: str) -> dict[
     layers, known = [run["layers"] for run in runs], kinds(size)
     whole = MODELS[size].num_layers
     seconds = {}
-    for name in (kind.name for kind in (stock(size), *encoder_kinds(size))):
+    for name in (kind.name for kind in (stock(size), *whole_kinds(size))):
         medians = [run["kinds"][name]["ttft_seconds_median"] for run in runs]
         slope, intercept = statistics.linear_regression(layers, medians)
         seconds[name] = intercept + slope * whole

@@ -43,6 +43,11 @@ def encoder_kinds(size: str) -> tuple[Kind, ...]:
     return tuple(Kind(f"keep-{keep}", {"method": "ficoco-v", "keep": keeps[-1]}, keep) for keep in keeps)
 
 
+def whole_kinds(size: str) -> tuple[Kind, ...]:
+    """Rows that are extrapolated to all layers of the decoder; see `stock`."""
+    return (*encoder_kinds(size), *control_kinds(size))
+
+
 def decoder_kinds(size: str) -> tuple[Kind, ...]:
     """Methods of the decoder with about a ninth of the tokens; see `stock`."""
     keep = MODELS[size].keeps[-1]
@@ -54,9 +59,16 @@ def decoder_kinds(size: str) -> tuple[Kind, ...]:
     return tuple(Kind(name, {**given, "keep": keep}, keep, True) for name, given in settings.items())
 
 
+def control_kinds(size: str) -> tuple[Kind, ...]:
+    """What needs no idea: as many tokens by chance, and of a smaller image where the model takes any; see `stock`."""
+    keep = MODELS[size].keeps[-1]
+    names = ("random", "downscale") if MODELS[size].family == "qwen3_vl" else ("random",)
+    return tuple(Kind(name, {"method": name, "keep": keep}, keep) for name in names)
+
+
 def kinds(size: str) -> dict[str, Kind]:
     """All rows by name; see `stock`."""
-    return {kind.name: kind for kind in (stock(size), *encoder_kinds(size), *decoder_kinds(size))}
+    return {kind.name: kind for kind in (stock(size), *whole_kinds(size), *decoder_kinds(size))}
 
 
 # Those of LLaVA-1.5, which other benchmarks share.
