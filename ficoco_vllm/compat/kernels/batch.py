@@ -157,12 +157,21 @@ def post_update(
     all_token_ids_ptr: Tensor,
     all_token_ids_stride: int,
     total_len_ptr: Tensor,
+    draft_tokens_ptr: Tensor | None = None,
+    draft_tokens_out_ptr: Tensor | None = None,
+    num_draft_tokens: int = 0,
     **_: Any,
 ) -> None:
-    """Append the sampled tokens to the requests; rows with a negative state are left out."""
+    """Append the sampled tokens to the requests; rows with a negative state are left out.
+
+    vLLM 0.33 keeps the drafts of each request, too.
+    """
     states = idx_mapping_ptr.numpy()
     rows = np.flatnonzero(states >= 0)
     states = states[rows]
+    if draft_tokens_ptr is not None:
+        assert draft_tokens_out_ptr is not None
+        draft_tokens_out_ptr.numpy()[states] = draft_tokens_ptr.numpy()[rows]
     count = num_sampled_ptr.numpy()[rows]
     sampled, total = sampled_tokens_ptr.numpy(), total_len_ptr.numpy()
     for place in range(int(count.max(initial=0))):

@@ -40,8 +40,14 @@ def gather_block_tables(
     num_reqs_padded: int,
     out: tuple[Tensor, ...] | None = None,
     out_ptrs: Tensor | None = None,
+    num_computed_tokens: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """`BlockTables.gather_block_tables`: copy the tables of a step's requests, group by group; padded rows are 0."""
+    """`BlockTables.gather_block_tables`: copy the tables of a step's requests, group by group; padded rows are 0.
+
+    vLLM 0.33 hides blocks below a sliding window, which only groups with such a window have.
+    """
+    hides = num_computed_tokens is not None and self.has_sliding_window_groups
+    assert not hides, "methods of the decoder, which alone use this runner on a CPU, refuse sliding windows"
     outs = tuple(self.input_block_tables) if out is None else out
     states = idx_mapping.numpy()
     num_blocks = self.num_blocks.np[:, states].max(axis=1, initial=0).tolist()
