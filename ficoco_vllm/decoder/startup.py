@@ -20,6 +20,9 @@ SCHEDULER = "ficoco_vllm.kv.scheduler.SegmentScheduler"
 # Text of a window for which a step has room after the largest image, unless the settings say more.
 TEXT_OF_WINDOW = 256
 
+# They rank by the words of the question, and yet chats lose nothing (docs/decoder-kv.md has the measurement).
+_STEADY_IN_CHATS = frozenset({"tops"})
+
 # A child of vLLM's logger, whose handlers and level it shares.
 logger = init_logger("vllm.ficoco.decoder")
 
@@ -82,14 +85,15 @@ def default_windows(vllm_config: Any, config: FicocoConfig) -> str:
         config: our settings, with a method of the decoder.
 
     Returns:
-        "turn"; "prompt" for methods that rank by the words of the question, to which later questions matter
-        (docs/decoder-kv.md has the measurement); "off" beside an option that windows exclude.
+        "turn"; "prompt" for methods that rank by the words of the question, to which later questions matter, but for
+        those that lose nothing; "off" beside an option that windows exclude.
     """
     if _excluding_windows(vllm_config):
         return "off"
     method = config.decoder_method
     assert method is not None
-    return "prompt" if "text_features" in method.configure(**config.settings).signals else "turn"
+    reads_words = "text_features" in method.configure(**config.settings).signals
+    return "prompt" if reads_words and config.method not in _STEADY_IN_CHATS else "turn"
 
 
 def _excluding_windows(vllm_config: Any) -> dict[str, str]:

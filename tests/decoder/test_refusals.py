@@ -289,6 +289,7 @@ def test_window_tokens_of_windows_that_do_not_end_with_a_turn(
         ("vscan-l", {}, "turn"),
         ("sparsevlm", {}, "prompt"),
         ("tops-l", {}, "prompt"),
+        ("tops", {}, "turn"),
         ("ficoco-l", {"kv_cache_dtype": "fp8"}, "off"),
     ],
 )
