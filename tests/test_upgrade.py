@@ -121,6 +121,31 @@ def test_a_method_that_hands_on_what_it_does_not_name_is_not_broken(
     assert {seam.name for seam in broken(tree, installed)} == {"HTTPConnection.get_async_response"}
 
 
+@pytest.mark.parametrize(
+    ("module", "old", "new", "seam"),
+    [
+        (
+            "input_batch",
+            "    num_lookahead,\n    idx_mapping_ptr,",
+            "    num_lookahead,\n    again_ptr,\n    idx_mapping_ptr,",
+            "_prepare_prefill_inputs_kernel",
+        ),
+        (
+            "block_table",
+            "positions: torch.Tensor,",
+            "places: torch.Tensor,",
+            "BlockTables.compute_slot_mappings",
+        ),
+    ],
+)
+def test_a_parameter_that_a_replaced_kernel_gets_or_loses_is_reported(
+    module: str, old: str, new: str, seam: str, installed: Tree, tmp_path: Path
+) -> None:
+    """Functions in place of kernels ignore what they do not name, so a new parameter would go unnoticed."""
+    tree = changed(installed, f"vllm.v1.worker.gpu.{module}", old, new, tmp_path)
+    assert seam in {moved.name for moved in broken(tree, installed)}
+
+
 def test_a_constructor_that_hands_nothing_on_needs_none_of_vllm(needed: dict[Seam, set[str]]) -> None:
     """`SteadyManager` takes over the state of a manager; `FicocoMediaConnector` calls vLLM's constructor."""
     names = {seam.name for seam in needed}

@@ -1,7 +1,7 @@
 """Places where our code relies on vLLM's, and a check that a source tree of vLLM has them. Nothing is imported.
 
-Three kinds are read from our own sources: names that are imported from vLLM, methods of vLLM's classes that ours
-override, and parameters of what they override.
+Four kinds are read from our own sources: names that are imported from vLLM, methods of vLLM's classes that ours
+override, parameters of what they override, and those of the kernels and methods that functions of ours replace.
 """
 
 import ast
@@ -22,7 +22,7 @@ class Seam:
     Attributes:
         module: of vLLM.
         name: in that module; empty for the module itself, `Class.method` for what is overridden.
-        parameters: of vLLM's method, which ours overrides; empty for other kinds.
+        parameters: of vLLM's method or kernel, which ours overrides or replaces; empty for other kinds.
         others: places where other versions of vLLM have the name, each a module and a name.
     """
 
@@ -216,6 +216,50 @@ def overrides(reference: Tree) -> Iterator[tuple[Seam, str, tuple[str, ...]]]:
                         yield seam, where, parameters(function)
 
 
+def replacements(reference: Tree) -> Iterator[tuple[Seam, str, tuple[str, ...]]]:
+    """Kernels and methods of model runner V2 that functions of `compat/kernels` replace; see `overrides`."""
+    folder = ROOT / "ficoco_vllm" / "compat" / "kernels"
+    functions = {
+        (file.stem, node.name): node
+        for file in folder.glob("*.py")
+        for node in ast.parse(file.read_text()).body
+        if isinstance(node, ast.FunctionDef)
+    }
+    tables = [
+        ast.literal_eval(_quoted(node.value))
+        for node in ast.parse((folder / "__init__.py").read_text()).body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None
+    ]
+    (kernels,) = tables
+    named = [
+        (f"vllm.v1.worker.gpu.{module}", kernel, tuple(ours.split(".")))
+        for module, replaced in kernels.items()
+        for kernel, ours in replaced.items()
+    ]
+    hooks = ast.parse((ROOT / "ficoco_vllm" / "hooks" / "kernels.py").read_text())
+    for call in (node for node in ast.walk(hooks) if isinstance(node, ast.Call)):
+        if isinstance(call.func, ast.Name) and call.func.id == "replace":
+            owner, name, ours = call.args
+            if isinstance(ours, ast.Attribute):
+                module, cls = imports(hooks)[ast.unparse(owner)]
+                named.append((module, f"{cls}.{ast.literal_eval(name)}", ("blocks", ours.attr)))
+    for module, name, function in named:
+        theirs = _function(reference, Seam(module, name))
+        if theirs is not None:
+            seam = Seam(module, name, parameters(theirs))
+            yield seam, f"ficoco_vllm/compat/kernels/{function[0]}.py", parameters(functions[function])
+
+
+def _quoted(node: ast.expr) -> ast.expr:
+    """A dictionary of dictionaries, with the names of its values as strings."""
+    assert isinstance(node, ast.Dict)
+    values = [
+        _quoted(value) if isinstance(value, ast.Dict) else ast.Constant(ast.unparse(value))
+        for value in node.values
+    ]
+    return ast.Dict(node.keys, values)
+
+
 def _hands_on(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
     """Whether a method calls the one that it overrides."""
     return any(isinstance(node, ast.Name) and node.id == "super" for node in ast.walk(function))
@@ -236,7 +280,7 @@ def seams(reference: Tree) -> dict[Seam, set[str]]:
         for place in imports(tree).values():
             seam = Seam(*choices.get(place, (place,))[0], others=choices.get(place, ())[1:])
             needed.setdefault(seam, set()).add(where)
-    for seam, where, _ in overrides(reference):
+    for seam, where, _ in (*overrides(reference), *replacements(reference)):
         needed.setdefault(seam, set()).add(where)
     return needed
 
@@ -248,10 +292,10 @@ def moved(tree: Tree, needed: dict[Seam, set[str]]) -> dict[Seam, str]:
         if not seam.name:
             if tree.module(seam.module) is None:
                 gone[seam] = "the module is gone"
-        elif "." in seam.name:
-            function = _method(tree, seam)
+        elif "." in seam.name or seam.parameters:
+            function = _function(tree, seam)
             if function is None:
-                gone[seam] = "nothing is overridden any more"
+                gone[seam] = "nothing is overridden any more" if "." in seam.name else "the kernel is gone"
             elif parameters(function) != seam.parameters:
                 gone[seam] = f"({', '.join(seam.parameters)}) became ({', '.join(parameters(function))})"
         elif all(tree.find(*place) is None for place in ((seam.module, seam.name), *seam.others)):
@@ -260,19 +304,31 @@ def moved(tree: Tree, needed: dict[Seam, set[str]]) -> dict[Seam, str]:
 
 
 def broken(tree: Tree, reference: Tree) -> dict[Seam, str]:
-    """Seams that a vLLM has moved and our sources do not handle; an override with `*` or `**` hands on the rest."""
+    """Seams that a vLLM has moved and our sources do not handle.
+
+    An override with `*` or `**` hands on the rest. What replaces a function names each parameter that came.
+    """
     gone = moved(tree, seams(reference))
-    handled = {seam: True for seam in gone if _method(tree, seam) is not None}
+    handled = {seam: True for seam in gone if _function(tree, seam) is not None}
     for seam, _, ours in overrides(reference):
         if seam in handled:
             names = [name for name in ours if not name.startswith("*")]
-            theirs = list(parameters(_method(tree, seam)))
+            theirs = list(parameters(_function(tree, seam)))
             handled[seam] &= theirs[: len(names)] == names and (
                 len(theirs) == len(names) or len(ours) > len(names)
             )
+    for seam, _, ours in replacements(reference):
+        if seam in handled:
+            came = set(parameters(_function(tree, seam))) - set(seam.parameters)
+            left = set(seam.parameters) - set(parameters(_function(tree, seam)))
+            handled[seam] &= came <= set(ours) and not left & set(ours)
     return {seam: what for seam, what in gone.items() if not handled.get(seam)}
 
 
-def _method(tree: Tree, seam: Seam) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
+def _function(tree: Tree, seam: Seam) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
+    """A method, or a function with parameters."""
     cls, _, method = seam.name.partition(".")
-    return tree.method(seam.module, cls, method) if method else None
+    if method:
+        return tree.method(seam.module, cls, method)
+    found = tree.find(seam.module, seam.name)
+    return found[1] if found and isinstance(found[1], ast.FunctionDef | ast.AsyncFunctionDef) else None
