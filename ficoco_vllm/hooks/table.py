@@ -290,6 +290,13 @@ HOOKS = (
         "lets vLLM take its torch versions of top-k and top-p without a GPU",
         "tests/decoder/test_sampling_options.py::test_equals_stock",
     ),
+    Hook(
+        "vllm.model_executor.models.qwen3_vl",
+        "HAS_TRITON",
+        "",
+        "lets Qwen3-VL interpolate its position embeddings in torch without a GPU",
+        "tests/decoder/test_qwen3_vl.py::test_no_kernel_of_the_tower_is_interpreted",
+    ),
     # Kernels are not patched but registered with vLLM's dispatcher. Our functions take the parameters of the kernel.
     *(
         Hook(

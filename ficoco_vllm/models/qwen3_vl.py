@@ -23,6 +23,7 @@ from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.decoder.decoder import ReducingStep
+from ficoco_vllm.hooks.position_embeddings import hook_position_embeddings
 from ficoco_vllm.hooks.pruned_positions import hook_pruned_positions
 from ficoco_vllm.models.qwen3_vl_processing import QwenInfo, QwenMoeInfo, QwenProcessor
 from ficoco_vllm.models.reducing import ReducingModel, Requested
@@ -56,6 +57,7 @@ class ReducingQwen(ReducingModel):
         if FicocoConfig.of(hf_config).method is not None and ServerPlan.served(hf_config).tower.active:
             # Before vLLM's class builds the decoder, whose table of rotations must hold the positions.
             hook_pruned_positions(vllm_config.model_config.multimodal_config)
+        hook_position_embeddings()
         super().__init__(vllm_config=vllm_config, prefix=prefix)
 
     def forward(

@@ -199,3 +199,19 @@ def test_a_cached_window_equals_reference(
     for prompt, reply in ((PROMPT, first), (second, warm)):
         logprobs = reference.judge("ficoco-l", prompt, images, reply.tokens)
         assert_equal(reply.tokens, reply.logprobs, logprobs.argmax(dim=-1).tolist(), logprobs, ends=False)
+
+
+def without_kernel(engine: Any, answer_one: Ask) -> Answer:
+    """Answer a request while the kernel that interpolates position embeddings cannot run."""
+    from vllm.model_executor.models import qwen3_vl
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(qwen3_vl, "_bilinear_pos_embed_kernel", None)
+        (answer,) = ask(engine, [answer_one])
+    return answer
+
+
+def test_no_kernel_of_the_tower_is_interpreted(engine: Remote) -> None:
+    """Interpreted, one launch takes longer than the rest of the tower."""
+    (image,) = noise([(101, 75)], 1)
+    assert engine.call(without_kernel, Ask(PROMPT, [image], 1))
