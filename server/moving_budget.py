@@ -16,7 +16,6 @@ from ficoco_vllm.server.budget import (
     DefaultBudget,
     Source,
     TowerBudget,
-    most_tokens,
     on_server,
 )
 from ficoco_vllm.server.elastic.budget import ElasticBudget
@@ -68,8 +67,7 @@ def install(
         sources.append(held)
         figures = Figures(model.served_model_name, str(engines[0]), held)
         policy = engine_client.vllm_config.scheduler_config.policy
-        most = most_tokens(config, model.hf_config)
-        Comparer(held, most, figures, has_priorities=policy == "priority").attach(state, engine_client)
+        Comparer(held, plan, figures, has_priorities=policy == "priority").attach(state, engine_client)
     budget = DefaultBudget(tuple(sources))
     _apply(budget, plan, engine_client, applier)
 

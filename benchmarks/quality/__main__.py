@@ -1,10 +1,10 @@
 """`make bench-quality`: a target agreement on traffic that turns from easy to hard and back.
 
-Three parts, on the demo model and one server each:
+Three parts, on the demo model:
 1. Traffic: colours and shapes, then numbers, then colours and shapes again, none naming a budget. Each answer is
    compared with the full model's, which was asked for before.
-2. Stationary traffic: the budget on which the control law settles, against the one that `calibrate` finds on the same
-   answers.
+2. Stationary traffic: a server answers every question at every budget. The budget on which the control law settles in a
+   simulation over these answers, against the one that `calibrate` finds on them.
 3. Overhead: requests a second at the same budget, with second answers and without, in turns.
 """
 

@@ -270,6 +270,12 @@ def _check_quality(option: str, settings: dict[str, Any], args: argparse.Namespa
             f"--ficoco-allow-methods = {allowed!r} is not allowed with {option}, whose second answers keep all tokens; "
             "allowed: off among the names"
         )
+    raw = "raw_logprobs"  # vLLM's default: before temperature and masks
+    if args.logprobs_mode not in (None, raw):
+        raise ValueError(
+            f"--logprobs-mode = {args.logprobs_mode!r} is not allowed with {option}, which compares the probabilities "
+            f"of two models; allowed: {raw}"
+        )
 
 
 def make_plan(wanted: Wanted, hf_config: Any, args: argparse.Namespace) -> "ServerPlan":
@@ -366,11 +372,14 @@ def _in_words(plan: "ServerPlan | None", args: argparse.Namespace) -> str:
     if plan is None:
         return "none: stock vLLM (--ficoco-method and --ficoco-keep reduce the visual tokens)"
     config: FicocoConfig = plan.config
-    if args.ficoco_elastic is not None:
-        return f"{config.method}, with a budget that follows the load: {args.ficoco_elastic}"
+    moving = []
     if args.ficoco_quality is not None:
         target = args.ficoco_quality["target_agreement"]
-        return f"{config.method}, with the smallest budget that holds an agreement of {target} with the full model"
+        moving.append(f"the smallest budget that holds an agreement of {target} with the full model")
+    if args.ficoco_elastic is not None:
+        moving.append(f"a budget that follows the load: {args.ficoco_elastic}")
+    if moving:
+        return f"{config.method}, with {' or, where that is larger, '.join(moving)}"
     if config.kv_budget is not None:
         return (
             f"{config.method} keeps {config.kv_budget:g} visual tokens of an image on average over the layers"

@@ -13,12 +13,14 @@ from vllm.logger import init_logger
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from ficoco_vllm.hooks.wrapping import wrap
+from ficoco_vllm.planning.server import ServerPlan
 from ficoco_vllm.quality.allowance import Allowance
 from ficoco_vllm.request_fields import FIELD, KEEP, KEEP_RATIO, METHOD
 from ficoco_vllm.server.media.connector import remembered
 from ficoco_vllm.server.quality.answers import Answer, acceptance, same_text
 from ficoco_vllm.server.quality.budget import QualityBudget, traffic
 from ficoco_vllm.server.quality.figures import Figures
+from ficoco_vllm.server.quality.served import ServedBudget
 from ficoco_vllm.server.request_field.routes import HANDLERS
 from ficoco_vllm.server.request_field.schema import OFF
 
@@ -44,9 +46,10 @@ class Chosen:
         request: copy of vLLM's request as it came.
         handler: answers it.
         name: its class of traffic.
-        keep: visual tokens of an image in the first answer.
         suspects: whether it was chosen on a suspicion.
         media: images that were fetched for it.
+        served: budget of the first answer. It differs from the one of its class where the load asks for more tokens, and
+            in a chat that keeps the budget of its first turn.
         answer: the first answer.
         is_greedy: whether its tokens were not drawn.
         num_calls: prompts that it sent to the engine.
@@ -55,9 +58,9 @@ class Chosen:
     request: Any
     handler: Callable[..., Awaitable[Any]]
     name: str
-    keep: int
     suspects: bool
     media: dict[Any, Any] = field(default_factory=dict)
+    served: ServedBudget | None = None
     answer: Answer = field(default_factory=Answer)
     is_greedy: bool = True
     num_calls: int = 0
@@ -93,16 +96,16 @@ class Comparer:
 
     Attributes:
         budget: takes the scores.
-        num_visual_tokens: of an image without reduction.
+        plan: of the server.
         has_priorities: whether the scheduler sorts by priority.
         figures: counts what is compared.
     """
 
     def __init__(
-        self, budget: QualityBudget, num_visual_tokens: int, figures: Figures, *, has_priorities: bool
+        self, budget: QualityBudget, plan: ServerPlan, figures: Figures, *, has_priorities: bool
     ) -> None:
         self.budget = budget
-        self.num_visual_tokens = num_visual_tokens
+        self.plan = plan
         self.has_priorities = has_priorities
         self.figures = figures
         settings = budget.settings
@@ -155,11 +158,12 @@ class Comparer:
         if not self.budget.next_rungs(name, top_reduces=self._top_reduces):
             self.budget.record(name, ())
             return None
-        return Chosen(_copy_of(request), handler, name, self.budget(), suspects)
+        return Chosen(_copy_of(request), handler, name, suspects)
 
     @property
     def _top_reduces(self) -> bool:
-        return self.budget.budgets[-1] < self.num_visual_tokens
+        top = self.budget.budgets[-1]
+        return top < self.plan.most or self.plan.tower_keep(top) < self.plan.tower.most_keep
 
     def _generate(
         self,
@@ -186,6 +190,7 @@ class Comparer:
         if chosen is None or not has_images:
             return original(prompt, params, *args, **kwargs)
         chosen.num_calls += 1
+        chosen.served = ServedBudget.of(prompt, params.extra_args or {})
         chosen.is_greedy = params.temperature == 0
         if not chosen.is_greedy and params.logprobs is None:
             params = copy(params)
@@ -236,19 +241,22 @@ class Comparer:
         return True
 
     async def _scores(self, chosen: Chosen) -> list[tuple[int, float]]:
+        served = chosen.served
+        assert served is not None
         rungs = self.budget.next_rungs(chosen.name, top_reduces=self._top_reduces)
         full: Answer | None = None
         scores = []
         for index in reversed(rungs):  # the served one first
             keep = self.budget.budgets[index]
-            answer = chosen.answer if keep == chosen.keep else await self._again(chosen, keep)
+            is_given = served.is_of(self.plan, keep)
+            answer = chosen.answer if is_given else await self._again(chosen, keep)
             if not chosen.is_greedy:
                 forced = await self._again(chosen, None, tuple(answer.token_ids))
                 score = acceptance(answer, forced)
             else:
                 if full is None:
-                    kept_all = chosen.keep >= self.num_visual_tokens
-                    full = chosen.answer if kept_all else await self._again(chosen, None)
+                    is_full = served.keeps_all(self.plan)
+                    full = chosen.answer if is_full else await self._again(chosen, None)
                 score = same_text(answer, full)
             scores.append((index, score))
         return scores

@@ -24,11 +24,18 @@ from ficoco_vllm.server.cli import COMMANDS, command, main, make_parser
 from ficoco_vllm.server.commands.completion import SHELLS, script
 from ficoco_vllm.server.commands.methods import _meanings, _source
 from ficoco_vllm.server.commands.preflight import method_names
-from ficoco_vllm.server.commands.serve import _use_demo_model, resolve_settings
+from ficoco_vllm.server.commands.serve import (
+    _in_words,
+    _use_demo_model,
+    _vllm_parser,
+    configure,
+    resolve_settings,
+)
 from ficoco_vllm.server.commands.serve_options import load_config, read_options, read_settings
 
 ROOT = Path(__file__).parents[3]
 ELASTIC = '{"floor": 64, "ceiling": 288}'
+TARGET = ["--ficoco-method", "ficoco-v", "--ficoco-target-agreement"]
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,6 +210,30 @@ def test_config_refuses_a_list_in_a_file(tmp_path: Path) -> None:
             ["--ficoco-elastic", ELASTIC, "--ficoco-config", '{"method": "ficoco-l", "kv_budget": 450}'],
             ["kv_budget = 450", "--ficoco-elastic"],
         ),
+        ([*TARGET, "1.5"], ["quality.target_agreement = 1.5 is not allowed; allowed: a number above 0, below 1"]),
+        ([*TARGET, "abc"], ["--ficoco-target-agreement = 'abc' is not allowed", "above 0, below 1"]),
+        (
+            [*TARGET, "0.9", "--ficoco-config", '{"quality": {"ladder": [64, 32]}}'],
+            ["quality.ladder = [64, 32] is not allowed; allowed: increasing integers"],
+        ),
+        (
+            [*TARGET, "0.9", "--ficoco-config", '{"quality": {"ladder": [64, 577]}}'],
+            ["quality.ladder = [64, 577] is not allowed", "from 1 to 576"],
+        ),
+        ([*TARGET, "0.9", "--ficoco-keep", "64"], ["keep = 64 is not allowed", "a ladder of budgets"]),
+        ([TARGET[-1], "0.9"], ["--ficoco-target-agreement needs a method", "--ficoco-method"]),
+        (
+            [*TARGET, "0.9", "--disable-log-stats"],
+            ["--disable-log-stats is not allowed with --ficoco-target-agreement"],
+        ),
+        (
+            [*TARGET, "0.9", "--ficoco-allow-methods", "tome"],
+            ["--ficoco-allow-methods = 'tome' is not allowed with --ficoco-target-agreement", "off among"],
+        ),
+        (
+            [*TARGET, "0.9", "--logprobs-mode", "processed_logprobs"],
+            ["--logprobs-mode = 'processed_logprobs' is not allowed", "allowed: raw_logprobs"],
+        ),
         (["--ficoco-min-keep", "0"], ["--ficoco-min-keep = '0'", "an integer of at least 1"]),
         (["--ficoco-max-image-pixels", "few"], ["--ficoco-max-image-pixels = 'few'", "at least 2"]),
         (["--ficoco-max-image-mb", "-1"], ["--ficoco-max-image-mb = '-1'", "an integer of at least 0"]),
@@ -220,7 +251,7 @@ def test_serve_refuses_in_one_line(
     # The command changes both, which later tests must not see.
     monkeypatch.setattr(os, "environ", dict(os.environ))
     monkeypatch.setattr(sys, "path", list(sys.path))
-    assert main(["serve", *arguments]) == 2
+    assert main(["serve", "--port", "0", *arguments]) == 2
     check_line(capsys.readouterr().err, parts)
 
 
@@ -333,6 +364,31 @@ def test_the_demo_model_is_computed_in_float32_on_cpus(
     )
     _use_demo_model(args)
     assert args.dtype == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "policy", "words"),
+    [
+        ([*TARGET, "0.9"], "priority", "holds an agreement of 0.9 with the full model"),
+        (
+            [*TARGET, "0.9", "--ficoco-elastic", ELASTIC],
+            "priority",
+            f"holds an agreement of 0.9 with the full model or, where that is larger, a budget that follows the load: "
+            f"{ELASTIC}",
+        ),
+        ([*TARGET[:2], "--ficoco-elastic", ELASTIC], "fcfs", f"a budget that follows the load: {ELASTIC}"),
+        ([*TARGET[:2], "--ficoco-keep", "64"], "fcfs", "ficoco-v keeps 64 of 576 visual tokens of an image"),
+    ],
+    ids=["target", "both", "load", "neither"],
+)
+def test_a_target_sorts_by_priority_and_is_named_when_the_server_is_ready(
+    arguments: list[str], policy: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    args = _vllm_parser().parse_args(arguments)
+    plan = configure(args)
+    assert args.scheduling_policy == policy
+    assert _in_words(plan, args).endswith(words)
 
 
 def test_mistakes_are_refused_before_anything_is_imported(tmp_path: Path) -> None:

@@ -12,9 +12,14 @@ from typing import Any, cast
 
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 from vllm.sampling_params import SamplingParams
 
+from ficoco_vllm.config import FicocoConfig
+from ficoco_vllm.planning.server import ServerPlan
+from ficoco_vllm.planning.tower import Budget
 from ficoco_vllm.quality.settings import QualitySettings
+from ficoco_vllm.request_fields import BUDGET, KEEP
 from ficoco_vllm.server.load.recorder import LoadRecorder
 from ficoco_vllm.server.load.reports import EngineReport, Load
 from ficoco_vllm.server.quality import comparing
@@ -22,6 +27,13 @@ from ficoco_vllm.server.quality.budget import MAX_CLASSES, OTHER, UNNAMED, Quali
 from ficoco_vllm.server.quality.comparing import LOWEST_PRIORITY, Comparer
 
 NUM_TOKENS = 576
+# 576 patches, tower and decoder of LLaVA-1.5's depth.
+HF_CONFIG = LlavaConfig(
+    vision_config=CLIPVisionConfig(image_size=336, patch_size=14, num_hidden_layers=24),
+    text_config=LlamaConfig(num_hidden_layers=32),
+    vision_feature_layer=-2,
+    vision_feature_select_strategy="default",
+)
 Answering = Callable[[Any], str]
 
 
@@ -63,7 +75,7 @@ class Engine:
     async def _generate(self, prompt: Any, params: Any, priority: int) -> AsyncIterator[Any]:
         if self.starves and priority == LOWEST_PRIORITY:
             await asyncio.sleep(3600)
-        keep = prompt["keep"]
+        keep = (params.extra_args or {}).get(KEEP, prompt[BUDGET].keep)
         self.sent.append((keep, params, priority))
         text = self.answering(keep, params)
         ids = [ord(letter) for letter in text]
@@ -99,19 +111,26 @@ class Figures:
 
 
 class Server:
-    """A server with a handler that renders and generates, as vLLM's do."""
+    """A server with a handler that renders and generates, as vLLM's do.
 
-    def __init__(self, folder: Path, engine: Engine, **settings: Any) -> None:
+    Attributes:
+        least: visual tokens of an image that requests without a budget keep at least, as where the load asks for them.
+        chat: budget that a chat has from its first turn.
+        plan: of the server.
+    """
+
+    least = 0
+    chat: int | None = None
+
+    def __init__(
+        self, folder: Path, engine: Engine, ficoco: dict[str, Any] | None = None, **settings: Any
+    ) -> None:
         values = {"target_agreement": 0.8, "ladder": [64, NUM_TOKENS], "share": 1.0, "max_extra": 1.0}
         parsed = QualitySettings.parse({**values, "max_tokens_per_minute": 10**9, **settings})
         self.budget = QualityBudget(parsed, "ficoco-v", folder, LoadRecorder(), lambda: 1)
         self.figures, self.engine = Figures(), engine
-        self.comparer = Comparer(
-            self.budget,
-            NUM_TOKENS,
-            cast(Any, self.figures),
-            has_priorities=True,
-        )
+        self.plan = ServerPlan.of(FicocoConfig.parse(ficoco or {"method": "ficoco-v"}), HF_CONFIG)
+        self.comparer = Comparer(self.budget, self.plan, cast(Any, self.figures), has_priorities=True)
         self.comparer._allowance.is_ready, self.comparer._allowance.earned = True, 1e6
         self.openai_serving_chat = self
         self.comparer.attach(self, engine)
@@ -119,13 +138,28 @@ class Server:
     async def create_chat_completion(self, request: Any, raw_request: Any = None) -> Any:
         """The handler."""
         field = (request.model_extra or {}).get("ficoco")
-        keep = self.budget() if field is None else NUM_TOKENS if field == "off" else field["keep"]
-        prompt = {"keep": keep, "prompt_token_ids": [0] * keep, "mm_placeholders": {"image": [1]}}
+        keep = NUM_TOKENS if field == "off" else self.given() if field is None else field["keep"]
         params = SamplingParams(temperature=request.temperature, n=request.n)
+        entering = in_tower = NUM_TOKENS
+        if self.plan.tower.active:
+            in_tower = NUM_TOKENS if field == "off" else self.plan.tower_keep(keep)
+            entering = in_tower
+        if self.plan.decoder is not None:
+            params.extra_args = {KEEP: min(keep, entering)}
+        place = SimpleNamespace(offset=0, length=entering)
+        prompt = {
+            BUDGET: Budget(None, in_tower),
+            "prompt_token_ids": [0] * entering,
+            "mm_placeholders": {"image": [place]},
+        }
         text = ""
         async for output in self.engine.generate(prompt, params, "id"):
             text = output.outputs[0].text
         return text
+
+    def given(self) -> int:
+        """Budget of a request that names none."""
+        return max(self.least, self.budget()) if self.chat is None else self.chat
 
     async def ask(self, raw_request: Any = None, **fields: Any) -> str:
         """Send one request, and wait for its comparison."""
@@ -161,6 +195,58 @@ def test_at_a_reduced_budget_the_full_model_answers_once_for_all_rungs(tmp_path:
         assert [keep for keep, *_ in engine.sent] == [64, NUM_TOKENS, 32]
     else:  # the smallest was shown first
         assert [keep for keep, *_ in engine.sent] == [32, NUM_TOKENS]
+
+
+@pytest.mark.parametrize("method", ["ficoco-v", "ficoco-l", "ficoco-vl"])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_request_that_got_more_tokens_than_its_rung_is_no_score_of_that_rung(
+    method: str, temperature: float, tmp_path: Path
+) -> None:
+    """With `--ficoco-elastic` the client gets the larger of two budgets; the rung is then asked for, too."""
+    wrong, right = "wrong", "right"
+    engine = Engine(lambda keep, params: right if keep >= 288 else wrong)
+    server = Server(tmp_path, engine, {"method": method}, ladder=[64, 288, NUM_TOKENS])
+    server.budget.states = {UNNAMED: replace(server.budget.state(UNNAMED), served=0)}
+    server.least = 288
+    assert asyncio.run(server.ask(temperature=temperature)) == right
+    kept = [keep for keep, params, _ in engine.sent if params.prompt_logprobs is None]
+    if temperature:
+        assert kept == [288, 64]
+        (forced,) = (keep for keep, params, _ in engine.sent if params.prompt_logprobs is not None)
+        assert forced == NUM_TOKENS
+        assert server.figures.scores == [(64, "", pytest.approx(math.exp(-1)))]
+    else:
+        assert kept == [288, 64, NUM_TOKENS]
+        assert server.figures.scores == [(64, "", 0.0)]
+
+
+def test_an_answer_with_all_tokens_is_the_full_model_s_whatever_the_rung(tmp_path: Path) -> None:
+    engine = Engine(lambda keep, params: "right" if keep == NUM_TOKENS else "wrong")
+    server = Server(tmp_path, engine)
+    server.budget.states = {UNNAMED: replace(server.budget.state(UNNAMED), served=0)}
+    server.least = NUM_TOKENS
+    asyncio.run(server.ask())
+    assert [keep for keep, *_ in engine.sent] == [NUM_TOKENS, 64]
+    assert server.figures.scores == [(64, "", 0.0)]
+
+
+@pytest.mark.parametrize("method", ["ficoco-v", "ficoco-l", "ficoco-vl"])
+def test_a_chat_that_keeps_an_earlier_budget_is_no_full_answer(method: str, tmp_path: Path) -> None:
+    """Its class has gone back to all tokens since; its second turn still has few."""
+    engine = Engine(lambda keep, params: "right" if keep == NUM_TOKENS else "wrong")
+    server = Server(tmp_path, engine, {"method": method})
+    server.chat = 64
+    asyncio.run(server.ask())
+    assert server.figures.scores == [(64, "", 0.0)]
+
+
+def test_a_tower_with_a_budget_of_its_own_is_no_full_model(tmp_path: Path) -> None:
+    ficoco = {"method": "ficoco-vl", "encoder": {"keep": 192}}
+    engine = Engine(lambda keep, params: "same")
+    server = Server(tmp_path, engine, ficoco)
+    asyncio.run(server.ask())
+    assert [keep for keep, *_ in engine.sent] == [192, NUM_TOKENS, 64]
+    assert server.figures.scores == [(NUM_TOKENS, "", 1.0), (64, "", 1.0)]
 
 
 def test_of_a_sampled_answer_the_full_model_reads_the_tokens(tmp_path: Path) -> None:

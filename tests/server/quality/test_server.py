@@ -141,6 +141,7 @@ def test_sampled_and_streamed_answers_are_compared_and_prompts_without_an_image_
     with server.client() as client:
         ask(client, items[1], temperature=0.7, seed=1)
         wait(server, "ficoco:quality_comparisons_total", before + 1)
+        spent = server.metric("ficoco:quality_tokens_total")
         chunks = client.chat.completions.create(
             model="ficoco-demo",
             messages=[message(items[1].question, [data_url(items[1].image or b"")])],
@@ -150,6 +151,8 @@ def test_sampled_and_streamed_answers_are_compared_and_prompts_without_an_image_
         )
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
         wait(server, "ficoco:quality_comparisons_total", before + 2)
+        spent = server.metric("ficoco:quality_tokens_total") - spent
+        assert 576 < spent < 576 + 64, "the given answer is that of its rung, and is not asked for again"
         text_only = client.completions.create(model="ficoco-demo", prompt="What", max_tokens=4)
         assert text_only.usage is not None
         assert text_only.usage.completion_tokens > 0
@@ -224,7 +227,11 @@ def test_in_the_decoder(tmp_path: Path, items: list[Item]) -> None:
     ):
         assert ask(client, items[0]) == 576
         assert ask_until(client, items, 64) >= 8
-        before = decoder.metric("ficoco:quality_comparisons_total")
-        ask(client, items[2], temperature=0.7)
+        before = at_rest(decoder)
+        spent = decoder.metric("ficoco:quality_tokens_total")
+        # A question that is new, since a chat keeps its budget.
+        ask(client, items[-1], temperature=0.7)
         wait(decoder, "ficoco:quality_comparisons_total", before + 1)
+        spent = decoder.metric("ficoco:quality_tokens_total") - spent
+        assert 576 < spent < 2 * 576, "the given answer is that of its rung, and is not asked for again"
         assert decoder.metric("ficoco:quality_skipped_total") == 0
