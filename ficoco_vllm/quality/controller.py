@@ -64,7 +64,7 @@ class State:
         rungs: of the ladder, ascending.
         alarm: of the served rung, see `updated_alarm`.
         num_chosen: requests that were chosen so far.
-        num_falls: times that the alarm has sent the budget back to the top.
+        num_falls: times that the budget went back to the top.
     """
 
     served: int
@@ -138,7 +138,9 @@ def _score(settings: QualitySettings, state: State, index: int, score: float) ->
     state = replace(state, rungs=_with(state.rungs, index, rung))
     if index == state.served:
         state = replace(state, alarm=updated_alarm(state.alarm, score, target))
-        if state.alarm_level >= ALARM and state.served < state.top:
+        # That is, the upper bound of `interval` lies below the target.
+        is_below = evidence_below(rung.tally, target) >= math.log(2 / (1 - settings.confidence))
+        if state.served < state.top and (state.alarm_level >= ALARM or is_below):
             return _fall(state)
         return state
     if index > state.served:

@@ -1,4 +1,4 @@
-"""The file in which the states of all classes outlast a server: counts, and nothing of any request."""
+"""The file in which the states of all classes outlast a server: counts, under the names of the classes."""
 
 import json
 from dataclasses import asdict

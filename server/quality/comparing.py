@@ -224,9 +224,8 @@ class Comparer:
             if self._engine_client.errored:  # the server ends, and says so itself
                 return
             self.figures.skip("failed")
-            logger.warning(
-                "ficoco: a request could not be answered a second time: %s", error or type(error).__name__
-            )
+            # Its text may quote the request.
+            logger.warning("ficoco: a request could not be answered a second time: %s", type(error).__name__)
             return
         for index, score in scores:
             self.figures.score(self.budget.budgets[index], chosen.name, score)

@@ -47,6 +47,10 @@ def test_wrong_settings_are_named(values: Any, text: str) -> None:
     assert text in str(error.value)
 
 
+def test_one_request_in_a_hundred_is_compared_unless_the_operator_says_otherwise() -> None:
+    assert QualitySettings.parse({"target_agreement": 0.9}).share == 0.01
+
+
 def test_the_ladder_fits_model_and_operator() -> None:
     settings = QualitySettings(target_agreement=0.9)
     assert settings.on_model(576).ladder == (32, 64, 96, 128, 192, 288, 576)

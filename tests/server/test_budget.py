@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,7 @@ from ficoco_vllm.server.budget import (
 from ficoco_vllm.server.elastic.budget import ElasticBudget
 from ficoco_vllm.server.elastic.settings import OPTION, ElasticSettings
 from ficoco_vllm.server.load.recorder import LoadRecorder
+from ficoco_vllm.server.moving_budget import install
 
 # 576 patches, towers and decoders of LLaVA-1.5's depth.
 HF_CONFIG = LlavaConfig(
@@ -265,6 +267,26 @@ def test_statistics_of_vllm_move_the_budget(tmp_path: Path) -> None:
     assert budget() == 64
     recorder.record(None, None)  # the statistics of this step went to another process
     recorder.log_engine_initialized()
+
+
+@pytest.mark.parametrize("options", [{}, {"ficoco_elastic": None, "ficoco_quality": None}], ids=["none", "ours"])
+def test_without_an_option_nothing_is_installed(options: dict[str, Any]) -> None:
+    """Neither on plain `vllm serve`, which has none of our options, nor on ours with both off."""
+
+    def generate() -> None:
+        """The engine's."""
+
+    def create_chat_completion() -> None:
+        """The handler's."""
+
+    engine = SimpleNamespace(generate=generate)
+    chat = SimpleNamespace(create_chat_completion=create_chat_completion)
+    applier: Any = SimpleNamespace(default_tower=None)
+    state = SimpleNamespace(openai_serving_chat=chat)
+    assert install(engine, state, Namespace(**options), applier) is None
+    assert vars(engine) == {"generate": generate}
+    assert vars(chat) == {"create_chat_completion": create_chat_completion}
+    assert applier.default_tower is None
 
 
 def test_without_statistics_it_is_refused() -> None:

@@ -422,6 +422,8 @@ refused("--ficoco-keep", "577")
 refused("--ficoco-keep", "0")
 assert "torch" not in sys.modules
 refused("--ficoco-config", '{{"method": "ficoco-v", "lam": 2}}')
+target = ("--ficoco-method", "ficoco-v", "--ficoco-target-agreement", "0.9")
+refused(*target, "--ficoco-config", '{{"quality": {{"ladder": [64, 577]}}}}')
 assert not {{"vllm", "transformers"}} & set(sys.modules)
 """
         done = subprocess.run(
@@ -430,7 +432,7 @@ assert not {{"vllm", "transformers"}} & set(sys.modules)
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
     assert all(line.startswith("ficoco-vllm: error: ") for line in lines)
-    assert len(lines) == 13
+    assert len(lines) == 14
     assert f"--port = {port} cannot be used on 127.0.0.1 (Address already in use)" in lines[0]
     assert "does not exist" in lines[4]
     assert "without config.json" in lines[5]

@@ -1,6 +1,7 @@
 """Choosing and comparing requests, with an engine and handlers of our own."""
 
 import asyncio
+import json
 import logging
 import math
 import time
@@ -337,7 +338,8 @@ def test_an_engine_that_ends_is_not_reported_again(
     engine = Engine(answering)
     server = Server(tmp_path, engine)
     asyncio.run(server.ask())
-    assert "a second time: the engine is gone" in caplog.text
+    assert "a second time: RuntimeError" in caplog.text
+    assert "gone" not in caplog.text, "a text of the engine's may quote the request"
     caplog.clear()
     engine.errored = True
     asyncio.run(server.ask())
@@ -388,6 +390,58 @@ def test_a_key_of_the_metadata_names_the_class(tmp_path: Path) -> None:
     asyncio.run(server.ask(metadata={"kind": "ocr"}))
     asyncio.run(server.ask(metadata={"other": "ocr"}))
     assert [name for _, name, _ in server.figures.scores] == ["ocr", ""]
+
+
+def leaves(value: Any) -> list[Any]:
+    """What a JSON value holds, but for keys."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [leaf for part in value for leaf in leaves(part)] if isinstance(value, list) else [value]
+
+
+def test_of_a_request_the_file_holds_the_name_of_its_class_alone(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    server = Server(
+        tmp_path, Engine(lambda keep, params: "706"), state=str(path), class_metadata="kind", share=1.0
+    )
+    for kind in ("ocr", "x" * 100, None):
+        metadata = None if kind is None else {"kind": kind}
+        asyncio.run(server.ask(prompt="What is the number?", metadata=metadata))
+    written = json.loads(path.read_text())
+    assert set(written) == {"method", "target_agreement", "ladder", "states"}
+    assert set(written["states"]) == {"ocr", "x" * 64, UNNAMED}
+    assert all(type(leaf) in (int, float) for leaf in leaves(written["states"]))
+    for text in ("706", "number"):
+        assert text not in path.read_text()
+
+
+def chosen(folder: Path, seed: int) -> list[int]:
+    """Which of 2,000 requests are compared, of which one in ten is to be."""
+    server = Server(folder, Engine(lambda keep, params: "same"), share=0.1, seed=seed)
+    indices = []
+
+    async def run() -> None:
+        for number in range(2000):
+            await server.create_chat_completion(Request())
+            if server.comparer._waiting:
+                indices.append(number)
+            while server.comparer._waiting:
+                await asyncio.sleep(0)
+
+    asyncio.run(run())
+    return indices
+
+
+def test_the_seed_chooses_the_requests(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in "abc"]
+    for path in paths:
+        path.mkdir()
+    first, again, other = (chosen(path, seed) for path, seed in zip(paths, (0, 0, 1), strict=True))
+    assert first == again
+    assert first != other
+    # Four standard deviations of a binomial distribution.
+    for indices in (first, other):
+        assert abs(len(indices) - 200) < 4 * math.sqrt(2000 * 0.1 * 0.9)
 
 
 def test_processes_share_the_state_and_a_file_outlasts_them(tmp_path: Path) -> None:
