@@ -79,9 +79,15 @@ def bars(result: dict[str, Any]) -> list[Bar]:
     """The bars."""
     live, stationary = result["live"], result["stationary"]
     easy, hard, again = (phase["visual_tokens_late"] for phase in live["phases"])
+    num_requests = live["requests"] // len(live["phases"])
+    highs = [
+        wilson(round(phase["agreement"] * num_requests), num_requests)[1] for phase in live["phases"]
+    ]
     apart = [abs(row["settled_rung"] - row["calibrated_rung"]) for row in stationary]
     return [
         Bar("quality-agreement", live["high"], LIVE_TARGET),
+        # A bad phase must not hide behind two good ones.
+        Bar("quality-phase-agreement", min(highs), LIVE_TARGET),
         at_most("quality-easy-tokens", easy / NUM_TOKENS, 0.5),
         Bar("quality-hard-tokens-of-easy", hard / easy, 1.25),
         at_most("quality-easy-again-tokens-of-hard", again / hard, 0.9),

@@ -10,7 +10,16 @@ import yaml
 from prometheus_client import CollectorRegistry
 
 from ficoco_vllm.metrics.families import Metrics
-from tests.support.prometheus import DASHBOARD, ROOT, needs_prometheus, panels, promtool, rules
+from tests.support.prometheus import (
+    DASHBOARD,
+    QUALITY_ROW,
+    ROOT,
+    filled_in,
+    needs_prometheus,
+    panels,
+    promtool,
+    rules,
+)
 
 PROMETHEUS = ROOT / "docker" / "prometheus"
 GRAFANA = ROOT / "docker" / "grafana"
@@ -66,6 +75,24 @@ def test_a_wrong_rule_fails_the_tests_of_the_rules(right: str, wrong: str, tmp_p
     assert right in text
     copied.write_text(text.replace(right, wrong))
     assert promtool("test", "rules", str(tmp_path / "tests" / "ficoco.yml")).returncode != 0
+
+
+@needs_prometheus
+def test_the_agreement_weighs_every_comparison_of_all_instances_alike(tmp_path: Path) -> None:
+    """Of 10 comparisons of one server 9 agree, of 90 of the other 45: 0.54, not the mean of the shares, 0.7."""
+    instances = {"a:8000": (9, 10), "b:8000": (45, 90)}
+    expression = filled_in(panels(QUALITY_ROW)["Agreement with the full model"][0], 300, "m", "|".join(instances))
+    series = [
+        {"series": f'ficoco:{name}{{instance="{instance}", model_name="m", keep="64"}}', "values": f"0+{step}x10"}
+        for instance, steps in instances.items()
+        for name, step in zip(("quality_score_total", "quality_comparisons_total"), steps, strict=True)
+    ]
+    expected = [{"labels": '{keep="64"}', "value": 0.54}]
+    query = {"expr": expression, "eval_time": "10m", "exp_samples": expected}
+    tests = [{"interval": "1m", "input_series": series, "promql_expr_test": [query]}]
+    (tmp_path / "tests.yml").write_text(yaml.safe_dump({"tests": tests}))
+    result = promtool("test", "rules", str(tmp_path / "tests.yml"))
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_every_alert_is_tested_both_ways() -> None:
