@@ -17,6 +17,7 @@ from ficoco_vllm.benchmarks.accuracy.workload import Item
 from ficoco_vllm.benchmarks.harness.http import chat, data_url, served_model
 from ficoco_vllm.benchmarks.harness.serving import serving
 from ficoco_vllm.benchmarks.harness.terminal import Task
+from ficoco_vllm.compat import is_cpu_build
 
 CONCURRENCY = 16
 Job = tuple[Variant, Item]
@@ -74,6 +75,12 @@ class Host:
     def identity(self) -> dict[str, Any]:
         """What must be equal for answers of two runs to be mixed."""
         return {"model": self.model or "demo", "num_tokens": self.num_tokens}
+
+    @property
+    def dtype(self) -> str | None:
+        """Type in which the servers compute; None where that is known to them alone."""
+        started = self.url is None and self.model is None and "--dtype" not in self.arguments
+        return "float32" if started and is_cpu_build() else None  # as `ficoco-vllm serve` without a model
 
 
 @contextmanager

@@ -76,7 +76,7 @@ def measure(options: Options) -> dict[str, Any]:
                     task.describe(f"questions, server of {method}")
                     replay(server, missing, store, options.concurrency, task)
         result = summarise(wanted, items, store, options.host.num_tokens, lambda row: _count(row, options))
-    head = {"schema": 1, **options.identity, "environment": environment()}
+    head = {"schema": 1, **options.identity, "dtype": options.host.dtype, "environment": environment()}
     return {**head, "count": options.count, "few_count": options.few_count, **result}
 
 

@@ -77,8 +77,10 @@ def provenance(result: Result) -> str:
     """The questions, the machine and the versions."""
     machine = result["environment"]
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    dtype = result.get("dtype")  # older results have none
+    model = f"`{result['model']}`" + (f" in {dtype}" if dtype else "")
     return (
-        f"Questions a row: {questions(result)}. Model `{result['model']}`, seed {result['seed']}, greedy; "
+        f"Questions a row: {questions(result)}. Model {model}, seed {result['seed']}, greedy; "
         f"{machine['cores']} cores of an {machine['cpu']}, no GPU; {versions}."
     )
 

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 
+from ficoco_vllm.benchmarks.accuracy.client import Host
 from ficoco_vllm.benchmarks.accuracy.regression import regressions
 from ficoco_vllm.benchmarks.accuracy.run import Options, measure
 from ficoco_vllm.benchmarks.accuracy.store import Reply, Store
 from ficoco_vllm.benchmarks.accuracy.suites import Row
 from ficoco_vllm.benchmarks.accuracy.summary import summarise
+from ficoco_vllm.benchmarks.accuracy.tables import provenance
 from ficoco_vllm.benchmarks.accuracy.variants import Variant, full
 from ficoco_vllm.benchmarks.accuracy.workload import Item, embedded
 from ficoco_vllm.benchmarks.harness.results import write
@@ -129,6 +131,30 @@ def test_what_the_server_refuses_is_said_in_one_line(
 ) -> None:
     assert main([*command, *arguments, "--answers", str(tmp_path / "answers.jsonl")]) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("host", "on_cpu", "dtype"),
+    [
+        (Host(), True, "float32"),
+        (Host(), False, None),
+        (Host(model="other"), True, None),
+        (Host(url="http://127.0.0.1:9"), True, None),
+        (Host(arguments=("--dtype", "bfloat16")), True, None),
+    ],
+)
+def test_the_result_names_the_type_where_it_is_known(
+    host: Host, on_cpu: bool, dtype: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The table says it too, and also reads results of earlier runs, which have no such field."""
+    monkeypatch.setattr("ficoco_vllm.benchmarks.accuracy.client.is_cpu_build", lambda: on_cpu)
+    nothing = Options((), KINDS, (64,), 1, 1, tmp_path / "answers.jsonl", host, methods=("random",))
+    result = measure(nothing)
+    assert result["dtype"] == dtype
+    expected = f" in {dtype}, seed 0" if dtype else "`, seed 0"
+    assert expected in provenance(result)
+    del result["dtype"]
+    assert "`, seed 0" in provenance(result)
 
 
 @pytest.mark.parametrize("benchmark", ["accuracy", "load", "lmms"])

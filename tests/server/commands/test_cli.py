@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from ficoco_vllm import __version__
+from ficoco_vllm.benchmarks.accuracy.client import Host
 from ficoco_vllm.config import DEFAULT_METHOD
 from ficoco_vllm.demo_model import examples
 from ficoco_vllm.reduction import available, get
@@ -364,6 +365,9 @@ def test_the_demo_model_is_computed_in_float32_on_cpus(
     )
     _use_demo_model(args)
     assert args.dtype == expected
+    if requested == "auto":
+        monkeypatch.setattr("ficoco_vllm.benchmarks.accuracy.client.is_cpu_build", lambda: on_cpu)
+        assert Host().dtype == (None if expected == "auto" else expected), "the benchmark's result says so"
 
 
 @pytest.mark.parametrize(
