@@ -80,9 +80,7 @@ def bars(result: dict[str, Any]) -> list[Bar]:
     live, stationary = result["live"], result["stationary"]
     easy, hard, again = (phase["visual_tokens_late"] for phase in live["phases"])
     num_requests = live["requests"] // len(live["phases"])
-    highs = [
-        wilson(round(phase["agreement"] * num_requests), num_requests)[1] for phase in live["phases"]
-    ]
+    highs = [wilson(round(phase["agreement"] * num_requests), num_requests)[1] for phase in live["phases"]]
     apart = [abs(row["settled_rung"] - row["calibrated_rung"]) for row in stationary]
     return [
         Bar("quality-agreement", live["high"], LIVE_TARGET),

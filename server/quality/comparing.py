@@ -48,7 +48,7 @@ class Chosen:
         name: its class of traffic.
         suspects: whether it was chosen on a suspicion.
         media: images that were fetched for it.
-        served: budget of the first answer. It differs from the one of its class where the load asks for more tokens, and
+        served: budget of the first answer. It differs from that of its class where the load asks for more tokens, and
             in a chat that keeps the budget of its first turn.
         answer: the first answer.
         is_greedy: whether its tokens were not drawn.

@@ -269,7 +269,9 @@ def test_statistics_of_vllm_move_the_budget(tmp_path: Path) -> None:
     recorder.log_engine_initialized()
 
 
-@pytest.mark.parametrize("options", [{}, {"ficoco_elastic": None, "ficoco_quality": None}], ids=["none", "ours"])
+@pytest.mark.parametrize(
+    "options", [{}, {"ficoco_elastic": None, "ficoco_quality": None}], ids=["none", "ours"]
+)
 def test_without_an_option_nothing_is_installed(options: dict[str, Any]) -> None:
     """Neither on plain `vllm serve`, which has none of our options, nor on ours with both off."""
 

@@ -211,7 +211,10 @@ def test_config_refuses_a_list_in_a_file(tmp_path: Path) -> None:
             ["--ficoco-elastic", ELASTIC, "--ficoco-config", '{"method": "ficoco-l", "kv_budget": 450}'],
             ["kv_budget = 450", "--ficoco-elastic"],
         ),
-        ([*TARGET, "1.5"], ["quality.target_agreement = 1.5 is not allowed; allowed: a number above 0, below 1"]),
+        (
+            [*TARGET, "1.5"],
+            ["quality.target_agreement = 1.5 is not allowed; allowed: a number above 0, below 1"],
+        ),
         ([*TARGET, "abc"], ["--ficoco-target-agreement = 'abc' is not allowed", "above 0, below 1"]),
         (
             [*TARGET, "0.9", "--ficoco-config", '{"quality": {"ladder": [64, 32]}}'],
