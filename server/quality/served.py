@@ -15,7 +15,7 @@ class ServedBudget:
 
     Attributes:
         in_tower: the most visual tokens of an image after the tower; 0 where it has seen none, as of image embeddings.
-        in_decoder: the same in the decoder's last segment; `entering` where no budget is set there.
+        in_decoder: the same in the decoder's last segment; 0 where the request has no budget there, or none yet.
         entering: visual tokens of the largest image that enter the decoder.
     """
 
@@ -33,7 +33,7 @@ class ServedBudget:
         """
         entering = max(visual_range(place)[1] for place in prompt["mm_placeholders"]["image"])
         in_tower = prompt[BUDGET].keep if BUDGET in prompt else 0
-        return cls(in_tower, min(extra_args.get(KEEP, entering), entering), entering)
+        return cls(in_tower, min(extra_args.get(KEEP, 0), entering), entering)
 
     def is_of(self, plan: ServerPlan, budget: int) -> bool:
         """Whether a request that names this budget is served in the same way."""
@@ -43,4 +43,5 @@ class ServedBudget:
 
     def keeps_all(self, plan: ServerPlan) -> bool:
         """Whether no site removes a token."""
-        return self.in_tower >= plan.tower.most_keep and self.in_decoder == self.entering
+        in_decoder = self.entering if plan.decoder is None else self.in_decoder
+        return self.in_tower >= plan.tower.most_keep and in_decoder == self.entering

@@ -26,6 +26,7 @@ from ficoco_vllm.server.load.reports import EngineReport, Load
 from ficoco_vllm.server.quality import comparing
 from ficoco_vllm.server.quality.budget import MAX_CLASSES, OTHER, UNNAMED, QualityBudget, traffic
 from ficoco_vllm.server.quality.comparing import LOWEST_PRIORITY, Comparer
+from ficoco_vllm.server.quality.served import ServedBudget
 
 NUM_TOKENS = 576
 # 576 patches, tower and decoder of LLaVA-1.5's depth.
@@ -241,6 +242,22 @@ def test_a_chat_that_keeps_an_earlier_budget_is_no_full_answer(method: str, tmp_
     server.chat = 64
     asyncio.run(server.ask())
     assert server.figures.scores == [(64, "", 0.0)]
+
+
+@pytest.mark.parametrize(
+    ("method", "entering"), [("ficoco-v", 0), ("ficoco-l", NUM_TOKENS), ("ficoco-vl", NUM_TOKENS)]
+)
+def test_a_budget_that_is_not_known_is_neither_a_rung_s_nor_the_full_model_s(
+    method: str, entering: int
+) -> None:
+    """Image embeddings have seen no tower; a route that fills in no budget of the decoder leaves that to admission."""
+    plan = ServerPlan.of(FicocoConfig.parse({"method": method}), HF_CONFIG)
+    prompt: dict[str, Any] = {"mm_placeholders": {"image": [SimpleNamespace(offset=0, length=NUM_TOKENS)]}}
+    if entering:
+        prompt[BUDGET] = Budget(None, entering)
+    served = ServedBudget.of(prompt, {})
+    assert not served.keeps_all(plan)
+    assert not any(served.is_of(plan, keep) for keep in (64, NUM_TOKENS))
 
 
 def test_a_tower_with_a_budget_of_its_own_is_no_full_model(tmp_path: Path) -> None:
