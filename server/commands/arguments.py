@@ -38,6 +38,18 @@ def counts(text: str) -> tuple[int, ...]:
     return values
 
 
+def integer(text: str) -> int | str:
+    """Argument type: an integer. Any other text stays as it is, for the check that knows the allowed range to refuse.
+
+    Args:
+        text: for example `64`.
+    """
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
 def names(text: str) -> tuple[str, ...]:
     """Argument type: names separated by commas.
 

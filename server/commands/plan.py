@@ -32,6 +32,7 @@ from ficoco_vllm.reduction.cost import (
 from ficoco_vllm.server.commands.arguments import fail
 from ficoco_vllm.server.commands.methods import obstacle
 from ficoco_vllm.server.commands.plan_options import CPU, DEMO, add_parser, parse_size, settings
+from ficoco_vllm.server.commands.preflight import check_settings
 
 __all__ = ["DEMO", "add_parser", "as_text", "make_report", "read_config", "run"]
 
@@ -92,6 +93,7 @@ def make_report(args: argparse.Namespace) -> dict[str, Any]:
         OSError: the configuration cannot be read.
     """
     config = read_config(args.model)
+    check_settings({"method": args.method, "keep": args.keep}, config)
     shape = model_shape(config)
     if config["model_type"] == "llava_next":
         _check_pinpoints(config)

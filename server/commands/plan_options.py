@@ -17,7 +17,7 @@ from ficoco_vllm.reduction.method import Method
 from ficoco_vllm.reduction.pipeline import PIPELINES
 from ficoco_vllm.reduction.schedule import KINDS
 from ficoco_vllm.request_fields import check_keep_ratio
-from ficoco_vllm.server.commands.preflight import check_method
+from ficoco_vllm.server.commands.arguments import integer
 
 DEMO, CPU = "demo", "cpu"
 Pairs = Sequence[tuple[int, int]]
@@ -50,7 +50,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add("--method", default=DEFAULT_METHOD, help="a reduction method (default: %(default)s)")
     add(
         "--keep",
-        type=int,
+        type=integer,
         metavar="N",
         help="visual tokens of an image after the last reduction (default: the server's, a ninth)",
     )
@@ -111,7 +111,6 @@ def settings(args: argparse.Namespace, tower: TowerShape, decoder: DecoderShape)
     Raises:
         ValueError: an option is wrong, or no server supports it.
     """
-    check_method(args.method)
     if args.method in CONTROLS:
         return _of_control(args)
     pipeline = PIPELINES.get(args.method)

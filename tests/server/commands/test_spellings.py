@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from ficoco_vllm import demo_model
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.server.cli import main
-from ficoco_vllm.server.commands import serve
+from ficoco_vllm.server.commands import serve, vllm_options
 from ficoco_vllm.server.commands.vllm_options import TABLE, merged, vllm_table
 
 MODEL = str(demo_model.path())
@@ -194,6 +194,12 @@ def test_a_model_in_a_file_is_never_replaced(
         (["--additional-config", '{"ficoco": 3}'], "ficoco = 3"),
         (["--ficoco-metod", "tome"], "--ficoco-metod is not an option; allowed: --ficoco-method"),
         (["--ficoco_keeps=3"], "--ficoco-keeps is not an option; allowed: --ficoco-keep"),
+        (["--prot", "3"], "--prot is not an option; allowed: --port"),
+        (["--prot=3"], "--prot is not an option; allowed: --port"),
+        (["/no/such/model", "--tensor_paralel_size", "2"], "--tensor-paralel-size is not an option; allowed: --t"),
+        (["-tpp", "2"], "-tpp is not an option; allowed: -tp"),
+        (["--aditional-config.ficoco.keep", "9"], "--aditional-config is not an option; allowed: --additional-c"),
+        (["--bogus-option", "3"], "--bogus-option is not an option; allowed: those that ficoco-vllm serve --help=all"),
     ],
 )
 def test_what_cannot_be_read_is_refused(
@@ -202,6 +208,23 @@ def test_what_cannot_be_read_is_refused(
     assert main(["serve", *words]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert part in line
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--prot", "8001"],  # of the newer version: all is left to vLLM's parser
+        ["--additional-config.a.b", "3", "--kv_transfer_config.kv_role=both"],
+        ["--max-num-b", "4096", "-O3", "-tp", "1"],
+    ],
+)
+def test_options_that_vllm_may_know_are_left_to_it(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    started = started_with(monkeypatch)
+    newer = words[0] == "--prot"
+    if newer:
+        monkeypatch.setattr(vllm_options, "installed_version", lambda: "0.34.0")
+    assert main(["serve", MODEL, *words]) == 0
+    assert started[0][1].unknown == (["--prot", "8001"] if newer else [])
 
 
 def test_without_a_model_the_demo_model_is_served_under_the_given_name(
