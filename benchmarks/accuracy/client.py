@@ -94,7 +94,7 @@ def endpoint(host: Host, method: str, variants: Sequence[Variant], **changes: An
         **changes: fields of `Endpoint` other than its defaults.
 
     Raises:
-        RuntimeError: the server does not start.
+        RuntimeError: the server does not start, or nothing answers at its URL.
     """
     fields = {"num_tokens": host.num_tokens, "api_key": host.api_key, **changes}
     if host.url is not None:

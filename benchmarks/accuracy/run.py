@@ -60,7 +60,7 @@ def measure(options: Options) -> dict[str, Any]:
 
     Raises:
         ValueError: an option is wrong, or the answers are those of another run.
-        RuntimeError: a server does not start.
+        RuntimeError: a server does not start, or nothing answers at the URL.
         openai.APIError: a server refuses a question.
     """
     methods = options.methods or methods_of(SITES)
@@ -71,9 +71,10 @@ def measure(options: Options) -> dict[str, Any]:
         left = len(unanswered(jobs, store))
         with Task("questions", len(jobs), len(jobs) - left) as task:
             for method, missing in by_server(unanswered(jobs, store)).items():
-                task.describe(f"questions, starting the server: {method}")
+                if options.host.url is None:
+                    task.describe(f"questions, starting the server: {method}")
                 with endpoint(options.host, method, [variant for variant, _ in missing]) as server:
-                    task.describe(f"questions, server of {method}")
+                    task.describe(f"questions, {options.host.url or f'server of {method}'}")
                     replay(server, missing, store, options.concurrency, task)
         result = summarise(wanted, items, store, options.host.num_tokens, lambda row: _count(row, options))
     head = {"schema": 1, **options.identity, "dtype": options.host.dtype, "environment": environment()}

@@ -1,8 +1,10 @@
 """Requests to a server: images and chats in the form of OpenAI's API, answers timed, and `/metrics`."""
 
 import base64
+import http.client
 import io
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,6 +14,9 @@ from PIL import Image
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
     from prometheus_client.samples import Sample
+
+# A server that is up lists its models at once; a busy one may take seconds.
+_PROBE_SECONDS = 30
 
 
 def png(image: Image.Image) -> bytes:
@@ -38,12 +43,31 @@ def chat(model: str, text: str, urls: Sequence[str] = (), **more: Any) -> dict[s
     return {"model": model, "messages": [message(text, urls)], "temperature": 0, **more}
 
 
+def check_answers(url: str) -> None:
+    """Check that something answers at a URL, before anything is prepared for it.
+
+    Args:
+        url: of a server, without a path.
+
+    Raises:
+        RuntimeError: nothing does.
+    """
+    try:
+        urllib.request.urlopen(f"{url}/v1/models", timeout=_PROBE_SECONDS).close()
+    except urllib.error.HTTPError:
+        return  # of a server that wants its API key, or has no such route
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise RuntimeError(f"no answer from {url} ({getattr(error, 'reason', error)})") from error
+
+
 def served_model(url: str, api_key: str = "none") -> str:
     """Name of the first model that a server offers.
 
     Raises:
-        openai.APIError: the server does not answer.
+        RuntimeError: nothing answers at the URL.
+        openai.APIError: the server refuses.
     """
+    check_answers(url)
     from openai import OpenAI
 
     models = list(OpenAI(base_url=f"{url}/v1", api_key=api_key).models.list())

@@ -14,7 +14,7 @@ from typing import Any
 
 from ficoco_vllm import demo_model
 from ficoco_vllm.benchmarks.harness import model, terminal
-from ficoco_vllm.benchmarks.harness.http import served_model
+from ficoco_vllm.benchmarks.harness.http import check_answers, served_model
 from ficoco_vllm.benchmarks.harness.report import save
 from ficoco_vllm.benchmarks.harness.results import Bar, at_most, environment
 from ficoco_vllm.benchmarks.harness.results import report as print_bars
@@ -49,10 +49,12 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         ValueError: an option is not allowed.
-        RuntimeError: a server failed.
-        openai.APIError: the server at `--url` does not answer.
+        RuntimeError: a server failed, or nothing answers at `--url`.
+        openai.APIError: the server at `--url` refuses.
     """
     servers, points = _read(args)
+    if args.url is not None:
+        check_answers(args.url)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # of the client's own import of vLLM
     rows = _measure(args, make_turns(servers, points, args.rounds, args.seed))
     patches = model.PATCHES if args.model in (DEMO, WIDE) else None  # of other models unknown

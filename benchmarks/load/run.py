@@ -34,7 +34,8 @@ def run_turns(turns: list[Turn], target: Target, url: str | None = None) -> list
     total = sum(_WARM_UP + sum(traffic.num_requests for traffic, _ in turn.points) for turn in turns)
     with Task("requests", total) as task:
         for turn in turns:
-            task.describe(f"round {turn.round_index + 1}, starting {turn.server.name}")
+            if url is None:
+                task.describe(f"round {turn.round_index + 1}, starting {turn.server.name}")
             with nullcontext(url) if url is not None else _started(turn, target) as address:
                 rows += run_turn(turn, address, target, task)
     return rows

@@ -309,6 +309,30 @@ def test_the_command_reports_a_missing_server(tmp_path: Path, capsys: pytest.Cap
     assert "no answer from http://127.0.0.1:9" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["bench", "accuracy", "--methods", "tome", "--count", "1", "--few-count", "1"],
+        ["bench", "load", "--served-model-name", "named", "--requests", "2"],
+        ["calibrate", "--data", "log.jsonl", "--methods", "tome", "--target-agreement", "0.5"],
+        ["replay", "--data", "log.jsonl", "--method", "tome"],
+    ],
+    ids=lambda words: " ".join(words[:2]),
+)
+def test_benchmarks_report_a_missing_server(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client of the benchmarks would try again for seconds, and not name the URL."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save("image.png")
+    lines = [json.dumps({"image": "image.png", "prompt": f"question {number}?"}) for number in range(64)]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines))
+    assert main([*words, "--url", "http://127.0.0.1:9/v1", "--out", str(tmp_path / "out")]) == 1
+    printed = capsys.readouterr().err
+    assert printed.splitlines()[-1].startswith("ficoco-vllm: error: no answer from http://127.0.0.1:9 (")
+    assert "starting" not in printed
+
+
 def test_a_client_that_leaves_early() -> None:
     """The work stops, and nothing is raised for a response that nobody receives."""
     cancelled = []
