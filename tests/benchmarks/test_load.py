@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from ficoco_vllm.benchmarks.harness.report import save
 from ficoco_vllm.benchmarks.harness.terminal import Task
 from ficoco_vllm.benchmarks.load.client import decoding_together, latencies, write_dataset
 from ficoco_vllm.benchmarks.load.report import page, tables
@@ -153,7 +154,7 @@ def test_csv_holds_every_row() -> None:
     assert "samples" not in read[0]
 
 
-def test_report_draws_every_picture_the_same_each_time() -> None:
+def test_report_draws_every_picture_the_same_each_time(tmp_path: Path) -> None:
     other = [{**line, "point": "concurrency 16", "traffic": asdict(Traffic(concurrency=16))} for line in ROWS]
     result: dict[str, Any] = {
         "model": "<demo>",
@@ -173,6 +174,12 @@ def test_report_draws_every_picture_the_same_each_time() -> None:
     assert html.count("2.75x") == 3  # a row of each point, and the lead
     pictures = html.split("<svg")[1:]
     assert len(pictures) == 7
+    line = save(page(result), result, as_csv(result["rows"]), tmp_path, "load")
+    files = {path.name for path in tmp_path.iterdir()}
+    assert {"load.json", "load.html", "load.csv", "load.tex"} <= files
+    assert len([name for name in files if name.endswith(".svg")]) == 7
+    assert all(name in line for name in files)
+    assert r"\texttt{tome-64}" in (tmp_path / "load.tex").read_text()
     for picture in pictures:
         svg = ElementTree.fromstring("<svg" + picture[: picture.index("</svg>")] + "</svg>")
         words = "".join(svg.itertext())

@@ -135,6 +135,14 @@ def test_calibration_lists_budgets_and_shows_disagreements_of_the_method_that_fa
     assert (safe["safe"]["keep"], failed["safe"]) == (192, None)
     assert (failed["worst_keep"], failed["worst_of"]) == (288, "search")
     assert failed["worst"]
+    names = {"json", "html", "csv", "tex"}
+    plots = {f"agreement-{entry['method']}.svg" for entry in report["methods"]}
+    assert {path.name for path in out.iterdir()} == {f"calibration.{name}" for name in names} | plots | {
+        "answers.jsonl"
+    }
+    assert r"\texttt{small-norm}" in (out / "calibration.tex").read_text()
+    for plot in plots:
+        ElementTree.parse(out / plot)
     html = (out / "calibration.html").read_text()
     passed, missed = html[html.index("<h2>ficoco-v") :].split("<h2>small-norm")
     assert passed.count("class='case'") == 0

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,28 @@ def test_colours_change_where_alerts_are_raised() -> None:
     ):
         red = shown[title]["fieldConfig"]["defaults"]["thresholds"]["steps"][-1]
         assert (red["color"], red["value"]) == ("red", limits[alert]), title
+
+
+def test_the_first_row_has_single_values() -> None:
+    first, *rest = json.loads(DASHBOARD.read_text())["panels"]
+    assert first["type"] == "row"
+    row = [panel["type"] for panel in takewhile(lambda panel: panel["type"] != "row", rest)]
+    assert row == ["stat"] * 6
+
+
+def test_every_series_of_the_dashboard_is_filtered_by_instance() -> None:
+    (chosen,) = [
+        variable
+        for variable in json.loads(DASHBOARD.read_text())["templating"]["list"]
+        if variable["name"] == "instance"
+    ]
+    assert chosen["multi"]
+    assert chosen["includeAll"]
+    for title, queries in panels().items():
+        for query in queries:
+            series = re.findall(r"[a-z_]+:[a-z_]+\b|\bhttp_[a-z_]+", query)
+            assert series, title
+            assert query.count('instance=~"$instance"') == len(series), (title, query)
 
 
 def test_provisioning_matches_the_dashboard() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from fastapi import FastAPI, HTTPException
-from PIL import Image
+from PIL import Image, ImageDraw
 from starlette.datastructures import Headers
 
 from ficoco_vllm import environment
@@ -244,6 +244,20 @@ def test_the_picture_boxes_what_left_and_where_it_went() -> None:
     assert GREEN not in colours(dropped)
     with pytest.raises(ValueError, match="patch = 16 is not allowed; allowed: 0 to 15"):
         draw(Image.new("RGB", (64, 64)), explanation(), patches=[16])
+
+
+def test_the_picture_counts_the_kept_patches(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+    text = ImageDraw.ImageDraw.text
+
+    def write(pen: Any, place: Any, words: str, *more: Any) -> None:
+        written.append(words)
+        text(pen, place, words, *more)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", write)
+    draw(Image.new("RGB", (64, 64)), explanation())
+    assert [words for words in written if words.startswith("kept")] == ["kept: 15 of 16 patches"]
+    assert "tower 4: 15 kept" in written
 
 
 def test_only_what_left_is_followed() -> None:

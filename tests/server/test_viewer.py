@@ -257,6 +257,25 @@ def test_a_link_reproduces_the_view(page: Browser, server: Server) -> None:
     assert page.driver.current_url == address
 
 
+def test_the_link_is_copied(page: Browser) -> None:
+    page.run(
+        "navigator.clipboard.writeText = async (text) => { window.written = text; };"
+        "document.getElementById('copied').textContent = ''"
+    )
+    page.find("#copy").click()
+    page.wait(lambda: page.text("#copied"))
+    assert page.text("#copied") == "Link copied."
+    assert page.run("return window.written") == page.driver.current_url
+    # Over plain HTTP, but for this computer, browsers have no clipboard.
+    page.run("Object.defineProperty(navigator, 'clipboard', { value: undefined, configurable: true })")
+    try:
+        page.find("#copy").click()
+        page.wait(lambda: "cannot copy here" in page.text("#copied"))
+    finally:
+        page.run("delete navigator.clipboard; delete navigator.clipboard?.writeText")
+    assert page.text("#copied") == "This browser cannot copy here. The address of the page is the link."
+
+
 def test_the_picture_is_what_the_page_shows(page: Browser) -> None:
     data = page.driver.execute_async_script(
         """const done = arguments[0];

@@ -69,8 +69,8 @@ class ViaText(Settings):
 
     Attributes:
         gamma: weight of the direct against the indirect correlation.
-        direct_correlation: False drops the first term.
-        indirect_correlation: False drops the second term.
+        direct_correlation: count the attention of a source to a target.
+        indirect_correlation: count the attention of the text to both of them.
     """
 
     gamma: float = Field(default=0.6, ge=0.0, le=1.0)

@@ -36,9 +36,9 @@ class LocalTask(LocalPenalty):
 
     Attributes:
         lam: weight of the local redundancy against the task redundancy (lambda).
-        local_redundancy: False drops the first term.
-        task_redundancy: False drops the second term.
-        local_penalty: False leaves the scores as they are.
+        local_redundancy: count the attention that a patch pays to the other patches: the more, the more redundant.
+        task_redundancy: count the attention of [CLS] to a patch: the more, the less redundant.
+        local_penalty: raise the highest score of each window, which spreads the removed patches over the image.
     """
 
     lam: float = Field(default=0.35, ge=0.0, le=1.0)

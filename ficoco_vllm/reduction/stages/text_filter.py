@@ -18,9 +18,10 @@ class LocalText(LocalPenalty):
 
     Attributes:
         beta: weight of the local redundancy against the task redundancy.
-        local_redundancy: False drops the first term.
-        task_redundancy: False drops the second term.
-        local_penalty: True applies the local penalty, which the paper leaves out in the decoder.
+        local_redundancy: count the attention that a patch pays to the other patches: the more, the more redundant.
+        task_redundancy: count the attention of the text to a patch: the more, the less redundant.
+        local_penalty: raise the highest score of each window, which spreads the removed patches over the image; the
+            paper leaves that out in the decoder.
     """
 
     beta: float = Field(default=0.6, ge=0.0, le=1.0)

@@ -112,7 +112,10 @@ def test_methods_shows_a_control(capsys: pytest.CaptureFixture[str]) -> None:
 def test_methods_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     for name in available():
         settings = get(name).settings
-        assert set(settings.model_fields) <= set(_meanings(settings)), name
+        meanings = _meanings(settings)
+        assert set(settings.model_fields) <= set(meanings), name
+        # No meaning needs the equation beside it.
+        assert not re.search(r"\b(first|second) term\b|the scores as they are", " ".join(meanings.values())), name
     assert main(["methods", "ficoco-v"]) == 0
     assert "rows and columns of a window" in capsys.readouterr().out
 

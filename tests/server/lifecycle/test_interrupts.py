@@ -1,6 +1,7 @@
-"""SIGINT and SIGTERM while a server starts: all of it ends, with one line and without a traceback."""
+"""SIGINT and SIGTERM to a server that starts, or is ready: all of it ends, with one line and without a traceback."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,14 +11,18 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
+from ficoco_vllm import demo_model
 from ficoco_vllm.benchmarks.harness.serving import HOST, OURS, START_SECONDS, free_port
-from tests.support.server import ONLY_IN_PROCESS
+from tests.support.server import ONLY_IN_PROCESS, serve
 
 # Far from any machine's time: a signal that is lost leaves a server that runs until it is killed.
 END_SECONDS = 120
+# A line of uvicorn's about a request.
+REQUEST = re.compile(r'INFO: +\S+:\d+ - "(GET|POST) /')
 # In the command of a process that Python starts, until it takes a name of its own.
 _SPAWNED = "multiprocessing.spawn"
 
@@ -86,6 +91,30 @@ def test_a_starting_server_stops(tmp_path: Path, number: signal.Signals, parent:
     assert (status, last) == (130, "ficoco-vllm: stopped"), log.read_text()
     assert all(line.startswith("ficoco-vllm: ") and " s  " in line for line in progress), progress
     assert (alive, left) == ([], [])
+
+
+@pytest.mark.compat
+@pytest.mark.server
+@pytest.mark.parametrize("method", ["ficoco-v", "ficoco-l"])
+def test_a_ready_server_ends_with_one_line(tmp_path: Path, method: str) -> None:
+    """A terminal sends SIGINT to all processes: no process reports what its exit has left to the system."""
+    log = tmp_path / "log"
+    arguments = ("--ficoco-method", method, "--ficoco-keep", "64", "--served-model-name", "demo")
+    with serve(log, str(demo_model.path()), *arguments, verbose=False) as server:
+        deadline = time.monotonic() + START_SECONDS
+        while "  try  " not in log.read_text():
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        answer = httpx.post(f"{server.url}/v1/completions", json={"model": "demo", "prompt": "a"}, timeout=120)
+        assert answer.status_code == 200
+        processes = psutil.Process(server.process.pid).children(recursive=True)
+        os.killpg(server.process.pid, signal.SIGINT)
+        status = server.process.wait(END_SECONDS)
+        _, alive = psutil.wait_procs(processes, timeout=END_SECONDS)
+    _, _, after = log.read_text().partition("  try  ")
+    _, *lines = after.splitlines()
+    strange = [line for line in lines if line and not REQUEST.match(line)]
+    assert (status, strange, alive) == (0, ["ficoco-vllm: stopped"], [])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

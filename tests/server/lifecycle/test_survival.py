@@ -41,6 +41,8 @@ ERROR_SECONDS = 30.0
 END_SECONDS = 60.0
 # Beyond the shutdown's timeout, for the engine's end and for the answers to those that it has not reached.
 ANSWER_SECONDS = 20.0
+# Beyond the shutdown's timeout, until the last process has ended.
+STOP_SECONDS = 30.0
 NUM_REQUESTS = 16
 # So long that no machine answers one request before all of them run, and a slow one within the shutdown's timeout.
 NUM_TOKENS, SHUTDOWN_SECONDS = 1000, 300
@@ -191,7 +193,7 @@ def test_a_stopping_server_does_not_wait_for_requests_before_the_engine(tmp_path
             for image in noise([(1000, 1000)] * 60, seed=5)
         ]
 
-        async def run() -> tuple[list[int], float]:
+        async def run() -> tuple[list[int], float, float]:
             async with httpx.AsyncClient(base_url=server.url, timeout=600) as client:
                 sending = [
                     asyncio.create_task(client.post("/v1/chat/completions", json=body)) for body in bodies
@@ -201,10 +203,11 @@ def test_a_stopping_server_does_not_wait_for_requests_before_the_engine(tmp_path
                 psutil.Process(server.process.pid).send_signal(15)
                 start = time.monotonic()
                 answers = await asyncio.gather(*sending)
-                return [answer.status_code for answer in answers], time.monotonic() - start
+                return [answer.status_code for answer in answers], start, time.monotonic() - start
 
-        statuses, seconds = asyncio.run(run())
+        statuses, start, seconds = asyncio.run(run())
         assert set(statuses) <= {200, 503}
         assert timeout or 503 in statuses
         assert seconds < timeout + ANSWER_SECONDS
         assert server.process.wait(END_SECONDS) == 0
+        assert time.monotonic() - start < timeout + STOP_SECONDS
