@@ -1,6 +1,6 @@
 """Tokens of a batch before and after the placeholders of removed tokens leave: indices, on the host."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -86,6 +86,30 @@ class Batch:
         place = np.cumsum(self.enters, axis=1) - 1
         starts = np.array(self.starts[:-1])[:, None]
         return torch.from_numpy(np.where(place < 0, -1, place + starts))
+
+
+def questions_about(
+    images: Sequence[Sized], ids: Tensor, mask: Tensor, image_token: int, special: Sequence[int]
+) -> list[Tensor]:
+    """The prompt of each image as the question about it, as a server takes one without messages.
+
+    Args:
+        images: in the order of the prompts; their lengths are those of their placeholders.
+        ids: (B, S) int64.
+        mask: (B, S) false for padding.
+        image_token: id of a placeholder.
+        special: ids of special tokens, which are no text.
+
+    Returns:
+        Tokens (M,) int64 for each image.
+    """
+    is_image = (ids == image_token) & mask
+    ends = is_image.sum(dim=1).cumsum(dim=0)
+    starts = ids.new_tensor([0, *accumulate(map(len, images))][:-1])
+    # Images beyond the placeholders are refused when they are matched.
+    rows = torch.searchsorted(ends, starts, right=True).clamp(max=len(ids) - 1).tolist()
+    is_text = mask & ~torch.isin(ids, ids.new_tensor([image_token, *special]))
+    return [ids[row][is_text[row]] for row in rows]
 
 
 def padded(rows: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:

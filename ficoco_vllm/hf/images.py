@@ -10,11 +10,12 @@ from torch import Tensor
 
 from ficoco_vllm.hf.tower import HfTower
 from ficoco_vllm.planning.tiles import Layout
-from ficoco_vllm.planning.tiling import Place
-from ficoco_vllm.planning.tower import VisionPlanner
+from ficoco_vllm.planning.tiling import Crop, Place
+from ficoco_vllm.planning.tower import VisionPlan, VisionPlanner
 from ficoco_vllm.vision.packing import Kept, pack
+from ficoco_vllm.vision.relevance import Relevance
 from ficoco_vllm.vision.tiles import keep_tiles
-from ficoco_vllm.vision.tower import encode
+from ficoco_vllm.vision.tower import Tokens, encode
 
 NO_PATCH = -1
 
@@ -38,6 +39,30 @@ class ImageTokens:
         return self.num_placeholders
 
 
+@dataclass(frozen=True, eq=False)
+class Pixels:
+    """Images as the processor returns them, and the sizes of LLaVA-NeXT's."""
+
+    values: Tensor
+    sizes: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class WaitingImage:
+    """One image that is encoded once its question is known, with those that came with it.
+
+    Attributes:
+        pixels: of all of them.
+        num_placeholders: tokens that the processor wrote into the prompt.
+    """
+
+    pixels: Pixels
+    num_placeholders: int
+
+    def __len__(self) -> int:
+        return self.num_placeholders
+
+
 class ImageEncoder:
     """Tower and projector of one model under one plan."""
 
@@ -52,26 +77,69 @@ class ImageEncoder:
         self.model, self.planner, self.stock = model, planner, stock
         self.tower = HfTower(model.vision_tower, planner.shape.num_executed_layers)
 
-    def __call__(self, pixels: Tensor, sizes: Tensor | None) -> list[ImageTokens]:
+    @property
+    def reads_question(self) -> bool:
+        """Whether what stays of an image depends on the question about it."""
+        return self.planner.reads_question(self.planner.default.method)
+
+    def __call__(
+        self, pixels: Tensor, sizes: Tensor | None, questions: Sequence[Tensor] = ()
+    ) -> list[ImageTokens]:
         """Encode images.
 
         Args:
             pixels: as the processor returns them.
             sizes: (n, 2) height and width of each image, for LLaVA-NeXT.
+            questions: tokens (M,) int64 of the question about each image, where the method reads it.
         """
         if self.planner.shape.tiling is None:
-            return self._whole_images(pixels)
-        if sizes is None:
-            raise ValueError(
-                "image_sizes = None is not allowed; LLaVA-NeXT needs height and width of each image"
-            )
-        return self._tiled_images(pixels, [(int(height), int(width)) for height, width in sizes.tolist()])
+            return self._whole_images(pixels, questions)
+        return self._tiled_images(pixels, _checked(sizes), questions)
 
-    def _whole_images(self, pixels: Tensor) -> list[ImageTokens]:
+    def wait(self, pixels: Tensor, sizes: Tensor | None) -> list[WaitingImage]:
+        """Images whose questions are not known yet; see `__call__`."""
+        planner, shape = self.planner, self.planner.shape
+        given = Pixels(pixels, sizes)
+        if shape.tiling is None:
+            return [WaitingImage(given, shape.num_units + shape.with_cls) for _ in pixels]
+        layouts = [planner.layout(planner.default, *size) for size in _checked(sizes)]
+        return [WaitingImage(given, layout.num_before) for layout in layouts]
+
+    def answer(self, images: Sequence[WaitingImage], questions: Sequence[Tensor]) -> list[ImageTokens]:
+        """Encode images whose questions are known.
+
+        Args:
+            images: whole batches of `wait`, each once or several times over, as for beams.
+            questions: tokens (M,) int64 of the question about each of them.
+        """
+        batches: dict[Pixels, dict[WaitingImage, Tensor]] = {}
+        for image, question in zip(images, questions, strict=True):
+            batches.setdefault(image.pixels, {}).setdefault(image, question)
+        encoded: dict[WaitingImage, ImageTokens] = {}
+        for pixels, asked in batches.items():
+            tokens = self(pixels.values, pixels.sizes, list(asked.values()))
+            encoded |= dict(zip(asked, tokens, strict=True))
+        return [encoded[image] for image in images]
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """Embeddings of a question; see `Source`."""
+        embeddings: Tensor = self.model.get_input_embeddings()(tokens)
+        return embeddings
+
+    def show(self, units: Tensor) -> Tensor:
+        """Embeddings of units, as the language model reads them; see `Source`."""
+        projected: Tensor = self.model.multi_modal_projector(units)
+        return projected
+
+    def _relevance(self, questions: Sequence[Tensor]) -> Relevance | None:
+        return Relevance(self, questions) if self.reads_question else None
+
+    def _whole_images(self, pixels: Tensor, questions: Sequence[Tensor]) -> list[ImageTokens]:
         shape, budget = self.planner.shape, self.planner.default
         num_placeholders = shape.num_units + shape.with_cls
         if self.planner.active and self.planner.reduces(budget):
-            kept = encode(self.tower, pixels, self.planner.plan(budget), shape.grid)
+            plan, relevance = self.planner.plan(budget), self._relevance(questions)
+            kept = encode(self.tower, pixels, plan, shape.grid, relevance=relevance)
             features = self.model.multi_modal_projector(kept.hidden[:, 0 if shape.with_cls else 1 :])
             patch = kept.position
         else:
@@ -81,7 +149,9 @@ class ImageEncoder:
             patch = torch.cat([torch.full_like(patch[:, :1], NO_PATCH), patch], dim=1)
         return [ImageTokens(*one, num_placeholders) for one in zip(features, patch, strict=True)]
 
-    def _tiled_images(self, pixels: Tensor, sizes: Sequence[tuple[int, int]]) -> list[ImageTokens]:
+    def _tiled_images(
+        self, pixels: Tensor, sizes: Sequence[tuple[int, int]], questions: Sequence[Tensor]
+    ) -> list[ImageTokens]:
         planner, budget = self.planner, self.planner.default
         assert planner.shape.tiling is not None
         places = [planner.shape.tiling.places(*size) for size in sizes]
@@ -102,6 +172,17 @@ class ImageEncoder:
             for index, tokens in zip(whole, stock.pooler_output, strict=True):
                 patch = _unreduced_patches(places[index], planner.shape.grid[0]).to(tokens.device)
                 result[index] = ImageTokens(tokens, patch, layouts[index].num_before)
+
+        def run(
+            batch: Tensor,
+            plan: VisionPlan,
+            grid: tuple[int, int],
+            crop: Crop | None,
+            of_images: Sequence[tuple[int, int]],
+        ) -> Tokens:
+            about = [questions[image] for image, _ in of_images] if questions else []
+            return encode(self.tower, batch, plan, grid, crop=crop, relevance=self._relevance(about))
+
         kept = keep_tiles(
             tiles,
             layouts,
@@ -109,7 +190,7 @@ class ImageEncoder:
             planner,
             most=sum(counts),
             whole=lambda batch, _: self.tower.features(batch),
-            encode=lambda batch, plan, grid, crop, _: encode(self.tower, batch, plan, grid, crop=crop),
+            encode=run,
             project=self.model.multi_modal_projector,
         )
         for index, of_tiles in kept.items():
@@ -129,6 +210,13 @@ class ImageEncoder:
         no_patch = torch.full((1,), NO_PATCH, device=newline.device)
         patch = pack(layout, patches, no_patch, side)[:, 0]
         return ImageTokens(pack(layout, kept, newline, side), patch, layout.num_before)
+
+
+def _checked(sizes: Tensor | None) -> list[tuple[int, int]]:
+    """Height and width of each image."""
+    if sizes is None:
+        raise ValueError("image_sizes = None is not allowed; LLaVA-NeXT needs height and width of each image")
+    return [(int(height), int(width)) for height, width in sizes.tolist()]
 
 
 def _patch(place: Place, side: int, row: Tensor, column: Tensor) -> Tensor:

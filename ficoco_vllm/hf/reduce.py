@@ -68,11 +68,6 @@ def apply(model: Any, method: str = DEFAULT_METHOD, keep: int | None = None, **s
             raise ValueError(f"{name} is a setting of the server; it is not allowed here")
     config = FicocoConfig.parse({"method": method, "keep": keep, **settings})
     plan = ServerPlan.of(config, inner.config)
-    if plan.tower.reads_question(plan.tower.config.method):
-        raise ValueError(
-            f"method = {method!r} compares the image with the question, which a call of the model does not name; "
-            "allowed: other methods, or a server"
-        )
     _check_device(inner.vision_tower, "the vision tower")
     if plan.decoder is not None:
         _check_decoder(inner.config, method)

@@ -10,11 +10,11 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaModelOutputWithPast
 
-from ficoco_vllm.hf.batch import Batch, padded, spread
+from ficoco_vllm.hf.batch import Batch, padded, questions_about, spread
 from ficoco_vllm.hf.cache import CacheState
 from ficoco_vllm.hf.counts import Reduction
 from ficoco_vllm.hf.decoder import Output, SegmentedModel
-from ficoco_vllm.hf.images import ImageEncoder, ImageTokens
+from ficoco_vllm.hf.images import ImageEncoder, ImageTokens, WaitingImage
 from ficoco_vllm.planning.decoder import RequestPlan
 
 FEATURE_CHOICES = ("vision_feature_layer", "vision_feature_select_strategy")
@@ -80,7 +80,7 @@ class ReducedModel:
             **kwargs: of the model's own method; which features are read is fixed by the configuration.
 
         Returns:
-            `pooler_output` holds one `ImageTokens` for each image.
+            `pooler_output` has an `ImageTokens` for each image, a `WaitingImage` where the method reads the question.
         """
         self._check_mode()
         for name in FEATURE_CHOICES:
@@ -89,7 +89,8 @@ class ReducedModel:
                 raise ValueError(
                     f"{name} = {kwargs[name]!r} is not allowed while tokens are reduced; allowed: {configured!r}"
                 )
-        encoded: Any = self.encoder(pixel_values, image_sizes)
+        encode = self.encoder.wait if self.encoder.reads_question else self.encoder
+        encoded: Any = encode(pixel_values, image_sizes)
         return BaseModelOutputWithPooling(pooler_output=encoded)
 
     def forward(
@@ -123,7 +124,7 @@ class ReducedModel:
             choices = {name: kwargs.pop(name, None) for name in ("image_sizes", *FEATURE_CHOICES)}
             mm_encoder_outputs = {"image": self.get_image_features(pixel_values, **choices)}
         encoded = (mm_encoder_outputs or {}).get("image")
-        images: list[ImageTokens] = [] if encoded is None else list(encoded.pooler_output)
+        images: list[Any] = [] if encoded is None else list(encoded.pooler_output)
         state = CacheState.of(past_key_values)
         given = {"attention_mask": attention_mask, "past_key_values": past_key_values, **kwargs}
         if not images and state is None:
@@ -145,6 +146,8 @@ class ReducedModel:
             )
         embeddings: Tensor = self.model.get_input_embeddings()(input_ids)
         mask = attention_mask.bool().to(embeddings.device)
+        if images and self.encoder.reads_question:
+            images = self._answered(images, input_ids, mask[:, seen:])
         if not images:
             assert state is not None
             hidden, *_ = self._run(embeddings, mask[:, seen:], state, None, given, input_ids.shape[1])
@@ -167,6 +170,18 @@ class ReducedModel:
         )
         self._note(batch, images, plans, origin)
         return self._output(spread(hidden[valid], origin, batch), images, given)
+
+    def _answered(self, images: Sequence[Any], input_ids: Tensor, mask: Tensor) -> list[ImageTokens]:
+        """Encode images, whose prompts are known now."""
+        config = self.model.config
+        text, special = config.get_text_config(), []
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(text, name, None)
+            special += value if isinstance(value, list) else [] if value is None else [value]
+        questions = questions_about(
+            images, input_ids, mask.to(input_ids.device), config.image_token_id, special
+        )
+        return self.encoder.answer(images, questions)
 
     def _run(
         self,
@@ -291,5 +306,5 @@ def _check_arguments(input_ids: Any, images: Sequence[Any], given: Mapping[str, 
             raise ValueError(
                 f"{name} = True is not allowed while tokens are reduced: layers have different numbers of tokens"
             )
-    if not all(isinstance(image, ImageTokens) for image in images):
+    if not all(isinstance(image, ImageTokens | WaitingImage) for image in images):
         raise ValueError("mm_encoder_outputs was made without the reduction; pass pixel_values instead")

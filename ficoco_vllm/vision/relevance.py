@@ -48,4 +48,5 @@ class Relevance:
             (B, N) fp32.
         """
         shown = normalize(self._source.show(units).float(), dim=-1)
-        return torch.einsum("bnd,bd->bn", shown, self._direction)
+        # In Hugging Face's models the parts may be on different devices.
+        return torch.einsum("bnd,bd->bn", shown, self._direction.to(shown.device)).to(units.device)

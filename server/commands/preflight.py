@@ -5,7 +5,7 @@ import json
 import os
 import re
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -164,7 +164,7 @@ def check_named_methods(arguments: Sequence[str]) -> None:
             check_method(name)
 
 
-def check_settings(settings: dict[str, Any], model: dict[str, Any] | None) -> None:
+def check_settings(settings: Mapping[str, Any], model: Mapping[str, Any] | None) -> None:
     """Check the two settings that users mistype most. All others need torch, whose import takes seconds on a busy
     machine.
 
@@ -185,7 +185,7 @@ def check_settings(settings: dict[str, Any], model: dict[str, Any] | None) -> No
     raise ValueError(f"{NAME}.keep = {keep!r} is not allowed; allowed: {allowed}")
 
 
-def _num_patches(model: dict[str, Any]) -> int | None:
+def _num_patches(model: Mapping[str, Any]) -> int | None:
     """Largest budget of a LLaVA-1.5; None for other models, whose budgets count tiles or whole images."""
     vision = model.get("vision_config")
     if model.get("model_type") != "llava" or not isinstance(vision, dict):

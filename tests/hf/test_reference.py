@@ -20,7 +20,8 @@ from tests.support.pictures import noise
 
 LONG = "<s>USER: <image>\nplease say in one word which of the signs is the largest? ASSISTANT:"
 VISION = [*available("encoder"), *available("features")]
-IN_TOWER = [name for name in VISION if "text_relevance" not in get(name).required_signals()]
+TEXT_GUIDED = [name for name in VISION if "text_relevance" in get(name).required_signals()]
+IN_TOWER = [name for name in VISION if name not in TEXT_GUIDED]
 SETTINGS: list[dict[str, Any]] = [
     {"filter": "cls_attention", "correlate": "key_cosine", "compress": "quantile_merge", "epsilon": 0.99},
     {"attention": "logits"},
@@ -51,6 +52,61 @@ def test_tower(random_hf: HfLlava, random_llava: Path, images: list[Image.Image]
     assert reduction.tokens == (3, 3 * 576, 3 * 64, 3 * 64)
     for (text, shown), (tokens, logprobs) in zip(prompts, answers, strict=True):
         expected, exact = reference.generate(text, [(image, 64) for image in shown], 3)
+        assert_equal(tokens, logprobs, expected, exact, ends=False)
+
+
+@pytest.mark.parametrize("method", TEXT_GUIDED)
+def test_the_question(random_hf: HfLlava, random_llava: Path, images: list[Image.Image], method: str) -> None:
+    """In one batch, about one image and about two; the question is the prompt without special tokens."""
+    reference = DenseLlava(random_llava)
+    as_served(reference, method)
+    prompts = [(PROMPT, [images[1]]), (TWO_IMAGES, [images[3], images[1]]), (TEXT_ONLY, [])]
+    with reduce_tokens(random_hf.model, method, 64) as reduction:
+        answers = random_hf.ask(prompts, 3)
+    assert reduction.tokens == (3, 3 * 576, 3 * 64, 3 * 64)
+    for (text, shown), (tokens, logprobs) in zip(prompts, answers, strict=True):
+        reference.question = question_of(random_hf, text)
+        expected, exact = reference.generate(text, [(image, 64) for image in shown], 3)
+        assert_equal(tokens, logprobs, expected, exact, ends=False)
+    reference.question = question_of(random_hf, TWO_IMAGES)
+    _, other = reference.generate(PROMPT, [(images[1], 64)], 3)
+    assert (other - answers[0][1]).abs().max() > 10 * TOLERANCE, "the question would change nothing"
+
+
+def question_of(hf: HfLlava, prompt: str) -> str:
+    """The text of a prompt, as a server takes it for the question where a request names none."""
+    tokenizer = hf.processor.tokenizer
+    ids = tokenizer(prompt, add_special_tokens=False).input_ids
+    left = [token for token in ids if token != hf.model.config.image_token_id]
+    return str(tokenizer.decode(left, skip_special_tokens=True))
+
+
+def test_the_question_of_beams(random_hf: HfLlava, images: list[Image.Image]) -> None:
+    """Images are encoded once; of the beams, the first is the one that is alone where the others are cut off."""
+    inputs = random_hf.inputs([(PROMPT, [images[1]]), (TWO_IMAGES, [images[3], images[1]])])
+    with reduce_tokens(random_hf.model, "cdpruner", 64) as reduction:
+        greedy = random_hf.model.generate(**inputs, max_new_tokens=1, do_sample=False)
+        kept = reduction.kept
+        beams = random_hf.model.generate(
+            **inputs, max_new_tokens=1, do_sample=False, num_beams=3, num_return_sequences=3
+        )
+    assert torch.equal(beams[::3], greedy)
+    assert [one.tolist() for one in reduction.kept] == [
+        one.tolist() for index in ((0,) * 3, (1, 2) * 3) for one in (kept[place] for place in index)
+    ]
+
+
+def test_the_question_about_tiles(
+    small_next: HfLlava, small_next_folder: Path, pictures: list[Image.Image]
+) -> None:
+    reference = TiledDense(small_next_folder)
+    as_served(reference, "trim")
+    prompts = [(PROMPT, [pictures[0]]), (TWO_IMAGES, pictures[1:3])]
+    with reduce_tokens(small_next.model, "trim", 9):
+        answers = small_next.ask(prompts, 2)
+    for (text, shown), (tokens, logprobs) in zip(prompts, answers, strict=True):
+        reference.question = question_of(small_next, text)
+        expected, exact = reference.generate(text, [(image, 9) for image in shown], 2)
         assert_equal(tokens, logprobs, expected, exact, ends=False)
 
 
@@ -96,6 +152,12 @@ def test_tiles_share_a_budget_for_the_image(
         answers = small_next.ask(prompts, 2)
     for (text, (image,)), (tokens, logprobs) in zip(prompts, answers, strict=True):
         assert_equal(tokens, logprobs, *reference.generate(text, [(image, 72)], 2), ends=False)
+
+
+def as_served(reference: DenseLlava, method: str) -> None:
+    """Set a method that compares the language model's embeddings, whose relevance is not negated."""
+    with_sign = "negate" in get(method).settings.model_fields
+    reference.method, reference.settings = method, {"negate": False} if with_sign else {}
 
 
 def check_decoder(

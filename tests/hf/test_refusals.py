@@ -55,7 +55,6 @@ SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4, "nu
          {}, "reduces in the decoder: the decoder is 'gemma'; allowed: 'llama', .*, or a method of the tower"),
         (lambda: tiny(vision_feature_layer=[-2, -1]), "ficoco-v", {}, r"vision_feature_layer = \[-2, -1\]"),
         (lambda: torch.compile(tiny()), "ficoco-v", {}, "a compiled model is not allowed"),
-        (tiny, "cdpruner", {}, "method = 'cdpruner' compares the image with the question"),
         (tiny, "ficoco-v", {"text_encoder": "clip"}, "text_encoder is a setting of the server"),
         (tiny, "magic", {}, "method = 'magic' is not a known method; allowed: "),
         (tiny, "ficoco-v", {"keep": 17}, "ficoco.keep = 17 is not allowed; allowed: an integer from 1 to 16"),

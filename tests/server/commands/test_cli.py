@@ -115,7 +115,9 @@ def test_methods_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> N
         meanings = _meanings(settings)
         assert set(settings.model_fields) <= set(meanings), name
         # No meaning needs the equation beside it.
-        assert not re.search(r"\b(first|second) term\b|the scores as they are", " ".join(meanings.values())), name
+        assert not re.search(
+            r"\b(first|second) term\b|the scores as they are", " ".join(meanings.values())
+        ), name
     assert main(["methods", "ficoco-v"]) == 0
     assert "rows and columns of a window" in capsys.readouterr().out
 
@@ -193,8 +195,14 @@ def test_config_refuses_a_list_in_a_file(tmp_path: Path) -> None:
         (["--ficoco-config", '{"keep": 64.5}'], ["ficoco.keep = 64.5", "an integer from 1 to 576"]),
         (["--ficoco-method", "ficoco-l", "--ficoco-keep", "577"], ["ficoco.keep = 577", "from 1 to 576"]),
         (["--ficoco-keep", "-3"], ["ficoco.keep = -3 is not allowed; allowed: an integer from 1 to 576"]),
-        (["--ficoco-keep", "64.5"], ["ficoco.keep = '64.5' is not allowed; allowed: an integer from 1 to 576"]),
-        (["--ficoco-keep", "many"], ["ficoco.keep = 'many' is not allowed; allowed: an integer from 1 to 576"]),
+        (
+            ["--ficoco-keep", "64.5"],
+            ["ficoco.keep = '64.5' is not allowed; allowed: an integer from 1 to 576"],
+        ),
+        (
+            ["--ficoco-keep", "many"],
+            ["ficoco.keep = 'many' is not allowed; allowed: an integer from 1 to 576"],
+        ),
         (["--ficoco-keep", "577"], ["ficoco.keep = 577", "an integer from 1 to 576"]),
         (["--ficoco-config", "{"], ["--ficoco-config", "not valid JSON"]),
         (["--ficoco-config", '{"method": "ficoco-v", "lam": 7}'], ["lam = 7", "<= 1"]),

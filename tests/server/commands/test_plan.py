@@ -298,7 +298,10 @@ def test_the_demo_model_is_found(
         ([LLAVA_7B, "--keep", "0"], "ficoco.keep = 0 is not allowed; allowed: an integer from 1 to 576"),
         (["--keep", "-3"], "ficoco.keep = -3 is not allowed; allowed: an integer from 1 to 576"),
         (["--keep", "64.5"], "ficoco.keep = '64.5' is not allowed; allowed: an integer from 1 to 576"),
-        ([LLAVA_7B, "--keep", "many"], "ficoco.keep = 'many' is not allowed; allowed: an integer from 1 to 576"),
+        (
+            [LLAVA_7B, "--keep", "many"],
+            "ficoco.keep = 'many' is not allowed; allowed: an integer from 1 to 576",
+        ),
         ([NEXT_7B, "--keep", "0"], "ficoco.keep = 0 is not allowed; allowed: an integer of at least 1"),
         ([LLAVA_7B, "--keep", "64", "--text-tokens", "-3"], "num_text_tokens: got -3, allowed: at least 1"),
         ([LLAVA_7B, "--schedule", "11:64,11:9"], "schedule: got layer 11, allowed: 12 to 22, ascending"),

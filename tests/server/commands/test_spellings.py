@@ -196,10 +196,19 @@ def test_a_model_in_a_file_is_never_replaced(
         (["--ficoco_keeps=3"], "--ficoco-keeps is not an option; allowed: --ficoco-keep"),
         (["--prot", "3"], "--prot is not an option; allowed: --port"),
         (["--prot=3"], "--prot is not an option; allowed: --port"),
-        (["/no/such/model", "--tensor_paralel_size", "2"], "--tensor-paralel-size is not an option; allowed: --t"),
+        (
+            ["/no/such/model", "--tensor_paralel_size", "2"],
+            "--tensor-paralel-size is not an option; allowed: --t",
+        ),
         (["-tpp", "2"], "-tpp is not an option; allowed: -tp"),
-        (["--aditional-config.ficoco.keep", "9"], "--aditional-config is not an option; allowed: --additional-c"),
-        (["--bogus-option", "3"], "--bogus-option is not an option; allowed: those that ficoco-vllm serve --help=all"),
+        (
+            ["--aditional-config.ficoco.keep", "9"],
+            "--aditional-config is not an option; allowed: --additional-c",
+        ),
+        (
+            ["--bogus-option", "3"],
+            "--bogus-option is not an option; allowed: those that ficoco-vllm serve --help=all",
+        ),
     ],
 )
 def test_what_cannot_be_read_is_refused(

@@ -15,7 +15,6 @@ import httpx
 import psutil
 import pytest
 
-from ficoco_vllm import demo_model
 from ficoco_vllm.benchmarks.harness.serving import HOST, OURS, START_SECONDS, free_port
 from tests.support.server import ONLY_IN_PROCESS, serve
 
@@ -99,14 +98,13 @@ def test_a_starting_server_stops(tmp_path: Path, number: signal.Signals, parent:
 def test_a_ready_server_ends_with_one_line(tmp_path: Path, method: str) -> None:
     """A terminal sends SIGINT to all processes: no process reports what its exit has left to the system."""
     log = tmp_path / "log"
-    arguments = ("--ficoco-method", method, "--ficoco-keep", "64", "--served-model-name", "demo")
-    with serve(log, str(demo_model.path()), *arguments, verbose=False) as server:
+    with serve(log, "--ficoco-method", method, "--ficoco-keep", "64", verbose=False) as server:
         deadline = time.monotonic() + START_SECONDS
         while "  try  " not in log.read_text():
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
-        answer = httpx.post(f"{server.url}/v1/completions", json={"model": "demo", "prompt": "a"}, timeout=120)
-        assert answer.status_code == 200
+        body = {"model": "ficoco-demo", "prompt": "is it a circle?"}
+        assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=END_SECONDS).status_code == 200
         processes = psutil.Process(server.process.pid).children(recursive=True)
         os.killpg(server.process.pid, signal.SIGINT)
         status = server.process.wait(END_SECONDS)
