@@ -48,7 +48,7 @@ class Pixels:
 
 
 @dataclass(frozen=True, eq=False)
-class WaitingImage:
+class PostponedImage:
     """One image that is encoded once its question is known, with those that came with it.
 
     Attributes:
@@ -96,26 +96,28 @@ class ImageEncoder:
             return self._whole_images(pixels, questions)
         return self._tiled_images(pixels, _checked(sizes), questions)
 
-    def wait(self, pixels: Tensor, sizes: Tensor | None) -> list[WaitingImage]:
+    def postpone(self, pixels: Tensor, sizes: Tensor | None) -> list[PostponedImage]:
         """Images whose questions are not known yet; see `__call__`."""
         planner, shape = self.planner, self.planner.shape
         given = Pixels(pixels, sizes)
         if shape.tiling is None:
-            return [WaitingImage(given, shape.num_units + shape.with_cls) for _ in pixels]
+            return [PostponedImage(given, shape.num_units + shape.with_cls) for _ in pixels]
         layouts = [planner.layout(planner.default, *size) for size in _checked(sizes)]
-        return [WaitingImage(given, layout.num_before) for layout in layouts]
+        return [PostponedImage(given, layout.num_before) for layout in layouts]
 
-    def answer(self, images: Sequence[WaitingImage], questions: Sequence[Tensor]) -> list[ImageTokens]:
+    def encode_postponed(
+        self, images: Sequence[PostponedImage], questions: Sequence[Tensor]
+    ) -> list[ImageTokens]:
         """Encode images whose questions are known.
 
         Args:
-            images: whole batches of `wait`, each once or several times over, as for beams.
+            images: whole batches of `postpone`, each once or several times over, as for beams.
             questions: tokens (M,) int64 of the question about each of them.
         """
-        batches: dict[Pixels, dict[WaitingImage, Tensor]] = {}
+        batches: dict[Pixels, dict[PostponedImage, Tensor]] = {}
         for image, question in zip(images, questions, strict=True):
             batches.setdefault(image.pixels, {}).setdefault(image, question)
-        encoded: dict[WaitingImage, ImageTokens] = {}
+        encoded: dict[PostponedImage, ImageTokens] = {}
         for pixels, asked in batches.items():
             tokens = self(pixels.values, pixels.sizes, list(asked.values()))
             encoded |= dict(zip(asked, tokens, strict=True))

@@ -14,7 +14,7 @@ from ficoco_vllm.hf.batch import Batch, padded, questions_about, spread
 from ficoco_vllm.hf.cache import CacheState
 from ficoco_vllm.hf.counts import Reduction
 from ficoco_vllm.hf.decoder import Output, SegmentedModel
-from ficoco_vllm.hf.images import ImageEncoder, ImageTokens, WaitingImage
+from ficoco_vllm.hf.images import ImageEncoder, ImageTokens, PostponedImage
 from ficoco_vllm.planning.decoder import RequestPlan
 
 FEATURE_CHOICES = ("vision_feature_layer", "vision_feature_select_strategy")
@@ -80,7 +80,7 @@ class ReducedModel:
             **kwargs: of the model's own method; which features are read is fixed by the configuration.
 
         Returns:
-            `pooler_output` has an `ImageTokens` for each image, a `WaitingImage` where the method reads the question.
+            `pooler_output` has an `ImageTokens` for each image, a `PostponedImage` where the method reads the question.
         """
         self._check_mode()
         for name in FEATURE_CHOICES:
@@ -89,7 +89,7 @@ class ReducedModel:
                 raise ValueError(
                     f"{name} = {kwargs[name]!r} is not allowed while tokens are reduced; allowed: {configured!r}"
                 )
-        encode = self.encoder.wait if self.encoder.reads_question else self.encoder
+        encode = self.encoder.postpone if self.encoder.reads_question else self.encoder
         encoded: Any = encode(pixel_values, image_sizes)
         return BaseModelOutputWithPooling(pooler_output=encoded)
 
@@ -147,7 +147,7 @@ class ReducedModel:
         embeddings: Tensor = self.model.get_input_embeddings()(input_ids)
         mask = attention_mask.bool().to(embeddings.device)
         if images and self.encoder.reads_question:
-            images = self._answered(images, input_ids, mask[:, seen:])
+            images = self._encoded(images, input_ids, mask[:, seen:])
         if not images:
             assert state is not None
             hidden, *_ = self._run(embeddings, mask[:, seen:], state, None, given, input_ids.shape[1])
@@ -171,7 +171,7 @@ class ReducedModel:
         self._note(batch, images, plans, origin)
         return self._output(spread(hidden[valid], origin, batch), images, given)
 
-    def _answered(self, images: Sequence[Any], input_ids: Tensor, mask: Tensor) -> list[ImageTokens]:
+    def _encoded(self, images: Sequence[Any], input_ids: Tensor, mask: Tensor) -> list[ImageTokens]:
         """Encode images, whose prompts are known now."""
         config = self.model.config
         text, special = config.get_text_config(), []
@@ -181,7 +181,7 @@ class ReducedModel:
         questions = questions_about(
             images, input_ids, mask.to(input_ids.device), config.image_token_id, special
         )
-        return self.encoder.answer(images, questions)
+        return self.encoder.encode_postponed(images, questions)
 
     def _run(
         self,
@@ -306,5 +306,5 @@ def _check_arguments(input_ids: Any, images: Sequence[Any], given: Mapping[str, 
             raise ValueError(
                 f"{name} = True is not allowed while tokens are reduced: layers have different numbers of tokens"
             )
-    if not all(isinstance(image, ImageTokens | WaitingImage) for image in images):
+    if not all(isinstance(image, ImageTokens | PostponedImage) for image in images):
         raise ValueError("mm_encoder_outputs was made without the reduction; pass pixel_values instead")

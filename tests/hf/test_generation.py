@@ -18,8 +18,8 @@ from tests.support.random_llava import build
 PROMPT = "<s>USER: <image>\nwhat number is on the sign? ASSISTANT:"
 TWO_IMAGES = "<s>USER: <image>\n<image>\nhow many signs are there? ASSISTANT:"
 TEXT_ONLY = "<s>USER: is there a red sign? ASSISTANT:"
-# One method each for the tower, the decoder and both.
-METHODS = ("ficoco-v", "ficoco-l", "ficoco-vl")
+# One method each for the tower, the decoder and both, and one of the tower that reads the question.
+METHODS = ("ficoco-v", "ficoco-l", "ficoco-vl", "cdpruner")
 # Batches of other sizes sum float32 in other orders.
 TOLERANCE = 1e-4
 
