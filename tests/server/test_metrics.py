@@ -113,19 +113,15 @@ def send(server: Server, images: list[Image.Image], traffic: Traffic, prometheus
         traffic.during = scraped(server)
         if prometheus is not None:
             prometheus.wait_for_scrapes()
-            titles = (
-                "KV cache in use",
-                "KV blocks",
-                "Running and waiting",
-                "Requests running",
-                "KV cache use",
-            )
-            at = time.time()
-            for title in titles:
-                for index, expression in enumerate(panels()[title]):
-                    traffic.during_queries[f"{title} {index}"] = prometheus.query(
-                        filled_in(expression, 60, MODEL, instance(server)), at
-                    )
+        at = time.time()
+    # Asked for after the streams, which a fast machine would end otherwise.
+    if prometheus is not None:
+        titles = ("KV cache in use", "KV blocks", "Running and waiting", "Requests running", "KV cache use")
+        for title in titles:
+            for index, expression in enumerate(panels()[title]):
+                traffic.during_queries[f"{title} {index}"] = prometheus.query(
+                    filled_in(expression, 60, MODEL, instance(server)), at
+                )
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +151,8 @@ def traffic(
                 break
             time.sleep(0.3)
         if prometheus is not None:
+            # It extrapolates by up to a scrape at both ends of the window, which must be little of it.
+            time.sleep(max(0.0, start + 20 - time.monotonic()))
             prometheus.wait_for_scrapes()
             result.window_seconds = int(time.monotonic() - start) + 2
             at = time.time()  # of all queries, which together take longer than the window's margin
