@@ -30,7 +30,7 @@ VARIANTS = [
     ("fastv", 64),
     ("sparsevlm", 64),
 ]
-# The same of methods that reduce in the tower as well.
+# Methods that reduce in the tower as well, each with its budget.
 TWICE = [("ficoco-vl", 64), ("vscan", 64), ("tops", 64)]
 ENGINE: dict[str, Any] = {"block_size": 32, "max_model_len": 1024, "max_num_seqs": 8}
 Verdicts = Mapping[str, Sequence[bool]]

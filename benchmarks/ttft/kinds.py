@@ -60,7 +60,7 @@ def decoder_kinds(size: str) -> tuple[Kind, ...]:
 
 
 def control_kinds(size: str) -> tuple[Kind, ...]:
-    """What needs no idea: as many tokens by chance, and of a smaller image where the model takes any; see `stock`."""
+    """Controls: as many tokens chosen at random, and a smaller image where the model takes any size; see `stock`."""
     keep = MODELS[size].keeps[-1]
     names = ("random", "downscale") if MODELS[size].family == "qwen3_vl" else ("random",)
     return tuple(Kind(name, {"method": name, "keep": keep}, keep) for name in names)

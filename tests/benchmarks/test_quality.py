@@ -145,7 +145,7 @@ def result(**changes: Any) -> dict[str, Any]:
     [
         ({}, set()),
         ({"high": 0.89}, {"quality-agreement"}),
-        # Of 1,000 answers 890 leave the target of 0.9 within Wilson's interval, 880 do not.
+        # Wilson's interval contains the target of 0.9 for 890 of 1,000 answers that agree, not for 880.
         ({"agreement": 0.88}, {"quality-phase-agreement"}),
         ({"easy": 300}, {"quality-easy-tokens"}),
         ({"easy": 96, "hard": 96}, {"quality-hard-tokens-of-easy", "quality-easy-again-tokens-of-hard"}),

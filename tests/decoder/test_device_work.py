@@ -1,4 +1,4 @@
-"""What steps ask of the device: few launches, staged copies, and never an answer."""
+"""Device work of a step: a bounded number of launches, staged copies, no synchronisation."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -46,9 +46,9 @@ COPIES = 3
 # Launches that prepare a decoding step, for any number of requests: lengths; then places and blocks of all rows, and
 # their slots in each segment.
 LENGTHS, PLACES, TAKE = 3, 5, 1
-# Those that prepare a step with images, and those for each segment that does not hold all tokens.
+# Launches that prepare a step with images, and more for each segment that does not hold all tokens.
 WITH_IMAGES, SLOTS = 11, 4
-# Of the decoder in a step that reduces: rows at its start and end, and positions of each segment's rows.
+# Launches of the decoder in a reducing step: to index rows at its start and end, and positions for each segment.
 ENDS, POSITIONS = 4, 1
 SEGMENTS, BLOCK = 4, 16
 META = torch.device("meta")
@@ -235,7 +235,7 @@ def test_launches_of_a_decoding_step(images: bool, monkeypatch: pytest.MonkeyPat
 
 
 def test_launches_of_a_reducing_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of what the host has computed comes in one copy, and at each boundary as above."""
+    """One copy brings all that the host has computed; boundaries add their own launches and copies."""
     step = Step(monkeypatch)
     step.prepare((0, 0), LENGTHS_OF_PROMPTS)
     prepared = step.launches()

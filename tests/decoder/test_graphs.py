@@ -135,7 +135,7 @@ def slots_elsewhere() -> Iterator[None]:
 
 @contextmanager
 def lengths_elsewhere() -> Iterator[None]:
-    """So are its lengths."""
+    """The fifth segment's lengths are read from memory that each step allocates."""
     rows = LaterSteps.rows
 
     def elsewhere(self: LaterSteps, *args: Any) -> list[Rows]:

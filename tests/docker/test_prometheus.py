@@ -80,7 +80,7 @@ def test_a_wrong_rule_fails_the_tests_of_the_rules(right: str, wrong: str, tmp_p
 
 @needs_prometheus
 def test_the_agreement_weighs_every_comparison_of_all_instances_alike(tmp_path: Path) -> None:
-    """Of 10 comparisons of one server 9 agree, of 90 of the other 45: 0.54, not the mean of the shares, 0.7."""
+    """One server agrees in 9 of 10 comparisons, the other in 45 of 90: 54 of 100 together. The mean of both is 0.7."""
     instances = {"a:8000": (9, 10), "b:8000": (45, 90)}
     expression = filled_in(
         panels(QUALITY_ROW)["Agreement with the full model"][0], 300, "m", "|".join(instances)

@@ -114,7 +114,7 @@ def send(server: Server, images: list[Image.Image], traffic: Traffic, prometheus
         if prometheus is not None:
             prometheus.wait_for_scrapes()
         at = time.time()
-    # Asked for after the streams, which a fast machine would end otherwise.
+    # Queried at that time, but after the streams: on a fast machine they would end before their client leaves.
     if prometheus is not None:
         titles = ("KV cache in use", "KV blocks", "Running and waiting", "Requests running", "KV cache use")
         for title in titles:
@@ -151,7 +151,7 @@ def traffic(
                 break
             time.sleep(0.3)
         if prometheus is not None:
-            # It extrapolates by up to a scrape at both ends of the window, which must be little of it.
+            # Prometheus extrapolates by up to a scrape at both ends of the window, so the window must be long.
             time.sleep(max(0.0, start + 20 - time.monotonic()))
             prometheus.wait_for_scrapes()
             result.window_seconds = int(time.monotonic() - start) + 2

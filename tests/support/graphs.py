@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# What would wait for the device, which ends a capture on a GPU. So does `index` with a mask.
+# Operators that synchronise with the device, which fails during a capture on a GPU, as does `index` with a mask.
 WAITS = {
     f"aten::{name}" for name in ("item", "is_nonzero", "_local_scalar_dense", "nonzero", "masked_select")
 }

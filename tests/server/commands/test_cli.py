@@ -272,7 +272,7 @@ def test_serve_refuses_in_one_line(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # What is not refused ends here, not in a server.
+    # A command that is not refused must not start a server.
     monkeypatch.setattr(serve, "_start", lambda *given: 0)
     # The command changes both, which later tests must not see.
     monkeypatch.setattr(os, "environ", dict(os.environ))
