@@ -20,6 +20,8 @@ from ficoco_vllm.reduction.method import SITES as SIGNALS
 from ficoco_vllm.reduction.pipeline import PIPELINES
 
 KEEPS = (288, 192, 128, 64)
+# Tokens that are left by chance, beside the methods of every site.
+CONTROL = "random"
 # The budget of the paper's ablations and sensitivity analyses: 1.5 TFLOPs, 64 tokens.
 SMALL = 64
 # Types of question of the ablations: some are read from few patches, like TextVQA, others from many, like ScienceQA.
@@ -110,7 +112,7 @@ def served_methods(site: Site) -> list[str]:
 
 
 def methods_of(sites: Sequence[str]) -> tuple[str, ...]:
-    """Methods of some sites, in the order of `SITES`.
+    """Methods of some sites, in the order of `SITES`, and the control.
 
     Raises:
         ValueError: there is no such site.
@@ -118,7 +120,8 @@ def methods_of(sites: Sequence[str]) -> tuple[str, ...]:
     unknown = sorted(set(sites) - set(SITES))
     if unknown:
         raise ValueError(f"site = {unknown[0]!r} is not allowed; allowed: {', '.join(SITES)}")
-    return tuple(method for site in SITES if site in sites for method in served_methods(site))
+    methods = tuple(method for site in SITES if site in sites for method in served_methods(site))
+    return methods if CONTROL in methods else (*methods, CONTROL)
 
 
 def rows(

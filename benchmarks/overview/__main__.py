@@ -7,12 +7,12 @@ from typing import Any
 from ficoco_vllm.benchmarks.harness.pages import ROOT, fill, write_pages
 from ficoco_vllm.benchmarks.harness.results import read
 from ficoco_vllm.benchmarks.overview.pictures import pictures
-from ficoco_vllm.benchmarks.overview.tables import Results, blocks
+from ficoco_vllm.benchmarks.overview.tables import FAMILIES, Results, blocks
 
 README, PAGE, IMAGES = ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "images"
-NAMES = ("accuracy", "accuracy-decoder", "ttft", "load", "concurrency")
+NAMES = ("accuracy", "accuracy-decoder", "ttft", "load", "concurrency", *FAMILIES)
 # Page to the blocks that it holds.
-BLOCKS = {README: ("savings", "accuracy", "advice"), PAGE: ("ttft", "load", "machines")}
+BLOCKS = {README: ("savings", "accuracy", "advice"), PAGE: ("ttft", "families", "load", "machines")}
 
 
 def committed() -> dict[str, Any]:

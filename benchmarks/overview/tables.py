@@ -55,6 +55,18 @@ ALL_ROWS = (
     FICOCO_L,
     Row("FiCoCo-L, one-shot", "64 in the last layers", "ficoco-l-one-shot", "L 64 one-shot"),
 )
+# Results of `make bench-ttft` with other families: name to model.
+FAMILIES = {"ttft-internvl3-8b": "InternVL3-8B", "ttft-qwen3-vl-8b": "Qwen3-VL-8B"}
+_FAMILY_ROWS = {
+    "stock": "stock vLLM",
+    "keep-64": "64, FiCoCo-V",
+    "keep-28": "28, FiCoCo-V",
+    "random": "28, at random behind the tower",
+    "downscale": "at most 28, of a smaller image",
+    "ficoco-vl": "28 in the last layers, FiCoCo-VL",
+    "ficoco-l": "28 in the last layers, FiCoCo-L",
+    "ficoco-l-one-shot": "28 in the last layers, FiCoCo-L, one-shot",
+}
 # Methods in the README's table of accuracy: ours, and the two that lose least in tower and decoder.
 README_METHODS = ("ficoco-v", "best", "ficoco-vl", "ficoco-l", "pyramiddrop")
 
@@ -106,6 +118,7 @@ def blocks(results: Results) -> dict[str, list[str]]:
         "accuracy": accuracy(results),
         "advice": as_markdown().splitlines(),
         "ttft": ttft(results),
+        "families": families(results),
         "load": load(results),
         "machines": machines(results),
     }
@@ -191,6 +204,40 @@ def ttft(results: Results) -> list[str]:
     )
 
 
+def families(results: Results) -> list[str]:
+    """Time to first token of other families, in the run whose decoder is deepest."""
+    rows = []
+    for name, title in FAMILIES.items():
+        run, whole = max(results[name]["runs"], key=lambda run: run["layers"]), results[name]["whole_model"]
+        for kind, label in _FAMILY_ROWS.items():
+            if kind not in run["kinds"]:
+                continue
+            row, all_layers = run["kinds"][kind], whole.get(kind)
+            rows.append(
+                [
+                    title,
+                    label,
+                    ranged(row, "ttft_seconds_").replace(" (", " s ("),
+                    f"{row['speedup']:.2f}x ({row['predicted_speedup']:.2f}x)",
+                    f"{all_layers['speedup']:.2f}x ({all_layers['predicted_speedup']:.2f}x)"
+                    if all_layers
+                    else "",
+                    f"{row['reduction_share_of_tower']:.1%}" if row["reduction_share_of_tower"] else "",
+                ]
+            )
+    return _table(
+        (
+            "model",
+            "256 visual tokens become",
+            "first token, 8 layers: median (min-max)",
+            "speed-up, 8 layers (predicted by the roofline)",
+            "speed-up, all layers, extrapolated (predicted)",
+            "reduction's share of the tower",
+        ),
+        rows,
+    )
+
+
 def _concurrent(results: Results, row: Row) -> str:
     if row.concurrency is None:
         return ""
@@ -217,8 +264,13 @@ def machines(results: Results) -> list[str]:
         environment = result["environment"]
         versions = ", ".join(f"{package} {number}" for package, number in environment["versions"].items())
         text = f"{environment['cores']} cores of an {environment['cpu']}, no GPU; {versions}"
-        described.setdefault(text, []).append(f"`make bench-{name}`")
+        described.setdefault(text, []).append(_command(name))
     return [f"{', '.join(commands)}: {text}." for text, commands in described.items()]
+
+
+def _command(name: str) -> str:
+    size = name.removeprefix("ttft-")
+    return f"`make bench-{name}`" if size == name else f'`make bench-ttft ARGS="--model-size {size}"`'
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -3,9 +3,9 @@
 Both engines run on the same machine; images are random and never repeated, one request at a time. A speed-up is stock's
 time over ours, round by round; the bars compare it with what a roofline predicts for the same prompt, whose ceilings,
 arithmetic and memory, are measured first. The roofline's times are held against the measured ones, too. The decoder is
-cut to a few layers to fit memory. Methods of the tower are run at each depth, and their medians are extrapolated
-linearly to all layers; methods of the decoder at `--decoder-layers` only, since the layers in which they reduce do not
-scale with the depth.
+cut to a few layers to fit memory. Methods of the tower are run at each depth; the median time outside the tower is
+extrapolated linearly to all layers. Methods of the decoder are run at `--decoder-layers` only, since the layers in
+which they reduce do not scale with the depth.
 """
 
 import argparse
@@ -210,14 +210,19 @@ def summarise(
 
 
 def _extrapolate(runs: list[dict[str, Any]], device: Device, size: str) -> dict[str, dict[str, float]]:
-    """Least-squares line of each kind's median over the number of layers, at the whole model's."""
+    """Median of each kind at the whole model's number of layers.
+
+    The tower is the same at each depth, so its time is averaged; the rest is extrapolated on a least-squares line.
+    """
     layers, known = [run["layers"] for run in runs], kinds(size)
     whole = MODELS[size].num_layers
     seconds = {}
     for name in (kind.name for kind in (stock(size), *whole_kinds(size))):
-        medians = [run["kinds"][name]["ttft_seconds_median"] for run in runs]
-        slope, intercept = statistics.linear_regression(layers, medians)
-        seconds[name] = intercept + slope * whole
+        rows = [run["kinds"][name] for run in runs]
+        towers = [row["tower_seconds_median"] for row in rows]
+        rest = [row["ttft_seconds_median"] - tower for row, tower in zip(rows, towers, strict=True)]
+        slope, intercept = statistics.linear_regression(layers, rest)
+        seconds[name] = statistics.mean(towers) + intercept + slope * whole
     return {
         name: {
             "ttft_seconds": value,

@@ -88,7 +88,7 @@ class LogitMap:
     def block(self, source: Tensor, target: Tensor, text: Tensor | None = None, gamma: float = 1.0) -> Tensor:
         """Chosen rows and columns, (B, R, K) fp32; see `AttentionMap`."""
         bias = None if self.bias is None else self.bias.gather(1, target)
-        direct = self._logits(_rows(self.query, source), _rows(self.key, target), bias)
+        direct = self._logits(chosen_rows(self.query, source), chosen_rows(self.key, target), bias)
         return direct if text is None else via_text(direct, text, source, target, gamma)
 
     def dense(self) -> Tensor:
@@ -99,7 +99,7 @@ class LogitMap:
         return mean_logits(query, key, self.scale, self.num_heads, self.all_reduce, bias)
 
 
-def _rows(values: Tensor, index: Tensor) -> Tensor:
+def chosen_rows(values: Tensor, index: Tensor) -> Tensor:
     """Rows (B, H, R, d) of (B, H, N, d)."""
     _, H, _, d = values.shape
     return values.gather(2, index[:, None, :, None].expand(-1, H, -1, d))

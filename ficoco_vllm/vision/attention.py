@@ -11,8 +11,9 @@ from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use
 
 from ficoco_vllm import kernels
 from ficoco_vllm.kernels import Backend
-from ficoco_vllm.reduction.logits import LogitMap, mean_logits
+from ficoco_vllm.reduction.logits import LogitMap, chosen_rows, mean_logits
 from ficoco_vllm.reduction.signals import AttentionMap, via_text
+from ficoco_vllm.vision.cpu_attention import attention_rows
 
 # Columns that a bias is filled up to a multiple of.
 _BIAS_COLUMNS = 16
@@ -82,6 +83,8 @@ class ClipHeads:
             probabilities.
         backend: of the fused ops.
         has_cls: whether token 0 is [CLS].
+        received: (B, N) fp32 attention that each token receives, summed over the heads of this rank, where the
+            attention returned it in place of its normalisers; else None.
     """
 
     query: Tensor
@@ -95,6 +98,7 @@ class ClipHeads:
     logits: bool = False
     backend: Backend = "auto"
     has_cls: bool = True
+    received: Tensor | None = None
 
     @property
     def patches(self) -> slice:
@@ -233,6 +237,8 @@ class ClipAttention:
         Source: arXiv:2411.17686, Eq. 5.
         """
         heads = self.heads
+        if heads.received is not None:
+            return heads.reduced(heads.received / heads.num_heads)
         received = kernels.attention_sums(
             heads.query[:, :, heads.patches],
             heads.key,
@@ -259,20 +265,25 @@ class ClipAttention:
         Source: arXiv:2411.17686, Eq. 12.
         """
         heads = self.heads
-        # The normalisers are known, so [CLS] need not be among the keys: the indices stay as they are.
-        direct = heads.reduced(
-            kernels.attention_block(
-                heads.query[:, :, heads.patches],
-                heads.key[:, :, heads.patches],
-                heads.lse[:, :, heads.patches],
-                heads.scale,
-                row_index=source,
-                column_index=target,
-                bias=None if heads.bias is None else heads.bias[:, heads.patches],
-                num_heads=heads.num_heads,
-                backend=heads.backend,
+        query, key = heads.query[:, :, heads.patches], heads.key[:, :, heads.patches]
+        if heads.received is not None:
+            whole = attention_rows(chosen_rows(query, source), key, heads.scale).div_(heads.num_heads)
+            direct = heads.reduced(whole.gather(2, target[:, None].expand(-1, source.shape[1], -1)))
+        else:
+            # The normalisers are known, so [CLS] need not be among the keys: the indices stay as they are.
+            direct = heads.reduced(
+                kernels.attention_block(
+                    query,
+                    key,
+                    heads.lse[:, :, heads.patches],
+                    heads.scale,
+                    row_index=source,
+                    column_index=target,
+                    bias=None if heads.bias is None else heads.bias[:, heads.patches],
+                    num_heads=heads.num_heads,
+                    backend=heads.backend,
+                )
             )
-        )
         return direct if text is None else via_text(direct, text, source, target, gamma)
 
     def dense(self) -> Tensor:

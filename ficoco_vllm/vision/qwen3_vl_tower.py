@@ -13,6 +13,8 @@ from vllm.model_executor.layers.attention.mm_encoder_attention import MMEncoderA
 from vllm.model_executor.models.qwen3_vl import Qwen3_VisionBlock, Qwen3_VisionTransformer
 
 from ficoco_vllm.reduction.signals import take
+from ficoco_vllm.vision.cpu_attention import is_faster
+from ficoco_vllm.vision.cpu_layer import in_parts
 from ficoco_vllm.vision.tower import Tokens, Tower
 
 
@@ -101,7 +103,9 @@ class QwenLayer:
         return tensor_model_parallel_all_reduce if self.layer.attn.tp_size > 1 else None
 
     def whole(self, hidden: Tensor) -> Tensor:
-        """See `EncoderLayer`; in vLLM's own code."""
+        """See `EncoderLayer`; in vLLM's own code, unless ours is faster."""
+        if is_faster(hidden):
+            return in_parts(self, hidden)
         B, N, D = hidden.shape
         output: Tensor = self.layer(hidden.reshape(B * N, 1, D), **self.frame.arguments).view(B, N, D)
         self.tower.note_level(self.index, output)

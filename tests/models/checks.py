@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 from PIL import Image
+from torch import Tensor
 from vllm import LLM
 
 from tests.support.compare import NUM_TOKENS, assert_equal
@@ -50,3 +52,24 @@ def assert_together_equals_alone(
         forget()
         (alone,) = ask(engine, [one], num_tokens)
         assert_equal(answer.tokens, answer.logprobs, alone.tokens, alone.logprobs, ends=ends)
+
+
+def use_head_by_head(monkeypatch: pytest.MonkeyPatch, family: str) -> list[int]:
+    """Let a tower take `centred_attention` wherever its dtype and device are asked about.
+
+    Args:
+        monkeypatch: undoes it.
+        family: module of its layers.
+
+    Returns:
+        Tokens of each such layer that runs.
+    """
+    layers: list[int] = []
+
+    def always(values: Tensor) -> bool:
+        layers.append(values.shape[-2])
+        return True
+
+    for module in (family, "ficoco_vllm.vision.tower"):
+        monkeypatch.setattr(f"{module}.is_faster", always)
+    return layers

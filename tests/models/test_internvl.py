@@ -10,7 +10,7 @@ from PIL import Image
 from vllm import LLM
 from vllm.exceptions import VLLMValidationError
 
-from tests.models.checks import assert_images_equal, assert_together_equals_alone
+from tests.models.checks import assert_images_equal, assert_together_equals_alone, use_head_by_head
 from tests.reference.internvl import ReferenceInternVL
 from tests.reference.internvl_chat import ReferenceInternVLChat
 from tests.support.compare import NUM_TOKENS, TOLERANCE, assert_equal
@@ -142,6 +142,22 @@ def test_other_methods_equal_reference(
     """Merging with weights, fused units without a place, selection on the features."""
     monkeypatch.setattr(reference, "method", method)
     assert_images_equal(engine, reference, form.prompt, pictures, 9, ficoco_method=method)
+
+
+@pytest.mark.parametrize("method", ["ficoco-v", "divprune"])
+def test_attention_head_by_head(
+    engine: LLM,
+    reference: ReferenceInternVL,
+    form: Format,
+    pictures: list[Image.Image],
+    method: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In layers that are not measured, as on a CPU with fast products of bfloat16; here in float32."""
+    monkeypatch.setattr(reference, "method", method)
+    layers = use_head_by_head(monkeypatch, form.served.rpartition(".")[0])
+    assert_images_equal(engine, reference, form.prompt, pictures, 7, ficoco_method=method)
+    assert layers
 
 
 def test_two_images_equal_reference(

@@ -16,7 +16,7 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from ficoco_vllm.models.qwen3_vl import FicocoQwen3VL
 from ficoco_vllm.models.verify import _check_positions
 from ficoco_vllm.vision.mrope import CHANNELS, put_places, with_places, without_places
-from tests.models.checks import assert_together_equals_alone
+from tests.models.checks import assert_together_equals_alone, use_head_by_head
 from tests.reference.qwen3_vl import ReferenceQwen
 from tests.support.engine import Answers, Engines, Question, ask, ask_all, request
 from tests.support.pictures import noise
@@ -105,6 +105,22 @@ def test_awkward_images_and_budgets(
         chosen = [images[index] for index in pair]
         keeps = [min(keep, rows * columns) for rows, columns in (reference.grid(image) for image in chosen)]
         check(engine, reference, TWO, chosen, keeps, ficoco_keep=keep)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("method", ["ficoco-v", "divprune"])
+def test_attention_head_by_head(
+    engine: LLM,
+    reference: ReferenceQwen,
+    images: list[Image.Image],
+    method: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In every layer, as on a CPU with fast products of bfloat16; here in float32, which rounds as the oracle needs."""
+    layers = use_head_by_head(monkeypatch, "ficoco_vllm.vision.qwen3_vl_tower")
+    reference.method = None if method == "ficoco-v" else method
+    check(engine, reference, PROMPT, images[:1], [21], ficoco_method=method, ficoco_keep=21)
+    assert len(layers) == 6
 
 
 @pytest.mark.engine

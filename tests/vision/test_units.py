@@ -1,5 +1,6 @@
 """Towers whose units are several patches, and towers without [CLS], on Hugging Face's InternVL in float64."""
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,16 @@ class HfTower(Tower):
         return self.tower.layernorm(hidden)
 
 
+class WithoutCls(HfTower):
+    """The same without [CLS]."""
+
+    has_cls = False
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """See `Tower`."""
+        return super().embed(pixels)[:, 1:]
+
+
 @pytest.fixture(scope="module")
 def reference(random_internvl: Path) -> ReferenceInternVL:
     """Random weights."""
@@ -191,14 +202,7 @@ def test_an_observer_sees_units(reference: ReferenceInternVL, pixels: Tensor) ->
 
 def test_a_tower_without_cls(reference: ReferenceInternVL, pixels: Tensor) -> None:
     """Nothing stands before the units; where [CLS] is wanted, the attention that a unit receives takes its place."""
-
-    class Without(HfTower):
-        has_cls = False
-
-        def embed(self, pixels: Tensor) -> Tensor:
-            return super().embed(pixels)[:, 1:]
-
-    tower = Without(reference.model.model.vision_tower)
+    tower = WithoutCls(reference.model.model.vision_tower)
     with torch.no_grad():
         for method in METHODS:
             plan = planner(method, 9).plan(Budget(method, 9))
@@ -206,3 +210,20 @@ def test_a_tower_without_cls(reference: ReferenceInternVL, pixels: Tensor) -> No
             assert tokens.split(4)[0].shape[1] == 0
             assert tokens.split(4)[1].shape == (2, 9, 4 * 128)
             assert tokens.hidden.isfinite().all()
+
+
+def test_bfloat16_without_cls(
+    reference: ReferenceInternVL, pixels: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The attention that returns what each patch receives takes the fused kernel's place; the same units stay."""
+    tower = WithoutCls(copy.deepcopy(reference.model.model.vision_tower).bfloat16())
+    plan = planner("ficoco-v", 9).plan(Budget("ficoco-v", 9))
+    kept = []
+    for faster in (True, False):
+        monkeypatch.setattr("ficoco_vllm.vision.tower.is_faster", lambda query, faster=faster: faster)
+        with torch.no_grad():
+            kept.append(encode(tower, pixels.bfloat16(), plan, (SIDE, SIDE)))
+    ours, fused = kept
+    assert torch.equal(ours.position, fused.position)
+    # A few roundings of bfloat16 in each of six layers.
+    torch.testing.assert_close(ours.hidden, fused.hidden, atol=0.05, rtol=0.05)

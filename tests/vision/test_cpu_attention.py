@@ -1,0 +1,84 @@
+"""How exact the attention of CPUs is, and where it is taken."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from ficoco_vllm.vision.attention import ClipHeads
+from ficoco_vllm.vision.cpu_attention import centred_attention, is_faster
+
+
+def heads(images: int, tokens: int, offset: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys that share an offset, as a trained model's do, and values, laid out as vLLM's tower has them."""
+    torch.manual_seed(0)
+    qkv = torch.randn(images, tokens, 3, 4, 64)
+    qkv[:, :, 1] += offset * torch.randn(4, 64)
+    query, key, value = qkv.bfloat16().permute(2, 0, 3, 1, 4).unbind(0)
+    return query, key, value
+
+
+def error(result: Tensor, exact: Tensor) -> float:
+    return float((result.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("offset", [0.0, 3.0, 10.0])
+@pytest.mark.parametrize(("images", "tokens"), [(1, 577), (3, 50), (2, 1), (2, 1100)])
+def test_about_as_exact_as_the_fused_kernel(images: int, tokens: int, offset: float) -> None:
+    query, key, value = heads(images, tokens, offset)
+    exact = scaled_dot_product_attention(query.double(), key.double(), value.double(), scale=0.125)
+    fused = error(scaled_dot_product_attention(query, key, value, scale=0.125), exact)
+    result = error(centred_attention(query, key, value, 0.125).transpose(1, 2), exact)
+    # Rounded logits and rounded keys add two errors of the size of bfloat16's step, 2^-8, to the rounded weights
+    # and outputs that both have.
+    assert result <= fused + 2**-8
+
+
+def test_the_offset_of_the_keys_costs_nothing() -> None:
+    """Were the keys not centred, their offset would make the logits, and what is rounded of them, larger."""
+    errors = []
+    for offset in (0.0, 10.0):
+        query, key, value = heads(1, 577, offset)
+        exact = scaled_dot_product_attention(query.double(), key.double(), value.double(), scale=0.125)
+        errors.append(error(centred_attention(query, key, value, 0.125).transpose(1, 2), exact))
+    plain = torch.softmax(query @ key.transpose(2, 3) * 0.125, dim=-1) @ value
+    assert error(plain, exact) > 3 * errors[1]
+    assert errors[1] < 2 * errors[0]
+
+
+@pytest.mark.parametrize("offset", [0.0, 10.0])
+@pytest.mark.parametrize(("images", "tokens"), [(1, 577), (3, 50), (2, 1), (2, 1100)])
+def test_signals_that_need_no_normalisers(images: int, tokens: int, offset: float) -> None:
+    """Attention received, and chosen entries of the map, against the map in float64."""
+    query, key, value = heads(images, tokens, offset)
+    exact = torch.softmax(query.double() @ key.double().transpose(2, 3) * 0.125, dim=-1).mean(dim=1)
+    received = torch.zeros(images, tokens)
+    mixed = centred_attention(query, key, value, 0.125, received)
+    assert torch.equal(mixed, centred_attention(query, key, value, 0.125))
+    measured = ClipHeads(query, key, None, 0.125, None, 4, has_cls=False, received=received)
+    # The mean of many weights, each with a relative error of bfloat16's step: rounding cancels, to a tenth of it
+    # where hundreds of queries are summed.
+    close = {"atol": 0.0, "rtol": 2**-8}
+    torch.testing.assert_close(measured.cls_attention().double(), exact.mean(dim=1), **close)
+    rows = torch.stack([torch.randperm(tokens)[:7] for _ in range(images)])
+    columns = torch.stack([torch.randperm(tokens)[:9] for _ in range(images)])
+    chosen = torch.stack([one[r][:, c] for one, r, c in zip(exact, rows, columns, strict=True)])
+    block = measured.visual_attention().block(rows, columns)
+    torch.testing.assert_close(block.double(), chosen, atol=1e-6, rtol=1e-4)
+
+
+def test_only_for_bfloat16_on_few_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ficoco_vllm.vision.cpu_attention._has_products", lambda: True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert is_faster(torch.zeros(1, dtype=torch.bfloat16))
+    assert not is_faster(torch.zeros(1))
+    assert not is_faster(torch.zeros(1, dtype=torch.bfloat16, device="meta"))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    assert not is_faster(torch.zeros(1, dtype=torch.bfloat16))
+
+
+def test_not_where_the_cpu_has_no_products_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There one head after the other takes twenty times as long as the fused kernel."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr("ficoco_vllm.vision.cpu_attention._has_products", lambda: False)
+    assert not is_faster(torch.zeros(1, dtype=torch.bfloat16))
