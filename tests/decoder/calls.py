@@ -14,7 +14,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from ficoco_vllm.benchmarks.soak.engine import mixture as soak
 from ficoco_vllm.benchmarks.soak.engine.run import Driver
 from tests.support.engine import Answer, request, scheduler_of, worker_of
-from tests.support.versions import get_kv_cache_configs
+from tests.support.versions import kv_cache_configs
 
 
 @dataclass
@@ -159,7 +159,7 @@ def cache_error(engine: LLM, num_blocks: int) -> str:
     before = config.cache_config.num_gpu_blocks_override
     config.cache_config.num_gpu_blocks_override = num_blocks
     try:
-        get_kv_cache_configs(config, core.model_executor.get_kv_cache_specs(), [2**30])
+        kv_cache_configs(config, core.model_executor.get_kv_cache_specs(), 2**30)
     except ValueError as error:
         return str(error)
     finally:

@@ -13,7 +13,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from ficoco_vllm.metrics.counting import token_layer_bytes
 from tests.decoder.calls import configure
-from tests.support.versions import get_kv_cache_configs
+from tests.support.versions import kv_cache_configs
 
 
 def layers_of(
@@ -63,7 +63,7 @@ def cache_of(engine: LLM, model: str, ficoco: dict[str, Any], options: dict[str,
         for name, layer in layers.items()
         if name.startswith("language_model.")
     }
-    (result,) = get_kv_cache_configs(config, [specs], [2**26])
+    (result,) = kv_cache_configs(config, [specs], 2**26)
     groups = [group.kv_cache_spec for group in result.kv_cache_groups]
     return Cache(
         token_layer_bytes(config),

