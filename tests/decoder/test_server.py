@@ -17,6 +17,8 @@ from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.demo_model import examples
 from ficoco_vllm.planning.decoder import DecoderPlanner
 from ficoco_vllm.server.explain.schema import Explanation
+from tests.support import axe, page
+from tests.support.browser import chromium, why_missing
 from tests.support.sampling_options import check_sweep
 from tests.support.server import DTYPE, VALUE_BYTES, Server, data_url, message, serve
 
@@ -182,6 +184,29 @@ def test_an_explanation_goes_through_tower_and_decoder(server: Server, images: l
     # Nothing is lost on the whole way, though the decoder counts anew.
     assert len(kept) == 15
     assert sum(held.values()) == pytest.approx(144, abs=0.1)
+
+
+@pytest.mark.long
+@pytest.mark.needs(why_missing() is None, f"the page's tests: {why_missing()}")
+def test_the_page_goes_through_tower_and_decoder(
+    server: Server, images: list[Image.Image], tmp_path: Path
+) -> None:
+    images[1].save(tmp_path / "image.png")
+    with chromium(tmp_path / "profile") as browser:
+        page.ask(browser, server.url, "small", tmp_path / "image.png", "what is this?")
+        explained = "15 of 144 visual tokens are left in the last layer of the language model."
+        assert browser.text("#explained").startswith(explained)
+        before, *steps, result = page.captions(browser)
+        assert before.startswith("Before any reduction")
+        in_tower = ["layer of the vision tower" in step for step in steps]
+        assert in_tower == sorted(in_tower, reverse=True), "first the tower, then the decoder"
+        assert all("layer of the language model" in step for step in steps[sum(in_tower) :])
+        assert 0 < sum(in_tower) < len(steps)
+        assert result.startswith("Result: 15 tokens kept")
+        assert len(browser.all('.patch[data-state="kept"]')) == 15
+        assert len(browser.all(".patch")) == 144
+        assert axe.violations(browser) == []
+        assert browser.complaints() == []
 
 
 def test_start_up_says_what_it_means(server: Server) -> None:

@@ -16,6 +16,8 @@ from ficoco_vllm.server.explain.schema import Explanation
 from ficoco_vllm.server.request_field.resolve import UNBOUNDED, Resolved, Resolver
 from ficoco_vllm.server.request_field.schema import FicocoRequest
 from tests.planning.test_tiles import config
+from tests.support import axe, page
+from tests.support.browser import chromium, why_missing
 from tests.support.pictures import noise
 from tests.support.server import DTYPE, VALUE_BYTES, Server, data_url, message, serve
 
@@ -152,6 +154,27 @@ def test_explained(next_server: Server, ficoco: Any, kept: Any, fused: int | Non
             assert places <= {bisect_right(starts, item.token)}, "a tile is reduced alone"
         picture = draw(Image.new("RGB", (width, height), (200, 200, 10)), result)
         assert picture.width == 1120
+
+
+@pytest.mark.server
+@pytest.mark.long
+@pytest.mark.needs(why_missing() is None, f"the page's tests: {why_missing()}")
+def test_the_page_shows_the_tiles(next_server: Server, tmp_path: Path) -> None:
+    """Of an image whose lower and upper tiles are cut, too."""
+    for (width, height), image in zip(SIZES, noise(list(SIZES), seed=3), strict=True):
+        num_tiles, num_patches = (4, 5 * 144) if height == width else (3, 144 + 3 * 48)
+        image.save(tmp_path / "image.png")
+        with chromium(tmp_path / f"profile-{width}") as browser:
+            page.ask(browser, next_server.url, "next", tmp_path / "image.png", "how many?")
+            assert [caption.text for caption in browser.all("figcaption")] == [
+                "Base tile: the whole image",
+                f"{num_tiles} tiles of higher resolution",
+            ]
+            assert page.captions(browser)[-1].startswith(f"Result: {(1 + num_tiles) * 16} tokens kept")
+            assert len(browser.all(".patch")) == num_patches
+            assert len(browser.all('.patch[data-state="kept"]')) == (1 + num_tiles) * 16
+            assert axe.violations(browser) == []
+            assert browser.complaints() == []
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from tests.support.server import API_KEY, DEMO_KEEP, Server
 
 pytest.importorskip("selenium", reason="selenium is not installed (requirements/dev.lock)")
 
+from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 
 from tests.support import axe
@@ -202,6 +203,29 @@ def test_keyboard(page: Browser) -> None:
     assert page.run("return getComputedStyle(document.activeElement).outlineStyle") == "solid"
     page.driver.switch_to.active_element.send_keys(Keys.ESCAPE)
     assert page.all(".patch.is-chosen") == []
+
+
+def test_every_control_shows_that_it_has_the_focus(page: Browser) -> None:
+    """Once around the page by the tab key; a ring is around each control, or around what stands for it."""
+    stops: dict[str, float] = {}
+    while True:
+        ActionChains(page.driver).send_keys(Keys.TAB).perform()
+        stop = page.run(
+            """const active = document.activeElement;
+            const ringed = [active, active.nextElementSibling, active.closest("label")].filter(Boolean);
+            const rings = ringed.map((element) => getComputedStyle(element))
+              .filter((style) => style.outlineStyle === "solid").map((style) => parseFloat(style.outlineWidth));
+            const name = active.id || active.dataset.name || active.className || active.outerHTML;
+            return active === document.body ? null : [name, Math.max(0, ...rings)];"""
+        )
+        if stop is None:  # behind the last control
+            continue
+        name, ring = stop
+        if name in stops:
+            break
+        stops[name] = ring
+    assert {"question", "ask", "method", EXAMPLE.image.name, "play", "layer"} <= stops.keys()
+    assert [name for name, ring in stops.items() if ring < 3] == []
 
 
 def test_shares_are_followed_as_the_server_does(page: Browser) -> None:
