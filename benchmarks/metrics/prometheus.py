@@ -41,9 +41,24 @@ class Prometheus:
             return False
         return bool(targets) and all(targets.values())
 
-    def wait_for_scrapes(self, count: int = 2) -> None:
-        """Wait until everything so far has been scraped, with samples after it."""
-        time.sleep(count * 1.0 + 0.5)
+    def wait_for_scrapes(self, count: int = 2, seconds: float = 60) -> None:
+        """Wait until everything so far has been scraped; a busy machine may scrape late.
+
+        Args:
+            count: scrapes from now on.
+            seconds: to wait at most.
+
+        Raises:
+            TimeoutError: the target was not scraped that often.
+        """
+        last = start = time.time()
+        while count:
+            if time.time() > start + seconds:
+                raise TimeoutError(f"{count} more scrapes did not come within {seconds:.0f} s")
+            time.sleep(0.1)
+            (begun,) = self.query("timestamp(up)").values()
+            if begun > last and self.is_ready():
+                last, count = begun, count - 1
 
 
 @contextmanager
