@@ -160,7 +160,7 @@ def test_explained(next_server: Server, ficoco: Any, kept: Any, fused: int | Non
 @pytest.mark.long
 @pytest.mark.needs(why_missing() is None, f"the page's tests: {why_missing()}")
 def test_the_page_shows_the_tiles(next_server: Server, tmp_path: Path) -> None:
-    """Of an image whose lower and upper tiles are cut, too."""
+    """Images with whole tiles, and with tiles whose upper and lower rows are padding."""
     for (width, height), image in zip(SIZES, noise(list(SIZES), seed=3), strict=True):
         num_tiles, num_patches = (4, 5 * 144) if height == width else (3, 144 + 3 * 48)
         image.save(tmp_path / "image.png")
