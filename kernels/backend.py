@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 Backend = Literal["auto", "torch", "triton"]
@@ -26,3 +27,13 @@ def uses_triton(backend: Backend, tensor: Tensor) -> bool:
     if backend not in ("torch", "triton"):
         raise ValueError(f"backend = {backend!r} is not allowed; allowed: auto, torch, triton")
     return backend == "triton"
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether values can be read without a wait for a device and without a break in a traced graph.
+
+    Args:
+        tensor: any.
+    """
+    # A fake tensor is of a class of its own.
+    return tensor.device.type == "cpu" and type(tensor) is Tensor and not torch.compiler.is_compiling()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ficoco_vllm.kernels.rows import take_rows
 from ficoco_vllm.reduction.signals import via_text
 
 
@@ -101,5 +102,5 @@ class LogitMap:
 
 def chosen_rows(values: Tensor, index: Tensor) -> Tensor:
     """Rows (B, H, R, d) of (B, H, N, d)."""
-    _, H, _, d = values.shape
-    return values.gather(2, index[:, None, :, None].expand(-1, H, -1, d))
+    rows = take_rows(values.transpose(1, 2).flatten(2), index)
+    return rows.unflatten(2, (values.shape[1], -1)).transpose(1, 2)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ficoco_vllm import kernels
 from ficoco_vllm.kernels import Backend
+from ficoco_vllm.kernels.rows import take_rows
 
 # Axis of the visual tokens of a signal, if not the second one; 0 for signals without such an axis.
 TOKEN_AXIS = {"text_attention": 2, "text_features": 0}
@@ -155,11 +156,7 @@ def take(values: Tensor, index: Tensor) -> Tensor:
     Returns:
         (B, K) or (B, K, D), the dtype of `values`.
     """
-    if values.dim() == 2:
-        return values.gather(1, index)
-    # On a CPU this moves whole rows, three times as fast as `gather` does.
-    batch = torch.arange(index.shape[0], device=index.device)[:, None]
-    return values[batch, index]
+    return values.gather(1, index) if values.dim() == 2 else take_rows(values, index)
 
 
 def ranks(values: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from ficoco_vllm import kernels
 from ficoco_vllm.kernels import Backend
 from ficoco_vllm.reduction.logits import LogitMap, chosen_rows, mean_logits
 from ficoco_vllm.reduction.signals import AttentionMap, via_text
-from ficoco_vllm.vision.cpu_attention import attention_rows
+from ficoco_vllm.vision.cpu_attention import HeadSums, attention_rows
 
 # Columns that a bias is filled up to a multiple of.
 _BIAS_COLUMNS = 16
@@ -83,8 +83,7 @@ class ClipHeads:
             probabilities.
         backend: of the fused ops.
         has_cls: whether token 0 is [CLS].
-        received: (B, N) fp32 attention that each token receives, summed over the heads of this rank, where the
-            attention returned it in place of its normalisers; else None.
+        given_sums: of the heads of this rank, where the attention returned them in place of its normalisers; else None.
     """
 
     query: Tensor
@@ -98,7 +97,7 @@ class ClipHeads:
     logits: bool = False
     backend: Backend = "auto"
     has_cls: bool = True
-    received: Tensor | None = None
+    given_sums: HeadSums | None = None
 
     @property
     def patches(self) -> slice:
@@ -129,7 +128,7 @@ class ClipHeads:
             query, key = self.query[:, :, :1], self.key[:, :, 1:]
             bias = None if self.bias is None else self.bias[:, 1:]
             return mean_logits(query, key, self.scale, self.num_heads, self.all_reduce, bias)[:, 0]
-        if self.needed & {"visual_attention", "keys"}:
+        if self.given_sums is not None or self.needed & {"visual_attention", "keys"}:
             return self.sums[1][:, 1:]
         # One row of the map needs all keys, but no other query.
         cls = self.query[:, :, :1]
@@ -144,7 +143,8 @@ class ClipHeads:
 
         Source: arXiv:2411.17686, Eq. 6.
         """
-        if self.has_cls and not self.logits and "keys" in self.needed and len(self.needed) > 1:
+        in_pass = self.has_cls and not self.logits and self.given_sums is None
+        if in_pass and "keys" in self.needed and len(self.needed) > 1:
             return self.reduced(self._pass[2][:, 1:])
         total = self.key[:, :, self.patches].float().sum(dim=1)
         return self.reduced(total).div_(self.num_heads)
@@ -176,6 +176,9 @@ class ClipHeads:
     @cached_property
     def sums(self) -> tuple[Tensor, Tensor]:
         """Attention of each token to all but [CLS], (B, 1 + N) fp64, and of [CLS] to each token, (B, 1 + N) fp32."""
+        if self.given_sums is not None and self.given_sums.first is not None:
+            to_cls, from_cls = self.reduced(self.given_sums.first / self.num_heads).unbind()
+            return 1.0 - to_cls.double(), from_cls
         to_others, from_cls, _ = self._pass
         if self.all_reduce is not None:
             to_cls = (
@@ -237,8 +240,8 @@ class ClipAttention:
         Source: arXiv:2411.17686, Eq. 5.
         """
         heads = self.heads
-        if heads.received is not None:
-            return heads.reduced(heads.received / heads.num_heads)
+        if heads.given_sums is not None and heads.given_sums.received is not None:
+            return heads.reduced(heads.given_sums.received / heads.num_heads)
         received = kernels.attention_sums(
             heads.query[:, :, heads.patches],
             heads.key,
@@ -266,9 +269,10 @@ class ClipAttention:
         """
         heads = self.heads
         query, key = heads.query[:, :, heads.patches], heads.key[:, :, heads.patches]
-        if heads.received is not None:
-            whole = attention_rows(chosen_rows(query, source), key, heads.scale).div_(heads.num_heads)
-            direct = heads.reduced(whole.gather(2, target[:, None].expand(-1, source.shape[1], -1)))
+        if heads.given_sums is not None:
+            rows = attention_rows(chosen_rows(query, source), heads.key, heads.scale).div_(heads.num_heads)
+            columns = target[:, None].expand(-1, source.shape[1], -1)
+            direct = heads.reduced(rows[:, :, heads.patches].gather(2, columns))
         else:
             # The normalisers are known, so [CLS] need not be among the keys: the indices stay as they are.
             direct = heads.reduced(

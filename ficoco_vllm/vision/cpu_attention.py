@@ -1,5 +1,6 @@
 """Attention on a CPU whose products of bfloat16 are fast, one head after the other."""
 
+from dataclasses import dataclass
 from functools import cache
 from itertools import product
 
@@ -10,6 +11,10 @@ from ficoco_vllm.compat import multiplies_bfloat16
 
 # Logits that are computed at a time: in bfloat16 they and their weights fit into a processor's cache.
 _MAP_SIZE = 2**20
+# Logits of all heads of a few queries, in float32.
+_ROWS_SIZE = 2**20
+# Below, the fused kernel is faster: of short products the overhead counts.
+_LEAST_TOKENS = 224
 # With more threads, scaled_dot_product_attention, parallel over heads, uses them better than consecutive products.
 _MOST_THREADS = 4
 
@@ -18,18 +23,46 @@ def is_faster(query: Tensor) -> bool:
     """Whether `centred_attention` takes less time than `scaled_dot_product_attention` does.
 
     Args:
-        query: any shape.
+        query: (..., N, d), or anything else of N tokens.
     """
     few = query.device.type == "cpu" and torch.get_num_threads() <= _MOST_THREADS
-    return few and query.dtype == torch.bfloat16 and _has_products()
+    return few and query.dtype == torch.bfloat16 and query.shape[-2] >= _LEAST_TOKENS and _has_products()
 
 
 # Cached: the answer never changes, and every layer needs it.
 _has_products = cache(multiplies_bfloat16)
 
 
+@dataclass(frozen=True)
+class HeadSums:
+    """A layer's attention, summed over its heads; each weight is rounded as the layer's own.
+
+    Attributes:
+        received: (B, N) fp32 attention that each token receives from all, or None: not measured.
+        first: (2, B, N) fp32 attention of each token to the first, and of the first to each, or None.
+    """
+
+    received: Tensor | None = None
+    first: Tensor | None = None
+
+    def add(self, image: int, start: int, weights: Tensor) -> None:
+        """Add the attention of some queries of one head.
+
+        Args:
+            image: among the B.
+            start: index of the first of these queries.
+            weights: (R, N).
+        """
+        if self.received is not None:
+            self.received[image] += weights.sum(dim=0, dtype=torch.float32)
+        if self.first is not None:
+            self.first[0, image, start : start + len(weights)] += weights[:, 0]
+            if start == 0:
+                self.first[1, image] += weights[0]
+
+
 def centred_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, received: Tensor | None = None
+    query: Tensor, key: Tensor, value: Tensor, scale: float, sums: HeadSums | None = None
 ) -> Tensor:
     """Softmax attention head by head.
 
@@ -41,8 +74,7 @@ def centred_attention(
         key: see `query`.
         value: see `query`.
         scale: factor of the logits.
-        received: (B, N) fp32, to which the attention that each key receives from all queries is added, summed over the
-            heads; or None.
+        sums: to which this attention is added, or None.
 
     Returns:
         (B, N, H, d) bfloat16.
@@ -61,8 +93,8 @@ def centred_attention(
         torch.mm(some, keys[image, head].T, out=logits[: len(some)])
         torch.softmax(logits[: len(some)], dim=-1, out=weights[: len(some)])
         torch.mm(weights[: len(some)], value[image, head], out=mixed[image, head, rows])
-        if received is not None:
-            received[image] += weights[: len(some)].sum(dim=0, dtype=torch.float32)
+        if sums is not None:
+            sums.add(image, start, weights[: len(some)])
     return mixed.transpose(1, 2)
 
 
@@ -80,8 +112,12 @@ def attention_rows(query: Tensor, key: Tensor, scale: float) -> Tensor:
     Source: arXiv:2411.17686, Eq. 12.
     """
     B, H, R, _ = query.shape
-    total = query.new_zeros((B, R, key.shape[2]), dtype=torch.float32)
-    for head in range(H):
-        logits = torch.bmm(query[:, head].float() * scale, key[:, head].float().transpose(1, 2))
-        total += logits.softmax(dim=-1)
+    N = key.shape[2]
+    total = query.new_zeros((B, R, N), dtype=torch.float32)
+    # Only within a head do the strides of several items allow a product without a copy.
+    step = max(1, _ROWS_SIZE // (R * N)) if B == 1 else 1
+    for start in range(0, H, step):
+        queries, keys = (part[:, start : start + step].float().flatten(0, 1) for part in (query, key))
+        logits = torch.bmm(queries.mul_(scale), keys.transpose(1, 2))
+        total += logits.softmax(dim=-1).view(B, -1, R, N).sum(dim=1)
     return total

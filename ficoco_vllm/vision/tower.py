@@ -14,7 +14,7 @@ from ficoco_vllm.planning.tiling import Crop
 from ficoco_vllm.planning.tower import VisionPlan
 from ficoco_vllm.reduction import Observer, Signals
 from ficoco_vllm.vision.attention import ClipHeads, attention_with_lse
-from ficoco_vllm.vision.cpu_attention import centred_attention, is_faster
+from ficoco_vllm.vision.cpu_attention import HeadSums, centred_attention, is_faster
 from ficoco_vllm.vision.units import UnitHeads
 
 # Relevance (B, N) fp32 for the questions about B images, of units (B, N, unit * D) behind the tower.
@@ -261,11 +261,12 @@ def _attend(
         if tower.unit > 1:
             log_size = log_size.repeat_interleave(tower.unit, dim=1)
         bias = torch.cat([log_size.new_zeros((B, int(tower.has_cls))), log_size], dim=1).to(query.dtype)
-    received = lse = None
-    if not (tower.has_cls or weighted or plan.logits) and is_faster(query):
-        # Without [CLS] methods read the attention received, which is a by-product here; a fused kernel has none.
-        received = query.new_zeros((B, N), dtype=torch.float32)
-        mixed = centred_attention(query, key, value, layer.scale, received)
+    sums = lse = None
+    if not (weighted or plan.logits) and is_faster(query):
+        # What methods read of the map is a by-product here; a fused kernel returns its normalisers instead.
+        zeros = query.new_zeros((2, B, N), dtype=torch.float32)
+        sums = HeadSums(first=zeros) if tower.has_cls else HeadSums(received=zeros[0])
+        mixed = centred_attention(query, key, value, layer.scale, sums)
     else:
         output, lse = attention_with_lse(query, key, value, layer.scale, bias)
         mixed = output.transpose(1, 2)
@@ -282,7 +283,7 @@ def _attend(
         plan.logits,
         plan.backend,
         has_cls=tower.has_cls,
-        received=received,
+        given_sums=sums,
     )
     measured = heads if tower.unit == 1 else UnitHeads(heads, tower.unit)
     return replace(tokens, hidden=tokens.hidden + projected), measured

@@ -5,6 +5,12 @@ import math
 import torch
 from torch import Tensor
 
+from ficoco_vllm.kernels.backend import readable
+from ficoco_vllm.kernels.rows import take_rows
+
+# From so many products of a weight and a number on, it takes less time to find out which of them are zero.
+_MANY_PRODUCTS = 2**22
+
 
 def quantile_merge(
     tokens: Tensor,
@@ -18,7 +24,7 @@ def quantile_merge(
 ) -> tuple[Tensor, Tensor]:
     """See `ops.quantile_merge`."""
     if fixed_k == 0:
-        return _rows(tokens, target), size.gather(1, target)
+        return take_rows(tokens, target), size.gather(1, target)
     share = _weights(correlation.float(), epsilon, fixed_k)
     if average:
         share = (share > 0).float()
@@ -31,11 +37,6 @@ def quantile_merge(
         alpha = share
     moved = torch.bmm(size.gather(1, source).float()[:, None], share)[:, 0]
     return weighted_mean(tokens, alpha, source, target), moved.add_(size.gather(1, target))
-
-
-def _rows(tokens: Tensor, index: Tensor) -> Tensor:
-    """Rows (B, K, D) of the tokens (B, N, D)."""
-    return tokens[torch.arange(tokens.shape[0], device=tokens.device)[:, None], index]
 
 
 def _weights(correlation: Tensor, epsilon: float, fixed_k: int | None) -> Tensor:
@@ -84,7 +85,16 @@ def weighted_mean(tokens: Tensor, alpha: Tensor, source: Tensor, target: Tensor)
 
     Source: arXiv:2411.17686, Eq. 13, first line.
     """
-    flow = alpha.transpose(1, 2)
-    # In place: indexing has made a copy, and a second one costs a third of the time.
-    sums = _rows(tokens, target).float().baddbmm_(flow, _rows(tokens, source).float())
-    return sums.div_(1.0 + flow.sum(dim=-1, keepdim=True)).to(tokens.dtype)
+    received = alpha.sum(dim=1)
+    merged, leaving = take_rows(tokens, target), take_rows(tokens, source).float()
+    if alpha.numel() * tokens.shape[2] < _MANY_PRODUCTS or not readable(tokens):
+        sums = merged.float().baddbmm_(alpha.transpose(1, 2), leaving)
+        return sums.div_(1.0 + received[..., None]).to(tokens.dtype)
+    # Few targets receive anything; the others stay as they are.
+    for item in range(len(tokens)):
+        some = received[item].nonzero()[:, 0]
+        flow = alpha[item].index_select(1, some).T
+        sums = torch.addmm(merged[item].index_select(0, some).float(), flow, leaving[item])
+        sums.div_(1.0 + received[item].index_select(0, some)[:, None])
+        merged[item].index_copy_(0, some, sums.to(tokens.dtype))
+    return merged

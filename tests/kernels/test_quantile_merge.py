@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ficoco_vllm.kernels import Backend, quantile_merge
-from ficoco_vllm.kernels.quantile_merge import reference
+from ficoco_vllm.kernels.quantile_merge import eager, reference
 from tests.kernels.conftest import DEVICE
 
 HALF = torch.float16
@@ -100,6 +100,22 @@ def test_average(epsilon: float, backend: Backend) -> None:
 
 def test_the_first_reduction_of_the_tower(backend: Backend) -> None:
     check(problem(42, 534, D=64, dtype=HALF, B=1), backend)
+
+
+@pytest.mark.parametrize("dtype", [SINGLE, BFLOAT])
+@pytest.mark.parametrize("epsilon", [0.0, 0.5, 0.998, 1.0])
+@pytest.mark.parametrize(("R", "K"), [(0, 5), (1, 1), (9, 1), (18, 2), (20, 63), (9, 130)])
+def test_only_targets_that_receive_something_are_summed(
+    R: int, K: int, epsilon: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way of large products on a CPU, on small ones."""
+    monkeypatch.setattr(eager, "_MANY_PRODUCTS", 0)
+    made = problem(R, K, dtype=dtype)
+    check(made, "torch", epsilon=epsilon)
+    tokens, size = made.run("torch", epsilon=epsilon)
+    before = made.tokens[torch.arange(2)[:, None], made.target]
+    alone = size == made.size.gather(1, made.target)
+    assert torch.equal(tokens[alone], before[alone])
 
 
 def test_an_item_does_not_depend_on_its_neighbours(backend: Backend) -> None:

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ficoco_vllm.kernels.quantile_merge import eager
+
 # Operators that synchronise with the device, which fails during a capture on a GPU, as does `index` with a mask.
 WAITS = {
     f"aten::{name}" for name in ("item", "is_nonzero", "_local_scalar_dense", "nonzero", "masked_select")
@@ -98,3 +100,5 @@ def install(replace: Callable[[Any, str, Any], None]) -> None:
     replace(torch.cuda, "CUDAGraph", Graph)
     replace(torch.cuda, "graph", _capture)
     replace(Graph, "replays", 0)
+    # On a GPU, values cannot be read without a wait.
+    replace(eager, "readable", lambda tensor: False)

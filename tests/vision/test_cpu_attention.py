@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ficoco_vllm.vision.attention import ClipHeads
-from ficoco_vllm.vision.cpu_attention import centred_attention, is_faster
+from ficoco_vllm.vision.cpu_attention import HeadSums, attention_rows, centred_attention, is_faster
 
 
 def heads(images: int, tokens: int, offset: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,39 +46,59 @@ def test_the_offset_of_the_keys_costs_nothing() -> None:
     assert errors[1] < 2 * errors[0]
 
 
+@pytest.mark.parametrize("has_cls", [True, False])
 @pytest.mark.parametrize("offset", [0.0, 10.0])
-@pytest.mark.parametrize(("images", "tokens"), [(1, 577), (3, 50), (2, 1), (2, 1100)])
-def test_signals_that_need_no_normalisers(images: int, tokens: int, offset: float) -> None:
-    """Attention received, and chosen entries of the map, against the map in float64."""
+@pytest.mark.parametrize(("images", "tokens"), [(1, 577), (3, 50), (2, 2), (2, 1100)])
+def test_signals_that_need_no_normalisers(images: int, tokens: int, offset: float, has_cls: bool) -> None:
+    """What methods read of the map, against the map in float64."""
     query, key, value = heads(images, tokens, offset)
     exact = torch.softmax(query.double() @ key.double().transpose(2, 3) * 0.125, dim=-1).mean(dim=1)
-    received = torch.zeros(images, tokens)
-    mixed = centred_attention(query, key, value, 0.125, received)
+    zeros = torch.zeros(2, images, tokens)
+    sums = HeadSums(first=zeros) if has_cls else HeadSums(received=zeros[0])
+    mixed = centred_attention(query, key, value, 0.125, sums)
     assert torch.equal(mixed, centred_attention(query, key, value, 0.125))
-    measured = ClipHeads(query, key, None, 0.125, None, 4, has_cls=False, received=received)
-    # The mean of many weights, each with a relative error of bfloat16's step: rounding cancels, to a tenth of it
-    # where hundreds of queries are summed.
-    close = {"atol": 0.0, "rtol": 2**-8}
-    torch.testing.assert_close(measured.cls_attention().double(), exact.mean(dim=1), **close)
-    rows = torch.stack([torch.randperm(tokens)[:7] for _ in range(images)])
-    columns = torch.stack([torch.randperm(tokens)[:9] for _ in range(images)])
-    chosen = torch.stack([one[r][:, c] for one, r, c in zip(exact, rows, columns, strict=True)])
-    block = measured.visual_attention().block(rows, columns)
+    measured = ClipHeads(query, key, None, 0.125, None, 4, has_cls=has_cls, given_sums=sums)
+    attention = measured.visual_attention()
+    patches = exact[:, has_cls:, has_cls:]
+    if has_cls:
+        # Single weights, of four heads: rounding them is a relative error of half a step of bfloat16, 2^-9; rounding
+        # their logits, which are up to six here, one of up to 2^-6.
+        close = {"atol": 0.0, "rtol": 2**-6}
+        torch.testing.assert_close(measured.cls_attention().double(), exact[:, 0, 1:], **close)
+        torch.testing.assert_close(1.0 - attention.row_sum(), exact[:, 1:, 0], **close)
+    else:
+        # The mean of many weights: rounding cancels, to a tenth where hundreds of queries are summed.
+        close = {"atol": 0.0, "rtol": 2**-8}
+        torch.testing.assert_close(measured.cls_attention().double(), exact.mean(dim=1), **close)
+    rows, columns = (
+        torch.stack([torch.randperm(patches.shape[1])[:most] for _ in range(images)]) for most in (7, 9)
+    )
+    chosen = torch.stack([one[r][:, c] for one, r, c in zip(patches, rows, columns, strict=True)])
+    block = attention.block(rows, columns)
     torch.testing.assert_close(block.double(), chosen, atol=1e-6, rtol=1e-4)
 
 
-def test_only_for_bfloat16_on_few_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_heads_of_an_image_at_once_or_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key, _ = heads(1, 50, 0.0)
+    at_once = attention_rows(query[:, :, :7], key, 0.125)
+    monkeypatch.setattr("ficoco_vllm.vision.cpu_attention._ROWS_SIZE", 3 * 7 * 50)
+    torch.testing.assert_close(attention_rows(query[:, :, :7], key, 0.125), at_once, atol=1e-6, rtol=1e-6)
+
+
+def test_only_for_bfloat16_on_few_threads_and_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ficoco_vllm.vision.cpu_attention._has_products", lambda: True)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert is_faster(torch.zeros(1, dtype=torch.bfloat16))
-    assert not is_faster(torch.zeros(1))
-    assert not is_faster(torch.zeros(1, dtype=torch.bfloat16, device="meta"))
+    image = torch.zeros(1, 577, 64, dtype=torch.bfloat16)
+    assert is_faster(image)
+    assert not is_faster(image.float())
+    assert not is_faster(image[:, :100])
+    assert not is_faster(image.to("meta"))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
-    assert not is_faster(torch.zeros(1, dtype=torch.bfloat16))
+    assert not is_faster(image)
 
 
 def test_not_where_the_cpu_has_no_products_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """There one head after the other takes twenty times as long as the fused kernel."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr("ficoco_vllm.vision.cpu_attention._has_products", lambda: False)
-    assert not is_faster(torch.zeros(1, dtype=torch.bfloat16))
+    assert not is_faster(torch.zeros(1, 577, 64, dtype=torch.bfloat16))

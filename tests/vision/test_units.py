@@ -212,11 +212,12 @@ def test_a_tower_without_cls(reference: ReferenceInternVL, pixels: Tensor) -> No
             assert tokens.hidden.isfinite().all()
 
 
-def test_bfloat16_without_cls(
-    reference: ReferenceInternVL, pixels: Tensor, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("tower_class", [HfTower, WithoutCls])
+def test_bfloat16_head_by_head(
+    tower_class: type[HfTower], reference: ReferenceInternVL, pixels: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The attention that returns what each patch receives takes the fused kernel's place; the same units stay."""
-    tower = WithoutCls(copy.deepcopy(reference.model.model.vision_tower).bfloat16())
+    """The attention that returns sums of its weights takes the fused kernel's place; the same units stay."""
+    tower = tower_class(copy.deepcopy(reference.model.model.vision_tower).bfloat16())
     plan = planner("ficoco-v", 9).plan(Budget("ficoco-v", 9))
     kept = []
     for faster in (True, False):
