@@ -39,7 +39,7 @@ ADVICE = (
         "fastest",
         ("tome",),
         "--ficoco-method tome --ficoco-keep 64",
-        "Reduces inside the tower as `ficoco-v` does, whose first token comes 3.5 times sooner on a CPU; loses 0 "
+        "Reduces inside the tower as `ficoco-v` does, whose first token comes 3.4 times sooner on a CPU; loses 0 "
         "points at 192 tokens, 6 at 64.",
         "Its own time to first token; speed on a GPU.",
     ),

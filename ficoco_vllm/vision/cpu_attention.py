@@ -13,7 +13,7 @@ from ficoco_vllm.compat import multiplies_bfloat16
 _MAP_SIZE = 2**20
 # Logits of all heads of a few queries, in float32.
 _ROWS_SIZE = 2**20
-# Below, the fused kernel is faster: of short products the overhead counts.
+# With fewer, the fused kernel is faster: short products cost mostly overhead.
 _LEAST_TOKENS = 224
 # With more threads, scaled_dot_product_attention, parallel over heads, uses them better than consecutive products.
 _MOST_THREADS = 4
@@ -118,6 +118,6 @@ def attention_rows(query: Tensor, key: Tensor, scale: float) -> Tensor:
     step = max(1, _ROWS_SIZE // (R * N)) if B == 1 else 1
     for start in range(0, H, step):
         queries, keys = (part[:, start : start + step].float().flatten(0, 1) for part in (query, key))
-        logits = torch.bmm(queries.mul_(scale), keys.transpose(1, 2))
+        logits = torch.bmm(queries * scale, keys.transpose(1, 2))
         total += logits.softmax(dim=-1).view(B, -1, R, N).sum(dim=1)
     return total

@@ -70,6 +70,7 @@ def test_signals_that_need_no_normalisers(images: int, tokens: int, offset: floa
         # The mean of many weights: rounding cancels, to a tenth where hundreds of queries are summed.
         close = {"atol": 0.0, "rtol": 2**-8}
         torch.testing.assert_close(measured.cls_attention().double(), exact.mean(dim=1), **close)
+    torch.testing.assert_close(attention.column_sum().double(), patches.sum(dim=1), atol=0.0, rtol=2**-8)
     rows, columns = (
         torch.stack([torch.randperm(patches.shape[1])[:most] for _ in range(images)]) for most in (7, 9)
     )
