@@ -102,5 +102,6 @@ class LogitMap:
 
 def chosen_rows(values: Tensor, index: Tensor) -> Tensor:
     """Rows (B, H, R, d) of (B, H, N, d)."""
+    B, H, _, d = values.shape
     rows = take_rows(values.transpose(1, 2).flatten(2), index)
-    return rows.unflatten(2, (values.shape[1], -1)).transpose(1, 2)
+    return rows.view(B, index.shape[1], H, d).transpose(1, 2)
