@@ -44,6 +44,8 @@ CANDIDATES: Mapping[str, tuple[Config, ...]] = {
         Config({"BLOCK_R": 64, "BLOCK_K": 64}, 4, 3),
         Config({"BLOCK_R": 16, "BLOCK_K": 32}, 8, 2),
         Config({"BLOCK_R": 64, "BLOCK_K": 128}, 8, 3),
+        # Where a second stage of loads would spill registers.
+        Config({"BLOCK_R": 16, "BLOCK_K": 32}, 8, 1),
     ),
     "softmax_stats": (
         Config({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 3),

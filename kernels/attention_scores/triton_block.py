@@ -135,8 +135,11 @@ def attention_block(
     column_index = None if column_index is None else column_index.contiguous()
     bias = None if bias is None else rows_contiguous(bias)
     text = None if text is None else rows_contiguous(text.float())
-    if query.dtype == torch.float32 or D & (D - 1):
-        default = 3  # an operand is held as two TF32 numbers, or padded to the next power of two
+    padded = D & (D - 1) != 0  # to the next power of two
+    if query.dtype == torch.float32:
+        default = 5 if padded else 3  # an operand is held as two TF32 numbers
+    elif padded:
+        default = 3
     else:
         default = 0 if R <= 16 or B * R < 256 else 1 if B * R < 2048 else 2
     chosen = config("attention_block", query.device, default)
