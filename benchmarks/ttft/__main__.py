@@ -123,11 +123,10 @@ def bars(result: Mapping[str, Any]) -> Iterator[Bar]:
                 yield Bar(f"ttft-{name}-of-predicted-{run['layers']}-layers", share, SPEEDUP_SHARE)
         share = run["kinds"][smallest]["reduction_share_of_tower"]
         yield at_most(f"reduction-share-of-tower-{run['layers']}-layers", share, REDUCTION_SHARE)
-        shares = [row["roofline_share"] for row in run["kinds"].values() if "roofline_share" in row]
-        if shares:  # older results have none
-            name = f"ttft-roofline-of-measured-{run['layers']}-layers"
-            yield Bar(name, min(shares), ROOFLINE_SHARE)
-            yield at_most(f"{name}-at-most", max(shares), ROOFLINE_EXCESS)
+        shares = [row["roofline_share"] for row in run["kinds"].values()]
+        name = f"ttft-roofline-of-measured-{run['layers']}-layers"
+        yield Bar(name, min(shares), ROOFLINE_SHARE)
+        yield at_most(f"{name}-at-most", max(shares), ROOFLINE_EXCESS)
     whole = result["whole_model"][smallest]
     share = whole["speedup"] / whole["predicted_speedup"]
     yield Bar(f"ttft-{smallest}-of-predicted-{_whole(result)}-layers-extrapolated", share, SPEEDUP_SHARE)

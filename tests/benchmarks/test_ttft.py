@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from ficoco_vllm.benchmarks.harness.results import read
 from ficoco_vllm.benchmarks.ttft.__main__ import LIMITS, bars, summarise
 from ficoco_vllm.benchmarks.ttft.kinds import kinds, predicted_speedup, predicted_ttft, token_plan
 from ficoco_vllm.benchmarks.ttft.models import MODELS, NUM_TEXT_TOKENS, write
@@ -100,7 +99,3 @@ def test_the_roofline_is_held_against_the_measured_times(size: str, slower: floa
     result = {"model_size": size, "runs": [{"layers": 8, "kinds": rows}], "whole_model": whole}
     failed = {bar.name for bar in bars(result) if not bar.passed}
     assert failed == {f"ttft-roofline-of-measured-8-layers{end}" for end in failing}
-
-
-def test_older_results_have_no_bar_of_the_roofline() -> None:
-    assert not [bar for bar in bars(read("ttft")) if "roofline" in bar.name]
