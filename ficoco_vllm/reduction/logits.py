@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ficoco_vllm.kernels.rows import take_rows
+from ficoco_vllm.kernels.rows import take_head_rows
 from ficoco_vllm.reduction.signals import via_text
 
 
@@ -89,7 +89,7 @@ class LogitMap:
     def block(self, source: Tensor, target: Tensor, text: Tensor | None = None, gamma: float = 1.0) -> Tensor:
         """Chosen rows and columns, (B, R, K) fp32; see `AttentionMap`."""
         bias = None if self.bias is None else self.bias.gather(1, target)
-        direct = self._logits(chosen_rows(self.query, source), chosen_rows(self.key, target), bias)
+        direct = self._logits(take_head_rows(self.query, source), take_head_rows(self.key, target), bias)
         return direct if text is None else via_text(direct, text, source, target, gamma)
 
     def dense(self) -> Tensor:
@@ -98,10 +98,3 @@ class LogitMap:
 
     def _logits(self, query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
         return mean_logits(query, key, self.scale, self.num_heads, self.all_reduce, bias)
-
-
-def chosen_rows(values: Tensor, index: Tensor) -> Tensor:
-    """Rows (B, H, R, d) of (B, H, N, d)."""
-    B, H, _, d = values.shape
-    rows = take_rows(values.transpose(1, 2).flatten(2), index)
-    return rows.view(B, index.shape[1], H, d).transpose(1, 2)

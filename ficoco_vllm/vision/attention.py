@@ -11,7 +11,8 @@ from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use
 
 from ficoco_vllm import kernels
 from ficoco_vllm.kernels import Backend
-from ficoco_vllm.reduction.logits import LogitMap, chosen_rows, mean_logits
+from ficoco_vllm.kernels.rows import take_head_rows
+from ficoco_vllm.reduction.logits import LogitMap, mean_logits
 from ficoco_vllm.reduction.signals import AttentionMap, via_text
 from ficoco_vllm.vision.cpu_attention import HeadSums, attention_rows
 
@@ -270,7 +271,7 @@ class ClipAttention:
         heads = self.heads
         query, key = heads.query[:, :, heads.patches], heads.key[:, :, heads.patches]
         if heads.given_sums is not None:
-            rows = attention_rows(chosen_rows(query, source), heads.key, heads.scale).div_(heads.num_heads)
+            rows = attention_rows(take_head_rows(query, source), heads.key, heads.scale).div_(heads.num_heads)
             columns = target[:, None].expand(-1, source.shape[1], -1)
             direct = heads.reduced(rows[:, :, heads.patches].gather(2, columns))
         else:

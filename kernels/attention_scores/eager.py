@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ficoco_vllm.kernels.rows import take_head_rows
+
 # Scratch space for the heads of one item that are processed together, and for a tile of a softmax, which is read
 # several times.
 _HEADS_BYTES = 4 * 2**20
@@ -168,13 +170,13 @@ def _head_sum(
         absent = lse == -torch.inf
     else:
         rows = row_index.clamp_min(0).long()
-        query, lse = _take(query, rows), lse.gather(2, rows[:, None].expand(-1, lse.shape[1], -1))
+        query, lse = take_head_rows(query, rows), lse.gather(2, rows[:, None].expand(-1, lse.shape[1], -1))
         absent = (lse == -torch.inf) | (row_index < 0)[:, None]
     columns = None if column_index is None else column_index.long()
     # For most of the columns computing all is cheaper than copying keys; for a few the keys are copied.
     cut = columns is not None and 2 * columns.shape[1] > key.shape[2]
     if columns is not None and not cut:
-        key, bias = _take(key, columns), None if bias is None else bias.gather(1, columns)
+        key, bias = take_head_rows(key, columns), None if bias is None else bias.gather(1, columns)
     B, R, K = query.shape[0], query.shape[2], key.shape[2]
     result = query.new_zeros((B, R, K), dtype=torch.float32)
     negative = torch.where(absent, -torch.inf, -lse)[..., None]  # a query that sees nothing has no attention
@@ -206,12 +208,6 @@ def _products(query: Tensor, key: Tensor, start: Tensor | None = None) -> Tensor
     if start is None:
         return torch.bmm(left, right).view(B, g, *shape)
     return torch.baddbmm(start.flatten(0, 1), left, right).view(B, g, *shape)
-
-
-def _take(values: Tensor, index: Tensor) -> Tensor:
-    """Rows (B, H, R, d) of (B, H, N, d)."""
-    _, H, _, d = values.shape
-    return values.gather(2, index[:, None, :, None].expand(-1, H, -1, d))
 
 
 def _columns(values: Tensor, index: Tensor | None) -> Tensor:

@@ -272,12 +272,12 @@ def test_both_servers_took_part(server: Server) -> None:
     assert "Found PROMETHEUS_MULTIPROC_DIR was set by user" not in log
 
 
-def test_blocks_of_segments_while_a_request_runs(server: Server, images: list[Image.Image]) -> None:
-    """The scheduler's count equals each segment's plan, in blocks of 32."""
+def blocks_while_running(server: Server, image: Image.Image) -> tuple[dict[str, float], dict[str, float]]:
+    """Blocks held and saved by segment, after a request's second token."""
     with server.client() as client:
         stream = client.chat.completions.create(
             model="small",
-            messages=[message("what is this?", [data_url(images[0])])],
+            messages=[message("what is this?", [data_url(image)])],
             max_tokens=800,
             stream=True,
             extra_body={"ignore_eos": True},
@@ -287,6 +287,15 @@ def test_blocks_of_segments_while_a_request_runs(server: Server, images: list[Im
         held = samples(server, "kv_blocks_held", method="ficoco-vl")
         saved = samples(server, "kv_blocks_saved", method="ficoco-vl")
         stream.close()
+    return held, saved
+
+
+def test_blocks_of_segments_while_a_request_runs(server: Server, images: list[Image.Image]) -> None:
+    """The scheduler's count equals each segment's plan, in blocks of 32."""
+    for _ in range(5):
+        held, saved = blocks_while_running(server, images[0])
+        if any(held.values()):
+            break  # else it was over before the client, on a busy machine, could ask
     assert list(held.values()) == sorted(held.values(), reverse=True)
     assert min(held.values()) >= 1
     assert list(saved.values()) == sorted(saved.values())
