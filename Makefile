@@ -165,7 +165,7 @@ $(LMMS)/.installed: requirements/lmms.lock $(RUNTIME)
 lmms: $(LMMS)/.installed  ## install lmms-eval on top of the serving environment, for `ficoco-vllm bench lmms`
 
 bench-load: $(DEV)  ## load stock and reducing servers equally, in turns, at LLaVA-1.5-7B's width
-	@$(BIN)/ficoco-vllm bench load --model llava-1.5-7b-width --layers 2 --servers stock ficoco-v:64 best:64 \
+	@$(BIN)/ficoco-vllm bench load --model llava-1.5-7b-width --layers 2 --servers stock ficoco-v:64 best:64 random:64 \
 	    --concurrency 8 --requests 8 --answer-tokens 16 --bar 1.0 --out build/load $(ARGS)
 
 bench-cpu-mode: $(DEV)  ## time the decoder's methods without a GPU: one client; stock, tower and decoder in turns
