@@ -2,11 +2,15 @@
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
+from ficoco_vllm.benchmarks.harness import device
 from ficoco_vllm.benchmarks.ttft.__main__ import LIMITS, bars, summarise
 from ficoco_vllm.benchmarks.ttft.kinds import kinds, predicted_speedup, predicted_ttft, token_plan
 from ficoco_vllm.benchmarks.ttft.models import MODELS, NUM_TEXT_TOKENS, write
@@ -99,3 +103,21 @@ def test_the_roofline_is_held_against_the_measured_times(size: str, slower: floa
     result = {"model_size": size, "runs": [{"layers": 8, "kinds": rows}], "whole_model": whole}
     failed = {bar.name for bar in bars(result) if not bar.passed}
     assert failed == {f"ttft-roofline-of-measured-8-layers{end}" for end in failing}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "num_products", "fastest"), [(torch.float32, 2, 0.5), (torch.bfloat16, 1, 2.0)]
+)
+def test_the_ceiling_of_a_cpu_is_its_fastest_product(
+    dtype: torch.dtype, num_products: int, fastest: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products of equal size are timed: torch's, and in float32 that of packed weights; then a copy."""
+    seconds, shapes = iter([2.0, 0.5, 1.0]), list[torch.Size]()
+
+    def took(call: Callable[[], Tensor]) -> float:
+        shapes.append(call().shape)
+        return next(seconds)
+
+    monkeypatch.setattr(device, "_seconds", took)
+    assert device.measure(dtype, "cpu").flops == 2 * 2048**3 / fastest
+    assert shapes[:-1] == [torch.Size((2048, 2048))] * num_products
