@@ -16,6 +16,19 @@ from ficoco_vllm.benchmarks.kernels.cases import Case, tower
 from ficoco_vllm.benchmarks.ttft.__main__ import bars as ttft_bars
 
 
+@pytest.mark.parametrize("name", ["ttft", "ttft-avx2", "ttft-internvl3-8b", "ttft-qwen3-vl-8b"])
+def test_published_times_hold_every_bar_and_stand_beside_a_control(name: str) -> None:
+    result = read(name)
+    assert [bar.name for bar in ttft_bars(result) if not bar.passed] == []
+    controls = {"random", "downscale"} if "qwen" in name else {"random"}
+    assert all(controls <= run["kinds"].keys() for run in result["runs"])
+    assert controls <= result["whole_model"].keys()
+
+
+def test_published_throughput_stands_beside_a_control() -> None:
+    assert {"stock", "ficoco-v-64", "random-64"} <= {row["server"] for row in read("load")["summary"]}
+
+
 def test_prompts_that_are_as_long_as_without_a_reduction_fail() -> None:
     result = read("ttft")
     name = "ttft-prompt-tokens-amiss-8-layers"
