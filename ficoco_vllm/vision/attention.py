@@ -271,7 +271,7 @@ class ClipAttention:
         heads = self.heads
         query, key = heads.query[:, :, heads.patches], heads.key[:, :, heads.patches]
         if heads.given_sums is not None:
-            rows = attention_rows(take_head_rows(query, source), heads.key, heads.scale).div_(heads.num_heads)
+            rows = attention_rows(take_head_rows(query, source), heads.given_sums.keys).div_(heads.num_heads)
             columns = target[:, None].expand(-1, source.shape[1], -1)
             direct = heads.reduced(rows[:, :, heads.patches].gather(2, columns))
         else:

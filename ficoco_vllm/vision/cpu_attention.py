@@ -38,10 +38,12 @@ class HeadSums:
     """A layer's attention, summed over its heads; each weight is rounded as the layer's own.
 
     Attributes:
+        keys: (B, H, N, d) fp32 as `centred_keys` returns them.
         received: (B, N) fp32 attention that each token receives from all, or None: not measured.
         first: (2, B, N) fp32 attention of each token to the first, and of the first to each, or None.
     """
 
+    keys: Tensor
     received: Tensor | None = None
     first: Tensor | None = None
 
@@ -61,19 +63,30 @@ class HeadSums:
                 self.first[1, image] += weights[0]
 
 
-def centred_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, sums: HeadSums | None = None
-) -> Tensor:
-    """Softmax attention head by head.
-
-    Unlike in a fused kernel the logits are rounded to bfloat16 between the products. Subtracting the mean of the keys,
-    which does not change the softmax, makes them smaller and thereby their rounding errors.
+def centred_keys(key: Tensor, scale: float) -> Tensor:
+    """Keys without their mean, times the factor of the logits; neither mean nor place in memory changes a softmax.
 
     Args:
-        query: (B, H, N, d) bfloat16; `key` and `value` alike.
-        key: see `query`.
-        value: see `query`.
+        key: (B, H, N, d), any floating dtype and strides.
         scale: factor of the logits.
+
+    Returns:
+        (B, H, N, d) fp32, contiguous: a product of all heads at once takes two thirds of the time then.
+    """
+    keys = key.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    return keys.sub_(keys.mean(dim=2, keepdim=True)).mul_(scale)
+
+
+def centred_attention(query: Tensor, keys: Tensor, value: Tensor, sums: HeadSums | None = None) -> Tensor:
+    """Softmax attention head by head.
+
+    Unlike in a fused kernel the logits are rounded to bfloat16 between the products. Centred keys make them smaller and
+    thereby their rounding errors.
+
+    Args:
+        query: (B, H, N, d) bfloat16; `value` alike.
+        keys: (B, H, N, d) fp32 as `centred_keys` returns them.
+        value: see `query`.
         sums: to which this attention is added, or None.
 
     Returns:
@@ -82,15 +95,14 @@ def centred_attention(
     Source: arXiv:2411.17686, Eq. 2.
     """
     B, H, N, d = query.shape
-    wide = key.float()
-    keys = (wide - wide.mean(dim=2, keepdim=True)).mul_(scale).to(key.dtype)
+    rounded = keys.to(query.dtype)
     tile = min(N, max(1, _MAP_SIZE // N))
     logits, weights = query.new_empty((tile, N)), query.new_empty((tile, N))
     mixed = query.new_empty((B, H, N, d))
     for image, head, start in product(range(B), range(H), range(0, N, tile)):
         rows = slice(start, start + tile)
         some = query[image, head, rows]
-        torch.mm(some, keys[image, head].T, out=logits[: len(some)])
+        torch.mm(some, rounded[image, head].T, out=logits[: len(some)])
         torch.softmax(logits[: len(some)], dim=-1, out=weights[: len(some)])
         torch.mm(weights[: len(some)], value[image, head], out=mixed[image, head, rows])
         if sums is not None:
@@ -98,13 +110,12 @@ def centred_attention(
     return mixed.transpose(1, 2)
 
 
-def attention_rows(query: Tensor, key: Tensor, scale: float) -> Tensor:
+def attention_rows(query: Tensor, keys: Tensor) -> Tensor:
     """Softmax attention of a few queries, summed over the heads; for them no normalisers are known.
 
     Args:
         query: (B, H, R, d), any floating dtype.
-        key: (B, H, N, d), alike.
-        scale: factor of the logits.
+        keys: (B, H, N, d) fp32 as `centred_keys` returns them.
 
     Returns:
         (B, R, N) fp32.
@@ -112,12 +123,12 @@ def attention_rows(query: Tensor, key: Tensor, scale: float) -> Tensor:
     Source: arXiv:2411.17686, Eq. 12.
     """
     B, H, R, _ = query.shape
-    N = key.shape[2]
-    total = query.new_zeros((B, R, N), dtype=torch.float32)
-    # Only within a head do the strides of several items allow a product without a copy.
-    step = max(1, _ROWS_SIZE // (R * N)) if B == 1 else 1
-    for start in range(0, H, step):
-        queries, keys = (part[:, start : start + step].float().flatten(0, 1) for part in (query, key))
-        logits = torch.bmm(queries * scale, keys.transpose(1, 2))
-        total += logits.softmax(dim=-1).view(B, -1, R, N).sum(dim=1)
+    N = keys.shape[2]
+    queries = query.float()
+    total = keys.new_zeros((B, R, N))
+    step = max(1, _ROWS_SIZE // (R * N))
+    for image, start in product(range(B), range(0, H, step)):
+        heads = slice(start, start + step)
+        logits = torch.bmm(queries[image, heads], keys[image, heads].transpose(1, 2))
+        total[image] += logits.softmax(dim=-1).sum(dim=0)
     return total

@@ -4,7 +4,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from vllm.model_executor.models.clip import CLIPAttention, CLIPEncoderLayer
 
-from ficoco_vllm.vision.cpu_attention import centred_attention, is_faster
+from ficoco_vllm.vision.cpu_attention import centred_attention, centred_keys, is_faster
 from ficoco_vllm.vision.tower import EncoderLayer
 
 # oneDNN cuts a product into blocks of rows. The 577 tokens of one image leave a last block of a single row, which costs
@@ -24,7 +24,9 @@ def in_parts(layer: EncoderLayer, hidden: Tensor) -> Tensor:
         (B, N, D) bfloat16.
     """
     B, N, _ = hidden.shape
-    hidden = hidden + layer.project(centred_attention(*layer.heads(hidden), layer.scale).reshape(B, N, -1))
+    query, key, value = layer.heads(hidden)
+    mixed = centred_attention(query, centred_keys(key, layer.scale), value)
+    hidden = hidden + layer.project(mixed.reshape(B, N, -1))
     return hidden + layer.mlp(hidden)
 
 
@@ -63,4 +65,4 @@ def _mix(attention: CLIPAttention, qkv: Tensor) -> Tensor:
         return output
     heads = qkv.view(B, N, 3, attention.num_heads_per_partition, attention.head_dim)
     query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)
-    return centred_attention(query, key, value, attention.scale).reshape(B, N, -1)
+    return centred_attention(query, centred_keys(key, attention.scale), value).reshape(B, N, -1)

@@ -14,7 +14,7 @@ from ficoco_vllm.planning.tiling import Crop
 from ficoco_vllm.planning.tower import VisionPlan
 from ficoco_vllm.reduction import Observer, Signals
 from ficoco_vllm.vision.attention import ClipHeads, attention_with_lse
-from ficoco_vllm.vision.cpu_attention import HeadSums, centred_attention, is_faster
+from ficoco_vllm.vision.cpu_attention import HeadSums, centred_attention, centred_keys, is_faster
 from ficoco_vllm.vision.units import UnitHeads
 
 # Relevance (B, N) fp32 for the questions about B images, of units (B, N, unit * D) behind the tower.
@@ -265,8 +265,9 @@ def _attend(
     if not (weighted or plan.logits) and is_faster(query):
         # What methods read of the map is a by-product here; a fused kernel returns its normalisers instead.
         zeros = query.new_zeros((2, B, N), dtype=torch.float32)
-        sums = HeadSums(first=zeros) if tower.has_cls else HeadSums(received=zeros[0])
-        mixed = centred_attention(query, key, value, layer.scale, sums)
+        keys = centred_keys(key, layer.scale)
+        sums = HeadSums(keys, first=zeros) if tower.has_cls else HeadSums(keys, received=zeros[0])
+        mixed = centred_attention(query, keys, value, sums)
     else:
         output, lse = attention_with_lse(query, key, value, layer.scale, bias)
         mixed = output.transpose(1, 2)

@@ -6,7 +6,13 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ficoco_vllm.vision.attention import ClipHeads
-from ficoco_vllm.vision.cpu_attention import HeadSums, attention_rows, centred_attention, is_faster
+from ficoco_vllm.vision.cpu_attention import (
+    HeadSums,
+    attention_rows,
+    centred_attention,
+    centred_keys,
+    is_faster,
+)
 
 
 def heads(images: int, tokens: int, offset: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -28,7 +34,7 @@ def test_about_as_exact_as_the_fused_kernel(images: int, tokens: int, offset: fl
     query, key, value = heads(images, tokens, offset)
     exact = scaled_dot_product_attention(query.double(), key.double(), value.double(), scale=0.125)
     fused = error(scaled_dot_product_attention(query, key, value, scale=0.125), exact)
-    result = error(centred_attention(query, key, value, 0.125).transpose(1, 2), exact)
+    result = error(centred_attention(query, centred_keys(key, 0.125), value).transpose(1, 2), exact)
     # Rounded logits and rounded keys add two errors of the size of bfloat16's step, 2^-8, to the rounded weights
     # and outputs that both have.
     assert result <= fused + 2**-8
@@ -40,7 +46,7 @@ def test_the_offset_of_the_keys_costs_nothing() -> None:
     for offset in (0.0, 10.0):
         query, key, value = heads(1, 577, offset)
         exact = scaled_dot_product_attention(query.double(), key.double(), value.double(), scale=0.125)
-        errors.append(error(centred_attention(query, key, value, 0.125).transpose(1, 2), exact))
+        errors.append(error(centred_attention(query, centred_keys(key, 0.125), value).transpose(1, 2), exact))
     plain = torch.softmax(query @ key.transpose(2, 3) * 0.125, dim=-1) @ value
     assert error(plain, exact) > 3 * errors[1]
     assert errors[1] < 2 * errors[0]
@@ -54,9 +60,10 @@ def test_signals_that_need_no_normalisers(images: int, tokens: int, offset: floa
     query, key, value = heads(images, tokens, offset)
     exact = torch.softmax(query.double() @ key.double().transpose(2, 3) * 0.125, dim=-1).mean(dim=1)
     zeros = torch.zeros(2, images, tokens)
-    sums = HeadSums(first=zeros) if has_cls else HeadSums(received=zeros[0])
-    mixed = centred_attention(query, key, value, 0.125, sums)
-    assert torch.equal(mixed, centred_attention(query, key, value, 0.125))
+    keys = centred_keys(key, 0.125)
+    sums = HeadSums(keys, first=zeros) if has_cls else HeadSums(keys, received=zeros[0])
+    mixed = centred_attention(query, keys, value, sums)
+    assert torch.equal(mixed, centred_attention(query, keys, value))
     measured = ClipHeads(query, key, None, 0.125, None, 4, has_cls=has_cls, given_sums=sums)
     attention = measured.visual_attention()
     patches = exact[:, has_cls:, has_cls:]
@@ -79,11 +86,23 @@ def test_signals_that_need_no_normalisers(images: int, tokens: int, offset: floa
     torch.testing.assert_close(block.double(), chosen, atol=1e-6, rtol=1e-4)
 
 
-def test_all_heads_of_an_image_at_once_or_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    query, key, _ = heads(1, 50, 0.0)
-    at_once = attention_rows(query[:, :, :7], key, 0.125)
+@pytest.mark.parametrize("images", [1, 3])
+def test_all_heads_of_an_image_at_once_or_one_after_the_other(
+    images: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query, key, _ = heads(images, 50, 0.0)
+    keys = centred_keys(key, 0.125)
+    at_once = attention_rows(query[:, :, :7], keys)
     monkeypatch.setattr("ficoco_vllm.vision.cpu_attention._ROWS_SIZE", 3 * 7 * 50)
-    torch.testing.assert_close(attention_rows(query[:, :, :7], key, 0.125), at_once, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(attention_rows(query[:, :, :7], keys), at_once, atol=1e-6, rtol=1e-6)
+
+
+def test_centring_leaves_the_keys_as_they_are() -> None:
+    """Also where they are fp32 and contiguous, which a conversion would hand through."""
+    key = torch.randn(2, 3, 5, 8)
+    before = key.clone()
+    assert centred_keys(key, 0.5).is_contiguous()
+    assert torch.equal(key, before)
 
 
 def test_only_for_bfloat16_on_few_threads_and_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
