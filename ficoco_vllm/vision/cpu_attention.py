@@ -71,7 +71,7 @@ def centred_keys(key: Tensor, scale: float) -> Tensor:
         scale: factor of the logits.
 
     Returns:
-        (B, H, N, d) fp32, contiguous: a product of all heads at once takes two thirds of the time then.
+        (B, H, N, d) fp32, contiguous: products of all heads at once take less time then.
     """
     keys = key.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     return keys.sub_(keys.mean(dim=2, keepdim=True)).mul_(scale)
