@@ -34,8 +34,8 @@ IN_PROCESS: Mapping[str, str | None] = {
 }
 # Model runner V2, which methods of the decoder need, without a GPU.
 INTERPRETER = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
-# Freed memory stays with the process, as with tcmalloc, which vLLM preloads where it is bundled. Else, on some machines,
-# engines spend half of their time on getting the same pages again.
+# Freed memory stays with the process, as with tcmalloc, which vLLM preloads where it is bundled. Else, on some
+# machines, engines spend half of their time on getting the same pages again.
 _KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 DECODE_GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
 # Threads may start processes at the same time, but all of them inherit one environment.
