@@ -36,17 +36,30 @@ class Seam:
 
 
 @cache
+def syntax(file: Path) -> ast.Module:
+    """Syntax of a file, parsed once; trees that link to it share it by its resolved path."""
+    return ast.parse(file.read_text())
+
+
+@cache
+def nodes(tree: ast.Module) -> tuple[ast.AST, ...]:
+    """All nodes of a file, walked once."""
+    return tuple(ast.walk(tree))
+
+
+@cache
 def our_sources() -> tuple[tuple[str, ast.Module], ...]:
     """Files that may use vLLM, with their syntax; the links in the package to folders beside it are not followed."""
     files = (file for folder in SOURCES for file in sorted((ROOT / folder).rglob("*.py")))
     ours = (file for file in files if not any(parent.is_symlink() for parent in file.parents))
-    return tuple((str(file.relative_to(ROOT)), ast.parse(file.read_text())) for file in ours)
+    return tuple((str(file.relative_to(ROOT)), syntax(file)) for file in ours)
 
 
+@cache
 def imports(tree: ast.Module) -> dict[str, tuple[str, str]]:
     """Local name to (module, name) of everything that comes from vLLM; the name is empty for a module."""
     result = {}
-    for node in ast.walk(tree):
+    for node in nodes(tree):
         if isinstance(node, ast.ImportFrom) and node.level == 0 and is_vllm(node.module or ""):
             for alias in node.names:
                 result[alias.asname or alias.name] = (node.module or "", alias.name)
@@ -57,10 +70,11 @@ def imports(tree: ast.Module) -> dict[str, tuple[str, str]]:
     return result
 
 
+@cache
 def alternatives(tree: ast.Module) -> list[tuple[tuple[str, str], ...]]:
     """Places of a name that is imported where one of `try` and `except ImportError` finds it."""
     result = []
-    for node in ast.walk(tree):
+    for node in nodes(tree):
         if isinstance(node, ast.Try):
             parts = [node.body, *(handler.body for handler in node.handlers)]
             names = [imports(ast.Module(part, [])) for part in parts]
@@ -115,7 +129,7 @@ class Tree:
         path = self.root.joinpath(*name.split(".")[1:])
         for file in (path / "__init__.py", path.with_suffix(".py")):
             if file.is_file():
-                return ast.parse(file.read_text())
+                return syntax(file.resolve())
         return None
 
     def find(self, module: str, name: str) -> tuple[str, ast.AST] | None:
@@ -134,7 +148,7 @@ class Tree:
         if tree is None:
             return None
         result: ast.AST | None = None
-        for node in ast.walk(tree):
+        for node in nodes(tree):
             if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name:
                 result = result or node
             elif isinstance(node, ast.Assign | ast.AnnAssign):
@@ -146,14 +160,14 @@ class Tree:
         imported = self._imported(module, tree, name)
         if imported is not None:
             return imported
-        strings = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
+        strings = (node.value for node in nodes(tree) if isinstance(node, ast.Constant))
         if self.module(f"{module}.{name}") is not None or name in strings:
             return module, tree
         return None
 
     def _imported(self, module: str, tree: ast.Module, name: str) -> tuple[str, ast.AST] | None:
         is_package = (self.root.joinpath(*module.split(".")[1:]) / "__init__.py").is_file()
-        for node in ast.walk(tree):
+        for node in nodes(tree):
             if not isinstance(node, ast.ImportFrom):
                 continue
             for alias in node.names:
@@ -201,7 +215,7 @@ def overrides(reference: Tree) -> Iterator[tuple[Seam, str, tuple[str, ...]]]:
     """
     for where, tree in our_sources():
         names = imports(tree)
-        for cls in (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)):
+        for cls in (node for node in nodes(tree) if isinstance(node, ast.ClassDef)):
             for base in cls.bases:
                 base = base.value if isinstance(base, ast.Subscript) else base
                 if not isinstance(base, ast.Name) or base.id not in names:
@@ -222,12 +236,12 @@ def replacements(reference: Tree) -> Iterator[tuple[Seam, str, tuple[str, ...]]]
     functions = {
         (file.stem, node.name): node
         for file in folder.glob("*.py")
-        for node in ast.parse(file.read_text()).body
+        for node in syntax(file).body
         if isinstance(node, ast.FunctionDef)
     }
     tables = [
         ast.literal_eval(_quoted(node.value))
-        for node in ast.parse((folder / "__init__.py").read_text()).body
+        for node in syntax(folder / "__init__.py").body
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None
     ]
     (kernels,) = tables
@@ -236,7 +250,7 @@ def replacements(reference: Tree) -> Iterator[tuple[Seam, str, tuple[str, ...]]]
         for module, replaced in kernels.items()
         for kernel, ours in replaced.items()
     ]
-    hooks = ast.parse((ROOT / "ficoco_vllm" / "hooks" / "kernels.py").read_text())
+    hooks = syntax(ROOT / "ficoco_vllm" / "hooks" / "kernels.py")
     for call in (node for node in ast.walk(hooks) if isinstance(node, ast.Call)):
         if isinstance(call.func, ast.Name) and call.func.id == "replace":
             owner, name, ours = call.args
