@@ -12,9 +12,13 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
+from PIL import Image
 
 from examples.chat import ask
+from ficoco_vllm import demo_model
 from ficoco_vllm.demo_model import examples
+from ficoco_vllm.hf import reduce_tokens
 from ficoco_vllm.reduction import available
 from ficoco_vllm.reduction.advice import as_markdown
 from ficoco_vllm.reduction.pipeline import PIPELINES
@@ -32,6 +36,7 @@ def code_of(language: str, word: str) -> str:
 
 
 CLIENT = code_of("python", "import ask")
+IMAGE, QUESTION = re.findall(r'ask\("([^"]+)", "([^"]+)"\)', CLIENT)[0]
 (TRANSCRIPT,) = re.findall(r"^# (.*)$", CLIENT, re.MULTILINE)
 
 
@@ -84,6 +89,22 @@ def test_curl_gets_the_same_answer(server: Server, tmp_path: Path) -> None:
     answer = json.loads(done.stdout)
     text, usage = answer["choices"][0]["message"]["content"], answer["usage"]
     assert f"{text.strip()} {usage['prompt_tokens']} {usage['ficoco']}" == TRANSCRIPT
+
+
+def test_hugging_face_gets_the_same_answer() -> None:
+    """By the README's line, with the block that it leaves to the reader."""
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration.from_pretrained(demo_model.path(), dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(demo_model.path())
+    content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+    chat = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    inputs = processor(images=Image.open(ROOT / IMAGE), text=chat, return_tensors="pt")
+    (line,) = re.findall(r"`(with reduce_tokens\(.*\):)`", README)
+    names = {"model": model, "inputs": inputs, "reduce_tokens": reduce_tokens}
+    exec(f"{line}\n    output = model.generate(**inputs, max_new_tokens=16)", names)
+    answer = names["output"][0, inputs["input_ids"].shape[1] :]
+    assert processor.decode(answer, skip_special_tokens=True).strip() == TRANSCRIPT.split()[0]
 
 
 @pytest.mark.server

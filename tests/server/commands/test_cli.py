@@ -421,7 +421,7 @@ def test_a_target_sorts_by_priority_and_is_named_when_the_server_is_ready(
 
 
 def test_mistakes_are_refused_before_anything_is_imported(tmp_path: Path) -> None:
-    """Port, model, method and budget without torch, in less than two seconds of work each; the rest without vLLM."""
+    """Port, model, method and budget without torch, the rest without vLLM: each in less than two seconds of work."""
     (tmp_path / "empty").mkdir()
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -434,8 +434,7 @@ from ficoco_vllm.server.cli import main
 def refused(*words):
     start = time.process_time()
     assert main(["serve", *words]) == 2, words
-    # To import torch takes a second or three, as the machine is.
-    assert "torch" in sys.modules or time.process_time() - start < 2, words
+    assert time.process_time() - start < 2, words
 
 refused("--port", "{port}", "--host", "127.0.0.1")
 refused("--port={port}", "--ficoco-keep", "64")
@@ -455,6 +454,7 @@ refused("--prot", "3")
 refused("--prot=3", "--ficoco-keep", "64")
 refused("--bogus-option", "3")
 assert "torch" not in sys.modules
+import torch  # takes one to three seconds of its own, which are not counted
 refused("--ficoco-config", '{{"method": "ficoco-v", "lam": 2}}')
 target = ("--ficoco-method", "ficoco-v", "--ficoco-target-agreement", "0.9")
 refused(*target, "--ficoco-config", '{{"quality": {{"ladder": [64, 577]}}}}')
