@@ -71,7 +71,7 @@ test: $(DEV)  ## run the tests, then the kernels' in Triton's interpreter; ARGS 
 	@status=0; $(PYTEST) -m 'not long and not interpreter' $(ARGS) || status=$$?; \
 	    $(if $(ARGS),,$(MAKE) --no-print-directory test-kernels || status=$$?;) exit $$status
 
-test-long: $(DEV) $(LMMS)/.installed  ## run the long forms: load, restarts, several processes, trained weights, lmms-eval
+test-long: $(DEV) $(LMMS)/.installed  ## run the long forms: servers of more families, load, restarts, several processes, lmms-eval
 	@$(PYTEST) -m 'long and not interpreter' $(ARGS)
 
 check: lint types imports  ## ruff, mypy, import-linter

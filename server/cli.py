@@ -79,6 +79,8 @@ def make_parser(complete: Sequence[str]) -> argparse.ArgumentParser:
         description="Serves vision-language models with a fraction of their visual tokens.",
     )
     parser.add_argument("-v", "--version", action="version", version=f"ficoco-vllm {__version__}")
+    # For `completion`; vLLM's parser has the options of `serve`.
+    parser.set_defaults(full_parser=lambda: make_parser([name for name in COMMANDS if name != "serve"]))
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, line in COMMANDS.items():
         if name in complete:

@@ -146,7 +146,7 @@ def demo_model() -> Path:
     return path()
 
 
-@pytest.fixture(scope="module", params=("int8", "int4"))
+@pytest.fixture(scope="module", params=("int8", pytest.param("int4", marks=pytest.mark.long)))
 def kind(request: pytest.FixtureRequest) -> str:
     """Scheme of quantized weights: W8A8 with a scale for each channel and token; W4A16 in groups of 32."""
     from tests.support import quantized

@@ -47,6 +47,7 @@ class Method:
         correlate: decides where their information belongs.
         compress: moves it there.
         own_settings: model of the settings beyond those of the stages.
+        summary: what it does, in one line for users; where it is empty, the viewer names the site.
         settings: model of all settings, combined from `own_settings` and those of the stages.
     """
 
@@ -58,6 +59,7 @@ class Method:
     correlate: Correlation
     compress: Compression
     own_settings: type[Settings] = Settings
+    summary: str = ""
     settings: type[Settings] = field(init=False)
 
     def __post_init__(self) -> None:

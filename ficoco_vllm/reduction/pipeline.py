@@ -25,6 +25,7 @@ class Pipeline:
         name: as users write it.
         title: as its authors write it.
         source: arXiv identifier.
+        summary: what it does, in one line for users.
         encoder: method in the vision encoder.
         decoder: method in the decoder, for the tokens that the encoder keeps.
         ratio: tokens that leave the encoder for each one that is left in the end; None shares the loss evenly.
@@ -33,6 +34,7 @@ class Pipeline:
     name: str
     title: str
     source: str
+    summary: str
     encoder: Method
     decoder: Method
     ratio: int | None = None
@@ -87,11 +89,34 @@ class Pipeline:
 
 
 _ALL = (
-    Pipeline("ficoco-vl", "FiCoCo-VL", "2411.17686", FICOCO_V, FICOCO_L),
+    Pipeline(
+        "ficoco-vl",
+        "FiCoCo-VL",
+        "2411.17686",
+        "Merges in the vision tower first, then again in the language model, guided by the question.",
+        FICOCO_V,
+        FICOCO_L,
+    ),
     # Table 9: 2T tokens of a budget T enter the decoder, T / 4 leave it.
-    Pipeline("tops", "TOPS", "2606.27161", TOPS_V, TOPS_L, ratio=8),
+    Pipeline(
+        "tops",
+        "TOPS",
+        "2606.27161",
+        "Keeps tokens that matter, cover the image and differ, after the vision tower and in the language model.",
+        TOPS_V,
+        TOPS_L,
+        ratio=8,
+    ),
     # The authors' scripts: 96 tokens enter the decoder, 32 leave it.
-    Pipeline("vscan", "VScan", "2505.22654", VSCAN_V, VSCAN_L, ratio=3),
+    Pipeline(
+        "vscan",
+        "VScan",
+        "2505.22654",
+        "Keeps the best tokens of each part of the image and of all of it, then drops more in the language model.",
+        VSCAN_V,
+        VSCAN_L,
+        ratio=3,
+    ),
 )
 
 PIPELINES: Mapping[str, Pipeline] = {pipeline.name: pipeline for pipeline in _ALL}

@@ -34,22 +34,21 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         0.
     """
-    print(script(args.shell))
+    print(script(args.shell, args.full_parser()))
     return 0
 
 
-def script(shell: str) -> str:
+def script(shell: str, parser: argparse.ArgumentParser) -> str:
     """The completion of one shell.
 
     Args:
         shell: one of `SHELLS`.
+        parser: the parser of the command line, with the options of all commands but `serve`; changed.
     """
     import shtab
 
     from ficoco_vllm.reduction.registry import names
-    from ficoco_vllm.server.cli import COMMANDS, make_parser
 
-    parser = make_parser([name for name in COMMANDS if name != "serve"])
     commands = next(action.choices for action in parser._actions if isinstance(action.choices, dict))
     serve = commands["serve"]
     add_arguments(serve)

@@ -1,6 +1,6 @@
 """Facts about the served model that an explanation needs: KV cache bytes, methods, and the visible part of an image."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,12 +8,18 @@ from ficoco_vllm.planning.server import ServerPlan
 from ficoco_vllm.planning.tower import Budget, VisionPlanner
 from ficoco_vllm.reduction import get
 from ficoco_vllm.reduction.control import CONTROLS
-from ficoco_vllm.reduction.method import Site
-from ficoco_vllm.reduction.pipeline import PIPELINES
+from ficoco_vllm.reduction.method import Method, Site
+from ficoco_vllm.reduction.pipeline import PIPELINES, Pipeline
 from ficoco_vllm.server.explain.schema import MethodChoice
-from ficoco_vllm.server.explain.summaries import summary
 from ficoco_vllm.server.explain.views import TracedImage
 from ficoco_vllm.tracing.chain import Step
+
+# The line of a third party's method that brings none.
+_SUMMARIES: Mapping[Site, str] = {
+    "encoder": "Reduces tokens layer by layer in the vision tower.",
+    "features": "Reduces tokens once, after the vision tower.",
+    "decoder": "Reduces tokens layer by layer in the language model.",
+}
 
 
 @dataclass(frozen=True)
@@ -62,10 +68,10 @@ class ServedModel:
             names = plan.decoder.methods
         if config.method in PIPELINES:
             pipeline = PIPELINES[config.method]
-            choices = [_choice(pipeline.name, pipeline.title, "decoder")]
+            choices = [choice(pipeline, "decoder")]
         else:
             methods = [get(name) for name in sorted(set(names) - set(CONTROLS))]
-            choices = [_choice(method.name, method.title, method.site) for method in methods]
+            choices = [choice(method, method.site) for method in methods]
         dtype = kv_cache_dtype_str_to_dtype(vllm_config.cache_config.cache_dtype, model)
         return cls(
             tower=tower,
@@ -161,8 +167,15 @@ def default_keep(plan: ServerPlan) -> int | None:
     return plan.decoder.keep
 
 
-def _choice(name: str, title: str, site: Site) -> MethodChoice:
-    return MethodChoice(name=name, title=title, site=site, summary=summary(name, site))
+def choice(method: Method | Pipeline, site: Site) -> MethodChoice:
+    """A method as the viewer offers it.
+
+    Args:
+        method: one of a registry.
+        site: where it reduces last.
+    """
+    summary = method.summary or _SUMMARIES[site]
+    return MethodChoice(name=method.name, title=method.title, site=site, summary=summary)
 
 
 def central_square(image_processor: Any) -> float | None:

@@ -83,9 +83,10 @@ class Case:
 
 
 LLAVAS = ("llava-qwen2", "llava-qwen3", "next-mistral")
+LONG = [pytest.param(name, marks=pytest.mark.long) for name in ("internvl-moe", "internvl-chat")]
 
 
-@pytest.fixture(scope="module", params=[*LLAVAS, "internvl", "internvl-moe", "internvl-chat"])
+@pytest.fixture(scope="module", params=[*LLAVAS, "internvl", *LONG])
 def name(request: pytest.FixtureRequest) -> str:
     """A decoder of a family."""
     return str(request.param)
@@ -179,10 +180,7 @@ def test_slots_and_blocks_are_the_plans(case: Case, pictures: list[Image.Image],
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "internvl",
-        *(pytest.param(name, marks=pytest.mark.long) for name in (*LLAVAS, "internvl-moe", "internvl-chat")),
-    ],
+    ["internvl", *(pytest.param(name, marks=pytest.mark.long) for name in LLAVAS), *LONG],
     indirect=True,
 )
 def test_all_kept_equals_stock_bit_for_bit(case: Case, host: Host, pictures: list[Image.Image]) -> None:

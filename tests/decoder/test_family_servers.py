@@ -14,7 +14,7 @@ from tests.support import random_internvl, random_qwen
 from tests.support.pictures import noise
 from tests.support.server import DTYPE, Server, data_url, message, serve
 
-pytestmark = [pytest.mark.compat, pytest.mark.server]
+pytestmark = [pytest.mark.compat, pytest.mark.server, pytest.mark.long]
 
 BLOCK = 32
 IMAGE = data_url(noise([(300, 200)], seed=3)[0])

@@ -47,7 +47,7 @@ PIECES: dict[str, Any] = {
     "cudagraph_capture_sizes": [*SIZES, 64, 256, 512],
 }
 
-pytestmark = [pytest.mark.compat, pytest.mark.engine]
+pytestmark = [pytest.mark.compat, pytest.mark.engine, pytest.mark.long]
 
 
 def requests(images: list[Image.Image]) -> list[Ask]:
@@ -199,7 +199,6 @@ def test_replayed_pieces_equal_eager(
     assert (num_pieces > 0, rest) == (True, 0)
 
 
-@pytest.mark.long
 def test_replayed_drafts_equal_eager(
     small_llava: Path, images: list[Image.Image], eager: list[Reply]
 ) -> None:

@@ -91,7 +91,7 @@ FORMATS = {
 }
 
 
-@pytest.fixture(scope="module", params=FORMATS)
+@pytest.fixture(scope="module", params=["hf", pytest.param("opengvlab", marks=pytest.mark.long)])
 def form(request: pytest.FixtureRequest) -> Format:
     """Each of them."""
     return FORMATS[request.param]

@@ -12,7 +12,7 @@ from tests.support.server import Server, budget, data_url, message, serve
 
 NUM_PATCHES, KEEP, NUM_REQUESTS = 576, 64, 6
 
-pytestmark = [pytest.mark.compat, pytest.mark.server]
+pytestmark = [pytest.mark.compat, pytest.mark.server, pytest.mark.long]
 
 
 @pytest.fixture(scope="module")

@@ -65,6 +65,7 @@ def crowded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
 
 
+@pytest.mark.long
 @pytest.mark.server
 def test_the_tower_in_miniature(crowded: Server) -> None:
     record = endured(crowded, TOWER, NUM_TOWER)

@@ -14,7 +14,7 @@ from tests.support.pictures import noise
 from tests.support.random_internvl import UNITS
 from tests.support.server import DTYPE, VALUE_BYTES, Server, data_url, message, serve
 
-pytestmark = [pytest.mark.compat, pytest.mark.server]
+pytestmark = [pytest.mark.compat, pytest.mark.server, pytest.mark.long]
 
 # Width and height to tiles: four and a thumbnail, and one.
 TILES = {(192, 192): 5, (100, 90): 1}

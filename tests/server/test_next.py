@@ -52,6 +52,7 @@ def post(server: Server, urls: list[str], ficoco: Any = None) -> httpx.Response:
 
 
 @pytest.mark.server
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("ficoco", "method", "kept"),
     [
@@ -80,6 +81,7 @@ def test_requested_and_reported(next_server: Server, ficoco: Any, method: str, k
 
 
 @pytest.mark.server
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("ficoco", "message"),
     [
@@ -94,6 +96,7 @@ def test_refused(next_server: Server, ficoco: Any, message: str) -> None:
 
 
 @pytest.mark.server
+@pytest.mark.long
 def test_metrics_count_tiles_crops_and_newlines(next_server: Server) -> None:
     names = [
         f"ficoco:{name}_total" for name in ("visual_tokens_in", "visual_tokens_kept", "kv_tokens_avoided")
@@ -112,12 +115,14 @@ def test_metrics_count_tiles_crops_and_newlines(next_server: Server) -> None:
 
 
 @pytest.mark.server
+@pytest.mark.long
 def test_the_page_counts_tokens_of_a_tile(next_server: Server) -> None:
     options = httpx.get(f"{next_server.url}/ficoco/options").json()
     assert (options["keep"], options["max_keep"], options["keep_per"]) == (16, 144, "tile")
 
 
 @pytest.mark.server
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("ficoco", "kept", "fused"),
     [

@@ -13,7 +13,7 @@ from ficoco_vllm.server.explain.schema import Explanation
 from tests.support.pictures import noise
 from tests.support.server import DTYPE, VALUE_BYTES, Server, data_url, message, serve
 
-pytestmark = [pytest.mark.compat, pytest.mark.server]
+pytestmark = [pytest.mark.compat, pytest.mark.server, pytest.mark.long]
 
 # Width and height to the units without reduction: 12 x 12 and 10 x 15.
 SIZES = {(192, 192): 144, (300, 200): 150}

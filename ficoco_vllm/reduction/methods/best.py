@@ -21,6 +21,7 @@ BEST = Method(
     title="Best composition on the embedded benchmark",
     site="encoder",
     source="none",
+    summary="Keeps tokens that differ most from each other and merges the others into similar ones.",
     filter=FILTERS["max_min_distance"],
     correlate=CORRELATIONS["key_cosine"],
     compress=COMPRESSIONS["quantile_merge"],

@@ -24,6 +24,7 @@ CDPRUNER = Method(
     title="CDPruner",
     site="features",
     source="2506.10967",
+    summary="Keeps a varied set of tokens that matter for the question; drops the others.",
     filter=FILTERS["conditional_dpp"],
     correlate=CORRELATIONS["none"],
     compress=COMPRESSIONS["prune"],

@@ -18,6 +18,7 @@ DIVPRUNE = Method(
     title="DivPrune",
     site="features",
     source="2503.02175",
+    summary="Keeps tokens that differ most from each other; drops the others.",
     filter=FILTERS["max_min_distance"],
     correlate=CORRELATIONS["none"],
     compress=COMPRESSIONS["prune"],

@@ -21,6 +21,7 @@ EVIT = Method(
     title="EViT",
     site="encoder",
     source="2202.07800",
+    summary="Keeps the tokens that the image summary attends to most; fuses the others into one new token.",
     filter=FILTERS["cls_attention"],
     correlate=CORRELATIONS["cls_weight"],
     compress=COMPRESSIONS["fuse"],

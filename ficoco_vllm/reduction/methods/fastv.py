@@ -32,6 +32,7 @@ FASTV = Method(
     title="FastV",
     site="decoder",
     source="2403.06764",
+    summary="Drops the tokens that receive the least attention, once, early in the language model.",
     filter=FILTERS["received_attention"],
     correlate=CORRELATIONS["none"],
     compress=COMPRESSIONS["prune"],

@@ -34,6 +34,7 @@ FICOCO_L = Method(
     title="FiCoCo-L",
     site="decoder",
     source="2411.17686",
+    summary="Merges tokens that the question attends to least, layer by layer in the language model.",
     filter=FILTERS["local_text"],
     correlate=CORRELATIONS["attention_via_text"],
     compress=COMPRESSIONS["quantile_merge"],

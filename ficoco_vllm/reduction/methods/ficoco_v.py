@@ -29,6 +29,7 @@ FICOCO_V = Method(
     title="FiCoCo-V",
     site="encoder",
     source="2411.17686",
+    summary="Merges redundant tokens into related ones, layer by layer in the vision tower.",
     filter=FILTERS["local_task"],
     correlate=CORRELATIONS["attention"],
     compress=COMPRESSIONS["quantile_merge"],

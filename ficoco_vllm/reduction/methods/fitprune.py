@@ -24,6 +24,7 @@ FITPRUNE = Method(
     title="FitPrune",
     site="decoder",
     source="2409.10197",
+    summary="Drops tokens that neither the image nor the question attends to, by a recipe fitted beforehand.",
     filter=FILTERS["self_cross"],
     correlate=CORRELATIONS["none"],
     compress=COMPRESSIONS["prune"],

@@ -32,6 +32,7 @@ PYRAMIDDROP = Method(
     title="PyramidDrop",
     site="decoder",
     source="2410.17247",
+    summary="Drops the same share of tokens at a few layers of the language model.",
     filter=FILTERS["received_attention"],
     correlate=CORRELATIONS["none"],
     compress=COMPRESSIONS["prune"],

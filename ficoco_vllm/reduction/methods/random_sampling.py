@@ -16,6 +16,7 @@ RANDOM = Method(
     title="Random Sampling",
     site="features",
     source="2411.17686",
+    summary="Keeps tokens at random: the baseline that any method should beat.",
     filter=FILTERS["random_order"],
     correlate=CORRELATIONS["none"],
     compress=COMPRESSIONS["prune"],

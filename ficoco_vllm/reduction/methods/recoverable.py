@@ -28,6 +28,7 @@ RECOVERABLE = Method(
     title="Recoverable Compression",
     site="features",
     source="2409.01179",
+    summary="Keeps tokens by attention, recovers some that match the question and merges the others.",
     filter=FILTERS["text_recovery"],
     correlate=CORRELATIONS["recovery_attention"],
     compress=COMPRESSIONS["add"],

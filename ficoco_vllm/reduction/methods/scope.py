@@ -19,6 +19,7 @@ SCOPE = Method(
     title="SCOPE",
     site="features",
     source="2510.24214",
+    summary="Keeps tokens that matter and that stand for parts of the image that no kept token covers yet.",
     filter=FILTERS["salient_coverage"],
     correlate=CORRELATIONS["none"],
     compress=COMPRESSIONS["prune"],

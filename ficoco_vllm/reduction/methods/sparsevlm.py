@@ -42,6 +42,7 @@ SPARSEVLM = Method(
     title="SparseVLM",
     site="decoder",
     source="2410.04417",
+    summary="Rates tokens by the question's words and recycles the best of the dropped ones.",
     filter=FILTERS["rate_and_recycle"],
     correlate=CORRELATIONS["cluster_likeness"],
     compress=COMPRESSIONS["nearest_merge"],

@@ -19,6 +19,7 @@ SPATIAL_POOL = Method(
     title="Spatial Pooling",
     site="features",
     source="2411.17686",
+    summary="Averages neighbouring patches, like a smaller image.",
     filter=FILTERS["one_per_cell"],
     correlate=CORRELATIONS["same_cell"],
     compress=COMPRESSIONS["nearest_merge"],

@@ -30,6 +30,7 @@ TOME = Method(
     title="ToMe",
     site="encoder",
     source="2210.09461",
+    summary="Merges the most similar pairs of tokens, layer by layer in the vision tower.",
     filter=FILTERS["key_similarity"],
     correlate=CORRELATIONS["bipartite_cosine"],
     compress=COMPRESSIONS["nearest_merge"],

@@ -17,6 +17,7 @@ TOPK_CLS = Method(
     title="TopK",
     site="features",
     source="2411.17686",
+    summary="Keeps the tokens that the image summary attends to most; drops the others.",
     filter=FILTERS["cls_attention"],
     correlate=CORRELATIONS["none"],
     compress=COMPRESSIONS["prune"],

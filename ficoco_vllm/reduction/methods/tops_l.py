@@ -34,6 +34,7 @@ TOPS_L = Method(
     title="TOPS, second stage",
     site="decoder",
     source="2606.27161",
+    summary="As TOPS's first stage, for the question, at two layers of the language model.",
     filter=FILTERS["rated_preservation_set"],
     correlate=CORRELATIONS["none"],
     compress=COMPRESSIONS["prune"],

@@ -21,6 +21,7 @@ TOPS_V = Method(
     title="TOPS, first stage",
     site="features",
     source="2606.27161",
+    summary="Keeps tokens that matter, that cover the image and that differ from each other; drops the others.",
     filter=FILTERS["preservation_set"],
     correlate=CORRELATIONS["none"],
     compress=COMPRESSIONS["prune"],

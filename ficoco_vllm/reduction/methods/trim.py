@@ -24,6 +24,7 @@ TRIM = Method(
     title="TRIM",
     site="features",
     source="2409.10994",
+    summary="Keeps the tokens that match the question and averages the others into one new token.",
     filter=FILTERS["text_relevance"],
     correlate=CORRELATIONS["none"],
     compress=COMPRESSIONS["fuse_mean"],

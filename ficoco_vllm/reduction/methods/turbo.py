@@ -22,6 +22,7 @@ TURBO = Method(
     title="Turbo",
     site="encoder",
     source="2407.11717",
+    summary="Merges similar tokens as ToMe does, and spares those that carry much information.",
     filter=FILTERS["informativity"],
     correlate=CORRELATIONS["bipartite_cosine"],
     compress=COMPRESSIONS["nearest_merge"],

@@ -21,6 +21,7 @@ VISIONZIP = Method(
     title="VisionZip",
     site="features",
     source="2412.04467",
+    summary="Keeps the tokens with the most attention and merges the others into evenly spread ones.",
     filter=FILTERS["dominant_contextual"],
     correlate=CORRELATIONS["contextual_cosine"],
     compress=COMPRESSIONS["nearest_merge"],

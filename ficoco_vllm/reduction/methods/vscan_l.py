@@ -31,6 +31,7 @@ VSCAN_L = Method(
     title="VScan, second stage",
     site="decoder",
     source="2505.22654",
+    summary="Drops the tokens that receive the least attention, once, in the middle of the language model.",
     filter=FILTERS["received_attention"],
     correlate=CORRELATIONS["none"],
     compress=COMPRESSIONS["prune"],

@@ -24,6 +24,7 @@ VSCAN_V = Method(
     title="VScan, first stage",
     site="features",
     source="2505.22654",
+    summary="Keeps the best tokens of each part of the image and of all of it; merges the others into them.",
     filter=FILTERS["two_scans"],
     correlate=CORRELATIONS["feature_cosine"],
     compress=COMPRESSIONS["nearest_merge"],

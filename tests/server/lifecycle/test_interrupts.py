@@ -50,7 +50,7 @@ def children_of(server: int, parent: str) -> list[psutil.Process]:
 
 @pytest.mark.compat
 @pytest.mark.server
-@pytest.mark.parametrize("parent", ["serve", "EngineCore"])
+@pytest.mark.parametrize("parent", ["serve", pytest.param("EngineCore", marks=pytest.mark.long)])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_starting_server_stops(tmp_path: Path, number: signal.Signals, parent: str) -> None:
     """While the engine imports vLLM, and while its worker does.
@@ -94,7 +94,7 @@ def test_a_starting_server_stops(tmp_path: Path, number: signal.Signals, parent:
 
 @pytest.mark.compat
 @pytest.mark.server
-@pytest.mark.parametrize("method", ["ficoco-v", "ficoco-l"])
+@pytest.mark.parametrize("method", ["ficoco-v", pytest.param("ficoco-l", marks=pytest.mark.long)])
 def test_a_ready_server_ends_with_one_line(tmp_path: Path, method: str) -> None:
     """A terminal sends SIGINT to all processes: no process reports what its exit has left to the system."""
     log = tmp_path / "log"

@@ -25,7 +25,7 @@ from tests.support.prometheus import (
 from tests.support.server import API_KEY, Server, data_url, message, serve
 from tests.support.site import Site, loopback_site
 
-pytestmark = [pytest.mark.compat, pytest.mark.server]
+pytestmark = [pytest.mark.compat, pytest.mark.server, pytest.mark.long]
 
 ADDRESS = "127.0.0.3"
 LADDER = [64, 576]
