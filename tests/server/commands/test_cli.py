@@ -23,7 +23,7 @@ from ficoco_vllm.reduction.pipeline import PIPELINES
 from ficoco_vllm.reduction.registry import names
 from ficoco_vllm.server.cli import COMMANDS, command, main, make_parser
 from ficoco_vllm.server.commands import serve
-from ficoco_vllm.server.commands.completion import SHELLS, script
+from ficoco_vllm.server.commands.completion import SHELLS
 from ficoco_vllm.server.commands.methods import _meanings, _source
 from ficoco_vllm.server.commands.preflight import method_names
 from ficoco_vllm.server.commands.serve import (
@@ -583,8 +583,11 @@ def test_a_closed_pipe_is_no_traceback() -> None:
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_completion_knows_commands_options_and_methods(shell: str) -> None:
-    text = script(shell)
+def test_completion_knows_commands_options_and_methods(
+    shell: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["completion", shell]) == 0
+    text = capsys.readouterr().out
     for word in (
         *COMMANDS,
         "--ficoco-method",
@@ -596,8 +599,9 @@ def test_completion_knows_commands_options_and_methods(shell: str) -> None:
         assert word in text
 
 
-def test_bash_completes(tmp_path: Path) -> None:
-    (tmp_path / "completion").write_text(script("bash"))
+def test_bash_completes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", "bash"]) == 0
+    (tmp_path / "completion").write_text(capsys.readouterr().out)
     for words, expected in (
         (["ficoco-vllm", "pl"], "plan"),
         (["ficoco-vllm", "serve", "--ficoco-keep-"], "--ficoco-keep-ratio"),
