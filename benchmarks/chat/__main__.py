@@ -17,7 +17,7 @@ from typing import Any
 
 from ficoco_vllm.benchmarks.chat import worker
 from ficoco_vllm.benchmarks.harness import model
-from ficoco_vllm.benchmarks.harness.engine import Remote, bench_engine, stock_in_v2
+from ficoco_vllm.benchmarks.harness.engine import Remote, bench_engine
 from ficoco_vllm.benchmarks.harness.results import (
     Bar,
     at_most,
@@ -55,7 +55,7 @@ def main() -> int:
             OURS: bench_engine(folder, SETTINGS, **options),
         }
         if is_cpu_build():
-            starting[STOCK_V2] = stock_in_v2(folder, **options)
+            starting[STOCK_V2] = bench_engine(folder, None, "V2", **options)
         engines = {row: stack.enter_context(engine) for row, engine in starting.items()}
         kinds = {name: measure(name, engines, args.rounds, args.seed) for name in MEASURES}
     shape = {"layers": args.layers, "width": args.width}

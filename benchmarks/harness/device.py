@@ -1,6 +1,7 @@
 """Time on the device: spans of work, and what it reaches at most in products, copies and launches."""
 
 import time
+import timeit
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -70,14 +71,12 @@ def _launch_seconds(count: int = 1000) -> float:
 
 def _seconds(call: Callable[[], object]) -> float:
     """Shortest of several calls, after one that warms up."""
-    times = []
-    for _ in range(REPEATS + 1):
-        synchronise()
-        begin = time.perf_counter()
+
+    def finished() -> None:
         call()
         synchronise()
-        times.append(time.perf_counter() - begin)
-    return min(times[1:])
+
+    return min(timeit.repeat(finished, number=1, repeat=REPEATS + 1)[1:])
 
 
 def synchronise() -> None:

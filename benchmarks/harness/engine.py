@@ -13,7 +13,8 @@ from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+from unittest.mock import patch
 
 import numpy as np
 from PIL import Image
@@ -151,41 +152,34 @@ def remote_engine(
 
 
 def bench_engine(
-    model: Path | str, ficoco: Mapping[str, Any] | None, **options: Any
+    model: Path | str,
+    ficoco: Mapping[str, Any] | None,
+    runner: Literal["V2"] | None = None,
+    /,
+    **options: Any,
 ) -> AbstractContextManager[Remote]:
     """An engine of a benchmark: bfloat16, weights made up, a process of its own; stock vLLM where `ficoco` is None.
 
     On a GPU all engines run model runner V2, which methods of the decoder need, and decode in CUDA graphs: what is
-    compared differs in the method alone. On a CPU only methods of the decoder run V2, with our kernels for it.
+    compared differs in the method alone. On a CPU only methods of the decoder run V2, with our kernels for it; stock
+    vLLM does with `runner="V2"`.
     """
-    decoder = ficoco is not None and FicocoConfig.parse(dict(ficoco)).decoder_method is not None
-    return _bench_engine(model, ficoco, options, INTERPRETER if decoder and is_cpu_build() else {})
-
-
-def stock_in_v2(model: Path | str, **options: Any) -> AbstractContextManager[Remote]:
-    """Stock vLLM as in `bench_engine`, on a CPU in the runner and with the kernels of methods of the decoder."""
-    return _bench_engine(model, None, options, INTERPRETER, _hook_kernels)
-
-
-def _bench_engine(
-    model: Path | str,
-    ficoco: Mapping[str, Any] | None,
-    options: Mapping[str, Any],
-    variables: Mapping[str, str],
-    prepare: Callable[[], None] | None = None,
-) -> AbstractContextManager[Remote]:
-    environment: dict[str, str | None] = {**IN_PROCESS, **_KEPT_MEMORY, **variables}
-    if ficoco is None:
-        environment["VLLM_PLUGINS"] = ""
+    environment: dict[str, str | None] = {**IN_PROCESS, **_KEPT_MEMORY}
     defaults: dict[str, Any] = {
         "load_format": "dummy",
         "dtype": "bfloat16",
         "limit_mm_per_prompt": {"image": 1},
     }
+    if ficoco is None:
+        environment["VLLM_PLUGINS"] = ""
     if not is_cpu_build():
-        environment |= {"VLLM_USE_V2_MODEL_RUNNER": "1"}
+        environment["VLLM_USE_V2_MODEL_RUNNER"] = "1"
         defaults |= {"enforce_eager": False, "compilation_config": DECODE_GRAPHS}
-    return remote_engine(model, ficoco, environment, prepare, **{**defaults, **options})
+    elif runner or FicocoConfig.parse(dict(ficoco or {})).decoder_method is not None:
+        environment |= INTERPRETER
+    return remote_engine(
+        model, ficoco, environment, _hook_kernels if runner else None, **(defaults | options)
+    )
 
 
 def _hook_kernels() -> None:
@@ -197,20 +191,12 @@ def _hook_kernels() -> None:
 @contextmanager
 def _environment(values: Mapping[str, str | None]) -> Iterator[None]:
     """Environment and search path of a process that starts within the block, which takes both from this one."""
-    with _STARTING:
-        before, search_path = dict(os.environ), list(sys.path)
-        for name, value in values.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+    added = {name: value for name, value in values.items() if value is not None}
+    with _STARTING, patch.dict(os.environ, added), patch.object(sys, "path", list(sys.path)):
+        for name in values.keys() - added:
+            os.environ.pop(name, None)
         hook_interpreter()
-        try:
-            yield
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
-            sys.path[:] = search_path
+        yield
 
 
 def _serve(
@@ -247,12 +233,29 @@ def request(prompt: str | list[int], images: Sequence[Image.Image] = (), **kwarg
     return body
 
 
-def image_request(engine: "LLM", num_text_tokens: int, seed: int, **kwargs: Any) -> dict[str, Any]:
-    """A prompt of one random image of 336 x 336 pixels and of text of a given length; see `request` for `kwargs`."""
+def image_request(
+    engine: "LLM",
+    num_text_tokens: int,
+    seed: int,
+    side: int = 336,
+    image: Sequence[str] = ("<image>",),
+    /,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """A prompt of one random image and of text of a given length.
+
+    Args:
+        engine: of the model.
+        num_text_tokens: of the text.
+        seed: of the pixels.
+        side: height and width of the image in pixels.
+        image: tokens of the prompt that stand for it.
+        **kwargs: see `request`.
+    """
     tokenizer: Any = engine.get_tokenizer()
     text = tokenizer(TEXT * num_text_tokens, add_special_tokens=False).input_ids[:num_text_tokens]
-    pixels = np.random.default_rng(seed).integers(0, 255, (336, 336, 3), dtype=np.uint8)
-    prompt = [tokenizer.convert_tokens_to_ids("<image>"), *text]
+    pixels = np.random.default_rng(seed).integers(0, 255, (side, side, 3), dtype=np.uint8)
+    prompt = [*map(tokenizer.convert_tokens_to_ids, image), *text]
     return request(prompt, [Image.fromarray(pixels)], **kwargs)
 
 

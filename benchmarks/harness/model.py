@@ -18,8 +18,8 @@ NARROW_WIDTH = 128
 
 
 def config(num_layers: int, size: str = "7b") -> dict[str, Any]:
-    """Configuration of LLaVA-1.5, by its size in `CHECKPOINTS`, with another number of decoder layers."""
-    values: dict[str, Any] = copy.deepcopy(dict(KNOWN_MODELS[CHECKPOINTS[size]]))
+    """Configuration of LLaVA-1.5, by its size, or of another of `KNOWN_MODELS`, with so many decoder layers."""
+    values: dict[str, Any] = copy.deepcopy(dict(KNOWN_MODELS[CHECKPOINTS.get(size, size)]))
     values["text_config"]["num_hidden_layers"] = num_layers
     return values
 

@@ -8,7 +8,7 @@ GROUP = 32
 # As in published checkpoints: tower, projector and language head stay as they are.
 IGNORED = ["lm_head", "re:.*lm_head", "re:.*vision_tower.*", "re:.*multi_modal_projector.*"]
 _INT = {"type": "int", "symmetric": True}
-SCHEMES: dict[Kind, dict[str, Any]] = {
+_SCHEMES: dict[Kind, dict[str, Any]] = {
     # W8A8: a scale for each output channel; activations are quantized at run time, with a scale for each token.
     "int8": {
         "format": "int-quantized",
@@ -26,18 +26,13 @@ SCHEMES: dict[Kind, dict[str, Any]] = {
 
 def quantization_config(kind: Kind) -> dict[str, Any]:
     """The entry `quantization_config` of a checkpoint's `config.json`."""
-    scheme = SCHEMES[kind]
-    group = {
-        "targets": ["Linear"],
-        "weights": scheme["weights"],
-        "input_activations": scheme["input_activations"],
-    }
+    scheme = dict(_SCHEMES[kind])
     return {
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
-        "format": scheme["format"],
+        "format": scheme.pop("format"),
         "ignore": IGNORED,
-        "config_groups": {"group_0": group},
+        "config_groups": {"group_0": {"targets": ["Linear"], **scheme}},
     }
 
 

@@ -1,7 +1,7 @@
 """Results for readers: tables and plots as one HTML page, LaTeX and SVG, and the tables for the terminal."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -172,22 +172,17 @@ def facts(environment: Mapping[str, Any], **more: object) -> dict[str, str]:
     return named | machine
 
 
-def _converted(text: str, plain: Callable[[str], str], code: str, emphasis: str) -> str:
-    """Text with its marks in the form of another language; `plain` escapes the words."""
-    parts, place = [], 0
-    for match in _MARKS.finditer(text):
-        form, words = (code, match[1]) if match[1] else (emphasis, match[2])
-        parts += [plain(text[place : match.start()]), form % plain(words)]
-        place = match.end()
-    return "".join([*parts, plain(text[place:])])
+def _converted(text: str, code: str, emphasis: str) -> str:
+    """Text with its marks in the form of another language, in which the words are already."""
+    return _MARKS.sub(lambda match: code % match[1] if match[1] else emphasis % match[2], text)
 
 
 def _latex(text: str) -> str:
-    return _converted(text, lambda words: words.translate(_LATEX), r"\texttt{%s}", r"\emph{%s}")
+    return _converted(text.translate(_LATEX), r"\texttt{%s}", r"\emph{%s}")
 
 
 def _html(text: str) -> Markup:
-    return Markup(_converted(text, lambda words: str(escape(words)), "<code>%s</code>", "<em>%s</em>"))
+    return Markup(_converted(str(escape(text)), "<code>%s</code>", "<em>%s</em>"))
 
 
 def _figures(text: str) -> Markup:
@@ -199,4 +194,4 @@ def _figures(text: str) -> Markup:
 
 def plain(text: str) -> str:
     """Text without its marks."""
-    return _converted(text, str, "%s", "%s")
+    return _converted(text, "%s", "%s")

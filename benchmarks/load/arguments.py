@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     servers = ["stock", "ficoco-v:64", "ficoco-v:192"]
     add("--servers", nargs="+", default=servers, help="stock, METHOD or METHOD:KEEP, each")
-    add("--rates", nargs="*", default=[], help="requests per second, one point each")
+    add("--rates", nargs="*", type=float, default=[], help="requests per second, one point each")
     add("--concurrency", nargs="*", type=int, default=[4, 16], help="concurrent requests, one point each")
     add("--requests", type=int, default=64, help="of a point (default: %(default)s)")
     add("--text-tokens", type=int, default=60, help="of a prompt, beside its image (default: %(default)s)")

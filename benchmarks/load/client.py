@@ -24,17 +24,11 @@ from ficoco_vllm.benchmarks.load.settings import Target, Traffic
 
 PERCENTILES = (50, 90, 99)
 # Figures kept from the client's result.
-_FIELDS = (
-    *("duration", "completed", "failed", "request_throughput", "output_throughput", "total_output_tokens"),
-)
+_FIELDS = ("duration", "completed", "request_throughput", "output_throughput", "total_output_tokens")
 
 
 def run_point(
-    url: str,
-    target: Target,
-    traffic: Traffic,
-    seed: int,
-    finished: Callable[[float], None] = lambda count: None,
+    url: str, target: Target, traffic: Traffic, seed: int, finished: Callable[[float], None]
 ) -> dict[str, Any]:
     """Send the traffic and measure.
 

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ficoco_vllm.benchmarks.harness.results import report as print_bars
 from ficoco_vllm.benchmarks.load.arguments import DEMO, WIDE
 from ficoco_vllm.benchmarks.load.report import page
 from ficoco_vllm.benchmarks.load.run import run_turns
-from ficoco_vllm.benchmarks.load.settings import STOCK, Server, Target, Traffic, Turn, make_points, make_turns
+from ficoco_vllm.benchmarks.load.settings import STOCK, Server, Target, Traffic, Turn, make_turns
 from ficoco_vllm.benchmarks.load.summary import Rows, as_csv, check, ratio, summarise
 from ficoco_vllm.compat import multiplies_bfloat16
 from ficoco_vllm.reduction.cost import model_shape
@@ -53,8 +54,6 @@ def run(args: argparse.Namespace) -> int:
         openai.APIError: the server at `--url` refuses.
     """
     servers, points = _read(args)
-    if args.url is not None:
-        check_answers(args.url)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # of the client's own import of vLLM
     rows = _measure(args, make_turns(servers, points, args.rounds, args.seed))
     patches = model.PATCHES if args.model in (DEMO, WIDE) else None  # of other models unknown
@@ -85,14 +84,15 @@ def _read(args: argparse.Namespace) -> tuple[list[Server], list[Traffic]]:
         servers = [Server(name="remote")]
     if args.rounds < 1:
         raise ValueError(f"--rounds = {args.rounds} is not allowed; allowed: an integer of at least 1")
-    points = make_points(
-        args.rates,
-        args.concurrency,
+    point = partial(
+        Traffic,
         num_requests=args.requests,
         num_text_tokens=args.text_tokens,
         num_answer_tokens=args.answer_tokens,
         image_side=args.image_side,
     )
+    points = [point(rate=rate) for rate in args.rates]
+    points += [point(concurrency=number) for number in args.concurrency]
     if not points:
         raise ValueError("--rates and --concurrency are both empty; needed: one of either at least")
     return servers, points
@@ -101,6 +101,7 @@ def _read(args: argparse.Namespace) -> tuple[list[Server], list[Traffic]]:
 def _measure(args: argparse.Namespace, turns: list[Turn]) -> list[dict[str, Any]]:
     """The rows of all turns, from the server at `--url` or from servers that are started."""
     if args.url is not None:
+        check_answers(args.url)
         name = args.served_model_name or served_model(args.url, args.api_key or "none")
         target = Target("", name, args.tokenizer, (), args.out, args.api_key, args.sample_seconds)
         return run_turns(turns, target, args.url)
@@ -142,13 +143,11 @@ def _bars(
     args: argparse.Namespace, servers: Sequence[Server], last: str, rows: Rows, warnings: Sequence[str]
 ) -> Iterator[Bar]:
     yield at_most("load-servers-that-do-not-reduce-as-configured", len(warnings))
-    methods = [server.name for server in servers if server.method is not None]
-    if args.bar is not None:
-        for name in methods:
+    for name in (server.name for server in servers if server.method is not None):
+        if args.bar is not None:
             throughput = ratio(rows, "request_throughput", name, STOCK, last)
             yield Bar(f"load-throughput-{name}-over-stock", throughput, args.bar)
-    if args.bar_token is not None:
-        for name in methods:
+        if args.bar_token is not None:
             token = ratio(rows, "tpot_ms_p50", name, STOCK, last)
             yield at_most(f"load-token-{name}-over-stock", token, args.bar_token)
 

@@ -3,8 +3,10 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from ficoco_vllm.benchmarks.harness.plots import COLOURS, Plot, draw, from_zero, legend_above
 
@@ -39,8 +41,6 @@ def plots(rows: Rows, summary: Rows) -> list[Plot]:
     if len(points) > 1:
         caption = "Time to first token over throughput"
         pictures.append(picture("ttft-by-throughput", caption, _curve, summary))
-    if any(row["num_preemptions"] for row in summary):
-        pictures.append(picture("preemptions", "Preemptions", _bars, "num_preemptions", "", summary))
     for index, point in enumerate(points):
         mine = [row for row in rows if row["point"] == point]
         if any(row["samples"] for row in mine):
@@ -49,19 +49,13 @@ def plots(rows: Rows, summary: Rows) -> list[Plot]:
 
 
 def _throughput(axes: Axes, summary: Rows, colours: Colours) -> None:
-    name = "request_throughput"
-    _bars(axes, name, "requests/s", summary, colours)
-    for row, place, _ in _placed(summary, colours):
-        axes.plot([place, place], [row[f"{name}_min"], row[f"{name}_max"]], color="#000000", linewidth=1)
-        axes.annotate(
-            f"{row[name]:.2f}",
-            (place, row[f"{name}_max"]),
-            (0, 2),
-            textcoords="offset points",
-            ha="center",
-            fontsize=8,
-        )
+    names = [f"request_throughput{end}" for end in ("", "_min", "_max")]
+    for places, (median, low, high), look in _beside(axes, summary, names, colours):
+        spread = np.stack((median - low, high - median)).tolist()
+        bars = axes.bar(places, median, 0.7 / len(colours), yerr=spread, **look)
+        axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
     axes.margins(y=0.12)
+    axes.set_ylabel("requests/s")
 
 
 def _curve(axes: Axes, summary: Rows, colours: Colours) -> None:
@@ -78,20 +72,15 @@ def _curve(axes: Axes, summary: Rows, colours: Colours) -> None:
 
 
 def _latency(axes: Axes, name: str, unit: str, factor: float, summary: Rows, colours: Colours) -> None:
-    for row, place, colour in _placed(summary, colours):
-        low, middle, high = (row[f"{name}_ms_p{p}"] * factor for p in (50, 90, 99))
-        axes.plot([place, place], [low, high], color=colour, linewidth=1)
-        axes.plot([place, place], [low, middle], color=colour, linewidth=5, solid_capstyle="butt")
-        axes.plot([place], [low], "o", color=colour, label=row["server"])
-    if any(row[f"{name}_ms_p99"] > _WIDE * row[f"{name}_ms_p50"] > 0 for row in summary):
+    names = [f"{name}_ms_p{p}" for p in (50, 90, 99)]
+    for places, percentiles, look in _beside(axes, summary, names, colours):
+        low, middle, high = percentiles * factor
+        axes.vlines(places, low, high, color=look["color"], linewidth=1)
+        axes.vlines(places, low, middle, color=look["color"], linewidth=5)
+        axes.plot(places, low, "o", **look)
+    if any(row[names[-1]] > _WIDE * row[names[0]] > 0 for row in summary):
         axes.set_yscale("log")
-    _label(axes, summary, f"{name.upper()}, {unit}")
-
-
-def _bars(axes: Axes, figure: str, unit: str, summary: Rows, colours: Colours) -> None:
-    for row, place, colour in _placed(summary, colours):
-        axes.bar(place, row[figure] or 0, 0.7 / len(colours), color=colour, label=row["server"])
-    _label(axes, summary, unit)
+    axes.set_ylabel(f"{name.upper()}, {unit}")
 
 
 def _cache(axes: Axes, rows: Rows, colours: Colours) -> None:
@@ -107,16 +96,17 @@ def _cache(axes: Axes, rows: Rows, colours: Colours) -> None:
     axes.set_ylabel("KV cache in use, %")
 
 
-def _placed(summary: Rows, colours: Colours) -> Iterator[tuple[Mapping[str, Any], float, str]]:
-    """Rows with their place and colour: points side by side, servers within them."""
-    points, servers = list(dict.fromkeys(row["point"] for row in summary)), list(colours)
-    for row in summary:
-        offset = (servers.index(row["server"]) - (len(servers) - 1) / 2) * 0.8 / len(servers)
-        yield row, points.index(row["point"]) + offset, colours[row["server"]]
-
-
-def _label(axes: Axes, summary: Rows, unit: str) -> None:
+def _beside(
+    axes: Axes, summary: Rows, names: Sequence[str], colours: Colours
+) -> Iterator[tuple[NDArray[np.float64], NDArray[np.float64], dict[str, Any]]]:
+    """Each server's places (points,), figures (names, points), colour and label: servers side by side at each point."""
     points = list(dict.fromkeys(row["point"] for row in summary))
     axes.set_xticks(range(len(points)), points)
     axes.set_xlim(-0.5, len(points) - 0.5)
-    axes.set_ylabel(unit)
+    for index, (server, colour) in enumerate(colours.items()):
+        mine = [row for row in summary if row["server"] == server]
+        places = (
+            np.array([points.index(row["point"]) for row in mine]) + (index + 0.5) * 0.8 / len(colours) - 0.4
+        )
+        figures = np.array([[row[name] for row in mine] for name in names])
+        yield places, figures, {"color": colour, "label": server}

@@ -3,6 +3,7 @@
 import threading
 import time
 import urllib.error
+from collections import defaultdict
 from collections.abc import Callable
 
 from ficoco_vllm.benchmarks.harness.http import read_metrics, samples
@@ -34,9 +35,7 @@ class Sampler:
         avoided: method to the prompt tokens without a KV slot that it has counted, at the first read and at the last.
     """
 
-    def __init__(
-        self, url: str, interval_seconds: float, finished: Callable[[float], None] = lambda count: None
-    ) -> None:
+    def __init__(self, url: str, interval_seconds: float, finished: Callable[[float], None]) -> None:
         self.samples: list[dict[str, float]] = []
         self.avoided: list[dict[str, float]] = []
         self._url, self._interval, self._finished = url, interval_seconds, finished
@@ -99,9 +98,8 @@ def read_figures(text: str) -> dict[str, float]:
 
 def read_avoided(text: str) -> dict[str, float]:
     """Prompt tokens without a KV slot that a server of ours has counted, by method, over all segments."""
-    avoided: dict[str, float] = {}
+    avoided: defaultdict[str, float] = defaultdict(float)
     for sample in samples(text):
         if sample.name == _AVOIDED:
-            method = sample.labels["method"]
-            avoided[method] = avoided.get(method, 0.0) + sample.value
+            avoided[sample.labels["method"]] += sample.value
     return avoided

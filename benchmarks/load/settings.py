@@ -2,10 +2,8 @@
 
 import math
 import random
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ficoco_vllm.reduction import available
 from ficoco_vllm.reduction.pipeline import PIPELINES
@@ -132,19 +130,3 @@ def make_turns(servers: list[Server], points: list[Traffic], num_rounds: int, se
         for server in order.sample(servers, len(servers)):
             turns.append(Turn(round_index, server, tuple(order.sample(seeded, len(seeded)))))
     return turns
-
-
-def make_points(rates: Iterable[str], concurrencies: Iterable[int], **traffic: Any) -> list[Traffic]:
-    """One point for each rate, as the command line gives it, and for each concurrency.
-
-    Raises:
-        ValueError: naming the option, its value and what is allowed.
-    """
-    points = []
-    for text in rates:
-        try:
-            rate = float(text)
-        except ValueError as error:
-            raise ValueError(f"--rates: {text!r} is not allowed; allowed: numbers above 0") from error
-        points.append(Traffic(rate=rate, **traffic))
-    return points + [Traffic(concurrency=number, **traffic) for number in concurrencies]

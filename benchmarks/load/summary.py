@@ -43,7 +43,7 @@ def ratio(rows: Rows, figure: str, server: str, base: str, point: str) -> float:
 
 def as_csv(rows: Rows) -> str:
     """Every row, without its samples over time."""
-    return csv_text(("server", "round", "point", "seed", "completed", "failed", "duration", *FIGURES), rows)
+    return csv_text(("server", "round", "point", "seed", "completed", "duration", *FIGURES), rows)
 
 
 def check(rows: Rows, servers: Sequence[Server], num_visual_tokens: int | None) -> list[str]:

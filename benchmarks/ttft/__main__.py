@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +37,7 @@ from ficoco_vllm.benchmarks.harness.results import (
 )
 from ficoco_vllm.benchmarks.harness.rounds import ranged, ratios, spread, take_turns
 from ficoco_vllm.benchmarks.ttft import worker
-from ficoco_vllm.benchmarks.ttft.kinds import (
-    Kind,
-    control_kinds,
-    decoder_kinds,
-    encoder_kinds,
-    kinds,
-    predicted_speedup,
-    predicted_ttft,
-    stock,
-    token_plan,
-    whole_kinds,
-)
+from ficoco_vllm.benchmarks.ttft.kinds import Kind, kinds, predicted_speedup, predicted_ttft, token_plan
 from ficoco_vllm.benchmarks.ttft.models import MODELS, NUM_TEXT_TOKENS
 from ficoco_vllm.benchmarks.ttft.models import write as write_model
 from ficoco_vllm.reduction.cost import Device
@@ -95,11 +85,13 @@ def main() -> int:
         parser.error(f"--decoder-layers: {unknown[0]} is not one of --layers")
     device = ceilings(getattr(torch, args.dtype))
     runs = [_run(num_layers, device, args) for num_layers in args.layers]
-    head = {"environment": environment(), "dtype": args.dtype, "seed": args.seed, "ceilings": asdict(device)}
-    result: dict[str, Any] = {**head, "runs": runs}
-    if args.model_size != "7b":
-        result["model_size"] = args.model_size
-    result["whole_model"] = _extrapolate(runs, device, args.model_size)
+    result: dict[str, Any] = {
+        "environment": environment(),
+        **{name: getattr(args, name) for name in ("dtype", "seed", "model_size")},
+        "ceilings": asdict(device),
+        "runs": runs,
+        "whole_model": _extrapolate(runs, device, args.model_size),
+    }
     write(result, args.out)
     _print(result)
     return report(bars(result))
@@ -108,7 +100,7 @@ def main() -> int:
 def bars(result: Mapping[str, Any]) -> Iterator[Bar]:
     """The bars: prompts as planned, nearly the predicted speed-up, and a cheap reduction."""
     size = result.get("model_size", "7b")
-    rows, smallest = kinds(size), encoder_kinds(size)[-1].name
+    rows, smallest = kinds(size), f"keep-{MODELS[size].keeps[-1]}"
     for run in result["runs"]:
         around = NUM_TEXT_TOKENS + MODELS[size].num_around
         planned = {name: token_plan(rows[name], run["layers"], size).decoder[0] for name in run["kinds"]}
@@ -116,9 +108,8 @@ def bars(result: Mapping[str, Any]) -> Iterator[Bar]:
             abs(row["num_prompt_tokens"] - around - planned[name]) for name, row in run["kinds"].items()
         )
         yield at_most(f"ttft-prompt-tokens-amiss-{run['layers']}-layers", amiss)
-        for name in (smallest, *(kind.name for kind in decoder_kinds(size))):
-            if name in run["kinds"]:
-                row = run["kinds"][name]
+        for name, row in run["kinds"].items():
+            if name == smallest or rows[name].in_decoder:
                 share = row["speedup"] / row["predicted_speedup"]
                 yield Bar(f"ttft-{name}-of-predicted-{run['layers']}-layers", share, SPEEDUP_SHARE)
         share = run["kinds"][smallest]["reduction_share_of_tower"]
@@ -129,32 +120,28 @@ def bars(result: Mapping[str, Any]) -> Iterator[Bar]:
         yield at_most(f"{name}-at-most", max(shares), ROOFLINE_EXCESS)
     whole = result["whole_model"][smallest]
     share = whole["speedup"] / whole["predicted_speedup"]
-    yield Bar(f"ttft-{smallest}-of-predicted-{_whole(result)}-layers-extrapolated", share, SPEEDUP_SHARE)
-
-
-def _whole(result: Mapping[str, Any]) -> int:
-    """Decoder layers of the whole model."""
-    return MODELS[result.get("model_size", "7b")].num_layers
+    name = f"ttft-{smallest}-of-predicted-{MODELS[size].num_layers}-layers-extrapolated"
+    yield Bar(name, share, SPEEDUP_SHARE)
 
 
 def _run(num_layers: int, device: Device, args: argparse.Namespace) -> dict[str, Any]:
     """All kinds of one depth: those of one engine at a time, each group beside stock vLLM."""
     size = args.model_size
-    groups: list[Sequence[Kind]] = [encoder_kinds(size), *((kind,) for kind in control_kinds(size))]
-    if num_layers in args.decoder_layers:
-        groups += [(kind,) for kind in decoder_kinds(size)]
+    stock, *ours = (
+        kind for kind in kinds(size).values() if not kind.in_decoder or num_layers in args.decoder_layers
+    )
     order = random.Random(args.seed)
     summary: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder), num_layers, size)
-        with engine(folder, stock(size), args.dtype) as theirs:
-            for group in groups:
-                with engine(folder, group[0], args.dtype) as ours:
-                    samples = measure_in_turns(num_layers, theirs, ours, group, args.rounds, order)
+        with engine(folder, stock, args.dtype) as theirs:
+            for _, kinds_of_engine in groupby(ours, lambda kind: kind.settings):
+                group = list(kinds_of_engine)
+                with engine(folder, group[0], args.dtype) as reducing:
+                    samples = measure_in_turns(num_layers, theirs, reducing, group, args.rounds, order)
                 # Stock vLLM is run again beside each engine; its own row is that of the first group.
-                summary = summarise(num_layers, samples, device, size) | summary
-    rows = {name: summary[name] for name in kinds(size) if name in summary}
-    return {"layers": num_layers, "rounds": args.rounds, "kinds": rows}
+                summary |= summarise(num_layers, samples, device, size) | summary
+    return {"layers": num_layers, "rounds": args.rounds, "kinds": summary}
 
 
 def measure_in_turns(
@@ -198,13 +185,6 @@ def summarise(
             "predicted_ttft_seconds": predicted,
             "roofline_share": predicted / statistics.median(seconds),
         }
-        if known[name].in_decoder:
-            plan = token_plan(known[name], num_layers, size)
-            summary[name]["visual_tokens"] = {"tower": plan.encoder[-1], "decoder": plan.decoder[:-1]}
-            summary[name]["stock_ttft_seconds_median"] = statistics.median(unreduced)
-            summary[name]["decoder_reduction_seconds_median"] = statistics.median(
-                row["decoder_reduction_seconds"] for row in rows
-            )
     return summary
 
 
@@ -216,7 +196,7 @@ def _extrapolate(runs: list[dict[str, Any]], device: Device, size: str) -> dict[
     layers, known = [run["layers"] for run in runs], kinds(size)
     whole = MODELS[size].num_layers
     seconds = {}
-    for name in (kind.name for kind in (stock(size), *whole_kinds(size))):
+    for name in (name for name, kind in known.items() if not kind.in_decoder):
         rows = [run["kinds"][name] for run in runs]
         towers = [row["tower_seconds_median"] for row in rows]
         rest = [row["ttft_seconds_median"] - tower for row, tower in zip(rows, towers, strict=True)]
@@ -262,7 +242,8 @@ def _print(result: dict[str, Any]) -> None:
         (name, f"{row['ttft_seconds']:.3f}", f"{row['speedup']:.2f}", f"{row['predicted_speedup']:.2f}")
         for name, row in result["whole_model"].items()
     ]
-    print_table((f"{_whole(result)} decoder layers, extrapolated", "TTFT, s", "speed-up", "predicted"), whole)
+    num_layers = MODELS[result["model_size"]].num_layers
+    print_table((f"{num_layers} decoder layers, extrapolated", "TTFT, s", "speed-up", "predicted"), whole)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,10 @@
 """The models of `make bench-ttft`: true widths, the decoder cut to a few layers, no weights, no download."""
 
-import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from PIL import Image
 
 from ficoco_vllm.benchmarks.harness import engine, model
 from ficoco_vllm.reduction.cost import KNOWN_MODELS
@@ -55,16 +51,6 @@ class Model:
         """`model_type` of its configuration."""
         return str(KNOWN_MODELS[self.checkpoint]["model_type"])
 
-    def config(self, num_layers: int) -> dict[str, Any]:
-        """The configuration with another number of decoder layers.
-
-        Args:
-            num_layers: of the decoder.
-        """
-        values: dict[str, Any] = copy.deepcopy(dict(KNOWN_MODELS[self.checkpoint]))
-        values["text_config"]["num_hidden_layers"] = num_layers
-        return values
-
 
 MODELS: Mapping[str, Model] = {
     **{
@@ -86,13 +72,7 @@ def request(llm: Any, seed: int, **kwargs: Any) -> dict[str, Any]:
     """
     family = llm.llm_engine.vllm_config.model_config.hf_config.model_type
     used = next((one for one in MODELS.values() if one.family == family), MODELS["7b"])
-    if used.family == "llava":
-        return engine.image_request(llm, NUM_TEXT_TOKENS, seed, **kwargs)
-    tokenizer = llm.get_tokenizer()
-    text = tokenizer(engine.TEXT * NUM_TEXT_TOKENS, add_special_tokens=False).input_ids[:NUM_TEXT_TOKENS]
-    pixels = np.random.default_rng(seed).integers(0, 255, (used.side, used.side, 3), dtype=np.uint8)
-    prompt = [*map(tokenizer.convert_tokens_to_ids, used.image), *text]
-    return engine.request(prompt, [Image.fromarray(pixels)], **kwargs)
+    return engine.image_request(llm, NUM_TEXT_TOKENS, seed, used.side, used.image, **kwargs)
 
 
 def write(folder: Path, num_layers: int, size: str) -> Path:
@@ -108,7 +88,7 @@ def write(folder: Path, num_layers: int, size: str) -> Path:
         return model.write(folder, num_layers, size)
     folder.mkdir(parents=True, exist_ok=True)
     make = {"internvl": _internvl, "qwen3_vl": _qwen3_vl}[used.family]
-    values = make(folder, used, used.config(num_layers)) | {"dtype": "bfloat16"}
+    values = make(folder, used, model.config(num_layers, used.checkpoint)) | {"dtype": "bfloat16"}
     values["text_config"] |= {"max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "dtype": "bfloat16"}
     (folder / "config.json").write_text(json.dumps(values, indent=2))
     return folder

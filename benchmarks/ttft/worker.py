@@ -21,8 +21,7 @@ def measure(engine: Any, keep: int | None, batch: int, seed: int) -> dict[str, f
         seed: of the images.
 
     Returns:
-        `ttft_seconds`, `tower_seconds`, of these `reduction_seconds`, `decoder_reduction_seconds`, and
-        `num_prompt_tokens`.
+        `ttft_seconds`, `tower_seconds`, of these `reduction_seconds`, and `num_prompt_tokens`.
     """
     from vllm import SamplingParams
 
@@ -40,14 +39,14 @@ def measure(engine: Any, keep: int | None, batch: int, seed: int) -> dict[str, f
 
 @contextmanager
 def _stopwatch(engine: Any, stock: bool) -> Iterator[dict[str, float]]:
-    """Seconds in the vision tower (without the projector), in its reductions, and in the decoder's reductions.
+    """Seconds in the vision tower (without the projector), and of these in its reductions.
 
     The reduction is everything that a stock tower does not do: scores from queries and keys, selection, merge. A GPU's
     work is timed by events in its stream; on a CPU a call has finished when it returns.
     """
     runner = worker_of(engine).model_runner
     model = runner.get_model()
-    spans: dict[str, list[Callable[[], float]]] = {"tower": [], "reduction": [], "decoder_reduction": []}
+    spans: dict[str, list[Callable[[], float]]] = {"tower": [], "reduction": []}
     seconds = dict.fromkeys(spans, 0.0)
 
     def timed(function: Any, key: str) -> Any:
@@ -61,12 +60,10 @@ def _stopwatch(engine: Any, stock: bool) -> Iterator[dict[str, float]]:
 
     patches = [(getattr(model, "vision_tower", None) or model.visual, "forward", "tower")]
     if not stock:
-        from ficoco_vllm.decoder import decoder
         from ficoco_vllm.models import reducing
         from ficoco_vllm.vision import tower
 
         patches += [(reducing, "encode", "tower"), (tower, "_reduce", "reduction")]
-        patches += [(decoder, "reduce_rows", "decoder_reduction")]
     # A replayed graph calls none of these; it holds the projector, too.
     encoder = getattr(getattr(runner, "model_state", None), "encoder_runner", None)
     if (manager := getattr(encoder, "cudagraph_manager", None)) is not None:

@@ -16,7 +16,7 @@ from ficoco_vllm.benchmarks.load.client import decoding_together, latencies, wri
 from ficoco_vllm.benchmarks.load.report import page, tables
 from ficoco_vllm.benchmarks.load.run import run_turn, run_turns
 from ficoco_vllm.benchmarks.load.sampling import read_avoided, read_figures
-from ficoco_vllm.benchmarks.load.settings import Server, Target, Traffic, Turn, make_points, make_turns
+from ficoco_vllm.benchmarks.load.settings import Server, Target, Traffic, Turn, make_turns
 from ficoco_vllm.benchmarks.load.summary import FIGURES, as_csv, check, ratio, summarise
 from ficoco_vllm.server.cli import main
 from tests.support.answering import answering
@@ -59,7 +59,6 @@ def row(server: str, round_index: int, throughput: float, point: str = "concurre
         "seed": 1,
         "traffic": asdict(Traffic(concurrency=4)),
         "completed": 4,
-        "failed": 0,
         "duration": 1.0,
         "num_prompt_tokens": 4 * 640.0 if server == "stock" else 4 * 128.0,
         "reduced_by": [] if server == "stock" else ["tome"],
@@ -74,7 +73,7 @@ ROWS = [row("stock", 0, 2.0), row("tome-64", 0, 5.0), row("tome-64", 1, 3.0), ro
 
 def test_every_server_gets_every_point_with_the_same_seed_in_every_round() -> None:
     servers = [Server(name="a"), Server(name="b", method="tome"), Server(name="c", method="evit")]
-    points = make_points(["1", "2.5"], [8])
+    points = [Traffic(rate=1.0), Traffic(rate=2.5), Traffic(concurrency=8)]
     turns = make_turns(servers, points, 4, seed=3)
     assert turns == make_turns(servers, points, 4, seed=3)
     seeds = []
@@ -99,7 +98,6 @@ def test_servers_that_are_not_allowed(text: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--rates", "fast"], "--rates: 'fast'"),
         (["--rates", "inf"], "rate = inf"),
         (["--rates", "-1"], "rate = -1.0"),
         (["--concurrency", "0"], "concurrency = 0"),
@@ -114,6 +112,12 @@ def test_options_that_are_not_allowed(
 ) -> None:
     assert load(tmp_path, *options) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_rate_is_a_number(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        load(tmp_path, "--rates", "fast")
+    assert "--rates: invalid float value: 'fast'" in capsys.readouterr().err
 
 
 def load(out: Path, *options: str) -> int:
@@ -173,11 +177,11 @@ def test_report_draws_every_picture_the_same_each_time(tmp_path: Path) -> None:
     assert "tome-64: &lt;doubt&gt;" in html
     assert html.count("2.75x") == 3  # a row of each point, and the lead
     pictures = html.split("<svg")[1:]
-    assert len(pictures) == 7
+    assert len(pictures) == 6
     line = save(page(result), result, as_csv(result["rows"]), tmp_path, "load")
     files = {path.name for path in tmp_path.iterdir()}
     assert {"load.json", "load.html", "load.csv", "load.tex"} <= files
-    assert len([name for name in files if name.endswith(".svg")]) == 7
+    assert len([name for name in files if name.endswith(".svg")]) == 6
     assert all(name in line for name in files)
     assert r"\texttt{tome-64}" in (tmp_path / "load.tex").read_text()
     for picture in pictures:
@@ -302,6 +306,6 @@ def test_miniature_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 def load_broken(out: Path) -> None:
     """A server that cannot start is an error with the end of its log."""
-    turns = make_turns([Server(name="stock")], make_points([], [1]), 1, 0)
+    turns = make_turns([Server(name="stock")], [Traffic(concurrency=1)], 1, 0)
     target = Target(str(out / "nothing"), "m", str(out), (), out)
     run_turns(turns, target)
