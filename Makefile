@@ -141,11 +141,11 @@ bench-quality: $(DEV)  ## traffic that turns from easy to hard and back, with --
 	@$(BIN)/python -m ficoco_vllm.benchmarks.quality $(ARGS)
 
 bench-accuracy: $(DEV)  ## measure the accuracy of the tower's methods by budget, ablations, sensitivity
-	@$(BIN)/ficoco-vllm bench accuracy --sites tower --count 19 --few-count 19 $(ARGS)
+	@$(BIN)/ficoco-vllm bench accuracy --sites tower --count 19 $(ARGS)
 
 bench-accuracy-decoder: $(DEV)  ## the same for the decoder's methods
-	@$(BIN)/ficoco-vllm bench accuracy --sites decoder,both --count 19 --few-count 19 --concurrency 32 \
-	    --out build/accuracy-decoder $(ARGS)
+	@$(BIN)/ficoco-vllm bench accuracy --sites decoder,both --count 19 --concurrency 32 --out build/accuracy-decoder \
+	    $(ARGS)
 
 # Benchmarks write to build/. To publish a result, copy its JSON to benchmarks/results/ first.
 figures: $(DEV)  ## write the README's table and pictures, docs/accuracy.md and docs/support.md from benchmarks/results/

@@ -49,8 +49,7 @@ class Endpoint:
         """Arguments of `chat.completions.create` for one question."""
         with_image = variant.with_image and item.image is not None
         urls = [data_url(item.image or b"", item.media_type)] if with_image else []
-        fields = {"max_tokens": self.max_tokens, "extra_body": variant.fields()}
-        return chat(self.model, item.question, urls, **fields)
+        return chat(self.model, item.question, urls, max_tokens=self.max_tokens, extra_body=variant.fields())
 
 
 @dataclass(frozen=True)
@@ -141,35 +140,31 @@ def replay(
     if isinstance(progress, str):
         with Task(progress, len(jobs), len(jobs) - len(missing)) as task:
             return replay(endpoint, missing, store, concurrency, task)
+    waiting = iter(missing)
+
+    async def work(client: AsyncOpenAI) -> None:
+        for variant, item in waiting:
+            store.add(variant.key, item.name, await _ask(client, endpoint, variant, item))
+            progress.advance()
+
+    async def work_together() -> None:
+        async with endpoint.client(max_retries=3) as client, asyncio.TaskGroup() as group:
+            for _ in range(concurrency):
+                group.create_task(work(client))
+
     try:
-        asyncio.run(_replay(endpoint, missing, store, concurrency, progress))
+        asyncio.run(work_together())
     except ExceptionGroup as group:  # the error of the first worker ended the others
         raise group.exceptions[0] from group
     return None
-
-
-async def _replay(
-    endpoint: Endpoint, missing: Sequence[Job], store: Store, concurrency: int, task: Task
-) -> None:
-    waiting = iter(missing)
-    async with endpoint.client(max_retries=3) as client:
-
-        async def work() -> None:
-            for variant, item in waiting:
-                store.add(variant.key, item.name, await _ask(client, endpoint, variant, item))
-                task.advance()
-
-        async with asyncio.TaskGroup() as group:
-            for _ in range(concurrency):
-                group.create_task(work())
 
 
 async def _ask(client: AsyncOpenAI, endpoint: Endpoint, variant: Variant, item: Item) -> Reply:
     body = endpoint.body(variant, item)
     answer = await client.chat.completions.create(**body, logprobs=True, top_logprobs=endpoint.num_logprobs)
     choice = answer.choices[0]
-    first = choice.logprobs.content[0] if choice.logprobs and choice.logprobs.content else None
-    likely = {} if first is None else {entry.token: entry.logprob for entry in first.top_logprobs}
+    first = choice.logprobs.content[0].top_logprobs if choice.logprobs and choice.logprobs.content else []
+    likely = {entry.token: entry.logprob for entry in first}
     prompt_tokens = answer.usage.prompt_tokens if answer.usage else 0
     return Reply((choice.message.content or "").strip(), prompt_tokens, likely)
 

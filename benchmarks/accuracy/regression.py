@@ -1,15 +1,15 @@
 """Comparison of a run with a committed one, question by question."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ficoco_vllm.benchmarks.accuracy.statistics import sign_test
 
-# With some fifty rows in a comparison, chance alone gives a warning in one of twenty runs.
+# Of the sign test, for each row alone: with some fifty rows, chance alone gives a warning in one of twenty runs.
 LEVEL = 0.001
 
 
-def regressions(result: Mapping[str, Any], reference: Mapping[str, Any], level: float = LEVEL) -> list[str]:
+def regressions(result: Mapping[str, Any], reference: Mapping[str, Any]) -> list[str]:
     """Rows that answer fewer questions right than the same rows of a reference do, a line for each.
 
     Only questions of both runs count. Both answers to a question are compared with each other, so that a few dozen
@@ -18,7 +18,6 @@ def regressions(result: Mapping[str, Any], reference: Mapping[str, Any], level: 
     Args:
         result: of a run.
         reference: of another run with the same model, seed and visual tokens; it may have more or fewer questions.
-        level: of the sign test, for each row alone.
 
     Raises:
         ValueError: the runs cannot be compared.
@@ -28,15 +27,17 @@ def regressions(result: Mapping[str, Any], reference: Mapping[str, Any], level: 
             raise ValueError(
                 f"{field} = {result[field]!r} is not that of the reference, {reference[field]!r}"
             )
-    known = {_name(row): row for row in reference["rows"]}
+    known = {_place(row): row["kinds"] for row in reference["rows"]}
     regressed = []
     for row in result["rows"]:
-        before = known.get(_name(row))
-        if before is None:
-            continue
-        pairs = list(_pairs(before["kinds"], row["kinds"]))
+        before, after = known.get(_place(row), {}), row["kinds"]
+        pairs = [
+            pair
+            for kind in before.keys() & after.keys()
+            for pair in zip(before[kind]["right"], after[kind]["right"], strict=False)
+        ]
         better, worse = pairs.count(("0", "1")), pairs.count(("1", "0"))
-        if worse > better and sign_test(better, worse) < level:
+        if worse > better and sign_test(better, worse) < LEVEL:
             place = f"{row['table']}, {row['label']}, {row['keep'] or 'all'} tokens"
             regressed.append(
                 f"{place}: of {len(pairs)} questions {worse} are wrong now and {better} right that were not"
@@ -44,10 +45,5 @@ def regressions(result: Mapping[str, Any], reference: Mapping[str, Any], level: 
     return regressed
 
 
-def _name(row: Mapping[str, Any]) -> tuple[Any, ...]:
+def _place(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return row["table"], row["label"], row["site"], row["keep"]
-
-
-def _pairs(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    for kind in before.keys() & after.keys():
-        yield from zip(before[kind]["right"], after[kind]["right"], strict=False)

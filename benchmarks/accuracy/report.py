@@ -51,17 +51,14 @@ def summary(result: Result) -> list[Table]:
 
 def as_csv(result: Result) -> str:
     """Every row: its figures, and the percentage of each type of question."""
-    kinds = list(dict.fromkeys(kind for row in result["rows"] for kind in row["kinds"]))
+    kinds = dict.fromkeys(kind for row in result["rows"] for kind in row["kinds"])
     lines = []
     for row in result["rows"]:
         against = row.get("against_full", {})
-        low, high = against.get("interval", (None, None))
-        lines.append(
-            {name: row.get(name) for name in _COLUMNS}
-            | {"questions": sum(kind["count"] for kind in row["kinds"].values())}
-            | dict(zip(_AGAINST, (against.get("change"), low, high, against.get("agreement")), strict=True))
-            | {name: figures["accuracy"] for name, figures in row["kinds"].items()}
-        )
+        interval = zip(("change_low", "change_high"), against.get("interval", ()), strict=False)
+        count = sum(kind["count"] for kind in row["kinds"].values())
+        shares = {name: figures["accuracy"] for name, figures in row["kinds"].items()}
+        lines.append({**row, "questions": count, **against, **dict(interval), **shares})
     return csv_text((*_COLUMNS, *_AGAINST, *kinds), lines)
 
 
@@ -79,10 +76,7 @@ def _lead(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if not compared:
         return []
     smallest = min(row["keep"] for row in compared)
-    order = sorted(
-        (row for row in compared if row["keep"] == smallest),
-        key=lambda row: row["against_full"]["change"],
-        reverse=True,
-    )
+    shown = [row for row in compared if row["keep"] == smallest]
+    order = sorted(shown, key=lambda row: -row["against_full"]["change"])
     words = ", ".join(f"`{row['method']}` {row['against_full']['change']:+.1f}" for row in order)
     return [f"Change at {smallest} visual tokens, in percentage points: {words}."]

@@ -11,12 +11,12 @@ CONFIDENCE = 0.95
 RESAMPLES = 4000
 
 
-def wilson(successes: int, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """Confidence interval of a share; `z` is a quantile of the normal distribution, by default for 95%.
+def wilson(successes: int, count: int) -> tuple[float, float]:
+    """95% confidence interval of a share.
 
     Source: Wilson, J. Am. Stat. Assoc. 22 (1927).
     """
-    share = successes / count
+    share, z = successes / count, 1.959964  # z: the normal distribution's quantile of 97.5%
     centre = share + z * z / (2 * count)
     spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     scale = 1 + z * z / count
@@ -74,7 +74,7 @@ def sign_test(better: int, worse: int) -> float:
 
 
 def paired_bootstrap(
-    full: Mapping[str, Sequence[bool]], reduced: Mapping[str, Sequence[bool]], seed: int = 0
+    full: Mapping[str, Sequence[bool]], reduced: Mapping[str, Sequence[bool]]
 ) -> tuple[float, float, float]:
     """Difference of two accuracies on the same questions, each type weighing the same.
 
@@ -84,12 +84,11 @@ def paired_bootstrap(
     Args:
         full: type of question to whether each was answered right, by what is compared with.
         reduced: the same for what is judged, in the same order.
-        seed: of the draws.
 
     Returns:
         The difference and the bounds of its 95% percentile interval, in shares of 1.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     total, draws = 0.0, np.zeros(RESAMPLES)
     for kind, before in full.items():
         after = reduced[kind]

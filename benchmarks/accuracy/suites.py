@@ -4,22 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ficoco_vllm.benchmarks.accuracy.variants import (
-    FULL,
-    NO_IMAGE,
-    SITES,
-    Site,
-    Variant,
-    full,
-    method_variants,
-    site_of,
-)
-from ficoco_vllm.benchmarks.accuracy.workload import KINDS
+from ficoco_vllm.benchmarks.accuracy.variants import FULL, NO_IMAGE, SITES, Variant, full, site_of
 from ficoco_vllm.reduction import available, get
 from ficoco_vllm.reduction.method import SITES as SIGNALS
 from ficoco_vllm.reduction.pipeline import PIPELINES
 
-KEEPS = (288, 192, 128, 64)
 # Tokens that are left by chance, beside the methods of every site.
 CONTROL = "random"
 # The budget of the paper's ablations and sensitivity analyses: 1.5 TFLOPs, 64 tokens.
@@ -98,21 +87,8 @@ class Row:
     kinds: tuple[str, ...]
 
 
-def served_methods(site: Site) -> list[str]:
-    """Methods that a server of a LLaVA runs at a site, without those of benchmark runs."""
-    if site == "both":
-        return sorted(PIPELINES)
-    sites = ("decoder",) if site == "decoder" else ("encoder", "features")
-    return [
-        name
-        for place in sites
-        for name in available(place)
-        if get(name).required_signals() <= SIGNALS[place] and not name.startswith("bench-")
-    ]
-
-
 def methods_of(sites: Sequence[str]) -> tuple[str, ...]:
-    """Methods of some sites, in the order of `SITES`, and the control.
+    """Methods that servers of a LLaVA run at some sites, in the order of `SITES`, and the control.
 
     Raises:
         ValueError: there is no such site.
@@ -120,8 +96,14 @@ def methods_of(sites: Sequence[str]) -> tuple[str, ...]:
     unknown = sorted(set(sites) - set(SITES))
     if unknown:
         raise ValueError(f"site = {unknown[0]!r} is not allowed; allowed: {', '.join(SITES)}")
-    methods = tuple(method for site in SITES if site in sites for method in served_methods(site))
-    return methods if CONTROL in methods else (*methods, CONTROL)
+    methods = [
+        name
+        for place, signals in SIGNALS.items()
+        for name in available(place)
+        if get(name).required_signals() <= signals and not name.startswith("bench-")
+    ]
+    methods = [name for name in (*methods, *sorted(PIPELINES)) if site_of(name) in sites]
+    return tuple(dict.fromkeys((*methods, CONTROL)))
 
 
 def rows(
@@ -147,7 +129,7 @@ def rows(
         variants = [
             Variant(NO_IMAGE, "tower"),
             *(full(site) for site in SITES if site in sites and site != "both"),
-            *method_variants(list(methods), list(keeps)),
+            *(Variant(name, site_of(name), name, keep) for name in methods for keep in keeps),
         ]
         wanted = [Row("methods", variant.label, variant, tuple(kinds)) for variant in variants]
     few = tuple(kind for kind in FEW_KINDS if kind in kinds)
@@ -189,4 +171,3 @@ _TABLES_OF_ONE: Mapping[str, tuple[str, Mapping[str, Settings]]] = {
     "sensitivity-l": ("ficoco-l", _grid(SENSITIVITY_L)),
 }
 TABLES = ("methods", *_TABLES_OF_ONE)
-DEFAULT_KINDS = KINDS

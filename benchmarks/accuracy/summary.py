@@ -1,19 +1,17 @@
 """Figures of each row, computed from the answers."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ficoco_vllm.benchmarks.accuracy.statistics import paired_bootstrap, wilson
 from ficoco_vllm.benchmarks.accuracy.store import Reply, Store
 from ficoco_vllm.benchmarks.accuracy.suites import Row
-from ficoco_vllm.benchmarks.accuracy.variants import NO_IMAGE, Variant, full
+from ficoco_vllm.benchmarks.accuracy.variants import Variant, full
 from ficoco_vllm.benchmarks.accuracy.workload import Item
 
 
-def summarise(
-    wanted: Sequence[Row], items: Sequence[Item], store: Store, num_tokens: int, count: Callable[[Row], int]
-) -> dict[str, Any]:
+def summarise(wanted: Sequence[Row], items: Sequence[Item], store: Store, num_tokens: int) -> dict[str, Any]:
     """Figures of every row.
 
     Args:
@@ -21,39 +19,32 @@ def summarise(
         items: all questions.
         store: their answers.
         num_tokens: visual tokens of an unreduced image.
-        count: returns the questions of each type of a row.
 
     Returns:
         `majority` by type, `rows`, and `warnings` in words.
     """
-    by_kind = {
-        kind: [item for item in items if item.kind == kind] for kind in dict.fromkeys(i.kind for i in items)
-    }
-    figures, warnings = [], []
+    figures, warnings = [], set[str]()
     for row in wanted:
-        questions = {kind: by_kind[kind][: count(row)] for kind in row.kinds}
-        reference = _full_of(row.variant, store, questions)
-        figures.append(_figures(row, questions, store, reference))
-        if reference is not None:
-            before, after = _replies(reference, questions, store), _replies(row.variant, questions, store)
-            warnings += check(row.variant, before, after, num_tokens)
-    return {"majority": _majority(by_kind), "warnings": sorted(set(warnings)), "rows": figures}
+        asked = [item for item in items if item.kind in row.kinds]
+        before, after = _with_all_tokens(row.variant, asked, store), _replies(row.variant, asked, store)
+        figures.append(_figures(row, asked, before, after))
+        warnings.update(check(row.variant, before, after, num_tokens) if before else [])
+    return {"majority": _majority(items), "warnings": sorted(warnings), "rows": figures}
 
 
 def _figures(
-    row: Row, questions: Mapping[str, Sequence[Item]], store: Store, reference: Variant | None
+    row: Row, asked: Sequence[Item], before: Sequence[Reply] | None, after: Sequence[Reply]
 ) -> dict[str, Any]:
-    variant = row.variant
-    right = _right(variant, questions, store)
-    replies = _replies(variant, questions, store)
+    """Figures of a row: `asked` are its questions, `before` the answers with all visual tokens, `after` its own."""
+    right = _right(row, asked, after)
     shares = {kind: sum(verdicts) / len(verdicts) for kind, verdicts in right.items()}
     figures: dict[str, Any] = {
         "table": row.table,
         "label": row.label,
-        "method": variant.method,
-        "site": variant.site,
-        "keep": variant.keep,
-        "settings": dict(variant.settings),
+        "method": row.variant.method,
+        "site": row.variant.site,
+        "keep": row.variant.keep,
+        "settings": dict(row.variant.settings),
         "accuracy": _percent(sum(shares.values()) / len(shares)),
         "kinds": {
             kind: {
@@ -64,16 +55,15 @@ def _figures(
             }
             for kind, verdicts in right.items()
         },
-        "prompt_tokens": round(sum(reply.prompt_tokens for reply in replies) / len(replies), 2),
+        "prompt_tokens": round(sum(reply.prompt_tokens for reply in after) / len(after), 2),
     }
-    if reference is not None and reference.key != variant.key:
-        before = _replies(reference, questions, store)
-        change, low, high = paired_bootstrap(_right(reference, questions, store), right)
-        same = sum(a.text == b.text for a, b in zip(before, replies, strict=True))
+    if before is not None:
+        change, low, high = paired_bootstrap(_right(row, asked, before), right)
+        same = sum(a.text == b.text for a, b in zip(before, after, strict=True))
         figures["against_full"] = {
             "change": _percent(change),
             "interval": [_percent(low), _percent(high)],
-            "agreement": _percent(same / len(replies)),
+            "agreement": _percent(same / len(after)),
         }
     return figures
 
@@ -105,35 +95,34 @@ def check(variant: Variant, before: Sequence[Reply], after: Sequence[Reply], num
     return warnings
 
 
-def _full_of(variant: Variant, store: Store, questions: Mapping[str, Sequence[Item]]) -> Variant | None:
-    """The variant with all visual tokens to compare with: on the same server, else the nearest to it."""
-    if variant.label == NO_IMAGE:
+def _with_all_tokens(variant: Variant, asked: Sequence[Item], store: Store) -> list[Reply] | None:
+    """Answers of all visual tokens to compare a method's with: of the same server, else the nearest to it."""
+    if variant.method is None:
         return None
-    items = [item for some in questions.values() for item in some]
     for site in dict.fromkeys((variant.site, "decoder", "tower")):
-        candidate = full(site)
-        if all((candidate.key, item.name) in store for item in items):
-            return candidate
+        if all((full(site).key, item.name) in store for item in asked):
+            return _replies(full(site), asked, store)
     return None
 
 
-def _right(variant: Variant, questions: Mapping[str, Sequence[Item]], store: Store) -> dict[str, list[bool]]:
-    return {
-        kind: [store[variant.key, item.name].text == item.answer for item in items]
-        for kind, items in questions.items()
-    }
+def _replies(variant: Variant, asked: Sequence[Item], store: Store) -> list[Reply]:
+    return [store[variant.key, item.name] for item in asked]
 
 
-def _replies(variant: Variant, questions: Mapping[str, Sequence[Item]], store: Store) -> list[Reply]:
-    return [store[variant.key, item.name] for items in questions.values() for item in items]
+def _right(row: Row, asked: Sequence[Item], replies: Sequence[Reply]) -> dict[str, list[bool]]:
+    """Whether each answer is right, by type of question."""
+    verdicts: dict[str, list[bool]] = {kind: [] for kind in row.kinds}
+    for item, reply in zip(asked, replies, strict=True):
+        verdicts[item.kind].append(reply.text == item.answer)
+    return verdicts
 
 
-def _majority(by_kind: Mapping[str, Sequence[Item]]) -> dict[str, float]:
+def _majority(items: Sequence[Item]) -> dict[str, float]:
     """Accuracy of always giving the most frequent answer of a type."""
-    return {
-        kind: _percent(Counter(item.answer for item in items).most_common(1)[0][1] / len(items))
-        for kind, items in by_kind.items()
-    }
+    answers: dict[str, Counter[str | None]] = {}
+    for item in items:
+        answers.setdefault(item.kind, Counter())[item.answer] += 1
+    return {kind: _percent(max(counts.values()) / counts.total()) for kind, counts in answers.items()}
 
 
 def _percent(share: float) -> float:

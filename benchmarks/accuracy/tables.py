@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping
+from statistics import fmean
 from typing import Any
 
 from ficoco_vllm.benchmarks.accuracy.paper import ABLATIONS
@@ -30,9 +31,8 @@ def methods_table(result: Result) -> Table:
         for row in rows
         if row["label"] in (FULL, NO_IMAGE)
     ]
-    majority = [result["majority"][kind] for kind in rows[0]["kinds"]] if rows else []
-    if majority:
-        lines.append(["*majority*", "", f"{sum(majority) / len(majority):.1f}", *blank])
+    majority = fmean(result["majority"][kind] for kind in rows[0]["kinds"])
+    lines.append(["*majority*", "", f"{majority:.1f}", *blank])
     for method in dict.fromkeys(row["method"] for row in rows if row["method"]):
         mine = [row for row in rows if row["method"] == method]
         cells = {row["keep"]: _with_change(row) for row in mine}
@@ -57,7 +57,7 @@ def kinds_table(result: Result) -> Table:
 
 
 def paired_table(result: Result, name: str) -> Table:
-    """An ablation or a sensitivity table: difference to the table's first reduced row, with the paper's figures."""
+    """An ablation, exchange or sensitivity table, with the paper's figures where it has such a table."""
     rows = sorted(of_table(result, name), key=lambda row: row["label"] != FULL)
     kinds = list(rows[0]["kinds"])
     paper = ABLATIONS.get(name)
@@ -65,8 +65,7 @@ def paired_table(result: Result, name: str) -> Table:
     for row in rows:
         cells = [_with_change(row), *(f"{row['kinds'][kind]['accuracy']:.0f}" for kind in kinds)]
         if paper:
-            printed = paper.get(row["label"], (None, None))
-            cells += ["" if value is None else f"{value:.2f}" for value in printed]
+            cells += [f"{value:.2f}" for value in paper.get(row["label"], ())] or ["", ""]
         lines.append([row["label"], *cells])
     extra = ["the paper: SQA", "TextVQA"] if paper else []
     header = ["", "mean", *(kind.replace("_", " ") for kind in kinds), *extra]

@@ -5,7 +5,6 @@ settings; instead of as many servers, each becomes a method of its own through t
 use (docs/adding-a-method.md), and requests choose it by name.
 """
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -19,6 +18,10 @@ from ficoco_vllm.environment import METHODS_GROUP
 from ficoco_vllm.reduction import Method, get
 
 PACKAGE = "ficoco_bench_variants"
+_SOURCE = f'''"""Methods of a benchmark run."""
+
+from {__name__} import with_defaults
+'''
 
 
 def with_defaults(name: str, base: str, settings: Mapping[str, Any]) -> Method:
@@ -47,40 +50,19 @@ def write_package(folder: Path, variants: Iterable[Variant]) -> dict[str, str]:
     Raises:
         ValueError: a setting is not allowed.
     """
-    wanted = {
-        name: variant
-        for variant in variants
-        if variant.settings and (name := variant.served_name) is not None
-    }
-    for name, variant in wanted.items():
-        assert variant.method is not None, "what is served under a name is a method"
-        with_defaults(name, variant.method, variant.settings)
-    rows = [
-        {"name": name, "base": variant.method, "settings": dict(variant.settings)}
-        for name, variant in wanted.items()
-    ]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "variants.json").write_text(json.dumps(rows))
-    (folder / f"{PACKAGE}.py").write_text(
-        '"""Methods of a benchmark run, read from variants.json."""\n\n'
-        "from pathlib import Path\n\n"
-        "from ficoco_vllm.benchmarks.accuracy.variant_package import load\n\n"
-        "globals().update(load(Path(__file__).parent))\n"
-    )
+    source, entries = [_SOURCE], [f"[{METHODS_GROUP}]"]
+    for name, variant in {variant.served_name: variant for variant in variants if variant.settings}.items():
+        assert name is not None, "settings are those of a method"
+        assert variant.method is not None
+        arguments = name, variant.method, dict(variant.settings)
+        with_defaults(*arguments)
+        attribute = name.replace("-", "_")
+        source.append(f"{attribute} = with_defaults{arguments}")
+        entries.append(f"{name} = {PACKAGE}:{attribute}")
     information = folder / f"{PACKAGE}-1.0.dist-info"
-    information.mkdir(exist_ok=True)
+    information.mkdir(parents=True)
+    (folder / f"{PACKAGE}.py").write_text("\n".join(source) + "\n")
     (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {PACKAGE}\nVersion: 1.0\n")
-    lines = [f"{row['name']} = {PACKAGE}:{_attribute(str(row['name']))}" for row in rows]
-    (information / "entry_points.txt").write_text("\n".join([f"[{METHODS_GROUP}]", *lines]) + "\n")
+    (information / "entry_points.txt").write_text("\n".join(entries) + "\n")
     path = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {"PYTHONPATH": os.pathsep.join(path)}
-
-
-def load(folder: Path) -> dict[str, Method]:
-    """The methods of a written package, by the names of its attributes."""
-    rows = json.loads((folder / "variants.json").read_text())
-    return {_attribute(row["name"]): with_defaults(row["name"], row["base"], row["settings"]) for row in rows}
-
-
-def _attribute(name: str) -> str:
-    return name.replace("-", "_")

@@ -56,10 +56,8 @@ class Variant:
     @property
     def key(self) -> str:
         """A name that no other variant has: equal ways to answer share it, whatever their labels."""
-        parts = [self.served_name or self.label, self.site]
-        if self.keep is not None:
-            parts.append(str(self.keep))
-        return "/".join(parts)
+        budget = () if self.keep is None else (str(self.keep),)
+        return "/".join((self.served_name or self.label, self.site, *budget))
 
     @property
     def served_name(self) -> str | None:
@@ -80,17 +78,10 @@ class Variant:
             return {}
         if self.method is None:
             return {"ficoco": "off"}
-        setting: dict[str, Any] = {"method": self.served_name}
-        if self.keep is not None:
-            setting["keep"] = self.keep
-        return {"ficoco": setting}
+        budget = {} if self.keep is None else {"keep": self.keep}
+        return {"ficoco": {"method": self.served_name, **budget}}
 
 
 def full(site: Site) -> Variant:
     """All visual tokens, through the server of a site."""
     return Variant(FULL, site)
-
-
-def method_variants(methods: list[str], keeps: list[int]) -> list[Variant]:
-    """Each method at each budget."""
-    return [Variant(name, site_of(name), name, keep) for name in methods for keep in keeps]

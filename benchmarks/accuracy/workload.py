@@ -8,8 +8,10 @@ from PIL import Image
 from ficoco_vllm.benchmarks.harness.http import png
 
 # Types of the embedded benchmark, without `colour_by_number`, which the demo model has not learnt (MODEL_CARD.md).
-SHAPES = ("colour", "shape", "yes_no_shapes")
-SIGNS = (
+KINDS = (
+    "colour",
+    "shape",
+    "yes_no_shapes",
     "number",
     "number_by_colour_2",
     "number_by_colour_3",
@@ -18,7 +20,6 @@ SIGNS = (
     "yes_no_signs",
     "count",
 )
-KINDS = SHAPES + SIGNS
 
 
 @dataclass(frozen=True)

@@ -80,58 +80,46 @@ def measure(name: str, engines: Mapping[str, Remote], rounds: int, seed: int) ->
     asks = {row: partial(engine.call, function, False) for row, engine in engines.items()}
     asks[f"{OURS} without cache"] = partial(engines[OURS].call, function, True)
     samples = take_turns(asks, rounds, random.Random(seed), name)
-    same_runner = samples.get(STOCK_V2, samples[STOCK])
-    return {row: summarise(values, samples[STOCK], same_runner) for row, values in samples.items()}
+    return {row: summarise(values, samples[STOCK]) for row, values in samples.items()}
 
 
-def summarise(samples: list[Sample], stock: list[Sample], same_runner: list[Sample]) -> dict[str, Any]:
-    """Median and range of each figure, and of the time over that of stock vLLM in the same round.
-
-    Args:
-        samples: of one row.
-        stock: of stock vLLM as it comes.
-        same_runner: of stock vLLM in the runner of FiCoCo-L.
-    """
-    figures: dict[str, Any] = {key: spread([sample[key] for sample in samples]) for key in samples[0]}
-    for name, base in (("over_stock", stock), ("over_stock_same_runner", same_runner)):
-        pairs = zip(samples, base, strict=True)
-        figures[name] = spread([one["ttft_seconds"] / other["ttft_seconds"] for one, other in pairs])
-    return figures
+def summarise(samples: list[Sample], stock: list[Sample]) -> dict[str, Any]:
+    """Median and range of each figure, and of the time over that of stock vLLM in the same round."""
+    figures = {key: [sample[key] for sample in samples] for key in samples[0]}
+    pairs = zip(samples, stock, strict=True)
+    figures["over_stock"] = [one["ttft_seconds"] / other["ttft_seconds"] for one, other in pairs]
+    return {key: spread(values) for key, values in figures.items()}
 
 
 def bars(result: Mapping[str, Any]) -> Iterator[Bar]:
     """Later turns and requests after a system prompt are as fast as stock's, from the cache, and hold few blocks."""
-    kinds, num_segments = result["kinds"], result["layers"]
+    kinds = result["kinds"]
     for name, rows in kinds.items():
-        label = f"chat-{name.replace(' ', '-')}"
-        yield at_most(f"{label}-ttft-over-stock", rows[OURS]["over_stock"]["median"], MOST_TIME)
+        label = f"chat-{name.replace(' ', '-')}-ttft-over-stock"
+        yield at_most(label, rows[OURS]["over_stock"]["median"], MOST_TIME)
     chat, stock = kinds["chat"][OURS], kinds["chat"][STOCK]
     # Where stock's cache finds nothing, bars of ours that compare with it say nothing.
     yield Bar("chat-stock-cached-share", stock["cached_share"]["min"], LEAST_CACHED)
     yield Bar("chat-cached-share", chat["cached_share"]["min"], stock["cached_share"]["min"] * 0.95)
-    system = kinds["system prompt"][OURS]["cached_tokens"]["min"]
-    yield Bar(
-        "chat-system-prompt-cached-tokens", system, kinds["system prompt"][STOCK]["cached_tokens"]["min"]
-    )
+    ours, least = (kinds["system prompt"][row]["cached_tokens"]["min"] for row in (OURS, STOCK))
+    yield Bar("chat-system-prompt-cached-tokens", ours, least)
     # A step may have taken the block of its next token.
-    beyond = chat["num_beyond_plan"]["max"]
-    yield at_most("chat-kv-blocks-beyond-plan", beyond, min(num_segments, 8))
+    yield at_most("chat-kv-blocks-beyond-plan", chat["num_beyond_plan"]["max"], min(result["layers"], 8))
 
 
 def _print(result: Mapping[str, Any]) -> None:
     for name, rows in result["kinds"].items():
-        ratios = ("over_stock", "over_stock_same_runner")
-        others = [key for key in rows[STOCK] if key not in ("ttft_seconds", *ratios)]
+        others = [key for key in rows[STOCK] if key not in ("ttft_seconds", "over_stock")]
         table = [
             (
                 row,
                 ranged(figures["ttft_seconds"], digits=3),
-                *(ranged(figures[key]) for key in ratios),
+                ranged(figures["over_stock"]),
                 *(f"{figures[key]['median']:.4g}" for key in others),
             )
             for row, figures in rows.items()
         ]
-        print_table((name, "TTFT (min-max), s", "over stock", "in the same runner", *others), table)
+        print_table((name, "TTFT (min-max), s", "over stock", *others), table)
 
 
 if __name__ == "__main__":

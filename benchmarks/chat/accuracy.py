@@ -8,6 +8,7 @@ share an engine, those that reduce twice have one each.
 
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from PIL import Image
@@ -15,13 +16,13 @@ from PIL import Image
 from ficoco_vllm import demo_model
 from ficoco_vllm.benchmarks.accuracy.statistics import paired_bootstrap, wilson
 from ficoco_vllm.benchmarks.chat.questions import KINDS, Chat, held_out_chats
-from ficoco_vllm.benchmarks.harness.engine import IN_PROCESS, INTERPRETER, remote_engine
+from ficoco_vllm.benchmarks.harness.engine import IN_PROCESS, INTERPRETER, Remote, remote_engine
+from ficoco_vllm.benchmarks.harness.model import PATCHES
 from ficoco_vllm.benchmarks.harness.results import environment, make_parser, print_table, write
 from ficoco_vllm.compat import is_cpu_build
 
-NUM_PATCHES = 576
-# Method and visual tokens that are left in the last layer.
-VARIANTS = [
+# Method and visual tokens that are left in the last layer; those of the decoder alone share an engine.
+DECODER = [
     ("ficoco-l", 192),
     ("ficoco-l", 128),
     ("ficoco-l", 64),
@@ -30,7 +31,6 @@ VARIANTS = [
     ("fastv", 64),
     ("sparsevlm", 64),
 ]
-# Methods that reduce in the tower as well, each with its budget.
 TWICE = [("ficoco-vl", 64), ("vscan", 64), ("tops", 64)]
 ENGINE: dict[str, Any] = {"block_size": 32, "max_model_len": 1024, "max_num_seqs": 8}
 Verdicts = Mapping[str, Sequence[bool]]
@@ -43,34 +43,30 @@ def main() -> int:
         "--count", type=int, default=75, help="chats of each type of question (default: %(default)s)"
     )
     args = parser.parse_args()
-    chats = {kind: held_out_chats(kind, args.count, args.seed) for kind in KINDS}
+    chats = [chat for kind in KINDS for chat in held_out_chats(kind, args.count, args.seed)]
+    rows: list[dict[str, Any]] = []
+    result = {"environment": environment(), "seed": args.seed, "count": args.count, "rows": rows}
     variables = {**IN_PROCESS, "VLLM_CPU_KVCACHE_SPACE": "1", **(INTERPRETER if is_cpu_build() else {})}
-    flat = [chat for some in chats.values() for chat in some]
-    result: dict[str, Any] = {
-        "environment": environment(),
-        "seed": args.seed,
-        "count": args.count,
-        "rows": [],
-    }
-    header = ("", "all tokens", "whole prompt", "windows", "whole - all", "windows - all", "windows - whole")
 
-    def measure(engine: Any, method: str, keep: int, full: Sequence[bool], extra: dict[str, Any]) -> None:
-        window, lengths = engine.call(ask, flat, [extra] * len(flat))
-        whole, _ = engine.call(ask, flat, [{**extra, "ficoco_window": length} for length in lengths])
+    def engine_of(method: str) -> AbstractContextManager[Remote]:
+        settings = {"method": method, "keep": 64, "windows": "turn"}
+        return remote_engine(demo_model.path(), settings, variables, **ENGINE)
+
+    def measure(engine: Remote, method: str, keep: int, extra: dict[str, Any]) -> None:
+        window, lengths = engine.call(ask, chats, [extra] * len(chats))
+        whole, _ = engine.call(ask, chats, [{**extra, "ficoco_window": length} for length in lengths])
         figures = compare(*(by_kind(chats, right) for right in (full, whole, window)))
-        result["rows"].append({"method": method, "keep": keep, **figures})
+        rows.append({"method": method, "keep": keep, **figures})
         write(result, args.out)
 
-    settings = {"method": "ficoco-l", "keep": 64, "windows": "turn"}
-    with remote_engine(demo_model.path(), settings, variables, **ENGINE) as engine:
-        full, _ = engine.call(ask, flat, [{"ficoco_keep": NUM_PATCHES}] * len(flat))
-        for method, keep in VARIANTS:
-            measure(engine, method, keep, full, {"ficoco_method": method, "ficoco_keep": keep})
+    with engine_of("ficoco-l") as engine:
+        full, _ = engine.call(ask, chats, [{"ficoco_keep": PATCHES}] * len(chats))
+        for method, keep in DECODER:
+            measure(engine, method, keep, {"ficoco_method": method, "ficoco_keep": keep})
     for method, keep in TWICE:
-        settings = {"method": method, "keep": keep, "windows": "turn"}
-        with remote_engine(demo_model.path(), settings, variables, **ENGINE) as engine:
-            measure(engine, method, keep, full, {})
-    print_table(header, [_cells(row) for row in result["rows"]])
+        with engine_of(method) as engine:
+            measure(engine, method, keep, {})
+    print_table(("", "all tokens", "whole prompt", "windows", "windows - whole"), map(_cells, rows))
     return 0
 
 
@@ -100,22 +96,20 @@ def messages(chat: Chat) -> list[dict[str, Any]]:
     return result[:-1]
 
 
-def by_kind(chats: Mapping[str, Sequence[Chat]], right: Sequence[bool]) -> dict[str, list[bool]]:
-    """Verdicts by the type of the last question, in the order of `chats`."""
-    verdicts = iter(right)
-    return {kind: [next(verdicts) for _ in some] for kind, some in chats.items()}
+def by_kind(chats: Sequence[Chat], right: Sequence[bool]) -> dict[str, list[bool]]:
+    """Verdicts by the type of the last question."""
+    verdicts: dict[str, list[bool]] = {}
+    for chat, one in zip(chats, right, strict=True):
+        verdicts.setdefault(chat.turns[-1].kind, []).append(one)
+    return verdicts
 
 
 def compare(full: Verdicts, whole: Verdicts, window: Verdicts) -> dict[str, Any]:
-    """Accuracies with Wilson's intervals, and differences with those of the paired bootstrap, in percent."""
+    """Accuracies with Wilson's intervals, and the price of windows with that of the paired bootstrap, in percent."""
     named = {"full": full, "whole": whole, "window": window}
-    pairs = {"whole_against_full": (full, whole), "window_against_full": (full, window)}
-    pairs["window_against_whole"] = (whole, window)
     return {
         "accuracy": {name: _accuracy(verdicts) for name, verdicts in named.items()},
-        **{
-            name: [round(100 * value, 1) for value in paired_bootstrap(*pair)] for name, pair in pairs.items()
-        },
+        "window_against_whole": [round(100 * value, 1) for value in paired_bootstrap(whole, window)],
     }
 
 
@@ -125,12 +119,9 @@ def _accuracy(verdicts: Verdicts) -> list[float]:
 
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    shares = [f"{row['accuracy'][name][0]:.1f}" for name in ("full", "whole", "window")]
-    changes = [
-        "{:+.1f} ({:+.1f} to {:+.1f})".format(*row[name])
-        for name in ("whole_against_full", "window_against_full", "window_against_whole")
-    ]
-    return (f"{row['method']} {row['keep']}", *shares, *changes)
+    shares = [f"{share:.1f}" for share, *_ in row["accuracy"].values()]
+    change, low, high = row["window_against_whole"]
+    return (f"{row['method']} {row['keep']}", *shares, f"{change:+.1f} ({low:+.1f} to {high:+.1f})")
 
 
 if __name__ == "__main__":

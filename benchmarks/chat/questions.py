@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from ficoco_vllm.benchmarks.questions.held_out import held_out
 from ficoco_vllm.benchmarks.questions.questions import (
     Question,
+    count_question,
     digit_question,
     number_question,
     shape_exists_balanced,
@@ -21,12 +22,7 @@ KINDS = (*_ABOUT_SIGN, *_ABOUT_SCENE, *_ABOUT_SHAPE)
 
 @dataclass(frozen=True)
 class Chat:
-    """Questions on one image; the last one is to be answered.
-
-    Attributes:
-        scene: the image.
-        turns: two to four questions with their answers, in order.
-    """
+    """Two to four questions on one image with their answers, in order; the last one is to be answered."""
 
     scene: Scene
     turns: tuple[Question, ...]
@@ -43,11 +39,9 @@ def held_out_chats(kind: str, count: int, seed: int = 0) -> list[Chat]:
     rng = random.Random(f"chat {kind} {seed}")
     # Images with three signs; with one to three for questions about all of them; with one shape.
     source = {**dict.fromkeys(_ABOUT_SCENE, "last_digit"), **dict.fromkeys(_ABOUT_SHAPE, "yes_no_shapes")}
-    scenes = [
-        one.scene for one in held_out(source.get(kind, "number_by_colour_3"), count, rng.getrandbits(32))
-    ]
+    examples = held_out(source.get(kind, "number_by_colour_3"), count, rng.getrandbits(32))
     about = _about_shape if kind in _ABOUT_SHAPE else _about_signs
-    return [Chat(scene, about(scene, kind, index, rng)) for index, scene in enumerate(scenes)]
+    return [Chat(one.scene, about(one.scene, kind, index, rng)) for index, one in enumerate(examples)]
 
 
 def _about_signs(scene: Scene, kind: str, index: int, rng: random.Random) -> tuple[Question, ...]:
@@ -62,7 +56,7 @@ def _about_signs(scene: Scene, kind: str, index: int, rng: random.Random) -> tup
 
     def about_scene(which: str) -> Question:
         if which == "count":
-            return Question("how many signs are there?", str(len(signs)), which)
+            return count_question(scene.signs)
         return sign_exists_balanced(scene.signs, rng, index % 2 == 0)
 
     earlier = [about_sign(rng.choice(_ABOUT_SIGN), place) for place in range(num_earlier)]

@@ -24,14 +24,13 @@ def image_chat(engine: Any, cold: bool, seed: int) -> Figures:
         seed: of the image.
 
     Returns:
-        `ttft_seconds`, the mean of turns 2 to 5, that of the first as `first_seconds`, `cached_share` of the prompts'
-        tokens in these turns, and the KV blocks at the end of the chat: `num_blocks`, and how many are beyond the
-        plan, `num_beyond_plan`.
+        `ttft_seconds`, the mean of turns 2 to 5, `cached_share` of the prompts' tokens in these turns, and
+        `num_beyond_plan`, the KV blocks at the end of the chat that are beyond the plan.
     """
     tokens = [_image_token(engine)]
     ends: list[int] = []
     seconds, cached = [], []
-    with _blocks_at_the_end(engine) as blocks:
+    with _blocks_beyond_plan(engine) as beyond:
         for _ in range(NUM_TURNS):
             tokens += _text(engine, NUM_QUESTION)
             output, length = _answer(engine, tokens, seed, cold, ends)
@@ -39,13 +38,10 @@ def image_chat(engine: Any, cold: bool, seed: int) -> Figures:
             seconds.append(output.metrics.first_token_latency)
             cached.append(output.num_cached_tokens / length)
             tokens += output.outputs[0].token_ids
-    held, planned = blocks[-1]
     return {
         "ttft_seconds": float(np.mean(seconds[1:])),
-        "first_seconds": seconds[0],
         "cached_share": float(np.mean(cached[1:])),
-        "num_blocks": held,
-        "num_beyond_plan": held - planned,
+        "num_beyond_plan": beyond[-1],
     }
 
 
@@ -82,15 +78,14 @@ def _answer(engine: Any, tokens: list[int], seed: int, cold: bool, ends: list[in
     """
     from vllm import SamplingParams
 
+    windows = ends and engine.llm_engine.vllm_config.additional_config
     params = SamplingParams(
         max_tokens=NUM_ANSWER,
         temperature=0,
         ignore_eos=True,
         detokenize=False,
         skip_reading_prefix_cache=cold,
-        extra_args={"ficoco_window": ends}
-        if ends and engine.llm_engine.vllm_config.additional_config
-        else None,
+        extra_args={"ficoco_window": ends} if windows else None,
     )
     pixels = np.random.default_rng(seed).integers(0, 255, (336, 336, 3), dtype=np.uint8)
     (output,) = engine.generate([request(tokens, [Image.fromarray(pixels)])], params, use_tqdm=False)
@@ -106,12 +101,12 @@ def _image_token(engine: Any) -> int:
 
 
 @contextmanager
-def _blocks_at_the_end(engine: Any) -> Iterator[list[tuple[int, int]]]:
-    """KV blocks that each request holds when it ends, and those that its tokens need by the plan."""
+def _blocks_beyond_plan(engine: Any) -> Iterator[list[int]]:
+    """KV blocks that each request holds when it ends, less those that its tokens need by the plan."""
     scheduler = scheduler_of(engine)
     managers = scheduler.kv_cache_manager.coordinator.single_type_managers
     plans: dict[str, Any] = getattr(scheduler, "plans", {})
-    original, blocks = scheduler._free_request, list[tuple[int, int]]()
+    original, beyond = scheduler._free_request, list[int]()
 
     def free(request: Any, *args: Any, **kwargs: Any) -> Any:
         held = sum(len(manager.req_to_blocks[request.request_id]) for manager in managers)
@@ -119,11 +114,11 @@ def _blocks_at_the_end(engine: Any) -> Iterator[list[tuple[int, int]]]:
         needed = [
             count if plan is None else plan.num_kv_tokens(index, count) for index in range(len(managers))
         ]
-        blocks.append((held, sum(-(-tokens // managers[0].block_size) for tokens in needed)))
+        beyond.append(held - sum(-(-tokens // managers[0].block_size) for tokens in needed))
         return original(request, *args, **kwargs)
 
     scheduler._free_request = free
     try:
-        yield blocks
+        yield beyond
     finally:
         del scheduler._free_request

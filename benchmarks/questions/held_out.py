@@ -1,7 +1,6 @@
 """The held-out set: images and questions that training never saw, one list for each type of question."""
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -18,6 +17,21 @@ from ficoco_vllm.benchmarks.questions.questions import (
 from ficoco_vllm.benchmarks.questions.scene import COLOUR_NAMES, IMAGE_SIZE, SHAPES, Scene
 from ficoco_vllm.benchmarks.questions.shapes import EasyVqa
 from ficoco_vllm.benchmarks.questions.signs import HELD_OUT_NUMBERS, render_signs
+
+_ABOUT_SHAPE = ("colour", "shape", "yes_no_shapes")
+KINDS_OF_QUESTION = (
+    "colour",
+    "shape",
+    "number",
+    "number_by_colour_2",
+    "number_by_colour_3",
+    "first_digit",
+    "last_digit",
+    "yes_no_signs",
+    "yes_no_shapes",
+    "colour_by_number",
+    "count",
+)
 
 
 @dataclass(frozen=True)
@@ -46,77 +60,38 @@ def _signs(rng: random.Random, num_signs: int) -> Scene:
             return scene
 
 
-def _original(names: tuple[str, ...], kind: str) -> Callable[[random.Random, int], Example]:
-    """Questions of easy-VQA itself whose answer is one of some names."""
-
-    def make(rng: random.Random, _: int) -> Example:
-        while True:
-            index = rng.choice(_test_split().indices)
-            pairs = [pair for pair in _test_split().questions[index] if pair[1] in names]
-            if pairs:
-                return Example(_test_split().scene(index), Question(*rng.choice(pairs), kind))
-
-    return make
-
-
-def _number(rng: random.Random, _: int) -> Example:
-    scene = _signs(rng, 1)
-    return Example(scene, lone_number_question(scene.signs[0]))
-
-
-def _number_by_colour(num_signs: int) -> Callable[[random.Random, int], Example]:
-    def make(rng: random.Random, _: int) -> Example:
-        scene = _signs(rng, num_signs)
-        question = number_question(rng.choice(scene.signs))
-        return Example(scene, replace(question, kind=f"number_by_colour_{num_signs}"))
-
-    return make
+def _about_signs(kind: str, rng: random.Random, index: int) -> Example:
+    counts = {"number": 1, "number_by_colour_2": 2, "number_by_colour_3": 3}
+    counts |= {"colour_by_number": 2 + index % 2, "yes_no_signs": 1 + index // 2 % 3}
+    scene = _signs(rng, counts.get(kind, 1 + index % 3))
+    match kind:
+        case "number":
+            question = lone_number_question(scene.signs[0])
+        case "number_by_colour_2" | "number_by_colour_3":
+            question = replace(number_question(rng.choice(scene.signs)), kind=kind)
+        case "first_digit" | "last_digit":
+            question = digit_question(rng.choice(scene.signs), kind.removesuffix("_digit"))
+        case "yes_no_signs":
+            question = sign_exists_balanced(scene.signs, rng, index % 2 == 0)
+        case "colour_by_number":
+            question = colour_question(rng.choice(scene.signs))
+        case _:
+            question = count_question(scene.signs)
+    return Example(scene, question)
 
 
-def _digit(place: str) -> Callable[[random.Random, int], Example]:
-    def make(rng: random.Random, index: int) -> Example:
-        scene = _signs(rng, 1 + index % 3)
-        return Example(scene, digit_question(rng.choice(scene.signs), place))
-
-    return make
-
-
-def _colour_by_number(rng: random.Random, index: int) -> Example:
-    scene = _signs(rng, 2 + index % 2)
-    return Example(scene, colour_question(rng.choice(scene.signs)))
-
-
-def _count(rng: random.Random, index: int) -> Example:
-    scene = _signs(rng, 1 + index % 3)
-    return Example(scene, count_question(scene.signs))
-
-
-def _yes_no_signs(rng: random.Random, index: int) -> Example:
-    scene = _signs(rng, 1 + index // 2 % 3)
-    return Example(scene, sign_exists_balanced(scene.signs, rng, index % 2 == 0))
-
-
-def _yes_no_shapes(rng: random.Random, index: int) -> Example:
-    image = rng.choice(_test_split().indices)
-    shape = _test_split().shapes[image]
-    question = shape_exists_balanced(shape, rng, index % 2 == 0, index // 2 % 2 == 0)
-    return Example(_test_split().scene(image), question)
-
-
-_MAKERS: dict[str, Callable[[random.Random, int], Example]] = {
-    "colour": _original(COLOUR_NAMES, "colour"),
-    "shape": _original(SHAPES, "shape"),
-    "number": _number,
-    "number_by_colour_2": _number_by_colour(2),
-    "number_by_colour_3": _number_by_colour(3),
-    "first_digit": _digit("first"),
-    "last_digit": _digit("last"),
-    "yes_no_signs": _yes_no_signs,
-    "yes_no_shapes": _yes_no_shapes,
-    "colour_by_number": _colour_by_number,
-    "count": _count,
-}
-KINDS_OF_QUESTION = tuple(_MAKERS)
+def _about_shape(kind: str, rng: random.Random, index: int) -> Example:
+    split = _test_split()
+    if kind == "yes_no_shapes":
+        image = rng.choice(split.indices)
+        question = shape_exists_balanced(split.shapes[image], rng, index % 2 == 0, index // 2 % 2 == 0)
+        return Example(split.scene(image), question)
+    names = COLOUR_NAMES if kind == "colour" else SHAPES
+    while True:  # until the image has a question of easy-VQA itself with such an answer
+        image = rng.choice(split.indices)
+        pairs = [pair for pair in split.questions[image] if pair[1] in names]
+        if pairs:
+            return Example(split.scene(image), Question(*rng.choice(pairs), kind))
 
 
 def held_out(kind: str, count: int, seed: int = 0) -> list[Example]:
@@ -134,7 +109,8 @@ def held_out(kind: str, count: int, seed: int = 0) -> list[Example]:
     Raises:
         ValueError: there is no such type.
     """
-    if kind not in _MAKERS:
+    if kind not in KINDS_OF_QUESTION:
         raise ValueError(f"kind must be one of {', '.join(KINDS_OF_QUESTION)}, not {kind!r}")
     rng = random.Random(f"{kind} {seed}")
-    return [_MAKERS[kind](rng, index) for index in range(count)]
+    make = _about_shape if kind in _ABOUT_SHAPE else _about_signs
+    return [make(kind, rng, index) for index in range(count)]

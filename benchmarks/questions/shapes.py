@@ -1,11 +1,9 @@
 """easy-VQA: images of one coloured shape, and their questions (the PyPI package `easy-vqa`, MIT licence)."""
 
-import json
 import random
 from collections import defaultdict
 from functools import cached_property
-from importlib.util import find_spec
-from pathlib import Path
+from importlib import import_module
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,38 +24,27 @@ NATIVE = 64
 SCALE = IMAGE_SIZE // NATIVE
 
 
-def data_folder() -> Path:
-    """Folder of the installed package's images and questions.
-
-    Raises:
-        ModuleNotFoundError: `easy-vqa` is not installed.
-    """
-    spec = find_spec("easy_vqa")
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(
-            "the demo model's data needs the package easy-vqa: pip install --no-deps easy-vqa"
-        )
-    return Path(spec.origin).parent / "data"
-
-
 class EasyVqa:
     """One split of easy-VQA with colours from the pixels and shapes from the answers.
 
     Args:
         split: "train" or "test".
+
+    Raises:
+        ModuleNotFoundError: `easy-vqa` is not installed.
     """
 
     def __init__(self, split: str) -> None:
-        self.folder = data_folder() / split
+        package = import_module("easy_vqa")
+        self._paths: dict[int, str] = getattr(package, f"get_{split}_image_paths")()
         self.questions: dict[int, list[tuple[str, str]]] = defaultdict(list)
-        for question, answer, index in json.loads((self.folder / "questions.json").read_text()):
+        for question, answer, index in zip(*getattr(package, f"get_{split}_questions")(), strict=True):
             self.questions[index].append((question, answer))
 
     @cached_property
     def images(self) -> list[NDArray[np.uint8]]:
         """All images, (64, 64, 3) uint8."""
-        count = len(list((self.folder / "images").glob("*.png")))
-        return [np.array(Image.open(self.folder / f"images/{i}.png").convert("RGB")) for i in range(count)]
+        return [np.array(Image.open(path).convert("RGB")) for _, path in sorted(self._paths.items())]
 
     @cached_property
     def masks(self) -> list[NDArray[np.bool_]]:

@@ -20,7 +20,6 @@ from ficoco_vllm.benchmarks.questions.scene import (
     Sign,
 )
 
-NUM_HELD_OUT = 90
 FONT_SIZES = tuple(range(24, 35))
 BRIGHT = ("yellow", "green")
 GAP = 3
@@ -28,15 +27,10 @@ PLACING_TRIES = 40
 
 P = PATCH_SIZE
 
-
-def split_numbers() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The three-digit numbers used in training, and the 90 that are never shown to it."""
-    numbers = [str(number) for number in range(100, 1000)]
-    random.Random(7).shuffle(numbers)
-    return tuple(sorted(numbers[NUM_HELD_OUT:])), tuple(sorted(numbers[:NUM_HELD_OUT]))
-
-
-TRAINING_NUMBERS, HELD_OUT_NUMBERS = split_numbers()
+_numbers = [str(number) for number in range(100, 1000)]
+random.Random(7).shuffle(_numbers)
+# The three-digit numbers that are never shown in training, and those that are.
+HELD_OUT_NUMBERS, TRAINING_NUMBERS = tuple(sorted(_numbers[:90])), tuple(sorted(_numbers[90:]))
 
 
 @cache
@@ -68,7 +62,6 @@ def render_signs(
     width: int,
     numbers: tuple[str, ...],
     num_signs: int,
-    font_sizes: tuple[int, ...] = FONT_SIZES,
 ) -> Scene:
     """Draw signs of different colours that do not touch, on a light background.
 
@@ -78,7 +71,6 @@ def render_signs(
         width: pixels, a multiple of the patch size.
         numbers: what may be written.
         num_signs: how many to draw; one that finds no free place is left out, the first always fits.
-        font_sizes: sizes to choose from.
     """
     rows, columns = height // P, width // P
     image = np.empty((height, width, 3), np.float32)
@@ -90,7 +82,7 @@ def render_signs(
     for colour in rng.sample(range(len(COLOUR_NAMES)), num_signs):
         number = rng.choice(numbers)
         for _ in range(PLACING_TRIES):
-            mask, edges = number_mask(number, rng.choice(font_sizes))
+            mask, edges = number_mask(number, rng.choice(FONT_SIZES))
             pad_x, pad_y = rng.randint(3, 6), rng.randint(3, 6)
             h, w = mask.shape[0] + 2 * pad_y, mask.shape[1] + 2 * pad_x
             if h > height or w > width:

@@ -147,7 +147,6 @@ def _add_accuracy(benchmarks: Any) -> None:
     add("--tables", type=names, metavar="A,B", help="methods, ablation-v, ablation-l, ... (default: all)")
     add("--kinds", type=names, metavar="A,B", help="types of question (default: all but colour_by_number)")
     add("--count", type=int, default=100, help="questions of each type (default: %(default)s)")
-    add("--few-count", type=int, default=100, help="the same for all but the method comparison")
     add("--reference", type=Path, help="JSON of an earlier run; warn where this one is worse")
 
 
@@ -196,7 +195,7 @@ def _add_load(benchmarks: Any) -> None:
 def _accuracy(args: argparse.Namespace) -> int:
     from ficoco_vllm.benchmarks.accuracy.regression import regressions
     from ficoco_vllm.benchmarks.accuracy.report import as_csv, bars, page, summary
-    from ficoco_vllm.benchmarks.accuracy.run import Options, measure
+    from ficoco_vllm.benchmarks.accuracy.run import measure
     from ficoco_vllm.benchmarks.accuracy.suites import TABLES, methods_of
     from ficoco_vllm.benchmarks.accuracy.variants import SITES
     from ficoco_vllm.benchmarks.accuracy.workload import KINDS
@@ -205,16 +204,14 @@ def _accuracy(args: argparse.Namespace) -> int:
     from ficoco_vllm.benchmarks.harness.results import report
 
     reference = args.reference and json.loads(args.reference.read_text(encoding="utf-8"))
-    options = Options(
+    result = measure(
+        methods=args.methods or methods_of(args.sites or SITES),
+        keeps=args.keeps,
         tables=args.tables or TABLES,
         kinds=args.kinds or KINDS,
-        keeps=args.keeps,
         count=args.count,
-        few_count=args.few_count,
-        methods=args.methods or methods_of(args.sites or SITES),
         **asked(args),
     )
-    result = measure(options)
     regressed = regressions(result, reference) if reference else []
     limits = bars(result, regressed if reference else None)
     result["warnings"] += regressed

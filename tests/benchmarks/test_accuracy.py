@@ -8,7 +8,7 @@ import pytest
 
 from ficoco_vllm.benchmarks.accuracy.client import Host
 from ficoco_vllm.benchmarks.accuracy.regression import regressions
-from ficoco_vllm.benchmarks.accuracy.run import Options, measure
+from ficoco_vllm.benchmarks.accuracy.run import measure
 from ficoco_vllm.benchmarks.accuracy.store import Reply, Store
 from ficoco_vllm.benchmarks.accuracy.suites import Row
 from ficoco_vllm.benchmarks.accuracy.summary import summarise
@@ -84,7 +84,7 @@ def test_a_server_that_secretly_does_not_reduce_is_noticed(
     server: Server, tampered: list[dict[str, Any]], tmp_path: Path, table: str
 ) -> None:
     tampered.append({"keep": 576})
-    result = measure(_options(server, tmp_path, ("ficoco-v",), count=2))
+    result = measure(**_options(server, tmp_path, ("ficoco-v",), count=2))
     assert any(
         "ficoco-v/tower/64" in line and "does not reduce as requested" in line for line in result["warnings"]
     )
@@ -96,7 +96,7 @@ def test_a_method_that_drops_at_random_is_noticed(
     server: Server, honest: dict[str, Any], tampered: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     tampered.append({"method": "random"})
-    result = measure(_options(server, tmp_path, ("topk-cls",), count=COUNT))
+    result = measure(**_options(server, tmp_path, ("topk-cls",), count=COUNT))
     matches = regressions(result, honest)
     assert len(matches) == 1
     assert matches[0].startswith("methods, topk-cls, 64 tokens")
@@ -148,8 +148,10 @@ def test_the_result_names_the_type_where_it_is_known(
 ) -> None:
     """The table says it too, and also reads results of earlier runs, which have no such field."""
     monkeypatch.setattr("ficoco_vllm.benchmarks.accuracy.client.is_cpu_build", lambda: on_cpu)
-    nothing = Options((), KINDS, (64,), 1, 1, tmp_path / "answers.jsonl", host, methods=("random",))
-    result = measure(nothing)
+    answers = tmp_path / "answers.jsonl"
+    result = measure(
+        methods=("random",), keeps=(64,), tables=(), kinds=KINDS, count=1, answers=answers, host=host
+    )
     assert result["dtype"] == dtype
     expected = f" in {dtype}, seed 0" if dtype else "`, seed 0"
     assert expected in provenance(result)
@@ -174,7 +176,7 @@ def test_equal_log_probabilities_are_noticed_where_prompts_have_the_same_length(
                 store.add(full("decoder").key, item.name, Reply("yes", 590, {"yes": -0.1}))
                 moved = shift if item is items[-1] else 0.0
                 store.add(row.variant.key, item.name, Reply("yes", 590, {"yes": -0.1 - moved}))
-            assert len(summarise([row], items, store, 576, lambda _: 3)["warnings"]) == expected
+            assert len(summarise([row], items, store, 576)["warnings"]) == expected
 
 
 def test_regressions_need_comparable_runs() -> None:
@@ -207,9 +209,13 @@ def test_bad_options_are_named(
     assert message in capsys.readouterr().err
 
 
-def _options(server: Server, folder: Path, methods: tuple[str, ...], count: int) -> Options:
-    from ficoco_vllm.benchmarks.accuracy.client import Host
-
-    host = Host(url=server.url, api_key=API_KEY)
-    answers = folder / "answers.jsonl"
-    return Options(("methods",), KINDS, (64,), count, count, answers, host=host, methods=methods)
+def _options(server: Server, folder: Path, methods: tuple[str, ...], count: int) -> dict[str, Any]:
+    where = {"host": Host(url=server.url, api_key=API_KEY), "answers": folder / "answers.jsonl"}
+    return {
+        "methods": methods,
+        "keeps": (64,),
+        "tables": ("methods",),
+        "kinds": KINDS,
+        "count": count,
+        **where,
+    }

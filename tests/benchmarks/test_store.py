@@ -35,5 +35,5 @@ def test_a_file_without_a_whole_line_is_begun_anew(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     path.write_text('{"run": {"mod')
     with Store(path, RUN) as store:
-        assert not store.replies
+        assert not store
     assert path.read_text().startswith('{"run": {"model": "demo"')

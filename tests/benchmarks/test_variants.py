@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from ficoco_vllm.benchmarks.accuracy.client import by_server
-from ficoco_vllm.benchmarks.accuracy.suites import TABLES, rows, served_methods
-from ficoco_vllm.benchmarks.accuracy.variant_package import load, with_defaults, write_package
+from ficoco_vllm.benchmarks.accuracy.suites import TABLES, methods_of, rows
+from ficoco_vllm.benchmarks.accuracy.variant_package import PACKAGE, with_defaults, write_package
 from ficoco_vllm.benchmarks.accuracy.variants import NO_IMAGE, SITES, Variant, full, site_of
 from ficoco_vllm.benchmarks.accuracy.workload import KINDS, embedded
 from ficoco_vllm.config import FicocoConfig
@@ -22,7 +22,7 @@ from ficoco_vllm.reduction.pipeline import PIPELINES
 # The demo model's.
 TOWER = TowerShape(grid=(24, 24), num_layers=8, num_executed_layers=7, with_cls=False)
 NUM_LAYERS = 8
-METHODS = [method for site in SITES for method in served_methods(site)]
+METHODS = methods_of(SITES)
 ROWS = rows(METHODS, (288, 192, 128, 64), TABLES, KINDS)
 (ITEM,) = embedded(("colour",), 1, 0)
 
@@ -89,7 +89,10 @@ def test_every_variant_can_be_planned(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_another_process_finds_the_variants(tmp_path: Path) -> None:
     variant = Variant("x", "tower", "ficoco-v", 64, {"lam": 0.5})
     environment = write_package(tmp_path, [variant, Variant("ficoco-v", "tower", "ficoco-v", 64)])
-    assert len(load(tmp_path)) == 1
+    entries = tmp_path / f"{PACKAGE}-1.0.dist-info" / "entry_points.txt"
+    assert len(entries.read_text().splitlines()) == 2, (
+        "the group, and the one method with settings of its own"
+    )
     code = (
         f"from ficoco_vllm.reduction import get; print(get({variant.served_name!r}).configure().settings.lam)"
     )

@@ -325,7 +325,7 @@ def test_the_command_reports_a_missing_server(tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     "words",
     [
-        ["bench", "accuracy", "--methods", "tome", "--count", "1", "--few-count", "1"],
+        ["bench", "accuracy", "--methods", "tome", "--count", "1"],
         ["bench", "load", "--served-model-name", "named", "--requests", "2"],
         ["calibrate", "--data", "log.jsonl", "--methods", "tome", "--target-agreement", "0.5"],
         ["replay", "--data", "log.jsonl", "--method", "tome"],
