@@ -32,10 +32,7 @@ METHODS: tuple[dict[str, Any], ...] = (
 
 
 def cost(config: Mapping[str, Any]) -> tuple[TokenPlan, Estimate]:
-    """Tokens layer by layer, as settings of a server have them, and what they cost.
-
-    Args:
-        config: settings, with `keep`.
+    """Tokens layer by layer, as they are served with settings that name `keep`, and what they cost.
 
     Raises:
         ValueError: the settings cannot be served.

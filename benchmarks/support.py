@@ -120,13 +120,7 @@ def minor_of(release: str) -> str:
 def on_cpus(
     minor: str, proven: Sequence[Proof], compat: Iterable[Mapping[str, Any]]
 ) -> dict[Combination, str]:
-    """The combinations that are tested with a version on CPUs.
-
-    Args:
-        minor: version of vLLM.
-        proven: see `proofs`.
-        compat: runs of `make compat`, as in its JSON.
-    """
+    """The combinations that are tested with a version of vLLM on CPUs, by `proofs` and the runs of `make compat`."""
     if minor == locked():
         return {proof.combination: TESTED for proof in proven}
     result: dict[Combination, str] = {}
@@ -139,12 +133,7 @@ def on_cpus(
 
 
 def on_gpus(minor: str, runs: Iterable[Mapping[str, Any]]) -> set[Combination]:
-    """The combinations whose questions the demo model answered on a GPU.
-
-    Args:
-        minor: version of vLLM.
-        runs: results of `make bench-gpu`.
-    """
+    """The combinations whose questions the demo model answered on a GPU, by results of `make bench-gpu`."""
     ours = [run for run in runs if minor_of(run["environment"]["versions"].get("vllm", "0")) == minor]
     methods = {name for run in ours for name in run.get("answers", {})} & {*available(), *PIPELINES}
     sites = {site_of(method) for method in methods}

@@ -93,16 +93,9 @@ def visual_tokens_of_layers(variant: Variant, num_layers: int, num_tokens: int) 
 def kv_saving(
     config: Mapping[str, Any], variant: Variant, num_tokens: int, num_text_tokens: float
 ) -> dict[str, Any]:
-    """KV cache of a prompt with one image, with and without the reduction.
+    """Bytes of the KV cache of a prompt with one image, in 16 bits, without and with a reduction, and the share saved.
 
-    Args:
-        config: the model's config.json.
-        variant: a method with its budget.
-        num_tokens: visual tokens of an unreduced image.
-        num_text_tokens: of the prompt, on average.
-
-    Returns:
-        Bytes before and after, in 16 bits, and the share that is saved.
+    `config` is the model's config.json, `num_tokens` counts visual tokens of an unreduced image.
     """
     decoder, text = model_shape(config).decoder, round(num_text_tokens)
     full = [num_tokens] * decoder.num_layers
@@ -116,17 +109,9 @@ def kv_saving(
 def first_token_speedup(
     endpoint: Endpoint, reference: Variant, variant: Variant, items: Sequence[Item], seed: int
 ) -> dict[str, float]:
-    """Time to first token of a variant; it and a reference take turns, one request at a time, each with a new image.
+    """Time to first token of a variant in `seconds`, and its `speedup` over a reference: medians over the questions.
 
-    Args:
-        endpoint: the server.
-        reference: what it is compared with.
-        variant: a method with its budget.
-        items: questions; the first one warms up and is not counted.
-        seed: of the order and of the pixels that make an image new.
-
-    Returns:
-        `seconds` and `speedup` over the reference, medians over the questions.
+    The two take turns, one request at a time, each with a new image. The first question warms up and is not counted.
     """
     rng = random.Random(seed)
 
