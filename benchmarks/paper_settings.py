@@ -7,10 +7,8 @@ python -m ficoco_vllm.benchmarks.paper_settings --check    # exit code 1 if it i
 import json
 import sys
 from bisect import bisect_left
-from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import groupby
+from collections.abc import Iterable, Mapping
+from itertools import groupby, product
 from typing import Any
 
 from ficoco_vllm.benchmarks.harness.pages import ROOT, fill, table, write_pages
@@ -33,63 +31,43 @@ METHODS: tuple[dict[str, Any], ...] = (
 )
 
 
-@dataclass(frozen=True)
-class Setting:
-    """Settings of a server, with their cost.
+def cost(config: Mapping[str, Any]) -> tuple[TokenPlan, Estimate]:
+    """Tokens layer by layer, as they are served with settings that name `keep`, and what they cost.
 
-    Attributes:
-        config: settings of the server, with `keep`.
+    Raises:
+        ValueError: the settings cannot be served.
     """
-
-    config: dict[str, Any]
-
-    @cached_property
-    def plan(self) -> TokenPlan:
-        """Tokens layer by layer, as they are served.
-
-        Raises:
-            ValueError: the settings cannot be served.
-        """
-        return ServerPlan.for_model(FicocoConfig.parse(self.config), SHAPE).image_tokens()
-
-    @property
-    def tera_flops(self) -> float:
-        """FLOPs of the language model's prefill, as the paper counts them, in 10^12."""
-        return self._cost.decoder_flops / 1e12
-
-    @property
-    def kv_megabytes(self) -> float:
-        """KV cache in fp16, decimal megabytes."""
-        return self._cost.kv_bytes / 1e6
-
-    @cached_property
-    def _cost(self) -> Estimate:
-        return estimate(SHAPE, self.plan, num_text_tokens=NUM_TEXT_TOKENS)
+    plan = ServerPlan.for_model(FicocoConfig.parse(config), SHAPE).image_tokens()
+    return plan, estimate(SHAPE, plan, num_text_tokens=NUM_TEXT_TOKENS)
 
 
-def nearest(method: dict[str, Any], point: float) -> Setting | None:
-    """The budget whose FLOPs come nearest to a point, or None where no budget comes within 5% of it."""
-    keeps = range(1, SHAPE.tower.num_patches + 1)
-    above = bisect_left(keeps, point, key=lambda keep: Setting({**method, "keep": keep}).tera_flops)
-    around = {keeps[max(0, above - 1)], keeps[min(above, len(keeps) - 1)]}
-    settings = [Setting({**method, "keep": keep}) for keep in sorted(around)]
-    best = min(settings, key=lambda setting: abs(setting.tera_flops - point))
-    return best if abs(best.tera_flops - point) <= 0.05 * point else None
+def tera_flops(config: Mapping[str, Any]) -> float:
+    """FLOPs of the language model's prefill, as the paper counts them, in 10^12."""
+    return cost(config)[1].decoder_flops / 1e12
+
+
+def nearest(method: dict[str, Any], point: float) -> dict[str, Any] | None:
+    """The settings whose FLOPs come nearest to a point, or None where no budget comes within 5% of it."""
+    settings = [{**method, "keep": keep} for keep in range(1, SHAPE.tower.num_patches + 1)]
+    above = bisect_left(settings, point, key=tera_flops)
+    around = settings[max(0, above - 1) : above + 1]
+    best = min(around, key=lambda config: abs(tera_flops(config) - point))
+    return best if abs(tera_flops(best) - point) <= 0.05 * point else None
 
 
 def settings_table() -> list[str]:
     """Every point, every method."""
     rows = []
-    for point in POINTS:
-        for method in METHODS:
-            setting = nearest(method, point)
-            cells = [point, f"`{method['method']}`", method.get("schedule", "even, tower's layers 12 to 23")]
-            if setting is None:
-                least = Setting({**method, "keep": 1}).tera_flops
-                rows.append([*cells, f"none: at least {least:.2f} TFLOPs", "", "", ""])
-                continue
-            cells += [f"`{json.dumps(setting.config)}`", _runs(setting.plan.decoder[:-1])]
-            rows.append([*cells, f"{setting.tera_flops:.2f}", f"{setting.kv_megabytes:.0f}"])
+    for point, method in product(POINTS, METHODS):
+        cells = [point, f"`{method['method']}`", method.get("schedule", "even, tower's layers 12 to 23")]
+        config = nearest(method, point)
+        if config is None:
+            cells += [f"none: at least {tera_flops({**method, 'keep': 1}):.2f} TFLOPs", "", "", ""]
+        else:
+            plan, estimated = cost(config)
+            cells += [f"`{json.dumps(config)}`", _runs(plan.decoder[:-1]), f"{tera_flops(config):.2f}"]
+            cells.append(f"{estimated.kv_bytes / 1e6:.0f}")
+        rows.append(cells)
     layers = "layers of the decoder x visual tokens"
     return table(("TFLOPs", "method", "schedule", "settings", layers, "TFLOPs, ours", "KV MB"), rows)
 
@@ -99,10 +77,10 @@ def _runs(counts: Iterable[int]) -> str:
     return ", ".join(str(count) if len(runs) == 1 else f"{length} x {count}" for count, length in runs)
 
 
-def main() -> int:
-    """Write the page's block, or check it."""
-    return write_pages(__doc__, lambda: {PAGE: fill(PAGE.read_text("utf-8"), {"settings": settings_table()})})
+def page() -> str:
+    """The page with its block."""
+    return fill(PAGE.read_text("utf-8"), {"settings": settings_table()})
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_pages(__doc__, lambda: {PAGE: page()}))

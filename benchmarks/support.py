@@ -6,33 +6,29 @@ those that passed with other versions (`make compat`), gpu-*.json what ran on a 
 """
 
 import ast
-import json
 import re
 import sys
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from ficoco_vllm.benchmarks.accuracy.variants import SITES, site_of
 from ficoco_vllm.benchmarks.harness.pages import ROOT, fill, table, write_pages
-from ficoco_vllm.benchmarks.harness.results import RESULTS
-from ficoco_vllm.reduction import available, get
+from ficoco_vllm.benchmarks.harness.results import RESULTS, read
+from ficoco_vllm.reduction import available
 from ficoco_vllm.reduction.pipeline import PIPELINES
 
 PAGE = ROOT / "docs" / "support.md"
-MARK = "proves"
-SITES = ("tower", "decoder", "both")
 TESTED, SOURCES, COMPILES, UNTESTED = "tested", "tested from sources", "compiles", "untested"
 # The demo model, which `make bench-gpu` asks.
 _DEMO_FAMILY, _DEMO_DECODER = "LLaVA-1.5", "Llama"
 
 
-@dataclass(frozen=True, order=True)
-class Combination:
+class Combination(NamedTuple):
     """One row of the table.
 
     Attributes:
@@ -46,8 +42,7 @@ class Combination:
     decoder: str = ""
 
 
-@dataclass(frozen=True)
-class Proof:
+class Proof(NamedTuple):
     """A test and a combination that it proves.
 
     Attributes:
@@ -68,7 +63,9 @@ def proofs(folder: Path = ROOT / "tests") -> list[Proof]:
     for file in sorted(folder.rglob("test_*.py")):
         tree = ast.parse(file.read_text(encoding="utf-8"))
         name = file.relative_to(folder.parent).as_posix()
-        whole = [mark for node in tree.body if _assigns(node, "pytestmark") for mark in _marks(node, name)]
+        assigned = [node for node in tree.body if isinstance(node, ast.Assign)]
+        marks = [node for node in assigned if ast.unparse(node.targets[0]) == "pytestmark"]
+        whole = [mark for node in marks for mark in _marks(node, name)]
         for node in tree.body:
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
                 own = [mark for decorator in node.decorator_list for mark in _marks(decorator, name)]
@@ -76,13 +73,9 @@ def proofs(folder: Path = ROOT / "tests") -> list[Proof]:
     return result
 
 
-def _assigns(node: ast.stmt, name: str) -> bool:
-    return isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == [name]
-
-
 def _marks(tree: ast.AST, file: str) -> Iterator[Combination]:
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == f"pytest.mark.{MARK}":
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.proves":
             try:
                 given = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in node.keywords}
                 yield from _combinations(*node.args, **given)
@@ -127,13 +120,7 @@ def minor_of(release: str) -> str:
 def on_cpus(
     minor: str, proven: Sequence[Proof], compat: Iterable[Mapping[str, Any]]
 ) -> dict[Combination, str]:
-    """The combinations that are tested with a version on CPUs.
-
-    Args:
-        minor: version of vLLM.
-        proven: see `proofs`.
-        compat: runs of `make compat`, as in its JSON.
-    """
+    """The combinations that are tested with a version of vLLM on CPUs, by `proofs` and the runs of `make compat`."""
     if minor == locked():
         return {proof.combination: TESTED for proof in proven}
     result: dict[Combination, str] = {}
@@ -146,62 +133,35 @@ def on_cpus(
 
 
 def on_gpus(minor: str, runs: Iterable[Mapping[str, Any]]) -> set[Combination]:
-    """The combinations whose questions the demo model answered on a GPU.
-
-    Args:
-        minor: version of vLLM.
-        runs: results of `make bench-gpu`.
-    """
-    result = set()
-    for run in runs:
-        if minor_of(run["environment"]["versions"].get("vllm", "0")) == minor:
-            for name in run.get("answers", {}):
-                if name in PIPELINES:
-                    result.add(Combination(_DEMO_FAMILY, "both", _DEMO_DECODER))
-                elif name in available():
-                    in_decoder = get(name).site == "decoder"
-                    where = ("decoder", _DEMO_DECODER) if in_decoder else ("tower", "")
-                    result.add(Combination(_DEMO_FAMILY, *where))
-    return result
+    """The combinations whose questions the demo model answered on a GPU, by results of `make bench-gpu`."""
+    ours = [run for run in runs if minor_of(run["environment"]["versions"].get("vllm", "0")) == minor]
+    methods = {name for run in ours for name in run.get("answers", {})} & {*available(), *PIPELINES}
+    sites = {site_of(method) for method in methods}
+    return {Combination(_DEMO_FAMILY, site, "" if site == "tower" else _DEMO_DECODER) for site in sites}
 
 
 def support_table(
     proven: Sequence[Proof], compat: Sequence[Mapping[str, Any]], gpus: Sequence[Mapping[str, Any]]
 ) -> list[str]:
-    """Lines of the table.
-
-    Args:
-        proven: see `proofs`.
-        compat: runs of `make compat`.
-        gpus: results of `make bench-gpu`.
-    """
-    header = ["family", "reduction in", "decoder's layers"]
-    columns = []
-    for minor in minors():
-        cpus, gpu = on_cpus(minor, proven, compat), on_gpus(minor, gpus)
-        header += [f"{minor}, CPU", f"{minor}, GPU"]
-        columns.append((cpus, gpu))
+    """Lines of the table, from `proofs`, runs of `make compat` and results of `make bench-gpu`."""
+    columns = [(on_cpus(minor, proven, compat), on_gpus(minor, gpus)) for minor in minors()]
+    names = [f"{minor}, {processor}" for minor in minors() for processor in ("CPU", "GPU")]
+    combinations = {proof.combination for proof in proven}
     rows = []
-    order = sorted(
-        {proof.combination for proof in proven},
-        key=lambda row: (row.family, SITES.index(row.site), row.decoder),
-    )
-    for row in order:
-        cells = []
+    for row in sorted(combinations, key=lambda row: (row.family, SITES.index(row.site), row.decoder)):
+        cells = [row.family, row.site, row.decoder or "any"]
         for cpus, gpu in columns:
             on_cpu = cpus.get(row, UNTESTED)
             unseen = UNTESTED if on_cpu == UNTESTED else COMPILES
             cells += [on_cpu, TESTED if row in gpu else unseen]
-        rows.append([row.family, row.site, row.decoder or "any", *cells])
-    return table(header, rows)
+        rows.append(cells)
+    return table(["family", "reduction in", "decoder's layers", *names], rows)
 
 
 def files() -> dict[Path, str]:
     """The page with its table."""
-    compat = RESULTS / "compat.json"
-    runs = json.loads(compat.read_text(encoding="utf-8"))["runs"] if compat.exists() else []
-    gpus = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("gpu-*.json"))]
-    lines = support_table(proofs(), runs, gpus)
+    gpus = [read(path.stem) for path in sorted(RESULTS.glob("gpu-*.json"))]
+    lines = support_table(proofs(), read("compat")["runs"], gpus)
     return {PAGE: fill(PAGE.read_text(encoding="utf-8"), {"support": lines})}
 
 

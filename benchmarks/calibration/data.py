@@ -8,14 +8,8 @@ from typing import Any
 
 from ficoco_vllm.benchmarks.accuracy.workload import Item
 
-MEDIA_TYPES = {
-    ".png": "image/png",
-    ".jpg": "image/jpeg",
-    ".jpeg": "image/jpeg",
-    ".webp": "image/webp",
-    ".gif": "image/gif",
-    ".bmp": "image/bmp",
-}
+MEDIA_TYPES = {f".{name}": f"image/{name}" for name in ("png", "jpeg", "webp", "gif", "bmp")}
+MEDIA_TYPES[".jpg"] = MEDIA_TYPES[".jpeg"]
 FORM = '{"image": "path.png", "prompt": "..."}'
 
 
@@ -34,14 +28,11 @@ def read_items(data: Path, prompt: str | None = None) -> list[Item]:
     Raises:
         ValueError: naming the line or file, and what is allowed.
     """
-    if data.is_dir():
-        items = list(_of_folder(data, prompt))
-    elif data.is_file():
-        items = list(_of_lines(data, prompt))
-    else:
+    if not data.exists():
         raise ValueError(
             f"--data = {str(data)!r} does not exist; allowed: a JSONL file or a folder of images"
         )
+    items = list(_of_folder(data, prompt) if data.is_dir() else _of_lines(data, prompt))
     if not items:
         raise ValueError(
             f"--data = {str(data)!r} holds no question; allowed: lines {FORM}, or images with prompts"

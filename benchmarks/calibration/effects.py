@@ -16,6 +16,7 @@ from ficoco_vllm.benchmarks.accuracy.client import Endpoint
 from ficoco_vllm.benchmarks.accuracy.variants import Variant
 from ficoco_vllm.benchmarks.accuracy.workload import Item
 from ficoco_vllm.benchmarks.harness.http import data_url, first_token, png
+from ficoco_vllm.benchmarks.harness.rounds import ratios
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.planning.decoder import DecoderPlanner
 from ficoco_vllm.reduction.cost import model_shape
@@ -92,16 +93,9 @@ def visual_tokens_of_layers(variant: Variant, num_layers: int, num_tokens: int) 
 def kv_saving(
     config: Mapping[str, Any], variant: Variant, num_tokens: int, num_text_tokens: float
 ) -> dict[str, Any]:
-    """KV cache of a prompt with one image, with and without the reduction.
+    """Bytes of the KV cache of a prompt with one image, in 16 bits, without and with a reduction, and the share saved.
 
-    Args:
-        config: the model's config.json.
-        variant: a method with its budget.
-        num_tokens: visual tokens of an unreduced image.
-        num_text_tokens: of the prompt, on average.
-
-    Returns:
-        Bytes before and after, in 16 bits, and the share that is saved.
+    `config` is the model's config.json, `num_tokens` counts visual tokens of an unreduced image.
     """
     decoder, text = model_shape(config).decoder, round(num_text_tokens)
     full = [num_tokens] * decoder.num_layers
@@ -112,42 +106,28 @@ def kv_saving(
     return {"full_bytes": before, "bytes": after, "saving": round(1 - after / before, 4)}
 
 
-def first_token_ratio(
-    endpoint: Endpoint, variants: Sequence[Variant], items: Sequence[Item], seed: int
-) -> dict[str, dict[str, float]]:
-    """Median time to first token of each variant; they take turns, one request at a time, each with a new image.
+def first_token_speedup(
+    endpoint: Endpoint, reference: Variant, variant: Variant, items: Sequence[Item], seed: int
+) -> dict[str, float]:
+    """Time to first token of a variant in `seconds`, and its `speedup` over a reference: medians over the questions.
 
-    Args:
-        endpoint: the server.
-        variants: the first is the one that the others are compared with.
-        items: questions; the first one warms up and is not counted.
-        seed: of the pixels that make an image new.
-
-    Returns:
-        Key of the variant to `seconds` and `speedup` over the first variant, medians over the questions.
+    The two take turns, one request at a time, each with a new image. The first question warms up and is not counted.
     """
     rng = random.Random(seed)
-    turns = [
-        (variant, _with_new_pixel(item, rng))
-        for item in items
-        for variant in rng.sample(list(variants), len(variants))
-    ]
 
-    async def measured() -> list[float]:
+    async def measured() -> list[dict[str, float]]:
+        rounds: list[dict[str, float]] = []
         async with endpoint.client(max_retries=0) as client:
-            return [(await first_token(client, endpoint.body(variant, item)))[0] for variant, item in turns]
+            for item in items:
+                rounds.append({})
+                for one in rng.sample((reference, variant), 2):
+                    body = endpoint.body(one, _with_new_pixel(item, rng))
+                    rounds[-1][one.key], _ = await first_token(client, body)
+        return rounds[1:]
 
-    seconds: dict[str, list[float]] = {variant.key: [] for variant in variants}
-    for (variant, _), taken in list(zip(turns, asyncio.run(measured()), strict=True))[len(variants) :]:
-        seconds[variant.key].append(taken)
-    base = seconds[variants[0].key]
-    return {
-        key: {
-            "seconds": statistics.median(taken),
-            "speedup": statistics.median(a / b for a, b in zip(base, taken, strict=True)),
-        }
-        for key, taken in seconds.items()
-    }
+    rounds = asyncio.run(measured())
+    before, after = ([taken[one.key] for taken in rounds] for one in (reference, variant))
+    return {"seconds": statistics.median(after), "speedup": statistics.median(ratios(before, after))}
 
 
 def _with_new_pixel(item: Item, rng: random.Random) -> Item:

@@ -12,7 +12,7 @@ from ficoco_vllm.benchmarks.accuracy.statistics import wilson
 from ficoco_vllm.benchmarks.accuracy.workload import Item
 from ficoco_vllm.benchmarks.harness.http import data_url
 from ficoco_vllm.benchmarks.harness.plots import COLOURS, Plot, draw
-from ficoco_vllm.benchmarks.harness.report import Page, Section, Table, facts
+from ficoco_vllm.benchmarks.harness.report import Page, Section, Table, facts, plain
 from ficoco_vllm.benchmarks.harness.results import csv_text
 
 Report = Mapping[str, Any]
@@ -22,11 +22,12 @@ _COLUMNS = ("method", "part", "keep", "agreeing", "count", "agreement", "at_leas
 def page(report: Report, items: Sequence[Item]) -> Page:
     """The report of `run.calibrate`, with those questions that disagree."""
     by_name = {item.name: item for item in items}
+    head, *remarks = _sentences(report)
     return Page(
         title="Calibration",
-        lead=_verdicts(report),
+        lead=[f"{head}.", *remarks],
         sections=[
-            Section("Smallest safe budgets", lines=[lines(report)[0] + "."], tables=[overview(report)]),
+            Section("Smallest safe budgets", tables=[overview(report)]),
             *(_section(entry, report, by_name) for entry in report["methods"]),
         ],
         facts=facts(report["environment"], model=report["model"]),
@@ -37,29 +38,24 @@ def overview(report: Report) -> Table:
     """The smallest safe budget of each method, and what it saves."""
     rows = []
     for entry in report["methods"]:
-        name, safe = entry["method"], entry["safe"]
         cells = ["none", *[""] * 5]
-        if safe is not None:
+        if safe := entry["safe"]:
+            first = safe["first_token"]
             cells = [
                 str(safe["keep"]),
                 f"{safe['agreement']:.1%}",
                 f"{safe['at_least']:.1%}",
-                f"{safe['first_token_divergence']['mean']:.4f}",
+                f"{safe['first_token_divergence']:.4f}",
                 f"{safe['kv_cache']['saving']:.0%}",
-                f"{safe['first_token'][name]['speedup']:.2f}x",
+                f"{first['speedup']:.2f}x ({1000 * first['seconds']:.0f} ms)",
             ]
-        rows.append([f"`{name}`", *cells])
+        rows.append([f"`{entry['method']}`", *cells])
     return Table(
         "calibration",
         f"Smallest budget with an agreement of at least {report['target_agreement']:.1%}",
         (
-            "method",
-            "visual tokens",
-            "agreement",
-            "agreement, at least",
-            "first-token divergence",
-            "KV cache saved",
-            "first token, speed-up",
+            *("method", "visual tokens", "agreement", "agreement, at least", "first-token divergence"),
+            *("KV cache saved", "first token, speed-up"),
         ),
         rows,
         [f"At least: one-sided lower bound with {report['confidence']:.0%} confidence. Divergence in nats."],
@@ -67,53 +63,43 @@ def overview(report: Report) -> Table:
 
 
 def lines(report: Report) -> list[str]:
-    """Lines for the terminal: the target, then the outcome of each method."""
-    questions = report["questions"]
-    head = (
-        f"{questions['search']} questions searched, {questions['certificate']} fresh ones for the certificate; target "
-        f"{report['target_agreement']:.3f} with {report['confidence']:.0%} confidence, for each method alone"
-    )
+    """Lines for the terminal: the target, methods without a safe budget, and the commands that serve the others."""
     serve = [f"    {entry['safe']['serve']}" for entry in report["methods"] if entry["safe"]]
-    return [head, *(line.replace("`", "") for line in _verdicts(report)), *serve]
+    return [*map(plain, _sentences(report)), *serve]
 
 
 def as_csv(report: Report) -> str:
     """Every budget of each method, in the search and in the certificate."""
-    rows = []
-    for entry in report["methods"]:
-        for part, tests in (("search", entry["searched"]), ("certificate", entry["tested"])):
-            for test in tests:
-                share = round(test["agreeing"] / test["count"], 4)
-                safe = _is_safe(test, report) if part == "certificate" else None
-                rows.append(
-                    {"method": entry["method"], "part": part, **test, "agreement": share, "safe": safe}
-                )
+    parts = (("search", "searched"), ("certificate", "tested"))
+    rows = (
+        {"method": entry["method"], "part": part} | test
+        for entry in report["methods"]
+        for part, key in parts
+        for test in entry[key]
+    )
     return csv_text(_COLUMNS, rows)
 
 
-def _verdicts(report: Report) -> list[str]:
-    """A sentence for each method."""
-    printed = []
+def _sentences(report: Report) -> list[str]:
+    """The target, and what is wrong with methods."""
+    questions = report["questions"]
+    printed = [
+        f"{questions['search']} questions searched, {questions['certificate']} fresh ones for the certificate; target "
+        f"{report['target_agreement']:.3f} with {report['confidence']:.0%} confidence, for each method alone"
+    ]
     for entry in report["methods"]:
-        name, safe = f"`{entry['method']}`", entry["safe"]
-        if entry["full_agrees_with_itself"] < report["target_agreement"]:
+        name, with_itself = f"`{entry['method']}`", entry["full_agrees_with_itself"]
+        if with_itself < report["target_agreement"]:
             printed.append(
-                f"{name}: with all tokens the server agrees with itself in {entry['full_agrees_with_itself']:.1%} "
-                "only, so no budget can be expected to reach the target."
+                f"{name}: with all tokens the server agrees with itself in {with_itself:.1%} only, so no budget can be "
+                "expected to reach the target."
             )
-        if safe is None:
+        if entry["safe"] is None:
             largest = (entry["tested"] or entry["searched"][::-1])[0]
             printed.append(
                 f"{name}: no budget is safe; at {largest['keep']} tokens {largest['agreeing']} of {largest['count']} "
                 "answers agree."
             )
-            continue
-        first = safe["first_token"][entry["method"]]
-        printed.append(
-            f"{name}: {safe['keep']} tokens agree in {safe['agreement']:.1%} (at least {safe['at_least']:.1%}). KV "
-            f"cache of a prompt {safe['kv_cache']['saving']:.0%} smaller, first token {first['speedup']:.2f}x faster "
-            f"({1000 * first['seconds']:.0f} ms)."
-        )
     return printed
 
 
@@ -128,23 +114,25 @@ def _section(entry: Mapping[str, Any], report: Report, by_name: Mapping[str, Ite
         lines=["To serve this budget:"] if safe else ["No budget is safe."],
         command=safe["serve"] if safe else "",
         warnings=entry["warnings"],
-        tables=[_budgets(entry, report)],
-        plots=[_agreement(entry, report)],
+        tables=[_budgets(entry, report["target_agreement"])],
+        plots=[_agreement(entry, report["target_agreement"])],
         extra=Markup("<p>{}</p>\n<div class='cases'>\n{}\n</div>").format(
             shown, Markup("\n").join(_case(row, by_name[row["item"]]) for row in worst)
         ),
     )
 
 
-def _budgets(entry: Mapping[str, Any], report: Report) -> Table:
+def _budgets(entry: Mapping[str, Any], target: float) -> Table:
     """Every budget with its answers in the search and in the certificate."""
-    searched, tested = ({test["keep"]: test for test in entry[part]} for part in ("searched", "tested"))
+    tested = {test["keep"]: test for test in entry["tested"]}
     rows = []
-    for keep in sorted(searched.keys() | tested.keys(), reverse=True):
-        test = tested.get(keep)
-        verdict = _verdict(searched.get(keep), test, report)
-        bound = "" if test is None else f"{test['at_least']:.1%}"
-        rows.append((str(keep), _counts(searched.get(keep)), _counts(test), bound, verdict))
+    for seen in reversed(entry["searched"]):
+        if test := tested.get(seen["keep"]):
+            cells = [_counts(test), f"{test['at_least']:.1%}", "safe" if test["safe"] else "not safe"]
+        else:
+            missed = seen["agreeing"] < target * seen["count"]
+            cells = ["", "", "below the target in the search" if missed else "not tested"]
+        rows.append([str(seen["keep"]), _counts(seen), *cells])
     return Table(
         f"budgets-{entry['method']}",
         f"Budgets of `{entry['method']}`",
@@ -154,43 +142,28 @@ def _budgets(entry: Mapping[str, Any], report: Report) -> Table:
     )
 
 
-def _verdict(seen: Mapping[str, Any] | None, test: Mapping[str, Any] | None, report: Report) -> str:
-    if test is not None:
-        return "safe" if _is_safe(test, report) else "not safe"
-    if seen is not None and seen["agreeing"] < report["target_agreement"] * seen["count"]:
-        return "below the target in the search"
-    return "not tested"
+def _counts(test: Mapping[str, Any]) -> str:
+    return f"{test['agreeing']} of {test['count']}, {test['agreement']:.0%}"
 
 
-def _is_safe(test: Mapping[str, Any], report: Report) -> bool:
-    return bool(test["at_least"] >= report["target_agreement"])
-
-
-def _counts(test: Mapping[str, Any] | None) -> str:
-    return (
-        ""
-        if test is None
-        else f"{test['agreeing']} of {test['count']}, {test['agreeing'] / test['count']:.0%}"
-    )
-
-
-def _agreement(entry: Mapping[str, Any], report: Report) -> Plot:
+def _agreement(entry: Mapping[str, Any], target: float) -> Plot:
     """Agreement over the budget, with Wilson's intervals, in the search and in the certificate."""
 
     def paint(figure: Figure) -> None:
         axes = figure.add_subplot()
-        ticks = sorted({test["keep"] for part in ("searched", "tested") for test in entry[part]})
+        ticks = [test["keep"] for test in entry["searched"]]
         for part, label, colour, shift in (
             ("searched", "search", COLOURS[0], -0.08),
             ("tested", "certificate", COLOURS[4], 0.08),
         ):
-            for index, test in enumerate(entry[part]):
-                place = ticks.index(test["keep"]) + shift
-                low, high = (100 * bound for bound in wilson(test["agreeing"], test["count"]))
-                axes.plot([place, place], [low, high], color=colour, linewidth=1.5)
-                share = 100 * test["agreeing"] / test["count"]
-                axes.plot([place], [share], "o", color=colour, label=None if index else label, clip_on=False)
-        axes.axhline(100 * report["target_agreement"], color="#777777", linestyle=":", label="target")
+            tests = entry[part]
+            places = [ticks.index(test["keep"]) + shift for test in tests]
+            bounds = [wilson(test["agreeing"], test["count"]) for test in tests]
+            lows, highs = [100 * low for low, _ in bounds], [100 * high for _, high in bounds]
+            axes.vlines(places, lows, highs, color=colour)
+            shares = [100 * test["agreement"] for test in tests]
+            axes.plot(places, shares, "o", color=colour, label=label, clip_on=False)
+        axes.axhline(100 * target, color="#777777", linestyle=":", label="target")
         axes.set_xticks(range(len(ticks)), map(str, ticks))
         axes.set_xlabel("visual tokens")
         axes.set_ylabel("agreement, %, with 95% interval")
@@ -203,17 +176,11 @@ def _agreement(entry: Mapping[str, Any], report: Report) -> Plot:
 
 def _case(row: Mapping[str, Any], item: Item) -> Markup:
     source = data_url(item.image or b"", item.media_type)
+    patches = _patches(row["patches"], item, source)
     return Markup(
         "<div class='case'><img alt='' src='{}'>{}<dl><dt>question</dt><dd>{}</dd><dt>all tokens</dt><dd>{}</dd>"
         "<dt>reduced</dt><dd>{}</dd><dt>divergence</dt><dd>at least {:.3f} nats</dd></dl></div>"
-    ).format(
-        source,
-        _patches(row["patches"], item, source),
-        item.question,
-        row["full"],
-        row["reduced"],
-        row["divergence"],
-    )
+    ).format(source, patches, item.question, row["full"], row["reduced"], row["divergence"])
 
 
 def _patches(explanation: Mapping[str, Any] | None, item: Item, source: str) -> Markup:

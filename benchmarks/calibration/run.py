@@ -3,22 +3,23 @@
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ficoco_vllm.benchmarks.accuracy.client import CONCURRENCY, Endpoint, Host, endpoint, pairs, replay
 from ficoco_vllm.benchmarks.accuracy.store import Reply, Store
 from ficoco_vllm.benchmarks.accuracy.summary import check
-from ficoco_vllm.benchmarks.accuracy.variants import SITES, Site, Variant, full, server_method, site_of
+from ficoco_vllm.benchmarks.accuracy.variants import Variant, full, server_method, site_of
 from ficoco_vllm.benchmarks.accuracy.workload import Item
 from ficoco_vllm.benchmarks.calibration.effects import (
     EXPLAINS,
     divergence,
-    first_token_ratio,
+    first_token_speedup,
     kept_patches,
     kv_saving,
 )
-from ficoco_vllm.benchmarks.calibration.search import FIRST, Ask, Outcome, certify, needed, search
+from ficoco_vllm.benchmarks.calibration.search import FIRST, Seen, Tested, certify, needed, search
 from ficoco_vllm.benchmarks.harness.results import environment
 
 BUDGETS = (288, 192, 144, 96, 64, 48, 32, 16)
@@ -92,15 +93,15 @@ def calibrate(settings: Settings, items: Sequence[Item]) -> dict[str, Any]:
     workload = {"workload": [item.name for item in items], "tokens": settings.max_tokens}
     host = replace(settings.host, arguments=(*settings.host.arguments, *EXPLAINS))
     fields = {"max_tokens": settings.max_tokens, "num_logprobs": NUM_LOGPROBS}
+    servers: dict[str, list[str]] = {}
+    for method in settings.methods:
+        servers.setdefault(server_method(method, site_of(method)), []).append(method)
     reports = []
     with Store(settings.answers, {**settings.host.identity, **workload}) as store:
-        for site in SITES:
-            of_site = [method for method in settings.methods if site_of(method) == site]
-            servers = {method: server_method(method, site) for method in of_site}
-            for name in dict.fromkeys(servers.values()):
-                with endpoint(host, name, [], **fields) as server:
-                    run = SiteRun(settings, site, server, store, searched, fresh)
-                    reports += run.reports([method for method in of_site if servers[method] == name])
+        for name, methods in servers.items():
+            with endpoint(host, name, [], **fields) as server:
+                runs = (MethodRun(settings, method, server, store, searched, fresh) for method in methods)
+                reports += [run.report() for run in runs]
     return {
         "schema": 1,
         "environment": environment(),
@@ -113,141 +114,115 @@ def calibrate(settings: Settings, items: Sequence[Item]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class SiteRun:
-    """Calibration of the methods of one site, with the questions of the search and fresh ones."""
+class MethodRun:
+    """Calibration of one method on its server, with the questions of the search and fresh ones."""
 
     settings: Settings
-    site: Site
+    method: str
     endpoint: Endpoint
     store: Store
     searched: list[Item]
     fresh: list[Item]
 
-    def reports(self, methods: Sequence[str]) -> list[dict[str, Any]]:
-        """The part of the report on each method."""
-        again = replace(full(self.site), label=f"{full(self.site).label} again")
-        twice = self.fresh[:NUM_TWICE]
-        self._ask([full(self.site), again], twice, f"{self.site}: all tokens, twice")
-        with_itself = self._agreeing(again, twice) / len(twice)
-        outcomes = {method: self._outcome(method) for method in methods}
-        return [self._report(method, outcome, with_itself) for method, outcome in outcomes.items()]
-
-    def _ask(self, variants: Sequence[Variant], items: Sequence[Item], label: str) -> None:
-        """Have questions answered that have not been yet."""
-        replay(self.endpoint, pairs(variants, items), self.store, self.settings.concurrency, label)
-
-    def _replies(self, variant: Variant, item: Item) -> tuple[Reply, Reply]:
-        """Answers of the full model and of a variant to a question."""
-        return self.store[full(self.site).key, item.name], self.store[variant.key, item.name]
-
-    def _agreeing(self, variant: Variant, items: Sequence[Item]) -> int:
-        replies = (self._replies(variant, item) for item in items)
-        return sum(before.text == after.text for before, after in replies)
-
-    def _variant(self, method: str, keep: int) -> Variant:
-        return Variant(method, self.site, method, keep)
-
-    def _asker(self, method: str, items: Sequence[Item]) -> Ask:
-        """The search's view of some questions."""
-
-        def ask(budgets: Sequence[int], n: int) -> dict[int, int]:
-            variants = {keep: self._variant(method, keep) for keep in budgets}
-            label = f"{method} {','.join(map(str, budgets))}"
-            self._ask([full(self.site), *variants.values()], items[:n], label)
-            return {keep: self._agreeing(variant, items[:n]) for keep, variant in variants.items()}
-
-        return ask
-
-    def _outcome(self, method: str) -> Outcome:
+    def report(self) -> dict[str, Any]:
+        """The part of the report on the method."""
         budgets, target = self.settings.budgets, self.settings.target
-        candidate, seen = search(budgets, target, len(self.searched), self._asker(method, self.searched))
-        if candidate is None:
-            return Outcome(None, None, seen)
-        fresh, confidence = self._asker(method, self.fresh), self.settings.confidence
-        safe, tested = certify(budgets, candidate, target, len(self.fresh), fresh, confidence)
-        return Outcome(safe, candidate, seen, tested)
-
-    def _report(self, method: str, outcome: Outcome, with_itself: float) -> dict[str, Any]:
+        with_itself = self._agreement_with_itself()
+        candidate, seen = search(budgets, target, len(self.searched), partial(self._ask, self.searched))
+        fresh = (len(self.fresh), partial(self._ask, self.fresh))
+        safe, tested = certify(budgets, candidate, target, *fresh, self.settings.confidence)
         return {
-            "method": method,
-            "site": self.site,
+            "method": self.method,
             "full_agrees_with_itself": round(with_itself, 4),
-            "candidate": outcome.candidate,
-            "searched": [
-                {"keep": keep, "agreeing": a, "count": n} for keep, (a, n) in sorted(outcome.searched.items())
-            ],
-            "tested": [
-                {
-                    "keep": test.keep,
-                    "agreeing": test.agreeing,
-                    "count": test.count,
-                    "at_least": round(test.bound, 4),
-                }
-                for test in outcome.tested
-            ],
-            "safe": self._safe(method, outcome),
-            "warnings": self._warnings(method, outcome),
-            **self._disagreements(method, outcome),
+            "searched": [_figures(keep, agreeing, n) for keep, (agreeing, n) in sorted(seen.items())],
+            "tested": [_tested(test) | {"safe": test.bound >= target} for test in tested],
+            "safe": None if safe is None else _tested(safe) | self._effects(safe.keep),
+            "warnings": self._warnings(seen),
+            **self._disagreements(seen, safe or next(iter(tested), None)),
         }
 
-    def _safe(self, method: str, outcome: Outcome) -> dict[str, Any] | None:
-        """What the smallest safe budget keeps and saves."""
-        if outcome.safe is None:
-            return None
-        safe, host = outcome.safe, self.settings.host
-        variant, reference = self._variant(method, safe.keep), full(self.site)
-        replies = [self._replies(variant, item) for item in self.fresh]
-        moved = sorted(divergence(before.likely, after.likely) for before, after in replies)
+    @property
+    def _full(self) -> Variant:
+        return full(site_of(self.method))
+
+    def _variant(self, keep: int) -> Variant:
+        return Variant(self.method, site_of(self.method), self.method, keep)
+
+    def _replay(self, variants: Sequence[Variant], items: Sequence[Item], label: str) -> None:
+        """Have questions answered that have not been yet, by the full model too."""
+        jobs = pairs([self._full, *variants], items)
+        replay(self.endpoint, jobs, self.store, self.settings.concurrency, f"{self.method}: {label}")
+
+    def _replies(self, variant: Variant, items: Sequence[Item]) -> list[tuple[Reply, Reply]]:
+        """Answers of the full model and of a variant to each question."""
+        return [(self.store[self._full.key, item.name], self.store[variant.key, item.name]) for item in items]
+
+    def _agreeing(self, variant: Variant, items: Sequence[Item]) -> int:
+        return sum(before.text == after.text for before, after in self._replies(variant, items))
+
+    def _agreement_with_itself(self) -> float:
+        again, twice = replace(self._full, label=f"{self._full.label} again"), self.fresh[:NUM_TWICE]
+        self._replay([again], twice, "all tokens, twice")
+        return self._agreeing(again, twice) / len(twice)
+
+    def _ask(self, items: Sequence[Item], budgets: Sequence[int], n: int) -> dict[int, int]:
+        """The search's view of some questions; see `Ask`."""
+        variants = {keep: self._variant(keep) for keep in budgets}
+        self._replay([*variants.values()], items[:n], f"{','.join(map(str, budgets))} tokens")
+        return {keep: self._agreeing(variant, items[:n]) for keep, variant in variants.items()}
+
+    def _effects(self, keep: int) -> dict[str, Any]:
+        """What a budget changes and saves, and how to serve it."""
+        variant, host, seed = self._variant(keep), self.settings.host, self.settings.seed
+        replies, timed = self._replies(variant, self.fresh), self.fresh[: NUM_TIMED + 1]
+        moved = statistics.fmean(divergence(before.likely, after.likely) for before, after in replies)
         num_text_tokens = statistics.fmean(before.prompt_tokens for before, _ in replies) - host.num_tokens
-        timed_items, variants = self.fresh[: NUM_TIMED + 1], [reference, variant]
-        timed = first_token_ratio(self.endpoint, variants, timed_items, self.settings.seed)
-        command = ["ficoco-vllm serve", host.model, f"--ficoco-method {method} --ficoco-keep {safe.keep}"]
+        command = ["ficoco-vllm serve", host.model, f"--ficoco-method {self.method} --ficoco-keep {keep}"]
         return {
-            "keep": safe.keep,
-            "agreement": round(safe.agreeing / safe.count, 4),
-            "at_least": round(safe.bound, 4),
-            "first_token_divergence": {
-                "mean": round(statistics.fmean(moved), 5),
-                "p95": round(moved[int(0.95 * (len(moved) - 1))], 5),
-            },
+            "first_token_divergence": round(moved, 5),
             "kv_cache": kv_saving(self.settings.config, variant, host.num_tokens, num_text_tokens),
-            "first_token": {key.split("/")[0]: value for key, value in timed.items()},
+            "first_token": first_token_speedup(self.endpoint, self._full, variant, timed, seed),
             "serve": " ".join(filter(None, command)),
         }
 
-    def _warnings(self, method: str, outcome: Outcome) -> list[str]:
+    def _warnings(self, seen: Seen) -> list[str]:
         """Signs that the server did not reduce in the search, in which case it would agree with itself."""
         lines = []
-        for keep, (_, count) in sorted(outcome.searched.items()):
-            variant = self._variant(method, keep)
-            replies = [self._replies(variant, item) for item in self.searched[:count]]
-            before, after = zip(*replies, strict=True)
+        for keep, (_, count) in sorted(seen.items()):
+            variant = self._variant(keep)
+            before, after = zip(*self._replies(variant, self.searched[:count]), strict=True)
             lines += check(variant, before, after, self.endpoint.num_tokens)
         return lines
 
-    def _disagreements(self, method: str, outcome: Outcome) -> dict[str, Any]:
-        """The worst disagreements at the safe budget, or where none is safe at the largest one that was tested.
+    def _disagreements(self, seen: Seen, test: Tested | None) -> dict[str, Any]:
+        """The worst disagreements in a test, or without one at the largest budget of the search.
 
         Returns:
             `worst_keep`, the budget; `worst_of`, whether its questions are those of the certificate or of the search;
             and `worst`, the questions that are answered otherwise than by the full model, the surest of its answers
             first.
         """
-        if outcome.tested:
-            keep, part, items = (outcome.safe or outcome.tested[0]).keep, "certificate", self.fresh
-        else:
-            keep, part = max(outcome.searched), "search"
-            items = self.searched[: outcome.searched[keep][1]]
-        variant = self._variant(method, keep)
-        rows = []
-        for item in items:
-            before, after = self._replies(variant, item)
-            if before.text != after.text:
-                moved = round(divergence(before.likely, after.likely), 4)
-                rows.append((moved, item, {"item": item.name, "full": before.text, "reduced": after.text}))
-        rows.sort(key=lambda row: -row[0])
+        keep, part, items = max(seen), "search", self.searched[: seen[max(seen)][1]]
+        if test is not None:
+            keep, part, items = test.keep, "certificate", self.fresh
+        variant = self._variant(keep)
+        changed = [
+            (divergence(before.likely, after.likely), item, {"full": before.text, "reduced": after.text})
+            for item, (before, after) in zip(items, self._replies(variant, items), strict=True)
+            if before.text != after.text
+        ]
+        changed.sort(key=lambda row: -row[0])
         worst = [
-            {**texts, "divergence": moved, "patches": kept_patches(self.endpoint, variant, item)}
-            for moved, item, texts in rows[:NUM_WORST]
+            {"item": item.name, **texts, "divergence": round(moved, 4)}
+            | {"patches": kept_patches(self.endpoint, variant, item)}
+            for moved, item, texts in changed[:NUM_WORST]
         ]
         return {"worst_keep": keep, "worst_of": part, "worst": worst}
+
+
+def _figures(keep: int, agreeing: int, count: int) -> dict[str, Any]:
+    return {"keep": keep, "agreeing": agreeing, "count": count, "agreement": round(agreeing / count, 4)}
+
+
+def _tested(test: Tested) -> dict[str, Any]:
+    return _figures(test.keep, test.agreeing, test.count) | {"at_least": round(test.bound, 4)}

@@ -11,7 +11,7 @@ Sources: Jamieson and Talwalkar, AISTATS 2016 (successive halving); Maurer, Hoth
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ficoco_vllm.benchmarks.accuracy.statistics import CONFIDENCE, lower_bound, upper_bound
 
@@ -30,33 +30,13 @@ class Tested:
 
     Attributes:
         agreeing: answers equal to the full model's.
+        bound: one-sided lower confidence bound of the agreement.
     """
 
     keep: int
     agreeing: int
     count: int
-    confidence: float = CONFIDENCE
-
-    @property
-    def bound(self) -> float:
-        """The one-sided lower confidence bound of the agreement."""
-        return lower_bound(self.agreeing, self.count, self.confidence)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Outcome for one method.
-
-    Attributes:
-        safe: the smallest budget whose bound reaches the target, or None.
-        candidate: what the search proposed, or None.
-        searched: budget to (agreeing, count) in the search.
-    """
-
-    safe: Tested | None
-    candidate: int | None
-    searched: Mapping[int, tuple[int, int]] = field(default_factory=dict)
-    tested: tuple[Tested, ...] = ()
+    bound: float
 
 
 def needed(target: float, confidence: float = CONFIDENCE) -> int:
@@ -89,7 +69,7 @@ def search(budgets: Sequence[int], target: float, total: int, ask: Ask) -> tuple
 
 def certify(
     budgets: Sequence[int],
-    candidate: int,
+    candidate: int | None,
     target: float,
     total: int,
     ask: Ask,
@@ -98,13 +78,15 @@ def certify(
     """Test budgets around the candidate on fresh questions, the largest first, until one fails.
 
     Returns:
-        The smallest that passed, or None, and all tests.
+        The smallest that passed, or None, and all tests; none without a candidate.
     """
-    order = sorted(budgets)
+    order, safe, tested = sorted(budgets), None, list[Tested]()
+    if candidate is None:
+        return safe, ()
     place = order.index(candidate)
-    safe, tested = None, list[Tested]()
     for keep in reversed(order[max(0, place - 1) : place + 3]):
-        tested.append(Tested(keep, ask([keep], total)[keep], total, confidence))
+        agreeing = ask([keep], total)[keep]
+        tested.append(Tested(keep, agreeing, total, lower_bound(agreeing, total, confidence)))
         if tested[-1].bound < target:
             break
         safe = tested[-1]

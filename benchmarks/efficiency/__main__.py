@@ -25,7 +25,7 @@ from ficoco_vllm.benchmarks.harness.model import WHOLE_MODELS
 from ficoco_vllm.benchmarks.harness.quantization import runs_here
 from ficoco_vllm.benchmarks.harness.results import Bar, at_most, environment, make_parser, report, write
 from ficoco_vllm.benchmarks.harness.rounds import ratios, spread, take_turns
-from ficoco_vllm.reduction.cost import ModelShape, estimate, model_shape, unreduced
+from ficoco_vllm.reduction.cost import ModelShape, estimate, unreduced
 
 # Beside the weights: tower, KV cache, what the process has before, and one layer twice while it is repacked.
 ROOM_BYTES = 4 * 2**30
@@ -36,7 +36,6 @@ def main() -> int:
     parser = make_parser(__doc__, "efficiency")
     parser.add_argument("--sizes", nargs="+", choices=list(WHOLE_MODELS), default=list(WHOLE_MODELS))
     parser.add_argument("--precisions", nargs="+", choices=list(PRECISIONS), default=list(PRECISIONS))
-    parser.add_argument("--layers", type=int, help="of the decoder, a multiple of 8; default: all")
     parser.add_argument("--rounds", type=int, default=3, help="measured requests of each row")
     args = parser.parse_args()
     head = {"environment": environment(), "seed": args.seed}
@@ -45,14 +44,12 @@ def main() -> int:
     for table, precision in product(TABLES, PRECISIONS):
         if table.size not in args.sizes or precision not in args.precisions:
             continue
-        num_layers = args.layers or WHOLE_MODELS[table.size]
-        shape = model_shape(model.config(num_layers, table.size))
-        if reason := _obstacle(shape, precision):
+        if reason := _obstacle(table.shape, precision):
             print(f"{table.size} {precision}: {reason}; planned only", flush=True)
             continue
         with tempfile.TemporaryDirectory() as folder:
-            model.write(Path(folder), num_layers, table.size, PRECISIONS[precision][0])
-            new = measure(folder, table, precision, shape, args.rounds, random.Random(args.seed))
+            model.write(Path(folder), WHOLE_MODELS[table.size], table.size, PRECISIONS[precision][0])
+            new = measure(folder, table, precision, table.shape, args.rounds, random.Random(args.seed))
         rows = [row for row in rows if (row["table"], row["precision"]) != (table.number, precision)] + new
         write(head | {"rows": rows}, args.out)
     if not rows:
@@ -134,7 +131,6 @@ def _summary(
             "table": table.number,
             "precision": precision,
             "method": row.method,
-            "layers": shape.decoder.num_layers,
             "rounds": len(seconds),
             "flops": counted[0],
             "planned_flops": cost.decoder_flops,

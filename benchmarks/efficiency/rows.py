@@ -4,15 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ficoco_vllm.benchmarks.harness import model
-from ficoco_vllm.benchmarks.harness.model import PATCHES, WHOLE_MODELS
+from ficoco_vllm.benchmarks.harness.model import PATCHES
 from ficoco_vllm.benchmarks.harness.pages import table as markdown_table
 from ficoco_vllm.benchmarks.harness.quantization import Weights
 from ficoco_vllm.benchmarks.harness.rounds import ranged
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.planning.server import ServerPlan
 from ficoco_vllm.planning.tower import Budget
-from ficoco_vllm.reduction.cost import ModelShape, TokenPlan, estimate, model_shape
+from ficoco_vllm.reduction.cost import KNOWN_MODELS, ModelShape, TokenPlan, estimate, model_shape
 
 # Weights and bits of the KV cache of the rows that the paper calls so. vLLM has no KV cache of 4 bits on a CPU.
 PRECISIONS: dict[str, tuple[Weights, int]] = {"fp16": ("plain", 16), "int8": ("int8", 8), "int4": ("int4", 8)}
@@ -62,18 +61,20 @@ class Table:
     num_text_tokens: int
     rows: tuple[Row, ...]
 
+    @property
+    def shape(self) -> ModelShape:
+        """Sizes of its model."""
+        return model_shape(KNOWN_MODELS[f"llava-hf/llava-1.5-{self.size}-hf"])
+
 
 STOCK = Row("LLaVA-1.5")
 TABLES = (
     # FiCoCo-L's printed KV cache is below what it can reach from the 4th layer on; 64 tokens are left instead.
     Table(
-        8, "7b", 60, (STOCK, Row("FiCoCo-V", 64, 64), Row("FiCoCo-L", PATCHES, 64), Row("FiCoCo-VL", 70, 54))
+        8, "7b", 60, (STOCK, Row("FiCoCo-V", 64, 64), Row("FiCoCo-L", decoder=64), Row("FiCoCo-VL", 70, 54))
     ),
     Table(
-        9,
-        "13b",
-        512,
-        (STOCK, Row("FiCoCo-V", 84, 84), Row("FiCoCo-L", PATCHES, 25), Row("FiCoCo-VL", 94, 74)),
+        9, "13b", 512, (STOCK, Row("FiCoCo-V", 84, 84), Row("FiCoCo-L", decoder=25), Row("FiCoCo-VL", 94, 74))
     ),
 )
 
@@ -85,16 +86,16 @@ def markdown(table: Table, measured: Sequence[dict[str, Any]]) -> list[str]:
     for precision, (weights, bits) in PRECISIONS.items():
         for row in table.rows:
             figures = by_name.get((table.number, precision, row.method))
-            cells = _planned(table, row, bits) if figures is None else _measured(table, figures)
+            cells = _planned(table, row, bits) if figures is None else _measured(figures)
             precise = (precision.upper(), f"{_WEIGHTS[weights]}, {bits} bits")
             lines.append([row.method, row.schedule, *precise, *cells])
     return markdown_table(_HEAD, lines)
 
 
-def _measured(table: Table, row: dict[str, Any]) -> list[str]:
-    speedup, whole = row["speedup"], row["layers"] == WHOLE_MODELS[table.size]
+def _measured(row: dict[str, Any]) -> list[str]:
+    speedup = row["speedup"]
     return [
-        "measured" if whole else f"measured, {row['layers']} layers",
+        "measured",
         f"{row['flops'] / 1e12:.2f}",
         f"{row['kv_bytes'] / 1e6:.1f}",
         ranged(row["ttft_seconds"]),
@@ -104,9 +105,9 @@ def _measured(table: Table, row: dict[str, Any]) -> list[str]:
 
 
 def _planned(table: Table, row: Row, bits: int) -> list[str]:
-    shape = model_shape(model.config(WHOLE_MODELS[table.size], table.size))
     stock, cost = (
-        estimate(shape, one.plan(shape), num_text_tokens=table.num_text_tokens) for one in (STOCK, row)
+        estimate(table.shape, one.plan(table.shape), num_text_tokens=table.num_text_tokens)
+        for one in (STOCK, row)
     )
     kv_megabytes = cost.kv_bytes * bits / 16 / 1e6
     faster = f"{stock.total_flops / cost.total_flops:.2f}x"

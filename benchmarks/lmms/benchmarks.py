@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 
@@ -20,47 +21,37 @@ class Benchmark:
     """
 
     title: str
-    task: str
     file: str
-    metric: str
+    metric: str = "exact_match"
     scale: float = 100.0
     pad: bool = True
     specific: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
 
-
-def _of(folder: str, task: str, title: str, metric: str = "exact_match", **more: Any) -> Benchmark:
-    """A benchmark whose file has the name of its task."""
-    return Benchmark(title, task, f"{folder}/{task}.yaml", metric, **more)
-
-
-def _judged(folder: str, task: str, title: str, note: str = "", **more: Any) -> Benchmark:
-    """A benchmark whose answers another model judges, in percent."""
-    options = {"metric": "gpt_eval_score", "scale": 1.0, **more}
-    return _of(folder, task, title, note=f"{note}needs a judge model", **options)
+    @property
+    def task(self) -> str:
+        """The task's name."""
+        return Path(self.file).stem.replace("-", "_")
 
 
 _SHORT = "\nAnswer the question using a single word or phrase."
 # LLaVA-1.5's figure has the tokens of an OCR system in the prompt; lmms-eval leaves them out by default.
 _OCR = {"pre_prompt": "", "post_prompt": _SHORT, "ocr": True}
 _F1 = "F1; the paper does not say which it prints"
+_JUDGED = "needs a judge model"
+_WILD = "llava-in-the-wild/llava-in-the-wild.yaml"
+_GPT = ("gpt_eval_score", 1.0)
 BENCHMARKS: Mapping[str, Benchmark] = {
-    "sqa": _of("scienceqa", "scienceqa_img", "SQA", pad=False, note="questions with an image"),
-    "textvqa": _of("textvqa", "textvqa_val", "VQA^T", specific=_OCR),
-    "pope": _of("pope", "pope", "POPE", "pope_f1_score", note=_F1),
-    "vizwiz": _of("vizwiz_vqa", "vizwiz_vqa_val", "Vizwiz", note="val; the paper: test"),
-    "mm-vet": _judged("mmvet", "mmvet", "MM-Vet"),
-    "mmbench-cn": _judged("mmbench", "mmbench_cn_dev", "MMBCN", "dev; ", pad=False),
-    "gqa": _of("gqa", "gqa", "GQA"),
-    "llava-w": Benchmark(
-        "LLAVA-W",
-        "llava_in_the_wild",
-        "llava-in-the-wild/llava-in-the-wild.yaml",
-        *("gpt_eval_llava_all", 1.0, False),
-        note="needs a judge model",
-    ),
-    "mmbench": _judged("mmbench", "mmbench_en_dev", "MMB", "dev; ", pad=False),
-    "vqav2": _of("vqav2", "vqav2_val", "VQAv2", note="val; the paper: test-dev"),
+    "sqa": Benchmark("SQA", "scienceqa/scienceqa_img.yaml", pad=False, note="questions with an image"),
+    "textvqa": Benchmark("VQA^T", "textvqa/textvqa_val.yaml", specific=_OCR),
+    "pope": Benchmark("POPE", "pope/pope.yaml", "pope_f1_score", note=_F1),
+    "vizwiz": Benchmark("Vizwiz", "vizwiz_vqa/vizwiz_vqa_val.yaml", note="val; the paper: test"),
+    "mm-vet": Benchmark("MM-Vet", "mmvet/mmvet.yaml", *_GPT, note=_JUDGED),
+    "mmbench-cn": Benchmark("MMBCN", "mmbench/mmbench_cn_dev.yaml", *_GPT, False, note=f"dev; {_JUDGED}"),
+    "gqa": Benchmark("GQA", "gqa/gqa.yaml"),
+    "llava-w": Benchmark("LLAVA-W", _WILD, "gpt_eval_llava_all", 1.0, False, note=_JUDGED),
+    "mmbench": Benchmark("MMB", "mmbench/mmbench_en_dev.yaml", *_GPT, False, note=f"dev; {_JUDGED}"),
+    "vqav2": Benchmark("VQAv2", "vqav2/vqav2_val.yaml", note="val; the paper: test-dev"),
 }
 
 # The paper's Table 3, LLaVA-1.5-7B, in the order of BENCHMARKS. The key is the method and the tokens of an image

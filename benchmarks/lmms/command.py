@@ -5,6 +5,7 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,6 @@ class Run:
         method: None serves all visual tokens.
         keep: visual tokens that are left.
         limit: only the first questions, or None for all.
-        serve_arguments: more options of the server that is started.
     """
 
     name: str
@@ -46,7 +46,6 @@ class Run:
     api_key: str = "none"
     concurrency: int = 16
     limit: int | None = None
-    serve_arguments: tuple[str, ...] = ()
 
 
 def evaluate(run: Run) -> dict[str, Any]:
@@ -64,27 +63,21 @@ def evaluate(run: Run) -> dict[str, Any]:
     python = Path(os.path.abspath(run.python))
     if not python.is_file():
         raise ValueError(f"--lmms-python = {str(run.python)!r} does not exist; `make lmms` makes it")
-    with tempfile.TemporaryDirectory(prefix="ficoco-lmms-") as name:
-        folder = Path(name)
-        if run.url is not None:
-            return _evaluate(run, python, run.url, folder)
-        arguments = [*filter(None, [run.model]), "--api-key", run.api_key, *run.serve_arguments]
-        arguments += [] if run.method is None else ["--ficoco-method", run.method]
-        arguments += [] if run.keep is None else ["--ficoco-keep", str(run.keep)]
-        with serving(arguments, folder / "log") as server:
-            return _evaluate(run, python, server.url, folder)
-
-
-def _evaluate(run: Run, python: Path, url: str, folder: Path) -> dict[str, Any]:
     benchmark = run.benchmark
-    wrong = probe(url, run.api_key, run.method, run.keep)
-    if wrong:
-        raise RuntimeError(f"{url} does not serve the requested setting: {'; '.join(wrong)}")
-    original = Path(benchmark.file)
-    if not original.is_absolute():
-        original = tasks_folder(python) / original
-    task = write_task(folder / "tasks", original, benchmark.task, benchmark.pad, benchmark.specific)
-    figures = _lmms_eval(run, python, url, task, folder)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ficoco-lmms-")))
+        url = run.url
+        if url is None:
+            arguments = [*filter(None, [run.model]), "--api-key", run.api_key]
+            arguments += [] if run.method is None else ["--ficoco-method", run.method]
+            arguments += [] if run.keep is None else ["--ficoco-keep", str(run.keep)]
+            url = stack.enter_context(serving(arguments, folder / "log")).url
+        wrong = probe(url, run.api_key, run.method, run.keep)
+        if wrong:
+            raise RuntimeError(f"{url} does not serve the requested setting: {'; '.join(wrong)}")
+        original = tasks_folder(python) / benchmark.file
+        task = write_task(folder / "tasks", original, benchmark.task, benchmark.pad, benchmark.specific)
+        figures = _lmms_eval(run, python, url, task, folder)
     return {
         "schema": 1,
         "benchmark": run.name,
@@ -98,8 +91,7 @@ def _evaluate(run: Run, python: Path, url: str, folder: Path) -> dict[str, Any]:
         "paper": paper_figure(run.name, run.method, run.keep),
         "note": benchmark.note,
         "environment": environment(),
-        "lmms_eval": figures.get("lmms_eval_version")
-        or _output(python, "from importlib.metadata import version; print(version('lmms_eval'))"),
+        "lmms_eval": _output(python, "from importlib.metadata import version; print(version('lmms_eval'))"),
     }
 
 

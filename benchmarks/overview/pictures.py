@@ -54,17 +54,14 @@ def _serving(results: Results) -> str:
     def paint(figure: Figure) -> None:
         left, right = figure.subplots(1, 2)
         for colour, (label, kinds) in zip(COLOURS, timed.items(), strict=False):
-            rows = {
-                int(name.removeprefix("keep-")): kinds[name] for name in kinds if name.startswith("keep-")
-            }
+            keeps = sorted(int(name.removeprefix("keep-")) for name in kinds if name.startswith("keep-"))
             for key, style, suffix in (
                 ("speedup", "-", ""),
                 ("predicted_speedup", ":", "; predicted from FLOPs"),
             ):
-                keeps = sorted(rows)
-                values = [rows[keep][key] for keep in keeps]
+                values = [kinds[f"keep-{keep}"][key] for keep in keeps]
                 left.plot(keeps, values, style, color=colour, marker="o", markersize=3, label=label + suffix)
-            token_axis(left, list(rows), PATCHES)
+            token_axis(left, keeps, PATCHES)
         left.set_title("speed-up of the first token, FiCoCo-V", fontsize=9)
         left.set_ylim(bottom=0)
         left.legend(frameon=False, fontsize=7)

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ficoco_vllm.benchmarks.accuracy.tables import of_table
+from ficoco_vllm.benchmarks.accuracy.variants import FULL
 from ficoco_vllm.benchmarks.harness.model import PATCHES
 from ficoco_vllm.benchmarks.harness.pages import table
 from ficoco_vllm.benchmarks.harness.rounds import ranged
@@ -69,7 +71,13 @@ _FAMILY_ROWS = {
     "ficoco-l-one-shot": "28 in the last layers, FiCoCo-L, one-shot",
 }
 # Methods in the README's table of accuracy: ours, and the two that lose least in tower and decoder.
-README_METHODS = ("ficoco-v", "best", "ficoco-vl", "ficoco-l", "pyramiddrop")
+README_METHODS = {
+    "ficoco-v": "FiCoCo-V",
+    "best": "`best`",
+    "ficoco-vl": "FiCoCo-VL",
+    "ficoco-l": "FiCoCo-L",
+    "pyramiddrop": "`pyramiddrop`",
+}
 
 
 def shallowest(results: Results) -> Mapping[str, Any]:
@@ -80,74 +88,32 @@ def shallowest(results: Results) -> Mapping[str, Any]:
 
 def accuracies(results: Results) -> list[Mapping[str, Any]]:
     """Rows of both accuracy benchmarks that hold a method at a budget."""
-    return [
-        row
-        for name in ("accuracy", "accuracy-decoder")
-        for row in results[name]["rows"]
-        if row["table"] == "methods" and row["method"]
-    ]
+    names = ("accuracy", "accuracy-decoder")
+    return [row for name in names for row in of_table(results[name], "methods") if row["method"]]
 
 
 def full_accuracy(results: Results) -> float:
     """Accuracy with all visual tokens, percent."""
-    return next(
-        float(row["accuracy"])
-        for row in results["accuracy"]["rows"]
-        if row["table"] == "methods" and row["label"] == "full"
-    )
-
-
-def largest_load(result: Mapping[str, Any]) -> str:
-    """Name of the point of a load test with the most open requests."""
-    traffic = {row["point"]: row["traffic"] for row in result["rows"]}
-    return str(
-        max(traffic, key=lambda name: (traffic[name]["rate"] is None, traffic[name]["concurrency"] or 0))
-    )
-
-
-_TITLES = {"ficoco-v": "FiCoCo-V", "ficoco-vl": "FiCoCo-VL", "ficoco-l": "FiCoCo-L"}
-
-
-def blocks(results: Results) -> dict[str, list[str]]:
-    """Lines of every generated block, by the name in its markers.
-
-    Args:
-        results: name of each benchmark to its committed JSON.
-    """
-    return {
-        "savings": savings(results),
-        "accuracy": accuracy(results),
-        "advice": as_markdown().splitlines(),
-        "ttft": ttft(results),
-        "families": families(results),
-        "load": load(results),
-        "machines": machines(results),
-    }
+    rows = of_table(results["accuracy"], "methods")
+    return next(float(row["accuracy"]) for row in rows if row["label"] == FULL)
 
 
 def savings(results: Results) -> list[str]:
     """The README's table of what a method saves."""
-    stock = STOCK.kv_megabytes(results)
+    run, stock = shallowest(results), STOCK.kv_megabytes(results)
     rows = []
     for row in README_ROWS:
-        kv, counted = row.kv_megabytes(results), results["concurrency"]["kinds"][row.concurrency]
-        first = shallowest(results)["kinds"][row.ttft]
-        cells = [f"{first['ttft_seconds_median']:.1f} s", f"{kv:.0f} MB", str(counted["num_running"])]
-        if row is not STOCK:
-            factors = (first["speedup"], stock / kv, counted["ratio"])
-            words = (" faster", " smaller", "")
-            cells = [
-                f"{cell} ({factor:.1f}x{word})"
-                for cell, factor, word in zip(cells, factors, words, strict=True)
-            ]
+        first, kv = run["kinds"][row.ttft], row.kv_megabytes(results)
+        counted = results["concurrency"]["kinds"][row.concurrency]
+        figures = (
+            (f"{first['ttft_seconds_median']:.1f} s", f"{first['speedup']:.1f}x faster"),
+            (f"{kv:.0f} MB", f"{stock / kv:.1f}x smaller"),
+            (str(counted["num_running"]), f"{counted['ratio']:.1f}x"),
+        )
+        cells = [figure if row is STOCK else f"{figure} ({factor})" for figure, factor in figures]
         rows.append([row.label, row.tokens, *cells])
-    header = (
-        "",
-        "visual tokens per image",
-        f"time to first token, {shallowest(results)['layers']} of 32 layers",
-        "KV cache per request",
-        "concurrent requests",
-    )
+    first_token = f"time to first token, {run['layers']} of 32 layers"
+    header = ("", "visual tokens per image", first_token, "KV cache per request", "concurrent requests")
     whole = results["ttft"]["whole_model"][FICOCO_V.ttft]["speedup"]
     note = f"Extrapolated to all 32 layers, FiCoCo-V's first token comes {whole:.1f}x faster."
     return [*_table(header, rows), "", note]
@@ -155,48 +121,35 @@ def savings(results: Results) -> list[str]:
 
 def accuracy(results: Results) -> list[str]:
     """The README's table of what a budget costs on the demo model."""
-    by_method: dict[str, dict[int, Mapping[str, Any]]] = {}
-    for row in accuracies(results):
-        by_method.setdefault(row["method"], {})[row["keep"]] = row
-    budgets = sorted({keep for name in README_METHODS for keep in by_method[name]}, reverse=True)
-    full = full_accuracy(results)
+    figures = {(row["method"], row["keep"]): f"{row['accuracy']:.1f}" for row in accuracies(results)}
+    budgets = sorted({keep for name, keep in figures if name in README_METHODS}, reverse=True)
+    full = f"{full_accuracy(results):.1f}"
     return _table(
         ("method", f"all {PATCHES}", *map(str, budgets)),
-        [
-            [
-                _TITLES.get(name, f"`{name}`"),
-                f"{full:.1f}",
-                *(f"{by_method[name][keep]['accuracy']:.1f}" for keep in budgets),
-            ]
-            for name in README_METHODS
-        ],
+        [[title, full, *(figures[name, keep] for keep in budgets)] for name, title in README_METHODS.items()],
     )
+
+
+def advice(_: Results) -> list[str]:
+    """The README's table of which method to take."""
+    return as_markdown().splitlines()
 
 
 def ttft(results: Results) -> list[str]:
     """Time to first token, measured, predicted and extrapolated; KV cache; concurrent requests."""
+    run, whole, counts = shallowest(results), results["ttft"]["whole_model"], results["concurrency"]["kinds"]
     rows = []
     for row in ALL_ROWS:
-        first = shallowest(results)["kinds"][row.ttft]
-        whole = results["ttft"]["whole_model"].get(row.ttft)
-        rows.append(
-            [
-                row.label,
-                row.tokens,
-                ranged(first, "ttft_seconds_").replace(" (", " s ("),
-                f"{first['speedup']:.2f}x ({first['predicted_speedup']:.2f}x)",
-                f"{whole['speedup']:.2f}x ({whole['predicted_speedup']:.2f}x)" if whole else "",
-                f"{row.kv_megabytes(results):.0f} MB",
-                _concurrent(results, row),
-            ]
-        )
-    layers = shallowest(results)["layers"]
+        counted = counts.get(row.concurrency)
+        concurrent = f"{counted['num_running']} ({counted['ratio']:.2f}x)" if counted else ""
+        cells = [*_timed(run["kinds"][row.ttft], whole.get(row.ttft)), f"{row.kv_megabytes(results):.0f} MB"]
+        rows.append([row.label, row.tokens, *cells, concurrent])
     return _table(
         (
             "method",
             "visual tokens",
-            f"first token, {layers} layers: median (min-max)",
-            f"speed-up, {layers} layers (predicted by the roofline)",
+            f"first token, {run['layers']} layers: median (min-max)",
+            f"speed-up, {run['layers']} layers (predicted by the roofline)",
             "speed-up, 32 layers, extrapolated (predicted)",
             "KV cache per request",
             "concurrent requests",
@@ -211,21 +164,10 @@ def families(results: Results) -> list[str]:
     for name, title in FAMILIES.items():
         run, whole = max(results[name]["runs"], key=lambda run: run["layers"]), results[name]["whole_model"]
         for kind, label in _FAMILY_ROWS.items():
-            if kind not in run["kinds"]:
-                continue
-            row, all_layers = run["kinds"][kind], whole.get(kind)
-            rows.append(
-                [
-                    title,
-                    label,
-                    ranged(row, "ttft_seconds_").replace(" (", " s ("),
-                    f"{row['speedup']:.2f}x ({row['predicted_speedup']:.2f}x)",
-                    f"{all_layers['speedup']:.2f}x ({all_layers['predicted_speedup']:.2f}x)"
-                    if all_layers
-                    else "",
-                    f"{row['reduction_share_of_tower']:.1%}" if row["reduction_share_of_tower"] else "",
-                ]
-            )
+            if row := run["kinds"].get(kind):
+                share = row["reduction_share_of_tower"]
+                timed = _timed(row, whole.get(kind))
+                rows.append([title, label, *timed, f"{share:.1%}" if share else ""])
     return _table(
         (
             "model",
@@ -239,19 +181,19 @@ def families(results: Results) -> list[str]:
     )
 
 
-def _concurrent(results: Results, row: Row) -> str:
-    if row.concurrency is None:
-        return ""
-    counted = results["concurrency"]["kinds"][row.concurrency]
-    return f"{counted['num_running']} ({counted['ratio']:.2f}x)"
+def _timed(row: Mapping[str, Any], whole: Mapping[str, Any] | None) -> list[str]:
+    """Time to first token, its speed-up, and the speed-up with all layers if that was extrapolated."""
+    cells = [ranged(row, "ttft_seconds_").replace(" (", " s (")]
+    for one in (row, whole):
+        cells.append(f"{one['speedup']:.2f}x ({one['predicted_speedup']:.2f}x)" if one else "")
+    return cells
 
 
 def load(results: Results) -> list[str]:
-    """Throughput of `make bench-load` at its largest load."""
-    point = largest_load(results["load"])
-    rows = []
-    for row in results["load"]["summary"]:
-        if row["point"] == point:
+    """Throughput of `make bench-load` at its largest load, which is the last of its summary."""
+    summary, rows = results["load"]["summary"], []
+    for row in summary:
+        if row["point"] == summary[-1]["point"]:
             median, low, high = (row[f"request_throughput{which}"] for which in ("", "_min", "_max"))
             first = f"{row['ttft_ms_p50'] / 1e3:.1f} s"
             rows.append([row["server"], f"{median:.2f} ({low:.2f}-{high:.2f})", first])

@@ -31,7 +31,7 @@ def test_every_row_multiplies_and_holds_what_is_planned(demo_model: Path) -> Non
     assert not any(bar.passed for bar in bars(lied))
     first, *others = markdown(TABLE_8, rows)[2:6]
     assert f"| {stock['flops'] / 1e12:.2f} | {stock['kv_bytes'] / 1e6:.1f} |" in first
-    assert all("| measured, 8 layers |" in line for line in others)
+    assert all("| measured |" in line for line in others)
 
 
 def test_what_was_not_measured_is_marked_as_planned() -> None:

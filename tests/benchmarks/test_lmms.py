@@ -62,7 +62,7 @@ def test_a_local_task_scores_what_the_server_answers(
         answers.append((answer.choices[0].message.content or "").strip() == item.answer)
     assert any(answers)
     assert not all(answers), "questions that are all answered would not show a harness that always says yes"
-    benchmark = Benchmark("Signs", "signs", str(task), "exact")
+    benchmark = Benchmark("Signs", str(task), "exact")
     result = evaluate(
         Run("signs", benchmark, PYTHON, url=server.url, api_key=API_KEY, method="ficoco-v", keep=64)
     )
@@ -126,7 +126,7 @@ def test_a_server_that_tells_what_it_does_not_do_is_noticed(
 @needs_lmms
 @pytest.mark.server
 def test_a_question_without_an_answer_is_no_wrong_answer(server: Server, task: Path) -> None:
-    benchmark = Benchmark("Signs", "signs", str(task), "exact", specific={"pre_prompt": "word " * 5000})
+    benchmark = Benchmark("Signs", str(task), "exact", specific={"pre_prompt": "word " * 5000})
     with pytest.raises(RuntimeError, match="questions were not answered"):
         evaluate(
             Run(

@@ -13,7 +13,7 @@ from ficoco_vllm.benchmarks.harness.pages import ROOT, fill
 from ficoco_vllm.benchmarks.load.settings import Traffic
 from ficoco_vllm.benchmarks.overview.__main__ import BLOCKS, PAGE, README, committed, files
 from ficoco_vllm.benchmarks.overview.pictures import pictures
-from ficoco_vllm.benchmarks.overview.tables import FICOCO_L, FICOCO_V, STOCK, blocks
+from ficoco_vllm.benchmarks.overview.tables import FICOCO_L, FICOCO_V, STOCK, load, machines
 
 
 @pytest.fixture
@@ -46,9 +46,8 @@ def test_kv_cache_of_a_request(results: dict[str, Any]) -> None:
 
 
 def test_every_cell_of_the_readme_is_filled(results: dict[str, Any]) -> None:
-    generated = blocks(results)
-    for name in BLOCKS[README]:
-        header, _, *rows = [line for line in generated[name] if line.startswith("|")]
+    for generate in BLOCKS[README].values():
+        header, _, *rows = [line for line in generate(results) if line.startswith("|")]
         for row in rows:
             cells = [cell.strip() for cell in row.strip("|").split("|")]
             assert len(cells) == len(header.strip("|").split("|"))
@@ -69,10 +68,10 @@ def test_load_is_that_of_the_largest_point(results: dict[str, Any]) -> None:
     ]
     machine = {**results["ttft"]["environment"], "cores": 64}
     results["load"] = {"rows": rows, "summary": summary, "environment": machine}
-    generated = blocks(results)
-    assert "| tome-64 | 2.50 (2.50-2.50) | 1.0 s |" in generated["load"]
-    assert len(generated["load"]) == 4
-    assert any(line.startswith("`make bench-load`: 64 cores") for line in generated["machines"])
+    lines = load(results)
+    assert "| tome-64 | 2.50 (2.50-2.50) | 1.0 s |" in lines
+    assert len(lines) == 4
+    assert any(line.startswith("`make bench-load`: 64 cores") for line in machines(results))
 
 
 def test_pictures_are_the_same_each_time(results: dict[str, Any]) -> None:

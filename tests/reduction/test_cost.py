@@ -340,7 +340,7 @@ def test_plans_that_do_not_fit_are_refused() -> None:
 
 def test_the_document_is_current() -> None:
     """Also fails where a figure is more than 5% off and has no note, or has a note and needs none."""
-    command = [sys.executable, "-m", "ficoco_vllm.benchmarks.paper_tables", "--check"]
+    command = [sys.executable, "-m", "ficoco_vllm.benchmarks.efficiency.paper_tables", "--check"]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
