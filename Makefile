@@ -95,10 +95,10 @@ test-kernels: $(DEV)  ## run every fused op, and what replaces kernels of vLLM, 
 	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m interpreter tests/kernels tests/compat $(ARGS)
 
 kernels-aot: $(DEV)  ## compile the kernels ahead of time for several GPUs and check registers, spills and shared memory
-	@OMP_NUM_THREADS=1 $(BIN)/python -m ficoco_vllm.benchmarks.kernels.aot --json build/kernels-aot.json $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m ficoco_vllm.benchmarks.kernels.aot $(ARGS)
 
 bench-kernels: $(DEV)  ## time the fused ops (on a GPU the kernels, else the torch versions)
-	@$(BIN)/python -m ficoco_vllm.benchmarks.kernels.bench --out build/kernels $(ARGS)
+	@$(BIN)/python -m ficoco_vllm.benchmarks.kernels.bench $(ARGS)
 
 bench-ttft: $(DEV)  ## time to first token at LLaVA-1.5-7B's width, stock and reduced side by side
 	@$(BIN)/python -m ficoco_vllm.benchmarks.ttft $(ARGS)

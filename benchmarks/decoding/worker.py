@@ -39,15 +39,11 @@ def decode(engine: Any, num_requests: int) -> dict[str, float]:
         core.step()
     seconds: dict[str, float] = defaultdict(float)
     steps: list[dict[str, float]] = []
-    parts = [
-        (runner.model_state, "prepare_attn", "prepare_attn"),
-        (runner, "prepare_attn", "prepare_attn"),
-        (scheduler, "schedule", "schedule"),
-    ]
+    parts = [(runner.model_state, "prepare_attn"), (runner, "prepare_attn"), (scheduler, "schedule")]
     with ExitStack() as stack:
-        for owner, name, key in parts:
-            stack.enter_context(patch.object(owner, name, _timed(getattr(owner, name), seconds, key)))
-        stack.enter_context(patch.object(runner.model, "forward", _Recalled(runner.model.forward)))
+        for owner, name in parts:
+            stack.enter_context(patch.object(owner, name, _timed(getattr(owner, name), seconds, name)))
+        stack.enter_context(patch.object(runner.model, "forward", _recalled(runner.model.forward)))
         for _ in range(NUM_WARM + NUM_STEPS):
             seconds.clear()
             start = time.thread_time()
@@ -60,18 +56,16 @@ def decode(engine: Any, num_requests: int) -> dict[str, float]:
     return {key: 1000 * median(step[key] for step in steps[NUM_WARM:]) for key in steps[0]}
 
 
-class _Recalled:
+def _recalled(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """A forward pass that is run once for each number of tokens."""
+    results: dict[int, torch.Tensor] = {}
 
-    def __init__(self, forward: Callable[..., torch.Tensor]) -> None:
-        self.forward = forward
-        self.results: dict[int, torch.Tensor] = {}
+    def call(input_ids: Any, positions: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if len(positions) not in results:
+            results[len(positions)] = forward(input_ids, positions, *args, **kwargs)
+        return results[len(positions)]
 
-    def __call__(self, input_ids: Any, positions: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        num_tokens = len(positions)
-        if num_tokens not in self.results:
-            self.results[num_tokens] = self.forward(input_ids, positions, *args, **kwargs)
-        return self.results[num_tokens]
+    return call
 
 
 def _timed(function: Callable[..., Any], seconds: dict[str, float], key: str) -> Callable[..., Any]:

@@ -20,7 +20,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 from statistics import median
@@ -45,7 +44,7 @@ from ficoco_vllm.benchmarks.ttft.kinds import (
 )
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.planning.server import ServerPlan
-from ficoco_vllm.reduction.cost import Device, ModelShape, Times, model_shape, predict, unreduced
+from ficoco_vllm.reduction.cost import Device, Times, model_shape, predict, unreduced
 from ficoco_vllm.reduction.cost.memory import num_parameters, to_bytes
 from ficoco_vllm.reduction.cost.roofline import MEMORY_SHARE
 
@@ -70,7 +69,7 @@ BATCH = 8  # images that the tower encodes together
 
 
 def main() -> int:
-    """Run the steps, write the JSON and the picture, print the bars."""
+    """Run the steps, write the JSON, print the bars."""
     parser = make_parser(__doc__, "gpu")
     add = parser.add_argument
     add("--steps", nargs="+", choices=list(STEPS), default=list(STEPS))
@@ -107,10 +106,6 @@ def main() -> int:
             result["failed"][name] = str(error)
             print(f"{name} failed: {error}", file=sys.stderr)
             write(result, args.out)
-    if "serving" in result and find_spec("matplotlib"):
-        from ficoco_vllm.benchmarks.gpu.picture import picture
-
-        args.out.with_suffix(".svg").write_text(picture(result["serving"]), encoding="utf-8")
     failed = at_most("gpu-steps-failed", len(result["failed"]))
     if args.emulate:
         print("emulated: the figures mean nothing")
@@ -191,10 +186,10 @@ def _serving(args: argparse.Namespace, ceilings: Device) -> Iterator[dict[str, d
                 for kind in kinds:
                     # A method of the decoder takes its budget from the server's settings.
                     keep = None if kind.in_decoder or not kind.settings else kind.keep
-                    times = _predicted(_shape(path), kind, ceilings, args)
+                    times = _predicted(path, kind, ceilings, args)
                     asks = {
-                        kind.name: partial(engine.call, ttft.measure, keep, 1),
-                        "batch": partial(engine.call, ttft.measure, keep, BATCH),
+                        name: partial(engine.call, ttft.measure, keep, batch)
+                        for name, batch in ((kind.name, 1), ("batch", BATCH))
                     }
                     samples = take_turns(asks, args.rounds, Random(args.seed), kind.name)
                     loads = [
@@ -262,14 +257,11 @@ def _model(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
         yield args.model or str(model.write(Path(folder), args.layers)), options
 
 
-def _shape(path: str) -> ModelShape:
+def _predicted(path: str, kind: Kind, ceilings: Device, args: argparse.Namespace) -> Times:
+    """The roofline's times of one row, with the memory of the benchmark's KV cache."""
     from transformers import AutoConfig
 
-    return model_shape(AutoConfig.from_pretrained(path).to_dict())
-
-
-def _predicted(shape: ModelShape, kind: Kind, ceilings: Device, args: argparse.Namespace) -> Times:
-    """The roofline's times of one row, with the memory of the benchmark's KV cache."""
+    shape = model_shape(AutoConfig.from_pretrained(path).to_dict())
     plan = unreduced(shape)
     if kind.settings:
         config = FicocoConfig.model_validate({**kind.settings, "keep": kind.keep})

@@ -1,8 +1,9 @@
 """Measurements inside the process of an engine, and of the kernels."""
 
 import time
+from collections.abc import Callable
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image
 
@@ -10,9 +11,6 @@ from ficoco_vllm import demo_model
 from ficoco_vllm.benchmarks.harness import device
 from ficoco_vllm.benchmarks.harness.engine import image_request, request, scheduler_of
 from ficoco_vllm.benchmarks.ttft.kinds import NUM_TEXT_TOKENS
-
-if TYPE_CHECKING:
-    from ficoco_vllm.benchmarks.kernels.workloads import Workload
 
 
 def answers(engine: Any) -> dict[str, Any]:
@@ -88,13 +86,19 @@ def kernels(held: None, batches: list[int], repeats: int) -> list[dict[str, Any]
         Rows of name, `B`, `seconds`, `floor_bytes`, `floor_flops` and `num_launches`.
     """
     import torch
+    from triton import knobs
 
+    from ficoco_vllm.benchmarks.kernels.recording import launches_of
     from ficoco_vllm.benchmarks.kernels.workloads import workloads
+
+    def num_launches(run: Callable[[], Any]) -> int:
+        # The interpreter, which launches nothing, counts as one.
+        return 1 if knobs.runtime.interpret else len(launches_of(run))
 
     torch.manual_seed(0)
     rows = []
     for B in batches:
-        launches = {workload.name: _launches(workload) for workload in workloads(B, torch.bfloat16)}
+        launches = {one.name: num_launches(one.run) for one in workloads(B, torch.bfloat16)}
         for workload in workloads(B, torch.bfloat16, device.name()):
             times = []
             if device.name() == "cuda":
@@ -116,16 +120,3 @@ def kernels(held: None, batches: list[int], repeats: int) -> list[dict[str, Any]
                 }
             )
     return rows
-
-
-def _launches(workload: "Workload") -> int:
-    """Launches of an op whose tensors hold no data; the interpreter, which launches nothing, counts as one."""
-    from triton import knobs
-
-    if knobs.runtime.interpret:
-        return 1
-    from ficoco_vllm.benchmarks.kernels.recording import recorded
-
-    with recorded() as launches:
-        workload.run()
-    return len(launches)

@@ -1,68 +1,111 @@
 """Time the fused ops against plain torch code, and against the attention itself.
 
-    python -m ficoco_vllm.benchmarks.kernels.bench [--out FOLDER] [--batches 1 8 32]
+    python -m ficoco_vllm.benchmarks.kernels.bench [--batches 1 8 32] [--repeats 5]
 
 On a GPU the Triton kernels run; without one the torch implementations are timed, with bars: at
 least as fast as the plain code, and at most half of its peak memory at B = 8. Results are compared before
 anything is timed; on a mismatch nothing is printed and the exit status is 1.
 """
 
-import argparse
-import json
-import platform
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from statistics import median
 from typing import Any, Literal
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from ficoco_vllm.benchmarks.harness.results import Bar, at_most, print_table, report
-from ficoco_vllm.benchmarks.kernels.cases import Case, decoder, tower
+from ficoco_vllm.benchmarks.harness.results import (
+    Bar,
+    at_most,
+    environment,
+    make_parser,
+    print_table,
+    report,
+    write,
+)
+from ficoco_vllm.benchmarks.kernels.cases import decoder, tower
 
 MEMORY_LIMIT = 0.5
 MEMORY_BATCH = 8
 TIME_LIMIT = 1.0
 # The plain code rounds its logits to the inputs' type, which dominates the difference in half precision.
-ATOL = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+ATOL = {torch.float32: 1e-4, torch.float16: 5e-2}
 
 
-def verify(case: Case, dtype: torch.dtype) -> None:
-    """Compare both ways.
+def main() -> int:
+    """Run, print, write; returns 1 on a mismatch or if a bar fails."""
+    parser = make_parser(__doc__, "kernels", seed=False)
+    parser.add_argument("--batches", type=int, nargs="+")
+    parser.add_argument("--repeats", type=int, default=5, help="on a CPU")
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    if device == "cpu":
+        print("no GPU: the torch implementations are timed; the Triton kernels are not run")
+    batches = arguments.batches or ([1, 8, 32] if device == "cuda" else [1, 8])
+    try:
+        rows = measure(batches, device, dtype, arguments.repeats)
+    except AssertionError as error:
+        print(f"the two ways differ, so nothing is timed: {error}", file=sys.stderr)
+        return 1
+    context = {"environment": environment(), "dtype": str(dtype), "threads": torch.get_num_threads()}
+    print(", ".join(f"{name}: {value}" for name, value in context.items()))
+    show(rows)
+    write({**context, "rows": rows}, arguments.out)
+    return report(bars(rows)) if device == "cpu" else 0
+
+
+def measure(batches: list[int], device: str, dtype: torch.dtype, repeats: int) -> list[dict[str, Any]]:
+    """Figures of each case and batch; at each batch a site is timed once all of its cases are verified.
 
     Raises:
-        AssertionError: they differ.
+        AssertionError: the two ways differ.
     """
-    for found, expected in zip(case.ours(), case.eager(), strict=True):
-        torch.testing.assert_close(found.float(), expected.float(), rtol=ATOL[dtype], atol=ATOL[dtype])
+    backend: Literal["torch", "triton"] = "triton" if device == "cuda" else "torch"
+    rows = []
+    for B in batches:
+        torch.manual_seed(B)
+        for site in (tower, decoder):
+            cases = site(B, dtype, device, backend)
+            for case in cases:
+                for found, expected in zip(case.ours(), case.eager(), strict=True):
+                    torch.testing.assert_close(
+                        found.float(), expected.float(), rtol=ATOL[dtype], atol=ATOL[dtype]
+                    )
+            for case in cases:
+                ways = [case.ours, case.eager, *([case.attention] if case.attention else [])]
+                ours, eager, *attention = seconds(ways, device, repeats)
+                rows.append(
+                    {
+                        "name": case.name,
+                        "B": B,
+                        "ours_seconds": ours,
+                        "eager_seconds": eager,
+                        "attention_seconds": attention[0] if attention else None,
+                        "ours_bytes": peak_bytes(case.ours, device),
+                        "eager_bytes": peak_bytes(case.eager, device),
+                    }
+                )
+    return rows
 
 
-def seconds(run: Callable[[], Any], device: str, repeats: int) -> float:
-    """Median time of a call."""
+def seconds(runs: Sequence[Callable[[], Any]], device: str, repeats: int) -> list[float]:
+    """Median time of each call; on a CPU taken in turns, so that a busy machine slows all equally."""
     if device == "cuda":
         from triton.testing import do_bench
 
-        return float(do_bench(run, return_mode="median")) / 1e3
-    times = []
+        return [float(do_bench(run, return_mode="median")) / 1e3 for run in runs]
+    rounds = []
     for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
-def pair(case: Case, device: str, repeats: int) -> tuple[float, float]:
-    """Median times of both ways, taken in turns so that a busy machine slows both equally."""
-    if device == "cuda":
-        return seconds(case.ours, device, repeats), seconds(case.eager, device, repeats)
-    ours, eager = [], []
-    for _ in range(repeats):
-        ours.append(seconds(case.ours, device, 1))
-        eager.append(seconds(case.eager, device, 1))
-    return statistics.median(ours), statistics.median(eager)
+        moments = [time.perf_counter()]
+        for run in runs:
+            run()
+            moments.append(time.perf_counter())
+        rounds.append([end - start for start, end in pairwise(moments)])
+    return [median(times) for times in zip(*rounds, strict=True)]
 
 
 def peak_bytes(run: Callable[[], Any], device: str) -> int:
@@ -82,32 +125,6 @@ def peak_bytes(run: Callable[[], Any], device: str) -> int:
         held += event.nbytes()
         most = max(most, held)
     return most
-
-
-def measure(batches: list[int], device: str, dtype: torch.dtype, repeats: int) -> list[dict[str, Any]]:
-    """Verify all, then time all."""
-    backend: Literal["torch", "triton"] = "triton" if device == "cuda" else "torch"
-    rows = []
-    for B in batches:
-        torch.manual_seed(B)
-        for site in (tower, decoder):
-            cases = site(B, dtype, device, backend)
-            for case in cases:
-                verify(case, dtype)
-            for case in cases:
-                ours, eager = pair(case, device, repeats)
-                rows.append(
-                    {
-                        "name": case.name,
-                        "B": B,
-                        "ours_seconds": ours,
-                        "eager_seconds": eager,
-                        "attention_seconds": case.attention and seconds(case.attention, device, repeats),
-                        "ours_bytes": peak_bytes(case.ours, device),
-                        "eager_bytes": peak_bytes(case.eager, device),
-                    }
-                )
-    return rows
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -139,39 +156,6 @@ def bars(rows: list[dict[str, Any]]) -> Iterator[Bar]:
         yield at_most(f"time{place}", row["ours_seconds"] / row["eager_seconds"], TIME_LIMIT)
         if row["B"] == MEMORY_BATCH:
             yield at_most(f"memory{place}", row["ours_bytes"] / row["eager_bytes"], MEMORY_LIMIT)
-
-
-def main() -> int:
-    """Run, print, write; returns 1 on a mismatch or if a bar fails."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("build/kernels"))
-    parser.add_argument("--batches", type=int, nargs="+")
-    parser.add_argument("--repeats", type=int, default=5, help="on a CPU")
-    arguments = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.float16 if device == "cuda" else torch.float32
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-    if device == "cpu":
-        print("no GPU: the torch implementations are timed; the Triton kernels are not run")
-    batches = arguments.batches or ([1, 8, 32] if device == "cuda" else [1, 8])
-    try:
-        rows = measure(batches, device, dtype, arguments.repeats)
-    except AssertionError as error:
-        print(f"the two ways differ, so nothing is timed: {error}", file=sys.stderr)
-        return 1
-    print(f"{name}, {dtype}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads")
-    show(rows)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    context = {
-        "device": name,
-        "dtype": str(dtype),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-    }
-    (arguments.out / "bench.json").write_text(json.dumps(context | {"rows": rows}, indent=1))
-    return report(bars(rows)) if device == "cpu" else 0
 
 
 if __name__ == "__main__":

@@ -27,43 +27,29 @@ class Case:
     attention: Callable[[], Tensor] | None
 
 
-def _attention(layer: Layer) -> Tensor:
-    return scaled_dot_product_attention(
-        layer.query, layer.key, layer.value, scale=layer.scale, is_causal=layer.causal
-    )
-
-
-def _merge_case(layer: Layer, backend: Backend) -> Case:
-    inputs = (layer.tokens, layer.size, layer.correlation, layer.merged_source, layer.merged_target)
-    return Case(
-        f"quantile_merge/{layer.shape.site}",
-        lambda: kernels.quantile_merge(*inputs, epsilon=0.998, backend=backend),
-        lambda: _merge(*inputs),
-        None,
-    )
-
-
 def tower(B: int, dtype: torch.dtype, device: str, backend: Backend) -> list[Case]:
     """The vision tower's: scores, then the merge."""
     layer = Layer(TOWER, B, dtype, device)
-    qk = (layer.query, layer.key)
+    qk, scale = (layer.query, layer.key), layer.scale
 
     def normalisers() -> Tensor:
-        return kernels.softmax_stats(*qk, layer.scale, backend=backend)[0]
+        return kernels.softmax_stats(*qk, scale, backend=backend)[0]
 
     def scores(lse: Tensor) -> tuple[Tensor, ...]:
-        to_others, from_cls, _ = kernels.cls_scores(*qk, lse, layer.scale, backend=backend)
-        index: dict[str, Any] = {"row_index": layer.source, "column_index": layer.target}
-        correlation = kernels.attention_block(*qk, lse, layer.scale, **index, backend=backend)
+        to_others, from_cls, _ = kernels.cls_scores(*qk, lse, scale, backend=backend)
+        correlation = kernels.attention_block(
+            *qk, lse, scale, row_index=layer.source, column_index=layer.target, backend=backend
+        )
         return to_others[:, 1:], from_cls[:, 1:], correlation
 
-    def obvious() -> tuple[Tensor, ...]:
-        return _tower_scores(*qk, layer.scale, layer.source, layer.target)
+    def eager() -> tuple[Tensor, ...]:
+        attention = _attention_map(layer)
+        return attention[:, 1:, 1:].sum(-1), attention[:, 0, 1:], _pick(attention, layer)
 
     given = normalisers()
     return [
-        Case("scores, normalisers given/tower", lambda: scores(given), obvious, lambda: _attention(layer)),
-        Case("scores/tower", lambda: scores(normalisers()), obvious, lambda: _attention(layer)),
+        Case("scores, normalisers given/tower", lambda: scores(given), eager, lambda: _attention(layer)),
+        Case("scores/tower", lambda: scores(normalisers()), eager, lambda: _attention(layer)),
         _merge_case(layer, backend),
     ]
 
@@ -71,7 +57,7 @@ def tower(B: int, dtype: torch.dtype, device: str, backend: Backend) -> list[Cas
 def decoder(B: int, dtype: torch.dtype, device: str, backend: Backend) -> list[Case]:
     """The decoder's: normalisers and row sums in one pass, the text's rows, Eq. 15; then the merge."""
     layer = Layer(DECODER, B, dtype, device)
-    qk, scale = (layer.query, layer.key), layer.scale
+    qk, scale, visual = (layer.query, layer.key), layer.scale, layer.visual
 
     def scores() -> tuple[Tensor, ...]:
         lse, row_sum = kernels.softmax_stats(
@@ -84,49 +70,49 @@ def decoder(B: int, dtype: torch.dtype, device: str, backend: Backend) -> list[C
         correlation = kernels.attention_block(
             *qk, lse, scale, **index, causal=True, text=text, gamma=0.6, backend=backend
         )
-        return row_sum[:, layer.visual], text.sum(1)[:, layer.visual], correlation
+        return row_sum[:, visual], text.sum(1)[:, visual], correlation
 
-    def obvious() -> tuple[Tensor, ...]:
-        return _decoder_scores(*qk, scale, layer.source, layer.target, layer.text_rows, layer.visual)
+    def eager() -> tuple[Tensor, ...]:
+        attention = _attention_map(layer)
+        batch = torch.arange(B, device=device)[:, None]
+        text = attention[batch, layer.text_rows]
+        received = text.transpose(1, 2)
+        indirect = received[batch, layer.source] @ received[batch, layer.target].transpose(1, 2)
+        correlation = 0.6 * _pick(attention, layer) + 0.4 * indirect
+        return attention[:, visual, visual].sum(-1), text.sum(1)[:, visual], correlation
 
-    scored = Case("scores/decoder", scores, obvious, lambda: _attention(layer))
-    return [scored, _merge_case(layer, backend)]
+    return [Case("scores/decoder", scores, eager, lambda: _attention(layer)), _merge_case(layer, backend)]
 
 
-def _attention_map(query: Tensor, key: Tensor, scale: float, causal: bool) -> Tensor:
-    """Head-mean attention (B, M, N) fp32, by way of the whole (B, H, M, N) map."""
-    logits = (query @ key.transpose(-1, -2)).float() * scale
-    if causal:
+def _attention(layer: Layer) -> Tensor:
+    return scaled_dot_product_attention(
+        layer.query, layer.key, layer.value, scale=layer.scale, is_causal=layer.causal
+    )
+
+
+def _attention_map(layer: Layer) -> Tensor:
+    """Head-mean attention (B, N, N) fp32, by way of the whole (B, H, N, N) map."""
+    logits: Tensor = (layer.query @ layer.key.transpose(-1, -2)).float() * layer.scale
+    if layer.causal:
         hidden = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).triu(1)
         logits = logits.masked_fill(hidden, -torch.inf)
     return logits.softmax(dim=-1).mean(dim=1)
 
 
-def _tower_scores(
-    query: Tensor, key: Tensor, scale: float, source: Tensor, target: Tensor
-) -> tuple[Tensor, ...]:
-    """Row sums and [CLS] row of the patches, and the correlation; indices into all tokens."""
-    attention = _attention_map(query, key, scale, causal=False)
-    return attention[:, 1:, 1:].sum(-1), attention[:, 0, 1:], _pick(attention, source, target)
+def _pick(attention: Tensor, layer: Layer) -> Tensor:
+    """Rows of the sources and columns of the targets in a map (B, N, N), (B, R, K)."""
+    batch = torch.arange(len(attention), device=attention.device)[:, None, None]
+    return attention[batch, layer.source[:, :, None], layer.target[:, None, :]]
 
 
-def _decoder_scores(
-    query: Tensor, key: Tensor, scale: float, source: Tensor, target: Tensor, text_rows: Tensor, visual: slice
-) -> tuple[Tensor, ...]:
-    """Row sums over the visual tokens, what the text gives, and Eq. 15; indices into the prompt."""
-    attention = _attention_map(query, key, scale, causal=True)
-    batch = torch.arange(len(source), device=source.device)[:, None]
-    text = attention[batch, text_rows]
-    received = text.transpose(1, 2)
-    indirect = received[batch, source] @ received[batch, target].transpose(1, 2)
-    correlation = 0.6 * _pick(attention, source, target) + 0.4 * indirect
-    return attention[:, visual, visual].sum(-1), text.sum(1)[:, visual], correlation
-
-
-def _pick(attention: Tensor, source: Tensor, target: Tensor) -> Tensor:
-    """Rows and columns of a map (B, N, N) by index, (B, R, K)."""
-    batch = torch.arange(len(source), device=source.device)[:, None, None]
-    return attention[batch, source[:, :, None], target[:, None, :]]
+def _merge_case(layer: Layer, backend: Backend) -> Case:
+    inputs = (layer.tokens, layer.size, layer.correlation, layer.merged_source, layer.merged_target)
+    return Case(
+        f"quantile_merge/{layer.shape.site}",
+        lambda: kernels.quantile_merge(*inputs, epsilon=0.998, backend=backend),
+        lambda: _merge(*inputs),
+        None,
+    )
 
 
 def _merge(

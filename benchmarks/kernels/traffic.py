@@ -1,6 +1,4 @@
-"""Count the loads and stores of the kernels by running them in Triton's interpreter.
-
-    TRITON_INTERPRET=1 python -m ficoco_vllm.benchmarks.kernels.traffic OUT.json
+"""Loads and stores of the kernels, counted by running them in Triton's interpreter.
 
 For each op at B = 1: the distinct 32-byte sectors that each launch touches (what must come from or go to
 device memory if the second-level cache holds the rest), the bytes that the programs ask for in all (what
@@ -8,12 +6,8 @@ that cache must deliver), and the floating-point operations of the matrix produc
 included. Work of torch between the launches is counted by the size of its operands.
 """
 
-import json
-import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -43,30 +37,27 @@ class Traffic(TorchDispatchMode):
         super().__init__()
         self.launches: list[dict[str, int]] = []
         self.torch_bytes = 0
-        self.requested_bytes = self.flops = 0
-        self._loads: list[Any] = []
-        self._stores: list[Any] = []
+        self.begin()
 
-    def touch(self, pointers: Any, mask: Any, store: bool) -> None:
+    def begin(self) -> None:
+        """A launch begins: what it touches again comes from a cache."""
+        self.requested_bytes = self.flops = 0
+        # Sectors of its loads and of its stores.
+        self._sectors: dict[str, list[Any]] = {"load": [], "store": []}
+
+    def touch(self, pointers: Any, mask: Any, way: str) -> None:
         """Record one load or store."""
         element = max(1, pointers.dtype.element_ty.primitive_bitwidth // 8)
-        addresses = np.broadcast_to(pointers.data, np.broadcast(pointers.data, mask.data).shape)[
-            mask.data.astype(bool)
-        ]
+        shape = np.broadcast_shapes(pointers.data.shape, mask.data.shape)
+        addresses = np.broadcast_to(pointers.data, shape)[mask.data.astype(bool)]
         self.requested_bytes += int(addresses.size) * element
-        (self._stores if store else self._loads).append(np.unique(addresses // SECTOR_BYTES))
+        self._sectors[way].append(np.unique(addresses // SECTOR_BYTES))
 
-    def close_launch(self) -> None:
-        """A launch has ended: what it touched again came from a cache."""
-        moved = 0
-        for sectors in (self._loads, self._stores):
-            if sectors:
-                moved += np.unique(np.concatenate(sectors)).size * SECTOR_BYTES
-            sectors.clear()
-        self.launches.append(
-            {"moved_bytes": moved, "requested_bytes": self.requested_bytes, "flops": self.flops}
-        )
-        self.requested_bytes = self.flops = 0
+    def end(self) -> None:
+        """A launch has ended."""
+        num_sectors = sum(np.unique(np.concatenate(found)).size for found in self._sectors.values() if found)
+        figures = {"requested_bytes": self.requested_bytes, "flops": self.flops}
+        self.launches.append({"moved_bytes": num_sectors * SECTOR_BYTES, **figures})
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -85,11 +76,11 @@ def counted() -> Iterator[Traffic]:
     dot, run = InterpreterBuilder.create_dot, InterpretedFunction.run
 
     def masked_load(self: Any, pointers: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
-        traffic.touch(pointers, mask, store=False)
+        traffic.touch(pointers, mask, "load")
         return load(self, pointers, mask, *args, **kwargs)
 
     def masked_store(self: Any, pointers: Any, value: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
-        traffic.touch(pointers, mask, store=True)
+        traffic.touch(pointers, mask, "store")
         return store(self, pointers, value, mask, *args, **kwargs)
 
     def product(self: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> Any:
@@ -97,9 +88,10 @@ def counted() -> Iterator[Traffic]:
         return dot(self, a, b, *args, **kwargs)
 
     def launch(self: Any, *args: Any, **kwargs: Any) -> None:
+        traffic.begin()
         with torch.utils._python_dispatch._disable_current_modes():
             run(self, *args, **kwargs)
-        traffic.close_launch()
+        traffic.end()
 
     with (
         patch.object(InterpreterBuilder, "create_masked_load", masked_load),
@@ -111,20 +103,12 @@ def counted() -> Iterator[Traffic]:
         yield traffic
 
 
-def main() -> int:
-    """Write the counts of every workload."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        print("set TRITON_INTERPRET=1", file=sys.stderr)
-        return 2
+def traffic() -> dict[str, dict[str, Any]]:
+    """Counts of every workload at B = 1 by its name, in a process that was started with TRITON_INTERPRET=1."""
     torch.manual_seed(0)
     counts = {}
     for workload in workloads(1, torch.float16, "cpu"):
-        with counted() as traffic:
+        with counted() as found:
             workload.run()
-        counts[workload.name] = {"launches": traffic.launches, "torch_bytes": traffic.torch_bytes}
-    Path(sys.argv[1]).write_text(json.dumps(counts, indent=1))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        counts[workload.name] = {"launches": found.launches, "torch_bytes": found.torch_bytes}
+    return counts

@@ -10,6 +10,7 @@ import json
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -21,19 +22,6 @@ from ficoco_vllm.kernels import tuning
 BATCHES = (1, 8, 32)
 
 
-class _Chosen(dict[str, int]):
-    """Choices by class, with a record of the classes that were looked up."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.asked: set[str] = set()
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """As a dictionary's."""
-        self.asked.add(key)
-        return super().get(key, default)
-
-
 def fastest(
     runs: Iterable[Callable[[], Any]], kind: str, measure: Callable[[Callable[[], Any]], float]
 ) -> dict[str, int]:
@@ -42,13 +30,19 @@ def fastest(
     Returns:
         "op/default" to index into `CANDIDATES[op]`.
     """
-    chosen = _Chosen()
+    chosen: dict[str, int] = {}
+    asked: set[str] = set()
+
+    def get(name: str, default: int) -> int:
+        asked.add(name)
+        return chosen.get(name, default)
+
     seconds: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
-    with patch.object(tuning, "_measured", lambda: {kind: chosen}):
+    with patch.object(tuning, "_measured", lambda: {kind: SimpleNamespace(get=get)}):
         for run in runs:
-            chosen.asked.clear()
+            asked.clear()
             run()
-            for name in sorted(chosen.asked):
+            for name in sorted(asked):
                 for index in range(len(tuning.CANDIDATES[name.split("/")[0]])):
                     chosen[name] = index
                     seconds[name][index] += measure(run)

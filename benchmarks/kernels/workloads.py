@@ -1,6 +1,6 @@
 """The ops at the shapes of LLaVA-1.5-7B: its vision tower and its decoder."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,10 +78,10 @@ class Layer:
         self.leaves, self.stays = leaves + shape.first, torch.arange(self.num_visual)[stays] + shape.first
         self.source, self.target = self.per_item(self.leaves), self.per_item(self.stays)
         order = torch.arange(N)
-        self.is_visual = (order >= self.visual.start) & (order < self.visual.stop)
-        self.text_position = order[~self.is_visual]
+        is_visual = (order >= self.visual.start) & (order < self.visual.stop)
+        self.text_position = order[~is_visual]
         self.text_rows = self.per_item(self.text_position)
-        self.column_weight = self.per_item(self.is_visual.float())
+        self.column_weight = self.per_item(is_visual.float())
         cut = 0 if self.causal else 1
         self.tokens = torch.randn((B, N, shape.width), dtype=dtype, device=device)[:, cut:]
         self.merged_source, self.merged_target = self.source - cut, self.target - cut
@@ -93,8 +93,8 @@ class Layer:
         return values.expand(self.B, -1).contiguous().to(self.device)
 
 
-def _of_layer(shape: Shape, B: int, dtype: torch.dtype, device: str) -> list[Workload]:
-    layer = Layer(shape, B, dtype, device)
+def _of_layer(shape: Shape, B: int, dtype: torch.dtype, device: str) -> Iterator[Workload]:
+    layer, site = Layer(shape, B, dtype, device), shape.site
     N, H, d, D, R = shape.num_tokens, shape.num_heads, shape.head_size, shape.width, shape.num_removed
     T, P, causal, width = shape.num_text, layer.num_visual, layer.causal, dtype.itemsize
     K = P - R
@@ -105,26 +105,21 @@ def _of_layer(shape: Shape, B: int, dtype: torch.dtype, device: str) -> list[Wor
     pairs = int((layer.stays <= layer.leaves[:, None]).sum()) if causal else R * K
     row_bytes, flops = B * H * d * width, B * H * d * N * (N + 1 if causal else 2 * N)
     block_bytes = (R + K) * row_bytes + B * (4 * R * H + 8 * (R + K) + 4 * R * K + 4 * T * P)
-    made: list[Workload] = []
-
-    def add(op: str, floor_bytes: int, floor_flops: int, run: Callable[[], Any]) -> None:
-        made.append(Workload(f"{op}/{shape.site}", floor_bytes, floor_flops, run))
-
-    add(
-        "softmax_stats",
+    yield Workload(
+        f"softmax_stats/{site}",
         2 * N * row_bytes + 4 * B * N * (H + 1 + causal),
         flops,
         lambda: triton_stats.softmax_stats(query, key, scale, None, causal, None, None, weight, H),
     )
-    add(
-        "attention_sums",
+    yield Workload(
+        f"attention_sums/{site}",
         2 * N * row_bytes + 4 * B * N * (H + 1),
         flops,
         lambda: triton_sums.attention_sums(query, key, lse, scale, None, causal, H),
     )
     if causal:
-        add(
-            "attention_block(text rows)",
+        yield Workload(
+            f"attention_block(text rows)/{site}",
             (T + N) * row_bytes + B * (4 * T * H + 8 * T + 4 * T * N),
             2 * B * H * int((layer.text_position + 1).sum()) * d,
             lambda: triton_block.attention_block(
@@ -134,36 +129,38 @@ def _of_layer(shape: Shape, B: int, dtype: torch.dtype, device: str) -> list[Wor
     else:
         row_sum = torch.randn((B, P), dtype=torch.float64, device=device)
         size, position = torch.ones((B, P), device=device), layer.per_item(torch.arange(P))
-        add(
-            "cls_scores",
+        yield Workload(
+            f"cls_scores/{site}",
             2 * N * row_bytes + 4 * B * N * (H + 3),
             4 * B * H * N * d,
             lambda: triton_cls.cls_scores(query, key, lse, scale, None, False, H),
         )
-        add(
-            "filter_scores",
+        yield Workload(
+            f"filter_scores/{site}",
             B * P * (8 + 4 + 8 + 8),
             0,
             lambda: triton_filter.filter_scores(row_sum, size, 0.35, position, (24, 24), (2, 2), 2.0),
         )
-        add("partition", B * P * (8 + 8), 0, lambda: triton_partition.partition(row_sum, R))
+        yield Workload(
+            f"partition/{site}", B * P * (8 + 8), 0, lambda: triton_partition.partition(row_sum, R)
+        )
         distance, first = torch.rand((B, P, P), device=device), layer.per_item(torch.zeros(1).long())[:, 0]
-        add(
-            "farthest_points",
+        yield Workload(
+            f"farthest_points/{site}",
             B * (4 * K * P + 8 + 4 * P),
             0,
             lambda: triton_farthest.farthest_points(distance, first, K),
         )
-    add(
-        "attention_block(Eq. 15)" if causal else "attention_block",
+    yield Workload(
+        f"attention_block{'(Eq. 15)' if causal else ''}/{site}",
         block_bytes,
         2 * B * (pairs * H * d + R * K * T),
         lambda: triton_block.attention_block(
             query, key, lse, scale, source, target, None, causal, text, gamma, H
         ),
     )
-    add(
-        "quantile_merge",
+    yield Workload(
+        f"quantile_merge/{site}",
         B * (P * D * width + K * D * width + 4 * R * K + 4 * (P + K) + 8 * (R + K)),
         2 * B * R * K * D,
         lambda: triton_merge.quantile_merge(
@@ -171,7 +168,6 @@ def _of_layer(shape: Shape, B: int, dtype: torch.dtype, device: str) -> list[Wor
             *(0.998, None, False),
         ),
     )
-    return made
 
 
 def workloads(B: int, dtype: torch.dtype = torch.float16, device: str = "meta") -> list[Workload]:

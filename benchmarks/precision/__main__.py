@@ -66,16 +66,11 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         "kept": {},
     }
     demo = measure.demo()
-    torch.manual_seed(args.seed)
-    shape = measure.wide_shape(args.layers)
-    side = shape.grid[0] * 14
+    wide, shape = measure.wide(args.layers, args.seed)
+    side = wide.config.image_size
     towers = {
-        "demo": (
-            demo.model.vision_tower,
-            tower_shape(demo.config),
-            _pictures(args.images, args.seed),
-        ),
-        "wide": (measure.wide(args.layers, args.seed), shape, torch.randn(args.images, 3, side, side)),
+        "demo": (demo.model.vision_tower, tower_shape(demo.config), _pictures(args.images, args.seed)),
+        "wide": (wide, shape, torch.randn(args.images, 3, side, side)),
     }
     for name, (tower, sizes, images) in towers.items():
         result["kept"][name] = {

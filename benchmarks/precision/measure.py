@@ -1,9 +1,8 @@
 """Kept tokens and log-probabilities in half precision, against float64, on transformers' models."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
 from statistics import fmean
 from typing import Any
 from unittest.mock import patch
@@ -17,6 +16,7 @@ from ficoco_vllm.benchmarks.questions.held_out import held_out
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.hf import reduce_tokens
 from ficoco_vllm.hf.tower import HfTower
+from ficoco_vllm.planning.families import tower_shape
 from ficoco_vllm.planning.tower import VisionPlanner
 from ficoco_vllm.planning.tower_shape import TowerShape
 from ficoco_vllm.reduction.observation import Observation
@@ -40,33 +40,21 @@ def demo(dtype: torch.dtype = torch.float64) -> Any:
     return LlavaForConditionalGeneration.from_pretrained(demo_model.path(), dtype=dtype).eval()
 
 
-def wide(layers: int | None = None, seed: int = 0) -> Any:
-    """A tower of LLaVA-1.5's widths with random weights, rounded to bfloat16, in float64.
+def wide(layers: int | None, seed: int) -> tuple[Any, TowerShape]:
+    """A tower of LLaVA-1.5's widths with random weights, rounded to bfloat16, in float64; and its sizes.
 
     Args:
         layers: None for all 24 of the checkpoint.
         seed: of the weights.
     """
-    from transformers import CLIPVisionConfig, CLIPVisionModel
+    from transformers import CLIPVisionModel, LlavaConfig
 
-    config = CLIPVisionConfig(**_wide_config(layers)["vision_config"])
-    torch.manual_seed(seed)
-    return CLIPVisionModel(config).eval().to(torch.bfloat16).to(torch.float64)
-
-
-def wide_shape(layers: int | None = None) -> TowerShape:
-    """Sizes of `wide`, of which LLaVA reads the layer before the last."""
-    vision = _wide_config(layers)["vision_config"]
-    side, depth = vision["image_size"] // vision["patch_size"], vision["num_hidden_layers"]
-    return TowerShape((side, side), depth, depth - 1, with_cls=False)
-
-
-@cache
-def _wide_config(layers: int | None) -> dict[str, Any]:
-    values = shapes.config(1)
+    config = LlavaConfig(**shapes.config(1))
     if layers is not None:
-        values["vision_config"]["num_hidden_layers"] = layers
-    return values
+        config.vision_config.num_hidden_layers = layers
+    torch.manual_seed(seed)
+    tower = CLIPVisionModel(config.vision_config).eval().to(torch.bfloat16).to(torch.float64)
+    return tower, tower_shape(config)
 
 
 def differing(
@@ -85,26 +73,23 @@ def differing(
         For each precision `share`, one figure a reducing layer, and `feature_error`: of the output of the tower
         without a reduction, the norm of its error over its own norm.
     """
-    kept: dict[str, list[list[Tensor]]] = {}
+    kept: dict[str, list[tuple[Tensor, ...]]] = {}  # of each layer, those of all images
     features: dict[str, Tensor] = {}
     for name, dtype in {"float64": torch.float64, **PRECISIONS}.items():
         # A copy: float16 does not hold the least of the weights, and the next method starts from exact ones again.
         cast = copy.deepcopy(tower).to(dtype)
-        positions = kept[name] = []
+        positions = []
         for image in images.to(dtype):
             layers = HfTower(cast, shape.num_executed_layers)
             positions.append(_kept(layers, shape, image[None], method, keep))
+        kept[name] = list(zip(*positions, strict=True))
         with torch.inference_mode():
             features[name] = HfTower(cast, shape.num_executed_layers).features(images.to(dtype)).double()
     exact = features["float64"]
     return {
         name: {
             "share": [
-                fmean(
-                    _share(one[layer], other[layer])
-                    for one, other in zip(kept["float64"], kept[name], strict=True)
-                )
-                for layer in range(len(kept["float64"][0]))
+                fmean(map(_share, one, other)) for one, other in zip(kept["float64"], kept[name], strict=True)
             ],
             "feature_error": [float((features[name] - exact).norm() / exact.norm())],
         }
@@ -117,11 +102,8 @@ def _kept(tower: HfTower, shape: TowerShape, image: Tensor, method: str, keep: i
     planner = VisionPlanner.shared(FicocoConfig.parse({"method": method, "keep": keep}), shape)
     kept: list[Tensor] = []
 
-    def observer(site: str, layer: int) -> Any:
-        def observe(observation: Observation) -> None:
-            kept.append(observation.position[0])
-
-        return observe
+    def observer(site: str, layer: int) -> Callable[[Observation], None]:
+        return lambda observation: kept.append(observation.position[0])
 
     with torch.inference_mode():
         encode(tower, image, planner.plan(planner.default), shape.grid, observers=observer)

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from ficoco_vllm.benchmarks.gpu.__main__ import STEPS, bars
-from ficoco_vllm.benchmarks.gpu.picture import picture
 
 ROWS = ("stock", "no-method", "keep-576", "keep-192", "keep-64", "ficoco-l", "ficoco-vl")
 
@@ -87,12 +86,6 @@ def test_a_step_that_did_not_run_has_no_bars() -> None:
     assert list(bars({"settings": {"requests": 1}, "ceilings": {}, "failed": {"answers": "no GPU"}})) == []
 
 
-def test_picture() -> None:
-    drawn = picture(good()["serving"])
-    assert drawn.startswith("<svg")
-    assert "4.00x" in drawn
-
-
 def test_it_says_that_there_is_no_gpu() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "ficoco_vllm.benchmarks.gpu"], capture_output=True, text=True, check=False
@@ -116,4 +109,3 @@ def test_every_step_runs(tmp_path: Path) -> None:
     assert set(result["serving"]) == set(ROWS)
     assert result["serving"]["keep-64"]["num_prompt_tokens"] == 124
     assert all(row["step_seconds"] > 0 for row in result["serving"].values())
-    assert out.with_suffix(".svg").read_text().startswith("<svg")

@@ -14,7 +14,7 @@ pytestmark = [
 
 def test_items_of_a_batch_are_no_new_kernel() -> None:
     """Each specialisation is compiled once: most launches at B = 8 are those at B = 32."""
-    from ficoco_vllm.benchmarks.kernels.compiling import launches_of
+    from ficoco_vllm.benchmarks.kernels.recording import launches_of
     from ficoco_vllm.benchmarks.kernels.workloads import workloads
 
     seen = {
@@ -26,10 +26,10 @@ def test_items_of_a_batch_are_no_new_kernel() -> None:
 
 
 def test_a_launch_travels_to_another_process() -> None:
-    from ficoco_vllm.benchmarks.kernels.compiling import launches_of
+    from ficoco_vllm.benchmarks.kernels.recording import launches_of
     from ficoco_vllm.benchmarks.kernels.workloads import workloads
 
     (launch,) = launches_of(workloads(1)[0].run)
     there = pickle.loads(pickle.dumps(launch))
     assert there == launch
-    assert there.function is launch.function
+    assert there.source(hip=False).fn is launch.source(hip=False).fn

@@ -13,12 +13,11 @@ pytestmark = [
 @pytest.mark.parametrize("B", [1, 32])
 def test_no_look_at_the_data(B: int) -> None:
     """On meta tensors there is no data: a launcher that reads a value fails."""
-    from ficoco_vllm.benchmarks.kernels.recording import recorded
+    from ficoco_vllm.benchmarks.kernels.recording import launches_of
     from ficoco_vllm.benchmarks.kernels.workloads import workloads
 
     for workload in workloads(B):
-        with recorded() as launches:
-            workload.run()
+        launches = launches_of(workload.run)
         assert launches, workload.name
         for launch in launches:
             assert 1 <= launch.num_programs < 2**31
@@ -27,15 +26,13 @@ def test_no_look_at_the_data(B: int) -> None:
 
 def test_the_table_of_launches_is_small() -> None:
     """A reduction of FiCoCo-V is six launches; each further one costs microseconds at every reducing layer."""
-    from ficoco_vllm.benchmarks.kernels.recording import recorded
+    from ficoco_vllm.benchmarks.kernels.recording import launches_of
     from ficoco_vllm.benchmarks.kernels.workloads import workloads
 
     names = []
     for workload in workloads(1):
         if workload.name.split("/")[1] == "tower" and "sums" not in workload.name:
-            with recorded() as launches:
-                workload.run()
-            names += [launch.name for launch in launches]
+            names += [launch.name for launch in launches_of(workload.run)]
     names.remove("softmax_stats_kernel")  # not needed where the attention hands out its normalisers
     names.remove("farthest_points_kernel")  # of DivPrune and `best`
     assert len(names) == 6

@@ -68,7 +68,7 @@ wait
 grep -hE '[0-9]+ (passed|failed)' "$out/logs/kernels.log" 2>/dev/null | tail -n 1
 if has ops; then
     bench 90 ops --steps kernels
-    try 60 ops-against-torch python3 -m ficoco_vllm.benchmarks.kernels.bench --out "$out/json/ops-against-torch"
+    try 60 ops-against-torch python3 -m ficoco_vllm.benchmarks.kernels.bench --out "$out/json/ops-against-torch.json"
 fi
 if has serving; then
     bench 360 serving --steps serving
