@@ -11,7 +11,7 @@ from typing import Any
 
 # Folder in site-packages; requirements/install.sh puts the package of requirements/interpreter there.
 INTERPRETER_FOLDER = "ficoco_interpreter_path"
-# Environment variable of a server whose processes do without Triton.
+# Environment variable of a server whose processes run without Triton.
 HIDE_TRITON = "FICOCO_HIDE_TRITON"
 # Keeps the definitions alive: a torch.library.Library that is collected takes its schemas with it.
 _LIBRARIES: list[Any] = []
@@ -106,7 +106,7 @@ def is_cpu_build() -> bool:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware; without, bfloat16 is ten times as slow as float32."""
+    """Whether this CPU multiplies bfloat16 in hardware; if not, bfloat16 is ten times slower than float32."""
     import torch
 
     mkldnn: Any = torch.backends.mkldnn  # not annotated by torch

@@ -39,7 +39,7 @@ class ImageGroup:
         visual_place: (B, N) places of `visual`.
         context: (B, T) rows of the prompt up to the window's end, padded on the right; keys that were computed
             before the step are numbered first, then its rows.
-        num_cached: (B,) how many of these there are.
+        num_cached: (B,) number of these cached keys.
         first_row: the row of each image's first token in the first segment.
     """
 
@@ -73,7 +73,7 @@ class Part:
     """Tokens of a request with a reduced prompt that a step computes.
 
     Attributes:
-        plan: of the request.
+        plan: plan of the request.
         start: tokens that were computed before.
         end: tokens that have been computed after the step.
     """

@@ -14,7 +14,7 @@ class Advice:
     Attributes:
         need: what matters to the user.
         methods: the first one is to be tried first.
-        options: of `ficoco-vllm serve`.
+        options: options of `ficoco-vllm serve`.
         known: measured here.
         unknown: not measured here.
     """

@@ -30,8 +30,8 @@ class Relevance:
         """Read the questions.
 
         Args:
-            source: of the vectors.
-            questions: tokens (M,) int64 of the question about each of B images; without any, all units are alike.
+            source: source of the vectors.
+            questions: tokens (M,) int64 of the question about each of B images; without any, all units are equal.
         """
         self._source = source
         vectors = [normalize(source.read(tokens).float(), dim=-1) for tokens in questions]

@@ -17,7 +17,7 @@ from ficoco_vllm.vision.attention import ClipHeads, attention_with_lse
 from ficoco_vllm.vision.cpu_attention import HeadSums, centred_attention, centred_keys, is_faster
 from ficoco_vllm.vision.units import UnitHeads
 
-# Relevance (B, N) fp32 for the questions about B images, of units (B, N, unit * D) behind the tower.
+# Relevance (B, N) fp32 for the questions about B images, of units (B, N, unit * D) after the tower.
 ToQuestion = Callable[[Tensor], Tensor]
 # Returns the observer of the reduction at a site and a layer index, or None.
 Observers = Callable[[str, int], Observer | None]
@@ -134,7 +134,7 @@ def encode(
 
     Args:
         tower: that runs.
-        pixels: of B images, see `Tower.embed`.
+        pixels: pixels of B images, see `Tower.embed`.
         plan: which layer removes how many units, and how.
         grid: rows and columns of units.
         lap: times the reductions.
@@ -196,7 +196,7 @@ def run_whole(tower: Tower, pixels: Tensor) -> Tokens:
 
     Args:
         tower: that runs.
-        pixels: of B images, see `Tower.embed`.
+        pixels: pixels of B images, see `Tower.embed`.
     """
     tokens = _embedded(tower, pixels)
     hidden = tokens.hidden

@@ -23,7 +23,7 @@ _CLIENT_CLOSED_REQUEST = 499
 class OpenAIErrors(APIRoute):
     """Route that answers errors in OpenAI's form.
 
-    vLLM's own handler drops their headers, and does not handle a body that is no text.
+    vLLM's own handler drops their headers, and does not handle a body that is not text.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:

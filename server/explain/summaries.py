@@ -45,7 +45,7 @@ def summary(name: str, site: Site) -> str:
     """What a method does; of a third party's, where.
 
     Args:
-        name: of the method.
+        name: name of the method.
         site: where it reduces.
     """
     return SUMMARIES.get(name, _BY_SITE[site])

@@ -23,7 +23,7 @@ class TracedImage:
         views: its parts in the order of their tokens, without those that are all padding.
         num_patches: units that show the image, of each part that has a number in a trace.
         num_entering: visual tokens that enter the decoder by plan.
-        num_extra: of them, those without a patch that no reduction counts: [CLS] or newlines.
+        num_extra: those of them without a patch that no reduction counts: [CLS] or newlines.
         layout: its tiles; None where the tower sees the whole image.
         side: rows and columns of units of a tile.
     """
@@ -44,7 +44,7 @@ class TracedImage:
 
         Args:
             tower: planner of the vision tower.
-            budget: of the image.
+            budget: budget of the image.
             size: height and width in pixels.
             central_square: see `Explanation`.
         """

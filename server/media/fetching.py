@@ -156,7 +156,7 @@ def _proxy_of(url: str) -> str | None:
 
 
 async def _refuse_redirect(response: aiohttp.ClientResponse) -> None:
-    """Refuse a redirect that was not followed; its body is no medium."""
+    """Refuse a redirect that was not followed; its body is not a medium."""
     if HTTPStatus.MULTIPLE_CHOICES <= response.status < HTTPStatus.BAD_REQUEST:
         raise VLLMValidationError(
             f"image_url: the address answers with a redirect (HTTP {response.status}), and redirects are not "

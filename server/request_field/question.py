@@ -13,7 +13,7 @@ def question_of(messages: Sequence[Any]) -> str | None:
     turns without an image change nothing, so that the caches still have the image.
 
     Args:
-        messages: of a chat, each a mapping with `content`: a text, or parts with `type`.
+        messages: messages of a chat, each a mapping with `content`: a text, or parts with `type`.
 
     Returns:
         None without an image, or where no message of a user has a text.
@@ -29,7 +29,7 @@ def first_turn(messages: Sequence[Any]) -> bytes | None:
     """Digest of a chat up to the end of its first turn with an image, which later turns repeat.
 
     Args:
-        messages: of a chat; see `question_of`.
+        messages: messages of a chat; see `question_of`.
 
     Returns:
         None without an image.

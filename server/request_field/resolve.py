@@ -201,8 +201,8 @@ class Resolver:
         An image that has fewer tokens than the bound keeps all of them.
 
         Args:
-            name: of the field that holds the share.
-            budget: of the request.
+            name: name of the field that holds the share.
+            budget: budget of the request.
             sizes: height and width in pixels of each image.
 
         Raises:

@@ -20,7 +20,7 @@ class Seed(Settings):
     """Settings of the random order.
 
     Attributes:
-        seed: of the hash.
+        seed: seed of the hash.
     """
 
     seed: int = Field(default=0, ge=0)
