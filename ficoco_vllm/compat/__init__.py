@@ -22,7 +22,7 @@ class TorchvisionSchemas:
 
     PyPI's torchvision for x86-64 links CUDA. With a CPU torch its operators do not load, and its fake
     implementations of them then fail at import, although LLaVA needs only its Python part. Just before these are
-    imported, the schemas of the two operators they name are declared. Calling one of them still fails, as it must.
+    imported, the schemas of the two operators they name are declared. Calling one of them still fails.
 
     The CPU install puts the hook into every process through a `.pth` file, since vLLM imports torchvision before it
     loads plugins. With a torch for CUDA, or operators that loaded, it does nothing (drop it when PyPI's torchvision

@@ -91,12 +91,12 @@ class Part:
 
     @cached_property
     def dropped_before(self) -> tuple[int, ...]:
-        """For each segment, tokens before the step that it does not hold."""
+        """Number of tokens before the step that each segment does not hold."""
         return self.plan.dropped_before(self.start)
 
     @cached_property
     def dropped(self) -> tuple[int, ...]:
-        """The same after the step."""
+        """Number of tokens up to the end of the step that each segment does not hold."""
         return self.plan.dropped_before(self.end)
 
     @property
@@ -130,7 +130,7 @@ def num_rows(query_start: Sequence[int], parts: Sequence[Part | None], segment: 
 
     Args:
         query_start: first row of each request in the first segment, and one for the end.
-        parts: of the requests whose prompt is reduced, None for the rest.
+        parts: part of each request whose prompt is reduced, None for the others.
         segment: index.
     """
     return [
@@ -151,7 +151,7 @@ def boundary(
 
     Args:
         query_start: first row of each request in the first segment, and one for the end.
-        parts: of the requests whose prompt is reduced, None for the rest.
+        parts: part of each request whose prompt is reduced, None for the others.
         segment: the one before the boundary.
         needs_equal_text: whether a method can only take images with equally many text tokens together.
     """

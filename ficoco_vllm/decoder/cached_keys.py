@@ -32,7 +32,7 @@ def cached_keys(attention: Any, slots: Tensor) -> Tensor:
 
 @cache
 def _cpu_order(impl: Any, attention: Any, dtype: torch.dtype, block_size: int) -> tuple[Tensor, Tensor]:
-    """Where vLLM's CPU kernel stores the numbers of a key within its block and head.
+    """Places in which vLLM's CPU kernel stores the numbers of a key within its block and head.
 
     The kernels of several instruction sets pack keys in orders of their own. Each number of a block of keys is written
     as digits, one cache for each digit, and located in the result.

@@ -283,7 +283,7 @@ class DecoderModelState(DefaultModelState):
 
 
 def _owners(counts: Counts) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """For rows that are counted by segment and request, the index of each one's count, and its place among these."""
+    """Index of the count (by segment and request) of each row, and its place among the rows of that count."""
     flat = counts.ravel()
     owner = np.repeat(np.arange(counts.size), flat)
     return owner, np.arange(len(owner)) - (np.cumsum(flat) - flat)[owner]

@@ -1,4 +1,4 @@
-"""The forward pass that takes the place of a model's own while its tokens are reduced."""
+"""The forward pass that replaces a model's own while its tokens are reduced."""
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
@@ -36,7 +36,7 @@ class ReducedModel:
 
         Args:
             model: transformers' `LlavaModel` or `LlavaNextModel`.
-            reduction: to apply; it is kept up to date.
+            reduction: the reduction to apply; its counts are updated.
         """
         self.model, self.reduction = model, reduction
         self.stock_forward, self.stock_features = model.forward, model.get_image_features
@@ -197,7 +197,7 @@ class ReducedModel:
         Args:
             hidden: (B, S, D) embeddings, padded on the left.
             valid: (B, S) false where padded.
-            state: state of the cache; brought up to date.
+            state: state of the cache; updated.
             plans: plans of the prompts that are reduced in the decoder.
             given: arguments of the caller.
             num_seen: tokens of the caller that these represent.
@@ -250,7 +250,7 @@ class ReducedModel:
         plans: list[RequestPlan] | None,
         origin: Tensor | None,
     ) -> None:
-        """Bring the reduction's counts up to date; `origin` None means that all tokens are left."""
+        """Update the reduction's counts; `origin` None means that all tokens are left."""
         kept = []
         for start, spans in zip(batch.starts, batch.spans, strict=False):
             for index, offset, count in spans:

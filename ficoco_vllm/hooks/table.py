@@ -69,7 +69,7 @@ HOOKS = (
         _CACHE,
         "is_cached_item",
         "mm_hash",
-        "an image counts as sent once its request has reached the engine",
+        "marks an image as sent once its request has reached the engine",
         "tests/hooks/test_processor_cache.py::test_an_image_counts_as_sent_once_it_is",
     ),
     Hook(

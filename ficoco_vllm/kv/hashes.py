@@ -36,7 +36,7 @@ def mix_windows(request: Any, plan: RequestPlan, block: int, algorithm: str) -> 
 
 
 def _content(request: Any, plan: RequestPlan, windows: list[Window], start: int) -> tuple[Any, ...]:
-    """What decides the content of blocks from the one in which windows start, at `start`."""
+    """Hash input for blocks from the one in which windows start, at `start`."""
     images = tuple(
         (
             request.mm_features[index].identifier,

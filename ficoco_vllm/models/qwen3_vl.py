@@ -260,4 +260,4 @@ class FicocoQwen3VL(ReducingQwen, Qwen3VLForConditionalGeneration):
     Qwen3VLDummyInputsBuilder,
 )
 class FicocoQwen3VLMoe(ReducingQwen, Qwen3VLMoeForConditionalGeneration):
-    """The same for the mixtures of experts."""
+    """vLLM's Qwen3-VL with mixtures of experts, reduced in the same way."""

@@ -125,7 +125,7 @@ class RequestPlan:
 
     @cached_property
     def _drops(self) -> tuple[tuple[int, ...], ...]:
-        """For each image, the tokens without a slot in each segment."""
+        """Tokens of each image without a slot in each segment."""
         return tuple(
             tuple(length - counts[index] for counts in self.counts)
             for index, (_, length) in enumerate(self.images)
@@ -133,7 +133,7 @@ class RequestPlan:
 
     @cached_property
     def _dropped(self) -> tuple[tuple[int, ...], ...]:
-        """For each number of images, the tokens of these without a slot in each segment."""
+        """Tokens of the first n images without a slot in each segment, for every n."""
         totals = [(0,) * len(self.counts)]
         for drops in self._drops:
             totals.append(tuple(map(add, totals[-1], drops)))
@@ -141,7 +141,7 @@ class RequestPlan:
 
     @cached_property
     def _survivor_ends(self) -> tuple[tuple[int, ...], ...]:
-        """For each segment, the place after the last token of each image."""
+        """Place after the last token of each image, for every segment."""
         return tuple(
             tuple(end - self._dropped[index + 1][segment] for index, end in enumerate(self._image_ends))
             for segment in range(len(self.counts))

@@ -43,7 +43,7 @@ class Place(NamedTuple):
 
 
 class Tiling(ABC):
-    """How an image becomes tiles, each of which the tower sees alone. A subclass is a frozen dataclass.
+    """Division of an image into tiles, each of which the tower sees alone. A subclass is a frozen dataclass.
 
     An image whose grid follows its size (dynamic resolution) is one tile: its crop is that grid.
 

@@ -36,8 +36,8 @@ class Rung:
     Attributes:
         tally: scores of the present trial.
         trial: number of the trial; each has a smaller error than the one before.
-        rest: chosen requests of its class that pass after the next failure before it is tried again.
-        rests_until: number of chosen requests of its class from which on it may be tried.
+        rest: number of chosen requests of its class between its next failure and the next trial.
+        rests_until: number of chosen requests of its class after which it may be tried again.
     """
 
     tally: Tally = field(default_factory=Tally)

@@ -8,7 +8,7 @@ traced images run eagerly, in the same step.
 vLLM's manager packs the images of a step by tokens and captures one graph for each token budget. Two features of the
 manager support budgets: a *path*, of which an image may take one and leave out the others, is a budget here; and the
 tokens that an image takes of a path are counted as one, so that vLLM's budgets are numbers of images. An image that
-takes no path is encoded when the manager hands out the results. `capture_axes` would not do: the images of a packed
+takes no path is encoded when the manager hands out the results. `capture_axes` does not fit: the images of a packed
 batch must agree in them, and a combination that is not captured fails.
 
 Memory: vLLM captures once before it sizes the KV cache, to measure what the graphs take. All share one pool, whose size

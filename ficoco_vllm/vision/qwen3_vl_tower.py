@@ -29,7 +29,7 @@ class Merged(Tokens):
 
 @dataclass
 class _Frame:
-    """What the layers need to know about the units that are left.
+    """State of the remaining units that the layers need.
 
     Attributes:
         visual: vLLM's tower.

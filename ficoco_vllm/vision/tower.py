@@ -85,7 +85,7 @@ class Tower(ABC):
         return self.layers
 
     def finish(self, hidden: Tensor) -> Tensor:
-        """What the tower does after its last layer, to each token alone: (B, N, D) to (B, N, D)."""
+        """Operations after the last layer, on each token alone: (B, N, D) to (B, N, D)."""
         return hidden
 
 
@@ -263,7 +263,7 @@ def _attend(
         bias = torch.cat([log_size.new_zeros((B, int(tower.has_cls))), log_size], dim=1).to(query.dtype)
     sums = lse = None
     if not (weighted or plan.logits) and is_faster(query):
-        # What methods read of the map is a by-product here; a fused kernel returns its normalisers instead.
+        # The parts of the map that methods read are a by-product here; a fused kernel returns its normalisers instead.
         zeros = query.new_zeros((2, B, N), dtype=torch.float32)
         keys = centred_keys(key, layer.scale)
         sums = HeadSums(keys, first=zeros) if tower.has_cls else HeadSums(keys, received=zeros[0])

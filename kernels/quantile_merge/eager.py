@@ -8,7 +8,7 @@ from torch import Tensor
 from ficoco_vllm.kernels.backend import readable
 from ficoco_vllm.kernels.rows import take_rows
 
-# From this many multiplications on, it is faster to find the zero weights first.
+# From this many multiplications on, it is faster to skip the targets whose weights are all zero.
 _MANY_PRODUCTS = 2**22
 
 

@@ -119,7 +119,7 @@ def _one_method(name: str) -> list[str]:
 
 
 def _site(name: str) -> str:
-    """Where a method or a control works."""
+    """Site of a method or a control."""
     return CONTROLS[name].site if name in CONTROLS else get(name).site
 
 

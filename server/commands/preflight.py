@@ -137,7 +137,7 @@ def check_method(name: str) -> None:
     """Check the name of a method.
 
     Raises:
-        ValueError: there is none, naming the allowed ones.
+        ValueError: the method does not exist; names the allowed ones.
     """
     if name not in (known := method_names()):
         raise ValueError(f"{NAME}: method = {name!r} is not a known method; allowed: {', '.join(known)}")
@@ -210,7 +210,7 @@ def check_architecture(model: str, architectures: list[str]) -> None:
 
 
 def as_hf_config(config: dict[str, Any]) -> Any:
-    """What plans read of transformers' configuration, from config.json alone: importing transformers takes seconds.
+    """The fields of transformers' configuration that plans read, without importing transformers, which takes seconds.
 
     Args:
         config: content of config.json.

@@ -159,7 +159,7 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
         arguments: command line after `serve`, expanded.
 
     Raises:
-        ValueError: a file, a value or an option of ours is wrong, or neither vLLM nor we have an option.
+        ValueError: a file, a value or one of our options is wrong, or an option does not exist.
     """
     parser = light_parser(PROGRAM, USAGE)
     add_arguments(parser)

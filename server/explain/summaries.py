@@ -1,4 +1,4 @@
-"""What each method does, in one line for users."""
+"""One-line summary of each method, for users."""
 
 from collections.abc import Mapping
 
@@ -42,7 +42,7 @@ _BY_SITE: Mapping[Site, str] = {
 
 
 def summary(name: str, site: Site) -> str:
-    """What a method does; of a third party's, where.
+    """Summary of a method; for a third-party method, of its site.
 
     Args:
         name: name of the method.

@@ -94,7 +94,7 @@ class TracedImage:
         return self._reduced(parts, fresh) if self.layout.reduces else self._unreduced(parts, fresh)
 
     def _reduced(self, parts: Sequence[Sequence[int]], fresh: Iterator[int]) -> list[int]:
-        """As the model does: its own function, with names in place of tokens."""
+        """Order of a reduced image: the model's own function, applied to names instead of tokens."""
         assert self.layout is not None
         starts = [0, *accumulate(self.num_patches)]
         kept = []
@@ -106,7 +106,7 @@ class TracedImage:
         return [next(fresh) if name < 0 else name for name in order]
 
     def _unreduced(self, parts: Sequence[Sequence[int]], fresh: Iterator[int]) -> list[int]:
-        """As in stock vLLM: the base view, then line by line across the tiles, a newline after each line."""
+        """Order in stock vLLM: the base view, then line by line across the tiles, a newline after each line."""
         assert self.layout is not None
         if not self.layout.ends_rows:
             return joined(parts, fresh)

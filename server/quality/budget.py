@@ -95,7 +95,7 @@ class QualityBudget:
 
     @property
     def has_room(self) -> bool:
-        """Whether the engines have room for requests that nobody waits for."""
+        """Whether the engines have room for background requests."""
         return self.load.queue <= self.settings.max_queue and self.load.kv_usage <= self.settings.max_kv_usage
 
     def suspects(self, name: str) -> bool:

@@ -1,4 +1,4 @@
-"""What the messages of a chat say about its images."""
+"""Questions about images, extracted from the messages of a chat."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from typing import Any
 def question_of(messages: Sequence[Any]) -> str | None:
     """The text that comes with the last image.
 
-    That of its message; if there is none, that of the user's next message which has some, or of the one before. Later
+    The text of its message; without one, the text of the user's next message that has any, or of the one before. Later
     turns without an image change nothing, so that the caches still have the image.
 
     Args:
@@ -54,7 +54,7 @@ def _parts(message: Any) -> list[Any]:
 
 
 def _has_image(message: Any) -> bool:
-    # A part may do without a type, and names its image then.
+    # A part may have no type, but then names its image.
     return any(
         "image" in name
         for part in _parts(message)

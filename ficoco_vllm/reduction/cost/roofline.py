@@ -78,7 +78,7 @@ class Times:
         tower_seconds: vision tower and projector, one request alone.
         prefill_seconds: decoder, from the embeddings to the first token, one request alone.
         decode_seconds: one further token, one request alone.
-        num_concurrent: requests whose KV cache fits beside the weights, at most vLLM's default limit.
+        num_concurrent: requests whose KV cache fits next to the weights, at most vLLM's default limit.
         requests_per_second: answered at that concurrency.
     """
 
