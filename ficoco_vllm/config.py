@@ -14,7 +14,7 @@ from ficoco_vllm.reduction.registry import names
 
 # Method of a server with a budget and no method; docs/serving.md has the reasons.
 DEFAULT_METHOD = "divprune"
-# Method to which hyperparameters belong that come without one.
+# Method of settings that name hyperparameters but no method.
 SETTINGS_METHOD = "ficoco-v"
 # Share of an image's tokens where the grid follows the image's size and no budget is given.
 DEFAULT_RATIO = 1 / 9
@@ -56,8 +56,8 @@ class FicocoConfig(BaseModel):
             embeddings.
         backend: implementation of the fused ops: "triton", "torch", or "auto": Triton on a GPU and torch elsewhere. A
             named implementation never falls back to another.
-        graph_budgets: budgets whose tower is captured as CUDA graphs beside the default budget's, where vLLM's
-            `cudagraph_mm_encoder` is on.
+        graph_budgets: budgets whose tower is captured as CUDA graphs in addition to the default budget's, where
+            vLLM's `cudagraph_mm_encoder` is on.
         metrics: whether `/metrics` reports the reduction's savings and costs.
         explain: whether a request may request a trace of its reduction, for the viewer.
     """
@@ -119,10 +119,10 @@ class FicocoConfig(BaseModel):
         if self.method not in names():
             raise ValueError(f"method = {self.method!r} is not a known method; allowed: {', '.join(names())}")
         if self.keep_ratio is not None and (self.keep is not None or self.decoder_method is not None):
-            beside = f"keep = {self.keep}" if self.keep is not None else f"the decoder's method {self.method}"
+            other = f"keep = {self.keep}" if self.keep is not None else f"the decoder's method {self.method}"
             raise ValueError(
-                f"keep_ratio = {self.keep_ratio} beside {beside} is not allowed; allowed: alone, for methods of the "
-                "tower"
+                f"keep_ratio = {self.keep_ratio} together with {other} is not allowed; allowed: alone, for methods of "
+                "the tower"
             )
         if self.method in CONTROLS:
             if self.explain:
@@ -209,7 +209,7 @@ class FicocoConfig(BaseModel):
         """The vision tower's part of the settings.
 
         Args:
-            num_patches: of an image, of the largest one where `dynamic`.
+            num_patches: number of patches of an image, of the largest one where `dynamic`.
             dynamic: whether the number of patches follows the image's size, so that the tower's budget follows each
                 image.
         """

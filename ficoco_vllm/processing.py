@@ -62,8 +62,8 @@ SETTINGS = "ficoco_settings"
 class SizedPlaceholders(PromptUpdateDetails):
     """Placeholders of an image, with its size.
 
-    vLLM's caches keep them beside the processed image, so that the size of an image whose request brings only its uuid
-    is that of the image in the cache.
+    vLLM's caches store them with the processed image, so an image that a request names only by its uuid has the size of
+    the cached one.
 
     Attributes:
         size: height and width in pixels.
@@ -135,11 +135,11 @@ class ReducingInfo(BaseProcessingInfo):
             raise
 
     def check_embeddings(self, mm_kwargs: Mapping[str, object], budget: Budget) -> None:
-        """Refuse a budget beside embeddings, which the tower does not see; a refusal is counted.
+        """Refuse a budget together with embeddings, which the tower does not see; a refusal is counted.
 
         Args:
             mm_kwargs: the request's own `mm_processor_kwargs`.
-            budget: that follows from them.
+            budget: the budget that follows from them.
 
         Raises:
             VLLMValidationError: naming the field and what is allowed (HTTP 400).
@@ -148,7 +148,7 @@ class ReducingInfo(BaseProcessingInfo):
         if named and self.planner.active and self.planner.reduces(budget):
             count_refusal(self.ctx.model_config)
             raise VLLMValidationError(
-                f"{FIELD} beside image_embeds is not allowed where the vision tower reduces, which does not see "
+                f"{FIELD} together with image_embeds is not allowed where the vision tower reduces, which does not see "
                 f'embeddings; allowed: images, or "{FIELD}": "off", or no {FIELD} (no {KEEP}, no {METHOD})',
                 parameter=FIELD,
             )
@@ -156,13 +156,13 @@ class ReducingInfo(BaseProcessingInfo):
     def _check_image_settings(self, fields: Mapping[str, Any]) -> None:
         """Refuse a request that changes the number of tokens that a plan gives an image."""
         hf_config = self.get_hf_config()
-        asked = read_image_settings(hf_config, fields, lambda: self.get_hf_processor().image_processor)
-        for name, value in (asked or {}).items():
+        requested = read_image_settings(hf_config, fields, lambda: self.get_hf_processor().image_processor)
+        for name, value in (requested or {}).items():
             served = image_settings(hf_config)[name]
             if value != served:
                 raise VLLMValidationError(
                     f"{name} = {value!r} in mm_processor_kwargs is not allowed on a server that reduces, whose images "
-                    f"are all cut alike; allowed: {served!r}, set at start-up with --mm-processor-kwargs",
+                    f"are all cut in the same way; allowed: {served!r}, set at start-up with --mm-processor-kwargs",
                     parameter=name,
                     value=value,
                 )
@@ -234,7 +234,7 @@ class ReducingProcessor(BaseMultiModalProcessor[Any]):
         """Tokens of an image in the prompt.
 
         Args:
-            num_tokens: that its embeddings replace.
+            num_tokens: number of tokens that its embeddings replace.
         """
         return PromptUpdateDetails([self.info.get_hf_config().image_token_id] * num_tokens)
 
@@ -277,7 +277,7 @@ class ReducingProcessor(BaseMultiModalProcessor[Any]):
         return cast(MultiModalInput, result)
 
     def _text_of(self, prompt: Sequence[int]) -> str:
-        """The text of a prompt, which takes the place of a question that its request does not name."""
+        """The text of a prompt, used as the question where the request names none."""
         image = self.info.get_hf_config().image_token_id
         text = [token for token in prompt if token != image]
         return str(self.info.get_tokenizer().decode(text, skip_special_tokens=True))
@@ -384,11 +384,11 @@ def register(
     """Decorate a model class with its processing, vLLM's own where nothing can be reduced; see `_reducible`.
 
     Args:
-        info: ours.
-        processor: ours.
-        stock_info: vLLM's.
-        stock_processor: vLLM's.
-        dummy_inputs: vLLM's.
+        info: our processing info.
+        processor: our processor.
+        stock_info: vLLM's processing info.
+        stock_processor: vLLM's processor.
+        dummy_inputs: vLLM's builder of dummy inputs.
     """
 
     def build_info(ctx: InputProcessingContext) -> BaseProcessingInfo:
@@ -414,7 +414,7 @@ def _reducible(hf_config: Any) -> bool:
 
 
 def _known_sizes(images: Any) -> list[tuple[int, int]]:
-    """Height and width of the images whose data are here; what is no image is left to vLLM's error."""
+    """Height and width of the images whose data are here; vLLM reports whatever is not an image."""
     sizes: list[tuple[int, int]] = []
     if not isinstance(images, ImageProcessorItems):
         return sizes

@@ -31,7 +31,7 @@ def find_unknown(
     """The first of our fields that a server does not know.
 
     Args:
-        names: of all fields that the request sets.
+        names: names of all fields that the request sets.
         explain: whether the server traces requests.
         windows: whether a request may name the ends of its decision windows.
         tower: whether these are arguments of the tower, where a budget may be a share and a question may come with it.
@@ -80,7 +80,7 @@ def misplaced(path: str) -> str:
 
 
 def as_integer(value: Any) -> int | None:
-    """The value as an integer, None if it is none.
+    """The value as an integer; None if it is not one.
 
     Args:
         value: NumPy's integers are integers. vLLM's request schema may turn an integer into a float.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def rows_contiguous(values: Tensor) -> Tensor:
-    """The same values with the last dimension contiguous; a copy only where it is not already."""
+    """Return the values with the last dimension contiguous; copies only if necessary."""
     return values if values.stride(-1) == 1 else values.contiguous()
 
 

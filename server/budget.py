@@ -1,4 +1,4 @@
-"""The budget of requests that name none, on a server where it moves: with the load, with the quality of the answers."""
+"""Default budget of a server on which it follows the load, the quality of the answers, or both."""
 
 import asyncio
 import logging
@@ -21,7 +21,7 @@ logger = logging.getLogger("vllm.ficoco.budget")
 
 
 class Source(Protocol):
-    """What moves the budget."""
+    """Source of a moving budget."""
 
     @property
     def budgets(self) -> tuple[int, ...]:
@@ -79,7 +79,7 @@ class DefaultBudget:
             try:
                 for source in self.sources:
                     source.update()
-            except (OSError, ValueError) as error:  # of a file: a full disk, or somebody has changed it
+            except (OSError, ValueError) as error:  # a full disk, or a shared file that was changed by hand
                 if str(error) != warned:
                     warned = str(error)
                     logger.warning("ficoco: the default budget stays at %d visual tokens: %s", self(), warned)
@@ -127,8 +127,8 @@ class DecoderBudget:
 
         Args:
             method: that the request names, or None.
-            entering: visual tokens of its largest image that enter the decoder. If they reveal the budget that the
-                tower got a moment ago, the decoder takes the same.
+            entering: visual tokens of its largest image that enter the decoder. If they match a budget
+                that the tower has just used, the decoder uses the same.
         """
         decoder = self.plan.decoder
         assert decoder is not None
@@ -145,7 +145,7 @@ class DecoderBudget:
 
 
 def most_tokens(config: FicocoConfig, hf_config: Any) -> int:
-    """Visual tokens of an image without reduction, before any plan of the server's exists.
+    """Visual tokens of an image without reduction, before the server has a plan.
 
     Args:
         config: settings of the server.
@@ -192,7 +192,7 @@ def check_budgets(name: str, budgets: Sequence[int], config: FicocoConfig, hf_co
     """Plan every budget once, so that none fails at the first request that gets it.
 
     Args:
-        name: of the option, for error texts.
+        name: name of the option, for error texts.
         budgets: ascending.
         config: settings of the server.
         hf_config: transformers' configuration of the model.

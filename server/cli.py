@@ -1,6 +1,6 @@
 """`ficoco-vllm`, the command line.
 
-A command's module is imported when the command runs: the list of commands answers at once.
+A command's module is imported when the command runs: listing the commands is fast.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def command(name: str) -> Any:
 
 
 def _ended(status: int, is_program: bool) -> int:
-    """End the program at once: as the interpreter ends, Triton's bindings would list all that they have not freed."""
+    """End the program immediately; otherwise Triton's bindings would list all that they have not freed."""
     if is_program:
         sys.stdout.flush()
         sys.stderr.flush()

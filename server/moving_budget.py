@@ -1,4 +1,4 @@
-"""Gives requests that name no budget one that moves, as the command line asks for it."""
+"""Installation of the moving default budget that the command line configures."""
 
 import asyncio
 from argparse import Namespace
@@ -37,7 +37,7 @@ def install(
         engine_client: vLLM's `AsyncLLM`.
         state: application state of vLLM's server, to whose handlers `applier` is attached.
         args: options of the command line, which every API server process gets.
-        applier: of the request field.
+        applier: applier of the request field.
 
     Returns:
         The task that updates the budget, where one moves; keep it, or it is collected.

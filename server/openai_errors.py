@@ -9,7 +9,7 @@ from fastapi.dependencies.utils import request_body_to_args
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-# Raised by vLLM's validators for values of types with which they do not reckon; those beside are answered with 400.
+# Raised by vLLM's validators for values of unexpected types. All other errors of validators already give 400.
 _VALIDATOR_ERRORS = (AttributeError, AssertionError, LookupError, RecursionError)
 
 

@@ -151,7 +151,9 @@ def test_embeddings_take_no_budget_of_the_tower(make: Any) -> None:
     hidden = renderer.renderer.model_config.get_inputs_embeds_size()
     embeddings = torch.zeros(1, 20, hidden)
     for kwargs in ({"ficoco_keep": 36}, {"ficoco_method": "topk-cls"}):
-        with pytest.raises(VLLMValidationError, match="ficoco beside image_embeds is not allowed") as caught:
+        with pytest.raises(
+            VLLMValidationError, match="ficoco together with image_embeds is not allowed"
+        ) as caught:
             renderer.render(embeddings, **kwargs)
         assert caught.value.parameter == "ficoco"
     for kwargs in ({}, {"ficoco_keep": 576}):

@@ -11,7 +11,7 @@ from typing import Any
 
 # Folder in site-packages; requirements/install.sh puts the package of requirements/interpreter there.
 INTERPRETER_FOLDER = "ficoco_interpreter_path"
-# Environment variable of a server whose processes do without Triton.
+# Environment variable of a server whose processes run without Triton.
 HIDE_TRITON = "FICOCO_HIDE_TRITON"
 # Keeps the definitions alive: a torch.library.Library that is collected takes its schemas with it.
 _LIBRARIES: list[Any] = []
@@ -22,7 +22,7 @@ class TorchvisionSchemas:
 
     PyPI's torchvision for x86-64 links CUDA. With a CPU torch its operators do not load, and its fake
     implementations of them then fail at import, although LLaVA needs only its Python part. Just before these are
-    imported, the schemas of the two operators they name are declared. Calling one of them still fails, as it must.
+    imported, the schemas of the two operators they name are declared. Calling one of them still fails.
 
     The CPU install puts the hook into every process through a `.pth` file, since vLLM imports torchvision before it
     loads plugins. With a torch for CUDA, or operators that loaded, it does nothing (drop it when PyPI's torchvision
@@ -106,7 +106,7 @@ def is_cpu_build() -> bool:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware; without, bfloat16 is ten times as slow as float32."""
+    """Whether this CPU multiplies bfloat16 in hardware; if not, bfloat16 is ten times slower than float32."""
     import torch
 
     mkldnn: Any = torch.backends.mkldnn  # not annotated by torch

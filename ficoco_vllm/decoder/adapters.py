@@ -9,7 +9,7 @@ class StepAdapters:
     """Assignment of rows to adapters, which vLLM makes once for a step and all layers."""
 
     def __init__(self, wrapper: Any) -> None:
-        """Note the assignment of the step's tokens.
+        """Store the assignment of the step's tokens.
 
         Args:
             wrapper: vLLM's punica wrapper, which all layers share.

@@ -30,9 +30,9 @@ class DecoderHeads:
         key: (tokens, H', d), H a multiple of H'.
         cached_key: (cached tokens, H', d), keys of earlier steps before the windows of this one; None without any.
         scale: factor of the logits.
-        num_heads: of the whole model.
-        all_reduce: sums over the workers; None where there is one.
-        backend: of the fused ops.
+        num_heads: number of heads of the whole model.
+        all_reduce: sums over the workers; None with a single worker.
+        backend: backend of the fused ops.
     """
 
     query: Tensor
@@ -75,7 +75,7 @@ class ImageAttention:
         """Gather the queries and keys of the images.
 
         Args:
-            heads: of all tokens.
+            heads: heads of all tokens.
             group: where the images lie, on the host.
             visual: whether attention among the visual tokens is needed, too.
             logits: return scaled products before mask and softmax instead.

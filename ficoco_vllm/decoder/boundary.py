@@ -39,7 +39,7 @@ class ImageGroup:
         visual_place: (B, N) places of `visual`.
         context: (B, T) rows of the prompt up to the window's end, padded on the right; keys that were computed
             before the step are numbered first, then its rows.
-        num_cached: (B,) how many of these there are.
+        num_cached: (B,) number of these cached keys.
         first_row: the row of each image's first token in the first segment.
     """
 
@@ -73,7 +73,7 @@ class Part:
     """Tokens of a request with a reduced prompt that a step computes.
 
     Attributes:
-        plan: of the request.
+        plan: plan of the request.
         start: tokens that were computed before.
         end: tokens that have been computed after the step.
     """
@@ -91,12 +91,12 @@ class Part:
 
     @cached_property
     def dropped_before(self) -> tuple[int, ...]:
-        """For each segment, tokens before the step that it does not hold."""
+        """Number of tokens before the step that each segment does not hold."""
         return self.plan.dropped_before(self.start)
 
     @cached_property
     def dropped(self) -> tuple[int, ...]:
-        """The same after the step."""
+        """Number of tokens up to the end of the step that each segment does not hold."""
         return self.plan.dropped_before(self.end)
 
     @property
@@ -130,7 +130,7 @@ def num_rows(query_start: Sequence[int], parts: Sequence[Part | None], segment: 
 
     Args:
         query_start: first row of each request in the first segment, and one for the end.
-        parts: of the requests whose prompt is reduced, None for the rest.
+        parts: part of each request whose prompt is reduced, None for the others.
         segment: index.
     """
     return [
@@ -151,7 +151,7 @@ def boundary(
 
     Args:
         query_start: first row of each request in the first segment, and one for the end.
-        parts: of the requests whose prompt is reduced, None for the rest.
+        parts: part of each request whose prompt is reduced, None for the others.
         segment: the one before the boundary.
         needs_equal_text: whether a method can only take images with equally many text tokens together.
     """

@@ -32,10 +32,10 @@ def cached_keys(attention: Any, slots: Tensor) -> Tensor:
 
 @cache
 def _cpu_order(impl: Any, attention: Any, dtype: torch.dtype, block_size: int) -> tuple[Tensor, Tensor]:
-    """Where vLLM's CPU kernel stores the numbers of a key within its block and head.
+    """Places in which vLLM's CPU kernel stores the numbers of a key within its block and head.
 
     The kernels of several instruction sets pack keys in orders of their own. Each number of a block of keys is written
-    as digits, one cache for each digit, and found again.
+    as digits, one cache for each digit, and located in the result.
 
     Returns:
         Row and column in the (block_size, 2 * d) numbers of a block and head, each (block_size, d) int64.
@@ -49,8 +49,8 @@ def _cpu_order(impl: Any, attention: Any, dtype: torch.dtype, block_size: int) -
         kv_cache = torch.zeros(1, num_heads, block_size, 2 * head_size, dtype=dtype)
         key = (digit + 1).to(dtype).expand(-1, num_heads, -1).contiguous()
         impl.do_kv_cache_update(attention, key, torch.zeros_like(key), kv_cache, torch.arange(block_size))
-        found = kv_cache[0, 0].flatten().to(torch.int64)
-        stored += torch.where(found > 0, found - 1, size) * _BASE**power
+        cached = kv_cache[0, 0].flatten().to(torch.int64)
+        stored += torch.where(cached > 0, cached - 1, size) * _BASE**power
     place = torch.nonzero(stored < size)[:, 0]
     assert len(place) == size <= _BASE**3, "every number of the keys is stored once"
     order = torch.empty(size, dtype=torch.int64)

@@ -29,7 +29,7 @@ class ReducingStep:
     """Indices of a step in which prompts are reduced.
 
     Attributes:
-        boundaries: after each segment but the last.
+        boundaries: boundary after each segment except the last.
         slot_mapping: attention layer to the KV slot of each of its rows, for the layers with fewer rows than
             tokens.
         traced: first row of an image in the first segment to the trace that it goes into.
@@ -65,7 +65,7 @@ class SegmentedDecoder:
 
         Args:
             decoder: vLLM's model of a type in `LAYER_KINDS`, whole on this worker.
-            planner: of the served model.
+            planner: planner of the served model.
             grid: rows and columns of an unreduced image.
             compiled: whether each segment is compiled, as one unit.
             stopwatch: takes the time of the reductions.

@@ -1,4 +1,4 @@
-"""Rows of a step in the segments, prepared on the device for all segments at once where no image is left to compute."""
+"""Rows of a step in the segments, prepared on the device for all segments together; for steps without images."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ class Rows:
         most: the most rows of a request.
         seq_lens: tokens of each request that the segment holds after the step.
         most_seq_lens: an upper bound of them, on the host.
-        places: of the rows in their sequences.
+        places: places of the rows in their sequences.
         slots: (groups, rows), of the rows in the KV cache.
     """
 
@@ -48,7 +48,7 @@ class LaterSteps:
 
         Args:
             seq_lens: tokens of each request that a segment holds, (segments, requests); written.
-            max_num_tokens: of a step.
+            max_num_tokens: the most tokens that a step may have.
         """
         num_segments, num_reqs = seq_lens.shape
         self.seq_lens, self.device = seq_lens, seq_lens.device
@@ -64,7 +64,7 @@ class LaterSteps:
         self._request = torch.arange(num_reqs, device=self.device)
 
     def add_request(self, number: int, plan: RequestPlan) -> None:
-        """Note what leaves the prompt of a request."""
+        """Record the tokens that leave the prompt of a request."""
         self.last_image_end[number] = sum(plan.images[-1])
         self.missing[:, number] = plan.dropped
 
@@ -94,10 +94,10 @@ class LaterSteps:
         """Rows of a step in each segment.
 
         Args:
-            input_batch: of the step.
+            input_batch: batch of the step.
             padded_reqs: requests, with those that a CUDA graph adds.
-            padded_tokens: the same of its tokens.
-            block_tables: of each segment, (requests, blocks).
+            padded_tokens: its tokens, likewise padded.
+            block_tables: block tables of each segment, (requests, blocks).
             block_size: tokens of one block.
             slot_mappings: (segments, tokens) of the unreduced step, rewritten.
         """
@@ -140,9 +140,9 @@ class LaterSteps:
         """Move the rows of a step to their places in the KV cache of each segment.
 
         Args:
-            input_batch: of the step.
+            input_batch: batch of the step.
             missing: tokens of each request without a slot, (segments, requests).
-            block_tables: of each segment, (requests, blocks).
+            block_tables: block tables of each segment, (requests, blocks).
             block_size: tokens of one block.
             slot_mappings: (segments, rows), of the unreduced step; rewritten.
 

@@ -55,8 +55,8 @@ _EXCLUDED = {
         "(vLLM: --disable-sliding-window, which limits --max-model-len to {value})"
     ),
     "dual_chunk_attention_config": "attends in chunks of positions; allowed: full attention",
-    "llama_4_scaling": "scales queries by their position, which is not written",
-    "qk_norm": "has norms of queries and keys that are not written",
+    "llama_4_scaling": "scales queries by their position, which is not supported",
+    "qk_norm": "has norms of queries and keys that are not supported",
 }
 
 

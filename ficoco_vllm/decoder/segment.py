@@ -22,7 +22,7 @@ class Segment(nn.Module):
             before: the last layer of the previous segment, whose MLP runs here; None for the first segment.
             layers: vLLM's layers of this segment.
             norm: the decoder's final norm, for the last segment; its last layer runs whole.
-            kind: of the layers.
+            kind: kind of the layers.
         """
         super().__init__()
         self.kind = kind
@@ -80,7 +80,7 @@ def compile_unit(segment: Segment, index: int) -> Unit:
 
     Args:
         segment: to compile.
-        index: of the segment.
+        index: index of the segment.
     """
     forward = Segment.forward
     code = forward.__code__.replace(co_name=f"segment_{index}_forward")

@@ -20,7 +20,7 @@ SCHEDULER = "ficoco_vllm.kv.scheduler.SegmentScheduler"
 # Text of a window for which a step has room after the largest image, unless the settings say more.
 TEXT_OF_WINDOW = 256
 
-# They rank by the words of the question, and yet chats lose nothing (docs/decoder-kv.md has the measurement).
+# These rank by the words of the question, but chats lose no accuracy (measured in docs/decoder-kv.md).
 _STEADY_IN_CHATS = frozenset({"tops"})
 
 # A child of vLLM's logger, whose handlers and level it shares.
@@ -31,7 +31,7 @@ def prepare_decoder(vllm_config: Any, config: FicocoConfig) -> None:
     """Refuse options that exclude a KV length per segment, and set required ones.
 
     Args:
-        vllm_config: vLLM's configuration, with our settings left on the model's.
+        vllm_config: vLLM's configuration, with our settings stored on the model's.
         config: these settings.
 
     Raises:
@@ -85,8 +85,8 @@ def default_windows(vllm_config: Any, config: FicocoConfig) -> str:
         config: our settings, with a method of the decoder.
 
     Returns:
-        "turn"; "prompt" for methods that rank by the words of the question, to which later questions matter, but for
-        those that lose nothing; "off" beside an option that windows exclude.
+        "off" with an option that excludes windows; "prompt" for methods that rank by the words of the question and
+        would lose accuracy on later questions; otherwise "turn".
     """
     if _excluding_windows(vllm_config):
         return "off"
@@ -102,18 +102,18 @@ def _excluding_windows(vllm_config: Any) -> dict[str, str]:
     options = {
         f"--kv-cache-dtype {cache.cache_dtype}": (
             is_quantized_kv_cache(cache.cache_dtype),
-            "rounded keys in the cache would decide otherwise than keys of a step",
+            "rounded keys in the cache could change which tokens are kept",
         ),
         "--kv-events-config": (
             events is not None and events.enable_kv_cache_events,
-            "a block stands for a window that its tokens do not name",
+            "the content of a block depends on a window that its tokens do not identify",
         ),
     }
     return {option: reason for option, (holds, reason) in options.items() if holds}
 
 
 def _longest_step(vllm_config: Any, config: FicocoConfig) -> int:
-    """Tokens that one step must hold: a prompt with all of its images, or a window beside decoding requests."""
+    """Tokens that one step must hold: a prompt with all of its images, or a window plus decoding requests."""
     scheduler, max_model_len = vllm_config.scheduler_config, int(vllm_config.model_config.max_model_len)
     if config.windows != "turn":
         return max_model_len
@@ -197,11 +197,11 @@ def find_refusal(vllm_config: Any) -> str | None:
         "--decode-context-parallel-size and --prefill-context-parallel-size must be 1": (
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
         ),
-        "--compilation-config cudagraph_mode = 'FULL' is not allowed: the graph of a mixed step knows no reduction; "
-        "allowed: 'FULL_AND_PIECEWISE', 'FULL_DECODE_ONLY', 'PIECEWISE', 'NONE'": replays_prefills(
+        "--compilation-config cudagraph_mode = 'FULL' is not allowed: the graph of a mixed step does not support a "
+        "reduction; allowed: 'FULL_AND_PIECEWISE', 'FULL_DECODE_ONLY', 'PIECEWISE', 'NONE'": replays_prefills(
             vllm_config
         ),
-        "VLLM_USE_BREAKABLE_CUDAGRAPH=1 is not allowed: its graphs know no reduction": bool(
+        "VLLM_USE_BREAKABLE_CUDAGRAPH=1 is not allowed: its graphs do not support a reduction": bool(
             envs.VLLM_USE_BREAKABLE_CUDAGRAPH
         ),
         "--enable-dbo is not allowed: a reducing step cannot be split into microbatches": parallel.use_ubatching,
@@ -239,7 +239,7 @@ def find_refusal(vllm_config: Any) -> str | None:
         f"--max-num-scheduled-tokens {scheduler.max_num_scheduled_tokens} is not allowed: "
         + ("an image with the text of its turn" if config.windows == "turn" else "a prompt")
         + f" must fit into one step; allowed: {longest} ("
-        + ("beside decoding requests" if config.windows == "turn" else "--max-model-len")
+        + ("in addition to decoding requests" if config.windows == "turn" else "--max-model-len")
         + ") and more": (
             scheduler.max_num_scheduled_tokens is not None and scheduler.max_num_scheduled_tokens < longest
         ),

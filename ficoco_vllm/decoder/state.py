@@ -234,9 +234,9 @@ class DecoderModelState(DefaultModelState):
 
         Args:
             counts: rows of each request in each segment, (segments, requests).
-            owner: of all these rows, see `_owners`.
-            places: of the rows in their sequences.
-            block_tables: of each segment, (requests, blocks).
+            owner: owners of all these rows, see `_owners`.
+            places: places of the rows in their sequences.
+            block_tables: block tables of each segment, (requests, blocks).
         """
         (block_size,) = set(self.block_sizes)
         request, block, offset = owner % counts.shape[1], places // block_size, places % block_size
@@ -250,7 +250,7 @@ class DecoderModelState(DefaultModelState):
         return result
 
     def initialize_kv_cache(self, kv_cache_config: Any, block_tables: Any) -> None:
-        """Note the size of the blocks that the attention kernels use."""
+        """Store the size of the blocks that the attention kernels use."""
         super().initialize_kv_cache(kv_cache_config, block_tables)
         segments = [group.kv_cache_spec.segment for group in kv_cache_config.kv_cache_groups]
         assert segments == list(range(self.planner.segments.num_segments)), (
@@ -283,7 +283,7 @@ class DecoderModelState(DefaultModelState):
 
 
 def _owners(counts: Counts) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """For rows that are counted by segment and request, the index of each one's count, and its place among these."""
+    """Index of the count (by segment and request) of each row, and its place among the rows of that count."""
     flat = counts.ravel()
     owner = np.repeat(np.arange(counts.size), flat)
     return owner, np.arange(len(owner)) - (np.cumsum(flat) - flat)[owner]

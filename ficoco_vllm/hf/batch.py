@@ -20,7 +20,7 @@ class Batch:
 
     Attributes:
         enters: (B, S) the tokens of the caller that enter; padding and placeholders without a token do not.
-        spans: of each prompt, index among the batch's images, offset among the prompt's tokens and number of tokens of
+        spans: for each prompt: index among the batch's images, offset among the prompt's tokens and number of tokens of
             each image.
     """
 
@@ -82,7 +82,7 @@ class Batch:
         return torch.cat(rows)
 
     def last_row(self) -> Tensor:
-        """The row of the last token up to each place of the caller, (B, S) int64; -1 where none has come."""
+        """The row of the last token up to each of the caller's positions, (B, S) int64; -1 before the first."""
         place = np.cumsum(self.enters, axis=1) - 1
         starts = np.array(self.starts[:-1])[:, None]
         return torch.from_numpy(np.where(place < 0, -1, place + starts))
@@ -98,7 +98,7 @@ def questions_about(
         ids: (B, S) int64.
         mask: (B, S) false for padding.
         image_token: id of a placeholder.
-        special: ids of special tokens, which are no text.
+        special: ids of special tokens, which are not text.
 
     Returns:
         Tokens (M,) int64 for each image.
@@ -131,7 +131,7 @@ def padded(rows: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 
 def spread(rows: Tensor, origin: Tensor, batch: Batch) -> Tensor:
-    """Hidden states at the places of the caller: each the one of the last token that is left up to there.
+    """Hidden states at the caller's positions; a removed token gets that of the last remaining token before it.
 
     Args:
         rows: (rows, D) of the tokens that are left.

@@ -1,4 +1,4 @@
-"""What a reduction knows about a KV cache; it travels on the cache."""
+"""State of a reduction, stored on a KV cache."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -32,7 +32,7 @@ class CacheState:
 
     Attributes:
         first_layers: the first layer of each segment.
-        held: of each segment, (B, length) bool, false for padding.
+        held: for each segment, (B, length) bool, false for padding.
         next_position: (B, 1) int64, position of the next token.
         num_seen: tokens of the caller that have been computed.
     """
@@ -44,7 +44,7 @@ class CacheState:
 
     @classmethod
     def of(cls, cache: Any) -> "CacheState | None":
-        """The state of a cache that was filled under a reduction, brought up to a crop that has happened since."""
+        """The state of a cache that was filled under a reduction, updated for any crop since then."""
         if not isinstance(cache, ShortenedCache):
             return None
         state = cache.ficoco
@@ -60,23 +60,23 @@ class CacheState:
         """The state of a cache that was filled without a reduction, or not at all.
 
         Args:
-            cache: of transformers, or None. It is made a `ShortenedCache`.
-            first_layers: of each segment.
+            cache: cache of transformers, or None. Its class becomes a `ShortenedCache`.
+            first_layers: first layer of each segment.
             mask: (B, tokens in the cache) bool, false for padding.
         """
         state = cls(first_layers, [mask] * len(first_layers), mask.sum(dim=1, keepdim=True), mask.shape[1])
         if cache is not None:
-            # `generate` keeps the cache that it has made, so this one becomes another.
+            # `generate` keeps a reference to the cache that it created, so its class is changed in place.
             kind: Any = type(cache)
             cache.__class__ = _shortened(kind)
             cache.ficoco = state
         return state
 
     def advance(self, held: list[Tensor], num_tokens: Tensor, num_seen: int) -> None:
-        """Note that tokens have been computed.
+        """Record computed tokens.
 
         Args:
-            held: of each segment, as the attribute.
+            held: see the attribute.
             num_tokens: (B, 1) int64 tokens of each prompt, before any reduction in the decoder.
             num_seen: tokens of the caller.
         """
@@ -85,7 +85,7 @@ class CacheState:
         self.num_seen += num_seen
 
     def num_cropped(self, cache: Any) -> int:
-        """Tokens, always generated ones, that assisted generation has taken back."""
+        """Number of tokens, always generated ones, that assisted generation has removed."""
         return self.held[0].shape[1] - int(cache.layers[0].get_seq_length()) if cache.layers else 0
 
 

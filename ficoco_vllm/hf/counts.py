@@ -1,4 +1,4 @@
-"""What a reduction has saved."""
+"""Token counts of a reduction."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class Reduction:
         method: name.
         plan: token counts, the same as those of a server with these settings.
         tokens: counts of all images since the reduction was applied.
-        kept: of each image of the latest prompts, the patches whose tokens are left in the last decoder layer, (K,)
+        kept: for each image of the latest prompts, the patches whose tokens are left in the last decoder layer, (K,)
             int64: index in the grid, for LLaVA-NeXT tile by tile with the base view first; -1 for a fused token, [CLS]
             and a newline.
     """

@@ -41,7 +41,7 @@ class SegmentedModel:
 
         Args:
             model: transformers' model of a type in `LAYER_KINDS`.
-            planner: of the decoder.
+            planner: planner of the decoder.
             grid: rows and columns of an unreduced image.
         """
         self.model, self.planner, self.grid = model, planner, grid
@@ -64,9 +64,9 @@ class SegmentedModel:
             valid: (B, S) false where padded.
             position: (B, S) int64.
             past: tokens in the KV cache of each segment, (B, length) bool, false for padding.
-            cache: of transformers, or None.
-            plans: of the prompts that are reduced now; None leaves all tokens.
-            **kwargs: of the layers.
+            cache: cache of transformers, or None.
+            plans: plans of the prompts that are reduced now; None keeps all tokens.
+            **kwargs: arguments of the layers.
 
         Source: arXiv:2411.17686, Alg. 2.
         """

@@ -26,7 +26,7 @@ class ImageTokens:
 
     Attributes:
         tokens: (n, D) projected.
-        patch: (n,) int64 patch that each token stands for: index in the grid, for LLaVA-NeXT tile by tile with the base
+        patch: (n,) int64 patch that each token represents: index in the grid, for LLaVA-NeXT tile by tile with the base
             view first; `NO_PATCH` for a fused token, [CLS] and a newline.
         num_placeholders: tokens that the processor wrote into the prompt.
     """
@@ -52,7 +52,7 @@ class PostponedImage:
     """One image that is encoded once its question is known, with those that came with it.
 
     Attributes:
-        pixels: of all of them.
+        pixels: pixels of the whole batch.
         num_placeholders: tokens that the processor wrote into the prompt.
     """
 
@@ -71,7 +71,7 @@ class ImageEncoder:
 
         Args:
             model: transformers' `LlavaModel` or `LlavaNextModel`.
-            planner: of its tower.
+            planner: planner of its tower.
             stock: the model's own `get_image_features`, for images that are not reduced.
         """
         self.model, self.planner, self.stock = model, planner, stock
@@ -118,9 +118,9 @@ class ImageEncoder:
         for image, question in zip(images, questions, strict=True):
             batches.setdefault(image.pixels, {}).setdefault(image, question)
         encoded: dict[PostponedImage, ImageTokens] = {}
-        for pixels, asked in batches.items():
-            tokens = self(pixels.values, pixels.sizes, list(asked.values()))
-            encoded |= dict(zip(asked, tokens, strict=True))
+        for pixels, batch in batches.items():
+            tokens = self(pixels.values, pixels.sizes, list(batch.values()))
+            encoded |= dict(zip(batch, tokens, strict=True))
         return [encoded[image] for image in images]
 
     def read(self, tokens: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from ficoco_vllm.planning.server import ServerPlan
 MODELS = (LlavaForConditionalGeneration, LlavaNextForConditionalGeneration)
 # Its `generate` encodes images once, and its masks follow the length of a layer's cache.
 OLDEST = (5, 19)
-# Settings of a server that mean nothing here.
+# Server settings that do not apply here.
 _OF_SERVERS = ("metrics", "explain", "graph_budgets", "text_encoder")
 _ATTRIBUTE = "_ficoco"
 _applying = Lock()
@@ -57,7 +57,7 @@ def apply(model: Any, method: str = DEFAULT_METHOD, keep: int | None = None, **s
             `encoder` and `backend`.
 
     Returns:
-        What is saved, brought up to date with every prompt.
+        The reduction, whose token counts are updated with every prompt.
 
     Raises:
         ValueError: the model is not known or already reduced, or the settings do not fit it.
@@ -85,7 +85,7 @@ def apply(model: Any, method: str = DEFAULT_METHOD, keep: int | None = None, **s
 
 
 def remove(model: Any) -> None:
-    """Give a model its own methods back.
+    """Restore the model's own methods.
 
     Raises:
         ValueError: the model is not reduced.

@@ -1,4 +1,4 @@
-"""The forward pass that takes the place of a model's own while its tokens are reduced."""
+"""The forward pass that replaces a model's own while its tokens are reduced."""
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
@@ -36,7 +36,7 @@ class ReducedModel:
 
         Args:
             model: transformers' `LlavaModel` or `LlavaNextModel`.
-            reduction: to apply; it is kept up to date.
+            reduction: the reduction to apply; its counts are updated.
         """
         self.model, self.reduction = model, reduction
         self.stock_forward, self.stock_features = model.forward, model.get_image_features
@@ -50,13 +50,13 @@ class ReducedModel:
             self.layers = tuple(segments.size * segment for segment in range(segments.num_segments))
 
     def install(self) -> None:
-        """Take the place of the model's own methods."""
+        """Replace the model's own methods."""
         self.replaced = {name: vars(self.model).get(name) for name in REPLACED}
         for name in REPLACED:
             setattr(self.model, name, getattr(self, name))
 
     def uninstall(self) -> None:
-        """Give the model its methods back.
+        """Restore the model's own methods.
 
         Raises:
             RuntimeError: they have been replaced again.
@@ -77,7 +77,7 @@ class ReducedModel:
         Args:
             pixel_values: as the processor returns them.
             image_sizes: (n, 2) height and width of each image, for LLaVA-NeXT.
-            **kwargs: of the model's own method; which features are read is fixed by the configuration.
+            **kwargs: arguments of the model's own method; which features are read is fixed by the configuration.
 
         Returns:
             `pooler_output` has an `ImageTokens` for each image, a `PostponedImage` where the method reads the question.
@@ -110,8 +110,8 @@ class ReducedModel:
             pixel_values: as the processor returns them, or None.
             attention_mask: (B, tokens in the cache + S), zero for padding; or None.
             past_key_values: cache, or None.
-            mm_encoder_outputs: of `get_image_features`, under "image", or None.
-            **kwargs: of the model's own forward. `position_ids` are counted again, without the tokens that have left.
+            mm_encoder_outputs: output of `get_image_features`, under "image", or None.
+            **kwargs: arguments of the model's own forward. `position_ids` are recomputed without the removed tokens.
 
         Returns:
             As the model's own. `last_hidden_state` is (B, S, D): where a token has left, it repeats the last one
@@ -197,10 +197,10 @@ class ReducedModel:
         Args:
             hidden: (B, S, D) embeddings, padded on the left.
             valid: (B, S) false where padded.
-            state: of the cache; brought up to date.
-            plans: of the prompts that are reduced in the decoder.
+            state: state of the cache; updated.
+            plans: plans of the prompts that are reduced in the decoder.
             given: arguments of the caller.
-            num_seen: tokens of the caller that these stand for.
+            num_seen: tokens of the caller that these represent.
 
         Returns:
             (B, left, D), (B, left) false where padded, and the row that each token had when it entered.
@@ -250,7 +250,7 @@ class ReducedModel:
         plans: list[RequestPlan] | None,
         origin: Tensor | None,
     ) -> None:
-        """Bring the reduction's counts up to date; `origin` None means that all tokens are left."""
+        """Update the reduction's counts; `origin` None means that all tokens are left."""
         kept = []
         for start, spans in zip(batch.starts, batch.spans, strict=False):
             for index, offset, count in spans:

@@ -63,7 +63,7 @@ class HfTower(Tower):
 
         Args:
             tower: transformers' `CLIPVisionModel`.
-            num_layers: that run.
+            num_layers: number of layers that run.
         """
         self.tower = tower
         self.layers = [HfLayer(layer) for layer in tower.encoder.layers[:num_layers]]

@@ -1,4 +1,4 @@
-"""Admission: each request is checked, gets its budget and is announced to the metrics before it goes to the engine.
+"""Admission: each request is checked, gets its budget and is registered with the metrics before it goes to the engine.
 
 No hook of vLLM sees a request's prompt, its sampling parameters and the server's configuration together, so the method
 that turns them into the engine's request is wrapped. Beam search resolves its watermarks first; only that method
@@ -106,7 +106,7 @@ def _process_inputs(original: Any, self: Any, request_id: str, prompt: Any, *arg
 
 
 def _warmup(original: Any, self: Any, chat_params: Any) -> Any:
-    """Note the generation prompt of the server's chat template, by which turns end."""
+    """Store the generation prompt of the server's chat template, which ends turns."""
     result = original(self, chat_params)
     if FicocoConfig.of(self.model_config.hf_config).windows == "turn":
         setattr(self, _MARKER, generation_prompt(self, chat_params))

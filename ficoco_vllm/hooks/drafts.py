@@ -18,7 +18,7 @@ def hook_drafts() -> None:
 def _propose(original: Any, self: Any, input_batch: Any, *args: Any, **kwargs: Any) -> Tensor:
     """The tokens that followed the longest and latest earlier occurrence of a request's last tokens.
 
-    Where there is none, or too few tokens follow, the last sampled token fills up, as in vLLM's kernel.
+    Where there is none, or too few tokens follow, the last sampled token is repeated, as in vLLM's kernel.
 
     Returns:
         (requests, drafts) int64.

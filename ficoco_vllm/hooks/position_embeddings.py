@@ -9,8 +9,8 @@ from ficoco_vllm.hooks.wrapping import replace
 def hook_position_embeddings() -> None:
     """Let the tower interpolate its position embeddings in torch on a CPU. Idempotent.
 
-    vLLM takes the kernel wherever it finds Triton, as it does beside methods of the decoder. Interpreted, it takes
-    longer than the rest of the tower.
+    vLLM uses the kernel wherever it finds Triton, which includes methods of the decoder on a CPU. Interpreted, it
+    takes longer than the rest of the tower.
     """
     if current_platform.is_cpu():
         replace(qwen3_vl, "HAS_TRITON", False)

@@ -1,4 +1,4 @@
-"""vLLM's processor cache in the front end: an image counts as sent once its request has reached the engine.
+"""vLLM's processor cache in the front end: an image is marked as sent once its request has reached the engine.
 
 The cache notes an image while the prompt is rendered. A request that is refused or aborted after that never brings it
 to the engine, and the next one with the same image is sent without it: vLLM answers that one with 500 and only then
@@ -26,7 +26,7 @@ def _is_cached_item(original: Any, self: Any, mm_hash: str) -> bool:
 
 
 def _get_and_update_item(original: Any, self: Any, mm_item: Any, mm_hash: str) -> Any:
-    if mm_item is not None:  # processed anew, so it goes with its request
+    if mm_item is not None:  # processed again, so it is sent with its request
         self.invalidate(mm_hash)
         _sent(self).discard(mm_hash)
     return original(self, mm_item, mm_hash)

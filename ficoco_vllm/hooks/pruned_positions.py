@@ -25,7 +25,7 @@ def _prunes(original: Any) -> bool:
 
 
 def _gather_mm_embeddings(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Read the configuration, which vLLM's runner of a CPU never does."""
+    """Read the configuration, which vLLM's CPU runner never does."""
     config = self.model_config.multimodal_config
     self.is_multimodal_pruning_enabled = config is not None and config.is_multimodal_pruning_enabled()
     return original(self, *args, **kwargs)

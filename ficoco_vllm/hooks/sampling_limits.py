@@ -18,7 +18,7 @@ def check_limits(params: Any, num_prompt_tokens: int) -> None:
 
     Args:
         params: vLLM's sampling parameters of a request, completed by its front end.
-        num_prompt_tokens: of its prompt.
+        num_prompt_tokens: number of tokens of its prompt.
 
     Raises:
         VLLMValidationError: naming the field, its value and what is allowed (HTTP 400).

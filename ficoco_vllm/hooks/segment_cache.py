@@ -18,7 +18,7 @@ def hook_kv_cache_specs(decoder: Any, segments: Segments) -> None:
 
     Args:
         decoder: vLLM's language model, whole on this worker.
-        segments: of its layers.
+        segments: segments of its layers.
     """
     for index, layer in enumerate(decoder.layers):
         wrap(layer.self_attn.attn, "get_kv_cache_spec", partial(_spec, segments.of_layer(index)))

@@ -41,14 +41,14 @@ HOOKS = (
         "vllm.config.VllmConfig",
         "try_verify_and_update_config",
         "",
-        "refuses our settings for a model that nothing of ours serves",
+        "refuses our settings for a model that the plugin does not support",
         "tests/models/test_verify.py::test_other_models_are_refused",
     ),
     Hook(
         _INPUT,
         "process_inputs",
         "request_id prompt params",
-        "checks a request, gives it its budget and announces it to the metrics",
+        "checks a request, gives it its budget and registers it with the metrics",
         "tests/decoder/test_refusals.py::test_refused_requests",
     ),
     Hook(
@@ -62,14 +62,14 @@ HOOKS = (
         "vllm.renderers.base.BaseRenderer",
         "warmup",
         "chat_params",
-        "reads the generation prompt of the chat template, by which decision windows end",
+        "reads the generation prompt of the chat template, which ends decision windows",
         "tests/decoder/test_windows.py::test_a_chat_finds_its_earlier_turns",
     ),
     Hook(
         _CACHE,
         "is_cached_item",
         "mm_hash",
-        "an image counts as sent once its request has reached the engine",
+        "marks an image as sent once its request has reached the engine",
         "tests/hooks/test_processor_cache.py::test_an_image_counts_as_sent_once_it_is",
     ),
     Hook(
@@ -104,7 +104,7 @@ HOOKS = (
         _OUTPUT,
         "abort_requests",
         "request_ids internal",
-        "counts requests whose client went away",
+        "counts requests whose client disconnected",
         "tests/hooks/test_request_metrics.py::test_abort_of_a_request_with_two_answers_counts_two",
     ),
     Hook(
@@ -175,7 +175,7 @@ HOOKS = (
         "vllm.v1.engine.async_llm.AsyncLLM",
         "generate",
         "prompt sampling_params request_id",
-        "notes the answers of requests that are compared, and sends second ones with the lowest priority",
+        "records the answers of requests that are compared, and sends second ones with the lowest priority",
         "tests/server/quality/test_server.py::test_it_starts_with_all_tokens_and_finds_that_few_are_enough",
     ),
     Hook(
@@ -217,7 +217,7 @@ HOOKS = (
         "vllm.v1.engine.async_llm.AsyncLLM",
         "shutdown",
         "timeout",
-        "waits for open requests before the shutdown, and notes whether the engine had died",
+        "waits for open requests before the shutdown, and records whether the engine had died",
         "tests/server/lifecycle/test_survival.py::test_a_stopping_server_answers_accepted_requests",
     ),
     Hook(

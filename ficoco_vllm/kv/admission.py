@@ -89,19 +89,19 @@ def check_request(vllm_config: Any, request: Any) -> None:
     except ValueError as error:
         field = next((name for name in (KEEP, METHOD, WINDOW) if str(error).startswith(name)), None)
         raise VLLMValidationError(str(error), parameter=field) from error
-    if KEEP in extra_args:  # the engine's messages have no place for NumPy's integers
+    if KEEP in extra_args:  # the engine's messages cannot carry NumPy integers
         params.extra_args = {**extra_args, KEEP: as_integer(extra_args[KEEP])}
     if not plan.reduces:
         return
     if any(feature.modality != "image" for feature in request.mm_features):
         raise VLLMValidationError(
-            "a video is not allowed where visual tokens are reduced in the decoder, since text stands between its "
-            f"frames; allowed: images, or {KEEP} = {max(length for _, length in images)}"
+            "a video is not allowed where visual tokens are reduced in the decoder, since there is text between "
+            f"its frames; allowed: images, or {KEEP} = {max(length for _, length in images)}"
         )
     if request.resumable:
         raise VLLMValidationError(
-            "a prompt that comes in pieces is not allowed where its visual tokens are reduced in the decoder, since "
-            f"all of it decides which stay; allowed: the whole prompt at once, or {KEEP} = {images[0][1]}"
+            "a prompt that arrives in pieces is not allowed where its visual tokens are reduced in the decoder, since "
+            f"all of it decides which stay; allowed: a whole prompt, or {KEEP} = {images[0][1]}"
         )
     offset, length = plan.images[-1]
     if offset + length >= num_tokens:
@@ -118,7 +118,7 @@ def check_request(vllm_config: Any, request: Any) -> None:
 
 
 def check_stop(request: Any) -> None:
-    """Refuse stop strings that cannot be sent to the engine: JSON can name half of a character.
+    """Refuse stop strings that cannot be sent to the engine: JSON can contain half of a surrogate pair.
 
     Args:
         request: vLLM's `EngineCoreRequest`.
@@ -143,7 +143,7 @@ def check_search(vllm_config: Any, params: Any) -> None:
 
     Args:
         vllm_config: vLLM's configuration.
-        params: of the request.
+        params: sampling parameters of the request.
 
     Raises:
         VLLMValidationError: it is a beam search (HTTP 400).
@@ -162,7 +162,7 @@ def check_search(vllm_config: Any, params: Any) -> None:
 def fill_windows(config: FicocoConfig, marker: Sequence[int], request: Any) -> None:
     """Give a request with images the ends of its decision windows if it names none.
 
-    Scheduler and workers read them there, so that all plan alike.
+    Scheduler and workers read them there, so that all compute the same plan.
 
     Args:
         config: settings of the server.
@@ -183,7 +183,7 @@ def fill_windows(config: FicocoConfig, marker: Sequence[int], request: Any) -> N
 class ChatBudgets:
     """Budgets that were chosen for the first turns of chats, which later turns keep.
 
-    The budget is part of what names a cached window, so one that changed from turn to turn would never find it.
+    The budget is part of the hash of a cached window, so a budget that changed from turn to turn would never hit it.
     """
 
     def __init__(self, most: int = 4096) -> None:
@@ -195,7 +195,7 @@ class ChatBudgets:
         """The budget of a request's chat.
 
         Args:
-            name: of the chat, by its first turn; None for a request without one.
+            name: name of the chat, by its first turn; None for a request without one.
             choose: returns the budget of a new chat.
         """
         if name is None:

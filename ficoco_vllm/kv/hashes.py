@@ -1,4 +1,4 @@
-"""Block hashes of a reduced prompt: they stand for everything that decides the content of a block."""
+"""Block hashes of a reduced prompt: they cover everything that determines the content of a block."""
 
 from typing import Any
 
@@ -13,11 +13,11 @@ def mix_windows(request: Any, plan: RequestPlan, block: int, algorithm: str) -> 
     """Mix each decision window into the hash of the block in which it starts.
 
     Blocks from there on depend on all tokens of the window, on the method and on the number of tokens that leave.
-    Hashes are chained, so that all later ones contain it, beside the adapter's name and the salt, which vLLM adds.
+    Hashes are chained, so all later ones contain it, in addition to the adapter's name and the salt, which vLLM adds.
 
     Args:
-        request: vLLM's request before its first step; its hashes from the first window on are computed anew.
-        plan: of the request.
+        request: vLLM's request before its first step; its hashes from the first window on are recomputed.
+        plan: plan of the request.
         block: tokens of one block.
         algorithm: name of vLLM's hash function for blocks.
     """
@@ -36,7 +36,7 @@ def mix_windows(request: Any, plan: RequestPlan, block: int, algorithm: str) -> 
 
 
 def _content(request: Any, plan: RequestPlan, windows: list[Window], start: int) -> tuple[Any, ...]:
-    """What decides the content of blocks from the one in which windows start, at `start`."""
+    """Hash input for blocks from the one in which windows start, at `start`."""
     images = tuple(
         (
             request.mm_features[index].identifier,

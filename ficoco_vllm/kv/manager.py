@@ -62,16 +62,16 @@ class SegmentManager(FullAttentionManager):
     def add_local_computed_blocks(
         self, request_id: str, new_computed_blocks: Sequence[KVCacheBlock], *args: Any, **kwargs: Any
     ) -> None:
-        """Give a request the blocks that were found for it."""
+        """Give a request the cached blocks of its prefix."""
         super().add_local_computed_blocks(request_id, new_computed_blocks, *args, **kwargs)
         self.num_held += len(self.req_to_blocks[request_id])
 
     def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        """Note full blocks under the hashes of the prompt's blocks that they stand for.
+        """Record full blocks under the hashes of the prompt's blocks that they correspond to.
 
         Args:
             request: vLLM's request.
-            num_tokens: of it that have been computed.
+            num_tokens: number of its tokens that have been computed.
             *args: see vLLM's manager.
             **kwargs: see vLLM's manager.
         """
@@ -103,12 +103,12 @@ class SegmentManager(FullAttentionManager):
         """Cached blocks of a prefix of a request whose prompt is reduced.
 
         Args:
-            plan: of the request.
-            block_hashes: of the prompt's blocks.
+            plan: plan of the request.
+            block_hashes: hashes of the prompt's blocks.
             num_tokens: the most that the prefix may have, as `RequestPlan.reusable` returns it.
 
         Returns:
-            The blocks, and the tokens of the prompt that they stand for.
+            The blocks, and the number of prompt tokens that they cover.
         """
         num_wanted = self._num_blocks(plan, num_tokens)
         blocks: list[KVCacheBlock] = []

@@ -64,7 +64,7 @@ class SegmentScheduler(AsyncScheduler):
         """The prefix of a request that the cache of every segment holds; see vLLM's scheduler.
 
         Args:
-            request: that is about to be scheduled.
+            request: the request to schedule.
             limit: the most tokens of the prefix; vLLM 0.32 has none.
         """
         plan, manager = self.plans.get(request.request_id), self.kv_cache_manager
@@ -90,7 +90,7 @@ class SegmentScheduler(AsyncScheduler):
     ) -> Any:
         """Schedule as vLLM, except that a step ends before a window that it cannot hold with all of its images.
 
-        vLLM calls this last of all limits on a request's tokens in a step, and takes over the number that it returns.
+        vLLM calls this last of all limits on a request's tokens in a step, and uses the number that it returns.
         """
         if num_computed_tokens >= request.num_prompt_tokens:
             return [], num_new_tokens, encoder_compute_budget, [], []

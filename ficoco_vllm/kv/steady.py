@@ -1,4 +1,4 @@
-"""Decoding steps in which no block of a request is allocated or filled, which is most of them."""
+"""Fast path for decoding steps that allocate and fill no block, which are most of them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from ficoco_vllm.planning.decoder import RequestPlan
 
 
 class SteadyManager(KVCacheManager):
-    """vLLM's manager, which does not ask every segment where none has anything to do.
+    """vLLM's manager, which skips the segments in steps where none has work.
 
     Attributes:
         room: from a request to the number of its tokens up to which its blocks suffice and none is filled.
@@ -25,10 +25,10 @@ class SteadyManager(KVCacheManager):
         segments: Sequence[SegmentManager],
         plan_of: Callable[[str], RequestPlan | None],
     ) -> None:
-        """Take the place of a manager.
+        """Replace a manager.
 
         Args:
-            manager: whose state this one shares.
+            manager: the manager whose state this one shares.
             segments: its managers of the segments.
             plan_of: from a request's id to its plan.
         """
@@ -58,7 +58,7 @@ class SteadyManager(KVCacheManager):
         return blocks
 
     def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
-        """Note the full blocks of a request; see vLLM's manager."""
+        """Record the full blocks of a request; see vLLM's manager."""
         num_full = num_computed_tokens // int(self.segments[0].block_size)
         if num_full > self.num_full.get(request.request_id, -1):
             super().cache_blocks(request, num_computed_tokens)
@@ -66,7 +66,7 @@ class SteadyManager(KVCacheManager):
                 self.num_full[request.request_id] = num_full
 
     def free(self, request: Request) -> None:
-        """Give the blocks of a request back."""
+        """Free the blocks of a request."""
         self._forget(request)
         super().free(request)
 

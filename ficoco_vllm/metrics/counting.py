@@ -18,7 +18,7 @@ class CountedRequest:
 
     Attributes:
         account: its savings.
-        counter: of its server.
+        counter: counter of its server.
         engine: label, known from the first output on.
         prompt: arguments of `Accountant.account`.
         num_cached: tokens of the prompt that the prefix cache held, known from the first output on.

@@ -90,8 +90,8 @@ class Metrics:
         self.requests = counter(
             "requests",
             "Requests that ended, by outcome: the finish reasons of vLLM (stop, length, abort, error, ...), abort "
-            "also where the client went away, and refused for those that were answered with HTTP 400 over their "
-            "reduction.",
+            "also where the client disconnected, and refused for those that were answered with HTTP 400 "
+            "because of their reduction.",
             "outcome",
         )
         self.prefill_flops_avoided = counter(
@@ -108,7 +108,7 @@ class Metrics:
         )
         self.quality_target = gauge(
             "quality_target",
-            "Target agreement; this and all of quality_ only where there is one.",
+            "Target agreement; this and all other quality_ metrics exist only where there is one.",
             "mostrecent",
         )
         self.quality_comparisons = counter(
@@ -183,10 +183,10 @@ def set_default_budget(model_name: str, method: str, num_tokens: int, engine: in
 
 
 def count_refusal(model_config: Any) -> None:
-    """Count a request that is answered with HTTP 400 over its reduction, under the server's method.
+    """Count a request that is answered with HTTP 400 because of its reduction, under the server's method.
 
     Args:
-        model_config: vLLM's configuration of the model, with our settings left on transformers'.
+        model_config: vLLM's configuration of the model, with our settings stored on transformers'.
     """
     config = FicocoConfig.of(model_config.hf_config)
     if config.method is not None and config.metrics:

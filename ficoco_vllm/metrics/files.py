@@ -19,7 +19,7 @@ class ReservedMmapedDict(MmapedDict):
 
     prometheus_client maps sparse files into memory: where the disk has no space for a page, the kernel ends the process
     by SIGBUS. Here values without space on the disk are counted in memory, where `/metrics` does not see them, and the
-    server goes on.
+    server continues.
     """
 
     def __init__(self, filename: str, read_mode: bool = False) -> None:
@@ -39,11 +39,11 @@ class ReservedMmapedDict(MmapedDict):
             try:
                 os.posix_fallocate(self._f.fileno(), 0, capacity)
             except OSError as error:
-                self._go_on_in_memory(error)
+                self._continue_in_memory(error)
         base: Any = super()
         base._init_value(key)
 
-    def _go_on_in_memory(self, error: OSError) -> None:
+    def _continue_in_memory(self, error: OSError) -> None:
         _warn(self._f.name, error)
         values = bytes(self._m)
         self._m.close()

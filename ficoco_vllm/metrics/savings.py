@@ -24,10 +24,10 @@ class Account:
         method: label: name of the method, of both joined by "+", of the pair that the server runs, or "off" where
             nothing leaves, "text" where there is no image.
         visual_tokens_in: patches of all images.
-        visual_tokens_kept: of these, tokens that are left after the last reduction.
+        visual_tokens_kept: those that are left after the last reduction.
         budgets: visual tokens that each image may keep.
         missing: for each segment of decoder layers, prompt tokens without a slot in its KV cache.
-        flops_avoided: of the prefill.
+        flops_avoided: FLOPs that the prefill avoids.
     """
 
     method: str
@@ -43,7 +43,7 @@ class Accountant:
     """Accounts of the requests of one server.
 
     Attributes:
-        plan: of the server.
+        plan: plan of the server.
         shape: sizes of the model, None where the cost model does not cover it.
     """
 
@@ -95,7 +95,7 @@ class Accountant:
         """The savings of an admitted request.
 
         Args:
-            num_prompt_tokens: of the prompt that goes to the engine.
+            num_prompt_tokens: number of tokens of the prompt that goes to the engine.
             images: offset and number of tokens of each image in it.
             budget: by which the tower reduces them, or None for embeddings, which it does not see.
             extra_args: the request's `vllm_xargs`.
@@ -143,7 +143,7 @@ class Accountant:
 
         Args:
             num_cached: tokens of the prompt that the cache held; an image is among them wholly or not at all.
-            account: of the whole prompt.
+            account: account of the whole prompt.
             *request: the arguments of `account`.
         """
         num_prompt_tokens, images, budget, extra_args, sizes = request
@@ -189,7 +189,7 @@ def _flops_avoided(
     """FLOPs of the prefill without reduction minus those with it.
 
     Args:
-        shape: of the model.
+        shape: sizes of the model.
         stock: plan of each image without reduction.
         reduced: plan of each image.
         num_text_tokens: M.

@@ -66,7 +66,7 @@ class Stopwatch:
 
         Args:
             label: handed to `observe`.
-            device: of the work.
+            device: device that does the work.
         """
         return Lap(label, device.type == "cuda")
 

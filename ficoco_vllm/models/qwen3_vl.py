@@ -106,8 +106,8 @@ class ReducingQwen(ReducingModel):
             **kwargs: vLLM's fields of a batch, and ours; see `ReducingModel.requested`.
 
         Returns:
-            One tensor (num_tokens, hidden size of all levels) for each item, in order; where the tower reduces, with
-            the places of its tokens behind.
+            One tensor (num_tokens, hidden size of all levels) for each item, in order; where the tower reduces,
+            followed by the places of its tokens.
         """
         requested = self.requested(kwargs)
         stock: Any = super()
@@ -216,13 +216,13 @@ class ReducingQwen(ReducingModel):
         mrope_positions: Tensor,
         num_computed_tokens: int,
     ) -> tuple[Sequence[Tensor], Tensor, int]:
-        """Take the places off the embeddings of a step, and write them into the positions; see vLLM's class.
+        """Remove the places from the embeddings of a step, and write them into the positions; see vLLM's class.
 
         Args:
             input_ids: (N,) of the prompt.
-            multimodal_embeddings: of one request, for the tokens from `num_computed_tokens` on.
+            multimodal_embeddings: embeddings of one request, for the tokens from `num_computed_tokens` on.
             mrope_positions: (3, N) of the prompt.
-            num_computed_tokens: of the prompt.
+            num_computed_tokens: number of computed tokens of the prompt.
 
         Returns:
             The embeddings without places, positions (3, N), and what the position of a generated token adds to its
@@ -260,4 +260,4 @@ class FicocoQwen3VL(ReducingQwen, Qwen3VLForConditionalGeneration):
     Qwen3VLDummyInputsBuilder,
 )
 class FicocoQwen3VLMoe(ReducingQwen, Qwen3VLMoeForConditionalGeneration):
-    """The same for the mixtures of experts."""
+    """vLLM's Qwen3-VL with mixtures of experts, reduced in the same way."""

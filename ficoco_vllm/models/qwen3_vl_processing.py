@@ -32,7 +32,7 @@ class QwenInfo(ReducingInfo, Qwen3VLProcessingInfo):
 
 
 class QwenMoeInfo(QwenInfo, Qwen3VLMoeProcessingInfo):
-    """The same for the mixtures of experts."""
+    """Processing info of the mixtures of experts, with the same counts."""
 
 
 class QwenProcessor(ReducingProcessor, Qwen3VLMultiModalProcessor):

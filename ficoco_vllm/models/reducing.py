@@ -35,7 +35,7 @@ class Requested(NamedTuple):
     """Fields of the images of a step, read from vLLM's batch.
 
     Attributes:
-        budgets: of each image.
+        budgets: budget of each image.
         traced: image to trace id, for the images that are traced.
         questions: tokens (M,) of the question about each image, where a method reads it.
     """
@@ -55,12 +55,12 @@ class ReducingModel(nn.Module):
     A family implements `tower_of` and `embed_multimodal`; `project` and `stock_units` where the defaults do not fit.
 
     Attributes:
-        planner: of the tower, None unless a method works there.
+        planner: planner of the tower, None unless a method works there.
         decoder: view of the language model, None unless a method works there.
         stopwatch: times the reductions in the tower.
-        traces: of the requests that are traced.
+        traces: store of the requested traces.
         max_images: images, or tiles, that the tower encodes in one batch.
-        source: of the vectors by which units are compared with a question.
+        source: source of the vectors by which units are compared with a question.
         tower_of: returns the model's tower as `encode` runs it, for images whose grids have these rows and columns of
             units.
     """
@@ -129,7 +129,7 @@ class ReducingModel(nn.Module):
             intermediate_tensors: None, since a decoder that reduces has no pipeline stages.
             inputs_embeds: (tokens, hidden size).
             reduction: set in the steps that reduce a prompt in the decoder.
-            **kwargs: of vLLM's class.
+            **kwargs: arguments of vLLM's class.
         """
         if reduction is None:
             profiling = is_forward_context_available() and get_forward_context().attn_metadata is None
@@ -144,7 +144,7 @@ class ReducingModel(nn.Module):
         """Features of a step that the language model adds to the outputs of its first layers, one for each.
 
         Args:
-            num_tokens: of the step.
+            num_tokens: number of tokens of the step.
 
         Returns:
             (num_tokens, hidden size) tensors; none where the model has no deepstack.
@@ -173,7 +173,7 @@ class ReducingModel(nn.Module):
         """Units of tiles from which nothing leaves, (B, U, unit * D).
 
         Args:
-            pixels: of B tiles.
+            pixels: pixels of B tiles.
             grid: rows and columns of units.
         """
         tower = self.tower_of(grid)
@@ -260,7 +260,7 @@ class ReducingModel(nn.Module):
 
         Args:
             pixels: (n, tiles, ...), or as many tensors, of different numbers of tiles.
-            places: of the tiles of each image.
+            places: places of the tiles of each image.
             requested: fields of the n images.
             stock: embeddings of the images of these indices, in vLLM's own code.
 
@@ -325,8 +325,8 @@ class ReducingModel(nn.Module):
         """Run the tower over images, or tiles, that follow one plan.
 
         Args:
-            pixels: of B images.
-            plan: of all of them.
+            pixels: pixels of B images.
+            plan: plan of all of them.
             grid: rows and columns of their units.
             observers: the observer of each reduction, if an image is traced.
             questions: about each image, or about that of each tile; read where the method compares them.

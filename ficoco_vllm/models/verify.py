@@ -61,7 +61,7 @@ class FicocoModelConfig(VerifyAndUpdateConfig):
         if planner.active and graphs and not family(hf_config).tower_graphs:
             raise ValueError(
                 "--compilation-config cudagraph_mm_encoder = True is not allowed with a method of the tower of this "
-                "model: vLLM's graph of the tower knows no reduction; allowed: False"
+                "model: vLLM's graph of the tower does not support a reduction; allowed: False"
             )
         if planner.active and vllm_config.model_config.uses_mrope:
             _check_positions(vllm_config)
@@ -85,7 +85,7 @@ class FicocoModelConfig(VerifyAndUpdateConfig):
 
 
 def hook_unknown_models() -> None:
-    """Make vLLM refuse our settings for a model that nothing of ours serves. Idempotent."""
+    """Make vLLM refuse our settings for a model that the plugin does not support. Idempotent."""
     wrap(VllmConfig, "try_verify_and_update_config", _verify)
 
 

@@ -45,7 +45,7 @@ def hf_config_of(config: Mapping[str, Any], images: Mapping[str, Any] | None = N
         images: content of preprocessor_config.json; fields that it leaves out are those of published checkpoints.
 
     Raises:
-        ValueError: the family is not known, a section is missing, or a setting of the image processor is none.
+        ValueError: the family is not known, a section is missing, or a setting of the image processor is not allowed.
     """
     vision, text = sections(config)
     model_type = config["model_type"]

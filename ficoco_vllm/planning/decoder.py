@@ -69,7 +69,7 @@ class RequestPlan:
 
         Args:
             segment: index.
-            num_tokens: of prompt and answer.
+            num_tokens: number of tokens of prompt and answer.
         """
         return num_tokens - self.dropped_before(num_tokens)[segment]
 
@@ -106,14 +106,14 @@ class RequestPlan:
         return length
 
     def prompt_block(self, segment: int, index: int, block: int) -> int:
-        """The block of the prompt that stands for a block of a segment's cache, in whose hash it is found.
+        """The prompt block whose hash identifies a block of a segment's cache.
 
         After an image it is the one with the same last token; blocks of survivors take those of the image. The mapping
         ascends and is injective.
 
         Args:
             segment: index of the segment.
-            index: of the segment's block.
+            index: index of the segment's block.
             block: tokens of one block.
         """
         images_before = bisect_right(self._survivor_ends[segment], (index + 1) * block)
@@ -125,7 +125,7 @@ class RequestPlan:
 
     @cached_property
     def _drops(self) -> tuple[tuple[int, ...], ...]:
-        """For each image, the tokens without a slot in each segment."""
+        """Tokens of each image without a slot in each segment."""
         return tuple(
             tuple(length - counts[index] for counts in self.counts)
             for index, (_, length) in enumerate(self.images)
@@ -133,7 +133,7 @@ class RequestPlan:
 
     @cached_property
     def _dropped(self) -> tuple[tuple[int, ...], ...]:
-        """For each number of images, the tokens of these without a slot in each segment."""
+        """Tokens of the first n images without a slot in each segment, for every n."""
         totals = [(0,) * len(self.counts)]
         for drops in self._drops:
             totals.append(tuple(map(add, totals[-1], drops)))
@@ -141,7 +141,7 @@ class RequestPlan:
 
     @cached_property
     def _survivor_ends(self) -> tuple[tuple[int, ...], ...]:
-        """For each segment, the place after the last token of each image."""
+        """Place after the last token of each image, for every segment."""
         return tuple(
             tuple(end - self._dropped[index + 1][segment] for index, end in enumerate(self._image_ends))
             for segment in range(len(self.counts))
@@ -154,8 +154,8 @@ class DecoderPlanner:
 
     Attributes:
         config: settings of the server.
-        segments: of the decoder.
-        num_visual_tokens: of the largest image that enters the decoder under the tower's default budget.
+        segments: segments of the decoder.
+        num_visual_tokens: visual tokens of the largest image that enters the decoder under the tower's default budget.
         most: a budget that is always allowed, even for prompts whose images are smaller; 0 where all images have
             the same number of tokens.
         first_layer: the first layer in which tokens may leave; to the outputs of earlier ones the decoder adds
@@ -181,7 +181,7 @@ class DecoderPlanner:
 
         Args:
             config: settings of the server, with a method that works in the decoder.
-            num_layers: of the decoder.
+            num_layers: number of layers of the decoder.
             num_visual_tokens: see the attributes.
             most: see the attributes.
             first_layer: see the attributes.
@@ -230,7 +230,7 @@ class DecoderPlanner:
         """Tokens of an image in the last segment where a request names no budget.
 
         Args:
-            num_tokens: of the image as it enters the decoder.
+            num_tokens: number of tokens of the image as it enters the decoder.
         """
         return _keep_of(self, num_tokens)
 
@@ -314,7 +314,7 @@ class DecoderPlanner:
         """Refuse a window that no step of the server can hold.
 
         Args:
-            plan: of a request that names the ends of its windows.
+            plan: plan of a request that names the ends of its windows.
 
         Raises:
             ValueError: starting with the field.

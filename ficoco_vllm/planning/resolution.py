@@ -54,8 +54,8 @@ class Resolution(Tiling):
         """Rows and columns of units of an image that is shrunk to a budget.
 
         Args:
-            height: of the image in pixels.
-            width: of the image in pixels.
+            height: height of the image in pixels.
+            width: width of the image in pixels.
             most: units, at least one.
 
         Returns:
@@ -79,8 +79,8 @@ class Resolution(Tiling):
         """The one tile of an image with this grid.
 
         Args:
-            rows: of units.
-            columns: of units.
+            rows: number of rows of units.
+            columns: number of columns of units.
         """
         return (Place(0, -1, -1, Crop(0, 0, rows, columns)),)
 

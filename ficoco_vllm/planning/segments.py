@@ -68,7 +68,7 @@ class Segments:
         """Segments for a method.
 
         Args:
-            num_layers: of the decoder.
+            num_layers: number of layers of the decoder.
             layers: in which the method reduces.
 
         Returns:
@@ -89,7 +89,7 @@ def scaled(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
 
     Args:
         layers: counted from 0; tokens leave in them, so the last layer of the decoder does not fit.
-        num_layers: of the decoder.
+        num_layers: number of layers of the decoder.
     """
     if max(layers) < num_layers - 1:
         return tuple(layers)

@@ -24,7 +24,7 @@ class ServerPlan:
         config: settings of the server.
         tower: planner of the vision tower.
         decoder: planner of the decoder, None unless the method works there.
-        num_layers: of the decoder.
+        num_layers: number of layers of the decoder.
     """
 
     config: FicocoConfig
@@ -61,7 +61,7 @@ class ServerPlan:
 
         Args:
             config: settings of the server.
-            shape: of the model.
+            shape: sizes of the model.
 
         Raises:
             ValueError: the settings do not fit the model.
@@ -120,7 +120,7 @@ class ServerPlan:
         """Tokens of one image layer by layer, as the cost model counts them.
 
         Args:
-            budget: of the tower, None for its default.
+            budget: budget of the tower, None for its default.
             counts: visual tokens in each segment of the decoder, or one number for all layers; None for the default.
             size: height and width in pixels, of an image in tiles.
 

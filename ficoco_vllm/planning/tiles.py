@@ -58,8 +58,8 @@ class Layout:
         """Distribute a budget over the tiles of an image.
 
         Args:
-            tiling: of the model.
-            places: of the image's tiles.
+            tiling: tiling of the model.
+            places: places of the image's tiles.
             keep: maps the units of each tile, or of the image, to the tokens that stay. Padding is never kept: a tile
                 that has fewer units than its budget keeps those.
             keep_per: unit of `keep`.

@@ -31,8 +31,8 @@ class Place(NamedTuple):
 
     Attributes:
         number: index among the image's pixel values.
-        row: of tiles, -1 for a view of the whole image.
-        column: of tiles, -1 for a view of the whole image.
+        row: row of tiles, -1 for a view of the whole image.
+        column: column of tiles, -1 for a view of the whole image.
         crop: units that show the image.
     """
 
@@ -43,7 +43,7 @@ class Place(NamedTuple):
 
 
 class Tiling(ABC):
-    """How an image becomes tiles, each of which the tower sees alone. A subclass is a frozen dataclass.
+    """Division of an image into tiles, each of which the tower sees alone. A subclass is a frozen dataclass.
 
     An image whose grid follows its size (dynamic resolution) is one tile: its crop is that grid.
 
@@ -78,8 +78,8 @@ class Tiling(ABC):
         """The tiles of an image in the order of its pixel values, including those that are all padding.
 
         Args:
-            height: of the image in pixels.
-            width: of the image in pixels.
+            height: height of the image in pixels.
+            width: width of the image in pixels.
         """
 
     @abstractmethod
@@ -87,16 +87,16 @@ class Tiling(ABC):
         """The part of an image that a tile's crop shows.
 
         Args:
-            place: of the tile.
-            height: of the image in pixels.
-            width: of the image in pixels.
+            place: place of the tile.
+            height: height of the image in pixels.
+            width: width of the image in pixels.
         """
 
     def count(self, places: Sequence[Place]) -> int:
         """Visual tokens of an image without reduction.
 
         Args:
-            places: of its tiles.
+            places: places of its tiles.
         """
         return sum(place.crop.num_units for place in places)
 
@@ -104,8 +104,8 @@ class Tiling(ABC):
         """Visual tokens of an image without reduction.
 
         Args:
-            height: of the image in pixels.
-            width: of the image in pixels.
+            height: height of the image in pixels.
+            width: width of the image in pixels.
         """
         return self.count(self.places(height, width))
 
@@ -187,10 +187,10 @@ def unpadded(height: int, width: int, rows: int, columns: int) -> tuple[int, int
     """Rows and columns of patches, in the middle of a canvas, that show an image.
 
     Args:
-        height: of the image in pixels.
-        width: of the image in pixels.
-        rows: of patches of the canvas.
-        columns: of patches of the canvas.
+        height: height of the image in pixels.
+        width: width of the image in pixels.
+        rows: number of rows of patches of the canvas.
+        columns: number of columns of patches of the canvas.
 
     Source: transformers, `unpad_image`, whose floating-point arithmetic this repeats.
     """

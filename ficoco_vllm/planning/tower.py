@@ -27,7 +27,7 @@ class Budget(NamedTuple):
     Attributes:
         method: by name, None for none.
         keep: the most tokens.
-        ratio: where the budget is a share of the units, that share; `keep` is then the share of the most units.
+        ratio: where the budget is a share of the units, that share; `keep` is then the share of the largest image.
     """
 
     method: str | None
@@ -35,7 +35,7 @@ class Budget(NamedTuple):
     ratio: float | None = None
 
     def of(self, num_units: int) -> int:
-        """Tokens that stay of an image, or of a tile, with so many units."""
+        """Number of tokens that an image, or a tile, of `num_units` units keeps."""
         share = num_units if self.ratio is None else max(1, round(self.ratio * num_units))
         return min(self.keep, share, num_units)
 
@@ -49,7 +49,7 @@ class VisionPlan:
         keep: visual tokens at the end.
         removals: index of each reducing layer to the number of tokens removed there; empty for a method that
             works on the features.
-        shallow_layer: index of the layer whose [CLS] attention the method reads beside that of the last one, or None.
+        shallow_layer: index of the layer whose [CLS] attention the method reads in addition to the last one's, or None.
         proportional: whether later layers weigh each key by the units that it represents.
         logits: whether the method reads attention logits instead of probabilities.
         backend: which implementation of the fused ops runs.
@@ -208,7 +208,7 @@ class VisionPlanner:
             )
         if ratio is not None and keep is not None:
             raise ValueError(
-                f"{KEEP_RATIO} = {ratio!r} beside {KEEP} = {keep!r} is not allowed; allowed: one of them"
+                f"{KEEP_RATIO} = {ratio!r} together with {KEEP} = {keep!r} is not allowed; allowed: one of them"
             )
         if ratio is not None:
             budget = self._share(method, check_keep_ratio(ratio))
@@ -241,7 +241,7 @@ class VisionPlanner:
         """Placeholders of one image.
 
         Args:
-            budget: of the image or of each tile.
+            budget: budget of the image or of each tile.
             height: in pixels.
             width: in pixels.
 
@@ -266,7 +266,7 @@ class VisionPlanner:
         """Layout of an image in tiles under a budget.
 
         Args:
-            budget: of each tile, or of the image where the settings say so.
+            budget: budget of each tile, or of the image where the settings say so.
             height: in pixels.
             width: in pixels.
 
@@ -285,8 +285,8 @@ class VisionPlanner:
         """Layout of an image whose tiles are known; see `layout`.
 
         Args:
-            budget: of each tile, or of the image where the settings say so.
-            places: of its tiles.
+            budget: budget of each tile, or of the image where the settings say so.
+            places: places of its tiles.
 
         Raises:
             ValueError: the method's schedule cannot reach the budget in one of the tiles.
@@ -299,8 +299,8 @@ class VisionPlanner:
         """Plan of a tile, None where only its padding leaves.
 
         Args:
-            budget: of the image; its method.
-            tile: of the image.
+            budget: budget of the image; only its method is read.
+            tile: tile of the image.
 
         Raises:
             ValueError: the method's schedule cannot reach the tile's budget.
@@ -363,7 +363,7 @@ def _layout(planner: VisionPlanner, budget: Budget, places: tuple[Place, ...]) -
 
 @lru_cache(maxsize=1024)
 def _of_grid(planner: VisionPlanner, grid: tuple[int, int]) -> VisionPlanner:
-    """Plans of a tile of which `grid` rows and columns of units show the image; padding leaves first."""
+    """Plans of a tile in which `grid` rows and columns of units show the image; padding leaves first."""
     return VisionPlanner(planner.config, replace(planner.shape, grid=grid, tiling=None))
 
 
@@ -373,7 +373,7 @@ def _reducer(planner: VisionPlanner, name: str) -> Reducer:
     method, config = get(name), planner.config
     settings = config.settings if name == config.method else {}
     if "negate" in method.settings.model_fields and config.text_encoder is None:
-        # A patch of CLIP is least similar to what it shows; the embeddings of a language model need no such turn.
+        # A patch of CLIP is least similar to what it shows; the embeddings of a language model need no negation.
         settings = {"negate": False, **settings}
     return method.configure(**settings)
 

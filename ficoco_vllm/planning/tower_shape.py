@@ -61,7 +61,7 @@ class TowerShape:
         """Read the sizes of a LLaVA-1.5 that the cost model has read from a config.json.
 
         Args:
-            shape: of the model.
+            shape: sizes of the model.
         """
         tower = shape.tower
         side = tower.image_size // tower.patch_size

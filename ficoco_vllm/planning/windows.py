@@ -30,10 +30,10 @@ def find_windows(
     """The windows of a prompt, ascending; each image is in exactly one.
 
     An image that begins before the end of a window belongs to that window. An end that leaves no text after the last
-    image of its window is passed over; the prompt's end is always one.
+    image of its window is ignored; the prompt's end is always one.
 
     Args:
-        num_prompt_tokens: of the prompt with its placeholders.
+        num_prompt_tokens: number of tokens of the prompt with its placeholders.
         images: offset and number of tokens of each image, ascending.
         ends: possible ends of windows, ascending.
     """
@@ -63,7 +63,7 @@ def find_ends(
     They depend on the token ids alone, so a later turn of the same chat has the same ones.
 
     Args:
-        tokens: of the prompt with its placeholders.
+        tokens: token ids of the prompt with its placeholders.
         images: offset and number of tokens of each image, ascending.
         marker: tokens that the chat template appends for the answer. Without any, only the prompt ends a window.
         longest: the most tokens of a window, which ends there if there is text of it before; None for any number.
@@ -88,7 +88,7 @@ def read_ends(value: Any, num_prompt_tokens: int) -> tuple[int, ...]:
 
     Args:
         value: one number or several.
-        num_prompt_tokens: of the prompt with its placeholders.
+        num_prompt_tokens: number of tokens of the prompt with its placeholders.
 
     Raises:
         ValueError: starting with the field, then its value and what is allowed.

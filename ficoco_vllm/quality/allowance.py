@@ -1,4 +1,4 @@
-"""What second answers may cost: a share of the tokens of the first ones, and so many a minute."""
+"""Token allowance of second answers: a share of the tokens of first answers, and a limit per minute."""
 
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ class Allowance:
         settings: share and bounds.
         now_seconds: time of the last call on a monotonic clock.
         earned: tokens at hand.
-        reserved: of further ones, spent only on a suspicion.
+        reserved: further tokens, spent only during a suspicion.
         in_minute: tokens that the bound for a minute leaves.
         is_ready: whether the reserve has been full: nothing is tried before it can be watched closely.
     """
@@ -57,10 +57,10 @@ class Allowance:
         return min(1.0, self.settings.share * (BOOST if suspects else 1))
 
     def spend(self, num_tokens: int, *, suspects: bool) -> None:
-        """Count the tokens of a comparison. Its cost is known only afterwards, so that a debt is possible.
+        """Count the tokens of a comparison. Its cost is known only afterwards, so the allowance may become negative.
 
         Args:
-            num_tokens: of prompts and outputs.
+            num_tokens: number of tokens of prompts and outputs.
             suspects: as when the request was chosen.
         """
         self.in_minute -= num_tokens

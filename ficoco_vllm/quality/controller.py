@@ -1,6 +1,6 @@
 """Control law of the budget that holds a target: a pure function from state and score to state.
 
-docs/quality.md says why it holds it.
+docs/quality.md explains why it works.
 """
 
 import math
@@ -16,13 +16,13 @@ from ficoco_vllm.quality.evidence import (
 )
 from ficoco_vllm.quality.settings import QualitySettings
 
-# Level of the alarm at which the budget returns to the top of the ladder: a server that just holds its target returns
-# without need once in so many comparisons at most.
+# Level of the alarm at which the budget returns to the top of the ladder: a server that just holds its target
+# returns unnecessarily at most once in this many comparisons.
 ALARM = 1000.0
-# There is a suspicion above so many times the level that the alarm settles at while all answers agree: requests are
-# compared more often until it is settled.
+# Factor over the level at which the alarm settles while all answers agree; above it there is a suspicion, and requests
+# are compared more often until it is resolved.
 SUSPICION = 1.5
-# A rung below the served one that has failed is tried again after so many chosen requests; doubles with each failure.
+# A rung below the served one that has failed is tried again after this many chosen requests; doubles with each failure.
 FIRST_REST, LONGEST_REST = 32, 512
 # Comparisons after which a rung that is neither good nor bad counts as failed while its mean does not pass the target,
 # in units of those that a perfect rung needs.
@@ -31,13 +31,13 @@ PATIENCE = 8
 
 @dataclass(frozen=True)
 class Rung:
-    """What is known of one budget.
+    """State of one budget.
 
     Attributes:
         tally: scores of the present trial.
         trial: number of the trial; each has a smaller error than the one before.
-        rest: chosen requests of its class that pass after the next failure before it is tried again.
-        rests_until: number of chosen requests of its class from which on it may be tried.
+        rest: number of chosen requests of its class between its next failure and the next trial.
+        rests_until: number of chosen requests of its class after which it may be tried again.
     """
 
     tally: Tally = field(default_factory=Tally)
@@ -51,7 +51,7 @@ class Rung:
         return Rung(trial=self.trial + 1, rest=rest, rests_until=num_chosen + self.rest)
 
     def again(self) -> "Rung":
-        """The rung for other traffic, of which nothing is known."""
+        """The rung, reset for other traffic."""
         return Rung(trial=self.trial + (self.tally.count > 0))
 
 
@@ -61,8 +61,8 @@ class State:
 
     Attributes:
         served: index of the rung that requests without a budget get; the last one is the top.
-        rungs: of the ladder, ascending.
-        alarm: of the served rung, see `updated_alarm`.
+        rungs: rungs of the ladder, ascending.
+        alarm: alarm of the served rung, see `updated_alarm`.
         num_chosen: requests that were chosen so far.
         num_falls: times that the budget went back to the top.
     """
@@ -105,11 +105,11 @@ def next_rungs(settings: QualitySettings, state: State, *, top_reduces: bool) ->
 
     Args:
         settings: with a ladder.
-        state: of the class.
+        state: state of the class.
         top_reduces: whether the top of the ladder keeps fewer than all tokens, so that it can be compared as well.
 
     Returns:
-        Their indices, ascending; none where nothing is to be found out.
+        Their indices, ascending; empty where nothing needs to be compared.
     """
     watched = () if state.served == state.top and not top_reduces else (state.served,)
     tried = _candidate(settings, state)
@@ -156,7 +156,7 @@ def _score(settings: QualitySettings, state: State, index: int, score: float) ->
 
 
 def _needed(settings: QualitySettings, trial: int) -> float:
-    """Evidence that a decision on a rung takes. The errors of all rungs and trials add up to 1 - confidence."""
+    """Evidence that a decision on a rung requires. The errors of all rungs and trials add up to 1 - confidence."""
     share = (1 - settings.confidence) / len(settings.ladder or ())
     return math.log(trial * (trial + 1) / share)
 
@@ -183,7 +183,7 @@ def _candidate(settings: QualitySettings, state: State) -> int | None:
 
 
 def _fall(state: State) -> State:
-    """Back to the top: what the rungs had shown was shown on other traffic."""
+    """Return to the top and reset the rungs, whose evidence describes other traffic."""
     rungs = [rung.again() for rung in state.rungs]
     rungs[state.served] = state.rungs[state.served].failed(state.num_chosen)
     return State(state.top, tuple(rungs), (), state.num_chosen, state.num_falls + 1)

@@ -1,4 +1,4 @@
-"""Bounds on a mean that hold however often one looks, and an alarm for a mean that has fallen.
+"""Bounds on a mean that remain valid under repeated checks, and an alarm for a mean that has fallen.
 
 Scores lie in [0, 1], one for each comparison: 1 where the reduced model answers as the full one. All that is kept of
 them is their number and their sum.

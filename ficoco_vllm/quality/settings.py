@@ -34,21 +34,21 @@ Name = Annotated[str, Field(min_length=1)]
 
 
 class QualitySettings(BaseModel):
-    """Target, ladder of budgets, and what may be spent on finding out.
+    """Target, ladder of budgets, and limits on the cost of comparisons.
 
     Attributes:
         target_agreement: share of the answers that are to be those of the full model.
         ladder: budgets, visual tokens of an image, ascending; None takes parts of the model's.
-        share: of the requests that name no budget, at most this share is answered a second time.
+        share: at most this share of the requests that name no budget is answered a second time.
         max_extra: tokens of these second answers, at most this share of the tokens of the first ones.
         max_tokens_per_minute: the same, absolute, for each API server process.
         max_kv_usage: second answers wait while more than this share of the KV cache is in use.
         max_queue: the same for waiting requests per running one.
-        confidence: of every bound.
-        seed: of the choice of requests.
+        confidence: confidence of every bound.
+        seed: seed of the choice of requests.
         class_header: header of a request that names its class of traffic.
         class_metadata: key in a request's `metadata` that names it.
-        state: file in which counts outlast a restart; None forgets them.
+        state: file that keeps the counts across restarts; None discards them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)

@@ -1,4 +1,4 @@
-"""What the control law would have done on a log of requests whose answers at every budget are known."""
+"""Simulation of the control law on a log of requests whose answers at every budget are known."""
 
 import random
 from collections.abc import Iterable, Sequence
@@ -14,8 +14,8 @@ class Recorded:
     """One request of the log.
 
     Attributes:
-        scores: of its answer at each rung, against the full model's; 1 where a rung keeps all tokens.
-        num_tokens: of prompt and answer at each rung.
+        scores: score of its answer at each rung, against the full model's; 1 where a rung keeps all tokens.
+        num_tokens: number of tokens of prompt and answer at each rung.
         num_full_tokens: the same with all tokens.
         traffic: its class.
     """
@@ -47,10 +47,10 @@ class Replayed:
 
     Attributes:
         moves: in order.
-        scores: of each request at the budget that it got.
+        scores: score of each request at the budget that it got.
         keeps: that budget.
-        num_tokens: of all first answers.
-        num_second_tokens: of all second answers.
+        num_tokens: number of tokens of all first answers.
+        num_second_tokens: tokens of all second answers.
         num_compared: requests that were answered a second time.
         settled: budget of each class after the last request.
     """
@@ -85,7 +85,7 @@ def simulate(
 
     Args:
         settings: with a ladder.
-        requests: of the log.
+        requests: requests of the log.
         top_reduces: whether the top of the ladder keeps fewer than all tokens.
         per_second: rate of the requests, for the bound on tokens a minute.
     """

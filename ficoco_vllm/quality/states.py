@@ -1,4 +1,4 @@
-"""The file in which the states of all classes outlast a server: counts, under the names of the classes."""
+"""State file that keeps the counts of all classes across restarts."""
 
 import json
 from dataclasses import asdict
@@ -30,11 +30,11 @@ def read_states(settings: QualitySettings, method: str, values: Any) -> dict[str
 
     Args:
         settings: with a ladder.
-        method: of the server.
+        method: method of the server.
         values: the content, or None.
 
     Raises:
-        ValueError: the content is no such file's.
+        ValueError: the content is not that of a state file.
     """
     if values is None:
         return {}
@@ -59,7 +59,7 @@ def check_state(settings: QualitySettings, method: str) -> None:
 
     Args:
         settings: with a ladder.
-        method: of the server.
+        method: method of the server.
 
     Raises:
         ValueError: naming the file and what is allowed.
@@ -72,7 +72,9 @@ def check_state(settings: QualitySettings, method: str) -> None:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         if not path.parent.is_dir():
-            raise ValueError(f"{SETTING}.state = {settings.state!r} lies in no folder; {allowed}") from None
+            raise ValueError(
+                f"{SETTING}.state = {settings.state!r} is not in an existing folder; {allowed}"
+            ) from None
         return
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(

@@ -33,10 +33,10 @@ def reduce(
     Args:
         method: a name from `available()`, or a method.
         tokens: (B, N, D), any floating dtype.
-        signals: of this layer, N tokens.
+        signals: signals of this layer, N tokens.
         num_removed: R, an integer of Python, NumPy or a tensor. Zero is the identity.
         size: (B, N), number of original patches that each token represents; None means one each.
-        **settings: of the method; the others keep their defaults.
+        **settings: settings of the method; the others keep their defaults.
 
     Returns:
         N - R tokens in their order, followed by the fused ones that the method appends (`num_extra`).

@@ -1,4 +1,4 @@
-"""Which method to use: what is known of each choice and what is not. The README and `ficoco-vllm methods` show it."""
+"""Advice on the choice of a method: what is known and what is not. The README and `ficoco-vllm methods` show it."""
 
 import textwrap
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ class Advice:
     Attributes:
         need: what matters to the user.
         methods: the first one is to be tried first.
-        options: of `ficoco-vllm serve`.
+        options: options of `ficoco-vllm serve`.
         known: measured here.
         unknown: not measured here.
     """

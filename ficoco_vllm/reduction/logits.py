@@ -28,7 +28,7 @@ def mean_logits(
         query: (B, H, R, d), any floating dtype; under tensor parallelism the heads of this worker.
         key: (B, Hk, K, d), Hk divides H.
         scale: factor of the products.
-        num_heads: of the whole model.
+        num_heads: number of heads of the whole model.
         all_reduce: sums over the workers; None where there is one.
         bias: (B, K) added to the logits of each key, or None.
 
@@ -56,7 +56,7 @@ class LogitMap:
         query: (B, H, N, d), the heads of this worker.
         key: (B, Hk, N, d), of the same tokens.
         scale: factor of the products.
-        num_heads: of the whole model.
+        num_heads: number of heads of the whole model.
         all_reduce: sums over the workers; None where there is one.
         bias: (B, N) added to the logits of each key, or None.
     """

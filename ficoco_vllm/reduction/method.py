@@ -94,7 +94,7 @@ class Method:
         """Fix the settings, and exchange stages.
 
         Args:
-            **settings: of the method. `filter`, `correlate` and `compress` exchange a stage for another one by
+            **settings: settings of the method. `filter`, `correlate` and `compress` exchange a stage for another one by
                 name; the settings of the new stage then replace those of the old one.
 
         Returns:
@@ -196,7 +196,7 @@ class Reducer:
 
         Args:
             tokens: (B, N, D), any floating dtype.
-            signals: of this layer, N tokens.
+            signals: signals of this layer, N tokens.
             num_removed: R. Zero is the identity.
             size: (B, N) fp32, number of original patches that each token represents; None means one each.
             backend: implementation of the fused ops.

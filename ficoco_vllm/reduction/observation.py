@@ -37,7 +37,7 @@ class Observation:
         every method, with the scores that served the request.
 
         Args:
-            index: of the image in the batch.
+            index: index of the image in the batch.
 
         Returns:
             (K + E, N) fp32; times the tokens (N, D) it gives the reduced tokens.
@@ -54,7 +54,7 @@ class Observation:
         """The share of every token that left in every token that stayed.
 
         Args:
-            index: of the image in the batch.
+            index: index of the image in the batch.
 
         Returns:
             (R, K + E) fp32, the part of source i that token j took: a row sums to one, or to zero where the

@@ -62,7 +62,7 @@ class Pipeline:
         """Share of the tokens that leaves the encoder: `encoder_keep` for images whose number of tokens varies.
 
         Args:
-            share: of the tokens after the decoder's last reduction, above 0, at most 1.
+            share: share of the tokens after the decoder's last reduction, above 0, at most 1.
         """
         return math.sqrt(share) if self.ratio is None else min(1.0, self.ratio * share)
 
@@ -83,7 +83,7 @@ class Pipeline:
         They are a ninth of the image's where the encoder's budget is not given either.
 
         Args:
-            num_tokens: of the image as it leaves the encoder.
+            num_tokens: number of tokens of the image as it leaves the encoder.
         """
         return max(1, round(num_tokens / (EVEN_RATIO if self.ratio is None else self.ratio)))
 

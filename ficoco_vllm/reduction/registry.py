@@ -60,7 +60,7 @@ def get(name: str) -> Method:
             "get each of them"
         )
     if name in CONTROLS:
-        raise ValueError(f"{name!r} is no reduction but a control, which needs {CONTROLS[name].needs}")
+        raise ValueError(f"{name!r} is not a reduction but a control, which needs {CONTROLS[name].needs}")
     third_party = _entry_points()
     if name not in third_party:
         raise ValueError(f"method {name!r} is not known; available: {', '.join(available())}")

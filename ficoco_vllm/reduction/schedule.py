@@ -115,7 +115,7 @@ def _losses(
 
 
 def _even(num_tokens: int, keep: int, num_layers: int, most: Callable[[int], int]) -> Sequence[int]:
-    """The same loss at every layer, the remainder first; more at earlier layers if later ones cannot lose as much.
+    """Equal losses at every layer, the remainder first; more at earlier layers if later ones cannot lose as much.
 
     The fewer tokens are left, the fewer can leave, so an even split may exceed `most` at a layer. The ceilings are then
     an even split of a larger total, the least one that reaches `keep`. Losses never grow from layer to layer.

@@ -35,7 +35,7 @@ def make_signals(
     Args:
         B: images.
         N: visual tokens that are left of the grid's.
-        seed: of the random numbers.
+        seed: seed of the random numbers.
         M: text tokens.
         D: width of the features.
         grid: rows and columns; None means the smallest square that holds N tokens.

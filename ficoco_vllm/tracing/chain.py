@@ -67,7 +67,7 @@ def read_steps(
 
     Args:
         trace: from `Traces.take`.
-        num_patches: of each part of the image that the tower sees alone: of the image, or of each of its tiles.
+        num_patches: patches of each part of the image that the tower sees alone: the image, or each of its tiles.
         pack: order in which the tokens of all parts enter the decoder.
 
     Returns:
@@ -145,7 +145,7 @@ def destinations(steps: Sequence[Step]) -> list[Departure]:
     A token that leaves goes into others by its shares; when those leave later, their content moves on with them.
 
     Args:
-        steps: of `read_steps`.
+        steps: result of `read_steps`.
 
     Returns:
         One entry for each token that has left, by name; the targets are tokens that stayed.

@@ -101,7 +101,7 @@ class Traces:
         """Return a trace and forget it.
 
         Args:
-            trace_id: of the request.
+            trace_id: trace id of the request.
 
         Returns:
             Its reductions, each with `site`, `layer` and `tile`; empty where nothing was recorded.

@@ -12,7 +12,7 @@ class TracingWorker:
         """Return one trace and forget it; see `Traces.take`.
 
         Args:
-            trace_id: of the request.
+            trace_id: trace id of the request.
         """
         taken: list[dict[str, Any]] = self.get_model().traces.take(trace_id)  # `get_model` is vLLM's worker's
         return taken

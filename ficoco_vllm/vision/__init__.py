@@ -1,1 +1,1 @@
-"""The CLIP tower that reduces its tokens on the way."""
+"""Vision towers that reduce their tokens between layers."""

@@ -16,7 +16,7 @@ from ficoco_vllm.reduction.logits import LogitMap, mean_logits
 from ficoco_vllm.reduction.signals import AttentionMap, via_text
 from ficoco_vllm.vision.cpu_attention import HeadSums, attention_rows
 
-# Columns that a bias is filled up to a multiple of.
+# The columns of a bias are padded to a multiple of this.
 _BIAS_COLUMNS = 16
 
 
@@ -26,7 +26,7 @@ def attention_with_lse(
     """Softmax attention, and the logarithm of its normalisers where the kernel returns them.
 
     Args:
-        query: (B, H, N, d), any floating dtype; `key` and `value` alike.
+        query: (B, H, N, d), any floating dtype; the same for `key` and `value`.
         key: see `query`.
         value: see `query`.
         scale: factor of the logits.
@@ -59,7 +59,7 @@ def attention_with_lse(
         output, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
             query, key, value, mask, True, 0.0, False, scale=scale
         )
-        return output, lse[:, :, :N]  # it fills up the rows to a multiple of 32
+        return output, lse[:, :, :N]  # it pads the rows to a multiple of 32
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale), None
 
 
@@ -77,14 +77,14 @@ class ClipHeads:
             it for the queries that are needed.
         scale: factor of the logits.
         bias: (B, 1 + N) added to the logits of each key, or None.
-        num_heads: of the whole model.
+        num_heads: number of heads of the whole model.
         all_reduce: sums over the ranks, under tensor parallelism; else None.
         needed: the signals that the method reads, so that one pass serves several.
         logits: measure logits before the softmax, as the authors' release of FiCoCo does, instead of
             probabilities.
-        backend: of the fused ops.
+        backend: backend of the fused ops.
         has_cls: whether token 0 is [CLS].
-        given_sums: of the heads of this rank, where the attention returned them in place of its normalisers; else None.
+        given_sums: sums over the heads of this rank, where the attention returned them instead of normalisers, or None.
     """
 
     query: Tensor
@@ -208,7 +208,7 @@ class ClipAttention:
     """Head-mean attention of one CLIP layer among its patch tokens (`AttentionMap`).
 
     Attributes:
-        heads: of the layer.
+        heads: heads of the layer.
     """
 
     heads: ClipHeads

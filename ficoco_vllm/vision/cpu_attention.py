@@ -71,7 +71,7 @@ def centred_keys(key: Tensor, scale: float) -> Tensor:
         scale: factor of the logits.
 
     Returns:
-        (B, H, N, d) fp32, contiguous: products of all heads at once take less time then.
+        (B, H, N, d) fp32, contiguous: batched products over all heads are then faster.
     """
     keys = key.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     return keys.sub_(keys.mean(dim=2, keepdim=True)).mul_(scale)
@@ -84,7 +84,7 @@ def centred_attention(query: Tensor, keys: Tensor, value: Tensor, sums: HeadSums
     thereby their rounding errors.
 
     Args:
-        query: (B, H, N, d) bfloat16; `value` alike.
+        query: (B, H, N, d) bfloat16; the same for `value`.
         keys: (B, H, N, d) fp32 as `centred_keys` returns them.
         value: see `query`.
         sums: to which this attention is added, or None.

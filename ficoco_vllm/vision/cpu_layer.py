@@ -17,7 +17,7 @@ def in_parts(layer: EncoderLayer, hidden: Tensor) -> Tensor:
     """Run a layer with `centred_attention`, where that is faster; the result is nearly that of `layer.whole(hidden)`.
 
     Args:
-        layer: of any tower.
+        layer: layer of any tower.
         hidden: (B, N, D) bfloat16.
 
     Returns:
@@ -37,7 +37,7 @@ def plain_layer(layer: CLIPEncoderLayer, hidden: Tensor) -> Tensor:
     that this speeds up, and removed again. Attention never sees them.
 
     Args:
-        layer: of vLLM's tower.
+        layer: layer of vLLM's tower.
         hidden: (B, N, D), any floating dtype.
 
     Returns:

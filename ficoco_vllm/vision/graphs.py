@@ -8,7 +8,7 @@ traced images run eagerly, in the same step.
 vLLM's manager packs the images of a step by tokens and captures one graph for each token budget. Two features of the
 manager support budgets: a *path*, of which an image may take one and leave out the others, is a budget here; and the
 tokens that an image takes of a path are counted as one, so that vLLM's budgets are numbers of images. An image that
-takes no path is encoded when the manager hands out the results. `capture_axes` would not do: the images of a packed
+takes no path is encoded when the manager hands out the results. `capture_axes` does not fit: the images of a packed
 batch must agree in them, and a combination that is not captured fails.
 
 Memory: vLLM captures once before it sizes the KV cache, to measure what the graphs take. All share one pool, whose size
@@ -53,7 +53,7 @@ class TowerGraphs:
     Not a subclass of it: a protocol has an `__init__` of its own, which comes between those of vLLM's classes.
 
     Attributes:
-        planner: of the tower, None unless a method works there.
+        planner: planner of the tower, None unless a method works there.
         config: transformers' configuration of the model.
         stopwatch: times the reductions in the tower.
         embed_budget: embeds images (B, 3, height, width) of one budget, all of which take the same way, as
@@ -120,8 +120,8 @@ class TowerGraphs:
         """Fields of some images.
 
         Args:
-            mm_kwargs: of all images.
-            indices: of the images that are kept.
+            mm_kwargs: fields of all images.
+            indices: indices of the images that are kept.
         """
         if indices == list(range(_count(mm_kwargs))):
             return dict(mm_kwargs)
@@ -143,13 +143,13 @@ class TowerGraphs:
             token_budget: number of images.
             max_batch_size: not used; see vLLM for this and the others.
             max_frames_per_batch: not used.
-            device: of the tower.
-            dtype: of the tower.
-            path: of a budget.
+            device: device of the tower.
+            dtype: data type of the tower.
+            path: path of a budget.
             axis_keys: not used.
 
         Raises:
-            ValueError: so many images would take the memory of the KV cache; vLLM's option counts tokens elsewhere.
+            ValueError: this many images would need the memory of the KV cache; vLLM's option usually counts tokens.
         """
         if token_budget > MOST_CONFIGURED:
             raise ValueError(
@@ -170,10 +170,10 @@ class TowerGraphs:
         """Images of a batch that take a path.
 
         Args:
-            mm_kwargs: of the batch.
+            mm_kwargs: fields of the batch.
             max_batch_size: not used; see vLLM.
             max_frames_per_batch: not used.
-            path: of a budget.
+            path: path of a budget.
         """
         members = [index for index, taken in enumerate(self._paths(mm_kwargs)) if taken == path]
         return EncoderCudaGraphReplayBuffers(
@@ -185,7 +185,7 @@ class TowerGraphs:
 
         Args:
             inputs: the images.
-            path: of the budget.
+            path: path of the budget.
 
         Returns:
             (images * tokens, hidden size of the language model).
@@ -214,12 +214,12 @@ class TowerGraphs:
         """Hand out the outputs of the graphs, and encode the images that took none.
 
         Args:
-            outputs: of each path, the tokens of its images in order; those that fill up a graph follow.
-            indices: of the batch's images in the step.
-            per_item_out_tokens: of all images of the step.
+            outputs: for each path, the tokens of its images in order, then those of padding images.
+            indices: indices of the batch's images in the step.
+            per_item_out_tokens: number of tokens of all images of the step.
             dest: takes the tokens of each image of the step.
             clone: whether the outputs of graphs are copied, before a replay writes over them.
-            batch_mm_kwargs: of the batch.
+            batch_mm_kwargs: fields of the batch.
         """
         assert batch_mm_kwargs is not None
         members: dict[str | None, list[int]] = defaultdict(list)

@@ -18,7 +18,7 @@ def with_places(embeddings: Tensor, unit: Tensor, columns: int) -> Tensor:
     Args:
         embeddings: (K, D) any floating dtype.
         unit: (K,) int64 index in the image's grid.
-        columns: of that grid.
+        columns: columns of that grid.
 
     Returns:
         (K, D + CHANNELS).

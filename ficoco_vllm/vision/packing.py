@@ -31,8 +31,8 @@ def pack(layout: Layout, kept: Sequence[Kept], newline: Tensor | None, side: int
     newline.
 
     Args:
-        layout: of the image.
-        kept: of each of its tiles.
+        layout: layout of the image.
+        kept: kept tokens of each of its tiles.
         newline: (D,) embedding of the end of a row; None where the model has none.
         side: rows and columns of patches of a tile.
 

@@ -29,7 +29,7 @@ class Merged(Tokens):
 
 @dataclass
 class _Frame:
-    """What the layers need to know about the units that are left.
+    """State of the remaining units that the layers need.
 
     Attributes:
         visual: vLLM's tower.
@@ -72,7 +72,7 @@ class QwenLayer:
     """One layer (`EncoderLayer`).
 
     Attributes:
-        tower: that it belongs to.
+        tower: the tower that it belongs to.
         index: in the tower.
         frame: units that enter it.
     """
@@ -205,7 +205,7 @@ class QwenTower(Tower):
         """Compute the deepstack features of a layer that has a level.
 
         Args:
-            index: of the layer.
+            index: index of the layer.
             hidden: (B, U * unit, D) its output.
         """
         visual = self.visual

@@ -1,4 +1,4 @@
-"""How well the visual tokens fit the question: the signal `text_relevance`.
+"""Relevance of the visual tokens to the question: the signal `text_relevance`.
 
 Both sources give a vector for each visual token and several for the question; the relevance of a token is the mean of
 its cosines with those. OpenVINO GenAI compares the language model's own embeddings like this, the authors of CDPruner
@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 
 
 class Source(Protocol):
-    """Where the vectors come from."""
+    """Source of the vectors."""
 
     def read(self, tokens: Tensor) -> Tensor:
         """Vectors of a question, (V, D), from its tokens (M,) int64."""
@@ -30,8 +30,8 @@ class Relevance:
         """Read the questions.
 
         Args:
-            source: of the vectors.
-            questions: tokens (M,) int64 of the question about each of B images; without any, all units are alike.
+            source: source of the vectors.
+            questions: tokens (M,) int64 of the question about each of B images; without any, all units are equal.
         """
         self._source = source
         vectors = [normalize(source.read(tokens).float(), dim=-1) for tokens in questions]

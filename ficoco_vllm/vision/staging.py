@@ -14,7 +14,7 @@ def to_device(values: npt.NDArray[Any] | Sequence[int], device: torch.device) ->
     """Copy to the device through pinned memory. A copy from memory that is not pinned waits for all work before it.
 
     Args:
-        values: of any shape; a list becomes int64.
+        values: values of any shape; a list becomes int64.
         device: where to.
     """
     array = values if isinstance(values, np.ndarray) else np.array(values, dtype=np.int64)
@@ -26,7 +26,7 @@ def to_device_together(arrays: Sequence[npt.NDArray[Any]], device: torch.device)
     """Copy several arrays in one go; see `to_device`.
 
     Args:
-        arrays: of any shapes and types.
+        arrays: arrays of any shapes and types.
         device: where to.
 
     Returns:
@@ -52,8 +52,8 @@ def take_items(values: Any, index: list[int]) -> Any:
     """Items of a batch, which is a tensor or a list.
 
     Args:
-        values: of all images.
-        index: of the images that are taken.
+        values: values of all images.
+        index: indices of the images to take.
     """
     if isinstance(values, Tensor):
         return values[to_device(index, values.device)]

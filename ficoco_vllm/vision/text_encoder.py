@@ -10,7 +10,7 @@ from torch import Tensor
 class ClipText:
     """Text encoder, both projections and last normalisation of a CLIP, as a `Source`.
 
-    A question that does not fit into CLIP's 77 tokens is read in parts of equal rights.
+    A question that does not fit into CLIP's 77 tokens is read in equally weighted parts.
 
     Deviation: each part has its own start and end; in the authors' code the first part has the start, the last one the
     end, and the others are read at their first token.
@@ -23,8 +23,8 @@ class ClipText:
 
         Args:
             name: folder or name of the model.
-            dtype: of the weights.
-            device: where they lie.
+            dtype: data type of the weights.
+            device: where they are stored.
         """
         from transformers import CLIPModel
 
@@ -81,8 +81,8 @@ def check_text_encoder(name: str, hf_config: Any) -> None:
     served, field = hf_config.vision_config, f"ficoco.text_encoder = {name!r}"
     if served.model_type != "clip_vision_model":
         raise ValueError(
-            f"{field} is not allowed with this model, whose vision tower is no CLIP; allowed: none, which compares the "
-            "question with the visual tokens in the language model's own embeddings"
+            f"{field} is not allowed with this model, whose vision tower is not a CLIP; allowed: none, which compares "
+            "the question with the visual tokens in the language model's own embeddings"
         )
     try:
         config = AutoConfig.from_pretrained(name)

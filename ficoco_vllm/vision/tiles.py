@@ -32,9 +32,9 @@ def keep_tiles(
 
     Args:
         pixels: (n, tiles, ...), or as many tensors, of different numbers of tiles.
-        layouts: of the images.
-        budgets: of the images.
-        planner: of the model.
+        layouts: layouts of the images.
+        budgets: budgets of the images.
+        planner: planner of the model.
         most: tiles of the largest grid that run in one batch.
         whole: units of tiles that are not reduced: pixels of B tiles and their grid to (B, U, unit * D).
         encode: runs the tower by a plan, over pixels of B tiles of one grid; a crop is given where tiles have padding,

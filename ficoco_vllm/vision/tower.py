@@ -17,7 +17,7 @@ from ficoco_vllm.vision.attention import ClipHeads, attention_with_lse
 from ficoco_vllm.vision.cpu_attention import HeadSums, centred_attention, centred_keys, is_faster
 from ficoco_vllm.vision.units import UnitHeads
 
-# Relevance (B, N) fp32 for the questions about B images, of units (B, N, unit * D) behind the tower.
+# Relevance (B, N) fp32 for the questions about B images, of units (B, N, unit * D) after the tower.
 ToQuestion = Callable[[Tensor], Tensor]
 # Returns the observer of the reduction at a site and a layer index, or None.
 Observers = Callable[[str, int], Observer | None]
@@ -85,7 +85,7 @@ class Tower(ABC):
         return self.layers
 
     def finish(self, hidden: Tensor) -> Tensor:
-        """What the tower does after its last layer, to each token alone: (B, N, D) to (B, N, D)."""
+        """Operations after the last layer, on each token alone: (B, N, D) to (B, N, D)."""
         return hidden
 
 
@@ -134,7 +134,7 @@ def encode(
 
     Args:
         tower: that runs.
-        pixels: of B images, see `Tower.embed`.
+        pixels: pixels of B images, see `Tower.embed`.
         plan: which layer removes how many units, and how.
         grid: rows and columns of units.
         lap: times the reductions.
@@ -196,7 +196,7 @@ def run_whole(tower: Tower, pixels: Tensor) -> Tokens:
 
     Args:
         tower: that runs.
-        pixels: of B images, see `Tower.embed`.
+        pixels: pixels of B images, see `Tower.embed`.
     """
     tokens = _embedded(tower, pixels)
     hidden = tokens.hidden
@@ -263,7 +263,7 @@ def _attend(
         bias = torch.cat([log_size.new_zeros((B, int(tower.has_cls))), log_size], dim=1).to(query.dtype)
     sums = lse = None
     if not (weighted or plan.logits) and is_faster(query):
-        # What methods read of the map is a by-product here; a fused kernel returns its normalisers instead.
+        # The parts of the map that methods read are a by-product here; a fused kernel returns its normalisers instead.
         zeros = query.new_zeros((2, B, N), dtype=torch.float32)
         keys = centred_keys(key, layer.scale)
         sums = HeadSums(keys, first=zeros) if tower.has_cls else HeadSums(keys, received=zeros[0])

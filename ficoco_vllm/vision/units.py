@@ -33,7 +33,7 @@ class UnitHeads:
     unit pays still sums to at most one.
 
     Attributes:
-        heads: of the layer.
+        heads: heads of the layer.
         unit: patches of a unit, which lie side by side.
     """
 

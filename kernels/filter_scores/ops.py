@@ -27,7 +27,7 @@ def filter_scores(
         row_sum: (B, N) sums of the attention rows over the visual tokens, any floating dtype, or None. Sums close
             to 1 need fp64: fp32 rounds away the differences between tokens.
         task: (B, N) attention of [CLS] or of the text to each token, any floating dtype, or None.
-        weight: of the first term against the second, 0 to 1.
+        weight: weight of the first term against the second, 0 to 1.
         position: (B, N) int64 index in the original grid, -1 for a token that has no place in it.
         grid: rows and columns of the original grid.
         window: rows and columns of a window of the local penalty; None leaves the penalty out.

@@ -8,7 +8,7 @@ from torch import Tensor
 from ficoco_vllm.kernels.backend import readable
 from ficoco_vllm.kernels.rows import take_rows
 
-# From so many products of a weight and a number on, it takes less time to find out which of them are zero.
+# From this many multiplications on, it is faster to skip the targets whose weights are all zero.
 _MANY_PRODUCTS = 2**22
 
 

@@ -27,7 +27,7 @@ def row_statistics_kernel(
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """For each source: threshold tau_i, the last target that a tie with it selects, sum of the weights.
+    """Threshold tau_i, last target that a tie with it selects, and sum of the weights, for each source.
 
     The order statistics are exact: two neighbours of the sorted row, interpolated as `torch.quantile` does.
     Grid: (tiles of the sources, B).

@@ -58,7 +58,7 @@ def guarded(command: Command, args: argparse.Namespace) -> int:
 
 
 def add_server(parser: argparse.ArgumentParser, out: str, *, api_key: str = "none") -> None:
-    """Options of every benchmark of a server.
+    """Add the options that every benchmark of a server has.
 
     Args:
         parser: takes them.
@@ -86,7 +86,7 @@ def _add_api_key(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def add_questions(parser: argparse.ArgumentParser) -> None:
-    """Options of benchmarks that ask questions and store the answers."""
+    """Add the options of benchmarks that ask questions and store the answers."""
     add = parser.add_argument
     add("--model", help="folder of the model to serve, with config.json (default: the demo model)")
     add(
@@ -103,7 +103,7 @@ def add_questions(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def asked(args: argparse.Namespace) -> dict[str, Any]:
+def question_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Fields that the settings of these benchmarks share, from `add_server` and `add_questions`."""
     from ficoco_vllm.benchmarks.accuracy.client import Host
 
@@ -210,7 +210,7 @@ def _accuracy(args: argparse.Namespace) -> int:
         tables=args.tables or TABLES,
         kinds=args.kinds or KINDS,
         count=args.count,
-        **asked(args),
+        **question_settings(args),
     )
     regressed = regressions(result, reference) if reference else []
     limits = bars(result, regressed if reference else None)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ficoco_vllm.server.commands.arguments import counts, names
-from ficoco_vllm.server.commands.bench import add_questions, add_server, asked, guarded
+from ficoco_vllm.server.commands.bench import add_questions, add_server, guarded, question_settings
 from ficoco_vllm.server.commands.plan import DEMO, read_config
 
 
@@ -63,7 +63,7 @@ def _calibrate(args: argparse.Namespace) -> int:
         budgets=args.budgets or BUDGETS,
         confidence=args.confidence,
         max_tokens=args.max_tokens,
-        **asked(args),
+        **question_settings(args),
     )
     items = shuffled(read_items(args.data, args.prompt), args.seed)
     report = calibrate(settings, items)

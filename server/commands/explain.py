@@ -158,7 +158,7 @@ def _ask(url: str, key: str | None, body: dict[str, Any]) -> Explanation:
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
         raise RuntimeError(f"no answer from {url} ({getattr(error, 'reason', error)})") from error
     except ValidationError as error:
-        raise RuntimeError(f"the response of {url} is no explanation; is it ficoco-vllm?") from error
+        raise RuntimeError(f"the response of {url} is not an explanation; is it ficoco-vllm?") from error
 
 
 def _reason(error: urllib.error.HTTPError, url: str) -> str:

@@ -44,10 +44,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def obstacle(name: str) -> str | None:
-    """Reason why LLaVA-1.5 cannot serve a method, or None; the method can be planned all the same.
+    """Reason why LLaVA-1.5 cannot serve a method, or None; the method can still be planned.
 
     Args:
-        name: of a method, or of one that reduces twice.
+        name: name of a method, or of one that reduces twice.
     """
     if name in PIPELINES:
         return None
@@ -119,7 +119,7 @@ def _one_method(name: str) -> list[str]:
 
 
 def _site(name: str) -> str:
-    """Where a method or a control works."""
+    """Site of a method or a control."""
     return CONTROLS[name].site if name in CONTROLS else get(name).site
 
 

@@ -198,7 +198,7 @@ def read_config(model: str) -> Mapping[str, Any]:
 
 
 def read_images(model: str) -> Mapping[str, Any]:
-    """Settings of the image processor that lie beside the config.json that `model` names; empty where there are none.
+    """Settings of the image processor next to the config.json that `model` names; empty where there are none.
 
     Args:
         model: as for `read_config`.

@@ -27,7 +27,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Register the `plan` subcommand.
 
     Args:
-        subparsers: of the main command line.
+        subparsers: subparsers of the main command line.
     """
     parser = subparsers.add_parser(
         "plan",
@@ -105,8 +105,8 @@ def settings(args: argparse.Namespace, tower: TowerShape, decoder: DecoderShape)
 
     Args:
         args: parsed by the parser of `add_parser`.
-        tower: of the model.
-        decoder: of the model.
+        tower: tower of the model.
+        decoder: decoder of the model.
 
     Raises:
         ValueError: an option is wrong, or no server supports it.
@@ -200,7 +200,7 @@ class Site:
 
         Args:
             entering: tokens that enter the first layer.
-            num_layers: of the site.
+            num_layers: number of layers of the site.
         """
         given = {"keep": self.keep, "start_layer": self.start_layer}
         values: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
@@ -243,7 +243,7 @@ def parse_schedule(name: str, text: str | None) -> str | Pairs | None:
     """Read a schedule option.
 
     Args:
-        name: of the option, for the error message.
+        name: name of the option, for the error message.
         text: the name of a schedule, "LAYER:KEEP,LAYER:KEEP,...", or None.
 
     Returns:

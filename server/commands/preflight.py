@@ -17,7 +17,7 @@ from ficoco_vllm.server.commands.arguments import names as split_names
 _DEFAULT_PORT = 8000
 _CONFIG = "config.json"
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-# A method, one that reduces twice, or a control, where the package defines it.
+# Matches the definition of a method, a pipeline or a control in the package's sources.
 _METHOD = re.compile(r'(?:\bname=|\b(?:Pipeline|Control)\(\s*)"([\w-]+)"')
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
@@ -55,7 +55,7 @@ def check_port(args: argparse.Namespace) -> int | None:
 
 
 def _listen(host: str, port: int) -> OSError | None:
-    """Bind as vLLM does, and let go."""
+    """Bind as vLLM does, and release the port."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -74,7 +74,7 @@ def read_model(model: str, args: argparse.Namespace) -> dict[str, Any] | None:
         args: options, from the light parser.
 
     Returns:
-        Its config.json, or None where it is not here or the model has another format.
+        Its config.json, or None where it is not on this machine or the model has another format.
 
     Raises:
         ValueError: there is no such model, or its configuration cannot be read.
@@ -101,15 +101,15 @@ def read_model(model: str, args: argparse.Namespace) -> dict[str, Any] | None:
 def _cached(model: str, name: str, revision: str | None) -> dict[str, Any] | None:
     from huggingface_hub import constants, try_to_load_from_cache
 
-    found = try_to_load_from_cache(name, _CONFIG, revision=revision)
-    if isinstance(found, str):
-        return _read(Path(found))
+    cached = try_to_load_from_cache(name, _CONFIG, revision=revision)
+    if isinstance(cached, str):
+        return _read(Path(cached))
     offline = [name for name in _OFFLINE if constants._is_true(os.environ.get(name))]
     if offline and not name.endswith(".gguf"):
         raise ValueError(
-            f"model = {model!r} is no folder here, and {offline[0]}={os.environ[offline[0]]} allows no download, while "
-            f"the cache {constants.HF_HUB_CACHE} does not hold it; allowed: a folder, or a cached model "
-            f"(`hf download {name}`)"
+            f"model = {model!r} is not a folder on this machine, and {offline[0]}={os.environ[offline[0]]} allows no "
+            f"download, while the cache {constants.HF_HUB_CACHE} does not hold it; allowed: a folder, or a cached "
+            f"model (`hf download {name}`)"
         )
     return None
 
@@ -137,7 +137,7 @@ def check_method(name: str) -> None:
     """Check the name of a method.
 
     Raises:
-        ValueError: there is none, naming the allowed ones.
+        ValueError: the method does not exist; names the allowed ones.
     """
     if name not in (known := method_names()):
         raise ValueError(f"{NAME}: method = {name!r} is not a known method; allowed: {', '.join(known)}")
@@ -210,7 +210,7 @@ def check_architecture(model: str, architectures: list[str]) -> None:
 
 
 def as_hf_config(config: dict[str, Any]) -> Any:
-    """What plans read of transformers' configuration, from config.json alone: importing transformers takes seconds.
+    """The fields of transformers' configuration that plans read, without importing transformers, which takes seconds.
 
     Args:
         config: content of config.json.

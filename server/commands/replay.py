@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ficoco_vllm.server.commands.bench import add_questions, add_server, asked, guarded
+from ficoco_vllm.server.commands.bench import add_questions, add_server, guarded, question_settings
 
 
 def add_parser(subparsers: Any) -> None:
@@ -63,7 +63,7 @@ def _replay(args: argparse.Namespace) -> int:
     settings = QualitySettings.parse(
         {"seed": args.seed, **quality, "target_agreement": args.target_agreement}
     ).on_model(args.visual_tokens)
-    fields = {name: value for name, value in asked(args).items() if name != "seed"}
+    fields = {name: value for name, value in question_settings(args).items() if name != "seed"}
     log = Log(
         args.method,
         settings,

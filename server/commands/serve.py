@@ -42,7 +42,7 @@ from ficoco_vllm.server.commands.serve_options import (
 )
 from ficoco_vllm.server.commands.vllm_options import expand
 
-if TYPE_CHECKING:  # they import torch, which the first checks do without
+if TYPE_CHECKING:  # they import torch, which the first checks do not need
     from ficoco_vllm.config import FicocoConfig
     from ficoco_vllm.planning.server import ServerPlan
     from ficoco_vllm.quality.settings import QualitySettings
@@ -71,16 +71,16 @@ def main(arguments: Sequence[str]) -> int:
         model = _model_of(options)
         architecture = read_model(model, options)
         check_settings(settings_of(options), architecture)
-        wanted = resolve_settings(options)
+        requested = resolve_settings(options)
         apply_limits(options)
         hf_config = None if architecture is None else as_hf_config(architecture)
-        if wanted.settings and architecture is not None:
+        if requested.settings and architecture is not None:
             check_architecture(model, architecture.get("architectures") or [])
-        if wanted.settings and hf_config is not None:
-            make_plan(wanted, hf_config, options)
+        if requested.settings and hf_config is not None:
+            make_plan(requested, hf_config, options)
     except (ValueError, ModuleNotFoundError) as error:
         return fail(str(error))
-    return _start(arguments, options, wanted.settings)
+    return _start(arguments, options, requested.settings)
 
 
 def _start(arguments: Sequence[str], options: argparse.Namespace, settings: dict[str, Any]) -> int:
@@ -181,13 +181,13 @@ def _model_of(args: argparse.Namespace) -> str:
     return str(args.model_tag or args.model or demo_model.path())
 
 
-class Wanted(NamedTuple):
-    """What the command line asks for.
+class RequestedSettings(NamedTuple):
+    """Settings that the command line requests.
 
     Attributes:
-        settings: of the engine.
-        elastic: of a budget that follows the load.
-        quality: of a budget that holds a target.
+        settings: settings of the engine.
+        elastic: settings of a budget that follows the load.
+        quality: settings of a budget that holds a target.
     """
 
     settings: dict[str, Any]
@@ -195,7 +195,7 @@ class Wanted(NamedTuple):
     quality: "QualitySettings | None"
 
 
-def resolve_settings(args: argparse.Namespace) -> Wanted:
+def resolve_settings(args: argparse.Namespace) -> RequestedSettings:
     """Settings of the server, validated without a model.
 
     Args:
@@ -211,27 +211,27 @@ def resolve_settings(args: argparse.Namespace) -> Wanted:
     from ficoco_vllm.server.elastic.settings import ElasticSettings
 
     settings, quality = settings_of(args), quality_of(args)
-    wanted = Wanted(
+    requested = RequestedSettings(
         settings,
         None if args.ficoco_elastic is None else ElasticSettings.load(args.ficoco_elastic),
         None if quality is None else QualitySettings.parse(quality),
     )
-    for option, moving in ((ELASTIC, wanted.elastic), (QUALITY, wanted.quality)):
+    for option, moving in ((ELASTIC, requested.elastic), (QUALITY, requested.quality)):
         if moving is not None:
             _check_moving(option, settings, args)
-    if wanted.quality is not None:
+    if requested.quality is not None:
         _check_quality(QUALITY, settings, args)
-    if wanted.elastic is not None and settings.get("keep") is None and settings.get("kv_budget") is None:
+    if requested.elastic is not None and settings.get("keep") is None and settings.get("kv_budget") is None:
         # vLLM sizes its own budgets by the default.
-        settings = {**settings, "keep": wanted.elastic.floor}
+        settings = {**settings, "keep": requested.elastic.floor}
     if args.ficoco_explain:
         settings = {**settings, "explain": True}
     FicocoConfig.parse(settings)
-    return wanted._replace(settings=settings)
+    return requested._replace(settings=settings)
 
 
 def _check_moving(option: str, settings: dict[str, Any], args: argparse.Namespace) -> None:
-    """Refuse what a budget that moves cannot do without, or not beside.
+    """Refuse settings that contradict a moving budget.
 
     Raises:
         ValueError: naming the option, its value and what is allowed.
@@ -274,7 +274,7 @@ def _check_quality(option: str, settings: dict[str, Any], args: argparse.Namespa
         )
 
 
-def make_plan(wanted: Wanted, hf_config: Any, args: argparse.Namespace) -> "ServerPlan":
+def make_plan(requested: RequestedSettings, hf_config: Any, args: argparse.Namespace) -> "ServerPlan":
     """Plan the server.
 
     Raises:
@@ -286,13 +286,13 @@ def make_plan(wanted: Wanted, hf_config: Any, args: argparse.Namespace) -> "Serv
     from ficoco_vllm.server.budget import check_budgets, most_tokens, on_server
     from ficoco_vllm.server.elastic.settings import OPTION as ELASTIC
 
-    config = FicocoConfig.parse(wanted.settings)
+    config = FicocoConfig.parse(requested.settings)
     min_keep = int(args.ficoco_min_keep or 1)
-    if wanted.elastic is not None:
-        wanted.elastic.check_bounds(min_keep, most_tokens(config, hf_config))
-        check_budgets(ELASTIC, wanted.elastic.budgets, config, hf_config)
-    if wanted.quality is not None:
-        quality = on_server(wanted.quality, config, hf_config, min_keep)
+    if requested.elastic is not None:
+        requested.elastic.check_bounds(min_keep, most_tokens(config, hf_config))
+        check_budgets(ELASTIC, requested.elastic.budgets, config, hf_config)
+    if requested.quality is not None:
+        quality = on_server(requested.quality, config, hf_config, min_keep)
         check_state(quality, config.method or "")
     return ServerPlan.of(config, hf_config)
 
@@ -326,14 +326,14 @@ def configure(args: argparse.Namespace) -> "ServerPlan | None":
         from ficoco_vllm.server.lifecycle.quiet import SERVING_LOG
 
         args.middleware.append(SERVING_LOG)
-    wanted = resolve_settings(args)
-    if not wanted.settings:
+    requested = resolve_settings(args)
+    if not requested.settings:
         return None
     args.ficoco_quality = quality_of(args)  # read by every API server process
-    if wanted.quality is not None and args.scheduling_policy == "fcfs":
-        args.scheduling_policy = "priority"  # the same order, but for second answers, which come last
+    if requested.quality is not None and args.scheduling_policy == "fcfs":
+        args.scheduling_policy = "priority"  # the same order, except for second answers, which come last
     enable_endpoint_plugin(ENDPOINT_PLUGIN)
-    args.additional_config = {**(args.additional_config or {}), NAME: wanted.settings}
+    args.additional_config = {**(args.additional_config or {}), NAME: requested.settings}
     hf_config = get_config(args.model, trust_remote_code=args.trust_remote_code, revision=args.revision)
     check_architecture(args.model, list(getattr(hf_config, "architectures", None) or []))
     processor = partial(
@@ -343,14 +343,14 @@ def configure(args: argparse.Namespace) -> "ServerPlan | None":
         trust_remote_code=args.trust_remote_code,
     )
     leave_image_settings(hf_config, args.mm_processor_kwargs or {}, processor)
-    return make_plan(wanted, hf_config, args)
+    return make_plan(requested, hf_config, args)
 
 
 def _use_demo_model(args: argparse.Namespace) -> None:
     """Serve the model that ships with the package, with settings for its size."""
     args.model_tag = _model_of(args)
     args.served_model_name = args.served_model_name or ["ficoco-demo"]
-    args.use_tqdm_on_load = False  # it loads at once
+    args.use_tqdm_on_load = False  # it loads immediately
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if is_cpu_build():
         # With a few million parameters, compiling takes longer than it saves, and 1 GiB holds dozens of full contexts.

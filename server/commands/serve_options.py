@@ -17,9 +17,9 @@ from ficoco_vllm.server.commands.arguments import integer, names
 from ficoco_vllm.server.commands.vllm_options import has_all_options, light_parser
 
 PROGRAM = "ficoco-vllm serve"
-# Settings of which a server has one.
+# Alternative forms of a budget; a server has one of them.
 _BUDGETS = ("keep", "keep_ratio", "kv_budget")
-# The setting that is the server's alone.
+# The setting that only the API server reads.
 _QUALITY = "quality"
 USAGE = f"{PROGRAM} [MODEL] [options]   (without MODEL: the demo model)"
 
@@ -27,7 +27,7 @@ USAGE = f"{PROGRAM} [MODEL] [options]   (without MODEL: the demo model)"
 DEFAULT_EXPLAIN_RATE = 20
 # Value of vLLM's `--middleware`.
 BODY_LIMIT = "ficoco_vllm.server.media.body_limit.BodyLimit"
-# MiB. A photograph has a few, and LLaVA shrinks it to 336 pixels; base64 adds a third in a body.
+# MiB. A photograph takes a few, and LLaVA shrinks it to 336 pixels; base64 adds a third in a body.
 DEFAULT_MAX_IMAGE_MB = 20
 DEFAULT_MAX_BODY_MB = 64
 
@@ -159,7 +159,7 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
         arguments: command line after `serve`, expanded.
 
     Raises:
-        ValueError: a file, a value or an option of ours is wrong, or neither vLLM nor we have an option.
+        ValueError: a file, a value or one of our options is wrong, or an option does not exist.
     """
     parser = light_parser(PROGRAM, USAGE)
     add_arguments(parser)
@@ -167,7 +167,7 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
         options: argparse.Namespace = parser.parse_args(list(arguments))
     except (
         Exception
-    ) as error:  # vLLM's parser may fail in any way: YAML that is no mapping, a dotted option at the end
+    ) as error:  # vLLM's parser may fail in any way: YAML that is not a mapping, a dotted option at the end
         raise ValueError(f"the options cannot be read: {error}") from error
     known = list(parser._option_string_actions)
     ours = [name for name in known if name.startswith("--ficoco-")]
@@ -295,7 +295,7 @@ def read_settings(
     """Merge our options; `method`, `keep` and `keep_ratio` override `config`.
 
     Returns:
-        The settings, not yet validated. A `keep` that is no integer stays text.
+        The settings, not yet validated. A `keep` that is not an integer stays text.
 
     Raises:
         ValueError: naming the option, its value and what is allowed.

@@ -81,10 +81,10 @@ def installed_version() -> str | None:
 
 @cache
 def _light_class() -> Any:
-    found = importlib.util.find_spec("vllm")
-    if found is None or not found.submodule_search_locations:
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError("vLLM is not installed; allowed: vLLM 0.32 or 0.33, see docs/install.md")
-    path = Path(found.submodule_search_locations[0], "utils", "argparse_utils.py")
+    path = Path(spec.submodule_search_locations[0], "utils", "argparse_utils.py")
     spec = importlib.util.spec_from_file_location("ficoco_argparse_utils", path)
     assert spec is not None
     assert spec.loader is not None

@@ -30,7 +30,7 @@ class ElasticBudget:
         Args:
             settings: settings of the controller.
             folder: folder that the API server processes share, see `SharedController`.
-            recorder: of vLLM's statistics in this process.
+            recorder: recorder of vLLM's statistics in this process.
             num_unfinished: returns the number of open requests of this process.
         """
         self.settings = settings

@@ -1,6 +1,6 @@
 """Control law of the load-following budget: a pure function from state and load to state.
 
-docs/elastic.md says why it is stable.
+docs/elastic.md explains why it is stable.
 """
 
 import math

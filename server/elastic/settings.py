@@ -91,7 +91,7 @@ class ElasticSettings(BaseModel):
                 f"{OPTION} = {text!r} is not valid JSON ({error}); allowed: {_example()}"
             ) from error
         if not isinstance(values, dict):
-            raise ValueError(f"{OPTION} = {text!r} is no JSON object; allowed: {_example()}")
+            raise ValueError(f"{OPTION} = {text!r} is not a JSON object; allowed: {_example()}")
         try:
             return cls.model_validate(values)
         except ValidationError as error:

@@ -24,7 +24,7 @@ from ficoco_vllm.server.request_field.resolve import UNBOUNDED, Bounds, Resolved
 from ficoco_vllm.server.request_field.schema import OFF, FicocoRequest
 from ficoco_vllm.tracing.chain import Step, read_steps
 
-# A worker only hands over recorded data; one that takes longer does not answer at all.
+# A worker only returns recorded data; one that takes longer is not responding.
 _RPC_SECONDS = 60.0
 # Concurrent explanations in this process; the others wait. Each takes one of the few traces that a worker holds.
 MAX_CONCURRENT = 2

@@ -34,7 +34,7 @@ Pixels = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Panel:
-    """Views that lie beside each other, and the part of the image that they cover.
+    """Adjacent views, and the part of the image that they cover.
 
     Attributes:
         views: the whole image, or all tiles.

@@ -23,7 +23,7 @@ _CLIENT_CLOSED_REQUEST = 499
 class OpenAIErrors(APIRoute):
     """Route that answers errors in OpenAI's form.
 
-    vLLM's own handler drops their headers, and does not handle a body that is no text.
+    vLLM's own handler drops their headers, and does not handle a body that is not text.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -81,7 +81,7 @@ def attach(app: FastAPI, args: Namespace, get_explainer: Callable[[], Explainer 
     async def explain(request: ExplainRequest, raw_request: Request) -> Response:
         """Answer with and without reduction, and report which patches were kept and where the others went."""
         response = await answer(request, raw_request)
-        # vLLM's decorator returns None where the client has left, which nobody receives.
+        # vLLM's decorator returns None where the client has disconnected; nobody receives that response.
         return Response(status_code=_CLIENT_CLOSED_REQUEST) if response is None else response
 
     @with_cancellation

@@ -96,7 +96,7 @@ class ServedModel:
         """Plan an image.
 
         Args:
-            budget: of the tower.
+            budget: budget of the tower.
             size: height and width in pixels.
         """
         return TracedImage.of(self.tower, budget, size, self.central_square)
@@ -157,7 +157,7 @@ def default_keep(plan: ServerPlan) -> int | None:
     """The budget of a request that names none, or None where it follows the size of each image.
 
     Args:
-        plan: of the server.
+        plan: plan of the server.
     """
     if plan.decoder is None:
         return plan.tower.default.keep if plan.tower.default.ratio is None else None

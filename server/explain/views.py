@@ -23,7 +23,7 @@ class TracedImage:
         views: its parts in the order of their tokens, without those that are all padding.
         num_patches: units that show the image, of each part that has a number in a trace.
         num_entering: visual tokens that enter the decoder by plan.
-        num_extra: of them, those without a patch that no reduction counts: [CLS] or newlines.
+        num_extra: those of them without a patch that no reduction counts: [CLS] or newlines.
         layout: its tiles; None where the tower sees the whole image.
         side: rows and columns of units of a tile.
     """
@@ -44,7 +44,7 @@ class TracedImage:
 
         Args:
             tower: planner of the vision tower.
-            budget: of the image.
+            budget: budget of the image.
             size: height and width in pixels.
             central_square: see `Explanation`.
         """
@@ -94,7 +94,7 @@ class TracedImage:
         return self._reduced(parts, fresh) if self.layout.reduces else self._unreduced(parts, fresh)
 
     def _reduced(self, parts: Sequence[Sequence[int]], fresh: Iterator[int]) -> list[int]:
-        """As the model does: its own function, with names in place of tokens."""
+        """Order of a reduced image: the model's own function, applied to names instead of tokens."""
         assert self.layout is not None
         starts = [0, *accumulate(self.num_patches)]
         kept = []
@@ -106,7 +106,7 @@ class TracedImage:
         return [next(fresh) if name < 0 else name for name in order]
 
     def _unreduced(self, parts: Sequence[Sequence[int]], fresh: Iterator[int]) -> list[int]:
-        """As in stock vLLM: the base view, then line by line across the tiles, a newline after each line."""
+        """Order in stock vLLM: the base view, then line by line across the tiles, a newline after each line."""
         assert self.layout is not None
         if not self.layout.ends_rows:
             return joined(parts, fresh)

@@ -18,7 +18,7 @@ SCAN_SECONDS = 5.0
 END_SECONDS = 10.0
 # The path of a Unix socket takes 107 bytes; vLLM names its sockets by a UUID (36).
 _MAX_FOLDER_BYTES = 107 - 36 - 1
-# torch compiles into the temporary folder by default; in a folder of our own it would compile anew at each start.
+# torch compiles into the temporary folder by default; in a folder of our own it would recompile at each start.
 _COMPILED = "TORCHINDUCTOR_CACHE_DIR"
 _TRACKER = "from multiprocessing.resource_tracker import main"
 

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM while a server starts, which takes minutes: it stops at once."""
+"""SIGINT and SIGTERM while a server starts, which takes minutes: it stops immediately."""
 
 import signal
 from collections.abc import Callable, Iterator

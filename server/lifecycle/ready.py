@@ -1,4 +1,4 @@
-"""What `serve` prints until the server answers: lines of progress, then one block."""
+"""Output of `serve` until the server is ready: lines of progress, then one block."""
 
 import argparse
 import json
@@ -15,10 +15,10 @@ from ficoco_vllm.demo_model import examples
 from ficoco_vllm.environment import HEALTH_QUERY
 
 _POLL_SECONDS = 0.25
-# Interval between two lines of a stage that goes on.
+# Interval between two lines of the same stage.
 _REPEAT_SECONDS = 10.0
 _ANSWER_SECONDS = 10.0
-_NO_PAGE = "none; --ficoco-explain beside --ficoco-method adds one that shows what is kept"
+_NO_PAGE = "none; --ficoco-explain together with --ficoco-method adds one that shows what is kept"
 _EVERYWHERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
@@ -53,7 +53,7 @@ class Progress:
         self._method, self._args = method, args
 
     def end(self) -> None:
-        """Print no more."""
+        """Stop printing."""
         self._ended.set()
         self._thread.join(_ANSWER_SECONDS)
 
@@ -89,7 +89,7 @@ def answers(args: argparse.Namespace) -> bool:
         with _connect(args) as connection:
             connection.sendall(request.encode())
             return b" 200 " in connection.recv(64)
-    except ssl.SSLError:  # the server wants the certificate of its clients, so it is there
+    except ssl.SSLError:  # the server requires client certificates, so it is running
         return True
     except OSError:
         return False
@@ -111,12 +111,12 @@ def _connect(args: argparse.Namespace) -> socket.socket:
 
 
 def block(args: argparse.Namespace, method: str, seconds: float) -> str:
-    """The lines that end the start.
+    """The lines that report a ready server.
 
     Args:
         args: options of the server.
         method: method and budget in words.
-        seconds: that the start took.
+        seconds: duration of the start.
     """
     host = args.host or ""
     name = "localhost" if host in _EVERYWHERE else f"[{host}]" if ":" in host else host

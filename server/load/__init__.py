@@ -1,1 +1,1 @@
-"""The load of the engines as vLLM reports it, seen alike by all API server processes of a server."""
+"""The load of the engines as vLLM reports it, shared by all API server processes of a server."""

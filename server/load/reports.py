@@ -80,7 +80,7 @@ class Observations:
 
 @dataclass
 class LoadTable:
-    """What all processes of a server have observed.
+    """Observations of all processes of a server.
 
     Attributes:
         reports: latest report of each engine, by index.

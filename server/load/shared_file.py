@@ -8,13 +8,13 @@ from typing import Any
 
 
 class SharedFile:
-    """A file under a lock beside it."""
+    """A JSON file, guarded by a lock file next to it."""
 
     def __init__(self, path: Path) -> None:
         """Use a file that may not exist yet, in a folder that does.
 
         Args:
-            path: of the file.
+            path: path of the file.
         """
         self.path = path
         self._lock = path.with_name(f"{path.name}.lock")

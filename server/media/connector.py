@@ -181,7 +181,7 @@ def _is_network(url: str) -> bool:
 
 
 def _checked(image: Image.Image) -> Image.Image:
-    """The image, unless its sides are of no use.
+    """The image, unless its shape is unusable.
 
     Raises:
         VLLMValidationError: a side is empty, or too long for the other one.

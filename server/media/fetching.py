@@ -40,7 +40,7 @@ class GuardedConnection(HTTPConnection):
     """vLLM's media client with a check of the address of every connection as it is opened.
 
     Neither a name that resolves to an address of the server's own network (even if it changes between check and use)
-    nor a redirect leads there. If the environment names a proxy for a URL, the proxy resolves the name and decides.
+    nor a redirect leads there. If the environment names a proxy for a URL, the proxy resolves and checks the name.
     """
 
     def __init__(self, allow_private: bool, allowed: Iterable[Address] = ()) -> None:
@@ -156,7 +156,7 @@ def _proxy_of(url: str) -> str | None:
 
 
 async def _refuse_redirect(response: aiohttp.ClientResponse) -> None:
-    """Refuse a redirect that was not followed; its body is no medium."""
+    """Refuse a redirect that was not followed; its body is not a medium."""
     if HTTPStatus.MULTIPLE_CHOICES <= response.status < HTTPStatus.BAD_REQUEST:
         raise VLLMValidationError(
             f"image_url: the address answers with a redirect (HTTP {response.status}), and redirects are not "

@@ -13,11 +13,11 @@ class Answer:
     """One answer of the engine, as far as it has come.
 
     Attributes:
-        num_prompt_tokens: of its prompt.
-        text: of the answer.
-        token_ids: of the answer.
-        logprobs: of each of these tokens under the model that gave them; empty where none were asked for.
-        prompt_logprobs: of the prompt's tokens, where they were asked for: token to vLLM's `Logprob`, by place.
+        num_prompt_tokens: number of tokens of its prompt.
+        text: text of the answer.
+        token_ids: tokens of the answer.
+        logprobs: log-probability of each token under the model that generated it; empty where not requested.
+        prompt_logprobs: for each token of the prompt, a map from token to vLLM's `Logprob`, where requested.
         is_complete: whether it ended by itself.
     """
 
@@ -67,13 +67,13 @@ def same_text(answer: Answer, full: Answer) -> float:
 def acceptance(answer: Answer, forced: Answer) -> float:
     """Agreement of a sampled answer: the mean probability at which the full model would have accepted its tokens.
 
-    A token that the reduced model drew with probability q and that the full model gives p is accepted with probability
-    min(1, p / q), as in speculative sampling. The expectation is 1 minus the total variation distance of the two
-    distributions. The probabilities are those before temperature and masks.
+    A token that the reduced model sampled with probability q, and to which the full model assigns p, is accepted with
+    probability min(1, p / q), as in speculative sampling. The expectation is 1 minus the total variation distance of
+    the two distributions. The probabilities are those before temperature and masks.
 
     Args:
         answer: with the log-probabilities of its tokens.
-        forced: of the full model to the prompt that ends in the tokens of `answer`, with those of the prompt.
+        forced: of the full model, to the prompt that ends in the tokens of `answer`, with prompt log-probabilities.
 
     Raises:
         ValueError: without log-probabilities.
@@ -85,7 +85,7 @@ def acceptance(answer: Answer, forced: Answer) -> float:
     if len(places) != len(ids) or len(answer.logprobs) != len(ids):
         raise ValueError("the answer has no log-probabilities")
     ratios = [
-        math.exp(min(0.0, place[token].logprob - drawn))
-        for place, token, drawn in zip(places, ids, answer.logprobs, strict=True)
+        math.exp(min(0.0, place[token].logprob - sampled))
+        for place, token, sampled in zip(places, ids, answer.logprobs, strict=True)
     ]
     return sum(ratios) / len(ratios) if ratios else 1.0

@@ -35,9 +35,9 @@ class QualityBudget:
 
     Attributes:
         settings: with the ladder of the model.
-        method: of the server; the only one whose budget moves.
-        load: of the engines, at the last update.
-        states: of each class.
+        method: method of the server; the only one whose budget moves.
+        load: load of the engines, at the last update.
+        states: state of each class.
     """
 
     def __init__(
@@ -48,13 +48,13 @@ class QualityBudget:
         recorder: LoadRecorder,
         num_unfinished: Callable[[], int],
     ) -> None:
-        """Go on from the state of an earlier server, where its file was kept.
+        """Continue from the state of an earlier server, where its file was kept.
 
         Args:
             settings: with a ladder.
-            method: of the server.
+            method: method of the server.
             folder: that the API server processes share, empty when the server starts.
-            recorder: of vLLM's statistics in this process.
+            recorder: recorder of vLLM's statistics in this process.
             num_unfinished: returns the number of open requests of this process.
         """
         self.settings = settings
@@ -95,7 +95,7 @@ class QualityBudget:
 
     @property
     def has_room(self) -> bool:
-        """Whether the engines have room for requests that nobody waits for."""
+        """Whether the engines have room for background requests."""
         return self.load.queue <= self.settings.max_queue and self.load.kv_usage <= self.settings.max_kv_usage
 
     def suspects(self, name: str) -> bool:
@@ -107,10 +107,10 @@ class QualityBudget:
         return next_rungs(self.settings, self.state(name), top_reduces=top_reduces)
 
     def record(self, name: str, scores: Iterable[tuple[int, float]]) -> None:
-        """Note a request that was chosen, for the next update.
+        """Record a chosen request, for the next update.
 
         Args:
-            name: of its class.
+            name: name of its class.
             scores: see the controller's `record`.
         """
         self._pending.append((name, tuple(scores)))

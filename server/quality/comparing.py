@@ -51,7 +51,7 @@ class Chosen:
         served: budget of the first answer. It differs from that of its class where the load asks for more tokens, and
             in a chat that keeps the budget of its first turn.
         answer: the first answer.
-        is_greedy: whether its tokens were not drawn.
+        is_greedy: whether it is decoded greedily.
         num_calls: prompts that it sent to the engine.
     """
 
@@ -96,7 +96,7 @@ class Comparer:
 
     Attributes:
         budget: takes the scores.
-        plan: of the server.
+        plan: plan of the server.
         has_priorities: whether the scheduler sorts by priority.
         figures: counts what is compared.
     """
@@ -109,9 +109,9 @@ class Comparer:
         self.has_priorities = has_priorities
         self.figures = figures
         settings = budget.settings
-        # A budget that an earlier server has found is watched from the first request on.
-        found = any(state.served < state.top for state in budget.states.values())
-        self._allowance = Allowance(settings, time.monotonic(), is_ready=found)
+        # A budget from the state of an earlier server is watched from the first request on.
+        is_reduced = any(state.served < state.top for state in budget.states.values())
+        self._allowance = Allowance(settings, time.monotonic(), is_ready=is_reduced)
         self._random = random.Random(settings.seed)
         self._waiting: set[asyncio.Task[None]] = set()
         self._one = asyncio.Lock()
@@ -152,7 +152,7 @@ class Comparer:
     def _choose(self, request: Any, handler: Callable[..., Awaitable[Any]], name: str) -> Chosen | None:
         suspects = self.budget.suspects(name)
         share = self._allowance.share(time.monotonic(), suspects=suspects)
-        # Drawn for every request, so that the choice depends on the seed and the order of the requests alone.
+        # Sampled for every request, so that the choice depends on the seed and the order of the requests alone.
         if self._random.random() >= share or len(self._waiting) >= MAX_WAITING or not _is_comparable(request):
             return None
         if not self.budget.next_rungs(name, top_reduces=self._top_reduces):
@@ -173,7 +173,7 @@ class Comparer:
         *args: Any,
         **kwargs: Any,
     ) -> AsyncIterator[Any]:
-        """Send one prompt to the engine, and note the answer where it is compared."""
+        """Send one prompt to the engine, and record the answer where it is compared."""
         current = _current.get()
         if current is None or not isinstance(params, SamplingParams):
             return original(prompt, params, *args, **kwargs)
@@ -207,7 +207,7 @@ class Comparer:
             task.add_done_callback(self._waiting.discard)
 
     async def _compare(self, chosen: Chosen) -> None:
-        """Answer a request again where there is room, and note the scores."""
+        """Answer a request again where there is room, and record the scores."""
         traffic.set(chosen.name)  # a task has a context of its own
         remembered.set(chosen.media)
         try:
@@ -220,7 +220,7 @@ class Comparer:
         except TimeoutError:
             self.figures.skip("no room")
             return
-        except Exception as error:  # whatever a second answer fails of, it is nobody's request
+        except Exception as error:  # no client waits for a second answer
             if self._engine_client.errored:  # the server ends, and says so itself
                 return
             self.figures.skip("failed")
@@ -266,7 +266,7 @@ class Comparer:
         Args:
             chosen: the request.
             keep: visual tokens of an image, None for all.
-            forced: tokens whose log-probabilities are asked for instead of an answer.
+            forced: tokens whose log-probabilities are requested instead of an answer.
 
         Raises:
             RuntimeError: there is no answer.
@@ -340,7 +340,7 @@ def _class_name(settings: Any, request: Any, raw_request: Any) -> str | None:
 
 
 def _copy_of(request: Any) -> Any:
-    """A request to be answered again: at once as a whole, under another name, stored nowhere."""
+    """Copy of a request for a second answer: not streamed, not stored, with another id."""
     updates: dict[str, Any] = {"stream": False}
     for name, value in (("stream_options", None), ("store", False)):
         if name in type(request).model_fields:

@@ -11,7 +11,7 @@ from ficoco_vllm.request_fields import BUDGET, KEEP
 
 @dataclass(frozen=True)
 class ServedBudget:
-    """What one request keeps of its images, wherever its budget came from.
+    """Budget that one request is served with, wherever it came from.
 
     Attributes:
         in_tower: the most visual tokens of an image after the tower; 0 where it has seen none, as of image embeddings.

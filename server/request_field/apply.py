@@ -35,10 +35,10 @@ from ficoco_vllm.server.request_field.routes import HANDLERS
 from ficoco_vllm.server.request_field.schema import OFF, FicocoRequest, FicocoUsage, parse
 
 _PROCESSOR_FIELD, _DECODER_FIELD = "mm_processor_kwargs", "vllm_xargs"
-# Fields that forbid tokens, and those that ask for a form of the answer.
+# Fields that forbid tokens, and those that require an answer format.
 _FORBIDDING = ("allowed_token_ids", "bad_words", "min_tokens")
 _FORMS = ("structured_outputs", "response_format", "tools")
-# Raised by vLLM for bodies with which it does not reckon, and answered with 500. Rendering depends on the body alone.
+# Raised by vLLM for unexpected bodies, and answered with 500. Rendering depends on the body alone.
 _RENDERING_ERRORS = (AssertionError, AttributeError, LookupError, RecursionError)
 
 
@@ -221,7 +221,7 @@ class FieldApplier:
                     for key in (KEEP, KEEP_RATIO, METHOD):
                         if key in values:
                             raise ValueError(
-                                f"{name}.{key} beside {FIELD} is not allowed; allowed: one of them"
+                                f"{name}.{key} together with {FIELD} is not allowed; allowed: one of them"
                             )
                 resolved = self.resolver.resolve(state.requested)
                 ours = dict(resolved.tower)
@@ -301,13 +301,13 @@ class FieldApplier:
 
 
 def _mapping(request: Any, name: str) -> Mapping[str, Any]:
-    """A field of the body; empty where it is no object, as where a route does not declare it and vLLM drops it."""
+    """A field of the body; empty where it is not an object, as where a route does not declare it and vLLM drops it."""
     value = getattr(request, name, None)
     return value if isinstance(value, Mapping) else {}
 
 
 def _check_parts(messages: Any) -> None:
-    """Refuse parts of messages whose type is no text: vLLM renders them, then fails."""
+    """Refuse parts of messages whose type is not a string: vLLM renders them, then fails."""
     for number, message in enumerate(messages if isinstance(messages, list) else ()):
         content = message.get("content") if isinstance(message, dict) else None
         for place, part in enumerate(content if isinstance(content, list) else ()):

@@ -1,4 +1,4 @@
-"""What the messages of a chat say about its images."""
+"""Questions about images, extracted from the messages of a chat."""
 
 import hashlib
 import json
@@ -9,11 +9,11 @@ from typing import Any
 def question_of(messages: Sequence[Any]) -> str | None:
     """The text that comes with the last image.
 
-    That of its message; if there is none, that of the user's next message which has some, or of the one before. Later
+    The text of its message; without one, the text of the user's next message that has any, or of the one before. Later
     turns without an image change nothing, so that the caches still have the image.
 
     Args:
-        messages: of a chat, each a mapping with `content`: a text, or parts with `type`.
+        messages: messages of a chat, each a mapping with `content`: a text, or parts with `type`.
 
     Returns:
         None without an image, or where no message of a user has a text.
@@ -29,7 +29,7 @@ def first_turn(messages: Sequence[Any]) -> bytes | None:
     """Digest of a chat up to the end of its first turn with an image, which later turns repeat.
 
     Args:
-        messages: of a chat; see `question_of`.
+        messages: messages of a chat; see `question_of`.
 
     Returns:
         None without an image.
@@ -54,7 +54,7 @@ def _parts(message: Any) -> list[Any]:
 
 
 def _has_image(message: Any) -> bool:
-    # A part may do without a type, and names its image then.
+    # A part may have no type, but then names its image.
     return any(
         "image" in name
         for part in _parts(message)

@@ -107,7 +107,7 @@ class Resolver:
         return tuple(name for name in names if self.bounds.methods is None or name in self.bounds.methods)
 
     def allowed(self, name: str) -> str:
-        """What this server allows in one part of the field, for error texts."""
+        """Allowed values of one part of the field on this server, for error texts."""
         if name == "method":
             return ", ".join((*self.methods, OFF) if self.bounds.allows_off else self.methods)
         if name == "keep":
@@ -201,8 +201,8 @@ class Resolver:
         An image that has fewer tokens than the bound keeps all of them.
 
         Args:
-            name: of the field that holds the share.
-            budget: of the request.
+            name: name of the field that holds the share.
+            budget: budget of the request.
             sizes: height and width in pixels of each image.
 
         Raises:
@@ -232,7 +232,7 @@ class Resolver:
         return plan.tower.num_output_tokens(plan.tower.budget(None, tower_keep)), {KEEP: tower_keep}
 
     def _why_not(self, name: str) -> str:
-        """Reason, for error texts, why a method that exists is not served here; empty if there is none such."""
+        """Reason, for error texts, why an existing method is not served here; empty if the method does not exist."""
         config = self.plan.config
         if config.method in PIPELINES:
             return f", since this server reduces twice, by {config.method}" if name in names() else ""

@@ -80,16 +80,16 @@ def parse(value: Any, allowed: Callable[[str], str]) -> FicocoRequest | Literal[
             f"{FIELD}.{name}", f"= {first['input']!r} is not allowed; allowed: {allowed(name)}"
         ) from error
     if len(field.budgets) > 1:
-        (one, value), *_, (other, beside) = field.budgets.items()
+        (one, value), *_, (other, second) = field.budgets.items()
         raise _error(
             f"{FIELD}.{other}",
-            f"= {beside} beside {FIELD}.{one} = {value} is not allowed; allowed: one of them",
+            f"= {second} together with {FIELD}.{one} = {value} is not allowed; allowed: one of them",
         )
     if field.method == OFF:
         if field.budgets:
             raise _error(
                 f"{FIELD}.method",
-                f"= {OFF!r} keeps all visual tokens; allowed: no budget beside it",
+                f"= {OFF!r} keeps all visual tokens; allowed: no budget with it",
             )
         return OFF
     return field

@@ -1,4 +1,4 @@
-// The view in the address. It stands after the #, which browsers do not send, so no server logs a question.
+// The view in the address. It comes after the #, which browsers do not send, so no server logs a question.
 const FIELDS = ["example", "question", "method", "keep", "mode", "step", "patch"];
 
 export function write(state) {

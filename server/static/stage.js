@@ -1,4 +1,4 @@
-// The map: the image with its patches, step by step, and the way of a chosen patch's information.
+// The map: the image with its patches, step by step, and the path of a chosen patch's information.
 import { apply, legend, marks, MODES } from "./marks.js";
 import { departures, destinations, layerName, origins } from "./trace.js";
 

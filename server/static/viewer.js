@@ -6,7 +6,7 @@ import * as link from "./link.js";
 import { picture } from "./picture.js";
 import { Stage } from "./stage.js";
 
-// A question is asked so many times; the times shown are medians.
+// Number of times that a question is asked; the times shown are medians.
 const RUNS = 3;
 const $ = (id) => document.getElementById(id);
 const stage = new Stage(writeLink);
@@ -173,7 +173,7 @@ async function run(signal, state) {
   const title = $("method").selectedOptions[0].textContent;
   const request = { image: image.src, question: $("question").value, method };
   if (isKeepChosen) request.keep = Number($("keep").value);
-  const asked = { ...request, example, image };
+  const sent = { ...request, example, image };
   const runs = [];
   $("status").textContent = `Asking with all tokens and with ${request.keep ?? options.keep ?? "fewer"}.`;
   for (let index = 0; index < RUNS; index += 1) {
@@ -182,7 +182,7 @@ async function run(signal, state) {
     runs.push(answer);
     if (index) showFigures(runs);
     else {
-      shown = { ...asked, kept: answer.keep, said: show(runs, title) };
+      shown = { ...sent, kept: answer.keep, said: show(runs, title) };
       $("empty").hidden = true;
       $("summary").hidden = $("way").hidden = false;
       stage.load(answer, shown.image, { mode: null, step: null, patch: null, ...state });

@@ -92,7 +92,10 @@ def test_what_is_allowed() -> None:
         ({"cache_config__cache_dtype": "fp8"}, "--kv-cache-dtype fp8 is not allowed with ficoco.windows"),
         ({"kv_events_config": SimpleNamespace(enable_kv_cache_events=True)}, "--kv-events-config"),
         # A window of 500 tokens beside 15 requests that decode.
-        ({"scheduler_config__max_num_scheduled_tokens": 514}, "allowed: 515 (beside decoding requests)"),
+        (
+            {"scheduler_config__max_num_scheduled_tokens": 514},
+            "allowed: 515 (in addition to decoding requests)",
+        ),
     ],
 )
 def test_what_windows_exclude(changed: dict[str, Any], part: str) -> None:

@@ -79,7 +79,7 @@ def test_integers_of_numpy_go_to_the_engine_as_python_s() -> None:
         (request(num_tokens=40), "ends in an image"),
         (request(prompt_logprobs=0), "prompt_logprobs = 0"),
         (request(prompt_logprob_token_ids=[[1]]), "prompt_logprobs"),
-        (request(resumable=True), "comes in pieces"),
+        (request(resumable=True), "arrives in pieces"),
         (request(modality="video"), "a video is not allowed .* or ficoco_keep = 36"),
     ],
 )

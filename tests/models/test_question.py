@@ -246,5 +246,5 @@ def test_a_text_encoder_that_does_not_fit_is_refused(
 
 
 def test_a_text_encoder_needs_a_tower_of_clip(random_internvl: Path, clip: Path) -> None:
-    with pytest.raises(ValueError, match="whose vision tower is no CLIP; allowed: none"):
+    with pytest.raises(ValueError, match="whose vision tower is not a CLIP; allowed: none"):
         check_text_encoder(str(clip), AutoConfig.from_pretrained(random_internvl))

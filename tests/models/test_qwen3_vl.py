@@ -235,7 +235,10 @@ def test_downscale_is_the_small_image(
             "ficoco_keep_ratio = 0 is not allowed; allowed: a number above 0, at most 1",
         ),
         ({"ficoco_keep_ratio": "half"}, "ficoco_keep_ratio = 'half' is not allowed"),
-        ({"ficoco_keep": 3, "ficoco_keep_ratio": 0.5}, "ficoco_keep_ratio = 0.5 beside ficoco_keep = 3"),
+        (
+            {"ficoco_keep": 3, "ficoco_keep_ratio": 0.5},
+            "ficoco_keep_ratio = 0.5 together with ficoco_keep = 3",
+        ),
         ({"ficoco_method": "fastv"}, "ficoco_method = 'fastv' is not a method that this model can serve"),
         ({"max_pixels": 1024}, "max_pixels = 1024 in mm_processor_kwargs is not allowed"),
     ],

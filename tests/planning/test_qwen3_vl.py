@@ -123,8 +123,8 @@ def test_downscale_counts_the_smaller_image() -> None:
     [
         ({"keep_ratio": 0}, "ficoco.keep_ratio = 0"),
         ({"keep_ratio": 1.5}, "ficoco.keep_ratio = 1.5"),
-        ({"keep_ratio": 0.5, "keep": 64}, "keep_ratio = 0.5 beside keep = 64"),
-        ({"keep_ratio": 0.5, "method": "fastv"}, "keep_ratio = 0.5 beside the decoder's method fastv"),
+        ({"keep_ratio": 0.5, "keep": 64}, "keep_ratio = 0.5 together with keep = 64"),
+        ({"keep_ratio": 0.5, "method": "fastv"}, "keep_ratio = 0.5 together with the decoder's method fastv"),
         ({"method": "downscale", "lam": 0.5}, "lam: downscale has no settings"),
         ({"method": "downscale", "explain": True}, "explain = True is not allowed with downscale"),
     ],

@@ -82,7 +82,7 @@ def test_the_operator_s_file_is_checked_before_anything_is_loaded(tmp_path: Path
 
     check_state(QualitySettings(target_agreement=0.9).on_model(576), "best")
     check(tmp_path / "new.json")
-    with pytest.raises(ValueError, match=r"quality.state = .* lies in no folder"):
+    with pytest.raises(ValueError, match=r"quality.state = .* is not in an existing folder"):
         check(tmp_path / "missing" / "new.json")
     with pytest.raises(ValueError, match=r"quality.state = .* cannot be read"):
         check(tmp_path)

@@ -115,7 +115,7 @@ def test_streams_of_the_asynchronous_client(bounded: Bounded) -> None:
         (
             {"ficoco": {"keep": 9}, "vllm_xargs": {"ficoco_keep": 9}},
             "vllm_xargs.ficoco_keep",
-            "beside ficoco",
+            "together with ficoco",
         ),
         ({"mm_processor_kwargs": {"ficoco_keep": 64}}, "mm_processor_kwargs", "--trust-request-mm-kwargs"),
     ],

@@ -74,7 +74,10 @@ def test_requested_and_reported(qwen_server: Server, ficoco: Any, method: str, k
         ({"keep": 161}, "ficoco.keep = 161 is not allowed; allowed: an integer from 1 to 160"),
         ({"keep_ratio": 1.5}, "ficoco.keep_ratio = 1.5 is not allowed; allowed: a number above 0, at most 1"),
         ({"keep_ratio": "half"}, "ficoco.keep_ratio = 'half' is not allowed"),
-        ({"keep_ratio": 0.5, "keep": 3}, "ficoco.keep_ratio = 0.5 beside ficoco.keep = 3 is not allowed"),
+        (
+            {"keep_ratio": 0.5, "keep": 3},
+            "ficoco.keep_ratio = 0.5 together with ficoco.keep = 3 is not allowed",
+        ),
         ({"method": "fastv"}, "ficoco.method = 'fastv' is not allowed, since it reduces in the decoder"),
     ],
 )

@@ -15,10 +15,10 @@ import torch
 from ficoco_vllm.benchmarks.harness.results import environment
 
 
-def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
+def _error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Relative error in the 2-norm; NaN never passes."""
-    found, expected = found.float(), expected.float()
-    return float((found - expected).norm() / expected.norm())
+    actual, expected = actual.float(), expected.float()
+    return float((actual - expected).norm() / expected.norm())
 
 
 def _rms_norm() -> float:
@@ -120,7 +120,7 @@ def main() -> int:
     """
     import vllm._C_stable_libtorch  # noqa: F401
 
-    found: dict[str, Any] = {"context": environment(), "errors": {}}
+    result: dict[str, Any] = {"context": environment(), "errors": {}}
     failed = 0
     for name, check in CHECKS.items():
         torch.manual_seed(0)
@@ -132,9 +132,9 @@ def main() -> int:
             traceback.print_exc()
             value, good = traceback.format_exc().splitlines()[-1], False
         failed += not good
-        found["errors"][name] = value
+        result["errors"][name] = value
         print(f"{name:45} {value if isinstance(value, str) else f'{value:.2e}'} {'ok' if good else 'FAILS'}")
-    Path(sys.argv[1]).write_text(json.dumps(found, indent=1))
+    Path(sys.argv[1]).write_text(json.dumps(result, indent=1))
     return failed
 
 

@@ -37,8 +37,8 @@ get() { # wheels for the bare machine: Linux x86-64, CPython 3.12, glibc up to 2
         --python-version 3.12 --implementation cp --abi cp312 --abi abi3 --abi none "${platforms[@]}" \
         --dest "$work/wheels" "$@" 2> >(grep -v 'is ignored' >&2)
 }
-# What importing and running vllm.LLM asks for and the machine's image lacks, at the versions of the project's lock;
-# behind `=`, what the lock does not name.
+# Packages that vllm.LLM needs and the machine's image lacks, at the versions of the project's lock;
+# after `=`, the version of what the lock does not name.
 names=(agent-detector annotated-types apache-tvm-ffi=0.1.11 blake3 cachetools cbor2 compressed-tensors depyf dill astor
     fastapi httpcore2 httpx2 ijson interegular jiter jsonschema jsonschema-specifications lark llguidance
     lm-format-enforcer loguru mistral-common msgspec openai opentelemetry-api oss-harmony outlines-core

@@ -55,12 +55,12 @@ bench() { # bench LIMIT NAME ARGUMENTS: a part of bench-gpu, its result in json/
     try "$limit" "$name" python3 -m ficoco_vllm.benchmarks.gpu --out "$out/json/$name.json" "$@"
     grep '^BAR' "$out/logs/$name.log" 2>/dev/null
 }
-# These two look at results, not at time: they run beside each other.
+# These two look at results, not at time: they run concurrently.
 if has answers; then
     OMP_NUM_THREADS=2 bench 200 answers --steps answers &
 fi
 if has kernels; then
-    # Warnings of other versions than the lock's are no failures, and tests/conftest.py imports what is not there.
+    # Warnings of other versions than the lock's are not failures, and tests/conftest.py imports what is not there.
     try 200 kernels python3 -m pytest tests/kernels --confcutdir=tests/kernels -q --no-header -p no:cacheprovider \
         -W default -n 6 --dist worksteal --timeout 120 --junitxml="$out/logs/kernels.xml" &
 fi

@@ -5,7 +5,7 @@ and entries, one for each architecture: a header (kind: 1 PTX, 2 machine code; i
 architecture at byte 28) and a payload, often compressed. Here each fat binary is packed in place: entries that are
 wanted move to the front, its length is corrected, the rest is zeros, which compress to nothing. Addresses do not
 move, so the library loads as before. Where nothing is wanted, a small entry for a GPU of another architecture is put
-in the place (whatever asks for such a kernel is told "no kernel image"), so that every container stays a valid one.
+in the place (whatever requests such a kernel gets "no kernel image"), so that every container stays a valid one.
 """
 
 import argparse
@@ -51,11 +51,7 @@ def entries(binary: bytes, start: int, end: int) -> Iterator[tuple[int, int, byt
 def smallest(library: bytes, architecture: int) -> bytes:
     """The shortest machine code for an architecture, to fill places with."""
     return min(
-        (
-            entry
-            for kind, found, entry in everything(library)
-            if kind == MACHINE_CODE and found == architecture
-        ),
+        (entry for kind, arch, entry in everything(library) if kind == MACHINE_CODE and arch == architecture),
         key=len,
     )
 
@@ -86,9 +82,9 @@ def slim(library: bytes, wanted: Callable[[int, int, bytes], bool], filler: byte
     packed = bytearray(library)
     kept = seen = 0
     for start, header, size in containers(library):
-        found = list(entries(library, start + header, start + header + size))
-        left = [entry for entry in found if wanted(*entry)]
-        seen, kept = seen + len(found), kept + len(left)
+        parsed = list(entries(library, start + header, start + header + size))
+        left = [entry for entry in parsed if wanted(*entry)]
+        seen, kept = seen + len(parsed), kept + len(left)
         body = b"".join(entry[2] for entry in left) or filler
         if len(body) <= size:
             struct.pack_into("<Q", packed, start + 8, len(body))
@@ -101,7 +97,7 @@ def slim(library: bytes, wanted: Callable[[int, int, bytes], bool], filler: byte
 
 def for_architecture(architecture: int) -> Callable[[int, int, bytes], bool]:
     """Machine code of one architecture."""
-    return lambda kind, found, entry: kind == MACHINE_CODE and found == architecture
+    return lambda kind, arch, entry: kind == MACHINE_CODE and arch == architecture
 
 
 def for_heads(kind: int, architecture: int, entry: bytes) -> bool:
@@ -112,10 +108,10 @@ def for_heads(kind: int, architecture: int, entry: bytes) -> bool:
     ).stdout.decode()
     if "CollectiveMainloopFwd" not in text:
         return True
-    found = FA3.findall(text)
-    if not found:
+    matches = FA3.findall(text)
+    if not matches:
         raise ValueError("an attention kernel whose name is not understood")
-    return any(key == value and key in HEAD_SIZES and dtype in TYPES for key, value, dtype in found)
+    return any(key == value and key in HEAD_SIZES and dtype in TYPES for key, value, dtype in matches)
 
 
 def main() -> None:

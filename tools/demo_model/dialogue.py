@@ -37,7 +37,7 @@ class AnswerScores:
         logits: (n, vocabulary), fp32.
         target: right tokens, (n,), int64.
         owner: image * num_questions + question of each token, (n,), int64.
-        log_attention: of every text token to the visual tokens at the watched layer, fp32,
+        log_attention: logarithm of the attention of text to visual tokens at the watched layer, fp32,
             (B, H, sequences after the image, tokens of each, N), or None.
     """
 

@@ -50,7 +50,7 @@ class Evaluator:
 
     Args:
         folder: the exported model.
-        dtype: of the computation; the model is served in bf16.
+        dtype: data type of the computation; the model is served in bf16.
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:

@@ -15,7 +15,7 @@ def to_patches(images: list[NDArray[np.uint8]], dtype: torch.dtype = torch.bfloa
 
     Args:
         images: (height, width, 3) uint8 each, all of one size.
-        dtype: of the result.
+        dtype: data type of the result.
 
     Returns:
         (B, rows * columns, 3 * P * P), channel first inside a patch.

@@ -23,7 +23,7 @@ class Stage:
 
     Args:
         name: for the log.
-        seconds: of the whole stage.
+        seconds: duration of the whole stage.
         save: writes a checkpoint.
         save_every: steps between two checkpoints.
 

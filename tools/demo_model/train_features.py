@@ -36,7 +36,7 @@ class Phase:
     """One stage of training on features.
 
     Attributes:
-        name: of its checkpoint.
+        name: name of its checkpoint.
         tokens: counts of visual tokens to choose from.
         rows: approximate number of visual and text tokens in a step.
         muon_lr: peak learning rate of the layers' matrices.

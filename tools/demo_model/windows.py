@@ -61,7 +61,7 @@ def choose_window(rng: random.Random, progress: float) -> Window:
 
 
 def random_positions(rng: random.Random, batch: int, rows: int, columns: int) -> Tensor:
-    """For each image, the grid indices of a window at a random place, (batch, rows * columns) int64."""
+    """Grid indices of a window at a random place for each image, (batch, rows * columns) int64."""
     grid = ARCHITECTURE.grid
     inside = (torch.arange(rows)[:, None] * grid + torch.arange(columns)).reshape(1, -1)
     corner = [rng.randint(0, grid - rows) * grid + rng.randint(0, grid - columns) for _ in range(batch)]

@@ -1,7 +1,7 @@
 """Logits before the choice of a token: grammar, bias, penalties, bad words, temperature and min-p, in place.
 
 `logits_ptr` is (rows, V); `expanded_idx_mapping_ptr` maps each row to the state of its request. A token id outside of
-the vocabulary has no logit and is passed over.
+the vocabulary has no logit and is ignored.
 """
 
 from itertools import pairwise
@@ -37,7 +37,7 @@ def unpack(packed: Tensor, num_bits: int) -> Tensor:
 
     Args:
         packed: (rows, words) int32.
-        num_bits: of a row that are returned; those beyond the words are 0.
+        num_bits: number of bits of a row to return; those beyond the words are 0.
 
     Returns:
         (rows, num_bits) bool.
@@ -75,7 +75,7 @@ def bias(
     CHECK_ALL_MASKED_ROWS: bool,
     **_: Any,
 ) -> None:
-    """Allowed tokens, biases, and no stop token before the shortest length, in this order."""
+    """Apply allowed tokens, biases, and the ban on stop tokens before the shortest length, in this order."""
 
     def valid(token_ids: Tensor, state: int, count: int) -> Tensor:
         ids = token_ids[state, :count].long()
@@ -115,7 +115,7 @@ def bincount(
     output_bin_counts_stride: int,
     **_: Any,
 ) -> None:
-    """Note the tokens of a prompt as bits, and count those of the answer so far."""
+    """Record the tokens of a prompt as bits, and count those of the answer so far."""
     masks, counts = prompt_bin_mask_ptr.numpy(), output_bin_counts_ptr.numpy()
     for state in expanded_idx_mapping_ptr.tolist():
         prompt_len, length = int(prompt_len_ptr[state]), int(prefill_len_ptr[state])
@@ -143,7 +143,7 @@ def penalties(
     vocab_size: int,
     **_: Any,
 ) -> None:
-    """Repetition, frequency and presence penalties; drafts before a row count as its answer."""
+    """Apply repetition, frequency and presence penalties; drafts before a row count as its answer."""
     states, tokens = expanded_idx_mapping_ptr.long(), token_ids_ptr.tolist()
     counts = output_bin_counts_ptr[states, :vocab_size]
     for row, place in enumerate(expanded_local_pos_ptr.tolist()):
@@ -203,7 +203,7 @@ def temperature(
     vocab_size: int,
     **_: Any,
 ) -> None:
-    """Divide by the temperature; rows of greedy requests stay."""
+    """Divide by the temperature; rows of greedy requests are unchanged."""
     values = temperature_ptr[expanded_idx_mapping_ptr].unsqueeze(1)
     logits_ptr.div_(values.masked_fill(values == 0, 1.0))
 

@@ -63,8 +63,8 @@ def gumbel_noise(seed: int, position: int, vocab_size: int, double: bool = False
     """Gumbel noise of a step of a request.
 
     Args:
-        seed: of the request, int64.
-        position: of the token that the logits follow.
+        seed: seed of the request, int64.
+        position: position of the token that the logits follow.
         vocab_size: V.
         double: whether to draw 53 random bits for each token instead of 32.
 

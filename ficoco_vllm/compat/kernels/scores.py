@@ -1,4 +1,4 @@
-"""What is reported beside the sampled tokens: log-probabilities, ranks and sampling masks; and replayed tokens."""
+"""Outputs reported with the sampled tokens: log-probabilities, ranks and sampling masks; and replayed tokens."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ def ranks(
     vocab_size: int,
     **_: Any,
 ) -> None:
-    """How many tokens of each row are at least as likely as a given one."""
+    """Number of tokens of each row that are at least as likely as a given one."""
     output_ptr.copy_((logits_ptr >= logits_ptr.gather(1, token_ids_ptr.unsqueeze(1))).sum(dim=1))
 
 

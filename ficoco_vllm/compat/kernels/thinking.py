@@ -1,4 +1,4 @@
-"""Budgets of thinking: the end of the thinking is forced once its tokens are used up."""
+"""Thinking budgets: the end of the thinking is forced once its tokens are used up."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def update_cache(
     natural_reasoning_end_token_ids_ptr: Tensor,
     **_: Any,
 ) -> None:
-    """Cache nothing: `thinking_budget` searches all tokens, which takes numpy some microseconds."""
+    """Cache nothing: `thinking_budget` searches all tokens, which takes numpy a few microseconds."""
 
 
 def thinking_budget(
@@ -63,7 +63,7 @@ def thinking_budget(
 
 
 def _last(tokens: npt.NDArray[np.integer[Any]], marker: npt.NDArray[np.integer[Any]]) -> int:
-    """Place where a marker begins for the last time, or -1."""
+    """Start of the last occurrence of a marker, or -1."""
     if len(tokens) < len(marker):
         return -1
     places = np.flatnonzero(

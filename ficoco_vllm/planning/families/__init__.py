@@ -22,7 +22,7 @@ class Family:
         shape: reads the sizes of the tower from transformers' configuration. It raises a ValueError that names the
             field, its value and what is allowed where the tower cannot be reduced.
         image_settings: where the number of tokens depends on settings of the image processor (tiles, pixels): reads
-            them, by name, from the processor and the server's `mm_processor_kwargs`. At start-up they are left on the
+            them, by name, from the processor and the server's `mm_processor_kwargs`. At start-up they are stored on the
             model's configuration, where `shape` finds them with `image_settings`. A request may not change them.
         images_in_config: whether `image_settings` reads the model's configuration instead of the processor.
         tower_graphs: whether the class captures its reducing tower as CUDA graphs (`vision/graphs.py`).

@@ -101,7 +101,7 @@ def settings(processor: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
         overrides: `mm_processor_kwargs`.
     """
     named = {**overrides, **(overrides.get("images_kwargs") or {})}
-    # InternVLProcessor cuts images unless it is told not to, whatever the image processor's own setting.
+    # InternVLProcessor cuts images unless that is disabled, whatever the image processor's own setting.
     return {
         "crop_to_patches": bool(named.get("crop_to_patches", True)),
         "min_patches": int(named.get("min_patches", processor.min_patches)),
@@ -182,7 +182,7 @@ def chat_shape(hf_config: Any) -> TowerShape:
 
 
 def _check(allowed: Mapping[str, tuple[Any, Any]]) -> None:
-    """Refuse the first field whose value, the first of its two, is not the second."""
+    """Refuse the first field whose value (first of the pair) differs from the allowed value (second)."""
     for name, (value, expected) in allowed.items():
         if value != expected:
             raise ValueError(f"ficoco: {name} = {value!r} cannot be reduced; allowed: {expected!r}")

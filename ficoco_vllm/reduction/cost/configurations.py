@@ -348,7 +348,7 @@ class _Reader:
 
     Args:
         config: the whole configuration.
-        name: of the section.
+        name: name of the section.
         types: model types that are allowed, each with the defaults of its fields.
     """
 

@@ -62,11 +62,11 @@ def estimate(
     """Add up one prefill with images that follow one plan.
 
     Args:
-        shape: of the model.
-        plan: of each image.
+        shape: sizes of the model.
+        plan: plan of each image.
         num_text_tokens: M, text tokens of the prompt.
         num_images: images in the prompt, each reduced alone.
-        dtype: of weights, activations and KV cache.
+        dtype: data type of weights, activations and KV cache.
 
     Returns:
         The cost.
@@ -85,10 +85,10 @@ def estimate_prompt(
     """Add up one prefill; see `estimate`.
 
     Args:
-        shape: of the model.
+        shape: sizes of the model.
         images: the plans of the prompt's images, each with the number of images that follow it.
         num_text_tokens: M.
-        dtype: of weights, activations and KV cache.
+        dtype: data type of weights, activations and KV cache.
     """
     if num_text_tokens < 1:
         raise ValueError(f"num_text_tokens: got {num_text_tokens}, allowed: at least 1")

@@ -2,7 +2,7 @@
 
 It has two figures that may be called memory. *Traffic* is every byte that the prefill's operators load or
 store, layer after layer, without operator fusion and with the score matrix written out. *Footprint* is the memory
-held at once: weights, KV cache and the outputs of one layer. The vision tower, the projector and the
+held at the same time: weights, KV cache and the outputs of one layer. The vision tower, the projector and the
 input embeddings are in neither. docs/paper-tables.md shows which of the paper's figures are which.
 """
 
@@ -21,7 +21,7 @@ def traffic_bytes(
     Args:
         shape: the decoder.
         tokens: visual and text tokens that enter each layer, and one entry for the last one's output.
-        dtype: of weights, activations and KV cache.
+        dtype: data type of weights, activations and KV cache.
         fused_attention: leave out the score matrix, which fused attention kernels never write.
 
     Returns:
@@ -42,12 +42,12 @@ def traffic_bytes(
 
 
 def footprint_bytes(shape: DecoderShape, tokens: Sequence[int], dtype: str) -> int:
-    """Bytes held at once: weights of all layers, KV cache, and the largest output of a layer.
+    """Bytes held at the same time: weights of all layers, KV cache, and the largest output of a layer.
 
     Args:
         shape: the decoder.
         tokens: visual and text tokens that enter each layer, and one entry for the last one's output.
-        dtype: of weights, activations and KV cache.
+        dtype: data type of weights, activations and KV cache.
 
     Returns:
         Bytes; the language head is left out, as in the tool.

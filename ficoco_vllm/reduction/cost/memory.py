@@ -36,7 +36,7 @@ def kv_bytes(shape: DecoderShape, tokens_per_layer: Sequence[int], dtype: str) -
         shape: the decoder.
         tokens_per_layer: visual and text tokens that enter each layer; a reducing layer still writes all of
             them.
-        dtype: of the cache.
+        dtype: data type of the cache.
 
     Returns:
         Bytes for each layer.
@@ -85,11 +85,11 @@ def activation_bytes(
     decoder.
 
     Args:
-        shape: of the model.
+        shape: sizes of the model.
         tower_tokens: patch and [CLS] tokens of all tiles, which run as one batch, that enter each executed layer, and
             those that its MLP works on.
         decoder_tokens: visual and text tokens that enter each layer, and one entry for the output.
-        dtype: of the activations.
+        dtype: data type of the activations.
 
     Returns:
         Bytes.

@@ -13,7 +13,7 @@ def tower_tokens(shape: ModelShape, keep: int) -> tuple[int, ...]:
     """Patch tokens that enter each executed layer of the tower, and those that leave it: even from the 12th of 24 on.
 
     Args:
-        shape: of the model.
+        shape: sizes of the model.
         keep: tokens that leave.
 
     Source: arXiv:2411.17686, Section 10.
@@ -27,7 +27,7 @@ def decoder_tokens(shape: ModelShape, entering: int, keep: int, schedule: str) -
     """Visual tokens that enter each decoder layer, and those that leave it: reduced from the 4th layer on.
 
     Args:
-        shape: of the model.
+        shape: sizes of the model.
         entering: visual tokens of an image that leave the tower.
         keep: tokens that leave.
         schedule: "even", "one-shot" or "geometric".

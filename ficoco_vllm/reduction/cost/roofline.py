@@ -1,8 +1,8 @@
-"""Times that a device needs at least: its arithmetic, its memory and its launches against the work of a plan.
+"""Lower bounds on the times of a device: its arithmetic, its memory and its launches against the work of a plan.
 
 A stage takes the longest of three times: of each layer the longer of its FLOPs and its bytes, added up; and the time
 to launch its kernels one after another. At batch 1 bytes or launches bound most GPUs, so fewer tokens gain less than
-the ratio of FLOPs says; under load arithmetic bounds the prefill, and the KV cache the requests that run at once.
+the ratio of FLOPs suggests; under load arithmetic bounds the prefill, and the KV cache the concurrent requests.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from ficoco_vllm.reduction.cost.tokens import TokenPlan
 # included (test_device_work.py in tests/vision and tests/decoder).
 TOWER_LAUNCHES, DECODER_LAUNCHES = 12, 10
 TOWER_REDUCTION_LAUNCHES, DECODER_REDUCTION_LAUNCHES = 8, 32
-# vLLM's defaults: tokens of a step, requests at once, share of the memory that it takes.
+# vLLM's defaults: tokens of a step, concurrent requests, share of the memory that it takes.
 STEP_TOKENS, MOST_REQUESTS, MEMORY_SHARE = 8192, 256, 0.9
 
 
@@ -29,9 +29,9 @@ class Device:
     Attributes:
         flops: 16-bit matrix FLOPs a second, dense.
         bandwidth: bytes a second from and to memory.
-        memory_bytes: of the device.
+        memory_bytes: memory of the device.
         launch_seconds: from one kernel's launch to the next one's; 0 where nothing is launched.
-        source: of the figures.
+        source: source of the figures.
     """
 
     name: str
@@ -78,7 +78,7 @@ class Times:
         tower_seconds: vision tower and projector, one request alone.
         prefill_seconds: decoder, from the embeddings to the first token, one request alone.
         decode_seconds: one further token, one request alone.
-        num_concurrent: requests whose KV cache fits beside the weights, at most vLLM's default limit.
+        num_concurrent: requests whose KV cache fits next to the weights, at most vLLM's default limit.
         requests_per_second: answered at that concurrency.
     """
 
@@ -107,13 +107,13 @@ def predict(
     """Least times of requests with images that follow one plan.
 
     Args:
-        shape: of the model.
-        plan: of each image.
+        shape: sizes of the model.
+        plan: plan of each image.
         device: ceilings.
-        num_text_tokens: of the prompt.
-        num_images: of the prompt.
-        num_output_tokens: of an answer, for the throughput.
-        dtype: of weights and KV cache. Products are counted at the 16-bit rate.
+        num_text_tokens: number of text tokens of the prompt.
+        num_images: number of images of the prompt.
+        num_output_tokens: number of output tokens of an answer, for the throughput.
+        dtype: data type of weights and KV cache. Products are counted at the 16-bit rate.
 
     Returns:
         The times. They are lower bounds for these ceilings: scheduling, tokenization and images are not counted.

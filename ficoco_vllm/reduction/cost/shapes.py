@@ -15,16 +15,16 @@ class TowerShape:
             follows the image's size.
         patch_size: height and width in pixels of a patch.
         hidden: width.
-        num_heads: of an attention.
+        num_heads: number of attention heads.
         mlp: width between the MLP's two matrices.
-        num_layers: of the checkpoint.
+        num_layers: number of layers of the checkpoint.
         num_executed: layers up to the one whose output the model reads: 23 of 24 for LLaVA's feature layer -2.
         unit: patches of a unit: 1 in LLaVA, 4 where 2 x 2 patches become one token.
-        num_extra: tokens beside the patches: [CLS].
+        num_extra: tokens other than the patches: [CLS].
         frames: that a patch spans; an image is repeated.
         dynamic: whether the grid follows the image's size.
-        layer_small: parameters of a layer beside its six matrices: biases, norms, scales.
-        small: parameters beside layers and patch embedding: [CLS], table of positions, norms, bias of the embedding.
+        layer_small: parameters of a layer other than its six matrices: biases, norms, scales.
+        small: parameters outside of layers and patch embedding: [CLS], table of positions, norms, embedding bias.
     """
 
     image_size: int
@@ -69,7 +69,7 @@ class ProjectorShape:
         inner: width between the two layers.
         layers: layers of the tower, counted from 0, after which it also runs, each time with weights of its own; their
             results are added in the first layers of the decoder (Qwen3-VL's deepstack).
-        small: parameters beside the matrices, all runs together.
+        small: parameters other than the matrices, all runs together.
     """
 
     inner: int
@@ -90,8 +90,8 @@ class DecoderShape:
         mlp: width of the gate; in a mixture of experts of those that a token passes, together.
         vocab: tokens.
         tied_head: whether the language head is the table of embeddings.
-        layer_small: parameters of a layer beside its seven matrices: norms, biases.
-        num_experts: of a layer; 0 without.
+        layer_small: parameters of a layer other than its seven matrices: norms, biases.
+        num_experts: number of experts of a layer; 0 without.
         experts_per_token: that a token passes.
     """
 
@@ -121,7 +121,7 @@ class DecoderShape:
         """Parameters of the MLP's matrices in a layer, and of the matrix that chooses the experts.
 
         Args:
-            num_tokens: of a step, each of which chooses its experts; the result is the mean over choices at random.
+            num_tokens: tokens of a step, each of which chooses its experts; the result is the mean over random choices.
         """
         share = 1.0
         if self.num_experts:

@@ -29,7 +29,7 @@ class TilePlan:
         """A tile from the counts of its units that show the image.
 
         Args:
-            num_units: of a whole tile, padding included.
+            num_units: number of units of a whole tile, padding included.
             counts: units that enter each executed layer if there were no padding, and those that leave the last.
             kept: tokens after a reduction on the features, otherwise the last of `counts`.
         """
@@ -51,7 +51,7 @@ class TokenPlan:
     already works on the count that enters the next layer.
 
     Attributes:
-        tiles: of the image in the tower.
+        tiles: tiles of the image in the tower.
         projected: tokens of the tower's output that go through the projector.
         decoder: visual tokens that enter each decoder layer, and one entry for the last one's output.
     """
@@ -82,7 +82,7 @@ class TokenPlan:
         """Patch and [CLS] tokens of all tiles that enter each executed layer, and those that its MLP works on.
 
         Args:
-            shape: of the model.
+            shape: sizes of the model.
         """
         layers, rows = zip(*(tile.layers for tile in self.tiles), strict=True), shape.tower.rows
         return tuple((sum(rows(n) for n, _ in tiles), sum(rows(m) for _, m in tiles)) for tiles in layers)
@@ -91,7 +91,7 @@ class TokenPlan:
         """Units that the projector runs on, after all layers of the tower together.
 
         Args:
-            shape: of the model.
+            shape: sizes of the model.
         """
         earlier = sum(tile.layers[layer][1] for tile in self.tiles for layer in shape.projector.layers)
         return self.projected + earlier
@@ -105,7 +105,7 @@ class TokenPlan:
         """Raise unless the plan fits a model.
 
         Args:
-            shape: of the model.
+            shape: sizes of the model.
 
         Raises:
             ValueError: there is not one count for each layer and one for the exit, or a count grows.
@@ -124,7 +124,7 @@ def unreduced(shape: ModelShape) -> TokenPlan:
     """The plan of the model as it is.
 
     Args:
-        shape: of the model.
+        shape: sizes of the model.
 
     Returns:
         All units in every layer, of the largest image where the grid follows the image's size.
@@ -138,8 +138,8 @@ def constant(shape: ModelShape, num_visual_tokens: int) -> TokenPlan:
     """A full tower whose output is cut to a number of tokens, the same in every decoder layer.
 
     Args:
-        shape: of the model.
-        num_visual_tokens: of an image in the decoder.
+        shape: sizes of the model.
+        num_visual_tokens: visual tokens of an image in the decoder.
 
     Returns:
         The plan.

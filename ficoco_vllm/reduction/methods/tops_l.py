@@ -8,8 +8,8 @@ Signals: `text_attention`, which the reducing decoder layer measures from its ow
 `text_features`, its own hidden states of the text.
 
 Deviation: the paper halves the tokens at the first layer and leaves a quarter at the second; here both leave the same
-share. It does not define its threshold for text raters; here they are those of SparseVLM. It numbers the kept
-tokens anew; here they keep their positions. Its coverage weight is 0.4 to 1.0 by model and budget; the default is the
+share. It does not define its threshold for text raters; here they are those of SparseVLM. It renumbers the kept
+tokens; here they keep their positions. Its coverage weight is 0.4 to 1.0 by model and budget; the default is the
 0.5 of most of its models.
 
 Source: arXiv:2606.27161, Sec. 4, Alg. 2, Table 9.

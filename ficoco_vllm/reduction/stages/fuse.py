@@ -15,7 +15,7 @@ class NearestMerge(Settings):
 
     Attributes:
         size_weighted: weigh tokens by the number of patches that they represent, so that a merged token is the mean of
-            its patches; False weighs all tokens alike, as Eq. 9 is printed.
+            its patches; False weighs all tokens equally, as Eq. 9 is printed.
     """
 
     size_weighted: bool = True

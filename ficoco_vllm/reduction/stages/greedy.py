@@ -14,7 +14,7 @@ from ficoco_vllm.reduction.signals import Signals, require
 from ficoco_vllm.reduction.stage import Filter
 from ficoco_vllm.reduction.stages.text_filter import Relevance
 
-# A gain of the determinantal process below this part of where it began is a rounding error of fp64.
+# A gain of the determinantal process below this fraction of its initial value is a rounding error of fp64.
 _SPENT = 1e-10
 
 

@@ -96,7 +96,7 @@ def cluster_likeness(signals: Signals, partition: Partition, settings: Recycling
         settings: see `Recycling`.
 
     Returns:
-        (B, R, K) fp32, `NOWHERE` for sources that are not recycled and targets that are no centres.
+        (B, R, K) fp32, `NOWHERE` for sources that are not recycled and targets that are not centres.
 
     Source: arXiv:2410.04417, Sec. 3.
     """

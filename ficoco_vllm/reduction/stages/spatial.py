@@ -20,7 +20,7 @@ class Seed(Settings):
     """Settings of the random order.
 
     Attributes:
-        seed: of the hash.
+        seed: seed of the hash.
     """
 
     seed: int = Field(default=0, ge=0)
@@ -32,7 +32,7 @@ def random_order(signals: Signals, settings: Seed) -> Tensor:
     The order is the same on every machine, independent of the batch and of random generators.
 
     Args:
-        signals: none but `position`.
+        signals: only `position`.
         settings: see `Seed`.
 
     Returns:
@@ -103,7 +103,7 @@ def one_per_cell(signals: Signals, settings: Settings, num_removed: int) -> Tens
     """Keep the first token of each cell; there are as many cells as kept tokens.
 
     Args:
-        signals: none but `position` and `grid`.
+        signals: only `position` and `grid`.
         settings: none.
         num_removed: R.
 
@@ -124,7 +124,7 @@ def same_cell(signals: Signals, partition: Partition, settings: Settings) -> Ten
     """C_ij = 1 where source i and target j lie in one cell.
 
     Args:
-        signals: none but `position` and `grid`.
+        signals: only `position` and `grid`.
         partition: R sources and K targets; there are K cells.
         settings: none.
 

@@ -203,7 +203,7 @@ def test_settings_of_the_image_processor(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([QWEN, "--keep", "98", "--keep-ratio", "0.5"], "keep_ratio = 0.5 beside keep = 98"),
+        ([QWEN, "--keep", "98", "--keep-ratio", "0.5"], "keep_ratio = 0.5 together with keep = 98"),
         ([QWEN, "--keep-ratio", "0"], "ficoco_keep_ratio = 0.0 is not allowed"),
         (
             [QWEN, "--method", "downscale", "--schedule", "even"],

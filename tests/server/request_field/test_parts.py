@@ -93,7 +93,10 @@ def test_a_share_of_the_tokens() -> None:
         ({"keep_ratio": 1.0}, "fewer than all, which would be 'off'"),
         ({"keep_ratio": 0}, r"ficoco.keep_ratio = 0 is not allowed; allowed: a number above 0, at most 1"),
         ({"keep_ratio": True}, "ficoco.keep_ratio = True is not allowed"),
-        ({"keep_ratio": 0.5, "keep": 64}, r"ficoco.keep_ratio = 0.5 beside ficoco.keep = 64 is not allowed"),
+        (
+            {"keep_ratio": 0.5, "keep": 64},
+            r"ficoco.keep_ratio = 0.5 together with ficoco.keep = 64 is not allowed",
+        ),
     ):
         with pytest.raises((ValueError, VLLMValidationError), match=words):
             resolve(tower, ficoco)
@@ -265,7 +268,7 @@ def test_errors_about_arguments_that_we_wrote_are_in_the_client_s_words() -> Non
     ours = _in_terms_of(FicocoRequest(keep=1), error)
     assert (ours.args[0], ours.parameter) == ("ficoco.keep = 1: no schedule", "ficoco.keep")
     assert _in_terms_of(None, error) is error
-    twice = VLLMValidationError("mm_processor_kwargs.ficoco_keep beside ficoco is not allowed")
+    twice = VLLMValidationError("mm_processor_kwargs.ficoco_keep together with ficoco is not allowed")
     assert _in_terms_of(FicocoRequest(keep=1), twice).args[0] == twice.args[0]
 
 

@@ -238,7 +238,7 @@ def test_not_twice(server: Server) -> None:
     raw = {"mm_processor_kwargs": {"ficoco_keep": 64}}
     answer = post(server, "/v1/chat/completions", body({"keep": 64}, **raw))
     assert answer.status_code == 400
-    assert "mm_processor_kwargs.ficoco_keep beside ficoco" in answer.json()["error"]["message"]
+    assert "mm_processor_kwargs.ficoco_keep together with ficoco" in answer.json()["error"]["message"]
 
 
 def test_off_is_stock(server: Server) -> None:
