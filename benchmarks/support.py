@@ -135,7 +135,9 @@ def on_cpus(
 def on_gpus(minor: str, runs: Iterable[Mapping[str, Any]]) -> set[Combination]:
     """The combinations whose questions the demo model answered on a GPU, by results of `make bench-gpu`."""
     ours = [run for run in runs if minor_of(run["environment"]["versions"].get("vllm", "0")) == minor]
-    methods = {name for run in ours for name in run.get("answers", {})} & {*available(), *PIPELINES}
+    # A row of answers is a method and its budget, or stock.
+    rows = {name.rpartition("-")[0] for run in ours for name in run.get("answers", {})}
+    methods = rows & {*available(), *PIPELINES}
     sites = {site_of(method) for method in methods}
     return {Combination(_DEMO_FAMILY, site, "" if site == "tower" else _DEMO_DECODER) for site in sites}
 

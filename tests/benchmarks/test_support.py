@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from ficoco_vllm.benchmarks.gpu.__main__ import ANSWERS
 from ficoco_vllm.benchmarks.support import (
     PAGE,
     Combination,
@@ -35,7 +36,7 @@ def test_cells() -> None:
     first, second = minors()
     assert locked() == first
     run: dict[str, Any] = {"vllm": f"{second}.0", "built": False, "passed": [PROVEN[0].test], "failed": []}
-    gpu = {"environment": {"versions": {"vllm": f"{second}.1"}}, "answers": {"stock": {}, "ficoco-l": {}}}
+    gpu = {"environment": {"versions": {"vllm": f"{second}.1"}}, "answers": dict.fromkeys(ANSWERS)}
     demo = [Proof(Combination("LLaVA-1.5", "decoder", "Llama"), "tests/test_a.py::test_demo")]
     assert cells(support_table(PROVEN, [run], [])) == [
         ["Family", "tower", "any", "tested", "compiles", "tested from sources", "compiles"],
