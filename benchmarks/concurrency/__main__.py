@@ -61,7 +61,7 @@ def measure(
     rows: dict[str, dict[str, float]] = {}
     for name, ficoco in kinds.items():
         with bench_engine(folder, ficoco, **limits) as engine:
-            row = rows[name] = {"mean_kv_tokens": mean_tokens(ficoco), **engine.call(fill)}
+            row = rows[name] = {"mean_kv_tokens": mean_tokens(ficoco), "num_running": engine.call(fill)}
         row["ratio"] = row["num_running"] / rows["stock"]["num_running"]
         row["predicted_ratio"] = rows["stock"]["mean_kv_tokens"] / row["mean_kv_tokens"]
         print(f"{name:14} {json.dumps(row)}", flush=True)
@@ -78,10 +78,12 @@ def mean_tokens(ficoco: dict[str, Any] | None) -> float:
 
 def bars(rows: Mapping[str, Mapping[str, float]]) -> list[Bar]:
     """The bars: nearly as many requests run as the plan predicts."""
-    shares = {name: row["ratio"] / row["predicted_ratio"] for name, row in rows.items() if name != "stock"}
     return [
-        Bar(f"concurrency-{name.replace(' ', '-')}-of-predicted", share, SHARE)
-        for name, share in shares.items()
+        Bar(
+            f"concurrency-{name.replace(' ', '-')}-of-predicted", row["ratio"] / row["predicted_ratio"], SHARE
+        )
+        for name, row in rows.items()
+        if name != "stock"
     ]
 
 

@@ -11,12 +11,8 @@ MOST_REQUESTS = 256
 _STEPS_WITHOUT_GROWTH = 3
 
 
-def fill(engine: Any) -> dict[str, int]:
-    """Send requests, each with an image of its own, and step until one must wait for blocks.
-
-    Returns:
-        `num_running` and `num_blocks`.
-    """
+def fill(engine: Any) -> int:
+    """Requests that run at the same time: each has an image of its own, and one more must wait for blocks."""
     from vllm import SamplingParams
 
     params = SamplingParams(max_tokens=NUM_DECODED, temperature=0, ignore_eos=True, detokenize=False)
@@ -29,4 +25,4 @@ def fill(engine: Any) -> dict[str, int]:
         num_running = len(scheduler.running)
         steps_without_growth = 0 if num_running > most else steps_without_growth + 1
         most = max(most, num_running)
-    return {"num_running": most, "num_blocks": int(scheduler.kv_cache_manager.block_pool.num_gpu_blocks)}
+    return most

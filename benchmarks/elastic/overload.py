@@ -17,10 +17,8 @@ FLOOR, CEILING = 64, 576
 # Tokens of an answer. With it, prompts of 576 visual tokens take 22 blocks of 32, those of 64 take 6: two against seven
 # concurrent requests in 44 blocks, since vLLM keeps one for itself.
 NUM_OUTPUT = 96
-BLOCK_SIZE, NUM_BLOCKS = 32, 45
 _FEWEST_ARRIVALS = 24
 Fields = dict[str, Any]
-Answers = list[tuple[float, int]]
 
 
 @dataclass(frozen=True)
@@ -45,46 +43,6 @@ SHORT = Length(8, 16, 2.4, 0.3, 2, 8)
 LONG = Length(20, 60, 1.6, 1, 5, 60)
 
 
-@dataclass(frozen=True)
-class Phase:
-    """One kind of budget under overload.
-
-    Attributes:
-        early_ttft_seconds: median of the first quarter of the requests.
-        late_ttft_seconds: median of the last quarter.
-        longest_queue: most requests that waited at the same time, sampled.
-        budgets: visual tokens that requests had, ascending.
-        lowest_default: lowest budget of requests that name none, sampled.
-    """
-
-    num_requests: int
-    early_ttft_seconds: float
-    late_ttft_seconds: float
-    median_ttft_seconds: float
-    longest_queue: int
-    budgets: tuple[int, ...]
-    lowest_default: int
-
-
-@dataclass(frozen=True)
-class Result:
-    """Figures of both phases.
-
-    Attributes:
-        capacity: requests per second that the fixed ceiling serves.
-        rate: of the arrivals in both phases, per second.
-        fixed: phase in which every request names the ceiling.
-        elastic: phase in which no request names a budget.
-        return_seconds: from the end of that phase until the default was the ceiling again, with light traffic.
-    """
-
-    capacity: float
-    rate: float
-    fixed: Phase
-    elastic: Phase
-    return_seconds: float
-
-
 def arguments(length: Length, num_servers: int) -> list[str]:
     """Options of a server whose KV cache is the bottleneck."""
     elastic = {
@@ -95,42 +53,52 @@ def arguments(length: Length, num_servers: int) -> list[str]:
         "release_seconds": length.release_seconds,
         "max_release_seconds": length.max_release_seconds,
     }
-    options = ["--ficoco-method", "ficoco-v", "--ficoco-elastic", json.dumps(elastic)]
-    options += ["--trust-request-mm-kwargs", "--no-enable-prefix-caching", "--max-model-len", "1024"]
-    options += ["--block-size", str(BLOCK_SIZE), "--num-gpu-blocks-override", str(NUM_BLOCKS)]
-    return [*options, "--api-server-count", str(num_servers)]
+    return [
+        *("--ficoco-method", "ficoco-v", "--ficoco-elastic", json.dumps(elastic)),
+        *("--trust-request-mm-kwargs", "--no-enable-prefix-caching", "--max-model-len", "1024"),
+        *("--block-size", "32", "--num-gpu-blocks-override", "45", "--api-server-count", str(num_servers)),
+    ]
 
 
-async def run(url: str, seed: int, length: Length, api_key: str = "none") -> Result:
+async def run(url: str, seed: int, length: Length, api_key: str = "none") -> dict[str, Any]:
     """Run both phases on one server, which was started with `arguments`.
+
+    Returns:
+        `capacity`, requests per second that the fixed ceiling serves; `rate` of the arrivals in both phases; `fixed`,
+        the phase in which every request names the ceiling; `elastic`, the one in which none names a budget;
+        `return_seconds` from its end until the default was the ceiling again, with light traffic. Of a phase:
+        `num_requests`; `early_ttft_seconds` and `late_ttft_seconds`, medians of its first and last quarter;
+        `longest_queue` and `lowest_default`, sampled; `budgets` that requests had, ascending.
 
     Raises:
         TimeoutError: the default does not return to the ceiling.
     """
     # One retry: the server may close an idle connection at the moment in which it is used again.
     async with AsyncOpenAI(base_url=f"{url}/v1", api_key=api_key, max_retries=1, timeout=300) as client:
-        return await Overload(client, url, seed, length).run()
+        return await Overload(client, url, length, random.Random(seed)).run()
 
 
+@dataclass(frozen=True)
 class Overload:
     """One run of the experiment; its chats have one new image each."""
 
-    def __init__(self, client: AsyncOpenAI, url: str, seed: int, length: Length) -> None:
-        self.client, self.url, self.length = client, url, length
-        self.random = random.Random(seed)
+    client: AsyncOpenAI
+    url: str
+    length: Length
+    random: random.Random
 
-    async def run(self) -> Result:
+    async def run(self) -> dict[str, Any]:
         """Measure the capacity, then both phases."""
         explicit: Fields = {"mm_processor_kwargs": {"ficoco_keep": CEILING}}
         num_text = (await self._ask(explicit))[1] - CEILING
         capacity = await self._capacity(6, explicit)
-        rate, phases = self.length.overload * capacity, []
-        for fields in (explicit, {}):
+        result: dict[str, Any] = {"capacity": capacity, "rate": self.length.overload * capacity}
+        for name, fields in (("fixed", explicit), ("elastic", {})):
             await self._calm()
-            phases.append(await self._phase(rate, num_text, fields))
+            result[name] = await self._phase(result["rate"], num_text, fields)
         begin = time.monotonic()
         await self._calm()
-        return Result(capacity, rate, phases[0], phases[1], time.monotonic() - begin)
+        return {**result, "return_seconds": time.monotonic() - begin}
 
     async def _ask(self, fields: Fields) -> tuple[float, int]:
         """Send one chat; see `first_token` for the result."""
@@ -154,7 +122,7 @@ class Overload:
         # From the first answer on; answers after the last request was sent do not count.
         return (counted - 1) / (ends[counted - 1] - ends[0])
 
-    async def _phase(self, rate: float, num_text: int, fields: Fields) -> Phase:
+    async def _phase(self, rate: float, num_text: int, fields: Fields) -> dict[str, Any]:
         waiting, defaults = [0], [CEILING]
 
         async def watch() -> None:
@@ -166,17 +134,18 @@ class Overload:
         watcher = asyncio.create_task(watch())
         answers = await self._arrive(rate, fields)
         watcher.cancel()
-        return Phase(
-            num_requests=len(answers),
-            early_ttft_seconds=_ttft(answers, 0, 0.25),
-            late_ttft_seconds=_ttft(answers, 0.75, 1),
-            median_ttft_seconds=_ttft(answers, 0, 1),
-            longest_queue=max(waiting),
-            budgets=tuple(sorted({num_prompt_tokens - num_text for _, num_prompt_tokens in answers})),
-            lowest_default=min(defaults),
-        )
+        seconds = [seconds for seconds, _ in answers]
+        quarter = max(1, len(seconds) // 4)
+        return {
+            "num_requests": len(answers),
+            "early_ttft_seconds": median(seconds[:quarter]),
+            "late_ttft_seconds": median(seconds[-quarter:]),
+            "longest_queue": max(waiting),
+            "budgets": sorted({num_prompt_tokens - num_text for _, num_prompt_tokens in answers}),
+            "lowest_default": min(defaults),
+        }
 
-    async def _arrive(self, rate: float, fields: Fields) -> Answers:
+    async def _arrive(self, rate: float, fields: Fields) -> list[tuple[float, int]]:
         """Send requests at Poisson arrivals, independent of the server; the answers in order of arrival."""
         seconds = self.length.overload_seconds
         # On a slow machine few requests arrive in a phase; a queue shows in two dozen.
@@ -199,9 +168,3 @@ class Overload:
 
     async def _metric(self, name: str) -> int:
         return int(await asyncio.to_thread(metric, self.url, name))
-
-
-def _ttft(answers: Answers, begin: float, end: float) -> float:
-    """Median time to first token of the requests that arrived within a share of the phase."""
-    count = len(answers)
-    return median(seconds for seconds, _ in answers[int(begin * count) : max(1, int(end * count))])

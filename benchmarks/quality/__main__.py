@@ -8,37 +8,39 @@ Three parts, on the demo model:
 3. Overhead: requests a second at the same budget, with second answers and without, in turns.
 """
 
-import asyncio
 import json
 import random
-import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
-from ficoco_vllm.benchmarks.accuracy.client import Endpoint, Host
+from ficoco_vllm.benchmarks.accuracy.client import Endpoint, Host, endpoint
 from ficoco_vllm.benchmarks.accuracy.statistics import wilson
 from ficoco_vllm.benchmarks.accuracy.workload import embedded
 from ficoco_vllm.benchmarks.calibration.search import Ask, certify, search
-from ficoco_vllm.benchmarks.harness.http import metric, served_model
+from ficoco_vllm.benchmarks.harness.http import metric
 from ficoco_vllm.benchmarks.harness.results import Bar, at_most, environment, make_parser, report, write
-from ficoco_vllm.benchmarks.harness.serving import serving
+from ficoco_vllm.benchmarks.harness.rounds import ratios
 from ficoco_vllm.benchmarks.harness.terminal import Task
 from ficoco_vllm.benchmarks.quality.replay import Log, recorded
-from ficoco_vllm.benchmarks.quality.traffic import EASY, FULL, HARD, PHASES, answers, send
+from ficoco_vllm.benchmarks.quality.traffic import EASY, HARD, PHASES, reference, send
 from ficoco_vllm.quality.settings import QualitySettings
 from ficoco_vllm.quality.simulation import Recorded, simulate
 
-NUM_TOKENS = 576
+METHOD, NUM_TOKENS = "ficoco-v", 576
+# Questions of each type.
+NUM_ITEMS = 100
 # Fewer requests show a lower target.
 LIVE_TARGET = 0.9
 # Stationary traffic: few tokens are enough, all are needed, and a budget between.
 STATIONARY: tuple[dict[str, Any], ...] = (
-    {"name": "easy", "method": "ficoco-v", "kinds": EASY, "target": 0.98},
-    {"name": "hard", "method": "ficoco-v", "kinds": HARD, "target": 0.98},
+    {"name": "easy", "method": METHOD, "kinds": EASY, "target": 0.98},
+    {"name": "hard", "method": METHOD, "kinds": HARD, "target": 0.98},
     # Its four reducing layers cannot reach 32 tokens.
     {
         "name": "hard-tome",
@@ -59,17 +61,20 @@ NUM_CALIBRATED = (1000, 3000)
 def main() -> int:
     """Run the benchmark, write its JSON, print its bars."""
     parser = make_parser(__doc__, "quality")
-    add = parser.add_argument
-    add("--count", type=int, default=5000, help="requests of each kind of traffic (default: %(default)s)")
-    add("--items", type=int, default=100, help="questions of each type (default: %(default)s)")
-    add("--method", default="ficoco-v", help="default: %(default)s")
-    add("--answers", type=Path, default=Path("build/quality/answers"), help="folder, to continue from")
+    parser.add_argument(
+        "--count", type=int, default=5000, help="requests of each kind of traffic (default: %(default)s)"
+    )
     args = parser.parse_args()
-    live = _live(args.method, args.count, args.items, args.seed)
-    stationary = [_stationary(traffic, args.items, args.seed, args.answers) for traffic in STATIONARY]
-    overhead = _overhead(args.method, args.items, args.seed)
-    head = {"environment": environment(), "seed": args.seed, "method": args.method, "quality": QUALITY}
-    result = {**head, "live": live, "stationary": stationary, "overhead": overhead}
+    folder = args.out.with_suffix("") / "answers"  # an interrupted run continues from them
+    result = {
+        "environment": environment(),
+        "seed": args.seed,
+        "method": METHOD,
+        "quality": QUALITY,
+        "live": _live(args.count, args.seed),
+        "stationary": [_stationary(traffic, args.seed, folder) for traffic in STATIONARY],
+        "overhead": _overhead(args.seed),
+    }
     write(result, args.out)
     print(json.dumps(result, indent=2))
     return report(bars(result))
@@ -95,50 +100,53 @@ def bars(result: dict[str, Any]) -> list[Bar]:
     ]
 
 
-def _live(method: str, count: int, num_items: int, seed: int) -> dict[str, Any]:
+def _server(**quality: Any) -> AbstractContextManager[Endpoint]:
+    """A server with a target, whose settings are those of `QUALITY` and others."""
+    config = json.dumps({"quality": {**QUALITY, **quality}})
+    return endpoint(Host(arguments=("--ficoco-config", config)), METHOD, [])
+
+
+def _live(count: int, seed: int) -> dict[str, Any]:
     """Traffic that turns, to one server."""
-    arguments = ["--ficoco-method", method, "--ficoco-target-agreement", str(LIVE_TARGET)]
-    arguments += ["--ficoco-config", json.dumps({"quality": {**QUALITY, "seed": seed}})]
-    with tempfile.TemporaryDirectory() as folder, serving(arguments, Path(folder) / "log") as server:
-        endpoint = Endpoint(server.url, served_model(server.url, "none"), NUM_TOKENS)
+    with _server(target_agreement=LIVE_TARGET, seed=seed) as server:
         phases = []
         with Task("traffic that turns", len(PHASES) * count) as task:
             for number, kinds in enumerate(PHASES):
-                items = embedded(kinds, num_items, seed)
-                reference = asyncio.run(answers(endpoint, items, FULL))
-                phases.append(asyncio.run(send(endpoint, items, reference, count, seed + number, task)))
+                items = embedded(kinds, NUM_ITEMS, seed)
+                phases.append(send(server, items, reference(server, items), count, seed + number, task))
         second = metric(server.url, "ficoco:quality_tokens_total")
         falls = metric(server.url, "ficoco:quality_falls")
-    agreeing = sum(sum(phase.agreeing) for phase in phases)
-    total = sum(len(phase.agreeing) for phase in phases)
-    low, high = wilson(agreeing, total)
+    agreeing = [agrees for phase in phases for agrees in phase.agreeing]
+    low, high = wilson(sum(agreeing), len(agreeing))
     return {
         "target": LIVE_TARGET,
-        "requests": total,
-        "agreement": agreeing / total,
+        "requests": len(agreeing),
+        "agreement": fmean(agreeing),
         "low": low,
         "high": high,
-        "extra": second / sum(phase.tokens for phase in phases),
+        "extra": second / sum(phase.num_tokens for phase in phases),
         "falls": falls,
         "phases": [
             {
-                "agreement": phase.agreement,
-                "visual_tokens": phase.mean_kept(),
-                "visual_tokens_late": phase.mean_kept(last=0.25),
+                "agreement": fmean(phase.agreeing),
+                "visual_tokens": fmean(phase.kept),
+                "visual_tokens_late": fmean(phase.kept[3 * count // 4 :]),
             }
             for phase in phases
         ],
     }
 
 
-def _stationary(traffic: dict[str, Any], num_items: int, seed: int, folder: Path) -> dict[str, Any]:
+def _stationary(traffic: dict[str, Any], seed: int, folder: Path) -> dict[str, Any]:
     """One row: the answers to its questions at every budget, and what they lead to."""
     settings = QualitySettings.parse(
         {**QUALITY, "seed": seed, "target_agreement": traffic["target"], "ladder": traffic.get("ladder")}
     ).on_model(NUM_TOKENS)
-    items = embedded(traffic["kinds"], num_items, seed)
+    items = embedded(traffic["kinds"], NUM_ITEMS, seed)
     log = Log(traffic["method"], settings, items, folder / f"{traffic['name']}.jsonl", Host())
-    return {**traffic, **compared(settings, recorded(log))}
+    # All of it is one class of traffic.
+    known = [replace(request, traffic="") for request in recorded(log)]
+    return {**traffic, **compared(settings, known)}
 
 
 def compared(settings: QualitySettings, known: Sequence[Recorded]) -> dict[str, Any]:
@@ -166,8 +174,7 @@ def compared(settings: QualitySettings, known: Sequence[Recorded]) -> dict[str, 
     return {
         "target": target,
         "agreement_by_budget": {
-            keep: statistics.fmean(request.scores[index] for request in known)
-            for index, keep in enumerate(ladder)
+            keep: fmean(request.scores[index] for request in known) for index, keep in enumerate(ladder)
         },
         "settled": settled,
         "calibrated": calibrated,
@@ -179,42 +186,31 @@ def compared(settings: QualitySettings, known: Sequence[Recorded]) -> dict[str, 
     }
 
 
-def _overhead(method: str, num_items: int, seed: int) -> dict[str, Any]:
+def _overhead(seed: int) -> dict[str, Any]:
     """Seconds for the same requests with second answers and without, in turns on two servers."""
-    items = embedded(EASY, num_items, seed)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        quality = {**QUALITY, "seed": seed, "ladder": [64, NUM_TOKENS], "share": 1.0}
-        held = ["--ficoco-target-agreement", "0.5", "--ficoco-config", json.dumps({"quality": quality})]
-        both = {"with": held, "without": ["--ficoco-keep", "64"]}
-        seconds: dict[str, list[float]] = {kind: [] for kind in both}
-        kept = {}
-        with (
-            serving(["--ficoco-method", method, *both["with"]], folder / "with.log") as first,
-            serving(["--ficoco-method", method, *both["without"]], folder / "without.log") as second,
-        ):
-            endpoints = {
-                kind: Endpoint(server.url, served_model(server.url, "none"), NUM_TOKENS)
-                for kind, server in (("with", first), ("without", second))
-            }
-            reference = asyncio.run(answers(endpoints["without"], items, FULL))
-            total = NUM_BEFORE + 2 * NUM_ROUNDS * NUM_REQUESTS
-            with Task("overhead of second answers", total) as task:
-                asyncio.run(send(endpoints["with"], items, reference, NUM_BEFORE, seed, task))
-                before = metric(first.url, "ficoco:quality_tokens_total")
-                for number in range(NUM_ROUNDS):
-                    for kind in (("with", "without"), ("without", "with"))[number % 2]:
-                        begin = time.monotonic()
-                        phase = asyncio.run(
-                            send(endpoints[kind], items, reference, NUM_REQUESTS, number, task)
-                        )
-                        seconds[kind].append(time.monotonic() - begin)
-                        kept[kind] = phase.mean_kept()
-            spent = metric(first.url, "ficoco:quality_tokens_total") - before
-    ratios = [on / off for on, off in zip(seconds["with"], seconds["without"], strict=True)]
+    items = embedded(EASY, NUM_ITEMS, seed)
+    seconds: dict[str, list[float]] = {"with": [], "without": []}
+    kept = {}
+    with (
+        _server(target_agreement=0.5, seed=seed, ladder=[64, NUM_TOKENS], share=1.0) as comparing,
+        endpoint(Host(arguments=("--ficoco-keep", "64")), METHOD, []) as plain,
+    ):
+        servers, expected = {"with": comparing, "without": plain}, reference(plain, items)
+        total = NUM_BEFORE + 2 * NUM_ROUNDS * NUM_REQUESTS
+        with Task("overhead of second answers", total) as task:
+            send(comparing, items, expected, NUM_BEFORE, seed, task)
+            before = metric(comparing.url, "ficoco:quality_tokens_total")
+            for number in range(NUM_ROUNDS):
+                for kind in (("with", "without"), ("without", "with"))[number % 2]:
+                    begin = time.monotonic()
+                    phase = send(servers[kind], items, expected, NUM_REQUESTS, number, task)
+                    seconds[kind].append(time.monotonic() - begin)
+                    kept[kind] = fmean(phase.kept)
+        spent = metric(comparing.url, "ficoco:quality_tokens_total") - before
+    times = ratios(seconds["with"], seconds["without"])
     return {
-        "time_ratio": statistics.median(ratios),
-        "ratios": ratios,
+        "time_ratio": median(times),
+        "ratios": times,
         "visual_tokens": kept,
         "second_tokens": spent,
         "requests": NUM_ROUNDS * NUM_REQUESTS,

@@ -41,12 +41,8 @@ class Log:
     concurrency: int = CONCURRENCY
 
 
-def recorded(log: Log, *, by_class: bool = False) -> list[Recorded]:
-    """Answer every question at every rung, and with all tokens.
-
-    Args:
-        log: of requests.
-        by_class: whether the kind of a question is its class of traffic.
+def recorded(log: Log) -> list[Recorded]:
+    """Answer every question at every rung, and with all tokens; the kind of a question is its class of traffic.
 
     Raises:
         ValueError: the answers on disk are those of another run.
@@ -78,24 +74,23 @@ def recorded(log: Log, *, by_class: bool = False) -> list[Recorded]:
                 tuple(float(reply.text == before.text) for reply in after),
                 tuple(reply.prompt_tokens for reply in after),
                 before.prompt_tokens,
-                item.kind if by_class else "",
+                item.kind,
             )
     return [found[item.name] for item in log.items]
 
 
-def dry_run(log: Log, *, repeat: int = 1, per_second: float = 10.0, by_class: bool = False) -> dict[str, Any]:
+def dry_run(log: Log, repeat: int, per_second: float) -> dict[str, Any]:
     """What a server with this target would have done on the log.
 
     Args:
         log: of requests.
         repeat: times that the log is served, one after the other.
         per_second: rate of its requests.
-        by_class: see `recorded`.
 
     Returns:
         The report as it is written to JSON.
     """
-    requests = recorded(log, by_class=by_class) * repeat
+    requests = recorded(log) * repeat
     top_reduces = (log.settings.ladder or (0,))[-1] < log.host.num_tokens
     outcome = simulate(log.settings, requests, top_reduces=top_reduces, per_second=per_second)
     return {
@@ -116,12 +111,7 @@ def dry_run(log: Log, *, repeat: int = 1, per_second: float = 10.0, by_class: bo
 
 
 def parts(outcome: Replayed, count: int) -> list[dict[str, Any]]:
-    """Figures of equal parts of a log, in order.
-
-    Args:
-        outcome: of the log.
-        count: of parts; fewer where there are fewer requests.
-    """
+    """Figures of `count` equal parts of a log, in order; fewer where there are fewer requests."""
     total = len(outcome.scores)
     edges = [total * part // count for part in range(count + 1)]
     rows = []

@@ -71,7 +71,7 @@ def _replay(args: argparse.Namespace) -> int:
         max_tokens=args.max_tokens,
         **fields,
     )
-    report = dry_run(log, repeat=args.repeat, per_second=args.rate, by_class=True)
+    report = dry_run(log, args.repeat, args.rate)
     path = args.out / "replay.json"
     write(report, path)
     terminal.show(tables(report), [*lines(report), f"written: {path}"], [])

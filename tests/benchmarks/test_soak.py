@@ -10,7 +10,7 @@ from vllm import LLM
 from ficoco_vllm.benchmarks.harness.results import read
 from ficoco_vllm.benchmarks.soak.engine.__main__ import ENGINE, FICOCO, bars
 from ficoco_vllm.benchmarks.soak.engine.adapters import write_adapter
-from ficoco_vllm.benchmarks.soak.engine.run import Settings, run
+from ficoco_vllm.benchmarks.soak.engine.run import run
 from tests.support.engine import scheduler_of
 from tests.support.remote import Remote, remote_engine
 
@@ -76,10 +76,7 @@ def engine(demo_model: Path) -> Iterator[Remote]:
 
 def soaked(engine: LLM, num_requests: int, seed: int, *adapters: str) -> dict[str, Any]:
     """A short run."""
-    settings = Settings(
-        num_requests, num_requests // 2, num_open=8, abort_share=0.5, seed=seed, adapters=adapters
-    )
-    return run(engine, settings)
+    return run(engine, num_requests, num_requests // 2, seed, adapters, num_open=8, abort_share=0.5)
 
 
 @pytest.mark.long

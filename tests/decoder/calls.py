@@ -129,8 +129,8 @@ def abort_in(engine: LLM, asks: list[Ask], phase: str, every: int) -> tuple[list
     ]
     place = {id(ask): index for index, ask in enumerate(planned)}
     answers: dict[int, list[int]] = {}
-    with Driver(engine, len(asks), lambda ask, tokens: answers.update({place[id(ask)]: tokens})) as driver:
-        driver.answer(list(reversed(planned)))
+    driver = Driver(engine, len(asks), on_answer=lambda ask, tokens: answers.update({place[id(ask)]: tokens}))
+    driver.answer(list(reversed(planned)))
     assert set(driver.num_aborted) <= {phase}
     return sorted(set(range(len(asks))) - answers.keys()), answers
 

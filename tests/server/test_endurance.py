@@ -13,7 +13,7 @@ import pytest
 from ficoco_vllm.benchmarks.soak.server.__main__ import bars
 from ficoco_vllm.benchmarks.soak.server.client import Client
 from ficoco_vllm.benchmarks.soak.server.mixture import CHAT, Target, make_requests
-from ficoco_vllm.benchmarks.soak.server.run import GAUGES, Settings, read_counts, run, tree_mib
+from ficoco_vllm.benchmarks.soak.server.run import GAUGES, read_counts, run, tree_mib
 from tests.server.conftest import BODY_BYTES, KEEP, NUM_PATCHES, Bounded
 from tests.support.server import API_KEY, DEMO_ARGUMENTS, Server, serve
 
@@ -48,11 +48,13 @@ def endured(
     server: Server, target: Target, count: int, transport: httpx.AsyncBaseTransport | None = None
 ) -> dict[str, Any]:
     """A short run of two rounds, the second a burst."""
-    settings = Settings(count, num_per_round=count // 2, num_open=12, burst_every=2)
 
     async def send() -> dict[str, Any]:
         async with Client(server.url, API_KEY, transport) as client:
-            return await run(client, server.process.pid, make_requests(target, 0, count), settings)
+            requests = make_requests(target, 0, count)
+            return await run(
+                client, server.process.pid, requests, count, count // 2, num_open=12, burst_every=2
+            )
 
     return asyncio.run(send())
 
@@ -123,12 +125,11 @@ def test_a_planted_fault_is_noticed(
     server: Server, tamper: Callable[[bytes], tuple[int, bytes]], failing: set[str]
 ) -> None:
     """The server has also counted one answer more than arrived."""
-    settings = Settings(8, num_per_round=8, num_open=4)
     asks = [ask for ask in make_requests(TOWER, 0, 60) if ask.name == "text" and not ask.abort][:6]
 
     async def send() -> dict[str, Any]:
         async with Client(server.url, API_KEY, Tampering(tamper)) as client:
-            return await run(client, server.process.pid, asks, settings)
+            return await run(client, server.process.pid, asks, 8, num_open=4)
 
     result = failures(asyncio.run(send()))
     counted = {"vllm-counts-answers-and-aborts", "ficoco-counts-answers-and-aborts"}
@@ -235,7 +236,7 @@ def test_scrapers_that_go_away(server: Server) -> None:
 
     async def both() -> list[str]:
         async with Client(server.url, API_KEY) as client:
-            sending = [client.send(ask, f"scraped-{number}") for number in range(4)]
+            sending = [client.ask(ask, f"scraped-{number}") for number in range(4)]
             outcomes = await asyncio.gather(scrape_and_go(), *sending)
             assert read_counts(await client.metrics())["vllm:request_success_total"]
             return [outcome.kind for outcome in outcomes[1:]]

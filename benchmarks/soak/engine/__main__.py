@@ -8,10 +8,7 @@ request may be left, and the memory of the process must not keep growing.
 
 import json
 import sys
-import time
 from collections.abc import Mapping
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,7 +18,7 @@ from ficoco_vllm.benchmarks.harness.engine import IN_PROCESS, INTERPRETER, remot
 from ficoco_vllm.benchmarks.harness.results import Bar, at_most, environment, make_parser, report, write
 from ficoco_vllm.benchmarks.soak.engine.adapters import write_adapter
 from ficoco_vllm.benchmarks.soak.engine.mixture import NUM_DIFFERENT, PHASES
-from ficoco_vllm.benchmarks.soak.engine.run import Settings, run
+from ficoco_vllm.benchmarks.soak.engine.run import run
 from ficoco_vllm.benchmarks.soak.growth import growth_bars
 from ficoco_vllm.compat import is_cpu_build
 
@@ -39,6 +36,8 @@ ENGINE: dict[str, Any] = {
     "max_loras": 2,
     "max_lora_rank": 8,
 }
+# After each round of so many requests the engine is looked at.
+NUM_PER_ROUND = 50
 FICOCO = {"method": "ficoco-l", "keep": 64, "windows": "turn"}
 
 
@@ -46,22 +45,17 @@ def main() -> int:
     """Run, write the JSON, print the bars."""
     parser = make_parser(__doc__, "soak-engine")
     parser.add_argument("--requests", type=int, default=2000)
-    parser.add_argument("--round", type=int, default=50, help="requests of a round (default: %(default)s)")
     args = parser.parse_args()
-    settings = Settings(num_requests=args.requests, num_per_round=args.round, seed=args.seed)
     variables = {**IN_PROCESS, "VLLM_CPU_KVCACHE_SPACE": "1", **(INTERPRETER if is_cpu_build() else {})}
     with (
         TemporaryDirectory() as name,
         remote_engine(demo_model.path(), FICOCO, variables, **ENGINE) as engine,
     ):
-        adapters = [Path(name) / str(seed) for seed in range(2)]
+        adapters = [f"{name}/{seed}" for seed in range(2)]
         for seed, folder in enumerate(adapters):
-            write_adapter(demo_model.path(), folder, seed)
-        settings = replace(settings, adapters=tuple(map(str, adapters)))
-        start = time.monotonic()
-        result = engine.call(run, settings, partial(print, flush=True))
-        seconds = round(time.monotonic() - start)
-    record = {"environment": environment(), "seed": args.seed, "seconds": seconds, **result}
+            write_adapter(demo_model.path(), Path(folder), seed)
+        result = engine.call(run, args.requests, NUM_PER_ROUND, args.seed, adapters)
+    record = {"environment": environment(), "seed": args.seed, **result}
     write(record, args.out)
     print(json.dumps({key: value for key, value in record.items() if key not in ("rounds", "environment")}))
     return report(bars(record))

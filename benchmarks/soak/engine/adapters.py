@@ -27,21 +27,14 @@ def write_adapter(model: Path, folder: Path, seed: int) -> dict[str, Tensor]:
     for name, weight in load_file(model / "model.safetensors").items():
         if name.startswith("language_model.") and any(f"{target}.weight" in name for target in TARGETS):
             wide, narrow = weight.shape
-            a, b = (
-                torch.randn(*shape, generator=generator) * 0.1 for shape in ((RANK, narrow), (wide, RANK))
-            )
+            a = torch.randn(RANK, narrow, generator=generator) * 0.1
+            b = torch.randn(wide, RANK, generator=generator) * 0.1
             layer = name.removesuffix(".weight").replace("language_model.model.", "language_model.")
             adapter[f"base_model.model.model.{layer}.lora_A.weight"] = a
             adapter[f"base_model.model.model.{layer}.lora_B.weight"] = b
             added[name] = ALPHA / RANK * (b @ a)
     folder.mkdir()
     save_file(adapter, folder / "adapter_model.safetensors")
-    settings = {
-        "peft_type": "LORA",
-        "r": RANK,
-        "lora_alpha": ALPHA,
-        "target_modules": list(TARGETS),
-        "bias": "none",
-    }
+    settings = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": TARGETS}
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     return added

@@ -73,8 +73,5 @@ def make_requests(seed: int, abort_share: float, num_adapters: int = 0) -> Itera
         )
         different.append(request)
     for request in cycle(different):
-        if order.random() < abort_share:
-            abort_in: str | None = order.choice(COMMON_PHASES)
-        else:
-            abort_in = order.choice((PREEMPTED, None))
-        yield replace(request, abort_in=abort_in)
+        phases = COMMON_PHASES if order.random() < abort_share else (PREEMPTED, None)
+        yield replace(request, abort_in=order.choice(phases))

@@ -2,109 +2,77 @@
 
 import ctypes
 import gc
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+import psutil
 
 from ficoco_vllm.benchmarks.harness import engine as harness
 from ficoco_vllm.benchmarks.soak.engine.mixture import Request, make_requests
 
 if TYPE_CHECKING:
-    from vllm import LLM, SamplingParams
-    from vllm.lora.request import LoRARequest
-
-PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
-_MIB = 2**20
+    from vllm import LLM
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Length and mixture of a run.
-
-    Attributes:
-        num_per_round: after which the engine is empty and looked at.
-        adapters: folders of LoRA adapters; each request has one of them.
-    """
-
-    num_requests: int = 2000
-    num_per_round: int = 50
-    num_open: int = 16
-    abort_share: float = 0.2
-    seed: int = 0
-    adapters: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Look:
-    """State of an engine without requests.
-
-    Attributes:
-        num_requests: answered or aborted until then.
-        num_free_blocks: of the pool that all groups share.
-        rss_mib: memory of the process without what malloc keeps in reserve, MiB.
-    """
-
-    num_requests: int
-    num_free_blocks: int
-    num_held_blocks: tuple[int, ...]
-    num_plans: int
-    rss_mib: float
-
-
-def look(engine: "LLM", num_requests: int = 0) -> Look:
-    """State of an engine."""
+def look(engine: "LLM") -> dict[str, Any]:
+    """State of an engine without requests, as in `run`."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # of glibc
     scheduler = harness.scheduler_of(engine)
     cache = scheduler.kv_cache_manager
-    groups = cache.coordinator.single_type_managers
-    with open("/proc/self/statm", encoding="ascii") as statm:
-        rss_pages = int(statm.read().split()[1])
-    return Look(
-        num_requests=num_requests,
-        num_free_blocks=cache.block_pool.get_num_free_blocks(),
-        num_held_blocks=tuple(
-            max(group.num_held, sum(map(len, group.req_to_blocks.values()))) for group in groups
-        ),
-        num_plans=len(scheduler.plans) + len(harness.worker_of(engine).model_runner.model_state.plans),
-        rss_mib=rss_pages * PAGE_BYTES / _MIB,
-    )
+    return {
+        "num_free_blocks": cache.block_pool.get_num_free_blocks(),
+        "num_held_blocks": [
+            max(group.num_held, sum(map(len, group.req_to_blocks.values())))
+            for group in cache.coordinator.single_type_managers
+        ],
+        "num_plans": len(scheduler.plans) + len(harness.worker_of(engine).model_runner.model_state.plans),
+        "rss_mib": psutil.Process().memory_info().rss / 2**20,
+    }
 
 
-def run(engine: "LLM", settings: Settings, say: Callable[[str], None] | None = None) -> dict[str, Any]:
+def run(
+    engine: "LLM",
+    num_requests: int,
+    num_per_round: int,
+    seed: int,
+    adapters: Sequence[str] = (),
+    num_open: int = 16,
+    abort_share: float = 0.2,
+) -> dict[str, Any]:
     """Send all requests.
 
     Args:
         engine: in this process, with a method of the decoder.
-        settings: of the run.
-        say: takes a line about each round.
+        num_requests: of the run.
+        num_per_round: after which the engine is empty and looked at.
+        seed: of the mixture.
+        adapters: folders of LoRA adapters; each request has one of them.
+        num_open: requests at the same time.
+        abort_share: see `make_requests`.
 
     Returns:
-        `start`, a `Look`; `rounds`, one after each round; `num_finished`; `num_aborted` by the phase of the request;
-        `num_preempted`; `num_in_chunks`, requests whose prompts took several steps; `num_found`, answers for whose
-        prompts the prefix cache had tokens; `num_adapted`, answers by an adapter.
+        `start` and `rounds`, the state at first and after each round: `num_requests` until then, `num_free_blocks` of
+        the pool that all groups share, `num_held_blocks` of each group, `num_plans`, and `rss_mib`, the memory of the
+        process without what malloc keeps in reserve; and the counts of the `Driver`.
 
     Raises:
         RuntimeError: an answer has another length than requested.
     """
-    supply = make_requests(settings.seed, settings.abort_share, len(settings.adapters))
-    start, rounds, sent = look(engine), list[Look](), 0
-    with Driver(engine, settings.num_open, adapters=settings.adapters) as driver:
-        while sent < settings.num_requests:
-            count = min(settings.num_per_round, settings.num_requests - sent)
-            driver.answer([next(supply) for _ in range(count)])
-            sent += count
-            rounds.append(look(engine, sent))
-            if say is not None:
-                say(
-                    f"{sent} requests, {rounds[-1].num_free_blocks} blocks free, {rounds[-1].rss_mib:.0f} MiB, "
-                    f"{driver.num_preempted} preempted, aborted: {dict(driver.num_aborted)}"
-                )
+    supply = make_requests(seed, abort_share, len(adapters))
+    driver, start, rounds, sent = Driver(engine, num_open, adapters), look(engine), list[dict[str, Any]](), 0
+    while sent < num_requests:
+        count = min(num_per_round, num_requests - sent)
+        driver.answer([next(supply) for _ in range(count)])
+        sent += count
+        rounds.append({"num_requests": sent, **look(engine)})
+        print(rounds[-1], f"{driver.num_preempted} preempted, {dict(driver.num_aborted)}", flush=True)
     return {
-        "start": asdict(start),
-        "rounds": [asdict(row) for row in rounds],
+        "start": start,
+        "rounds": rounds,
         "num_finished": driver.num_finished,
         "num_aborted": dict(sorted(driver.num_aborted.items())),
         "num_preempted": driver.num_preempted,
@@ -114,79 +82,65 @@ def run(engine: "LLM", settings: Settings, say: Callable[[str], None] | None = N
     }
 
 
+@dataclass
 class Driver:
-    """Keeps some requests open, and aborts those whose `abort_in` says so.
+    """Keeps some requests of an engine open, aborts those whose `abort_in` says so, and counts.
 
-    Within the block it wraps three methods of the scheduler. Two are counted; in the third a request whose prompt has
-    just been computed is aborted at the point where vLLM handles the aborts that came in meanwhile, before it reads the
-    tokens of the step.
+    Attributes:
+        engine: in this process.
+        num_open: requests at the same time.
+        adapters: folders of the LoRA adapters that requests name by their numbers.
+        on_answer: takes each request that was not aborted, and the tokens of its answer.
+        num_found: answers for whose prompts the prefix cache had tokens.
+        num_adapted: answers by an adapter.
+        in_chunks: names of the requests whose prompts took several steps.
+        num_aborted: by the phase of the request.
     """
 
-    def __init__(
-        self,
-        engine: "LLM",
-        num_open: int,
-        on_answer: Callable[[Request, list[int]], None] = lambda request, tokens: None,
-        adapters: Sequence[str] = (),
-    ) -> None:
-        """Drive one engine.
+    engine: "LLM"
+    num_open: int
+    adapters: Sequence[str] = ()
+    on_answer: Callable[[Request, list[int]], None] = lambda request, tokens: None
+    num_finished: int = 0
+    num_preempted: int = 0
+    num_found: int = 0
+    num_adapted: int = 0
+    in_chunks: set[str] = field(default_factory=set)
+    num_aborted: Counter[str] = field(default_factory=Counter)
+    _open: dict[str, Request] = field(default_factory=dict, init=False)
 
-        Args:
-            engine: in this process.
-            num_open: requests at the same time.
-            on_answer: takes each request that was not aborted, and the tokens of its answer.
-            adapters: folders of the LoRA adapters that requests name by their numbers.
+    def answer(self, waiting: list[Request]) -> None:
+        """Answer requests, the last of the list first, until the engine is empty.
+
+        What a step schedules is counted. A request whose prompt has just been computed is aborted at the point where
+        vLLM handles the aborts that came in meanwhile, before it reads the tokens of the step.
         """
-        self.engine = engine
-        self.num_open = num_open
-        self.on_answer = on_answer
-        self.num_finished = 0
-        self.num_preempted = 0
-        self.num_found = 0
-        self.num_adapted = 0
-        self.in_chunks: set[str] = set()
-        self.adapters = adapters
-        self.num_aborted: Counter[str] = Counter()
-        self._scheduler = harness.scheduler_of(engine)
-        self._open: dict[str, Request] = {}
+        scheduler = harness.scheduler_of(self.engine)
+        schedule, update = scheduler.schedule, scheduler.update_from_output
 
-    def __enter__(self) -> "Driver":
-        scheduler = self._scheduler
-        preempt, update = scheduler._preempt_request, scheduler.update_from_output
-        schedule = scheduler.schedule
-
-        def preempt_counted(*args: Any, **kwargs: Any) -> Any:
-            self.num_preempted += 1
-            return preempt(*args, **kwargs)
-
-        def update_later(*args: Any, **kwargs: Any) -> Any:
-            self._abort("prefilled")
-            return update(*args, **kwargs)
-
-        def schedule_counted(*args: Any, **kwargs: Any) -> Any:
-            step = schedule(*args, **kwargs)
+        def schedule_counted(*args: Any) -> Any:
+            step = schedule(*args)
+            self.num_preempted += len(step.preempted_req_ids or ())
+            # The step leaves tokens of their prompts to later ones.
             self.in_chunks |= {
-                name for name in step.num_scheduled_tokens if _is_cut(scheduler.requests[name])
+                name
+                for name in step.num_scheduled_tokens
+                if scheduler.requests[name].num_computed_tokens < scheduler.requests[name].num_prompt_tokens
             }
             return step
 
-        scheduler._preempt_request, scheduler.update_from_output = preempt_counted, update_later
-        scheduler.schedule = schedule_counted
-        return self
+        def update_later(*args: Any) -> Any:
+            self._abort("prefilled")
+            return update(*args)
 
-    def __exit__(self, *exception: object) -> None:
-        del self._scheduler._preempt_request, self._scheduler.update_from_output, self._scheduler.schedule
+        with patch.multiple(scheduler, schedule=schedule_counted, update_from_output=update_later):
+            self._answer(waiting)
 
-    def answer(self, waiting: list[Request]) -> None:
-        """Answer requests, the last of the list first, until the engine is empty."""
+    def _answer(self, waiting: list[Request]) -> None:
         core = self.engine.llm_engine
         while waiting or self._open:
             while waiting and len(self._open) < self.num_open:
-                request = waiting.pop()
-                body = harness.request(request.prompt, request.images)
-                adapter = self._adapter(request)
-                (name,) = self.engine.enqueue([body], [_params(request)], adapter, use_tqdm=False)
-                self._open[name] = request
+                self._enqueue(waiting.pop())
             self._abort("waiting", "decoding", "preempted")
             for output in core.step():
                 if output.finished:
@@ -195,21 +149,27 @@ class Driver:
             core.step()
         core.step()  # the worker frees what it holds of the last ones
 
+    def _enqueue(self, request: Request) -> None:
+        from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
+
+        params = SamplingParams(
+            temperature=0, max_tokens=request.num_tokens, ignore_eos=True, extra_args=request.extra or None
+        )
+        folder = self.adapters[request.adapter - 1] if request.adapter else ""
+        adapters = [LoRARequest(folder, request.adapter, folder)] if folder else None
+        body = harness.request(request.prompt, request.images)
+        (name,) = self.engine.enqueue([body], [params], adapters, use_tqdm=False)
+        self._open[name] = request
+
     def _abort(self, *phases: str) -> None:
+        requests = harness.scheduler_of(self.engine).requests
         for name, request in list(self._open.items()):
-            phase = harness.phase_of(self._scheduler.requests.get(name))
+            phase = harness.phase_of(requests.get(name))
             if phase in phases and phase == request.abort_in:
                 self.num_aborted[phase] += 1
                 self.engine.llm_engine.abort_request([name], internal=True)
                 del self._open[name]
-
-    def _adapter(self, request: Request) -> "list[LoRARequest] | None":
-        from vllm.lora.request import LoRARequest
-
-        if not request.adapter:
-            return None
-        folder = self.adapters[request.adapter - 1]
-        return [LoRARequest(folder, request.adapter, folder)]
 
     def _finish(self, output: Any) -> None:
         # vLLM's front end adds to the name of a request, and leaves that out in its outputs.
@@ -221,15 +181,3 @@ class Driver:
         self.num_found += bool(output.num_cached_tokens)
         self.num_adapted += bool(request.adapter)
         self.on_answer(request, tokens)
-
-
-def _is_cut(request: Any) -> bool:
-    """Whether the step that was just scheduled leaves tokens of a prompt to later ones."""
-    return bool(request.num_computed_tokens < request.num_prompt_tokens)
-
-
-def _params(request: Request) -> "SamplingParams":
-    from vllm import SamplingParams
-
-    extra = request.extra or None
-    return SamplingParams(temperature=0, max_tokens=request.num_tokens, ignore_eos=True, extra_args=extra)

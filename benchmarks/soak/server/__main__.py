@@ -11,7 +11,6 @@ import asyncio
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from ficoco_vllm.benchmarks.soak.engine.mixture import METHODS
 from ficoco_vllm.benchmarks.soak.growth import growth_bars
 from ficoco_vllm.benchmarks.soak.server.client import ABORTED, ANSWERED, FAULTS, REFUSED, Client
 from ficoco_vllm.benchmarks.soak.server.mixture import EARLY, MID, Target, make_requests
-from ficoco_vllm.benchmarks.soak.server.run import FINISHED, GAUGES, OUTCOMES, RESPONSES, Settings, run
+from ficoco_vllm.benchmarks.soak.server.run import FINISHED, GAUGES, OUTCOMES, RESPONSES, run
 
 TOWER, DECODER = "ficoco-v", "ficoco-l"
 MAX_BODY_MIB, MAX_MODEL_LEN = 2, 2048
@@ -49,11 +48,10 @@ def main() -> int:
     add = parser.add_argument
     add("--servers", nargs="+", choices=METHODS_OF, default=list(METHODS_OF))
     add("--requests", type=int, default=10_000, help="to each (default: %(default)s)")
-    add("--round", type=int, default=240, help="requests of a round (default: %(default)s)")
-    add("--open", type=int, default=24, help="requests at the same time (default: %(default)s)")
     args = parser.parse_args()
-    settings = Settings(args.requests, args.round, args.open)
-    records = {method: asyncio.run(serve_and_run(method, settings, args.seed)) for method in args.servers}
+    records = {
+        method: asyncio.run(serve_and_run(method, args.requests, args.seed)) for method in args.servers
+    }
     head = {"environment": environment(), "seed": args.seed, "options": OPTIONS, "malloc": MALLOC}
     write({**head, "servers": records}, args.out)
     for record in records.values():
@@ -62,7 +60,7 @@ def main() -> int:
     return report(bar for method, record in records.items() for bar in bars(record, method))
 
 
-async def serve_and_run(method: str, settings: Settings, seed: int) -> dict[str, Any]:
+async def serve_and_run(method: str, num_requests: int, seed: int) -> dict[str, Any]:
     """Start a server with one method and send it all requests; see `run` for the result."""
     target = Target(
         model="ficoco-demo",
@@ -76,8 +74,7 @@ async def serve_and_run(method: str, settings: Settings, seed: int) -> dict[str,
     arguments = ["--ficoco-method", method, "--ficoco-keep", "64", *OPTIONS]
     with tempfile.TemporaryDirectory() as folder, serving(arguments, Path(folder) / "log", MALLOC) as served:
         async with Client(served.url) as client:
-            requests, say = make_requests(target, seed), partial(print, flush=True)
-            return await run(client, served.process.pid, requests, settings, say)
+            return await run(client, served.process.pid, make_requests(target, seed), num_requests)
 
 
 def bars(record: Mapping[str, Any], name: str) -> list[Bar]:

@@ -5,7 +5,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
-from itertools import pairwise
 from typing import Any
 
 import httpx
@@ -59,35 +58,25 @@ class Outcome:
     answer: Answer | None = None
 
 
-class Client:
-    """Client of one server."""
+class Client(httpx.AsyncClient):
+    """Client of one server.
+
+    Args:
+        url: without a path.
+        api_key: of the server.
+        transport: between client and server; None: the network.
+    """
 
     def __init__(
-        self, url: str, api_key: str | None = None, transport: httpx.AsyncBaseTransport | None = None
+        self, url: str, api_key: str = "none", transport: httpx.AsyncBaseTransport | None = None
     ) -> None:
-        """Send to a server.
-
-        Args:
-            url: without a path.
-            api_key: of it.
-            transport: between client and server; None: the network.
-        """
-        headers = {"Content-Type": "application/json"}
-        if api_key is not None:
-            headers["Authorization"] = f"Bearer {api_key}"
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {api_key}"}
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=32)
-        transport = transport or httpx.AsyncHTTPTransport(limits=limits)
-        self._http = httpx.AsyncClient(
-            base_url=url, headers=headers, timeout=LOST_SECONDS, transport=transport
+        super().__init__(
+            base_url=url, headers=headers, timeout=LOST_SECONDS, limits=limits, transport=transport
         )
 
-    async def __aenter__(self) -> "Client":
-        return self
-
-    async def __aexit__(self, *exception: object) -> None:
-        await self._http.aclose()
-
-    async def send(self, request: Request, name: str, number: int = 0) -> Outcome:
+    async def ask(self, request: Request, name: str, number: int = 0) -> Outcome:
         """Send a request and classify its end.
 
         Args:
@@ -106,13 +95,11 @@ class Client:
 
     async def metrics(self) -> str:
         """`/metrics` as text."""
-        answer = await self._http.get("/metrics")
-        answer.raise_for_status()
-        return answer.text
+        return (await self.get("/metrics")).raise_for_status().text
 
     async def _exchange(self, request: Request, name: str) -> Outcome:
         headers = {"X-Request-Id": name}
-        async with self._http.stream("POST", CHAT, content=request.body, headers=headers) as response:
+        async with self.stream("POST", CHAT, content=request.body, headers=headers) as response:
             if response.status_code != HTTPStatus.OK:
                 return judge_error(request, response.status_code, await response.aread())
             if not request.stream:
@@ -178,17 +165,14 @@ def _judge(
         return Outcome(TWICE, f"{len(choices)} ends, {len(usages)} usages")
     if len(choices) < 1 or len(usages) < 1:
         return Outcome(LOST, f"{len(choices)} ends, {len(usages)} usages")
-    if ids[0] != PREFIX + name or any(one != other for one, other in pairwise(ids)):
+    if set(ids) != {PREFIX + name}:
         return Outcome(WRONG, f"an answer to {set(ids)} instead of {name}")
     num_tokens, reason = usages[0]["completion_tokens"], choices[0]["finish_reason"]
     if request.num_tokens is not None and (num_tokens, reason) != (request.num_tokens, "length"):
         return Outcome(WRONG, f"{num_tokens} tokens, {reason}, instead of {request.num_tokens}")
-    return Outcome(ANSWERED, answer=_answer(choices[0]) if request.sample is not None else None)
-
-
-def _answer(choice: dict[str, Any]) -> Answer:
-    words = choice["logprobs"]["content"]
+    if request.sample is None:
+        return Outcome(ANSWERED)
+    words = choices[0]["logprobs"]["content"]
     likeliest = [[top["logprob"] for top in word["top_logprobs"]] for word in words]
-    return Answer(
-        tokens=tuple(word["token"] for word in words), gaps=tuple(max(tops) - min(tops) for tops in likeliest)
-    )
+    gaps = tuple(max(tops) - min(tops) for tops in likeliest)
+    return Outcome(ANSWERED, answer=Answer(tuple(word["token"] for word in words), gaps))

@@ -3,17 +3,15 @@
 import base64
 import json
 import random
-import struct
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from http import HTTPStatus
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
-from ficoco_vllm.benchmarks.harness.http import chat, data_url, png
+from ficoco_vllm.benchmarks.harness.http import chat, data_url
 from ficoco_vllm.demo_model import examples
 
 CHAT = "/v1/chat/completions"
@@ -75,8 +73,7 @@ class Request:
 
 def make_requests(target: Target, seed: int, count: int = NUM_DIFFERENT) -> list[Request]:
     """The mixture, the same for the same arguments."""
-    order, pictures = random.Random(seed), _Pictures(seed)
-    refusals = _refusals(target, pictures)
+    order, refusals = random.Random(seed), _refusals(target)
     # Exact shares in a random order, so that even a short run has every kind.
     numbered = [(kind, n) for kind, share in SHARES.items() for n in range(round(share * count))]
     order.shuffle(numbered)
@@ -85,25 +82,22 @@ def make_requests(target: Target, seed: int, count: int = NUM_DIFFERENT) -> list
         if kind == "refused":
             requests.append(refusals[number % len(refusals)])
         elif kind == "sample":
-            requests.append(_sample(target, pictures, number))
+            requests.append(_sample(target, number))
         else:
-            requests.append(_answered(target, pictures, order, kind, number))
+            requests.append(_answered(target, order, kind, number))
     return requests
 
 
-class _Pictures:
-    """Images as data URLs."""
-
-    def __init__(self, seed: int) -> None:
-        noise = np.random.default_rng(seed)
-        self.examples = [(example.question, data_url(example.image.read_bytes())) for example in examples()]
-        self.odd = [data_url(_coarse(noise, width, height)) for width, height in ODD_SIZES]
+@cache
+def _examples() -> list[tuple[str, str]]:
+    """Questions, and their images as data URLs."""
+    return [(example.question, data_url(example.image.read_bytes())) for example in examples()]
 
 
-def _sample(target: Target, pictures: _Pictures, number: int) -> Request:
+def _sample(target: Target, number: int) -> Request:
     """A question whose answer the demo model ends by itself; methods and budgets in turn."""
-    index = number % (len(pictures.examples) * 2)
-    question, url = pictures.examples[index % len(pictures.examples)]
+    index = number % (len(_examples()) * 2)
+    question, url = _examples()[index % len(_examples())]
     method, keep = (choices[index % len(choices)] for choices in (target.methods, target.budgets))
     # With log-probabilities, which show ties.
     more = {"logprobs": True, "top_logprobs": 2, "ficoco": {"method": method, "keep": keep}}
@@ -111,9 +105,9 @@ def _sample(target: Target, pictures: _Pictures, number: int) -> Request:
     return Request("sample", body, sample=index)
 
 
-def _answered(target: Target, pictures: _Pictures, order: random.Random, kind: str, number: int) -> Request:
-    (question, first), (_, second) = order.sample(pictures.examples, 2)
-    odd = pictures.odd[number % len(pictures.odd)]
+def _answered(target: Target, order: random.Random, kind: str, number: int) -> Request:
+    (question, first), (_, second) = order.sample(_examples(), 2)
+    odd = data_url(Image.linear_gradient("L").resize(ODD_SIZES[number % len(ODD_SIZES)]))
     urls = {"image": [first], "two": [first, second], "odd": [odd], "text": []}[kind]
     stream = order.random() < STREAM_SHARE
     abort = None
@@ -132,54 +126,38 @@ def _answered(target: Target, pictures: _Pictures, order: random.Random, kind: s
     return Request(kind, body, stream=stream, num_tokens=num_tokens, abort=abort)
 
 
-def _refusals(target: Target, pictures: _Pictures) -> list[Request]:
+def _refusals(target: Target) -> list[Request]:
     """Every kind of request that a client may send by mistake and the server refuses."""
-    question, url = pictures.examples[0]
-    png = base64.b64decode(url.partition(",")[2])
+    question, url = _examples()[0]
+    image = base64.b64decode(url.partition(",")[2])
 
-    def refused(status: int = HTTPStatus.BAD_REQUEST, urls: Sequence[str] = (url,), **more: Any) -> Request:
-        return Request("refused", _bytes(target, question, urls, **more), status=status)
+    def refused(
+        status: int = HTTPStatus.BAD_REQUEST, urls: Sequence[str] = (url,), text: str = question, **more: Any
+    ) -> Request:
+        body = _bytes(target, text, urls, **more)
+        return Request("refused", body, status=status, counted_refusal="ficoco" in more)
 
-    def field(value: Any) -> Request:
-        body = _bytes(target, question, [url], ficoco=value)
-        return Request("refused", body, status=HTTPStatus.BAD_REQUEST, counted_refusal=True)
-
-    words = "a red sign " * target.max_model_len
     refusals = [
-        field({"keep": target.num_patches + 1}),
-        field({"method": "none-of-this-name"}),
-        field({"keep": "many"}),
-        refused(urls=[data_url(png[: len(png) // 2])]),
+        refused(ficoco={"keep": target.num_patches + 1}),
+        refused(ficoco={"method": "none-of-this-name"}),
+        refused(ficoco={"keep": "many"}),
+        refused(urls=[data_url(image[: len(image) // 2])]),
         refused(urls=[data_url(b"no image at all")]),
         refused(urls=["data:image/png;base64,%%%"]),
-        refused(urls=[data_url(_huge())]),
+        refused(urls=[data_url(b"P6 30000 30000 255\n", "image/x-portable-pixmap")]),
         refused(urls=["http://127.0.0.1:9/image.png"]),
         refused(max_tokens=-1),
         refused(HTTPStatus.NOT_FOUND, model="another"),
-        Request("refused", _bytes(target, words, []), status=HTTPStatus.BAD_REQUEST),
+        refused(urls=[], text="a red sign " * target.max_model_len),
         Request("refused", b'{"model": ', status=HTTPStatus.BAD_REQUEST),
         Request("refused", b"", status=HTTPStatus.BAD_REQUEST),
     ]
     if target.max_images is not None:
         refusals.append(refused(urls=[url] * (target.max_images + 1)))
     if target.max_body_bytes is not None:
-        large = _bytes(target, "a" * target.max_body_bytes, [])
-        refusals.append(Request("refused", large, status=HTTPStatus.REQUEST_ENTITY_TOO_LARGE))
+        refusals.append(refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, [], "a" * target.max_body_bytes))
     return refusals
 
 
 def _bytes(target: Target, question: str, urls: Sequence[str], **more: Any) -> bytes:
     return json.dumps(chat(target.model, question, urls) | more).encode()
-
-
-def _coarse(noise: np.random.Generator, width: int, height: int) -> Image.Image:
-    """Noise in squares of eight pixels, so that a large image makes a small file."""
-    cells = noise.integers(0, 255, (-(-height // 8), -(-width // 8), 3), dtype=np.uint8)
-    return Image.fromarray(cells.repeat(8, axis=0).repeat(8, axis=1)[:height, :width])
-
-
-def _huge() -> bytes:
-    """A PNG whose header claims 30000 x 30000 pixels."""
-    data = png(Image.new("RGB", (1, 1)))
-    header = b"IHDR" + struct.pack(">II", 30_000, 30_000) + data[24:29]
-    return data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import cycle, islice
@@ -39,21 +39,6 @@ _NUM_LISTED = 20
 # Between two looks at the queue.
 _QUEUE_SECONDS = 0.1
 Counts = Mapping[str, Mapping[str, float]]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Length and rhythm of a run.
-
-    Attributes:
-        num_per_round: after which the server is looked at.
-        burst_every: once in this many rounds, all requests of a round are sent at the same time.
-    """
-
-    num_requests: int = 10_000
-    num_per_round: int = 240
-    num_open: int = 24
-    burst_every: int = 4
 
 
 @dataclass
@@ -95,10 +80,21 @@ async def run(
     client: Client,
     pid: int,
     requests: Sequence[Request],
-    settings: Settings,
-    say: Callable[[str], None] = lambda line: None,
+    num_requests: int,
+    num_per_round: int = 240,
+    num_open: int = 24,
+    burst_every: int = 4,
 ) -> dict[str, Any]:
-    """Send all requests.
+    """Send requests in rounds.
+
+    Args:
+        client: of the server.
+        pid: of the server's first process.
+        requests: the mixture, which is repeated.
+        num_requests: of the run.
+        num_per_round: after which the server is looked at.
+        num_open: requests at the same time.
+        burst_every: once in this many rounds, all requests of a round are sent at the same time.
 
     Returns:
         `num_requests`, `seconds`; `outcomes`, `aborts`, `refusals`, `faults`; `counted`, the server's counters of
@@ -108,18 +104,17 @@ async def run(
     before, start = read_counts(await client.metrics()), time.monotonic()
     sample = {request.sample: request for request in requests if request.sample is not None}
     for request in sample.values():
-        outcomes.add(request, await client.send(request, uuid4().hex))
+        outcomes.add(request, await client.ask(request, uuid4().hex))
     closing = next(one for one in requests if one.num_tokens and not (one.abort or one.stream))
     supply, sent = cycle(requests), 0
-    while sent < settings.num_requests:
-        batch = list(islice(supply, min(settings.num_per_round, settings.num_requests - sent)))
-        is_burst = (len(rounds) + 1) % settings.burst_every == 0
-        num_open = len(batch) if is_burst else settings.num_open
-        longest_queue = max(longest_queue, await _round(client, batch, num_open, outcomes, sent))
+    while sent < num_requests:
+        batch = list(islice(supply, min(num_per_round, num_requests - sent)))
+        is_burst = (len(rounds) + 1) % burst_every == 0
+        at_once = len(batch) if is_burst else num_open
+        longest_queue = max(longest_queue, await _round(client, batch, at_once, outcomes, sent))
         sent += len(batch)
         rounds.append({"num_requests": sent, "burst": is_burst, **await look(client, pid, outcomes, closing)})
-        rate = sent / (time.monotonic() - start)
-        say(f"{sent} requests, {rate:.1f}/s, {rounds[-1]['mib']:.0f} MiB, {dict(outcomes.outcomes)}")
+        print(f"{sent} requests, {rounds[-1]['mib']:.0f} MiB, {dict(outcomes.outcomes)}", flush=True)
     after, ended = read_counts(await client.metrics()), vars(outcomes).copy()
     del ended["alone"]
     return {
@@ -143,7 +138,7 @@ async def look(client: Client, pid: int, outcomes: Outcomes, closing: Request) -
     deadline, num_closing = time.monotonic() + SETTLE_SECONDS, 0
     while True:
         num_closing += 1
-        outcomes.add(closing, await client.send(closing, uuid4().hex))
+        outcomes.add(closing, await client.ask(closing, uuid4().hex))
         gauges = read_gauges(await client.metrics())
         if not any(gauges.values()) or time.monotonic() > deadline:
             return {"gauges": gauges, "num_closing": num_closing, "mib": round(tree_mib(pid), 1)}
@@ -158,7 +153,7 @@ async def _round(
 
     async def send(request: Request, number: int) -> None:
         async with free:
-            outcomes.add(request, await client.send(request, uuid4().hex, number))
+            outcomes.add(request, await client.ask(request, uuid4().hex, number))
 
     sending = asyncio.gather(*(send(request, first + index) for index, request in enumerate(requests)))
     longest = 0.0

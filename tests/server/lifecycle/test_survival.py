@@ -108,7 +108,7 @@ async def under_load(server: Server, strike: psutil.Process, signal: int) -> tup
     async with Client(server.url) as client:
         for attempt in range(5):
             sending = [
-                asyncio.create_task(client.send(ask, f"survival-{signal}-{attempt}-{number}"))
+                asyncio.create_task(client.ask(ask, f"survival-{signal}-{attempt}-{number}"))
                 for number, ask in enumerate(long_asks())
             ]
             running = 0.0
@@ -168,7 +168,7 @@ def test_a_killed_engine_is_an_error_and_a_new_server(supervised: Supervised) ->
 
     async def ask() -> Outcome:
         async with Client(server.url) as client:
-            return await client.send(long_asks()[0], "after-the-kill")
+            return await client.ask(long_asks()[0], "after-the-kill")
 
     assert asyncio.run(ask()).kind == ANSWERED
 
