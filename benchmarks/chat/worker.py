@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from PIL import Image
@@ -117,8 +118,5 @@ def _blocks_beyond_plan(engine: Any) -> Iterator[list[int]]:
         beyond.append(held - sum(-(-tokens // managers[0].block_size) for tokens in needed))
         return original(request, *args, **kwargs)
 
-    scheduler._free_request = free
-    try:
+    with patch.object(scheduler, "_free_request", free):
         yield beyond
-    finally:
-        del scheduler._free_request

@@ -17,7 +17,7 @@ from vllm.model_executor.models.interns1 import (
 from vllm.model_executor.models.interns1_vit import InternS1VisionLayer, InternS1VisionModel
 from vllm.multimodal.processing import PromptUpdateDetails
 
-from ficoco_vllm.models.reducing import ReducingModel
+from ficoco_vllm.models.reducing_model import ReducingModel
 from ficoco_vllm.planning.families.internvl import SIDE_OF_UNIT, Mosaic
 from ficoco_vllm.processing import ReducingInfo, ReducingProcessor, register
 from ficoco_vllm.vision.cpu_attention import is_faster

@@ -18,7 +18,7 @@ from vllm.model_executor.models.llava import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import BaseMultiModalProcessor, InputProcessingContext
 
-from ficoco_vllm.models.reducing import ReducingModel, Requested
+from ficoco_vllm.models.reducing_model import ReducingModel, Requested
 from ficoco_vllm.planning.tower import Budget
 from ficoco_vllm.processing import ReducingInfo, ReducingProcessor
 from ficoco_vllm.vision.graphs import TowerGraphs

@@ -12,7 +12,7 @@ from vllm.model_executor.models.llava_next import (
     LlavaNextProcessingInfo,
 )
 
-from ficoco_vllm.models.reducing import ReducingModel
+from ficoco_vllm.models.reducing_model import ReducingModel
 from ficoco_vllm.processing import ReducingInfo, ReducingProcessor, register
 from ficoco_vllm.vision.staging import take_items
 from ficoco_vllm.vision.tower import Tower

@@ -26,7 +26,7 @@ from ficoco_vllm.decoder.decoder import ReducingStep
 from ficoco_vllm.hooks.position_embeddings import hook_position_embeddings
 from ficoco_vllm.hooks.pruned_positions import hook_pruned_positions
 from ficoco_vllm.models.qwen3_vl_processing import QwenInfo, QwenMoeInfo, QwenProcessor
-from ficoco_vllm.models.reducing import ReducingModel, Requested
+from ficoco_vllm.models.reducing_model import ReducingModel, Requested
 from ficoco_vllm.planning.resolution import Resolution
 from ficoco_vllm.planning.server import ServerPlan
 from ficoco_vllm.planning.tiling import Crop

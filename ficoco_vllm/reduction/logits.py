@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ficoco_vllm.kernels.rows import take_head_rows
+from ficoco_vllm.kernels.gather import take_head_rows
 from ficoco_vllm.reduction.signals import via_text
 
 

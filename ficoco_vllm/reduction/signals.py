@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ficoco_vllm import kernels
 from ficoco_vllm.kernels import Backend
-from ficoco_vllm.kernels.rows import take_rows
+from ficoco_vllm.kernels.gather import take_rows
 
 # Axis of the visual tokens of a signal, if not the second one; 0 for signals without such an axis.
 TOKEN_AXIS = {"text_attention": 2, "text_features": 0}

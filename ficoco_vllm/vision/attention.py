@@ -11,7 +11,7 @@ from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use
 
 from ficoco_vllm import kernels
 from ficoco_vllm.kernels import Backend
-from ficoco_vllm.kernels.rows import take_head_rows
+from ficoco_vllm.kernels.gather import take_head_rows
 from ficoco_vllm.reduction.logits import LogitMap, mean_logits
 from ficoco_vllm.reduction.signals import AttentionMap, via_text
 from ficoco_vllm.vision.cpu_attention import HeadSums, attention_rows

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ficoco_vllm.kernels.rows import take_head_rows
+from ficoco_vllm.kernels.gather import take_head_rows
 
 # Scratch space for the heads of one item that are processed together, and for a tile of a softmax, which is read
 # several times.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ficoco_vllm.kernels.backend import readable
-from ficoco_vllm.kernels.rows import take_rows
+from ficoco_vllm.kernels.gather import take_rows
 
 # From this many multiplications on, it is faster to skip the targets whose weights are all zero.
 _MANY_PRODUCTS = 2**22

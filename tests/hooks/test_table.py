@@ -15,7 +15,7 @@ pytestmark = pytest.mark.compat
 
 SOURCES = {
     str(path.relative_to(ROOT)): path.read_text()
-    for folder in ("ficoco_vllm", "server", "kernels")
+    for folder in ("ficoco_vllm", "server", "kernels", "benchmarks")
     for path in sorted((ROOT / folder).rglob("*.py"))
     if path.parent != ROOT / "ficoco_vllm" / "hf"  # replaces methods of the caller's model, none of vLLM's
 }

@@ -16,7 +16,7 @@ DTYPES: dict[Kind, str] = {"int8": "float32", "int4": "bfloat16"}
 
 # vLLM refuses one elsewhere, on CPUs.
 HAS_FP8_CACHE = torch.cuda.is_available() or torch.cpu._is_avx512_supported()
-needs_fp8_cache = pytest.mark.skipif(not HAS_FP8_CACHE, reason="vLLM's fp8 KV cache needs a CPU with AVX-512")
+needs_fp8_cache = pytest.mark.needs(HAS_FP8_CACHE, "vLLM's fp8 KV cache needs a CPU with AVX-512")
 
 
 def needs(kind: Kind) -> None:
