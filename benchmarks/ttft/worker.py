@@ -60,10 +60,10 @@ def _stopwatch(engine: Any, stock: bool) -> Iterator[dict[str, float]]:
 
     patches = [(getattr(model, "vision_tower", None) or model.visual, "forward", "tower")]
     if not stock:
-        from ficoco_vllm.models import reducing
+        from ficoco_vllm.models import reducing_model
         from ficoco_vllm.vision import tower
 
-        patches += [(reducing, "encode", "tower"), (tower, "_reduce", "reduction")]
+        patches += [(reducing_model, "encode", "tower"), (tower, "_reduce", "reduction")]
     # A replayed graph calls none of these; it holds the projector, too.
     encoder = getattr(getattr(runner, "model_state", None), "encoder_runner", None)
     if (manager := getattr(encoder, "cudagraph_manager", None)) is not None:
