@@ -32,7 +32,7 @@ class Combination(NamedTuple):
     """One row of the table.
 
     Attributes:
-        family: of models, as people name it.
+        family: family of models, as people name it.
         site: one of `SITES`; where the reduction happens.
         decoder: whose layers reduce; empty for the tower, after which any decoder may follow.
     """

@@ -57,7 +57,7 @@ class Host:
     """A server.
 
     Attributes:
-        url: of a running server without a path, or None: servers are started, one for each site
+        url: address of a running server without a path, or None: servers are started, one for each site
             and for each method that reduces twice.
         model: folder or name of the model to serve, or None: the demo model.
         num_tokens: visual tokens of an image without reduction.
@@ -88,7 +88,7 @@ def endpoint(host: Host, method: str, variants: Sequence[Variant], **changes: An
 
     Args:
         host: which server.
-        method: of a server that is started, see `server_method`.
+        method: method of a server that is started, see `server_method`.
         variants: a server that is started offers those with settings of their own as methods.
         **changes: fields of `Endpoint` other than its defaults.
 
@@ -129,7 +129,7 @@ def replay(
     Args:
         endpoint: the server.
         jobs: variants with questions.
-        store: of the answers; questions with an answer are skipped.
+        store: store of the answers; questions with an answer are skipped.
         concurrency: concurrent questions.
         progress: advances with each answer; a text is the label of one for these questions alone.
 

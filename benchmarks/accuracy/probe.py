@@ -17,8 +17,8 @@ def probe(url: str, api_key: str, method: str | None, keep: int | None) -> list[
     """Ask one question twice and compare.
 
     Args:
-        url: of the server, without a path.
-        api_key: of the server.
+        url: address of the server, without a path.
+        api_key: key of the server.
         method: that it should run, or None: no reduction.
         keep: visual tokens that it should keep, or None: not checked.
 

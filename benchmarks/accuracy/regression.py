@@ -5,19 +5,20 @@ from typing import Any
 
 from ficoco_vllm.benchmarks.accuracy.statistics import sign_test
 
-# Of the sign test, for each row alone: with some fifty rows, chance alone gives a warning in one of twenty runs.
+# Level of the sign test of each row. With about fifty rows, chance alone causes a warning in one of twenty runs.
 LEVEL = 0.001
 
 
 def regressions(result: Mapping[str, Any], reference: Mapping[str, Any]) -> list[str]:
     """Rows that answer fewer questions right than the same rows of a reference do, a line for each.
 
-    Only questions of both runs count. Both answers to a question are compared with each other, so that a few dozen
-    questions are enough.
+    Only questions of both runs count. The two answers to each question are compared, so a few dozen questions are
+    enough.
 
     Args:
-        result: of a run.
-        reference: of another run with the same model, seed and visual tokens; it may have more or fewer questions.
+        result: result of a run.
+        reference: result of another run with the same model, seed and visual tokens; the number of questions may
+            differ.
 
     Raises:
         ValueError: the runs cannot be compared.

@@ -36,14 +36,14 @@ def measure(
     """The result of a run as it is written to JSON, after all questions are asked.
 
     Args:
-        methods: of the rows, see `suites.rows`.
+        methods: methods of the rows, see `suites.rows`.
         keeps: budgets of the method comparison.
         tables: among `suites.TABLES`.
         kinds: types of question.
         count: questions of each type.
         answers: JSONL file; an interrupted run continues from it.
         host: the server.
-        seed: of the questions.
+        seed: seed of the questions.
         concurrency: concurrent questions.
 
     Raises:

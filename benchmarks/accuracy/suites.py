@@ -112,7 +112,7 @@ def rows(
     """All rows of some tables.
 
     Args:
-        methods: of the method comparison, and of the other tables those that concern one of them.
+        methods: methods of the method comparison, and of the other tables those that concern one of them.
         keeps: budgets of the method comparison.
         tables: among `TABLES`.
         kinds: types of question of the method comparison.

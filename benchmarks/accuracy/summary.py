@@ -72,7 +72,7 @@ def check(variant: Variant, before: Sequence[Reply], after: Sequence[Reply], num
     """Signs that a server did not reduce as requested, a line for each.
 
     Args:
-        variant: of the request.
+        variant: variant of the request.
         before: answers to some questions with all visual tokens.
         after: answers of the variant to the same questions, in the same order.
         num_tokens: visual tokens of an unreduced image.

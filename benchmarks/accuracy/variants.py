@@ -41,7 +41,7 @@ class Variant:
     """One way to answer.
 
     Attributes:
-        label: in tables, without the budget.
+        label: label in tables, without the budget.
         method: a method of the registry, or None: all visual tokens (`FULL`) or no image at all (`NO_IMAGE`).
         keep: visual tokens left of an image, after the tower or in the decoder's last layer; None for all.
         settings: hyperparameters and exchanged stages that differ from the method's defaults.

@@ -20,7 +20,7 @@ def read_items(data: Path, prompt: str | None = None) -> list[Item]:
         data: a JSONL file with an object `{"image": PATH, "prompt": TEXT}` in each line, paths relative to the file,
             with "class" where questions are of several kinds; or a folder of images, each with its prompts in a text
             file of the same name (one a line).
-        prompt: for what has no prompt of its own.
+        prompt: prompt for what has no prompt of its own.
 
     Returns:
         The questions in the order of lines or file names.

@@ -81,7 +81,7 @@ def as_csv(report: Report) -> str:
 
 
 def _sentences(report: Report) -> list[str]:
-    """The target, and what is wrong with methods."""
+    """The target, and the methods that miss it or whose server is not deterministic."""
     questions = report["questions"]
     printed = [
         f"{questions['search']} questions searched, {questions['certificate']} fresh ones for the certificate; target "

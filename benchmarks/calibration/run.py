@@ -36,7 +36,7 @@ class Settings:
         target: share of answers that must equal the full model's.
         answers: JSONL file; an interrupted run continues from it.
         budgets: visual tokens kept, candidates.
-        seed: of the order of the questions.
+        seed: seed of the order of the questions.
     """
 
     methods: tuple[str, ...]
@@ -172,7 +172,7 @@ class MethodRun:
         return {keep: self._agreeing(variant, items[:n]) for keep, variant in variants.items()}
 
     def _effects(self, keep: int) -> dict[str, Any]:
-        """What a budget changes and saves, and how to serve it."""
+        """Effects of a budget on answers, KV cache and time to first token, and the command that serves it."""
         variant, host, seed = self._variant(keep), self.settings.host, self.settings.seed
         replies, timed = self._replies(variant, self.fresh), self.fresh[: NUM_TIMED + 1]
         moved = statistics.fmean(divergence(before.likely, after.likely) for before, after in replies)

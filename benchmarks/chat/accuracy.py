@@ -105,7 +105,7 @@ def by_kind(chats: Sequence[Chat], right: Sequence[bool]) -> dict[str, list[bool
 
 
 def compare(full: Verdicts, whole: Verdicts, window: Verdicts) -> dict[str, Any]:
-    """Accuracies with Wilson's intervals, and the price of windows with that of the paired bootstrap, in percent."""
+    """Accuracies with Wilson's intervals, and the loss by windows with its paired bootstrap interval, in percent."""
     named = {"full": full, "whole": whole, "window": window}
     return {
         "accuracy": {name: _accuracy(verdicts) for name, verdicts in named.items()},

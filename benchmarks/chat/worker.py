@@ -20,9 +20,9 @@ def image_chat(engine: Any, cold: bool, seed: int) -> Figures:
     """Ask five questions about one image, each after the answers to those before.
 
     Args:
-        engine: in this process.
+        engine: engine in this process.
         cold: whether every turn computes its whole prompt.
-        seed: of the image.
+        seed: seed of the image.
 
     Returns:
         `ttft_seconds`, the mean of turns 2 to 5, `cached_share` of the prompts' tokens in these turns, and
@@ -50,9 +50,9 @@ def shared_system_prompt(engine: Any, cold: bool, seed: int) -> Figures:
     """Ask about several images after the same system prompt, whose first use is not counted.
 
     Args:
-        engine: in this process.
+        engine: engine in this process.
         cold: whether every request computes its whole prompt.
-        seed: of the images and of the beginning of the system prompt.
+        seed: seed of the images and of the beginning of the system prompt.
 
     Returns:
         `ttft_seconds`, the mean, and `cached_tokens`, the least of a request.
@@ -71,11 +71,11 @@ def _answer(engine: Any, tokens: list[int], seed: int, cold: bool, ends: list[in
     """The output for a prompt with an image, and the tokens of the prompt.
 
     Args:
-        engine: in this process.
-        tokens: of the prompt, one for the image.
-        seed: of the image.
+        engine: engine in this process.
+        tokens: tokens of the prompt, one for the image.
+        seed: seed of the image.
         cold: whether the whole prompt is computed.
-        ends: of decision windows; none where the prompt ends it.
+        ends: ends of the decision windows; none where the prompt ends it.
     """
     from vllm import SamplingParams
 

@@ -20,7 +20,7 @@ def decode(engine: Any, num_requests: int) -> dict[str, float]:
     """Decode with many requests, each with an image, and no model: its forward pass returns what it returned before.
 
     Args:
-        engine: in this process.
+        engine: engine in this process.
         num_requests: that run.
 
     Returns:

@@ -40,11 +40,11 @@ def load(
     """Answer requests that are sent together, each with an image of its own.
 
     Args:
-        engine: in this process.
+        engine: engine in this process.
         keep: visual tokens that the requests name for the tower; None names none.
         num_requests: sent at once.
-        num_output_tokens: of each answer.
-        seed: of the images.
+        num_output_tokens: number of tokens of each answer.
+        seed: seed of the images.
 
     Returns:
         `requests_per_second`; `num_running`, the most at the same time; `step_seconds`, the median step in which all
@@ -80,7 +80,7 @@ def kernels(held: None, batches: list[int], repeats: int) -> list[dict[str, Any]
     Args:
         held: nothing; the process holds no engine.
         batches: items of a batch.
-        repeats: of which the median counts.
+        repeats: number of calls, of which the median counts.
 
     Returns:
         Rows of name, `B`, `seconds`, `floor_bytes`, `floor_flops` and `num_launches`.

@@ -19,7 +19,7 @@ def measure(dtype: torch.dtype = torch.bfloat16, where: str | None = None) -> De
     """Measure the ceilings, in a second or two.
 
     Args:
-        dtype: of the product.
+        dtype: data type of the product.
         where: "cpu" measures the CPU even where there is a GPU.
 
     Returns:

@@ -245,9 +245,9 @@ def image_request(
     """A prompt of one random image and of text of a given length.
 
     Args:
-        engine: of the model.
-        num_text_tokens: of the text.
-        seed: of the pixels.
+        engine: engine of the model.
+        num_text_tokens: number of tokens of the text.
+        seed: seed of the pixels.
         side: height and width of the image in pixels.
         image: tokens of the prompt that stand for it.
         **kwargs: see `request`.

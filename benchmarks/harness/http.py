@@ -47,7 +47,7 @@ def check_answers(url: str) -> None:
     """Check that something answers at a URL, before anything is prepared for it.
 
     Args:
-        url: of a server, without a path.
+        url: address of a server, without a path.
 
     Raises:
         RuntimeError: nothing does.

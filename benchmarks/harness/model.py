@@ -18,7 +18,7 @@ NARROW_WIDTH = 128
 
 
 def config(num_layers: int, size: str = "7b") -> dict[str, Any]:
-    """Configuration of LLaVA-1.5, by its size, or of another of `KNOWN_MODELS`, with so many decoder layers."""
+    """Configuration of a LLaVA-1.5, by its size, or of another of `KNOWN_MODELS`, with `num_layers` decoder layers."""
     values: dict[str, Any] = copy.deepcopy(dict(KNOWN_MODELS[CHECKPOINTS.get(size, size)]))
     values["text_config"]["num_hidden_layers"] = num_layers
     return values
@@ -31,9 +31,9 @@ def write(
 
     Args:
         folder: created if missing.
-        num_layers: of the decoder; the vision tower is whole.
+        num_layers: number of layers of the decoder; the vision tower is whole.
         size: one of `CHECKPOINTS`.
-        weights: of the decoder.
+        weights: weights of the decoder.
         narrow: both halves have a toy's width. A token then takes less of the KV cache by the same factor in all
             layers, so a given share of a cache holds as many requests.
     """

@@ -20,7 +20,7 @@ class Plot:
     """A picture of a report.
 
     Attributes:
-        name: of its file, without suffix.
+        name: name of its file, without suffix.
         svg: the `<svg>` element, in the text colour of the page that it stands in.
     """
 

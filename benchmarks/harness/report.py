@@ -96,7 +96,7 @@ class Section:
 
     Attributes:
         lines: paragraphs.
-        command: for the user to copy, or empty.
+        command: command for the user to copy, or empty.
         warnings: paragraphs that stand out.
         extra: HTML at the end.
     """
@@ -173,7 +173,7 @@ def facts(environment: Mapping[str, Any], **more: object) -> dict[str, str]:
 
 
 def _converted(text: str, code: str, emphasis: str) -> str:
-    """Text with its marks in the form of another language, in which the words are already."""
+    """Text whose words are already escaped for another language, with its marks in that language, too."""
     return _MARKS.sub(lambda match: code % match[1] if match[1] else emphasis % match[2], text)
 
 

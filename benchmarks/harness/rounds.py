@@ -18,7 +18,7 @@ def take_turns(
     Args:
         asks: name of a row to its measurement, which takes a seed and returns `ttft_seconds` and other figures.
         rounds: that count.
-        order: of the rows, and the source of the seeds.
+        order: random order of the rows, and the source of the seeds.
         label: printed before each figure.
     """
     samples: dict[str, list[Sample]] = {name: [] for name in asks}

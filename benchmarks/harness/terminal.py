@@ -30,7 +30,7 @@ class Task:
         label: at the beginning of the line.
         total: steps.
         done: steps that an earlier run has taken.
-        console: for the output.
+        console: console for the output.
     """
 
     def __init__(self, label: str, total: int, done: int = 0, console: Console | None = None) -> None:

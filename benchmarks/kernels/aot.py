@@ -47,7 +47,7 @@ def main() -> int:
     parser.add_argument("--defaults", action="store_true", help="only LLaVA-1.5-7B in fp16 on NVIDIA")
     arguments = parser.parse_args()
     start = time.perf_counter()
-    # Triton decides at import whether it interprets: traffic is counted beside, in a process that does.
+    # Triton decides at import whether it interprets: another process counts the traffic in the interpreter.
     with ProcessPoolExecutor(1, get_context("spawn")) as interpreter:
         with patch.dict(os.environ, TRITON_INTERPRET="1"):
             counts = interpreter.submit(traffic)
@@ -87,8 +87,8 @@ def movement(
 
     Args:
         launched: batch, workload and its launches.
-        counts: of the interpreter at B = 1.
-        made: of these launches first, in order, chip by chip.
+        counts: counts of the interpreter at B = 1.
+        made: code of these launches first, in order, chip by chip.
     """
     moved = []
     found = iter(made)

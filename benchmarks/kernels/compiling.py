@@ -44,7 +44,7 @@ CHIPS = (
     Chip("sm_90", GPUTarget("cuda", 90, 32), 132, 228 * 1024, 50 * 2**20),
     Chip("sm_100", GPUTarget("cuda", 100, 32), 148, 228 * 1024, 126 * 2**20),
 )
-# Nothing is predicted of it: only its spills are read.
+# Only the spills are read; nothing is predicted.
 AMD = Chip("gfx942", GPUTarget("hip", "gfx942", 64))
 
 _WARPS, _PROGRAMS, _REGISTERS, _REGISTER_UNIT, _RESERVED_SHARED = 64, 32, 65536, 256, 1024

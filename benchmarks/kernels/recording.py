@@ -17,11 +17,11 @@ class Launch:
     """One launch of one kernel, specialised by Triton; the kernel goes to another process by its place.
 
     Attributes:
-        module: where the kernel is defined.
+        module: module in which the kernel is defined.
         name: the kernel's.
         constants: what is fixed at compile time, by position.
         attributes: what else the compiler knows of arguments, by position: multiples of 16.
-        options: of the compiler, as the launcher sets them.
+        options: options of the compiler, as the launcher sets them.
     """
 
     module: str
@@ -54,7 +54,7 @@ class Launch:
 def launches_of(run: Callable[[], Any]) -> list[Launch]:
     """Launches that a call would make; none of them runs."""
     launches: list[Launch] = []
-    # All of NVIDIA's devices specialise alike.
+    # Specialisation is the same for all NVIDIA devices.
     backend = make_backend(GPUTarget("cuda", 80, 32))
 
     def record(self: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any) -> None:

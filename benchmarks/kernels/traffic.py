@@ -40,7 +40,7 @@ class Traffic(TorchDispatchMode):
         self.begin()
 
     def begin(self) -> None:
-        """A launch begins: what it touches again comes from a cache."""
+        """Begin a launch; repeated accesses to a sector count once within it."""
         self.requested_bytes = self.flops = 0
         # Sectors of its loads and of its stores.
         self._sectors: dict[str, list[Any]] = {"load": [], "store": []}
@@ -54,7 +54,7 @@ class Traffic(TorchDispatchMode):
         self._sectors[way].append(np.unique(addresses // SECTOR_BYTES))
 
     def end(self) -> None:
-        """A launch has ended."""
+        """End the launch and add its sectors."""
         num_sectors = sum(np.unique(np.concatenate(found)).size for found in self._sectors.values() if found)
         figures = {"requested_bytes": self.requested_bytes, "flops": self.flops}
         self.launches.append({"moved_bytes": num_sectors * SECTOR_BYTES, **figures})

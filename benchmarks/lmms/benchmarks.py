@@ -13,7 +13,7 @@ class Benchmark:
     Attributes:
         title: as the paper's Table 3 heads its column.
         file: the task's file below lmms-eval's `tasks`.
-        scale: from lmms-eval's figure to the paper's.
+        scale: factor from lmms-eval's figure to the paper's.
         pad: pad images to squares with CLIP's mean colour, as LLaVA-1.5 does (`image_aspect_ratio: pad`); Hugging
             Face's processor crops the centre instead. Not where lmms-eval's own settings for LLaVA take the original.
         specific: takes the place of the task's `lmms_eval_specific_kwargs.default`.

@@ -28,9 +28,9 @@ class Run:
     """One run of a benchmark.
 
     Attributes:
-        python: of an environment with lmms-eval (`make lmms`).
-        url: of a running server, or None: one is started.
-        model: to serve, or None: the demo model.
+        python: Python of an environment with lmms-eval (`make lmms`).
+        url: address of a running server, or None: one is started.
+        model: model to serve, or None: the demo model.
         method: None serves all visual tokens.
         keep: visual tokens that are left.
         limit: only the first questions, or None for all.

@@ -25,7 +25,7 @@ def write_task(folder: Path, original: Path, task: str, pad: bool, specific: Map
     """Write a task that includes another one.
 
     Args:
-        folder: to write into; what `--include_path` is given.
+        folder: folder to write into; what `--include_path` is given.
         original: the task's YAML file.
         task: its name there.
         pad: whether images are padded to squares.

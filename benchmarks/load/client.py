@@ -33,10 +33,10 @@ def run_point(
     """Send the traffic and measure.
 
     Args:
-        url: of the server, without a path.
+        url: address of the server, without a path.
         target: what it serves.
         traffic: what to send.
-        seed: of prompts and images.
+        seed: seed of prompts and images.
         finished: called now and then with the number of requests that have been answered.
 
     Returns:

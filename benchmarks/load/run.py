@@ -20,9 +20,9 @@ def run_turns(turns: list[Turn], target: Target, url: str | None = None) -> list
     """Run all turns.
 
     Args:
-        turns: in order.
+        turns: turns, in order.
         target: what is served.
-        url: of a server that is up, or None: each turn starts its own.
+        url: address of a server that is up, or None: each turn starts its own.
 
     Returns:
         One mapping a point: `server`, `round`, `traffic`, `seed` and the figures of `run_point`.

@@ -25,7 +25,7 @@ class Sampler:
     """Reads /metrics in a separate thread while its block runs.
 
     Args:
-        url: of the server, without a path.
+        url: address of the server, without a path.
         interval_seconds: between two reads.
         finished: called after each read with the requests that have been answered since the first one.
 

@@ -17,7 +17,7 @@ class Server:
     """One kind of server.
 
     Attributes:
-        method: of `ficoco-vllm methods`, or None for stock vLLM, which then runs without our plugin.
+        method: method of `ficoco-vllm methods`, or None for stock vLLM, which then runs without our plugin.
         keep: visual tokens that an image keeps; None leaves the method's default.
     """
 
@@ -52,9 +52,9 @@ class Traffic:
     Attributes:
         rate: requests per second (Poisson); None: as fast as `concurrency` lets them.
         concurrency: open requests of the client; None does not limit them.
-        num_text_tokens: of a prompt, beside the image.
+        num_text_tokens: number of text tokens of a prompt, in addition to the image.
         num_answer_tokens: exact number of each answer.
-        image_side: of the square images, in pixels.
+        image_side: side of the square images, in pixels.
     """
 
     rate: float | None = None
@@ -97,11 +97,11 @@ class Target:
 
     Attributes:
         model: folder or name.
-        name: of the model in requests.
+        name: name of the model in requests.
         tokenizer: folder or name, for prompts of a known length; None leaves their length to the server's `/tokenize`.
-        options: of vLLM's server, the same for every server.
-        log_folder: for the logs of the servers.
-        api_key: of a server that is up, or empty.
+        options: options of vLLM's server, the same for every server.
+        log_folder: folder for the logs of the servers.
+        api_key: key of a server that is up, or empty.
         sample_seconds: between two reads of /metrics.
     """
 
@@ -121,7 +121,7 @@ def make_turns(servers: list[Server], points: list[Traffic], num_rounds: int, se
         servers: each takes one turn a round.
         points: that each turn runs through.
         num_rounds: at least 1.
-        seed: of order, prompts and images; each round and point has its own, so that no cache holds them.
+        seed: seed of order, prompts and images; each round and point has its own, so that no cache holds them.
     """
     order = random.Random(seed)
     turns = []

@@ -53,9 +53,9 @@ def check(rows: Rows, servers: Sequence[Server], num_visual_tokens: int | None) 
     by the tokens that it removes; one of the decoder does not, and must have avoided some KV slots.
 
     Args:
-        rows: of `run_turns`.
+        rows: rows of `run_turns`.
         servers: that ran.
-        num_visual_tokens: of an image without reduction, or None if unknown.
+        num_visual_tokens: number of visual tokens of an image without reduction, or None if unknown.
 
     Returns:
         A line for each such server, about its first row.

@@ -46,7 +46,7 @@ class Prometheus:
 
         Args:
             count: scrapes from now on.
-            seconds: to wait at most.
+            seconds: seconds to wait at most.
 
         Raises:
             TimeoutError: the target was not scraped that often.

@@ -45,7 +45,7 @@ def wide(layers: int | None, seed: int) -> tuple[Any, TowerShape]:
 
     Args:
         layers: None for all 24 of the checkpoint.
-        seed: of the weights.
+        seed: seed of the weights.
     """
     from transformers import CLIPVisionModel, LlavaConfig
 
@@ -64,9 +64,9 @@ def differing(
 
     Args:
         tower: transformers' CLIP tower in float64.
-        shape: of the tower.
+        shape: shape of the tower.
         images: (B, 3, height, width).
-        method: of the tower.
+        method: method of the tower.
         keep: tokens at the end.
 
     Returns:
@@ -120,7 +120,7 @@ def log_probabilities(num_questions: int, seed: int = 0) -> dict[str, dict[str, 
 
     Args:
         num_questions: held-out ones, each with an image of its own.
-        seed: of the questions.
+        seed: seed of the questions.
 
     Returns:
         `mean` and `most` over the questions of the mean error of a log-probability, over the vocabulary; `changed`, the

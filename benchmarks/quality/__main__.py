@@ -52,7 +52,7 @@ STATIONARY: tuple[dict[str, Any], ...] = (
 )
 # One request in five may be compared, within the 3% that second answers may cost.
 QUALITY = {"share": 0.2, "max_tokens_per_minute": 10_000_000}
-# Of the overhead: rounds and their requests, and those in which the budget finds its rung before.
+# Measurement of the overhead: rounds, requests of each, and requests before them, in which the budget settles.
 NUM_ROUNDS, NUM_REQUESTS, NUM_BEFORE = 6, 800, 1500
 # Questions of `calibrate`: to search with, and to certify.
 NUM_CALIBRATED = (1000, 3000)
@@ -144,7 +144,7 @@ def _stationary(traffic: dict[str, Any], seed: int, folder: Path) -> dict[str, A
     ).on_model(NUM_TOKENS)
     items = embedded(traffic["kinds"], NUM_ITEMS, seed)
     log = Log(traffic["method"], settings, items, folder / f"{traffic['name']}.jsonl", Host())
-    # All of it is one class of traffic.
+    # The whole log is one class of traffic.
     known = [replace(request, traffic="") for request in recorded(log)]
     return {**traffic, **compared(settings, known)}
 
@@ -153,7 +153,7 @@ def compared(settings: QualitySettings, known: Sequence[Recorded]) -> dict[str, 
     """The budget on which the control law settles and the one that `calibrate` finds, on the same traffic.
 
     Args:
-        settings: with a ladder whose last rung keeps all tokens.
+        settings: settings with a ladder whose last rung keeps all tokens.
         known: questions of the traffic, from which its requests are drawn.
     """
     ladder, target, draw = settings.ladder or (), settings.target_agreement, random.Random(settings.seed)

@@ -25,11 +25,11 @@ class Log:
     """A log of requests, and how its answers are got.
 
     Attributes:
-        method: of the server.
-        settings: of the target, with a ladder.
-        items: in the order of the log.
+        method: method of the server.
+        settings: settings of the target, with a ladder.
+        items: questions, in the order of the log.
         answers: JSONL file; an interrupted run continues from it.
-        max_tokens: of an answer.
+        max_tokens: most tokens of an answer.
     """
 
     method: str
@@ -83,7 +83,7 @@ def dry_run(log: Log, repeat: int, per_second: float) -> dict[str, Any]:
     """What a server with this target would have done on the log.
 
     Args:
-        log: of requests.
+        log: log of requests.
         repeat: times that the log is served, one after the other.
         per_second: rate of its requests.
 

@@ -26,9 +26,12 @@ class Answer(NamedTuple):
 
 
 class Phase(NamedTuple):
-    """One kind of traffic: of each request, whether its answer is the full model's, and its visual tokens; all tokens.
+    """Answers to one kind of traffic, in the order in which the requests were sent.
 
-    Requests are in the order in which they were sent.
+    Attributes:
+        agreeing: whether each answer is the full model's.
+        kept: visual tokens kept of each image.
+        num_tokens: tokens of all prompts and answers.
     """
 
     agreeing: list[bool]
@@ -60,16 +63,16 @@ async def answers(
 
 def reference(server: Endpoint, items: Sequence[Item]) -> dict[str, str]:
     """The full model's answers, by the names of the questions."""
-    found = asyncio.run(answers(server, items, all_tokens=True))
-    return {item.name: answer.text for item, answer in zip(items, found, strict=True)}
+    replies = asyncio.run(answers(server, items, all_tokens=True))
+    return {item.name: answer.text for item, answer in zip(items, replies, strict=True)}
 
 
 def send(
     server: Endpoint, items: Sequence[Item], expected: Mapping[str, str], count: int, seed: int, task: Task
 ) -> Phase:
-    """Send `count` questions that name no budget, drawn with replacement, and compare the answers with `expected`."""
+    """Send `count` questions without a budget, sampled with replacement, and compare the answers with `expected`."""
     draw = random.Random(seed)
-    drawn = [draw.choice(items) for _ in range(count)]
-    found = asyncio.run(answers(server, drawn, task=task))
-    agreeing = [answer.text == expected[item.name] for item, answer in zip(drawn, found, strict=True)]
-    return Phase(agreeing, [answer.kept for answer in found], sum(answer.num_tokens for answer in found))
+    chosen = [draw.choice(items) for _ in range(count)]
+    replies = asyncio.run(answers(server, chosen, task=task))
+    agreeing = [answer.text == expected[item.name] for item, answer in zip(chosen, replies, strict=True)]
+    return Phase(agreeing, [answer.kept for answer in replies], sum(answer.num_tokens for answer in replies))

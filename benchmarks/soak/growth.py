@@ -16,7 +16,7 @@ def growth_bars(name: str, rounds: Sequence[Mapping[str, Any]], memory: str, lim
     """The bar on MiB for a thousand requests after the warm-up, if there are enough rounds.
 
     Args:
-        name: of the bar.
+        name: name of the bar.
         rounds: each with `num_requests` so far, and the memory.
         memory: name of the memory's figure, MiB.
         limit: MiB for a thousand requests.

@@ -18,7 +18,7 @@ class Kind:
     """One row of the benchmark.
 
     Attributes:
-        settings: of our engine, which serves all rows with the same ones; None is stock vLLM without any plugin.
+        settings: settings of our engine; rows with equal settings share an engine. None is stock vLLM without plugins.
         keep: visual tokens that are left in the end.
         in_decoder: whether the method works in the decoder, which needs model runner V2.
     """

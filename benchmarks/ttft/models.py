@@ -67,7 +67,7 @@ def request(llm: Any, seed: int, **kwargs: Any) -> dict[str, Any]:
 
     Args:
         llm: an engine in this process.
-        seed: of the pixels.
+        seed: seed of the pixels.
         **kwargs: `mm_processor_kwargs`.
     """
     family = llm.llm_engine.vllm_config.model_config.hf_config.model_type
@@ -79,8 +79,8 @@ def write(folder: Path, num_layers: int, size: str) -> Path:
     """Write configuration, tokenizer and processor; vLLM makes up the weights (`load_format="dummy"`).
 
     Args:
-        folder: where to.
-        num_layers: of the decoder; the vision tower is whole.
+        folder: folder to write to.
+        num_layers: number of layers of the decoder; the vision tower is whole.
         size: one of `MODELS`.
     """
     used = MODELS[size]

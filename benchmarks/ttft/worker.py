@@ -15,10 +15,10 @@ def measure(engine: Any, keep: int | None, batch: int, seed: int) -> dict[str, f
     """Time one request with a new image, or several together, from pixels to the first token.
 
     Args:
-        engine: in this process.
+        engine: engine in this process.
         keep: visual tokens that the request names, unless the engine is stock vLLM's; None names none.
         batch: requests, each with an image of its own.
-        seed: of the images.
+        seed: seed of the images.
 
     Returns:
         `ttft_seconds`, `tower_seconds`, of these `reduction_seconds`, and `num_prompt_tokens`.

@@ -143,7 +143,7 @@ def test_without_a_question_the_place_of_an_image_is_not_part_of_it(
 
 
 def test_questions_in_one_step_equal_each_alone(engine: LLM, images: list[Image.Image]) -> None:
-    """Of different lengths, one of them empty, beside images that no question concerns; also one image, twice."""
+    """Questions of different lengths, one of them empty, in a step with images without a question; one image twice."""
     requests = [
         make_request(
             PROMPT, [images[index // 2]], ficoco_method=method, ficoco_keep=keep, ficoco_question=text

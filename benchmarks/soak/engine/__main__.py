@@ -36,7 +36,7 @@ ENGINE: dict[str, Any] = {
     "max_loras": 2,
     "max_lora_rank": 8,
 }
-# After each round of so many requests the engine is looked at.
+# Requests of a round, after which the engine's state is recorded.
 NUM_PER_ROUND = 50
 FICOCO = {"method": "ficoco-l", "keep": 64, "windows": "turn"}
 

@@ -16,8 +16,8 @@ def write_adapter(model: Path, folder: Path, seed: int) -> dict[str, Tensor]:
 
     Args:
         model: folder of the model.
-        folder: of the adapter, made here.
-        seed: of its weights.
+        folder: folder of the adapter, made here.
+        seed: seed of its weights.
 
     Returns:
         What it adds to the weights of the model, by their names.

@@ -30,7 +30,7 @@ class Request:
     """One request.
 
     Attributes:
-        prompt: with one `<image>` for each image.
+        prompt: prompt with one `<image>` for each image.
         extra: `vllm_xargs`.
         abort_in: phase in which it is aborted if it reaches it; None: never.
         adapter: number of its LoRA adapter, from 1; 0 for none.
@@ -48,9 +48,9 @@ def make_requests(seed: int, abort_share: float, num_adapters: int = 0) -> Itera
     """Requests without end: the same `NUM_DIFFERENT` repeated, each time with other aborts.
 
     Args:
-        seed: of the mixture.
-        abort_share: of the requests that are aborted in one of `COMMON_PHASES`.
-        num_adapters: of which each request has one.
+        seed: seed of the mixture.
+        abort_share: share of the requests that are aborted in one of `COMMON_PHASES`.
+        num_adapters: number of adapters, of which each request has one.
     """
     order = random.Random(seed)
     known = [(example.question, Image.open(example.image).convert("RGB")) for example in examples()]

@@ -46,10 +46,10 @@ def run(
     """Send all requests.
 
     Args:
-        engine: in this process, with a method of the decoder.
-        num_requests: of the run.
+        engine: engine in this process, with a method of the decoder.
+        num_requests: number of requests of the run.
         num_per_round: after which the engine is empty and looked at.
-        seed: of the mixture.
+        seed: seed of the mixture.
         adapters: folders of LoRA adapters; each request has one of them.
         num_open: requests at the same time.
         abort_share: see `make_requests`.
@@ -87,14 +87,14 @@ class Driver:
     """Keeps some requests of an engine open, aborts those whose `abort_in` says so, and counts.
 
     Attributes:
-        engine: in this process.
+        engine: engine in this process.
         num_open: requests at the same time.
         adapters: folders of the LoRA adapters that requests name by their numbers.
         on_answer: takes each request that was not aborted, and the tokens of its answer.
         num_found: answers for whose prompts the prefix cache had tokens.
         num_adapted: answers by an adapter.
         in_chunks: names of the requests whose prompts took several steps.
-        num_aborted: by the phase of the request.
+        num_aborted: number of aborted requests by the phase of the request.
     """
 
     engine: "LLM"

@@ -62,8 +62,8 @@ class Client(httpx.AsyncClient):
     """Client of one server.
 
     Args:
-        url: without a path.
-        api_key: of the server.
+        url: address without a path.
+        api_key: key of the server.
         transport: between client and server; None: the network.
     """
 
@@ -82,7 +82,7 @@ class Client(httpx.AsyncClient):
         Args:
             request: what to send.
             name: unique name of the request, which the answer must carry.
-            number: of the request; decides how long a client waits that does not wait for its answer.
+            number: number of the request; decides how long a client waits that does not wait for its answer.
         """
         patience = PATIENCE_SECONDS[number % len(PATIENCE_SECONDS)] if request.abort == EARLY else None
         try:

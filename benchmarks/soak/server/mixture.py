@@ -33,8 +33,8 @@ class Target:
     Attributes:
         budgets: visual tokens of an image that they may request for.
         num_patches: visual tokens of an image without reduction.
-        max_images: of a prompt; more must be refused; None: not tested.
-        max_body_bytes: of a request; more must be refused; None: not tested.
+        max_images: most images of a prompt; more must be refused; None: not tested.
+        max_body_bytes: most bytes of a request; more must be refused; None: not tested.
         max_model_len: tokens of a prompt and its answer.
         allows_off: whether requests may keep all tokens.
     """
@@ -55,7 +55,7 @@ class Request:
 
     Attributes:
         stream: whether the answer is streamed.
-        num_tokens: of the answer, exactly; None where the model ends it.
+        num_tokens: number of tokens of the answer, exactly; None where the model ends it.
         abort: None, `EARLY` or `MID`: when the client disconnects.
         sample: index among the questions whose answers are compared with those to the same question sent alone.
         counted_refusal: whether `ficoco:requests_total` counts it as refused.

@@ -88,10 +88,10 @@ async def run(
     """Send requests in rounds.
 
     Args:
-        client: of the server.
-        pid: of the server's first process.
+        client: client of the server.
+        pid: process id of the server's first process.
         requests: the mixture, which is repeated.
-        num_requests: of the run.
+        num_requests: number of requests of the run.
         num_per_round: after which the server is looked at.
         num_open: requests at the same time.
         burst_every: once in this many rounds, all requests of a round are sent at the same time.

@@ -77,7 +77,7 @@ def rate_and_recycle(signals: Signals, settings: Recycling, num_removed: int) ->
     distance = torch.cdist(features, features) / features.shape[-1] ** 0.5
     nearest = distance.topk(num_clusters, dim=-1, largest=False).values
     density = (-nearest.square().mean(dim=-1)).exp()
-    # Of equally dense tokens the first counts as the denser one, so that exactly one has none above it.
+    # Among equally dense tokens the first counts as the denser one, so that exactly one has none above it.
     place = ranks(density)
     denser = place[:, None] < place[..., None]
     farthest = distance.flatten(1).amax(dim=-1)[:, None, None]
