@@ -24,8 +24,9 @@ def register() -> None:
         from ficoco_vllm.hooks.metric_files import hook_metric_files
 
         hook_metric_files()
+    from ficoco_vllm.hooks.unknown_models import hook_unknown_models
     from ficoco_vllm.kv.spec import register_spec
-    from ficoco_vllm.models.verify import FicocoModelConfig, hook_unknown_models
+    from ficoco_vllm.models.verify import FicocoModelConfig
 
     for architecture, location in ARCHITECTURES.items():
         ModelRegistry.register_model(architecture, location)

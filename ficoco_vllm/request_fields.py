@@ -20,7 +20,7 @@ TRACE = "ficoco_trace"
 # Keys of a processed prompt: its `Budget`, height and width of its images in pixels, its savings.
 BUDGET = "ficoco_budget"
 SIZES = "ficoco_sizes"
-ACCOUNT = "ficoco_account"
+SAVINGS = "ficoco_savings"
 # vLLM's request schema may turn an integer into a float, which is exact up to here.
 MAX_TRACE_ID = 2**53 - 1
 

@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.environment import ENDPOINT_PLUGIN
 from ficoco_vllm.metrics.counting import token_layer_bytes
-from ficoco_vllm.metrics.savings import Accountant
+from ficoco_vllm.metrics.savings import SavingsPlanner
 from ficoco_vllm.server import moving_budget
 from ficoco_vllm.server.explain import routes
 from ficoco_vllm.server.explain.explainer import Explainer
@@ -70,11 +70,11 @@ class FicocoEndpoint:
 
 
 def _field_applier(engine_client: Any, config: FicocoConfig, args: Namespace) -> FieldApplier:
-    accountant = Accountant.of(engine_client.model_config.hf_config)
-    plan = accountant.plan
+    savings_planner = SavingsPlanner.of(engine_client.model_config.hf_config)
+    plan = savings_planner.plan
     return FieldApplier(
         Resolver(plan, _bounds(args)),
-        accountant,
+        savings_planner,
         token_layer_bytes(engine_client.vllm_config) * plan.num_layers // plan.num_segments,
         engine_client.input_processor,
     )

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 from ficoco_vllm.compat import INTERPRETER_FOLDER
 
@@ -146,12 +147,30 @@ def demo_model() -> Path:
     return path()
 
 
-@pytest.fixture(scope="module", params=("int8", pytest.param("int4", marks=pytest.mark.long)))
+@pytest.fixture(
+    scope="module",
+    params=(
+        pytest.param(
+            "int8",
+            marks=pytest.mark.needs(
+                torch.cuda.is_available() or torch.cpu._is_vnni_supported(),
+                "8-bit weights: oneDNN's products saturate on a CPU without VNNI",
+            ),
+        ),
+        pytest.param(
+            "int4",
+            marks=(
+                pytest.mark.long,
+                pytest.mark.needs(
+                    torch.cuda.is_available() or torch.cpu._is_avx512_supported(),
+                    "4-bit weights: vLLM's product needs a CPU with AVX-512",
+                ),
+            ),
+        ),
+    ),
+)
 def kind(request: pytest.FixtureRequest) -> str:
     """Scheme of quantized weights: W8A8 with a scale for each channel and token; W4A16 in groups of 32."""
-    from tests.support import quantized
-
-    quantized.needs(request.param)
     return str(request.param)
 
 

@@ -15,7 +15,7 @@ from vllm.renderers import renderer_from_config
 
 from ficoco_vllm.config import NAME, FicocoConfig
 from ficoco_vllm.hooks.processor_cache import hook_processor_cache, note_sent
-from ficoco_vllm.metrics.savings import Accountant
+from ficoco_vllm.metrics.savings import SavingsPlanner
 from ficoco_vllm.plugin import register
 from ficoco_vllm.request_fields import BUDGET, SIZES
 
@@ -37,7 +37,7 @@ class Renderer:
         hf_config = config.model_config.hf_config
         if ficoco:
             setattr(hf_config, NAME, FicocoConfig.parse(ficoco).model_dump(mode="json"))
-        self.accountant = Accountant.of(hf_config)
+        self.savings_planner = SavingsPlanner.of(hf_config)
         self.renderer = renderer_from_config(config)
 
     def render(self, image: Any, uuid: str | None = None, **kwargs: Any) -> Any:
@@ -50,9 +50,9 @@ class Renderer:
         return rendered
 
     def savings(self, rendered: Any) -> Any:
-        """Account of the savings of a rendered prompt."""
+        """Savings of a rendered prompt."""
         places = [(place.offset, place.length) for place in rendered["mm_placeholders"]["image"]]
-        return self.accountant.account(
+        return self.savings_planner.compute(
             len(rendered["prompt_token_ids"]), places, rendered[BUDGET], None, rendered[SIZES]
         )
 

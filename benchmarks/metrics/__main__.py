@@ -40,21 +40,21 @@ def measure() -> dict[str, float]:
     from ficoco_vllm.hooks.request_metrics import hook_request_metrics
     from ficoco_vllm.metrics.counting import BatchOutputs, CountedRequest, RequestCounter
     from ficoco_vllm.metrics.families import metrics
-    from ficoco_vllm.metrics.savings import Accountant
+    from ficoco_vllm.metrics.savings import SavingsPlanner
     from ficoco_vllm.planning.server import ServerPlan
     from ficoco_vllm.reduction.cost import KNOWN_MODELS, model_shape
 
     hook_request_metrics()
     config = FicocoConfig.parse({"method": "ficoco-v", "keep": 64})
     shape = model_shape(KNOWN_MODELS["llava-hf/llava-1.5-7b-hf"])
-    accountant = Accountant(ServerPlan.for_model(config, shape), shape)
+    savings_planner = SavingsPlanner(ServerPlan.for_model(config, shape), shape)
     counter = RequestCounter.__new__(RequestCounter)
     counter.metrics, counter.model_name, counter.token_bytes, counter.only_engine = metrics(), "m", 4096, "0"
     counter.vllm_config = SimpleNamespace(cache_config=SimpleNamespace(block_size=16))
 
     def counted_request(num_text: int) -> CountedRequest:
-        account = accountant.account(num_text + 64, [(5, 64)], accountant.plan.tower.default, None)
-        return CountedRequest(account, counter, "0")
+        savings = savings_planner.compute(num_text + 64, [(5, 64)], savings_planner.plan.tower.default, None)
+        return CountedRequest(savings, counter, "0")
 
     counted_request(60)
     tokens: dict[bool, list[float]] = {True: [], False: []}

@@ -9,7 +9,7 @@ from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.metrics.families import NO_ENGINE, OFF, TEXT, metrics, observe_all, set_default_budget
-from ficoco_vllm.metrics.savings import Account, Accountant, read_prompt
+from ficoco_vllm.metrics.savings import Savings, SavingsPlanner, read_prompt
 
 
 @dataclass
@@ -17,16 +17,16 @@ class CountedRequest:
     """State of one request in the front end.
 
     Attributes:
-        account: its savings.
+        savings: its savings.
         counter: counter of its server.
         engine: label, known from the first output on.
-        prompt: arguments of `Accountant.account`.
+        prompt: arguments of `SavingsPlanner.compute`.
         num_cached: tokens of the prompt that the prefix cache held, known from the first output on.
         prefilled: whether its prefill has been counted.
         ended: whether its end has been counted.
     """
 
-    account: Account
+    savings: Savings
     counter: "RequestCounter"
     engine: str
     prompt: tuple[Any, ...] = ()
@@ -55,8 +55,8 @@ class RequestCounter:
         """
         self.vllm_config = vllm_config
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
-        self.accountant = Accountant.of(model.hf_config)
-        plan = self.accountant.plan
+        self.savings_planner = SavingsPlanner.of(model.hf_config)
+        plan = self.savings_planner.plan
         self.metrics = metrics()
         self.model_name: str = model.served_model_name
         self.method = plan.config.method or OFF
@@ -79,7 +79,7 @@ class RequestCounter:
         """Set the counters to zero before the first request, so that rates include it."""
         self.num_engines = max(1, len(engines))
         families = self.metrics
-        decoder, tower = self.accountant.plan.decoder, self.accountant.plan.tower
+        decoder, tower = self.savings_planner.plan.decoder, self.savings_planner.plan.tower
         keep = tower.default.keep if decoder is None else decoder.keep
         for index in engines:
             set_default_budget(self.model_name, self.method, keep, index)
@@ -108,9 +108,9 @@ class RequestCounter:
         images: Sequence[tuple[int, int]],
         extra_args: Mapping[str, Any] | None,
     ) -> CountedRequest:
-        """A request that has been admitted; see `Accountant.account_prompt` for the arguments."""
-        account = self.accountant.account_prompt(prompt, images, extra_args)
-        return CountedRequest(account, self, self.only_engine, read_prompt(prompt, images, extra_args))
+        """A request that has been admitted; see `SavingsPlanner.of_prompt` for the arguments."""
+        savings = self.savings_planner.of_prompt(prompt, images, extra_args)
+        return CountedRequest(savings, self, self.only_engine, read_prompt(prompt, images, extra_args))
 
     def record(self, outputs: BatchOutputs, engine: str) -> None:
         """Count one batch of outputs.
@@ -125,15 +125,15 @@ class RequestCounter:
             if not request.prefilled:
                 request.prefilled = True
                 if request.num_cached:
-                    request.account = self.accountant.account_of_rest(
-                        request.num_cached, request.account, *request.prompt
+                    request.savings = self.savings_planner.of_rest(
+                        request.num_cached, request.savings, *request.prompt
                     )
                 self._count_prefill(request)
-            labels = (self.model_name, engine, request.account.method)
+            labels = (self.model_name, engine, request.savings.method)
             families.time_to_first_token_seconds.labels(*labels).observe(seconds)
         by_method: defaultdict[str, list[float]] = defaultdict(list)
         for request, seconds in outputs.later:
-            by_method[request.account.method].append(seconds)
+            by_method[request.savings.method].append(seconds)
         for method, values in by_method.items():
             observe_all(families.inter_token_latency_seconds.labels(self.model_name, engine, method), values)
         for request, outcome in outputs.ended:
@@ -144,7 +144,7 @@ class RequestCounter:
         if request.ended:
             return
         request.ended = True
-        labels = (self.model_name, request.engine, request.account.method)
+        labels = (self.model_name, request.engine, request.savings.method)
         self.metrics.requests.labels(*labels, outcome).inc()
         if request.prefilled:
             self._add_blocks_saved(request, -1)
@@ -156,7 +156,7 @@ class RequestCounter:
             usage: share of the blocks in use, as vLLM measures it.
             engine: label.
         """
-        if self.accountant.plan.decoder is not None:
+        if self.savings_planner.plan.decoder is not None:
             return
         total = self.vllm_config.cache_config.num_gpu_blocks or 0
         per_engine = total // self.num_engines  # vLLM adds up the blocks of its engines
@@ -164,24 +164,24 @@ class RequestCounter:
         self.metrics.kv_blocks_held.labels(self.model_name, engine, self.method, "0").set(held)
 
     def _count_prefill(self, request: CountedRequest) -> None:
-        account, families = request.account, self.metrics
-        labels = (self.model_name, request.engine, account.method)
-        if account.visual_tokens_in:
-            families.visual_tokens_in.labels(*labels).inc(account.visual_tokens_in)
-            families.visual_tokens_kept.labels(*labels).inc(account.visual_tokens_kept)
-            observe_all(families.budget_tokens.labels(*labels), account.budgets)
-        if account.flops_avoided:
-            families.prefill_flops_avoided.labels(*labels).inc(account.flops_avoided)
-        for segment, num_tokens in enumerate(account.missing):
+        savings, families = request.savings, self.metrics
+        labels = (self.model_name, request.engine, savings.method)
+        if savings.visual_tokens_in:
+            families.visual_tokens_in.labels(*labels).inc(savings.visual_tokens_in)
+            families.visual_tokens_kept.labels(*labels).inc(savings.visual_tokens_kept)
+            observe_all(families.budget_tokens.labels(*labels), savings.budgets)
+        if savings.flops_avoided:
+            families.prefill_flops_avoided.labels(*labels).inc(savings.flops_avoided)
+        for segment, num_tokens in enumerate(savings.missing):
             if num_tokens > 0:  # a counter that refuses a value would end vLLM's output handler
                 families.kv_tokens_avoided.labels(*labels, str(segment)).inc(num_tokens)
                 families.kv_bytes_avoided.labels(*labels, str(segment)).inc(num_tokens * self.token_bytes)
         self._add_blocks_saved(request, +1)
 
     def _add_blocks_saved(self, request: CountedRequest, sign: int) -> None:
-        labels = (self.model_name, request.engine, request.account.method)
+        labels = (self.model_name, request.engine, request.savings.method)
         block_size = self.vllm_config.cache_config.block_size
-        for segment, num_tokens in enumerate(request.account.missing):
+        for segment, num_tokens in enumerate(request.savings.missing):
             if num_tokens:
                 saved = self.metrics.kv_blocks_saved.labels(*labels, str(segment))
                 saved.inc(sign * num_tokens / block_size)

@@ -13,11 +13,11 @@ from ficoco_vllm.planning.tower import Budget
 from ficoco_vllm.planning.windows import read_ends
 from ficoco_vllm.reduction.cost import ModelShape, TokenPlan, estimate_prompt, model_shape
 from ficoco_vllm.reduction.pipeline import PIPELINES
-from ficoco_vllm.request_fields import ACCOUNT, BUDGET, KEEP, METHOD, SIZES, WINDOW
+from ficoco_vllm.request_fields import BUDGET, KEEP, METHOD, SAVINGS, SIZES, WINDOW
 
 
 @dataclass(frozen=True)
-class Account:
+class Savings:
     """One prompt with and without reduction.
 
     Attributes:
@@ -39,8 +39,8 @@ class Account:
 
 
 @dataclass(frozen=True, eq=False)
-class Accountant:
-    """Accounts of the requests of one server.
+class SavingsPlanner:
+    """Plans the savings of the requests of one server.
 
     Attributes:
         plan: plan of the server.
@@ -51,8 +51,8 @@ class Accountant:
     shape: ModelShape | None
 
     @classmethod
-    def of(cls, hf_config: Any) -> "Accountant":
-        """The one accountant of a server.
+    def of(cls, hf_config: Any) -> "SavingsPlanner":
+        """The one planner of a server.
 
         Args:
             hf_config: transformers' configuration of the model; see `ServerPlan.served`.
@@ -63,35 +63,35 @@ class Accountant:
             shape = None
         return _shared(ServerPlan.served(hf_config), shape)
 
-    def account_prompt(
+    def of_prompt(
         self, prompt: dict[str, Any], images: Sequence[tuple[int, int]], extra_args: Mapping[str, Any] | None
-    ) -> Account:
+    ) -> Savings:
         """The savings of a processed prompt, kept with it: the response reports what the metrics count.
 
         Args:
             prompt: from vLLM's renderer.
-            images: see `account`.
-            extra_args: see `account`.
+            images: see `compute`.
+            extra_args: see `compute`.
 
         Raises:
             ValueError: the decoder cannot serve the request.
         """
         # Ends of windows are added at admission; they change no count.
         decoder = {name: value for name, value in (extra_args or {}).items() if name in (KEEP, METHOD)}
-        known: tuple[Any, Account] | None = prompt.get(ACCOUNT)
+        known: tuple[Any, Savings] | None = prompt.get(SAVINGS)
         if known is None or known[0] != (images, decoder):
-            known = (images, decoder), self.account(*read_prompt(prompt, images, decoder))
-            prompt[ACCOUNT] = known
+            known = (images, decoder), self.compute(*read_prompt(prompt, images, decoder))
+            prompt[SAVINGS] = known
         return known[1]
 
-    def account(
+    def compute(
         self,
         num_prompt_tokens: int,
         images: Sequence[tuple[int, int]],
         budget: Budget | None,
         extra_args: Mapping[str, Any] | None,
         sizes: Sequence[tuple[int, int]] = (),
-    ) -> Account:
+    ) -> Savings:
         """The savings of an admitted request.
 
         Args:
@@ -102,7 +102,7 @@ class Accountant:
             sizes: height and width in pixels of each image that the tower sees.
         """
         if not images:
-            return Account(TEXT)
+            return Savings(TEXT)
         tower = self.plan.tower
         entering = [length - tower.shape.with_cls for _, length in images]
         before = entering
@@ -127,7 +127,7 @@ class Accountant:
                 ]
                 stock = [self.plan.unreduced(size) for size in places]
                 flops_avoided = _flops_avoided(self.shape, tuple(stock), tuple(reduced), num_text_tokens)
-        return Account(
+        return Savings(
             method=self._label(by_tower, by_decoder),
             visual_tokens_in=sum(before),
             visual_tokens_kept=sum(counts[-1]),
@@ -136,32 +136,32 @@ class Accountant:
             flops_avoided=flops_avoided,
         )
 
-    def account_of_rest(self, num_cached: int, account: Account, *request: Any) -> Account:
+    def of_rest(self, num_cached: int, savings: Savings, *request: Any) -> Savings:
         """The savings of what a request computes after tokens that the prefix cache held.
 
         What another request has computed and saved before is not counted again.
 
         Args:
             num_cached: tokens of the prompt that the cache held; an image is among them wholly or not at all.
-            account: account of the whole prompt.
-            *request: the arguments of `account`.
+            savings: savings of the whole prompt.
+            *request: the arguments of `compute`.
         """
         num_prompt_tokens, images, budget, extra_args, sizes = request
         if self.plan.decoder is None:
-            return account  # the tower's part is cached with the image, not with its tokens
+            return savings  # the tower's part is cached with the image, not with its tokens
         rest = [index for index, (offset, _) in enumerate(images) if offset >= num_cached]
         extra_args = dict(extra_args or {})
         if WINDOW in extra_args:
             ends = read_ends(extra_args[WINDOW], num_prompt_tokens)
             extra_args[WINDOW] = [end - num_cached for end in ends if end > num_cached]
-        computed = self.account(
+        computed = self.compute(
             num_prompt_tokens - num_cached,
             [(images[index][0] - num_cached, images[index][1]) for index in rest],
             budget,
             extra_args,
             [sizes[index] for index in rest] if len(sizes) == len(images) else sizes,
         )
-        return replace(computed, method=account.method)
+        return replace(computed, method=savings.method)
 
     def _label(self, by_tower: str | None, by_decoder: str | None) -> str:
         pipeline = PIPELINES.get(self.plan.config.method or "")
@@ -173,14 +173,14 @@ class Accountant:
 def read_prompt(
     prompt: Mapping[str, Any], images: Sequence[tuple[int, int]], extra_args: Mapping[str, Any] | None
 ) -> tuple[Any, ...]:
-    """Arguments of `Accountant.account` for a processed prompt; see there."""
+    """Arguments of `SavingsPlanner.compute` for a processed prompt; see there."""
     num_tokens = len(prompt.get("prompt_token_ids") or ())
     return num_tokens, images, prompt.get(BUDGET), extra_args, prompt.get(SIZES, ())
 
 
 @cache
-def _shared(plan: ServerPlan, shape: ModelShape | None) -> Accountant:
-    return Accountant(plan, shape)
+def _shared(plan: ServerPlan, shape: ModelShape | None) -> SavingsPlanner:
+    return SavingsPlanner(plan, shape)
 
 
 def _flops_avoided(

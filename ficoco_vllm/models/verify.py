@@ -2,7 +2,6 @@
 
 import os
 from functools import partial
-from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
@@ -10,8 +9,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
 from ficoco_vllm.config import NAME, FicocoConfig
-from ficoco_vllm.hooks.wrapping import wrap
-from ficoco_vllm.planning.families import ARCHITECTURES, family, leave_image_settings, tower_shape
+from ficoco_vllm.planning.families import family, leave_image_settings, tower_shape
 from ficoco_vllm.planning.tower import VisionPlanner
 from ficoco_vllm.tracing.worker import QUALIFIED_NAME as TRACING_WORKER
 from ficoco_vllm.vision.text_encoder import check_text_encoder
@@ -82,26 +80,6 @@ class FicocoModelConfig(VerifyAndUpdateConfig):
         if not planner.active:
             return
         logger.info("ficoco: %s (a request may ask for another budget)", planner.in_words)
-
-
-def hook_unknown_models() -> None:
-    """Make vLLM refuse our settings for a model that the plugin does not support. Idempotent."""
-    wrap(VllmConfig, "try_verify_and_update_config", _verify)
-
-
-def _verify(original: Any, self: VllmConfig) -> None:
-    original(self)
-    additional, model = self.additional_config, self.model_config
-    if (
-        model is None
-        or model.runner == "draft"
-        or not (isinstance(additional, dict) and additional.get(NAME))
-    ):
-        return
-    if not hasattr(model.hf_config, NAME):
-        raise ValueError(
-            f"ficoco: the architecture {model.architecture!r} cannot be reduced; allowed: {', '.join(ARCHITECTURES)}"
-        )
 
 
 def _check_backend(config: FicocoConfig) -> None:

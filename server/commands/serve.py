@@ -122,7 +122,7 @@ def _serve(arguments: Sequence[str], metrics_folder: str | None, folder: str, pr
     from vllm.plugins import load_general_plugins
 
     from ficoco_vllm.compat.versions import cli_env_setup
-    from ficoco_vllm.server.lifecycle.interrupts import stop_while_the_engine_starts
+    from ficoco_vllm.hooks.engine_start import hook_engine_start
     from ficoco_vllm.server.lifecycle.shared_metrics import MULTIPROC, starts_several_servers
     from ficoco_vllm.server.lifecycle.shutdown import Shutdown
 
@@ -142,7 +142,7 @@ def _serve(arguments: Sequence[str], metrics_folder: str | None, folder: str, pr
         progress.stage("starting the engine: its processes import vLLM and load the model")
         if not args.headless:
             progress.announce(args, _in_words(plan, args))
-        stop_while_the_engine_starts(forwards_signals=args.data_parallel_multi_port_external_lb)
+        hook_engine_start(forwards_signals=args.data_parallel_multi_port_external_lb)
         command.cmd(args)
     except (ValueError, RuntimeError, OSError) as error:
         if args.verbose:

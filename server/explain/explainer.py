@@ -10,7 +10,7 @@ from typing import Any
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.exceptions import VLLMValidationError
 
-from ficoco_vllm.hooks.wrapping import wrap
+from ficoco_vllm.hooks.api_server import hook_chats
 from ficoco_vllm.metrics.families import count_refusal
 from ficoco_vllm.planning.server import ServerPlan
 from ficoco_vllm.reduction.control import CONTROLS
@@ -54,7 +54,7 @@ def trusting(chat: Any) -> tuple[Any, list[Any]]:
         prompts.extend(rendered[1])
         return rendered
 
-    wrap(renderer, "preprocess_chat", record)
+    hook_chats(renderer, record)
     ours.online_renderer = renderer
     return ours, prompts
 

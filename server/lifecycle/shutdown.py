@@ -9,7 +9,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ficoco_vllm.hooks.wrapping import wrap
+from ficoco_vllm.hooks.api_server import hook_shutdown
 from ficoco_vllm.server.openai_errors import error_response
 
 # Value of the header `Retry-After`: time for a supervisor to start the next server.
@@ -58,7 +58,7 @@ class Shutdown:
             self._end_open_requests()
             return result
 
-        wrap(engine_client, "shutdown", wait_first)
+        hook_shutdown(engine_client, wait_first)
 
     def drain(self, timeout_seconds: float) -> float:
         """Refuse new requests and wait for open ones. Not for the thread of the event loop, which answers them.

@@ -8,7 +8,6 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from copy import copy
 from http import HTTPStatus
 from pickle import UnpicklingError
 from typing import Any
@@ -23,7 +22,7 @@ from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
 from vllm.multimodal.media.image import ImageMediaIO
 
 from ficoco_vllm.environment import ALLOW_PRIVATE_MEDIA, MAX_IMAGE_BYTES, MAX_PIXELS, MEDIA_CONNECTOR
-from ficoco_vllm.hooks.wrapping import replace, wrap
+from ficoco_vllm.hooks.images import limit_bytes, limit_pixels
 from ficoco_vllm.server.media.fetching import connection_to
 
 # Raised for data that cannot be read: by vLLM's checks of URLs, by Pillow's limit of pixels, and by readers of broken
@@ -60,8 +59,7 @@ class FicocoMediaConnector(MediaConnector):
         """Read the operator's limits; see vLLM's connector for the arguments."""
         super().__init__(*args, **kwargs)
         if limit := os.environ.get(MAX_PIXELS):
-            # Pillow warns above this limit and refuses twice as many, both before it unpacks a pixel.
-            replace(Image, "MAX_IMAGE_PIXELS", int(limit) // 2)
+            limit_pixels(int(limit))
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         self.max_image_bytes = int(os.environ.get(MAX_IMAGE_BYTES, "0"))
         allow_private = os.environ.get(ALLOW_PRIVATE_MEDIA) == "1"
@@ -164,9 +162,7 @@ class FicocoMediaConnector(MediaConnector):
             return media_io
         if url[:5].lower() == "data:" and 3 * len(url.partition(",")[2]) // 4 > self.max_image_bytes + 2:
             raise self._too_large()
-        limited = copy(media_io)
-        wrap(limited, "get_max_bytes", lambda _: self.max_image_bytes)
-        return limited
+        return limit_bytes(media_io, self.max_image_bytes)
 
     def _too_large(self) -> GracefulHTTPError:
         return GracefulHTTPError(

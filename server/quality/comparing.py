@@ -12,7 +12,7 @@ from typing import Any
 from vllm.logger import init_logger
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from ficoco_vllm.hooks.wrapping import wrap
+from ficoco_vllm.hooks.api_server import hook_generation, hook_handlers
 from ficoco_vllm.planning.server import ServerPlan
 from ficoco_vllm.quality.allowance import Allowance
 from ficoco_vllm.request_fields import FIELD, KEEP, KEEP_RATIO, METHOD
@@ -124,11 +124,9 @@ class Comparer:
             state: application state of vLLM's server.
             engine_client: vLLM's `AsyncLLM`.
         """
-        for name, method, _ in HANDLERS:
-            handler = getattr(state, name, None)
-            if handler is not None and name in _COMPARED:
-                wrap(handler, method, self._handle)
-        wrap(engine_client, "generate", self._generate)
+        compared = {name: method for name, method, _ in HANDLERS if name in _COMPARED}
+        hook_handlers(state, compared, self._handle)
+        hook_generation(engine_client, self._generate)
         self._engine_client = engine_client
 
     async def _handle(

@@ -12,11 +12,11 @@ from typing import Any, Literal
 from vllm.exceptions import GenerationError, RetryableRequestError, VLLMValidationError
 
 from ficoco_vllm.hooks.admission import FrontEnd, fill_defaults
+from ficoco_vllm.hooks.api_server import hook_handlers, hook_prompts
 from ficoco_vllm.hooks.unread_field import READ
-from ficoco_vllm.hooks.wrapping import wrap
 from ficoco_vllm.kv.admission import ChatBudgets, visual_range
 from ficoco_vllm.metrics.families import count_refusal
-from ficoco_vllm.metrics.savings import Account, Accountant
+from ficoco_vllm.metrics.savings import Savings, SavingsPlanner
 from ficoco_vllm.request_fields import (
     BUDGET,
     FIELD,
@@ -48,12 +48,12 @@ class RequestState:
 
     Attributes:
         requested: its field `ficoco`.
-        accounts: savings of each of its prompts with images.
+        savings: savings of each of its prompts with images.
         is_rendered: whether a prompt of it has been rendered, so that an error may be the server's.
     """
 
     requested: FicocoRequest | Literal["off"] | None
-    accounts: list[Account] = field(default_factory=list)
+    savings: list[Savings] = field(default_factory=list)
     is_rendered: bool = False
 
 
@@ -65,18 +65,18 @@ class FieldApplier:
     """Reads the field of all requests of one API server."""
 
     def __init__(
-        self, resolver: Resolver, accountant: Accountant, segment_bytes: int, processor: Any
+        self, resolver: Resolver, savings_planner: SavingsPlanner, segment_bytes: int, processor: Any
     ) -> None:
         """Serve one model.
 
         Args:
             resolver: translates the field into arguments of processor and decoder.
-            accountant: computes the savings of a prompt.
+            savings_planner: computes the savings of a prompt.
             segment_bytes: KV cache of one token in one segment of layers.
             processor: vLLM's input processor, which holds the decoder's budget where that follows the load.
         """
         self.resolver = resolver
-        self.accountant = accountant
+        self.savings_planner = savings_planner
         self.segment_bytes = segment_bytes
         self.processor = processor
         # Budget in the tower of requests that name none, where it moves: from the method that a request names to the
@@ -92,17 +92,12 @@ class FieldApplier:
         Args:
             state: application state of vLLM's server.
         """
-        for name, method, _ in HANDLERS:
-            handler = getattr(state, name, None)
-            if handler is not None:
-                wrap(handler, method, self._handle)
+        hook_handlers(state, {name: method for name, method, _ in HANDLERS}, self._handle)
         renderer = state.online_renderer
         setattr(renderer, READ, True)  # before the copy, which takes it over
         trusting = copy(renderer)
         trusting.trust_request_mm_kwargs = True
-        # All routes render their prompts through these two methods.
-        for name, is_chat in (("preprocess_chat", True), ("preprocess_cmpl", False)):
-            wrap(renderer, name, partial(self._render, getattr(trusting, name), is_chat))
+        hook_prompts(renderer, trusting, self._render)
         # Arguments of the decoder pass the input processor on every route, also where no prompt is rendered.
         FrontEnd.of(self.processor).bounds = partial(self.resolver.check_raw, _DECODER_FIELD)
 
@@ -132,7 +127,7 @@ class FieldApplier:
             raise _unrenderable(error) from error
         finally:
             _current.reset(token)
-        usage = self._usage(state.accounts)
+        usage = self._usage(state.savings)
         return response if usage is None else add_usage(response, usage, raw_request)
 
     def _parse(self, request: Any) -> FicocoRequest | Literal["off"] | None:
@@ -168,7 +163,7 @@ class FieldApplier:
             # A chat comes with its messages.
             prompts = rendered[1] if isinstance(rendered, tuple) else rendered
             self._check_images(request, state, prompts)
-            state.accounts += filter(None, (self._account(request, prompt) for prompt in prompts))
+            state.savings += filter(None, (self._savings_of(request, prompt) for prompt in prompts))
             self._check_echo(request, state)
         return rendered
 
@@ -193,7 +188,7 @@ class FieldApplier:
         if not getattr(request, "echo", False) or getattr(request, "prompt_logprobs", None) is not None:
             return
         # Tokens leave the decoder after its first segment.
-        if any(account.missing[-1] > account.missing[0] for account in state.accounts):
+        if any(prompt.missing[-1] > prompt.missing[0] for prompt in state.savings):
             self._count_refusal()
             raise VLLMValidationError(
                 f"echo = True is not allowed for a prompt whose visual tokens are reduced in the decoder, since vLLM "
@@ -253,7 +248,7 @@ class FieldApplier:
         chat = first_turn(messages) if self.keeps_windows else None
         return {KEEP: self.chats.keep(chat, lambda: choose(None))}
 
-    def _account(self, request: Any, prompt: dict[str, Any]) -> Account | None:
+    def _savings_of(self, request: Any, prompt: dict[str, Any]) -> Savings | None:
         """Savings of a rendered prompt; None without images."""
         places = (prompt.get("mm_placeholders") or {}).get("image", ())
         images = [visual_range(place) for place in places]
@@ -265,7 +260,7 @@ class FieldApplier:
                 # Fixed now, so that the response reports the budget that the decoder gets.
                 extra_args[KEEP] = self._default_keep(prompt, extra_args)
                 request.vllm_xargs = extra_args
-            return self.accountant.account_prompt(prompt, images, extra_args)
+            return self.savings_planner.of_prompt(prompt, images, extra_args)
         except ValueError:
             return None  # admission refuses the request with its own message
 
@@ -284,16 +279,16 @@ class FieldApplier:
         )
         return int(params.extra_args[KEEP])
 
-    def _usage(self, accounts: list[Account]) -> FicocoUsage | None:
+    def _usage(self, savings: list[Savings]) -> FicocoUsage | None:
         """The reported usage; None without visual tokens."""
-        accounts = [account for account in accounts if account.visual_tokens_in]
-        if not accounts:
+        savings = [prompt for prompt in savings if prompt.visual_tokens_in]
+        if not savings:
             return None
         return FicocoUsage(
-            method=",".join(dict.fromkeys(account.method for account in accounts)),
-            visual_tokens=sum(account.visual_tokens_in for account in accounts),
-            visual_tokens_kept=sum(account.visual_tokens_kept for account in accounts),
-            kv_bytes_saved=sum(sum(account.missing) for account in accounts) * self.segment_bytes,
+            method=",".join(dict.fromkeys(prompt.method for prompt in savings)),
+            visual_tokens=sum(prompt.visual_tokens_in for prompt in savings),
+            visual_tokens_kept=sum(prompt.visual_tokens_kept for prompt in savings),
+            kv_bytes_saved=sum(sum(prompt.missing) for prompt in savings) * self.segment_bytes,
         )
 
     def _count_refusal(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ficoco_vllm.hooks.wrapping import wrap
+from ficoco_vllm.hooks.api_server import hook_schema
 from ficoco_vllm.request_fields import FIELD, PREFIX, find_misplaced
 from ficoco_vllm.server.openai_errors import error_response
 from ficoco_vllm.server.request_field.schema import OFF, FicocoRequest
@@ -104,7 +104,7 @@ def publish(app: FastAPI) -> None:
             _describe(schema)
         return schema
 
-    wrap(app, "openapi", openapi)
+    hook_schema(app, openapi)
 
 
 def _describe(schema: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from vllm.v1.metrics.stats import IterationStats, PrefillStats, RequestStateStat
 from ficoco_vllm.hooks.request_metrics import hook_request_metrics
 from ficoco_vllm.metrics.counting import BatchOutputs, CountedRequest, RequestCounter
 from ficoco_vllm.metrics.families import Metrics
-from ficoco_vllm.metrics.savings import Account
+from ficoco_vllm.metrics.savings import Savings
 
 pytestmark = pytest.mark.compat
 
@@ -33,7 +33,7 @@ def counter() -> RequestCounter:
 
 
 def counted(counter: RequestCounter) -> CountedRequest:
-    return CountedRequest(Account("tome", 576, 64, (64,), (512, 512)), counter, "0")
+    return CountedRequest(Savings("tome", 576, 64, (64,), (512, 512)), counter, "0")
 
 
 def ended(counter: RequestCounter, outcome: str) -> float:
@@ -90,15 +90,15 @@ def test_what_the_prefix_cache_held_is_not_counted_again(counter: RequestCounter
     """`test_metrics.py` has what is left; here from vLLM's first output of a request to the counters."""
     asked: list[Any] = []
 
-    def account_of_rest(num_cached: int, account: Account, *prompt: Any) -> Account:
-        asked.append((num_cached, account, *prompt))
-        return Account("tome")
+    def of_rest(num_cached: int, savings: Savings, *prompt: Any) -> Savings:
+        asked.append((num_cached, savings, *prompt))
+        return Savings("tome")
 
     open_counter: Any = counter
-    open_counter.accountant = SimpleNamespace(account_of_rest=account_of_rest)
+    open_counter.savings_planner = SimpleNamespace(of_rest=of_rest)
     request = counted(counter)
     request.prompt = ("prompt",)
-    whole, stats = request.account, IterationStats()
+    whole, stats = request.savings, IterationStats()
     state: Any = SimpleNamespace(is_prefilling=True, stats=RequestStateStats(), lora_name=None)
     state.ficoco = request
     prefill = PrefillStats()

@@ -12,7 +12,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from ficoco_vllm.config import DEFAULT_METHOD, FicocoConfig
 from ficoco_vllm.metrics.families import observe_all
-from ficoco_vllm.metrics.savings import Account, Accountant
+from ficoco_vllm.metrics.savings import Savings, SavingsPlanner
 from ficoco_vllm.metrics.stopwatch import Stopwatch
 from ficoco_vllm.planning.server import ServerPlan
 from ficoco_vllm.planning.tower import Budget
@@ -27,15 +27,17 @@ pytestmark = pytest.mark.compat
 LLAVA = cost.model_shape(cost.KNOWN_MODELS["llava-hf/llava-1.5-7b-hf"])
 
 
-def accountant(method: str, **settings: Any) -> Accountant:
-    return Accountant(ServerPlan.for_model(FicocoConfig.parse({"method": method, **settings}), LLAVA), LLAVA)
+def savings_planner(method: str, **settings: Any) -> SavingsPlanner:
+    return SavingsPlanner(
+        ServerPlan.for_model(FicocoConfig.parse({"method": method, **settings}), LLAVA), LLAVA
+    )
 
 
-def account(of: Accountant, num_text: int, *lengths: int, **kwargs: Any) -> Account:
-    """Account of a prompt with images of these lengths, then text."""
+def savings(of: SavingsPlanner, num_text: int, *lengths: int, **kwargs: Any) -> Savings:
+    """Savings of a prompt with images of these lengths, then text."""
     images = [(sum(lengths[:index]), length) for index, length in enumerate(lengths)]
     budget = kwargs.get("budget", of.plan.tower.default)
-    return of.account(num_text + sum(lengths), images, budget, kwargs.get("extra_args"))
+    return of.compute(num_text + sum(lengths), images, budget, kwargs.get("extra_args"))
 
 
 @pytest.mark.parametrize("method", ["ficoco-v", "tome", "topk-cls", "visionzip"])
@@ -43,8 +45,8 @@ def account(of: Accountant, num_text: int, *lengths: int, **kwargs: Any) -> Acco
 @pytest.mark.parametrize("num_images", [1, 3])
 def test_tower(method: str, num_text: int, num_images: int) -> None:
     """Equal to the cost of the plan at each length of text."""
-    of = accountant(method, keep=64)
-    result = account(of, num_text, *[64] * num_images)
+    of = savings_planner(method, keep=64)
+    result = savings(of, num_text, *[64] * num_images)
     assert result.method == method
     assert (result.visual_tokens_in, result.visual_tokens_kept) == (num_images * 576, num_images * 64)
     assert result.budgets == (64,) * num_images
@@ -57,19 +59,19 @@ def test_tower(method: str, num_text: int, num_images: int) -> None:
 
 
 def test_tower_keeps_all_or_text_only() -> None:
-    of = accountant("ficoco-v", keep=64)
-    everything = account(of, 60, 576, budget=Budget("ficoco-v", 576))
-    assert everything == Account("off", 576, 576, (576,), (0,), 0)
-    assert account(of, 60) == Account("text")
-    embeddings = account(of, 60, 100, budget=None)
-    assert embeddings == Account("off", 100, 100, (100,), (0,), 0)
-    assert account(of, 60, 100, budget=Budget("tome", 100)).method == "tome"
+    of = savings_planner("ficoco-v", keep=64)
+    everything = savings(of, 60, 576, budget=Budget("ficoco-v", 576))
+    assert everything == Savings("off", 576, 576, (576,), (0,), 0)
+    assert savings(of, 60) == Savings("text")
+    embeddings = savings(of, 60, 100, budget=None)
+    assert embeddings == Savings("off", 100, 100, (100,), (0,), 0)
+    assert savings(of, 60, 100, budget=Budget("tome", 100)).method == "tome"
 
 
 @pytest.mark.parametrize("schedule", ["even", "one-shot"])
 def test_decoder(schedule: str) -> None:
-    of = accountant("ficoco-l", keep=64, schedule=schedule)
-    result = account(of, 60, 576, 576)
+    of = savings_planner("ficoco-l", keep=64, schedule=schedule)
+    result = savings(of, 60, 576, 576)
     assert of.plan.decoder is not None
     counts = of.plan.decoder.counts("ficoco-l", 576, 64)
     assert result.method == "ficoco-l"
@@ -87,36 +89,36 @@ def test_decoder(schedule: str) -> None:
 
 def test_what_the_prefix_cache_held_counts_for_nothing() -> None:
     """The second of two windows counts like a separate prompt."""
-    of = accountant("ficoco-l", keep=64, windows="turn", window_tokens=700)
+    of = savings_planner("ficoco-l", keep=64, windows="turn", window_tokens=700)
     assert of.plan.decoder is not None
     prompt = (1300, [(20, 576), (650, 576)], of.plan.tower.default, {"ficoco_window": [640.0, 1290]})
-    whole = of.account(*prompt)
-    rest = of.account_of_rest(640, whole, *prompt, ())
-    alone = of.account(660, [(10, 576)], of.plan.tower.default, {"ficoco_window": [650]})
+    whole = of.compute(*prompt)
+    rest = of.of_rest(640, whole, *prompt, ())
+    alone = of.compute(660, [(10, 576)], of.plan.tower.default, {"ficoco_window": [650]})
     assert rest == alone
     assert rest.visual_tokens_in == 576
     assert 0 < rest.flops_avoided < whole.flops_avoided
     # Only text before the images was cached, or all of them.
-    assert of.account_of_rest(16, whole, *prompt, ()).missing == whole.missing
-    assert of.account_of_rest(1280, whole, *prompt, ()) == Account("ficoco-l")
+    assert of.of_rest(16, whole, *prompt, ()).missing == whole.missing
+    assert of.of_rest(1280, whole, *prompt, ()) == Savings("ficoco-l")
 
 
 def test_a_prompt_carries_its_savings(monkeypatch: pytest.MonkeyPatch) -> None:
     """The response and the metrics share one computation; another budget in the decoder is another one."""
-    of, calls = accountant("ficoco-l", keep=64), list[Any]()
-    original = Accountant.account
+    of, calls = savings_planner("ficoco-l", keep=64), list[Any]()
+    original = SavingsPlanner.compute
 
-    def counted(*args: Any) -> Account:
+    def counted(*args: Any) -> Savings:
         calls.append(args)
         return original(*args)
 
-    monkeypatch.setattr(Accountant, "account", counted)
+    monkeypatch.setattr(SavingsPlanner, "compute", counted)
     prompt: dict[str, Any] = {"prompt_token_ids": [0] * 636, BUDGET: of.plan.tower.default}
-    response = of.account_prompt(prompt, [(20, 576)], {})
-    assert of.account_prompt(prompt, [(20, 576)], {"ficoco_window": [636]}) is response
+    response = of.of_prompt(prompt, [(20, 576)], {})
+    assert of.of_prompt(prompt, [(20, 576)], {"ficoco_window": [636]}) is response
     assert len(calls) == 1
-    assert of.account_prompt(prompt, [(20, 576)], {"ficoco_keep": 9}).budgets == (9,)
-    assert of.account_prompt({"prompt_token_ids": [0] * 60}, [], None) == Account("text")
+    assert of.of_prompt(prompt, [(20, 576)], {"ficoco_keep": 9}).budgets == (9,)
+    assert of.of_prompt({"prompt_token_ids": [0] * 60}, [], None) == Savings("text")
 
 
 def test_one_accountant_serves_api_and_metrics() -> None:
@@ -125,21 +127,21 @@ def test_one_accountant_serves_api_and_metrics() -> None:
         text_config=LlamaConfig(),
     )
     config.ficoco = {"method": "ficoco-l", "keep": 64}
-    assert Accountant.of(config) is Accountant.of(config)
+    assert SavingsPlanner.of(config) is SavingsPlanner.of(config)
 
 
 def test_both() -> None:
-    of = accountant("ficoco-vl", keep=64)
-    result = account(of, 60, 192)
+    of = savings_planner("ficoco-vl", keep=64)
+    result = savings(of, 60, 192)
     assert result.method == "ficoco-vl"
     assert (result.visual_tokens_in, result.visual_tokens_kept) == (576, 64)
     assert result.missing[0] == 576 - 192
     assert result.missing[-1] == 576 - 64
-    assert result.flops_avoided > account(of, 60, 192, extra_args={"ficoco_keep": 192}).flops_avoided > 0
-    assert account(of, 60, 192, extra_args={"ficoco_keep": 192}).method == "ficoco-v"
-    other = account(of, 60, 192, budget=Budget("tome", 192), extra_args={"ficoco_method": "fastv"})
+    assert result.flops_avoided > savings(of, 60, 192, extra_args={"ficoco_keep": 192}).flops_avoided > 0
+    assert savings(of, 60, 192, extra_args={"ficoco_keep": 192}).method == "ficoco-v"
+    other = savings(of, 60, 192, budget=Budget("tome", 192), extra_args={"ficoco_method": "fastv"})
     assert other.method == "tome+fastv"
-    only_late = account(of, 60, 576, budget=Budget("ficoco-v", 576), extra_args={"ficoco_keep": 64})
+    only_late = savings(of, 60, 576, budget=Budget("ficoco-v", 576), extra_args={"ficoco_keep": 64})
     assert only_late.method == "ficoco-l"
 
 

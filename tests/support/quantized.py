@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ficoco_vllm.benchmarks.harness.quantization import GROUP, Kind, quantization_config, runs_here
+from ficoco_vllm.benchmarks.harness.quantization import GROUP, Kind, quantization_config
 
 # What the engines of the tests compute in: vLLM's CPU kernel of 4-bit weights knows bfloat16 only.
 DTYPES: dict[Kind, str] = {"int8": "float32", "int4": "bfloat16"}
@@ -17,14 +17,6 @@ DTYPES: dict[Kind, str] = {"int8": "float32", "int4": "bfloat16"}
 # vLLM refuses one elsewhere, on CPUs.
 HAS_FP8_CACHE = torch.cuda.is_available() or torch.cpu._is_avx512_supported()
 needs_fp8_cache = pytest.mark.needs(HAS_FP8_CACHE, "vLLM's fp8 KV cache needs a CPU with AVX-512")
-
-
-def needs(kind: Kind) -> None:
-    """Skip a test where vLLM has no kernel for such weights, or one whose sums overflow."""
-    if not runs_here(kind):
-        pytest.skip("vLLM's product with 4-bit weights needs a CPU with AVX-512")
-    if kind == "int8" and not (torch.cuda.is_available() or torch.cpu._is_vnni_supported()):
-        pytest.skip("oneDNN's 8-bit products saturate on a CPU without VNNI")
 
 
 def quantize(weight: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:

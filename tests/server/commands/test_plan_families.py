@@ -9,7 +9,7 @@ import pytest
 from transformers import InternVLConfig, Qwen3VLConfig, Qwen3VLMoeConfig
 
 from ficoco_vllm.config import FicocoConfig
-from ficoco_vllm.metrics.savings import Accountant
+from ficoco_vllm.metrics.savings import SavingsPlanner
 from ficoco_vllm.planning.server import ServerPlan
 from ficoco_vllm.planning.tower_shape import IMAGES
 from ficoco_vllm.reduction.cost import KNOWN_MODELS, model_shape
@@ -72,11 +72,11 @@ def test_what_is_planned_is_what_is_served(
     budget = served.tower.default
     entering = served.tower.num_image_tokens(budget, height=height, width=width)
     assert entering == tokens.decoder[0]
-    account = Accountant(served, model_shape(config.to_dict())).account(
+    savings = SavingsPlanner(served, model_shape(config.to_dict())).compute(
         60 + entering, [(1, entering)], budget, None, [size]
     )
     saved = planned["unreduced"]["total_flops"] - planned["reduced"]["total_flops"]
-    assert account.flops_avoided == (saved if tokens != stock else 0)
+    assert savings.flops_avoided == (saved if tokens != stock else 0)
 
 
 @pytest.mark.parametrize("model", [name for name in KNOWN_MODELS if "llava" not in name])

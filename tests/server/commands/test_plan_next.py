@@ -9,7 +9,7 @@ import pytest
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig
 
 from ficoco_vllm.config import FicocoConfig
-from ficoco_vllm.metrics.savings import Accountant
+from ficoco_vllm.metrics.savings import SavingsPlanner
 from ficoco_vllm.planning.server import ServerPlan
 from ficoco_vllm.reduction.cost import KNOWN_MODELS, model_shape
 from ficoco_vllm.server.commands import plan
@@ -122,10 +122,10 @@ def test_accounts_are_those_of_the_planner(capsys: pytest.CaptureFixture[str], m
     size, num_text = (300, 2000), 60
     plan = server_plan(method, 100)
     entering = plan.tower.num_image_tokens(plan.tower.default, height=300, width=2000)
-    accountant = Accountant(plan, model_shape(CONFIG))
-    account = accountant.account(num_text + entering, [(1, entering)], plan.tower.default, None, [size])
+    savings_planner = SavingsPlanner(plan, model_shape(CONFIG))
+    savings = savings_planner.compute(num_text + entering, [(1, entering)], plan.tower.default, None, [size])
     planned = report(capsys, "--method", method, "--keep", "100", "--image-size", "2000x300")
-    assert account.visual_tokens_in == planned["image_tokens"] == 1306
-    assert account.visual_tokens_kept == planned["decoder_visual_tokens"][-1]
+    assert savings.visual_tokens_in == planned["image_tokens"] == 1306
+    assert savings.visual_tokens_kept == planned["decoder_visual_tokens"][-1]
     saved = planned["unreduced"]["total_flops"] - planned["reduced"]["total_flops"]
-    assert account.flops_avoided == saved
+    assert savings.flops_avoided == saved

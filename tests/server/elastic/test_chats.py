@@ -8,7 +8,7 @@ from transformers import AutoConfig
 from ficoco_vllm import demo_model
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.hooks.admission import FrontEnd
-from ficoco_vllm.metrics.savings import Accountant
+from ficoco_vllm.metrics.savings import SavingsPlanner
 from ficoco_vllm.planning.server import ServerPlan
 from ficoco_vllm.server.request_field.apply import FieldApplier
 from ficoco_vllm.server.request_field.resolve import UNBOUNDED, Resolver
@@ -28,7 +28,7 @@ def applier(method: str = "ficoco-l", windows: str = "turn") -> FieldApplier:
         renderer=SimpleNamespace(ficoco_generation_prompt=MARKER),
         ficoco=FrontEnd(counter=None, default_keep=lambda method, most: next(load)),
     )
-    reading = FieldApplier(Resolver(plan, UNBOUNDED), Accountant(plan, None), 0, processor)
+    reading = FieldApplier(Resolver(plan, UNBOUNDED), SavingsPlanner(plan, None), 0, processor)
     tower = iter(range(300, 0, -1))
     reading.default_tower = lambda method: next(tower)
     return reading
@@ -49,10 +49,10 @@ def test_a_chat_keeps_the_budget_of_its_first_turn() -> None:
 
     def keep(rendered: dict[str, Any]) -> int:
         request = SimpleNamespace(vllm_xargs=None)
-        account = reading._account(request, rendered)
-        assert account is not None
-        assert request.vllm_xargs == {"ficoco_keep": account.budgets[0]}
-        return account.budgets[0]
+        savings = reading._savings_of(request, rendered)
+        assert savings is not None
+        assert request.vllm_xargs == {"ficoco_keep": savings.budgets[0]}
+        return savings.budgets[0]
 
     assert keep(prompt(620, 600)) == 90
     assert keep(prompt(680, 600)) == 90, "the second turn, whose first window is the same"
