@@ -29,25 +29,15 @@ _DEMO_FAMILY, _DEMO_DECODER = "LLaVA-1.5", "Llama"
 
 
 class Combination(NamedTuple):
-    """One row of the table.
-
-    Attributes:
-        family: family of models, as people name it.
-        site: one of `SITES`; where the reduction happens.
-        decoder: whose layers reduce; empty for the tower, after which any decoder may follow.
-    """
+    """One row of the table: a family of models, one of `SITES`, and the decoder whose layers reduce there."""
 
     family: str
     site: str
-    decoder: str = ""
+    decoder: str = ""  # empty for the tower, after which any may follow
 
 
 class Proof(NamedTuple):
-    """A test and a combination that it proves.
-
-    Attributes:
-        test: file and name, as pytest names it, without parameters.
-    """
+    """A combination and a test that proves it, as pytest names that, without parameters."""
 
     combination: Combination
     test: str

@@ -27,7 +27,7 @@ from ficoco_vllm.benchmarks.harness.results import (
     report,
     write,
 )
-from ficoco_vllm.benchmarks.harness.rounds import Sample, ranged, spread, take_turns
+from ficoco_vllm.benchmarks.harness.rounds import Sample, ranged, ratios, spread, take_turns
 from ficoco_vllm.compat import is_cpu_build
 
 SETTINGS = {"method": "ficoco-l", "keep": 64, "windows": "turn"}
@@ -86,8 +86,7 @@ def measure(name: str, engines: Mapping[str, Remote], rounds: int, seed: int) ->
 def summarise(samples: list[Sample], stock: list[Sample]) -> dict[str, Any]:
     """Median and range of each figure, and of the time over that of stock vLLM in the same round."""
     figures = {key: [sample[key] for sample in samples] for key in samples[0]}
-    pairs = zip(samples, stock, strict=True)
-    figures["over_stock"] = [one["ttft_seconds"] / other["ttft_seconds"] for one, other in pairs]
+    figures["over_stock"] = ratios(figures["ttft_seconds"], [sample["ttft_seconds"] for sample in stock])
     return {key: spread(values) for key, values in figures.items()}
 
 

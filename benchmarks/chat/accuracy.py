@@ -16,10 +16,9 @@ from PIL import Image
 from ficoco_vllm import demo_model
 from ficoco_vllm.benchmarks.accuracy.statistics import paired_bootstrap, wilson
 from ficoco_vllm.benchmarks.chat.questions import KINDS, Chat, held_out_chats
-from ficoco_vllm.benchmarks.harness.engine import IN_PROCESS, INTERPRETER, Remote, remote_engine
+from ficoco_vllm.benchmarks.harness.engine import Remote, bench_engine
 from ficoco_vllm.benchmarks.harness.model import PATCHES
 from ficoco_vllm.benchmarks.harness.results import environment, make_parser, print_table, write
-from ficoco_vllm.compat import is_cpu_build
 
 # Method and visual tokens that are left in the last layer; those of the decoder alone share an engine.
 DECODER = [
@@ -32,7 +31,15 @@ DECODER = [
     ("sparsevlm", 64),
 ]
 TWICE = [("ficoco-vl", 64), ("vscan", 64), ("tops", 64)]
-ENGINE: dict[str, Any] = {"block_size": 32, "max_model_len": 1024, "max_num_seqs": 8}
+ENGINE: dict[str, Any] = {
+    "load_format": "auto",
+    "dtype": "float32",
+    "enforce_eager": True,
+    "block_size": 32,
+    "max_model_len": 1024,
+    "max_num_seqs": 8,
+    "kv_cache_memory_bytes": 2**30,
+}
 Verdicts = Mapping[str, Sequence[bool]]
 
 
@@ -46,11 +53,10 @@ def main() -> int:
     chats = [chat for kind in KINDS for chat in held_out_chats(kind, args.count, args.seed)]
     rows: list[dict[str, Any]] = []
     result = {"environment": environment(), "seed": args.seed, "count": args.count, "rows": rows}
-    variables = {**IN_PROCESS, "VLLM_CPU_KVCACHE_SPACE": "1", **(INTERPRETER if is_cpu_build() else {})}
 
     def engine_of(method: str) -> AbstractContextManager[Remote]:
         settings = {"method": method, "keep": 64, "windows": "turn"}
-        return remote_engine(demo_model.path(), settings, variables, **ENGINE)
+        return bench_engine(demo_model.path(), settings, **ENGINE)
 
     def measure(engine: Remote, method: str, keep: int, extra: dict[str, Any]) -> None:
         window, lengths = engine.call(ask, chats, [extra] * len(chats))

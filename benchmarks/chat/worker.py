@@ -2,13 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from statistics import fmean
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
-from PIL import Image
-
-from ficoco_vllm.benchmarks.harness.engine import TEXT, request, scheduler_of
+from ficoco_vllm.benchmarks.harness.engine import random_image, request, scheduler_of, text_tokens
 
 NUM_TURNS = 5
 NUM_QUESTION, NUM_SYSTEM, NUM_ANSWER = 40, 500, 4
@@ -17,12 +15,7 @@ Figures = dict[str, float]
 
 
 def image_chat(engine: Any, cold: bool, seed: int) -> Figures:
-    """Ask five questions about one image, each after the answers to those before.
-
-    Args:
-        engine: engine in this process.
-        cold: whether every turn computes its whole prompt.
-        seed: seed of the image.
+    """Ask five questions about one image, each after the answers to those before; if `cold`, without a prefix cache.
 
     Returns:
         `ttft_seconds`, the mean of turns 2 to 5, `cached_share` of the prompts' tokens in these turns, and
@@ -33,50 +26,37 @@ def image_chat(engine: Any, cold: bool, seed: int) -> Figures:
     seconds, cached = [], []
     with _blocks_beyond_plan(engine) as beyond:
         for _ in range(NUM_TURNS):
-            tokens += _text(engine, NUM_QUESTION)
+            tokens += text_tokens(engine, NUM_QUESTION)
             output, length = _answer(engine, tokens, seed, cold, ends)
             ends = ends or [length]
             seconds.append(output.metrics.first_token_latency)
             cached.append(output.num_cached_tokens / length)
             tokens += output.outputs[0].token_ids
     return {
-        "ttft_seconds": float(np.mean(seconds[1:])),
-        "cached_share": float(np.mean(cached[1:])),
+        "ttft_seconds": fmean(seconds[1:]),
+        "cached_share": fmean(cached[1:]),
         "num_beyond_plan": beyond[-1],
     }
 
 
 def shared_system_prompt(engine: Any, cold: bool, seed: int) -> Figures:
-    """Ask about several images after the same system prompt, whose first use is not counted.
-
-    Args:
-        engine: engine in this process.
-        cold: whether every request computes its whole prompt.
-        seed: seed of the images and of the beginning of the system prompt.
+    """Ask about several images after the same system prompt, whose first use is not counted; see `image_chat`.
 
     Returns:
         `ttft_seconds`, the mean, and `cached_tokens`, the least of a request.
     """
     # A number of several tokens, so that no earlier prompt has the same blocks.
-    system = (_text(engine, 16, f"{seed} ") + _text(engine, NUM_SYSTEM))[:NUM_SYSTEM]
-    tokens = [*system, _image_token(engine), *_text(engine, NUM_QUESTION)]
+    system = (text_tokens(engine, 16, f"{seed} ") + text_tokens(engine, NUM_SYSTEM))[:NUM_SYSTEM]
+    tokens = [*system, _image_token(engine), *text_tokens(engine, NUM_QUESTION)]
     outputs = [_answer(engine, tokens, seed + index, cold, [])[0] for index in range(1 + NUM_IMAGES)]
     return {
-        "ttft_seconds": float(np.mean([output.metrics.first_token_latency for output in outputs[1:]])),
+        "ttft_seconds": fmean(output.metrics.first_token_latency for output in outputs[1:]),
         "cached_tokens": min(output.num_cached_tokens for output in outputs[1:]),
     }
 
 
 def _answer(engine: Any, tokens: list[int], seed: int, cold: bool, ends: list[int]) -> tuple[Any, int]:
-    """The output for a prompt with an image, and the tokens of the prompt.
-
-    Args:
-        engine: engine in this process.
-        tokens: tokens of the prompt, one for the image.
-        seed: seed of the image.
-        cold: whether the whole prompt is computed.
-        ends: ends of the decision windows; none where the prompt ends it.
-    """
+    """The output for a prompt with an image, whose decision windows have some ends or end with it; its tokens."""
     from vllm import SamplingParams
 
     windows = ends and engine.llm_engine.vllm_config.additional_config
@@ -88,13 +68,8 @@ def _answer(engine: Any, tokens: list[int], seed: int, cold: bool, ends: list[in
         skip_reading_prefix_cache=cold,
         extra_args={"ficoco_window": ends} if windows else None,
     )
-    pixels = np.random.default_rng(seed).integers(0, 255, (336, 336, 3), dtype=np.uint8)
-    (output,) = engine.generate([request(tokens, [Image.fromarray(pixels)])], params, use_tqdm=False)
+    (output,) = engine.generate([request(tokens, [random_image(seed)])], params, use_tqdm=False)
     return output, len(output.prompt_token_ids)
-
-
-def _text(engine: Any, num_tokens: int, text: str = TEXT) -> list[int]:
-    return list(engine.get_tokenizer()(text * num_tokens, add_special_tokens=False).input_ids[:num_tokens])
 
 
 def _image_token(engine: Any) -> int:

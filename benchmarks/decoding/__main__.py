@@ -11,7 +11,7 @@ from typing import Any
 
 from ficoco_vllm import demo_model
 from ficoco_vllm.benchmarks.decoding.worker import decode
-from ficoco_vllm.benchmarks.harness.engine import IN_PROCESS, INTERPRETER, remote_engine
+from ficoco_vllm.benchmarks.harness.engine import bench_engine
 from ficoco_vllm.benchmarks.harness.results import (
     Bar,
     at_most,
@@ -21,8 +21,6 @@ from ficoco_vllm.benchmarks.harness.results import (
     report,
     write,
 )
-from ficoco_vllm.compat import is_cpu_build
-from ficoco_vllm.hooks.kernels import hook_kernels
 
 # Requests that decode together.
 RUNNING = (1, 32, 256)
@@ -33,7 +31,8 @@ KINDS: dict[str, dict[str, Any] | None] = {
     "ficoco-l": {"method": "ficoco-l", "keep": 64, "windows": "turn"},
 }
 ENGINE: dict[str, Any] = {
-    "dtype": "bfloat16",
+    "load_format": "auto",
+    "enforce_eager": True,
     "block_size": 32,
     "max_model_len": 1024,
     "max_num_batched_tokens": 1024,
@@ -45,22 +44,16 @@ ENGINE: dict[str, Any] = {
 def main() -> int:
     """Run the benchmark, write its JSON, print its bars."""
     args = make_parser(__doc__, "decoding", seed=False).parse_args()
-    variables = {**IN_PROCESS, "VLLM_USE_V2_MODEL_RUNNER": "1", **(INTERPRETER if is_cpu_build() else {})}
     result: dict[str, Any] = {"environment": environment(), "kinds": {}}
     for name, settings in KINDS.items():
-        with remote_engine(demo_model.path(), settings, variables, hook_kernels, **ENGINE) as engine:
+        with bench_engine(demo_model.path(), settings, "V2", **ENGINE) as engine:
             result["kinds"][name] = {str(count): engine.call(decode, count) for count in RUNNING}
     write(result, args.out)
     stock, ours = (result["kinds"][name] for name in KINDS)
     rows = [
-        (
-            f"{count} requests, {key}",
-            f"{stock[count][key]:.3f}",
-            f"{ours[count][key]:.3f}",
-            f"{ours[count][key] / stock[count][key]:.2f}",
-        )
-        for count in ours
-        for key in ours[count]
+        (f"{count} requests, {key}", f"{stock[count][key]:.3f}", f"{ms:.3f}", f"{ms / stock[count][key]:.2f}")
+        for count, figures in ours.items()
+        for key, ms in figures.items()
     ]
     print_table(("", "stock, ms", "ficoco-l, ms", "ratio"), rows)
     return report(bars(result))

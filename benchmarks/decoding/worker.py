@@ -19,10 +19,6 @@ NUM_WARM, NUM_STEPS = 8, 48
 def decode(engine: Any, num_requests: int) -> dict[str, float]:
     """Decode with many requests, each with an image, and no model: its forward pass returns what it returned before.
 
-    Args:
-        engine: engine in this process.
-        num_requests: that run.
-
     Returns:
         Milliseconds of the processor, medians over steps: `step`, all of it; `prepare_attn`, of the model state, with
         the block tables and slots of the model runner; `schedule`, the scheduler's.

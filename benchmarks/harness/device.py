@@ -16,15 +16,7 @@ REPEATS = 7
 
 
 def measure(dtype: torch.dtype = torch.bfloat16, where: str | None = None) -> Device:
-    """Measure the ceilings, in a second or two.
-
-    Args:
-        dtype: data type of the product.
-        where: "cpu" measures the CPU even where there is a GPU.
-
-    Returns:
-        The best of several repeats, as `ficoco_vllm.reduction.cost.predict` takes them.
-    """
+    """The ceilings, for products of a data type, in a second or two; `where="cpu"` ignores a GPU."""
     where = where or name()
     flops, bandwidth = _flops(dtype, where), _bandwidth(where)
     if where == "cpu":
@@ -70,13 +62,13 @@ def _launch_seconds(count: int = 1000) -> float:
 
 
 def _seconds(call: Callable[[], object]) -> float:
-    """Shortest of several calls, after one that warms up."""
+    """Shortest of several calls, the first of which warms up."""
 
     def finished() -> None:
         call()
         synchronise()
 
-    return min(timeit.repeat(finished, number=1, repeat=REPEATS + 1)[1:])
+    return min(timeit.repeat(finished, number=1, repeat=REPEATS + 1))
 
 
 def synchronise() -> None:
@@ -87,11 +79,7 @@ def synchronise() -> None:
 
 @contextmanager
 def span() -> Iterator[Callable[[], float]]:
-    """Time the work of a block.
-
-    Yields:
-        Returns the seconds, to be called after the block; on a GPU, once it has finished the work.
-    """
+    """The seconds of a block's work, to be called after it; on a GPU, once that has finished the work."""
     if torch.cuda.is_available():
         event: Any = torch.cuda.Event  # not annotated by torch
         first, last = event(enable_timing=True), event(enable_timing=True)

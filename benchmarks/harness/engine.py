@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -112,12 +112,9 @@ def remote(
     environment: Mapping[str, str | None],
     prepare: Callable[[], None] | None = None,
 ) -> Iterator[Remote]:
-    """Start a process that holds one object; both end with the block.
+    """A process that calls `prepare` and holds the object that `make` opens; both end with the block.
 
-    Args:
-        make: called in the process; opens the object.
-        environment: variables added to those of this process; None removes one.
-        prepare: called in the process before `make`.
+    Its environment is this process's with some variables added, or removed by None.
 
     Raises:
         RuntimeError: the object cannot be opened.
@@ -135,9 +132,8 @@ def remote(
     finally:
         here.close()
         process.join(60)
-        if process.is_alive():
-            process.terminate()
-            process.join()
+        process.terminate()  # unless it has ended
+        process.join()
 
 
 def remote_engine(
@@ -212,15 +208,13 @@ def _serve(
             pipe.send((False, traceback.format_exc()))
             return
         pipe.send((True, None))
-        while True:
-            try:
+        with suppress(EOFError):
+            while True:
                 function, args = pipe.recv()
-            except EOFError:
-                return
-            try:
-                pipe.send((True, function(held, *args)))
-            except Exception:
-                pipe.send((False, traceback.format_exc()))
+                try:
+                    pipe.send((True, function(held, *args)))
+                except Exception:
+                    pipe.send((False, traceback.format_exc()))
 
 
 def request(prompt: str | list[int], images: Sequence[Image.Image] = (), **kwargs: Any) -> dict[str, Any]:
@@ -242,21 +236,21 @@ def image_request(
     /,
     **kwargs: Any,
 ) -> dict[str, Any]:
-    """A prompt of one random image and of text of a given length.
-
-    Args:
-        engine: engine of the model.
-        num_text_tokens: number of tokens of the text.
-        seed: seed of the pixels.
-        side: height and width of the image in pixels.
-        image: tokens of the prompt that stand for it.
-        **kwargs: see `request`.
-    """
+    """A prompt of one random image and of text; the tokens `image` stand for it, `kwargs` are as of `request`."""
     tokenizer: Any = engine.get_tokenizer()
-    text = tokenizer(TEXT * num_text_tokens, add_special_tokens=False).input_ids[:num_text_tokens]
-    pixels = np.random.default_rng(seed).integers(0, 255, (side, side, 3), dtype=np.uint8)
-    prompt = [*map(tokenizer.convert_tokens_to_ids, image), *text]
-    return request(prompt, [Image.fromarray(pixels)], **kwargs)
+    prompt = [*map(tokenizer.convert_tokens_to_ids, image), *text_tokens(engine, num_text_tokens)]
+    return request(prompt, [random_image(seed, side)], **kwargs)
+
+
+def text_tokens(engine: "LLM", num_tokens: int, text: str = TEXT) -> list[int]:
+    """A text, repeated up to a number of tokens."""
+    tokenizer: Any = engine.get_tokenizer()
+    return list(tokenizer(text * num_tokens, add_special_tokens=False).input_ids[:num_tokens])
+
+
+def random_image(seed: int, side: int = 336) -> Image.Image:
+    """A square of random pixels."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (side, side, 3), dtype=np.uint8))
 
 
 def scheduler_of(engine: "LLM") -> Any:

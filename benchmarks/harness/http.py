@@ -44,10 +44,7 @@ def chat(model: str, text: str, urls: Sequence[str] = (), **more: Any) -> dict[s
 
 
 def check_answers(url: str) -> None:
-    """Check that something answers at a URL, before anything is prepared for it.
-
-    Args:
-        url: address of a server, without a path.
+    """Check that something answers at a URL without a path, before anything is prepared for it.
 
     Raises:
         RuntimeError: nothing does.

@@ -29,21 +29,15 @@ def write(
 ) -> Path:
     """Write configuration, tokenizer and processor; vLLM makes up the weights (`load_format="dummy"`).
 
-    Args:
-        folder: created if missing.
-        num_layers: number of layers of the decoder; the vision tower is whole.
-        size: one of `CHECKPOINTS`.
-        weights: weights of the decoder.
-        narrow: both halves have a toy's width. A token then takes less of the KV cache by the same factor in all
-            layers, so a given share of a cache holds as many requests.
+    The vision tower is whole, the decoder has `num_layers` layers. With `narrow` both have a toy's width: a token takes
+    less of the KV cache by the same factor in all layers, so a given share of a cache holds as many requests.
     """
-    from transformers import AutoTokenizer, CLIPImageProcessor, LlavaProcessor
+    from transformers import AutoProcessor
 
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = AutoTokenizer.from_pretrained(demo_model.path())
+    processor: Any = AutoProcessor.from_pretrained(demo_model.path())
     values = config(num_layers, size) | {
         "architectures": ["LlavaForConditionalGeneration"],
-        "image_token_index": tokenizer.convert_tokens_to_ids("<image>"),
+        "image_token_index": processor.image_token_id,
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": True,
         "dtype": "bfloat16",
@@ -60,21 +54,14 @@ def write(
             "num_attention_heads": 4,
         }
         values["vision_config"] |= widths | {"projection_dim": NARROW_WIDTH}
-        heads = {"num_key_value_heads": 4, "head_dim": NARROW_WIDTH // 4, "vocab_size": len(tokenizer)}
-        values["text_config"] |= widths | heads
+        heads = {"num_key_value_heads": 4, "head_dim": NARROW_WIDTH // 4}
+        values["text_config"] |= {**widths, **heads, "vocab_size": len(processor.tokenizer)}
     if weights != "plain":
         values["quantization_config"] = quantization_config(weights)
-    (folder / "config.json").write_text(json.dumps(values, indent=2))
     side = values["vision_config"]["image_size"]
-    processor = LlavaProcessor(
-        image_processor=CLIPImageProcessor(
-            size={"shortest_edge": side}, crop_size={"height": side, "width": side}
-        ),
-        tokenizer=tokenizer,
-        patch_size=values["vision_config"]["patch_size"],
-        vision_feature_select_strategy="default",
-        image_token="<image>",
-        num_additional_image_tokens=1,
-    )
+    processor.image_processor.size = {"shortest_edge": side}
+    processor.image_processor.crop_size = {"height": side, "width": side}
+    processor.patch_size = values["vision_config"]["patch_size"]
     processor.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(values, indent=2))
     return folder

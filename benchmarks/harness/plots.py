@@ -30,10 +30,7 @@ class Plot:
 
 
 def draw(name: str, caption: str, size_inches: tuple[float, float], paint: Callable[[Figure], None]) -> Plot:
-    """Draw one picture of a report; several of them can stand in one page, light or dark.
-
-    The caption is also the text for screen readers.
-    """
+    """Draw one picture of a report, for a page with others, light or dark; screen readers read its caption."""
     svg = as_svg(size_inches, paint, transparent=True)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL).replace("#000000", "currentColor")
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)  # unique in the page

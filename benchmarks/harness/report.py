@@ -92,14 +92,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page.
-
-    Attributes:
-        lines: paragraphs.
-        command: command for the user to copy, or empty.
-        warnings: paragraphs that stand out.
-        extra: HTML at the end.
-    """
+    """A part of a page: paragraphs, a command to copy, warnings, plots, tables, and HTML at the end."""
 
     title: str
     lines: Sequence[str] = ()
@@ -112,13 +105,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """A report.
-
-    Attributes:
-        lead: sentences with the main result.
-        warnings: reasons to doubt the result.
-        facts: what the result depends on, by name.
-    """
+    """A report: its main result, reasons to doubt it, sections, and what it depends on by name."""
 
     title: str
     lead: Sequence[str]
@@ -145,11 +132,7 @@ class Page:
 
 
 def save(page: Page, result: Mapping[str, Any], csv: str, folder: Path, name: str) -> str:
-    """Write a result in every form: JSON, HTML page, CSV, the tables in LaTeX, and a file for each plot.
-
-    Returns:
-        A line that names the files.
-    """
+    """Write a result as JSON, HTML page, CSV, LaTeX tables and a file for each plot; returns a line that names them."""
     write(result, folder / f"{name}.json")
     texts = {
         f"{name}.html": page.html(),

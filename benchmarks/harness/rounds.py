@@ -15,11 +15,7 @@ def take_turns(
 ) -> dict[str, list[Sample]]:
     """Measure each row once a round, in random order; the first round warms up and is not counted.
 
-    Args:
-        asks: name of a row to its measurement, which takes a seed and returns `ttft_seconds` and other figures.
-        rounds: that count.
-        order: random order of the rows, and the source of the seeds.
-        label: printed before each figure.
+    A row's measurement takes a seed and returns `ttft_seconds` and other figures.
     """
     samples: dict[str, list[Sample]] = {name: [] for name in asks}
     for round_index in range(-1, rounds):

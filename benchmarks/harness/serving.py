@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -53,24 +52,15 @@ def serving(
 ) -> Iterator[Served]:
     """Run a server on a free port until the block ends.
 
-    Args:
-        arguments: command line of the program, without host and port.
-        log: file for the server's output.
-        environment: variables added to those of this process; None removes one.
-        program: arguments of `python` that start the server: `ficoco-vllm serve`, or vLLM's own server.
-        python: interpreter; its packages are the ones that serve.
-        folder: working directory; None means that of this process.
-
-    Yields:
-        The server.
+    `python`, whose packages serve, runs `program`, `ficoco-vllm serve` or vLLM's own server, with `arguments`, host and
+    port. Variables of `environment` are added to those of this process, or removed by None.
 
     Raises:
         StartError: the server ends or does not answer in time.
     """
     port = free_port()
     command = [str(python), *program, *arguments, "--host", HOST, "--port", str(port)]
-    address = f"http://{HOST}:{port}"
-    with running(command, log, lambda: is_healthy(address), environment, folder) as process:
+    with running(command, log, lambda: is_healthy(f"http://{HOST}:{port}"), environment, folder) as process:
         yield Served(port, process)
 
 
@@ -102,7 +92,8 @@ def running(
         deadline = time.monotonic() + START_SECONDS
         while not is_ready():
             if process.poll() is not None or time.monotonic() > deadline:
-                raise StartError(f"the process did not start: {' '.join(command)}\n{_tail(log)}")
+                tail = log.read_bytes()[-5000:].decode(errors="replace")
+                raise StartError(f"the process did not start: {' '.join(command)}\n{tail}")
             time.sleep(0.3)
         yield process
     finally:
@@ -131,20 +122,14 @@ def is_healthy(url: str) -> bool:
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
             return bool(answer.status == 200)
-    except (urllib.error.URLError, ConnectionError, TimeoutError):
+    except OSError:
         return False
 
 
 def _stop(process: Process) -> None:
-    if process.poll() is not None:
-        return
-    process.send_signal(signal.SIGTERM)
+    process.terminate()
     try:
         process.wait(STOP_SECONDS)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)  # the process and its children share this group with nobody
         process.wait()
-
-
-def _tail(log: Path, num_bytes: int = 5000) -> str:
-    return log.read_bytes()[-num_bytes:].decode(errors="replace")

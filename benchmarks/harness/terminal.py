@@ -26,31 +26,29 @@ LINE_SECONDS = 15.0
 class Task:
     """Progress of a task on stderr: a bar with the time left, or where there is no terminal a line now and then.
 
-    Args:
-        label: at the beginning of the line.
-        total: steps.
-        done: steps that an earlier run has taken.
-        console: console for the output.
+    Of `total` steps an earlier run has taken `done`.
     """
 
     def __init__(self, label: str, total: int, done: int = 0, console: Console | None = None) -> None:
-        self.label, self.total, self.done = label, total, done
+        self.total, self.done = total, done
         self._console = console or Console(stderr=True)
         self._line = time.monotonic()
-        self._first: tuple[int, float] | None = None  # steps and time when the first one was done
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         self._progress = Progress(
-            *columns,
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
             TextColumn("elapsed"),
             TimeElapsedColumn(),
             TextColumn("left"),
-            # Steps are slow: the default looks back 30 seconds only.
             TimeRemainingColumn(elapsed_when_finished=True),
             console=self._console,
+            get_time=time.monotonic,
+            # Steps are slow: the default looks back 30 seconds only.
             speed_estimate_period=3600,
             disable=not self._console.is_terminal,
         )
-        self._task = self._progress.add_task(label, total=total, completed=done)
+        self._progress.add_task(label, total=total, completed=done)
+        (self._task,) = self._progress.tasks
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -61,35 +59,28 @@ class Task:
 
     def describe(self, label: str) -> None:
         """Say what is being done now."""
-        self.label = label
         if not self._console.is_terminal:
             self.say(label)
-        self._progress.update(self._task, description=label)
+        self._progress.update(self._task.id, description=label)
 
     def advance(self, steps: int = 1) -> None:
         """Count steps."""
         if not steps:
             return
         self.done += steps
-        self._progress.update(self._task, completed=self.done)
+        self._progress.update(self._task.id, completed=self.done)
         now = time.monotonic()
-        if self._first is None:
-            self._first = self.done, now  # the time before it is mostly that of a server's start
         if not self._console.is_terminal and (now - self._line >= LINE_SECONDS or self.done >= self.total):
             self._line = now
-            self.say(f"{self.label}: {self.done} of {self.total}{self._left(now)}")
+            # Since the first step: the time before it is mostly that of a server's start.
+            seconds = self._task.time_remaining or 0.0
+            left = f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+            line = f"{self._task.description}: {self.done} of {self.total}"
+            self.say(f"{line}, about {left} left" if seconds else line)
 
     def say(self, line: str) -> None:
         """Print a line, above the bar."""
         self._console.print(Text(line), soft_wrap=True)
-
-    def _left(self, now: float) -> str:
-        """Time left at the mean pace of this run, in words."""
-        first, start = self._first or (self.done, now)
-        if self.done == first or self.done >= self.total:
-            return ""
-        seconds = (now - start) / (self.done - first) * (self.total - self.done)
-        return f", about {seconds:.0f} s left" if seconds < 90 else f", about {seconds / 60:.0f} min left"
 
 
 def show(

@@ -14,11 +14,7 @@ _PANEL_WIDTH, _HEIGHT = 4.2, 3.3
 
 
 def pictures(results: Results) -> dict[str, str]:
-    """File name to SVG.
-
-    Args:
-        results: name of each benchmark to its committed JSON.
-    """
+    """File name to SVG."""
     return {"accuracy.svg": _accuracy(results), "serving.svg": _serving(results)}
 
 

@@ -20,13 +20,7 @@ KV_BYTES_PER_TOKEN = 32 * 2 * 4096 * 2
 
 @dataclass(frozen=True)
 class Row:
-    """A served configuration.
-
-    Attributes:
-        tokens: visual tokens of an image, as a buyer reads it.
-        ttft: name in the results of `make bench-ttft`.
-        concurrency: name in the results of `make bench-concurrency`, or None where it was not counted.
-    """
+    """A served configuration; its names in the results of `make bench-ttft` and, if counted, `bench-concurrency`."""
 
     label: str
     tokens: str

@@ -11,7 +11,6 @@ which they reduce do not scale with the depth.
 import argparse
 import json
 import random
-import statistics
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from dataclasses import asdict
 from functools import partial
 from itertools import groupby
 from pathlib import Path
+from statistics import fmean, linear_regression, median
 from typing import Any
 
 import torch
@@ -61,19 +61,10 @@ def main() -> int:
     parser = make_parser(__doc__, "ttft")
     add = parser.add_argument
     add("--layers", type=int, nargs="+", help="decoder layers to run with (default: two that fit 24 GB)")
-    add(
-        "--decoder-layers",
-        type=int,
-        nargs="*",
-        default=[8],
-        help="those of --layers to run ficoco-l and -vl with (default: 8)",
-    )
-    add(
-        "--model-size",
-        default="7b",
-        choices=list(MODELS),
-        help="a model whose widths it has; 7b and 13b are LLaVA-1.5 (default: %(default)s)",
-    )
+    which = "those of --layers to run ficoco-l and -vl with (default: 8)"
+    add("--decoder-layers", type=int, nargs="*", default=[8], help=which)
+    which = "a model whose widths it has; 7b and 13b are LLaVA-1.5 (default: %(default)s)"
+    add("--model-size", default="7b", choices=list(MODELS), help=which)
     add("--rounds", type=int, default=5, help="measured requests of each kind")
     add("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     args = parser.parse_args()
@@ -104,10 +95,8 @@ def bars(result: Mapping[str, Any]) -> Iterator[Bar]:
     for run in result["runs"]:
         around = NUM_TEXT_TOKENS + MODELS[size].num_around
         planned = {name: token_plan(rows[name], run["layers"], size).decoder[0] for name in run["kinds"]}
-        amiss = max(
-            abs(row["num_prompt_tokens"] - around - planned[name]) for name, row in run["kinds"].items()
-        )
-        yield at_most(f"ttft-prompt-tokens-amiss-{run['layers']}-layers", amiss)
+        amiss = [abs(row["num_prompt_tokens"] - around - planned[name]) for name, row in run["kinds"].items()]
+        yield at_most(f"ttft-prompt-tokens-amiss-{run['layers']}-layers", max(amiss))
         for name, row in run["kinds"].items():
             if name == smallest or rows[name].in_decoder:
                 share = row["speedup"] / row["predicted_speedup"]
@@ -127,9 +116,8 @@ def bars(result: Mapping[str, Any]) -> Iterator[Bar]:
 def _run(num_layers: int, device: Device, args: argparse.Namespace) -> dict[str, Any]:
     """All kinds of one depth: those of one engine at a time, each group beside stock vLLM."""
     size = args.model_size
-    stock, *ours = (
-        kind for kind in kinds(size).values() if not kind.in_decoder or num_layers in args.decoder_layers
-    )
+    in_decoder = num_layers in args.decoder_layers
+    stock, *ours = (kind for kind in kinds(size).values() if in_decoder or not kind.in_decoder)
     order = random.Random(args.seed)
     summary: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -164,26 +152,25 @@ def summarise(
 ) -> dict[str, dict[str, Any]]:
     """Medians and ratios of each kind, as in the JSON."""
     unreduced = [sample["ttft_seconds"] for sample in samples["stock"]]
-    known = kinds(size)
     summary: dict[str, dict[str, Any]] = {}
     for name, rows in samples.items():
-        seconds = [row["ttft_seconds"] for row in rows]
+        kind, seconds = kinds(size)[name], [row["ttft_seconds"] for row in rows]
         speedup = spread(ratios(unreduced, seconds))
-        predicted = predicted_ttft(known[name], num_layers, device, size)
+        predicted = predicted_ttft(kind, num_layers, device, size)
         summary[name] = {
             "num_prompt_tokens": rows[0]["num_prompt_tokens"],
             **{f"ttft_seconds_{which}": value for which, value in spread(seconds).items()},
-            "tower_seconds_median": statistics.median(row["tower_seconds"] for row in rows),
-            "reduction_seconds_median": statistics.median(row["reduction_seconds"] for row in rows),
-            "reduction_share_of_tower": statistics.median(
+            "tower_seconds_median": median(row["tower_seconds"] for row in rows),
+            "reduction_seconds_median": median(row["reduction_seconds"] for row in rows),
+            "reduction_share_of_tower": median(
                 row["reduction_seconds"] / row["tower_seconds"] for row in rows
             ),
             "speedup": speedup["median"],
             "speedup_min": speedup["min"],
             "speedup_max": speedup["max"],
-            "predicted_speedup": predicted_speedup(known[name], num_layers, device, size),
+            "predicted_speedup": predicted_speedup(kind, num_layers, device, size),
             "predicted_ttft_seconds": predicted,
-            "roofline_share": predicted / statistics.median(seconds),
+            "roofline_share": predicted / median(seconds),
         }
     return summary
 
@@ -193,37 +180,27 @@ def _extrapolate(runs: list[dict[str, Any]], device: Device, size: str) -> dict[
 
     The tower is the same at each depth, so its time is averaged; the rest is extrapolated on a least-squares line.
     """
-    layers, known = [run["layers"] for run in runs], kinds(size)
-    whole = MODELS[size].num_layers
-    seconds = {}
-    for name in (name for name, kind in known.items() if not kind.in_decoder):
-        rows = [run["kinds"][name] for run in runs]
-        towers = [row["tower_seconds_median"] for row in rows]
-        rest = [row["ttft_seconds_median"] - tower for row, tower in zip(rows, towers, strict=True)]
-        slope, intercept = statistics.linear_regression(layers, rest)
-        seconds[name] = statistics.mean(towers) + intercept + slope * whole
-    return {
-        name: {
-            "ttft_seconds": value,
-            "speedup": seconds["stock"] / value,
-            "predicted_speedup": predicted_speedup(known[name], whole, device, size),
-        }
-        for name, value in seconds.items()
-    }
+    whole_model: dict[str, dict[str, float]] = {}
+    num_layers = MODELS[size].num_layers
+    for kind in kinds(size).values():
+        if kind.in_decoder:
+            continue
+        rows = [run["kinds"][kind.name] for run in runs]
+        rest = [row["ttft_seconds_median"] - row["tower_seconds_median"] for row in rows]
+        slope, intercept = linear_regression([run["layers"] for run in runs], rest)
+        seconds = fmean(row["tower_seconds_median"] for row in rows) + intercept + slope * num_layers
+        row = whole_model[kind.name] = {"ttft_seconds": seconds}
+        row["speedup"] = whole_model["stock"]["ttft_seconds"] / seconds
+        row["predicted_speedup"] = predicted_speedup(kind, num_layers, device, size)
+    return whole_model
 
 
 def _print(result: dict[str, Any]) -> None:
     ceiling = result["ceilings"]
     print(f"\n{ceiling['flops'] / 1e9:.0f} GFLOP/s, {ceiling['bandwidth'] / 1e9:.1f} GB/s, measured first")
     print(f"{json.dumps(result['environment'])}, {result['dtype']}, one request at a time")
-    head = (
-        "TTFT median (min-max), s",
-        "roofline of it",
-        "speed-up (min-max)",
-        "predicted",
-        "tower, s",
-        "reduction share",
-    )
+    head = ["TTFT median (min-max), s", "roofline of it", "speed-up (min-max)"]
+    head += ["predicted", "tower, s", "reduction share"]
     for run in result["runs"]:
         rows = [
             (

@@ -71,11 +71,9 @@ def token_plan(kind: Kind, num_layers: int, size: str = "7b") -> TokenPlan:
 
 def predicted_ttft(kind: Kind, num_layers: int, device: Device, size: str = "7b") -> float:
     """The least time to the first token on a device, in seconds."""
-    used = MODELS[size]
-    plan, num_text = token_plan(kind, num_layers, size), NUM_TEXT_TOKENS + used.num_around
-    return predict(
-        model_shape(model.config(num_layers, used.checkpoint)), plan, device, num_text_tokens=num_text
-    ).ttft_seconds
+    used, plan = MODELS[size], token_plan(kind, num_layers, size)
+    shape = model_shape(model.config(num_layers, used.checkpoint))
+    return predict(shape, plan, device, num_text_tokens=NUM_TEXT_TOKENS + used.num_around).ttft_seconds
 
 
 def predicted_speedup(kind: Kind, num_layers: int, device: Device, size: str = "7b") -> float:

@@ -6,11 +6,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ficoco_vllm import demo_model
 from ficoco_vllm.benchmarks.harness import engine, model
 from ficoco_vllm.reduction.cost import KNOWN_MODELS
 
 NUM_TEXT_TOKENS = 60
-_VISION = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
+_INTERNVL = {
+    "context_image_token": "<IMG_CONTEXT>",
+    "video_token": "<video>",
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+}
+_QWEN3_VL = {
+    "vision_start_token": "<|vision_start|>",
+    "image_token": "<|image_pad|>",
+    "vision_end_token": "<|vision_end|>",
+    "video_token": "<|video_pad|>",
+}
 
 
 @dataclass(frozen=True)
@@ -58,35 +70,24 @@ MODELS: Mapping[str, Model] = {
         for size, checkpoint in model.CHECKPOINTS.items()
     },
     "internvl3-8b": Model("OpenGVLab/InternVL3-8B-hf", (256, 64, 28), 448, ("<IMG_CONTEXT>",), 2, (4, 8)),
-    "qwen3-vl-8b": Model("Qwen/Qwen3-VL-8B-Instruct", (256, 64, 28), 512, _VISION, 2, (4, 8)),
+    "qwen3-vl-8b": Model(
+        "Qwen/Qwen3-VL-8B-Instruct", (256, 64, 28), 512, tuple(_QWEN3_VL.values())[:3], 2, (4, 8)
+    ),
 }
 
 
 def request(llm: Any, seed: int, **kwargs: Any) -> dict[str, Any]:
-    """A prompt of one random image, of the size that the benchmark has for the engine's model, and of text.
-
-    Args:
-        llm: an engine in this process.
-        seed: seed of the pixels.
-        **kwargs: `mm_processor_kwargs`.
-    """
+    """A prompt of text and of one random image of the size for an engine's model; `kwargs` as of `engine.request`."""
     family = llm.llm_engine.vllm_config.model_config.hf_config.model_type
     used = next((one for one in MODELS.values() if one.family == family), MODELS["7b"])
     return engine.image_request(llm, NUM_TEXT_TOKENS, seed, used.side, used.image, **kwargs)
 
 
 def write(folder: Path, num_layers: int, size: str) -> Path:
-    """Write configuration, tokenizer and processor; vLLM makes up the weights (`load_format="dummy"`).
-
-    Args:
-        folder: folder to write to.
-        num_layers: number of layers of the decoder; the vision tower is whole.
-        size: one of `MODELS`.
-    """
+    """Write one of `MODELS` with a cut decoder; see `harness.model.write`."""
     used = MODELS[size]
     if used.family == "llava":
         return model.write(folder, num_layers, size)
-    folder.mkdir(parents=True, exist_ok=True)
     make = {"internvl": _internvl, "qwen3_vl": _qwen3_vl}[used.family]
     values = make(folder, used, model.config(num_layers, used.checkpoint)) | {"dtype": "bfloat16"}
     values["text_config"] |= {"max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "dtype": "bfloat16"}
@@ -97,9 +98,7 @@ def write(folder: Path, num_layers: int, size: str) -> Path:
 def _internvl(folder: Path, used: Model, values: dict[str, Any]) -> dict[str, Any]:
     from transformers import GotOcr2ImageProcessor, InternVLProcessor, InternVLVideoProcessor
 
-    names = {"context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"}
-    around = {"start_image_token": "<img>", "end_image_token": "</img>"}
-    tokenizer = _tokenizer(names | around)
+    tokenizer = _tokenizer(_INTERNVL)
     size = {"height": used.side, "width": used.side}
     InternVLProcessor(
         image_processor=GotOcr2ImageProcessor(size=size, min_patches=1, max_patches=12),
@@ -117,7 +116,7 @@ def _internvl(folder: Path, used: Model, values: dict[str, Any]) -> dict[str, An
 def _qwen3_vl(folder: Path, used: Model, values: dict[str, Any]) -> dict[str, Any]:
     from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
 
-    tokenizer = _tokenizer({}, (*_VISION, "<|video_pad|>"))
+    tokenizer = _tokenizer(_QWEN3_VL)
     vision = values["vision_config"]
     settings = {
         **(used.images or {}),
@@ -132,12 +131,6 @@ def _qwen3_vl(folder: Path, used: Model, values: dict[str, Any]) -> dict[str, An
         tokenizer=tokenizer,
         video_processor=Qwen3VLVideoProcessor(**settings),
     ).save_pretrained(folder)
-    fields = {
-        "image_token_id": "<|image_pad|>",
-        "video_token_id": "<|video_pad|>",
-        "vision_start_token_id": "<|vision_start|>",
-        "vision_end_token_id": "<|vision_end|>",
-    }
     rotary = {
         "rope_type": "default",
         "rope_theta": 5e6,
@@ -146,31 +139,13 @@ def _qwen3_vl(folder: Path, used: Model, values: dict[str, Any]) -> dict[str, An
     }
     return values | {
         "architectures": ["Qwen3VLForConditionalGeneration"],
-        **{name: tokenizer.convert_tokens_to_ids(token) for name, token in fields.items()},
+        **{f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in _QWEN3_VL.items()},
         "text_config": values["text_config"] | {"rope_parameters": rotary},
     }
 
 
-def _tokenizer(named: Mapping[str, str], special: tuple[str, ...] = ()) -> Any:
-    """A tokenizer of bytes, with a model's special tokens.
+def _tokenizer(special: Mapping[str, str]) -> Any:
+    """The demo model's tokenizer with a model's special tokens, which its processor reads by attribute."""
+    from transformers import AutoTokenizer
 
-    Args:
-        named: special tokens that the processor reads by attribute.
-        special: others.
-    """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    tokens = ["<s>", "</s>", "<pad>", *special, *named.values()]
-    letters = tokens + sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(letters)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        extra_special_tokens=dict(named),
-    )
+    return AutoTokenizer.from_pretrained(demo_model.path(), extra_special_tokens=dict(special))

@@ -12,13 +12,9 @@ from ficoco_vllm.benchmarks.ttft.models import request
 
 
 def measure(engine: Any, keep: int | None, batch: int, seed: int) -> dict[str, float]:
-    """Time one request with a new image, or several together, from pixels to the first token.
+    """Time one request, or `batch` together, from pixels to the first token; every image is new.
 
-    Args:
-        engine: engine in this process.
-        keep: visual tokens that the request names, unless the engine is stock vLLM's; None names none.
-        batch: requests, each with an image of its own.
-        seed: seed of the images.
+    The requests name `keep` visual tokens, unless it is None or the engine is stock vLLM's.
 
     Returns:
         `ttft_seconds`, `tower_seconds`, of these `reduction_seconds`, and `num_prompt_tokens`.
