@@ -43,10 +43,7 @@ _SHOWN = (
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, write the report, print the tables and the bars.
-
-    Returns:
-        0; 1 if a bar fails or a server does not reduce as configured.
+    """Measure, write the report, print the tables and the bars; 1 if one fails or a server reduces otherwise.
 
     Raises:
         ValueError: an option is not allowed.
