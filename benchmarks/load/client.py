@@ -128,7 +128,7 @@ def _arguments(
 
 
 def write_dataset(folder: Path, url: str, target: Target, traffic: Traffic, seed: int) -> Path:
-    """Write vLLM's `custom_image` as JSONL: prompts of letters, cut by the server's `/tokenize`, and images of noise."""
+    """Write JSONL for vLLM's `custom_image`: prompts of letters, cut by the server's `/tokenize`, images of noise."""
     rng, side = random.Random(seed), traffic.image_side
     headers = {"Authorization": f"Bearer {target.api_key}"} if target.api_key else {}
     lines = []

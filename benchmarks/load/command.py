@@ -43,7 +43,7 @@ _SHOWN = (
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, write the report, print the tables and the bars; 1 if one fails or a server reduces otherwise.
+    """Measure, write the report, print the tables and the bars; returns 1 if a bar fails.
 
     Raises:
         ValueError: an option is not allowed.

@@ -15,7 +15,7 @@ _LEAST = {"concurrency": 1, "num_requests": 2, "num_text_tokens": 1, "num_answer
 
 @dataclass(frozen=True)
 class Server:
-    """A kind of server: a method and the tokens kept of an image (None: its default), or stock vLLM without our plugin."""
+    """A kind of server: a method and its tokens kept (None: its default), or, without one, vLLM without our plugin."""
 
     name: str
     method: str | None = None

@@ -150,9 +150,9 @@ def _stationary(traffic: dict[str, Any], seed: int, folder: Path) -> dict[str, A
 
 
 def compared(settings: QualitySettings, known: Sequence[Recorded]) -> dict[str, Any]:
-    """The budget on which the control law settles and the one that `calibrate` finds, on requests drawn from the known.
+    """The budget on which the control law settles and the one that `calibrate` finds, on the same traffic.
 
-    The last rung of the settings' ladder keeps all tokens.
+    Its requests are drawn from the known ones; the last rung of the ladder keeps all tokens.
     """
     ladder, target, draw = settings.ladder or (), settings.target_agreement, random.Random(settings.seed)
     outcome = simulate(settings, [draw.choice(known) for _ in range(100_000)], per_second=1000.0)

@@ -28,7 +28,7 @@ def recorded(
     max_tokens: int = 16,
     concurrency: int = CONCURRENCY,
 ) -> list[Recorded]:
-    """Answer every question of a log at every rung, and with all tokens; its kind is its class of traffic.
+    """Answer every question of a log at every rung, and with all tokens; a question's kind is its class of traffic.
 
     An interrupted run continues from `answers`, a JSONL file.
 
