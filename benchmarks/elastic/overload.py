@@ -23,11 +23,7 @@ Fields = dict[str, Any]
 
 @dataclass(frozen=True)
 class Length:
-    """Lengths of the phases, their load, and the controller's times.
-
-    Attributes:
-        overload: rate of the arrivals over the throughput of the fixed ceiling.
-    """
+    """Lengths of the phases, arrivals over the throughput of the fixed ceiling, and the controller's times."""
 
     capacity_seconds: float
     overload_seconds: float
@@ -108,19 +104,17 @@ class Overload:
 
     async def _capacity(self, num_clients: int, fields: Fields) -> float:
         """Requests per second that the server answers when enough of them wait."""
-        begin, ends, counted = time.monotonic(), list[float](), 0
+        begin, ends = time.monotonic(), list[float]()
 
         async def client() -> None:
-            nonlocal counted
-            while not counted:
+            while len(ends) < 2 * num_clients or ends[-1] - begin < self.length.capacity_seconds:
                 await self._ask(fields)
                 ends.append(time.monotonic())
-                enough = ends[-1] - begin >= self.length.capacity_seconds and len(ends) >= 2 * num_clients
-                counted = counted or (len(ends) if enough else 0)
 
         await asyncio.gather(*(client() for _ in range(num_clients)))
-        # From the first answer on; answers after the last request was sent do not count.
-        return (counted - 1) / (ends[counted - 1] - ends[0])
+        # From the first answer on. Once there are enough, every other client waits for one more, which does not count.
+        del ends[1 - num_clients :]
+        return (len(ends) - 1) / (ends[-1] - ends[0])
 
     async def _phase(self, rate: float, num_text: int, fields: Fields) -> dict[str, Any]:
         waiting, defaults = [0], [CEILING]

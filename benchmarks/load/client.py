@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from ficoco_vllm.benchmarks.harness.http import data_url
-from ficoco_vllm.benchmarks.load.sampling import Sampler
+from ficoco_vllm.benchmarks.load.sampling import sampling, summary
 from ficoco_vllm.benchmarks.load.settings import Target, Traffic
 
 PERCENTILES = (50, 90, 99)
@@ -30,19 +30,10 @@ _FIELDS = ("duration", "completed", "request_throughput", "output_throughput", "
 def run_point(
     url: str, target: Target, traffic: Traffic, seed: int, finished: Callable[[float], None]
 ) -> dict[str, Any]:
-    """Send the traffic and measure.
-
-    Args:
-        url: address of the server, without a path.
-        target: what it serves.
-        traffic: what to send.
-        seed: seed of prompts and images.
-        finished: called now and then with the number of requests that have been answered.
+    """Send the traffic to a server and measure; `finished` gets the number of answered requests now and then.
 
     Returns:
-        The client's figures (milliseconds), `samples` of /metrics over time, and what follows from them:
-        `num_running_max`, `kv_cache_usage_max`, `num_preemptions` and `num_prompt_tokens`, None where /metrics does not
-        have it, and `reduced_by`, the methods of ours that were at work.
+        The client's figures (milliseconds), `samples` of /metrics over time, and what follows from them: see `summary`.
 
     Raises:
         RuntimeError: a request failed; with the client's message.
@@ -55,7 +46,7 @@ def run_point(
     with TemporaryDirectory() as folder:
         dataset = None if target.tokenizer else write_dataset(Path(folder), url, target, traffic, seed)
         args = _arguments(url, target, dataset, traffic, seed)
-        with Sampler(url, target.sample_seconds, finished) as sampler, redirect_stdout(printed):
+        with sampling(url, target.sample_seconds, finished) as samples, redirect_stdout(printed):
             result = asyncio.run(main_async(args))
     if result["failed"] or result["completed"] != traffic.num_requests:
         errors = "\n".join(dict.fromkeys(filter(None, result["errors"])))
@@ -67,11 +58,11 @@ def run_point(
     for name, values in latencies(result).items():
         for percentile in PERCENTILES:
             point[f"{name}_ms_p{percentile}"] = float(np.percentile(values, percentile)) * 1000
-    summary = sampler.summary()
-    if summary["num_running_max"] is not None:
+    seen = summary(samples)
+    if samples:
         # Reads of /metrics are too rare to see every step.
-        summary["num_running_max"] = max(summary["num_running_max"], decoding_together(result))
-    return {**point, **summary, "reduced_by": sampler.reduced_by(), "samples": sampler.samples}
+        seen["num_running_max"] = max(seen["num_running_max"], decoding_together(result))
+    return {**point, **seen, "samples": samples}
 
 
 def latencies(result: Mapping[str, Any]) -> dict[str, list[float]]:
@@ -87,10 +78,8 @@ def latencies(result: Mapping[str, Any]) -> dict[str, list[float]]:
 
 def decoding_together(result: Mapping[str, Any]) -> int:
     """Most requests that were between their first and their last token at the same time, as the client saw it."""
-    changes = []
-    for start, first, whole in zip(
-        *(result[name] for name in ("start_times", "ttfts", "latencies")), strict=True
-    ):
+    changes: list[tuple[float, int]] = []
+    for start, first, whole in zip(result["start_times"], result["ttfts"], result["latencies"], strict=True):
         changes += [(start + first, 1), (start + whole, -1)]
     # At equal times a request ends before another one begins.
     return max(accumulate(change for _, change in sorted(changes)))
@@ -139,11 +128,7 @@ def _arguments(
 
 
 def write_dataset(folder: Path, url: str, target: Target, traffic: Traffic, seed: int) -> Path:
-    """Write prompts for a server whose tokenizer is not available: letters and noise, cut by the server's `/tokenize`.
-
-    Returns:
-        A JSONL file with a prompt and an image, as a data URL, in each line (vLLM's `custom_image`).
-    """
+    """Write JSONL for vLLM's `custom_image`: prompts of letters, cut by the server's `/tokenize`, images of noise."""
     rng, side = random.Random(seed), traffic.image_side
     headers = {"Authorization": f"Bearer {target.api_key}"} if target.api_key else {}
     lines = []

@@ -43,10 +43,7 @@ _SHOWN = (
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, write the report, print the tables and the bars.
-
-    Returns:
-        0; 1 if a bar fails or a server does not reduce as configured.
+    """Measure, write the report, print the tables and the bars; returns 1 if a bar fails.
 
     Raises:
         ValueError: an option is not allowed.

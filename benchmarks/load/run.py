@@ -1,11 +1,10 @@
 """Rounds of turns: each server is started, sent the traffic and stopped before the next one starts."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from typing import Any
 
-from ficoco_vllm.benchmarks.harness.serving import STOCK, serving
+from ficoco_vllm.benchmarks.harness.serving import STOCK, Served, serving
 from ficoco_vllm.benchmarks.harness.terminal import Task
 from ficoco_vllm.benchmarks.load.client import run_point
 from ficoco_vllm.benchmarks.load.settings import Target, Turn
@@ -17,15 +16,10 @@ _WARM_UP_SEED = 2**31 - 1
 
 
 def run_turns(turns: list[Turn], target: Target, url: str | None = None) -> list[dict[str, Any]]:
-    """Run all turns.
-
-    Args:
-        turns: turns, in order.
-        target: what is served.
-        url: address of a server that is up, or None: each turn starts its own.
+    """Rows of all turns, against the server that is up at a URL or, without one, a server that each turn starts.
 
     Returns:
-        One mapping a point: `server`, `round`, `traffic`, `seed` and the figures of `run_point`.
+        One mapping a point: `server`, `round`, `point`, `traffic`, `seed` and the figures of `run_point`.
 
     Raises:
         RuntimeError: a server does not start, or a request fails.
@@ -34,10 +28,12 @@ def run_turns(turns: list[Turn], target: Target, url: str | None = None) -> list
     total = sum(_WARM_UP + sum(traffic.num_requests for traffic, _ in turn.points) for turn in turns)
     with Task("requests", total) as task:
         for turn in turns:
-            if url is None:
-                task.describe(f"round {turn.round_index + 1}, starting {turn.server.name}")
-            with nullcontext(url) if url is not None else _started(turn, target) as address:
-                rows += run_turn(turn, address, target, task)
+            if url is not None:
+                rows += run_turn(turn, url, target, task)
+                continue
+            task.describe(f"round {turn.round_index + 1}, starting {turn.server.name}")
+            with _started(turn, target) as served:
+                rows += run_turn(turn, served.url, target, task)
     return rows
 
 
@@ -65,18 +61,14 @@ def run_turn(turn: Turn, url: str, target: Target, task: Task) -> list[dict[str,
     return rows
 
 
-@contextmanager
-def _started(turn: Turn, target: Target) -> Iterator[str]:
+def _started(turn: Turn, target: Target) -> AbstractContextManager[Served]:
     server = turn.server
     log = target.log_folder / f"{turn.round_index}-{server.name}.log"
     options = ["--served-model-name", target.name, *target.options]
     set_cpu_defaults()  # ours does so itself: on a CPU both get the same threads
     if server.method is None:
         # No plugin of ours is loaded: this is the vLLM that a user has without us.
-        started = serving(["--model", target.model, *options], log, {"VLLM_PLUGINS": ""}, STOCK)
-    else:
-        ours = ["--ficoco-method", server.method]
-        ours += [] if server.keep is None else ["--ficoco-keep", str(server.keep)]
-        started = serving([target.model, *options, *ours], log)
-    with started as served:
-        yield served.url
+        return serving(["--model", target.model, *options], log, {"VLLM_PLUGINS": ""}, STOCK)
+    options += ["--ficoco-method", server.method]
+    options += [] if server.keep is None else ["--ficoco-keep", str(server.keep)]
+    return serving([target.model, *options], log)

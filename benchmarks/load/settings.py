@@ -4,6 +4,7 @@ import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from ficoco_vllm.reduction import available
 from ficoco_vllm.reduction.pipeline import PIPELINES
@@ -14,12 +15,7 @@ _LEAST = {"concurrency": 1, "num_requests": 2, "num_text_tokens": 1, "num_answer
 
 @dataclass(frozen=True)
 class Server:
-    """One kind of server.
-
-    Attributes:
-        method: method of `ficoco-vllm methods`, or None for stock vLLM, which then runs without our plugin.
-        keep: visual tokens that an image keeps; None leaves the method's default.
-    """
+    """A kind of server: a method and its tokens kept (None: its default), or, without one, vLLM without our plugin."""
 
     name: str
     method: str | None = None
@@ -27,11 +23,7 @@ class Server:
 
     @classmethod
     def parse(cls, text: str) -> "Server":
-        """Read `stock`, `METHOD` or `METHOD:KEEP`.
-
-        Raises:
-            ValueError: naming the option, its value and what is allowed.
-        """
+        """Read `stock`, `METHOD` or `METHOD:KEEP`; anything else is a ValueError that names what is allowed."""
         if text == STOCK:
             return cls(name=STOCK)
         method, colon, keep = text.partition(":")
@@ -78,13 +70,8 @@ class Traffic:
         return f"concurrency {self.concurrency}" if self.rate is None else f"{self.rate:g} requests/s"
 
 
-@dataclass(frozen=True)
-class Turn:
-    """One server's turn.
-
-    Attributes:
-        points: traffic and the seed of its prompts and images, in the order in which they run.
-    """
+class Turn(NamedTuple):
+    """One server's turn: points of traffic, each with the seed of its prompts and images, in order."""
 
     round_index: int
     server: Server
@@ -100,9 +87,7 @@ class Target:
         name: name of the model in requests.
         tokenizer: folder or name, for prompts of a known length; None leaves their length to the server's `/tokenize`.
         options: options of vLLM's server, the same for every server.
-        log_folder: folder for the logs of the servers.
         api_key: key of a server that is up, or empty.
-        sample_seconds: between two reads of /metrics.
     """
 
     model: str
@@ -117,11 +102,7 @@ class Target:
 def make_turns(servers: list[Server], points: list[Traffic], num_rounds: int, seed: int) -> list[Turn]:
     """Servers in a new random order in every round; in a round all see the same prompts and images.
 
-    Args:
-        servers: each takes one turn a round.
-        points: that each turn runs through.
-        num_rounds: at least 1.
-        seed: seed of order, prompts and images; each round and point has its own, so that no cache holds them.
+    Each round and point has prompts and images of its own, so that no cache holds them.
     """
     order = random.Random(seed)
     turns = []

@@ -2,6 +2,8 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 from ficoco_vllm.benchmarks.accuracy.variants import site_of
@@ -19,19 +21,21 @@ Rows = Sequence[Row]
 
 
 def summarise(rows: Rows) -> list[dict[str, Any]]:
-    """Medians over the rounds.
+    """Medians over the rounds of each server at each point, by load and stock first.
 
-    Returns:
-        For each point and server, by load and stock first: `server`, `point`, `num_rounds`, and for each
-        of `FIGURES` its median, with `_min` and `_max` beside it; None where /metrics does not have it.
+    Each of `FIGURES` has its `_min` and `_max` beside it; they are None where /metrics does not have it.
     """
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for row in sorted(rows, key=_place):
-        groups.setdefault((row["server"], row["point"]), []).append(row)
-    return [
-        {"server": server, "point": point, "num_rounds": len(members), **_spread(members)}
-        for (server, point), members in groups.items()
-    ]
+    summary = []
+    for (server, point), group in groupby(sorted(rows, key=_place), itemgetter("server", "point")):
+        members = list(group)
+        row: dict[str, Any] = {"server": server, "point": point, "num_rounds": len(members)}
+        for figure in FIGURES:
+            values = [float(member[figure]) for member in members if member[figure] is not None]
+            row[figure] = statistics.median(values) if values else None
+            row[f"{figure}_min"] = min(values, default=None)
+            row[f"{figure}_max"] = max(values, default=None)
+        summary.append(row)
+    return summary
 
 
 def ratio(rows: Rows, figure: str, server: str, base: str, point: str) -> float:
@@ -52,11 +56,6 @@ def check(rows: Rows, servers: Sequence[Server], num_visual_tokens: int | None) 
     In a round all servers see the same prompts. A method of the tower shortens each of them, compared with stock vLLM,
     by the tokens that it removes; one of the decoder does not, and must have avoided some KV slots.
 
-    Args:
-        rows: rows of `run_turns`.
-        servers: that ran.
-        num_visual_tokens: number of visual tokens of an image without reduction, or None if unknown.
-
     Returns:
         A line for each such server, about its first row.
     """
@@ -64,10 +63,9 @@ def check(rows: Rows, servers: Sequence[Server], num_visual_tokens: int | None) 
     by_name = {server.name: server for server in servers}
     problems: dict[str, str] = {}
     for row in rows:
-        server = by_name[row["server"]]
-        problem = _problem(row, server, stock.get((row["round"], row["point"])), num_visual_tokens)
-        if problem is not None:
-            problems.setdefault(server.name, f"{server.name}, {row['point']}: {problem}")
+        name, base = row["server"], stock.get((row["round"], row["point"]))
+        if problem := _problem(row, by_name[name], base, num_visual_tokens):
+            problems.setdefault(name, f"{name}, {row['point']}: {problem}")
     return list(problems.values())
 
 
@@ -93,13 +91,3 @@ def _problem(row: Row, server: Server, stock: Row | None, num_visual_tokens: int
 def _place(row: Row) -> tuple[Any, ...]:
     rate, concurrency = row["traffic"]["rate"], row["traffic"]["concurrency"]
     return rate is None, rate or concurrency, row["server"] != STOCK, row["server"]
-
-
-def _spread(members: Rows) -> dict[str, float | None]:
-    spread: dict[str, float | None] = {}
-    for figure in FIGURES:
-        values = [float(row[figure]) for row in members if row[figure] is not None]
-        spread[figure] = statistics.median(values) if values else None
-        spread[f"{figure}_min"] = min(values, default=None)
-        spread[f"{figure}_max"] = max(values, default=None)
-    return spread

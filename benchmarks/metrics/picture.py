@@ -6,11 +6,12 @@ Three phases of equal load on a small KV cache: requests keep all 576 tokens, th
 """
 
 import asyncio
+import math
 import re
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -74,11 +75,10 @@ def main() -> int:
                 asyncio.run(_phase(server.url, phase, args.seconds))
             end = time.time()
             shown = {panel["title"]: panel for panel in panels()}
-            lines = {title: _lines(prometheus, shown[title], start, end) for title in PANELS}
+            charts = [(shown[title], _lines(prometheus, shown[title], start, end)) for title in PANELS]
             values = _single_values(prometheus, end)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    units = {title: _unit(panel) for title, panel in shown.items() if title in lines}
-    args.out.write_text(_drawn(lines, units, f"{TITLE}\nat the end: {values}"))
+    args.out.write_text(_drawn(charts, f"{TITLE}\nat the end: {values}"))
     return 0
 
 
@@ -129,18 +129,18 @@ def _legend(template: str, labels: Mapping[str, str]) -> str:
     return re.sub(r"{{(\w+)}}", lambda match: labels.get(match[1], ""), template)
 
 
-def _drawn(lines: Mapping[str, Lines], units: Mapping[str, str], title: str) -> str:
-    num_rows = -(-len(lines) // NUM_COLUMNS)
+def _drawn(charts: Sequence[tuple[Mapping[str, Any], Lines]], title: str) -> str:
+    num_rows = math.ceil(len(charts) / NUM_COLUMNS)
 
     def paint(figure: Figure) -> None:
         figure.suptitle(title, fontsize=9)
-        for index, (name, series) in enumerate(lines.items(), 1):
+        for index, (panel, series) in enumerate(charts, 1):
             axes = figure.add_subplot(num_rows, NUM_COLUMNS, index)
             for (label, points), colour in zip(series.items(), cycle(COLOURS), strict=False):
                 axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.4, label=label)
-            axes.set_title(name, fontsize=9, loc="left", weight="bold")
+            axes.set_title(panel["title"], fontsize=9, loc="left", weight="bold")
             axes.set_ylim(bottom=0)
-            unit = units[name]
+            unit = _unit(panel)
             form = PercentFormatter(1.0) if unit == "percentunit" else EngFormatter(_UNITS.get(unit, ""))
             axes.yaxis.set_major_formatter(form)
             axes.xaxis.set_major_formatter(EngFormatter("s"))

@@ -44,10 +44,6 @@ class Prometheus:
     def wait_for_scrapes(self, count: int = 2, seconds: float = 60) -> None:
         """Wait until everything so far has been scraped; a busy machine may scrape late.
 
-        Args:
-            count: scrapes from now on.
-            seconds: seconds to wait at most.
-
         Raises:
             TimeoutError: the target was not scraped that often.
         """

@@ -27,7 +27,7 @@ from ficoco_vllm.benchmarks.harness.http import metric
 from ficoco_vllm.benchmarks.harness.results import Bar, at_most, environment, make_parser, report, write
 from ficoco_vllm.benchmarks.harness.rounds import ratios
 from ficoco_vllm.benchmarks.harness.terminal import Task
-from ficoco_vllm.benchmarks.quality.replay import Log, recorded
+from ficoco_vllm.benchmarks.quality.replay import recorded
 from ficoco_vllm.benchmarks.quality.traffic import EASY, HARD, PHASES, reference, send
 from ficoco_vllm.quality.settings import QualitySettings
 from ficoco_vllm.quality.simulation import Recorded, simulate
@@ -143,18 +143,16 @@ def _stationary(traffic: dict[str, Any], seed: int, folder: Path) -> dict[str, A
         {**QUALITY, "seed": seed, "target_agreement": traffic["target"], "ladder": traffic.get("ladder")}
     ).on_model(NUM_TOKENS)
     items = embedded(traffic["kinds"], NUM_ITEMS, seed)
-    log = Log(traffic["method"], settings, items, folder / f"{traffic['name']}.jsonl", Host())
+    answers = folder / f"{traffic['name']}.jsonl"
+    requests = recorded(Host(), traffic["method"], settings.ladder or (), items, answers)
     # The whole log is one class of traffic.
-    known = [replace(request, traffic="") for request in recorded(log)]
-    return {**traffic, **compared(settings, known)}
+    return {**traffic, **compared(settings, [replace(request, traffic="") for request in requests])}
 
 
 def compared(settings: QualitySettings, known: Sequence[Recorded]) -> dict[str, Any]:
     """The budget on which the control law settles and the one that `calibrate` finds, on the same traffic.
 
-    Args:
-        settings: settings with a ladder whose last rung keeps all tokens.
-        known: questions of the traffic, from which its requests are drawn.
+    Its requests are drawn from the known ones; the last rung of the ladder keeps all tokens.
     """
     ladder, target, draw = settings.ladder or (), settings.target_agreement, random.Random(settings.seed)
     outcome = simulate(settings, [draw.choice(known) for _ in range(100_000)], per_second=1000.0)

@@ -1,7 +1,6 @@
 """Replay of a log: every question answered at every budget, then the control law on those answers."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,51 +19,35 @@ from ficoco_vllm.quality.simulation import Recorded, Replayed, simulate
 NUM_PARTS = 10
 
 
-@dataclass(frozen=True)
-class Log:
-    """A log of requests, and how its answers are got.
+def recorded(
+    host: Host,
+    method: str,
+    ladder: Sequence[int],
+    items: Sequence[Item],
+    answers: Path,
+    max_tokens: int = 16,
+    concurrency: int = CONCURRENCY,
+) -> list[Recorded]:
+    """Answer every question of a log at every rung, and with all tokens; a question's kind is its class of traffic.
 
-    Attributes:
-        method: method of the server.
-        settings: settings of the target, with a ladder.
-        items: questions, in the order of the log.
-        answers: JSONL file; an interrupted run continues from it.
-        max_tokens: most tokens of an answer.
-    """
-
-    method: str
-    settings: QualitySettings
-    items: Sequence[Item]
-    answers: Path
-    host: Host
-    max_tokens: int = 16
-    concurrency: int = CONCURRENCY
-
-
-def recorded(log: Log) -> list[Recorded]:
-    """Answer every question at every rung, and with all tokens; the kind of a question is its class of traffic.
+    An interrupted run continues from `answers`, a JSONL file.
 
     Raises:
         ValueError: the answers on disk are those of another run.
         RuntimeError: a server does not start.
         openai.APIError: a server refuses a question.
     """
-    site = site_of(log.method)
-    ladder = log.settings.ladder or ()
-    most = log.host.num_tokens
+    site = site_of(method)
     reference = full(site)
-    rungs = [reference if keep >= most else Variant(log.method, site, log.method, keep) for keep in ladder]
-    unique = list({item.name: item for item in log.items}.values())
-    run = {**log.host.identity, "workload": [item.name for item in unique], "tokens": log.max_tokens}
-    served = server_method(log.method, site)
+    rungs = [reference if keep >= host.num_tokens else Variant(method, site, method, keep) for keep in ladder]
+    unique = list({item.name: item for item in items}.values())
+    run = {**host.identity, "workload": [item.name for item in unique], "tokens": max_tokens}
     with (
-        Store(log.answers, run) as store,
-        endpoint(log.host, served, [], max_tokens=log.max_tokens) as server,
+        Store(answers, run) as store,
+        endpoint(host, server_method(method, site), [], max_tokens=max_tokens) as server,
     ):
         variants = list({variant.key: variant for variant in (reference, *rungs)}.values())
-        replay(
-            server, pairs(variants, unique), store, log.concurrency, f"{log.method}: the log at every budget"
-        )
+        replay(server, pairs(variants, unique), store, concurrency, f"{method}: the log at every budget")
         found = {}
         for item in unique:
             before = store[reference.key, item.name]
@@ -76,29 +59,21 @@ def recorded(log: Log) -> list[Recorded]:
                 before.prompt_tokens,
                 item.kind,
             )
-    return [found[item.name] for item in log.items]
+    return [found[item.name] for item in items]
 
 
-def dry_run(log: Log, repeat: int, per_second: float) -> dict[str, Any]:
-    """What a server with this target would have done on the log.
-
-    Args:
-        log: log of requests.
-        repeat: times that the log is served, one after the other.
-        per_second: rate of its requests.
-
-    Returns:
-        The report as it is written to JSON.
-    """
-    requests = recorded(log) * repeat
-    top_reduces = (log.settings.ladder or (0,))[-1] < log.host.num_tokens
-    outcome = simulate(log.settings, requests, top_reduces=top_reduces, per_second=per_second)
+def dry_run(
+    host: Host, method: str, settings: QualitySettings, requests: Sequence[Recorded], per_second: float
+) -> dict[str, Any]:
+    """The report, as it is written to JSON, of what a server with a target would have done on some requests."""
+    top_reduces = (settings.ladder or (0,))[-1] < host.num_tokens
+    outcome = simulate(settings, requests, top_reduces=top_reduces, per_second=per_second)
     return {
         "schema": 1,
         "environment": environment(),
-        "model": log.host.model or "demo",
-        "method": log.method,
-        "settings": log.settings.model_dump(mode="json"),
+        "model": host.model or "demo",
+        "method": method,
+        "settings": settings.model_dump(mode="json"),
         "requests": len(requests),
         "agreement": round(outcome.agreement, 4),
         "visual_tokens": round(sum(outcome.keeps) / len(outcome.keeps), 1),

@@ -26,13 +26,7 @@ class Answer(NamedTuple):
 
 
 class Phase(NamedTuple):
-    """Answers to one kind of traffic, in the order in which the requests were sent.
-
-    Attributes:
-        agreeing: whether each answer is the full model's.
-        kept: visual tokens kept of each image.
-        num_tokens: tokens of all prompts and answers.
-    """
+    """Answers in the order sent: whether each is the full model's, its visual tokens kept, and the tokens of all."""
 
     agreeing: list[bool]
     kept: list[int]

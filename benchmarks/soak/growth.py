@@ -15,11 +15,7 @@ LEAST_ROUNDS = 10
 def growth_bars(name: str, rounds: Sequence[Mapping[str, Any]], memory: str, limit: float) -> list[Bar]:
     """The bar on MiB for a thousand requests after the warm-up, if there are enough rounds.
 
-    Args:
-        name: name of the bar.
-        rounds: each with `num_requests` so far, and the memory.
-        memory: name of the memory's figure, MiB.
-        limit: MiB for a thousand requests.
+    Each round has `num_requests` so far, and the memory in MiB, whose name is `memory`.
     """
     later = [row for row in rounds if row["num_requests"] > WARM_UP_SHARE * rounds[-1]["num_requests"]]
     if len(later) < LEAST_ROUNDS:

@@ -48,7 +48,7 @@ def _replay(args: argparse.Namespace) -> int:
     from ficoco_vllm.benchmarks.calibration.data import read_items
     from ficoco_vllm.benchmarks.harness import terminal
     from ficoco_vllm.benchmarks.harness.results import write
-    from ficoco_vllm.benchmarks.quality.replay import Log, dry_run, lines, tables
+    from ficoco_vllm.benchmarks.quality.replay import dry_run, lines, recorded, tables
     from ficoco_vllm.quality.settings import QualitySettings
 
     for name, value, least in (("--repeat", args.repeat, 1), ("--rate", args.rate, 1e-9)):
@@ -63,15 +63,13 @@ def _replay(args: argparse.Namespace) -> int:
     settings = QualitySettings.parse(
         {"seed": args.seed, **quality, "target_agreement": args.target_agreement}
     ).on_model(args.visual_tokens)
-    fields = {name: value for name, value in question_settings(args).items() if name != "seed"}
-    log = Log(
-        args.method,
-        settings,
-        read_items(args.data, args.prompt),
-        max_tokens=args.max_tokens,
-        **fields,
+    fields = question_settings(args)
+    del fields["seed"]
+    items = read_items(args.data, args.prompt)
+    requests = recorded(
+        method=args.method, ladder=settings.ladder or (), items=items, max_tokens=args.max_tokens, **fields
     )
-    report = dry_run(log, args.repeat, args.rate)
+    report = dry_run(fields["host"], args.method, settings, requests * args.repeat, args.rate)
     path = args.out / "replay.json"
     write(report, path)
     terminal.show(tables(report), [*lines(report), f"written: {path}"], [])

@@ -12,16 +12,7 @@ TARGETS = ("q_proj", "v_proj", "down_proj")
 
 
 def write_adapter(model: Path, folder: Path, seed: int) -> dict[str, Tensor]:
-    """Write a random adapter of a LLaVA's decoder.
-
-    Args:
-        model: folder of the model.
-        folder: folder of the adapter, made here.
-        seed: seed of its weights.
-
-    Returns:
-        What it adds to the weights of the model, by their names.
-    """
+    """Make a folder with a random adapter of a LLaVA's decoder; returns what it adds to each weight of the model."""
     generator = torch.Generator().manual_seed(seed)
     adapter, added = {}, {}
     for name, weight in load_file(model / "model.safetensors").items():

@@ -47,10 +47,7 @@ class Request:
 def make_requests(seed: int, abort_share: float, num_adapters: int = 0) -> Iterator[Request]:
     """Requests without end: the same `NUM_DIFFERENT` repeated, each time with other aborts.
 
-    Args:
-        seed: seed of the mixture.
-        abort_share: share of the requests that are aborted in one of `COMMON_PHASES`.
-        num_adapters: number of adapters, of which each request has one.
+    `abort_share` of the requests are aborted in one of `COMMON_PHASES`; each has one of the adapters, if there are any.
     """
     order = random.Random(seed)
     known = [(example.question, Image.open(example.image).convert("RGB")) for example in examples()]

@@ -43,16 +43,7 @@ def run(
     num_open: int = 16,
     abort_share: float = 0.2,
 ) -> dict[str, Any]:
-    """Send all requests.
-
-    Args:
-        engine: engine in this process, with a method of the decoder.
-        num_requests: number of requests of the run.
-        num_per_round: after which the engine is empty and looked at.
-        seed: seed of the mixture.
-        adapters: folders of LoRA adapters; each request has one of them.
-        num_open: requests at the same time.
-        abort_share: see `make_requests`.
+    """Send all requests, `num_open` at the same time, to an engine in this process; see `make_requests`.
 
     Returns:
         `start` and `rounds`, the state at first and after each round: `num_requests` until then, `num_free_blocks` of
@@ -87,12 +78,10 @@ class Driver:
     """Keeps some requests of an engine open, aborts those whose `abort_in` says so, and counts.
 
     Attributes:
-        engine: engine in this process.
         num_open: requests at the same time.
         adapters: folders of the LoRA adapters that requests name by their numbers.
         on_answer: takes each request that was not aborted, and the tokens of its answer.
         num_found: answers for whose prompts the prefix cache had tokens.
-        num_adapted: answers by an adapter.
         in_chunks: names of the requests whose prompts took several steps.
         num_aborted: number of aborted requests by the phase of the request.
     """
@@ -115,7 +104,7 @@ class Driver:
         What a step schedules is counted. A request whose prompt has just been computed is aborted at the point where
         vLLM handles the aborts that came in meanwhile, before it reads the tokens of the step.
         """
-        scheduler = harness.scheduler_of(self.engine)
+        core, scheduler = self.engine.llm_engine, harness.scheduler_of(self.engine)
         schedule, update = scheduler.schedule, scheduler.update_from_output
 
         def schedule_counted(*args: Any) -> Any:
@@ -134,20 +123,16 @@ class Driver:
             return update(*args)
 
         with patch.multiple(scheduler, schedule=schedule_counted, update_from_output=update_later):
-            self._answer(waiting)
-
-    def _answer(self, waiting: list[Request]) -> None:
-        core = self.engine.llm_engine
-        while waiting or self._open:
-            while waiting and len(self._open) < self.num_open:
-                self._enqueue(waiting.pop())
-            self._abort("waiting", "decoding", "preempted")
-            for output in core.step():
-                if output.finished:
-                    self._finish(output)
-        while core.has_unfinished_requests():
-            core.step()
-        core.step()  # the worker frees what it holds of the last ones
+            while waiting or self._open:
+                while waiting and len(self._open) < self.num_open:
+                    self._enqueue(waiting.pop())
+                self._abort("waiting", "decoding", "preempted")
+                for output in core.step():
+                    if output.finished:
+                        self._finish(output)
+            while core.has_unfinished_requests():
+                core.step()
+            core.step()  # the worker frees what it holds of the last ones
 
     def _enqueue(self, request: Request) -> None:
         from vllm import SamplingParams

@@ -3,9 +3,11 @@
 import asyncio
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
+from uuid import uuid4
 
 import httpx
 
@@ -28,11 +30,7 @@ PREFIX = "chatcmpl-"
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer and its certainty.
-
-    Attributes:
-        gaps: difference in log-probability of each to the next likely one.
-    """
+    """Tokens of an answer, and the difference in log-probability of each to the next likely one."""
 
     tokens: tuple[str, ...]
     gaps: tuple[float, ...]
@@ -47,11 +45,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a request ended.
-
-    Attributes:
-        kind: `ANSWERED`, `REFUSED`, `ABORTED` or one of `FAULTS`.
-    """
+    """How a request ended: its kind is `ANSWERED`, `REFUSED`, `ABORTED` or one of `FAULTS`."""
 
     kind: str
     why: str = ""
@@ -59,13 +53,7 @@ class Outcome:
 
 
 class Client(httpx.AsyncClient):
-    """Client of one server.
-
-    Args:
-        url: address without a path.
-        api_key: key of the server.
-        transport: between client and server; None: the network.
-    """
+    """Client of one server, at an address without a path."""
 
     def __init__(
         self, url: str, api_key: str = "none", transport: httpx.AsyncBaseTransport | None = None
@@ -76,18 +64,12 @@ class Client(httpx.AsyncClient):
             base_url=url, headers=headers, timeout=LOST_SECONDS, limits=limits, transport=transport
         )
 
-    async def ask(self, request: Request, name: str, number: int = 0) -> Outcome:
-        """Send a request and classify its end.
-
-        Args:
-            request: what to send.
-            name: unique name of the request, which the answer must carry.
-            number: number of the request; decides how long a client waits that does not wait for its answer.
-        """
+    async def ask(self, request: Request, number: int = 0) -> Outcome:
+        """Send a request and classify its end; its number decides how long a client waits that disconnects early."""
         patience = PATIENCE_SECONDS[number % len(PATIENCE_SECONDS)] if request.abort == EARLY else None
         try:
             async with asyncio.timeout(patience):
-                return await self._exchange(request, name)
+                return await self._exchange(request, name=uuid4().hex)
         except TimeoutError:
             return Outcome(ABORTED)
         except httpx.HTTPError as error:
@@ -116,10 +98,9 @@ class Client(httpx.AsyncClient):
 
 def judge_error(request: Request, status: int, body: bytes) -> Outcome:
     """Classify an error: it must be the expected refusal, in OpenAI's form."""
-    try:
+    code = None
+    with suppress(ValueError, KeyError, TypeError):
         code = json.loads(body)["error"]["code"]
-    except (ValueError, KeyError, TypeError):
-        code = None
     if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         return Outcome(SERVER_ERROR, f"{status} {body[:300]!r}")
     if status != request.status or code != status:
@@ -133,7 +114,7 @@ def judge_whole(request: Request, name: str, body: bytes) -> Outcome:
         answer = json.loads(body)
     except ValueError:
         return Outcome(TWICE if body.count(b'"choices"') > 1 else WRONG, repr(body[:300]))
-    return _judge(request, name, [answer["id"]], answer["choices"], [answer["usage"]])
+    return _judge(request, name, [answer])
 
 
 def judge_stream(request: Request, name: str, lines: Sequence[str]) -> Outcome:
@@ -143,36 +124,31 @@ def judge_stream(request: Request, name: str, lines: Sequence[str]) -> Outcome:
         return Outcome(TWICE, "two [DONE]")
     if not events or events[-1] != "[DONE]":
         return Outcome(LOST, f"the stream ended after {len(events)} events")
-    chunks: list[dict[str, Any]] = [json.loads(event) for event in events[:-1]]
+    chunks = [json.loads(event) for event in events[:-1]]
     for chunk in chunks:
         if "error" in chunk:
             return Outcome(SERVER_ERROR, repr(chunk))
-    ends = [choice for chunk in chunks for choice in chunk["choices"] if choice["finish_reason"]]
-    usages = [chunk["usage"] for chunk in chunks if chunk.get("usage")]
-    return _judge(request, name, [chunk["id"] for chunk in chunks], ends, usages)
+    return _judge(request, name, chunks)
 
 
-def _judge(
-    request: Request,
-    name: str,
-    ids: Sequence[str],
-    choices: Sequence[dict[str, Any]],
-    usages: Sequence[dict[str, Any]],
-) -> Outcome:
+def _judge(request: Request, name: str, chunks: Sequence[dict[str, Any]]) -> Outcome:
+    """Classify an answer, whole or in chunks."""
     if request.status != HTTPStatus.OK:
         return Outcome(WRONG, f"200 instead of {request.status}")
-    if len(choices) > 1 or len(usages) > 1:
-        return Outcome(TWICE, f"{len(choices)} ends, {len(usages)} usages")
-    if len(choices) < 1 or len(usages) < 1:
-        return Outcome(LOST, f"{len(choices)} ends, {len(usages)} usages")
-    if set(ids) != {PREFIX + name}:
-        return Outcome(WRONG, f"an answer to {set(ids)} instead of {name}")
-    num_tokens, reason = usages[0]["completion_tokens"], choices[0]["finish_reason"]
+    ends = [choice for chunk in chunks for choice in chunk["choices"] if choice["finish_reason"]]
+    usages = [chunk["usage"] for chunk in chunks if chunk.get("usage")]
+    if (len(ends), len(usages)) != (1, 1):
+        kind = TWICE if max(len(ends), len(usages)) > 1 else LOST
+        return Outcome(kind, f"{len(ends)} ends, {len(usages)} usages")
+    names = {chunk["id"] for chunk in chunks}
+    if names != {PREFIX + name}:
+        return Outcome(WRONG, f"an answer to {names} instead of {name}")
+    num_tokens, reason = usages[0]["completion_tokens"], ends[0]["finish_reason"]
     if request.num_tokens is not None and (num_tokens, reason) != (request.num_tokens, "length"):
         return Outcome(WRONG, f"{num_tokens} tokens, {reason}, instead of {request.num_tokens}")
     if request.sample is None:
         return Outcome(ANSWERED)
-    words = choices[0]["logprobs"]["content"]
+    words = ends[0]["logprobs"]["content"]
     likeliest = [[top["logprob"] for top in word["top_logprobs"]] for word in words]
     gaps = tuple(max(tops) - min(tops) for tops in likeliest)
     return Outcome(ANSWERED, answer=Answer(tuple(word["token"] for word in words), gaps))

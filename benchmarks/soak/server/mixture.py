@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from http import HTTPStatus
+from itertools import starmap
 from typing import Any
 
 from PIL import Image
@@ -31,11 +32,10 @@ class Target:
     """Limits of a server, as far as the mixture depends on them.
 
     Attributes:
-        budgets: visual tokens of an image that they may request for.
+        budgets: visual tokens of an image that requests may name.
         num_patches: visual tokens of an image without reduction.
         max_images: most images of a prompt; more must be refused; None: not tested.
         max_body_bytes: most bytes of a request; more must be refused; None: not tested.
-        max_model_len: tokens of a prompt and its answer.
         allows_off: whether requests may keep all tokens.
     """
 
@@ -77,15 +77,13 @@ def make_requests(target: Target, seed: int, count: int = NUM_DIFFERENT) -> list
     # Exact shares in a random order, so that even a short run has every kind.
     numbered = [(kind, n) for kind, share in SHARES.items() for n in range(round(share * count))]
     order.shuffle(numbered)
-    requests = []
-    for kind, number in numbered:
+
+    def make(kind: str, number: int) -> Request:
         if kind == "refused":
-            requests.append(refusals[number % len(refusals)])
-        elif kind == "sample":
-            requests.append(_sample(target, number))
-        else:
-            requests.append(_answered(target, order, kind, number))
-    return requests
+            return refusals[number % len(refusals)]
+        return _sample(target, number) if kind == "sample" else _answered(target, order, kind, number)
+
+    return list(starmap(make, numbered))
 
 
 @cache

@@ -2,18 +2,16 @@
 
 import asyncio
 import time
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from itertools import cycle, islice
 from typing import Any
-from uuid import uuid4
 
 import psutil
 
 from ficoco_vllm.benchmarks.harness.http import samples
-from ficoco_vllm.benchmarks.soak.server.client import ABORTED, FAULTS, Answer, Client, Outcome
+from ficoco_vllm.benchmarks.soak.server.client import ABORTED, FAULTS, Client, Outcome
 from ficoco_vllm.benchmarks.soak.server.mixture import Request
 
 QUEUE = "vllm:num_requests_waiting"
@@ -38,42 +36,41 @@ SETTLE_SECONDS = 60.0
 _NUM_LISTED = 20
 # Between two looks at the queue.
 _QUEUE_SECONDS = 0.1
-Counts = Mapping[str, Mapping[str, float]]
+# Requests that have ended, those of the sample that are sent alone first.
+Ended = list[tuple[Request, Outcome]]
 
 
-@dataclass
-class Outcomes:
-    """How the requests of a run ended.
+def summarise(ended: Ended) -> dict[str, Any]:
+    """How requests ended, and whether the answers to the sample are those to the same questions sent alone.
 
-    Attributes:
-        aborts: disconnects by when they happened.
-        refusals: that the server's own counter must show.
-        num_compared: answers to the sample under load.
-        alone: answers to the sample, sent alone.
+    Returns:
+        `outcomes` by their kind; `aborts`, disconnects by when they happened; `refusals` that the server's own counter
+        must show; the first `faults`; `num_compared` answers to the sample, and the first `different` ones.
     """
-
-    outcomes: Counter[str] = field(default_factory=Counter)
-    aborts: Counter[str] = field(default_factory=Counter)
-    refusals: int = 0
-    faults: list[str] = field(default_factory=list)
-    num_compared: int = 0
-    different: list[str] = field(default_factory=list)
-    alone: dict[int, Answer] = field(default_factory=dict)
-
-    def add(self, request: Request, outcome: Outcome) -> None:
-        """Count an outcome, and compare the answer to a sample with the one sent alone."""
-        self.outcomes[outcome.kind] += 1
-        self.refusals += request.counted_refusal
-        if outcome.kind == ABORTED:
-            self.aborts[str(request.abort)] += 1
-        if outcome.kind in FAULTS and len(self.faults) < _NUM_LISTED:
-            self.faults.append(f"{request.name}: {outcome.kind}: {outcome.why}: {request.body[-300:]!r}")
-        if outcome.answer is None or request.sample is None:
-            return
-        alone = self.alone.setdefault(request.sample, outcome.answer)
-        self.num_compared += alone is not outcome.answer
-        if not alone.agrees(outcome.answer) and len(self.different) < _NUM_LISTED:
-            self.different.append(f"{request.sample}: {alone} alone, {outcome.answer}")
+    faults = [
+        f"{request.name}: {outcome.kind}: {outcome.why}: {request.body[-300:]!r}"
+        for request, outcome in ended
+        if outcome.kind in FAULTS
+    ]
+    answers = [
+        (request.sample, outcome.answer)
+        for request, outcome in ended
+        if request.sample is not None and outcome.answer is not None
+    ]
+    alone = dict(reversed(answers))  # the first answer to each
+    different = [
+        f"{sample}: {alone[sample]} alone, {answer}"
+        for sample, answer in answers
+        if not alone[sample].agrees(answer)
+    ]
+    return {
+        "outcomes": Counter(outcome.kind for _, outcome in ended),
+        "aborts": Counter(request.abort for request, outcome in ended if outcome.kind == ABORTED),
+        "refusals": sum(request.counted_refusal for request, _ in ended),
+        "faults": faults[:_NUM_LISTED],
+        "num_compared": len(answers) - len(alone),
+        "different": different[:_NUM_LISTED],
+    }
 
 
 async def run(
@@ -85,52 +82,41 @@ async def run(
     num_open: int = 24,
     burst_every: int = 4,
 ) -> dict[str, Any]:
-    """Send requests in rounds.
+    """Send a mixture of requests, repeated, in rounds, to a server whose first process has the id `pid`.
 
-    Args:
-        client: client of the server.
-        pid: process id of the server's first process.
-        requests: the mixture, which is repeated.
-        num_requests: number of requests of the run.
-        num_per_round: after which the server is looked at.
-        num_open: requests at the same time.
-        burst_every: once in this many rounds, all requests of a round are sent at the same time.
+    `num_open` requests are open at the same time; once in `burst_every` rounds all of a round are.
 
     Returns:
-        `num_requests`, `seconds`; `outcomes`, `aborts`, `refusals`, `faults`; `counted`, the server's counters of
-        the same requests; `num_compared`, `different`; `longest_queue` of a burst; `rounds`, a look after each.
+        `num_requests`, `seconds`, what `summarise` finds; `counted`, the server's counters of the same requests;
+        `longest_queue` of a burst; `rounds`, a look after each.
     """
-    outcomes, rounds, longest_queue = Outcomes(), list[dict[str, Any]](), 0.0
+    ended, rounds, longest_queue = Ended(), list[dict[str, Any]](), 0.0
     before, start = read_counts(await client.metrics()), time.monotonic()
     sample = {request.sample: request for request in requests if request.sample is not None}
     for request in sample.values():
-        outcomes.add(request, await client.ask(request, uuid4().hex))
+        ended.append((request, await client.ask(request)))
     closing = next(one for one in requests if one.num_tokens and not (one.abort or one.stream))
     supply, sent = cycle(requests), 0
     while sent < num_requests:
         batch = list(islice(supply, min(num_per_round, num_requests - sent)))
-        is_burst = (len(rounds) + 1) % burst_every == 0
-        at_once = len(batch) if is_burst else num_open
-        longest_queue = max(longest_queue, await _round(client, batch, at_once, outcomes, sent))
+        at_once = num_open if (len(rounds) + 1) % burst_every else len(batch)
+        longest_queue = max(longest_queue, await _round(client, batch, at_once, ended))
         sent += len(batch)
-        rounds.append({"num_requests": sent, "burst": is_burst, **await look(client, pid, outcomes, closing)})
-        print(f"{sent} requests, {rounds[-1]['mib']:.0f} MiB, {dict(outcomes.outcomes)}", flush=True)
-    after, ended = read_counts(await client.metrics()), vars(outcomes).copy()
-    del ended["alone"]
+        rounds.append({"num_requests": sent, **await look(client, pid, ended, closing)})
+        kinds = Counter(outcome.kind for _, outcome in ended)
+        print(f"{sent} requests, {rounds[-1]['mib']:.0f} MiB, {dict(kinds)}", flush=True)
+    after = read_counts(await client.metrics())
     return {
         "num_requests": sent + len(sample) + sum(row["num_closing"] for row in rounds),
         "seconds": round(time.monotonic() - start, 1),
-        **ended,
-        "counted": {
-            name: {label: value - before[name].get(label, 0.0) for label, value in values.items()}
-            for name, values in after.items()
-        },
+        **summarise(ended),
+        "counted": {name: after[name] - before[name] for name in COUNTERS},
         "longest_queue": longest_queue,
         "rounds": rounds,
     }
 
 
-async def look(client: Client, pid: int, outcomes: Outcomes, closing: Request) -> dict[str, Any]:
+async def look(client: Client, pid: int, ended: Ended, closing: Request) -> dict[str, Any]:
     """Wait until the server is idle and report what it still holds.
 
     vLLM updates its gauges when an engine steps; one more request, sent alone, brings them up to date after an abort.
@@ -138,24 +124,22 @@ async def look(client: Client, pid: int, outcomes: Outcomes, closing: Request) -
     deadline, num_closing = time.monotonic() + SETTLE_SECONDS, 0
     while True:
         num_closing += 1
-        outcomes.add(closing, await client.ask(closing, uuid4().hex))
+        ended.append((closing, await client.ask(closing)))
         gauges = read_gauges(await client.metrics())
         if not any(gauges.values()) or time.monotonic() > deadline:
             return {"gauges": gauges, "num_closing": num_closing, "mib": round(tree_mib(pid), 1)}
         await asyncio.sleep(0.2)
 
 
-async def _round(
-    client: Client, requests: Sequence[Request], num_open: int, outcomes: Outcomes, first: int
-) -> float:
+async def _round(client: Client, requests: Sequence[Request], num_open: int, ended: Ended) -> float:
     """Send requests, a number of them at the same time; returns the longest queue seen."""
     free = asyncio.Semaphore(num_open)
 
     async def send(request: Request, number: int) -> None:
         async with free:
-            outcomes.add(request, await client.ask(request, uuid4().hex, number))
+            ended.append((request, await client.ask(request, number)))
 
-    sending = asyncio.gather(*(send(request, first + index) for index, request in enumerate(requests)))
+    sending = asyncio.gather(*(send(request, number) for number, request in enumerate(requests)))
     longest = 0.0
     while not sending.done():
         longest = max(longest, read_gauges(await client.metrics())[QUEUE])
@@ -173,12 +157,12 @@ def read_gauges(text: str) -> dict[str, float]:
     return totals
 
 
-def read_counts(text: str) -> Counts:
+def read_counts(text: str) -> dict[str, Counter[str]]:
     """Each of `COUNTERS`, by its label."""
-    totals = {name: defaultdict[str, float](float) for name in COUNTERS}
+    totals = {name: Counter[str]() for name in COUNTERS}
     for sample in samples(text):
         if sample.name in totals:
-            totals[sample.name][sample.labels.get(COUNTERS[sample.name], "")] += sample.value
+            totals[sample.name][sample.labels.get(COUNTERS[sample.name], "")] += int(sample.value)
     return totals
 
 

@@ -106,11 +106,8 @@ async def under_load(server: Server, strike: psutil.Process, signal: int) -> tup
         How the requests ended, and seconds from the signal to the last of them.
     """
     async with Client(server.url) as client:
-        for attempt in range(5):
-            sending = [
-                asyncio.create_task(client.ask(ask, f"survival-{signal}-{attempt}-{number}"))
-                for number, ask in enumerate(long_asks())
-            ]
+        for _ in range(5):
+            sending = [asyncio.create_task(client.ask(ask)) for ask in long_asks()]
             running = 0.0
             while running < NUM_REQUESTS and not any(task.done() for task in sending):
                 await asyncio.sleep(0.05)
@@ -168,7 +165,7 @@ def test_a_killed_engine_is_an_error_and_a_new_server(supervised: Supervised) ->
 
     async def ask() -> Outcome:
         async with Client(server.url) as client:
-            return await client.ask(long_asks()[0], "after-the-kill")
+            return await client.ask(long_asks()[0])
 
     assert asyncio.run(ask()).kind == ANSWERED
 
