@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 from ficoco_vllm.benchmarks.efficiency import worker
-from ficoco_vllm.benchmarks.efficiency.rows import PRECISIONS, SETTINGS, TABLES, Table, markdown
+from ficoco_vllm.benchmarks.efficiency.rows import PRECISIONS, SETTINGS, STOCK, TABLES, Table, markdown
 from ficoco_vllm.benchmarks.harness import model
 from ficoco_vllm.benchmarks.harness.engine import bench_engine
 from ficoco_vllm.benchmarks.harness.model import WHOLE_MODELS
@@ -40,7 +40,8 @@ def main() -> int:
     args = parser.parse_args()
     head = {"environment": environment(), "seed": args.seed}
     # Rows of earlier runs stay, if they are of the same machine and versions; the large models take long.
-    rows = _earlier(args.out, head)
+    earlier = json.loads(args.out.read_text("utf-8")) if args.out.is_file() else {}
+    rows = earlier["rows"] if head.items() <= earlier.items() else []
     for table, precision in product(TABLES, PRECISIONS):
         if table.size not in args.sizes or precision not in args.precisions:
             continue
@@ -68,15 +69,6 @@ def bars(rows: list[dict[str, Any]]) -> Iterator[Bar]:
     yield at_most("efficiency-kv-bytes-off-plan", blocks)
 
 
-def _earlier(path: Path, head: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of a result that was measured under the same conditions."""
-    if not path.is_file():
-        return []
-    result = json.loads(path.read_text(encoding="utf-8"))
-    same = all(result.get(name) == value for name, value in head.items())
-    return list(result["rows"]) if same else []
-
-
 def _obstacle(shape: ModelShape, precision: str) -> str | None:
     """Why a model cannot run here."""
     weights, _ = PRECISIONS[precision]
@@ -92,7 +84,8 @@ def _obstacle(shape: ModelShape, precision: str) -> str | None:
 def measure(
     folder: str, table: Table, precision: str, shape: ModelShape, rounds: int, order: random.Random
 ) -> list[dict[str, Any]]:
-    """All rows of one model and precision, as in the JSON file; the first round warms up and is not counted."""
+    """All rows of one model and precision, as in the JSON file: counts and times beside what the planner says."""
+    bits = PRECISIONS[precision][1]
     limits = {
         "max_model_len": worker.MAX_MODEL_LEN,
         "max_num_batched_tokens": worker.MAX_MODEL_LEN,
@@ -100,7 +93,7 @@ def measure(
         "block_size": worker.BLOCK_SIZE,
         "kv_cache_memory_bytes": 2**30,
         "enable_prefix_caching": False,  # counts of tokens as in the plan, not rounded to blocks
-        "kv_cache_dtype": "auto" if PRECISIONS[precision][1] == 16 else "fp8",
+        "kv_cache_dtype": "auto" if bits == 16 else "fp8",
     }
     with bench_engine(folder, SETTINGS, **limits) as engine:
         engine.call(worker.set_scales)
@@ -108,39 +101,30 @@ def measure(
             row.method: partial(engine.call, worker.measure, row, table.num_text_tokens) for row in table.rows
         }
         samples = take_turns(asks, rounds, order, f"{table.size} {precision}")
-    return list(_summary(table, precision, shape, samples))
-
-
-def _summary(
-    table: Table, precision: str, shape: ModelShape, samples: dict[str, list[dict[str, float]]]
-) -> Iterator[dict[str, Any]]:
-    """What was counted and timed of each row, beside what the planner says."""
-    bits = PRECISIONS[precision][1]
     times = {name: [sample["ttft_seconds"] for sample in mine] for name, mine in samples.items()}
-    costs = {
-        row.method: estimate(shape, row.plan(shape), num_text_tokens=table.num_text_tokens)
-        for row in table.rows
-    }
-    stock = table.rows[0].method
+    measured = []
     for row in table.rows:
-        seconds, cost = times[row.method], costs[row.method]
-        (counted,) = {(sample["flops"], sample["kv_bytes"]) for sample in samples[row.method]}
+        seconds, cost = times[row.method], table.cost(row, shape)
+        ((flops, kv_bytes),) = {(sample["flops"], sample["kv_bytes"]) for sample in samples[row.method]}
         tokens = [table.num_text_tokens + visual for visual in row.plan(shape).decoder[:-1]]
         slots = sum(-(-count // worker.BLOCK_SIZE) * worker.BLOCK_SIZE for count in tokens)
-        yield {
-            "table": table.number,
-            "precision": precision,
-            "method": row.method,
-            "rounds": len(seconds),
-            "flops": counted[0],
-            "planned_flops": cost.decoder_flops,
-            "kv_bytes": counted[1],
-            "planned_kv_bytes": slots * 2 * shape.decoder.kv_width * bits // 8,
-            "resident_bytes": max(sample["resident_bytes"] for sample in samples[row.method]),
-            "ttft_seconds": spread(seconds),
-            "speedup": spread(ratios(times[stock], seconds)),
-            "predicted_speedup": costs[stock].total_flops / cost.total_flops,
-        }
+        measured.append(
+            {
+                "table": table.number,
+                "precision": precision,
+                "method": row.method,
+                "rounds": rounds,
+                "flops": flops,
+                "planned_flops": cost.decoder_flops,
+                "kv_bytes": kv_bytes,
+                "planned_kv_bytes": slots * 2 * shape.decoder.kv_width * bits // 8,
+                "resident_bytes": max(sample["resident_bytes"] for sample in samples[row.method]),
+                "ttft_seconds": spread(seconds),
+                "speedup": spread(ratios(times[STOCK.method], seconds)),
+                "predicted_speedup": table.cost(STOCK, shape).total_flops / cost.total_flops,
+            }
+        )
+    return measured
 
 
 if __name__ == "__main__":

@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ficoco_vllm.benchmarks.harness.model import PATCHES
+from ficoco_vllm.benchmarks.harness.model import CHECKPOINTS, PATCHES
 from ficoco_vllm.benchmarks.harness.pages import table as markdown_table
 from ficoco_vllm.benchmarks.harness.quantization import Weights
 from ficoco_vllm.benchmarks.harness.rounds import ranged
 from ficoco_vllm.config import FicocoConfig
 from ficoco_vllm.planning.server import ServerPlan
 from ficoco_vllm.planning.tower import Budget
-from ficoco_vllm.reduction.cost import KNOWN_MODELS, ModelShape, TokenPlan, estimate, model_shape
+from ficoco_vllm.reduction.cost import KNOWN_MODELS, Estimate, ModelShape, TokenPlan, estimate, model_shape
 
 # Weights and bits of the KV cache of the rows that the paper calls so. vLLM has no KV cache of 4 bits on a CPU.
 PRECISIONS: dict[str, tuple[Weights, int]] = {"fp16": ("plain", 16), "int8": ("int8", 8), "int4": ("int4", 8)}
@@ -64,7 +64,11 @@ class Table:
     @property
     def shape(self) -> ModelShape:
         """Sizes of its model."""
-        return model_shape(KNOWN_MODELS[f"llava-hf/llava-1.5-{self.size}-hf"])
+        return model_shape(KNOWN_MODELS[CHECKPOINTS[self.size]])
+
+    def cost(self, row: Row, shape: ModelShape) -> Estimate:
+        """Cost of one row as it is planned, on a model of these sizes."""
+        return estimate(shape, row.plan(shape), num_text_tokens=self.num_text_tokens)
 
 
 STOCK = Row("LLaVA-1.5")
@@ -105,10 +109,7 @@ def _measured(row: dict[str, Any]) -> list[str]:
 
 
 def _planned(table: Table, row: Row, bits: int) -> list[str]:
-    stock, cost = (
-        estimate(table.shape, one.plan(table.shape), num_text_tokens=table.num_text_tokens)
-        for one in (STOCK, row)
-    )
+    stock, cost = (table.cost(one, table.shape) for one in (STOCK, row))
     kv_megabytes = cost.kv_bytes * bits / 16 / 1e6
     faster = f"{stock.total_flops / cost.total_flops:.2f}x"
     return ["planned", f"{cost.decoder_flops / 1e12:.2f}", f"{kv_megabytes:.1f}", "", "", faster]

@@ -62,21 +62,19 @@ def _products(engine: Any) -> Iterator[list[int]]:
 
     flops: list[int] = []
 
-    def linear(module: Any, arguments: tuple[Any, ...]) -> None:
-        flops.append(2 * arguments[0].shape[0] * module.input_size * module.output_size)
-
-    def head(module: Any, arguments: tuple[Any, ...]) -> None:
-        flops.append(2 * arguments[1].shape[0] * arguments[1].shape[1] * module.org_vocab_size)
-
-    def attention(module: Any, arguments: tuple[Any, ...]) -> None:
-        # A prompt computed in one step has as many keys as queries; the full square is counted.
-        flops.append(4 * arguments[0].shape[0] ** 2 * module.num_heads * module.head_size)
+    def count(module: Any, arguments: tuple[Any, ...]) -> None:
+        match module:
+            case LinearBase():
+                flops.append(2 * len(arguments[0]) * module.input_size * module.output_size)
+            case LogitsProcessor():
+                flops.append(2 * arguments[1].numel() * module.org_vocab_size)
+            case Attention():
+                # A prompt computed in one step has as many keys as queries; the full square is counted.
+                flops.append(4 * len(arguments[0]) ** 2 * module.num_heads * module.head_size)
 
     with ExitStack() as stack:
         for module in _decoder(engine).modules():
-            for kind, hook in ((LinearBase, linear), (LogitsProcessor, head), (Attention, attention)):
-                if isinstance(module, kind):
-                    stack.callback(module.register_forward_pre_hook(hook).remove)
+            stack.callback(module.register_forward_pre_hook(count).remove)
         yield flops
 
 

@@ -109,27 +109,22 @@ def main() -> int:
     failed = at_most("gpu-steps-failed", len(result["failed"]))
     if args.emulate:
         print("emulated: the figures mean nothing")
-        return report([failed])
-    return report([failed, *bars(result)])
+    return report([failed] if args.emulate else [failed, *bars(result)])
 
 
 def bars(result: Mapping[str, Any]) -> Iterator[Bar]:
     """The bars of the steps that have run."""
     for name, row in result.get("answers", {}).items():
         yield Bar(f"gpu-answers-{name}", row["num_right"] / row["num_asked"], ANSWERS[name][1])
+    ceilings = result["ceilings"]
     for row in result.get("kernels", []):
-        yield _kernel_bar(row, result["ceilings"])
+        # One and a half times the floor; a single item may take the latency of its launches besides.
+        floor = max(row["floor_bytes"] / ceilings["bandwidth"], row["floor_flops"] / ceilings["flops"])
+        most = 1.5 * floor + (row["num_launches"] * ceilings["launch_seconds"] if row["B"] == 1 else 0.0)
+        yield at_most(f"gpu-kernel[{row['name']},B={row['B']}]", row["seconds"] / most, 1.0)
     yield from _serving_bars(result.get("serving", {}), result["settings"]["requests"])
-    if "steps" in result:
-        steps = result["steps"]
+    if steps := result.get("steps"):
         yield at_most("gpu-step-of-ficoco-l-over-stock", steps["ficoco-l-576"] / steps["stock"], 1.1)
-
-
-def _kernel_bar(row: Mapping[str, Any], ceilings: Mapping[str, Any]) -> Bar:
-    """At most one and a half times the floor; a single item may take the latency of its launches besides."""
-    floor = max(row["floor_bytes"] / ceilings["bandwidth"], row["floor_flops"] / ceilings["flops"])
-    latency = row["num_launches"] * ceilings["launch_seconds"] if row["B"] == 1 else 0.0
-    return at_most(f"gpu-kernel[{row['name']},B={row['B']}]", row["seconds"] / (1.5 * floor + latency), 1.0)
 
 
 def _serving_bars(rows: Mapping[str, Mapping[str, Any]], num_requests: int) -> Iterator[Bar]:
@@ -182,50 +177,51 @@ def _serving(args: argparse.Namespace, ceilings: Device) -> Iterator[dict[str, d
     rows: dict[str, dict[str, Any]] = {}
     with _model(args) as (path, options):
         for kinds in ENGINES:
-            with _engine(path, kinds, options) as (engine, has_graphs):
+            with ExitStack() as stack:
+                engine, has_graphs = _engine(stack, path, kinds, options)
                 for kind in kinds:
-                    # A method of the decoder takes its budget from the server's settings.
-                    keep = None if kind.in_decoder or not kind.settings else kind.keep
                     times = _predicted(path, kind, ceilings, args)
-                    asks = {
-                        name: partial(engine.call, ttft.measure, keep, batch)
-                        for name, batch in ((kind.name, 1), ("batch", BATCH))
-                    }
-                    samples = take_turns(asks, args.rounds, Random(args.seed), kind.name)
-                    loads = [
-                        engine.call(worker.load, keep, args.requests, args.output_tokens, args.seed + turn)
-                        for turn in range(2)
-                    ]
-                    rows[kind.name] = {
-                        "ttft_seconds": spread([one["ttft_seconds"] for one in samples[kind.name]]),
-                        "tower_seconds": spread([one["tower_seconds"] for one in samples[kind.name]]),
-                        "tower_batch_seconds": spread([one["tower_seconds"] for one in samples["batch"]]),
+                    rows[kind.name] = _measured(engine, kind, args) | {
                         "tower_graphs": has_graphs,
-                        "num_prompt_tokens": samples[kind.name][0]["num_prompt_tokens"],
                         "predicted": {**asdict(times), "ttft_seconds": times.ttft_seconds},
-                        **loads[-1],  # the first one warms up
                     }
                     print(kind.name, rows[kind.name], flush=True)
                     yield rows
 
 
-@contextmanager
-def _engine(path: str, kinds: Sequence[Kind], options: Mapping[str, Any]) -> Iterator[tuple[Remote, bool]]:
+def _measured(engine: Remote, kind: Kind, args: argparse.Namespace) -> dict[str, Any]:
+    # A method of the decoder takes its budget from the server's settings.
+    keep = None if kind.in_decoder or not kind.settings else kind.keep
+    asks = {
+        name: partial(engine.call, ttft.measure, keep, size) for name, size in (("one", 1), ("batch", BATCH))
+    }
+    samples = take_turns(asks, args.rounds, Random(args.seed), kind.name)
+    for turn in range(2):  # the first one warms up
+        load = engine.call(worker.load, keep, args.requests, args.output_tokens, args.seed + turn)
+    return {
+        "ttft_seconds": spread([sample["ttft_seconds"] for sample in samples["one"]]),
+        "tower_seconds": spread([sample["tower_seconds"] for sample in samples["one"]]),
+        "tower_batch_seconds": spread([sample["tower_seconds"] for sample in samples["batch"]]),
+        "num_prompt_tokens": samples["one"][0]["num_prompt_tokens"],
+        **load,
+    }
+
+
+def _engine(
+    stack: ExitStack, path: str, kinds: Sequence[Kind], options: Mapping[str, Any]
+) -> tuple[Remote, bool]:
     """The engine of some rows, on a GPU with graphs of the tower, unless it fails to start with them."""
     settings = kinds[0].settings
     if settings and not kinds[0].in_decoder:
         settings = {**settings, "graph_budgets": [kind.keep for kind in kinds]}
-    with ExitStack() as stack:
-        if device.name() == "cuda":
-            graphs = {"compilation_config": {**DECODE_GRAPHS, "cudagraph_mm_encoder": True}}
-            try:
-                engine = stack.enter_context(bench_engine(path, settings, **options, **graphs))
-            except RuntimeError as error:
-                print(f"{kinds[0].name}: no graphs of the tower: {error}", file=sys.stderr)
-            else:
-                yield engine, settings is not None
-                return
-        yield stack.enter_context(bench_engine(path, settings, **options)), False
+    if device.name() == "cuda":
+        graphs = {"compilation_config": {**DECODE_GRAPHS, "cudagraph_mm_encoder": True}}
+        try:
+            engine = stack.enter_context(bench_engine(path, settings, **options, **graphs))
+            return engine, settings is not None
+        except RuntimeError as error:
+            print(f"{kinds[0].name}: no graphs of the tower: {error}", file=sys.stderr)
+    return stack.enter_context(bench_engine(path, settings, **options)), False
 
 
 def _steps(args: argparse.Namespace, ceilings: Device) -> Iterator[dict[str, float]]:

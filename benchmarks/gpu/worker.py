@@ -1,7 +1,6 @@
 """Measurements inside the process of an engine, and of the kernels."""
 
 import time
-from collections.abc import Callable
 from statistics import median
 from typing import Any
 
@@ -14,19 +13,13 @@ from ficoco_vllm.benchmarks.ttft.kinds import NUM_TEXT_TOKENS
 
 
 def answers(engine: Any) -> dict[str, Any]:
-    """Ask the demo model its example questions.
-
-    Returns:
-        `num_right`, and the `rows` of question, right answer and given answer.
-    """
+    """The demo model's answers to its example questions, and how many are right."""
     from vllm import SamplingParams
 
     examples = demo_model.examples()
     bodies = [
-        request(
-            f"<s>USER: <image>\n{example.question} ASSISTANT:", [Image.open(example.image).convert("RGB")]
-        )
-        for example in examples
+        request(f"<s>USER: <image>\n{one.question} ASSISTANT:", [Image.open(one.image).convert("RGB")])
+        for one in examples
     ]
     outputs = engine.generate(bodies, SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)
     given = [output.outputs[0].text.strip() for output in outputs]
@@ -37,14 +30,7 @@ def answers(engine: Any) -> dict[str, Any]:
 def load(
     engine: Any, keep: int | None, num_requests: int, num_output_tokens: int, seed: int
 ) -> dict[str, float]:
-    """Answer requests that are sent together, each with an image of its own.
-
-    Args:
-        engine: engine in this process.
-        keep: visual tokens that the requests name for the tower; None names none.
-        num_requests: sent at once.
-        num_output_tokens: number of tokens of each answer.
-        seed: seed of the images.
+    """Answer requests that are sent together, each with an image of its own; `keep` as in `ttft.worker.measure`.
 
     Returns:
         `requests_per_second`; `num_running`, the most at the same time; `step_seconds`, the median step in which all
@@ -75,30 +61,16 @@ def load(
 
 
 def kernels(held: None, batches: list[int], repeats: int) -> list[dict[str, Any]]:
-    """Time every fused op at LLaVA-1.5-7B's shapes.
-
-    Args:
-        held: nothing; the process holds no engine.
-        batches: items of a batch.
-        repeats: number of calls, of which the median counts.
-
-    Returns:
-        Rows of name, `B`, `seconds`, `floor_bytes`, `floor_flops` and `num_launches`.
-    """
+    """Median times of every fused op at LLaVA-1.5-7B's shapes, with its floors and its launches."""
     import torch
     from triton import knobs
 
     from ficoco_vllm.benchmarks.kernels.recording import launches_of
     from ficoco_vllm.benchmarks.kernels.workloads import workloads
 
-    def num_launches(run: Callable[[], Any]) -> int:
-        # The interpreter, which launches nothing, counts as one.
-        return 1 if knobs.runtime.interpret else len(launches_of(run))
-
     torch.manual_seed(0)
     rows = []
     for B in batches:
-        launches = {one.name: num_launches(one.run) for one in workloads(B, torch.bfloat16)}
         for workload in workloads(B, torch.bfloat16, device.name()):
             times = []
             if device.name() == "cuda":
@@ -116,7 +88,8 @@ def kernels(held: None, batches: list[int], repeats: int) -> list[dict[str, Any]
                     "seconds": median(times),
                     "floor_bytes": workload.floor_bytes,
                     "floor_flops": workload.floor_flops,
-                    "num_launches": launches[workload.name],
+                    # The interpreter, which launches nothing, counts as one.
+                    "num_launches": 1 if knobs.runtime.interpret else len(launches_of(workload.run)),
                 }
             )
     return rows

@@ -8,10 +8,10 @@ anything is timed; on a mismatch nothing is printed and the exit status is 1.
 """
 
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from itertools import accumulate, product
 from statistics import median
+from timeit import timeit
 from typing import Any, Literal
 
 import torch
@@ -66,29 +66,28 @@ def measure(batches: list[int], device: str, dtype: torch.dtype, repeats: int) -
     """
     backend: Literal["torch", "triton"] = "triton" if device == "cuda" else "torch"
     rows = []
-    for B in batches:
+    for B, site in product(batches, (tower, decoder)):
         torch.manual_seed(B)
-        for site in (tower, decoder):
-            cases = site(B, dtype, device, backend)
-            for case in cases:
-                for found, expected in zip(case.ours(), case.eager(), strict=True):
-                    torch.testing.assert_close(
-                        found.float(), expected.float(), rtol=ATOL[dtype], atol=ATOL[dtype]
-                    )
-            for case in cases:
-                ways = [case.ours, case.eager, *([case.attention] if case.attention else [])]
-                ours, eager, *attention = seconds(ways, device, repeats)
-                rows.append(
-                    {
-                        "name": case.name,
-                        "B": B,
-                        "ours_seconds": ours,
-                        "eager_seconds": eager,
-                        "attention_seconds": attention[0] if attention else None,
-                        "ours_bytes": peak_bytes(case.ours, device),
-                        "eager_bytes": peak_bytes(case.eager, device),
-                    }
+        cases = site(B, dtype, device, backend)
+        for case in cases:
+            for found, expected in zip(case.ours(), case.eager(), strict=True):
+                torch.testing.assert_close(
+                    found.float(), expected.float(), rtol=ATOL[dtype], atol=ATOL[dtype]
                 )
+        for case in cases:
+            ways = [case.ours, case.eager, *([case.attention] if case.attention else [])]
+            ours, eager, *attention = seconds(ways, device, repeats)
+            rows.append(
+                {
+                    "name": case.name,
+                    "B": B,
+                    "ours_seconds": ours,
+                    "eager_seconds": eager,
+                    "attention_seconds": attention[0] if attention else None,
+                    "ours_bytes": peak_bytes(case.ours, device),
+                    "eager_bytes": peak_bytes(case.eager, device),
+                }
+            )
     return rows
 
 
@@ -98,13 +97,7 @@ def seconds(runs: Sequence[Callable[[], Any]], device: str, repeats: int) -> lis
         from triton.testing import do_bench
 
         return [float(do_bench(run, return_mode="median")) / 1e3 for run in runs]
-    rounds = []
-    for _ in range(repeats):
-        moments = [time.perf_counter()]
-        for run in runs:
-            run()
-            moments.append(time.perf_counter())
-        rounds.append([end - start for start, end in pairwise(moments)])
+    rounds = [[timeit(run, number=1) for run in runs] for _ in range(repeats)]
     return [median(times) for times in zip(*rounds, strict=True)]
 
 
@@ -117,14 +110,9 @@ def peak_bytes(run: Callable[[], Any], device: str) -> int:
         run()
         return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = run()
-    del result
-    held = most = 0
-    kineto = profiler.profiler.kineto_results
-    for event in sorted((e for e in kineto.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most
+        run()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return int(max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))))
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -134,19 +122,13 @@ def show(rows: list[dict[str, Any]]) -> None:
         ours, eager = (row[f"{who}_{figure}"] * factor for who in ("ours", "eager"))
         return [f"{ours:.{digits}f}", f"{eager:.{digits}f}", f"{ours / eager:.3f}"]
 
-    def attention(row: dict[str, Any]) -> str:
-        return "" if row["attention_seconds"] is None else f"{row['attention_seconds'] * 1e3:.3f}"
-
-    print_table(
-        ("result", "B", "ours ms", "eager ms", "ratio", "attention ms", "ours MB", "eager MB", "ratio"),
-        [
-            (
-                *(row["name"], row["B"], *cells(row, "seconds", 1e3, 3)),
-                *(attention(row), *cells(row, "bytes", 1e-6, 2)),
-            )
-            for row in rows
-        ],
-    )
+    table = []
+    for row in rows:
+        attention = row["attention_seconds"]
+        times = [*cells(row, "seconds", 1e3, 3), "" if attention is None else f"{attention * 1e3:.3f}"]
+        table.append((row["name"], row["B"], *times, *cells(row, "bytes", 1e-6, 2)))
+    header = ("result", "B", "ours ms", "eager ms", "ratio", "attention ms", "ours MB", "eager MB", "ratio")
+    print_table(header, table)
 
 
 def bars(rows: list[dict[str, Any]]) -> Iterator[Bar]:

@@ -15,11 +15,7 @@ from ficoco_vllm.kernels import Backend
 
 @dataclass(frozen=True)
 class Case:
-    """One result, two ways.
-
-    Attributes:
-        attention: the attention of the layer alone, which runs anyway; None for results that need none.
-    """
+    """One result, two ways, and the attention of the layer alone, which runs anyway, if the result needs it."""
 
     name: str
     ours: Callable[[], tuple[Tensor, ...]]
@@ -58,17 +54,13 @@ def decoder(B: int, dtype: torch.dtype, device: str, backend: Backend) -> list[C
     """The decoder's: normalisers and row sums in one pass, the text's rows, Eq. 15; then the merge."""
     layer = Layer(DECODER, B, dtype, device)
     qk, scale, visual = (layer.query, layer.key), layer.scale, layer.visual
+    common: dict[str, Any] = {"causal": True, "backend": backend}
 
     def scores() -> tuple[Tensor, ...]:
-        lse, row_sum = kernels.softmax_stats(
-            *qk, scale, causal=True, column_weight=layer.column_weight, backend=backend
-        )
-        text = kernels.attention_block(
-            *qk, lse, scale, row_index=layer.text_rows, causal=True, backend=backend
-        )
-        index: dict[str, Any] = {"row_index": layer.source, "column_index": layer.target}
+        lse, row_sum = kernels.softmax_stats(*qk, scale, column_weight=layer.column_weight, **common)
+        text = kernels.attention_block(*qk, lse, scale, row_index=layer.text_rows, **common)
         correlation = kernels.attention_block(
-            *qk, lse, scale, **index, causal=True, text=text, gamma=0.6, backend=backend
+            *qk, lse, scale, row_index=layer.source, column_index=layer.target, text=text, gamma=0.6, **common
         )
         return row_sum[:, visual], text.sum(1)[:, visual], correlation
 
@@ -108,7 +100,7 @@ def _pick(attention: Tensor, layer: Layer) -> Tensor:
 def _merge_case(layer: Layer, backend: Backend) -> Case:
     inputs = (layer.tokens, layer.size, layer.correlation, layer.merged_source, layer.merged_target)
     return Case(
-        f"quantile_merge/{layer.shape.site}",
+        f"quantile_merge/{layer.site}",
         lambda: kernels.quantile_merge(*inputs, epsilon=0.998, backend=backend),
         lambda: _merge(*inputs),
         None,

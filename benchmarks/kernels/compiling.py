@@ -23,13 +23,7 @@ SINGLE_LOAD = re.compile(r"\bld\.global")
 
 @dataclass(frozen=True)
 class Chip:
-    """One kind of device.
-
-    Attributes:
-        num_processors: streaming multiprocessors.
-        shared_bytes: shared memory of one of them.
-        cache_bytes: second-level cache.
-    """
+    """One kind of device: streaming multiprocessors, shared memory of one of them, second-level cache."""
 
     name: str
     target: GPUTarget
@@ -92,7 +86,7 @@ class Compiled:
 
 
 def compile_all(wanted: Sequence[tuple[str, Launch, Chip]]) -> list[Compiled]:
-    """Launches by workload and device with their code, in order; each specialisation is compiled once, on all cores."""
+    """Launches of workloads with their code, in order; each specialisation is compiled once, on all cores."""
     distinct = {(launch.specialisation, chip): (launch, chip) for _, launch, chip in wanted}
     # Not forked: Triton and torch have threads.
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:

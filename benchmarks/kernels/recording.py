@@ -1,12 +1,12 @@
 """Launches that Triton would make, recorded without a GPU: the launchers run on meta tensors."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 from unittest.mock import patch
 
-import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
@@ -17,8 +17,6 @@ class Launch:
     """One launch of one kernel, specialised by Triton; the kernel goes to another process by its place.
 
     Attributes:
-        module: module in which the kernel is defined.
-        name: the kernel's.
         constants: what is fixed at compile time, by position.
         attributes: what else the compiler knows of arguments, by position: multiples of 16.
         options: options of the compiler, as the launcher sets them.
@@ -40,7 +38,7 @@ class Launch:
     @property
     def num_programs(self) -> int:
         """Size of the grid."""
-        return int(torch.Size(self.grid).numel())
+        return math.prod(self.grid)
 
     def source(self, hip: bool) -> ASTSource:
         """Input of the compiler. ROCm has no TF32 emulation, so the launchers request none there."""

@@ -6,14 +6,14 @@ that cache must deliver), and the floating-point operations of the matrix produc
 included. Work of torch between the launches is counted by the size of its operands.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 
@@ -24,91 +24,70 @@ SECTOR_BYTES = 32
 _FREE = {"empty", "empty_like", "new_empty", "view", "transpose", "expand", "select", "slice", "detach"}
 
 
-class Traffic(TorchDispatchMode):
-    """What the launches made inside load, store and multiply.
+def traffic() -> dict[str, dict[str, Any]]:
+    """Counts of every workload at B = 1 by its name, in a process that was started with TRITON_INTERPRET=1."""
+    torch.manual_seed(0)
+    return {workload.name: count(workload.run) for workload in workloads(1, torch.float16, "cpu")}
 
-    Attributes:
-        launches: of each launch, in order: the distinct sectors of its loads and of its stores in bytes, all
-            that its programs load and store, and the operations of its matrix products.
-        torch_bytes: operands and results of torch's operators between them.
+
+def count(run: Callable[[], Any]) -> dict[str, Any]:
+    """What the launches of a call load, store and multiply.
+
+    Returns:
+        `launches`, of each in order: `moved_bytes`, the distinct sectors of its loads and those of its stores;
+        `requested_bytes`, all that its programs load and store; `flops` of its matrix products. `torch_bytes`: operands
+        and results of torch's operators between them.
     """
+    launches: list[dict[str, int]] = []
+    sectors: dict[str, list[Any]] = defaultdict(list)  # of the launch that runs
+    multiply, launch = InterpreterBuilder.create_dot, InterpretedFunction.run
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.launches: list[dict[str, int]] = []
-        self.torch_bytes = 0
-        self.begin()
+    def counted_access(name: str, place_of_mask: int) -> Callable[..., Any]:
+        access = getattr(InterpreterBuilder, name)
 
-    def begin(self) -> None:
-        """Begin a launch; repeated accesses to a sector count once within it."""
-        self.requested_bytes = self.flops = 0
-        # Sectors of its loads and of its stores.
-        self._sectors: dict[str, list[Any]] = {"load": [], "store": []}
+        def counted(self: Any, pointers: Any, *args: Any, **kwargs: Any) -> Any:
+            addresses, mask = np.broadcast_arrays(pointers.data, args[place_of_mask].data)
+            addresses = addresses[mask.astype(bool)]
+            element_bytes = max(1, pointers.dtype.element_ty.primitive_bitwidth // 8)
+            launches[-1]["requested_bytes"] += addresses.size * element_bytes
+            sectors[name].append(np.unique(addresses // SECTOR_BYTES))
+            return access(self, pointers, *args, **kwargs)
 
-    def touch(self, pointers: Any, mask: Any, way: str) -> None:
-        """Record one load or store."""
-        element = max(1, pointers.dtype.element_ty.primitive_bitwidth // 8)
-        shape = np.broadcast_shapes(pointers.data.shape, mask.data.shape)
-        addresses = np.broadcast_to(pointers.data, shape)[mask.data.astype(bool)]
-        self.requested_bytes += int(addresses.size) * element
-        self._sectors[way].append(np.unique(addresses // SECTOR_BYTES))
+        return counted
 
-    def end(self) -> None:
-        """End the launch and add its sectors."""
-        num_sectors = sum(np.unique(np.concatenate(found)).size for found in self._sectors.values() if found)
-        figures = {"requested_bytes": self.requested_bytes, "flops": self.flops}
-        self.launches.append({"moved_bytes": num_sectors * SECTOR_BYTES, **figures})
+    def counted_product(self: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> Any:
+        launches[-1]["flops"] += 2 * a.data.shape[0] * a.data.shape[1] * b.data.shape[1]
+        return multiply(self, a, b, *args, **kwargs)
+
+    def counted_launch(self: Any, *args: Any, **kwargs: Any) -> None:
+        launches.append({"requested_bytes": 0, "flops": 0})
+        sectors.clear()
+        with _disable_current_modes():
+            launch(self, *args, **kwargs)
+        num_sectors = sum(np.unique(np.concatenate(touched)).size for touched in sectors.values())
+        launches[-1]["moved_bytes"] = num_sectors * SECTOR_BYTES
+
+    with (
+        patch.multiple(
+            InterpreterBuilder,
+            create_masked_load=counted_access("create_masked_load", 0),
+            create_masked_store=counted_access("create_masked_store", 1),
+            create_dot=counted_product,
+        ),
+        patch.object(InterpretedFunction, "run", counted_launch),
+        TorchBytes() as between,
+    ):
+        run()
+    return {"launches": launches, "torch_bytes": between.total}
+
+
+class TorchBytes(TorchDispatchMode):
+    """Bytes of the operands and results of torch's operators in a block."""
+
+    total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func._schema.name.split("::")[1] not in _FREE:
-            for value in tree_leaves((args, result)):
-                if isinstance(value, torch.Tensor):
-                    self.torch_bytes += value.numel() * value.element_size()
+            self.total += sum(x.nbytes for x in tree_leaves((args, result)) if isinstance(x, torch.Tensor))
         return result
-
-
-@contextmanager
-def counted() -> Iterator[Traffic]:
-    """Counts the launches made inside."""
-    traffic = Traffic()
-    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
-    dot, run = InterpreterBuilder.create_dot, InterpretedFunction.run
-
-    def masked_load(self: Any, pointers: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
-        traffic.touch(pointers, mask, "load")
-        return load(self, pointers, mask, *args, **kwargs)
-
-    def masked_store(self: Any, pointers: Any, value: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
-        traffic.touch(pointers, mask, "store")
-        return store(self, pointers, value, mask, *args, **kwargs)
-
-    def product(self: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> Any:
-        traffic.flops += 2 * a.data.shape[0] * a.data.shape[1] * b.data.shape[1]
-        return dot(self, a, b, *args, **kwargs)
-
-    def launch(self: Any, *args: Any, **kwargs: Any) -> None:
-        traffic.begin()
-        with torch.utils._python_dispatch._disable_current_modes():
-            run(self, *args, **kwargs)
-        traffic.end()
-
-    with (
-        patch.object(InterpreterBuilder, "create_masked_load", masked_load),
-        patch.object(InterpreterBuilder, "create_masked_store", masked_store),
-        patch.object(InterpreterBuilder, "create_dot", product),
-        patch.object(InterpretedFunction, "run", launch),
-        traffic,
-    ):
-        yield traffic
-
-
-def traffic() -> dict[str, dict[str, Any]]:
-    """Counts of every workload at B = 1 by its name, in a process that was started with TRITON_INTERPRET=1."""
-    torch.manual_seed(0)
-    counts = {}
-    for workload in workloads(1, torch.float16, "cpu"):
-        with counted() as found:
-            workload.run()
-        counts[workload.name] = {"launches": found.launches, "torch_bytes": found.torch_bytes}
-    return counts

@@ -25,11 +25,7 @@ BATCHES = (1, 8, 32)
 def fastest(
     runs: Iterable[Callable[[], Any]], kind: str, measure: Callable[[Callable[[], Any]], float]
 ) -> dict[str, int]:
-    """The fastest candidate of every class of shapes that the calls use on a device.
-
-    Returns:
-        "op/default" to index into `CANDIDATES[op]`.
-    """
+    """The fastest candidate, an index into `CANDIDATES[op]`, of each class "op/default" that the calls use."""
     chosen: dict[str, int] = {}
     asked: set[str] = set()
 

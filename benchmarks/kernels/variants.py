@@ -1,6 +1,7 @@
 """Launches with every optional argument and awkward shapes: they too must compile, on every chip."""
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import torch
@@ -11,19 +12,32 @@ from ficoco_vllm.kernels.filter_scores import triton as triton_filter
 from ficoco_vllm.kernels.partition import triton as triton_partition
 from ficoco_vllm.kernels.quantile_merge import triton as triton_merge
 
+Calls = dict[str, Callable[[], Any]]
+B, N = 3, 301
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-def attention(d: int, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
+
+def variants() -> Calls:
+    """All of them by name."""
+    calls = _selections()
+    for d, dtype in product((32, 72, 128), DTYPES):
+        calls |= _attention(d, dtype)
+    for (R, K, D), dtype in product(((1, 1, 24), (512, 64, 1024), (2000, 880, 4096)), DTYPES):
+        calls |= _merges(R, K, D, dtype)
+    return calls
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _attention(d: int, dtype: torch.dtype) -> Calls:
     """Grouped queries, bias, causal with offsets and lengths, other head sizes; lengths that no tile divides."""
-    B, H, Hk, M, N = 3, 6, 2, 37, 301
-    query = torch.empty((B, H, M, d), dtype=dtype, device="meta")
-    key = torch.empty((B, Hk, N, d), dtype=dtype, device="meta")
-    lse = torch.empty((B, H, M), device="meta")
-    bias = torch.empty((B, N), dtype=dtype, device="meta")
-    length = torch.empty(B, dtype=torch.int32, device="meta")
-    offset = torch.empty(B, dtype=torch.int64, device="meta")
-    rows = torch.empty((B, 5), dtype=torch.int32, device="meta")
-    text = torch.empty((B, 7, N), device="meta")
-    weight = torch.empty((B, N), dtype=dtype, device="meta")
+    H, Hk, M = 6, 2, 37
+    query, key, lse = _meta(B, H, M, d, dtype=dtype), _meta(B, Hk, N, d, dtype=dtype), _meta(B, H, M)
+    bias, weight, text = _meta(B, N, dtype=dtype), _meta(B, N, dtype=dtype), _meta(B, 7, N)
+    offset, length = _meta(B, dtype=torch.int64), _meta(B, dtype=torch.int32)
+    rows = _meta(B, 5, dtype=torch.int32)
     label = f"d={d},{str(dtype).removeprefix('torch.')}"
     return {
         f"stats({label})": lambda: triton_stats.softmax_stats(
@@ -40,35 +54,25 @@ def attention(d: int, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
     }
 
 
-def others() -> dict[str, Callable[[], Any]]:
-    """One term of the filter, fp32 scores, fixed K and averages, few and many targets."""
-    B, N = 3, 301
-    scores = torch.empty((B, N), device="meta")
-    position = torch.empty((B, N), dtype=torch.int64, device="meta")
-    distance, first = torch.empty((B, N, N), device="meta"), position[:, 0]
-    calls: dict[str, Callable[[], Any]] = {
-        "farthest points": lambda: triton_farthest.farthest_points(distance, first, 50),
-        "filter": lambda: triton_filter.filter_scores(scores, None, 0.4, position, (24, 24), (3, 2), 1.5),
-        "filter, no penalty": lambda: triton_filter.filter_scores(
-            None, scores, 0.4, position, (24, 24), None, 2.0
-        ),
+def _selections() -> Calls:
+    """One term of the filter, fp32 scores."""
+    scores, position = _meta(B, N), _meta(B, N, dtype=torch.int64)
+    distance, grid = _meta(B, N, N), (24, 24)
+    filtered = triton_filter.filter_scores
+    return {
+        "farthest points": lambda: triton_farthest.farthest_points(distance, position[:, 0], 50),
+        "filter": lambda: filtered(scores, None, 0.4, position, grid, (3, 2), 1.5),
+        "filter, no penalty": lambda: filtered(None, scores, 0.4, position, grid, None, 2.0),
         "partition": lambda: triton_partition.partition(scores, 50),
         "partition, fp64": lambda: triton_partition.partition(scores.double(), 50),
     }
-    for R, K, D in ((1, 1, 24), (512, 64, 1024), (2000, 880, 4096)):
-        for dtype in (torch.float16, torch.bfloat16, torch.float32):
-            calls |= _merges(R, K, D, dtype)
-    return calls
 
 
-def _merges(R: int, K: int, D: int, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
-    B, N = 2, R + K
-    tokens = torch.empty((B, N, D), dtype=dtype, device="meta")
-    size = torch.empty((B, N), device="meta")
-    source = torch.empty((B, R), dtype=torch.int32, device="meta")
-    target = torch.empty((B, K), dtype=torch.int64, device="meta")
-    wide = torch.empty((B, R, K), device="meta")
-    narrow = torch.empty((B, R, K), dtype=dtype, device="meta")
+def _merges(R: int, K: int, D: int, dtype: torch.dtype) -> Calls:
+    """Fixed K and averages, few and many targets."""
+    tokens, size = _meta(2, R + K, D, dtype=dtype), _meta(2, R + K)
+    source, target = _meta(2, R, dtype=torch.int32), _meta(2, K, dtype=torch.int64)
+    wide, narrow = _meta(2, R, K), _meta(2, R, K, dtype=dtype)
     merge = triton_merge.quantile_merge
     label = f"R={R},K={K},D={D},{str(dtype).removeprefix('torch.')}"
     return {
@@ -77,12 +81,3 @@ def _merges(R: int, K: int, D: int, dtype: torch.dtype) -> dict[str, Callable[[]
         f"merge, fixed({label})": lambda: merge(tokens, size, wide, source, target, 0.0, 3, False),
         f"merge, prune({label})": lambda: merge(tokens, size, wide, source, target, 0.5, 0, True),
     }
-
-
-def variants() -> dict[str, Callable[[], Any]]:
-    """All of them by name."""
-    calls = others()
-    for d in (32, 72, 128):
-        for dtype in (torch.float16, torch.bfloat16, torch.float32):
-            calls |= attention(d, dtype)
-    return calls

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,8 +30,7 @@ class Workload:
     run: Callable[[], Any]
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """A reducing layer: N, H, d, D and R.
 
     Attributes:
@@ -65,25 +64,23 @@ class Layer:
     """
 
     def __init__(self, shape: Shape, B: int, dtype: torch.dtype, device: str) -> None:
-        N, H, d, R = shape.num_tokens, shape.num_heads, shape.head_size, shape.num_removed
-        self.shape, self.B, self.device = shape, B, device
-        self.causal, self.scale = shape.num_text > 0, d**-0.5
-        self.num_visual = N - max(shape.num_text, 1)
-        self.visual = slice(shape.first, shape.first + self.num_visual)
+        self.site, N, H, d, D, R, first, num_text = shape
+        self.B, self.device, self.causal, self.scale = B, device, num_text > 0, d**-0.5
+        self.num_visual = N - max(num_text, 1)
+        self.visual = slice(first, first + self.num_visual)
         qkv = torch.randn((B, N, 3, H, d), dtype=dtype, device=device)
         self.query, self.key, self.value = (qkv[:, :, i].transpose(1, 2) for i in range(3))
-        leaves = torch.linspace(0, self.num_visual - 1, R).long()
-        stays = torch.ones(self.num_visual, dtype=torch.bool)
-        stays[leaves] = False
-        self.leaves, self.stays = leaves + shape.first, torch.arange(self.num_visual)[stays] + shape.first
-        self.source, self.target = self.per_item(self.leaves), self.per_item(self.stays)
         order = torch.arange(N)
-        is_visual = (order >= self.visual.start) & (order < self.visual.stop)
+        visual = order[self.visual]
+        self.leaves = torch.linspace(0, self.num_visual - 1, R).long() + first
+        self.stays = visual[~torch.isin(visual, self.leaves)]
+        self.source, self.target = self.per_item(self.leaves), self.per_item(self.stays)
+        is_visual = torch.isin(order, visual)
         self.text_position = order[~is_visual]
         self.text_rows = self.per_item(self.text_position)
         self.column_weight = self.per_item(is_visual.float())
         cut = 0 if self.causal else 1
-        self.tokens = torch.randn((B, N, shape.width), dtype=dtype, device=device)[:, cut:]
+        self.tokens = torch.randn((B, N, D), dtype=dtype, device=device)[:, cut:]
         self.merged_source, self.merged_target = self.source - cut, self.target - cut
         self.size = torch.ones(self.tokens.shape[:2], device=device)
         self.correlation = torch.rand((B, R, len(self.stays)), device=device)
@@ -94,10 +91,9 @@ class Layer:
 
 
 def _of_layer(shape: Shape, B: int, dtype: torch.dtype, device: str) -> Iterator[Workload]:
-    layer, site = Layer(shape, B, dtype, device), shape.site
-    N, H, d, D, R = shape.num_tokens, shape.num_heads, shape.head_size, shape.width, shape.num_removed
-    T, P, causal, width = shape.num_text, layer.num_visual, layer.causal, dtype.itemsize
-    K = P - R
+    layer = Layer(shape, B, dtype, device)
+    site, N, H, d, D, R, _, T = shape
+    P, K, causal, width = layer.num_visual, layer.num_visual - R, layer.causal, dtype.itemsize
     query, key, scale, source, target = layer.query, layer.key, layer.scale, layer.source, layer.target
     lse = torch.full((B, H, N), 7.0, device=device)
     weight = layer.column_weight if causal else None

@@ -58,13 +58,8 @@ def main() -> int:
 
 
 def _measure(args: argparse.Namespace) -> dict[str, Any]:
-    result: dict[str, Any] = {
-        "environment": environment(),
-        "settings": {
-            name: getattr(args, name) for name in ("images", "layers", "questions", "seed", "head_by_head")
-        },
-        "kept": {},
-    }
+    settings = {name: value for name, value in vars(args).items() if name != "out"}
+    result: dict[str, Any] = {"environment": environment(), "settings": settings, "kept": {}}
     demo = measure.demo()
     wide, shape = measure.wide(args.layers, args.seed)
     side = wide.config.image_size
@@ -72,10 +67,8 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         "demo": (demo.model.vision_tower, tower_shape(demo.config), _pictures(args.images, args.seed)),
         "wide": (wide, shape, torch.randn(args.images, 3, side, side)),
     }
-    for name, (tower, sizes, images) in towers.items():
-        result["kept"][name] = {
-            method: measure.differing(tower, sizes, images, method, KEEP) for method in METHODS[name]
-        }
+    for name, tower in towers.items():
+        result["kept"][name] = {method: measure.differing(*tower, method, KEEP) for method in METHODS[name]}
         write(result, args.out)
     result["log_probabilities"] = measure.log_probabilities(args.questions, args.seed)
     result["error_ratios"] = ratios(result["log_probabilities"])
@@ -122,32 +115,37 @@ def _pictures(count: int, seed: int) -> torch.Tensor:
     return pixels
 
 
+def _rows(variants: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for variant, precisions in variants.items():
+        yield from ((f"{variant}, {name}", row) for name, row in precisions.items())
+
+
 def _print(result: dict[str, Any]) -> None:
-    rows = [
-        (
-            f"{tower}, {method}, {name}",
-            f"{row['share'][0]:.2%}",
-            f"{row['share'][-1]:.2%}",
-            f"{row['feature_error'][0]:.2e}",
-        )
-        for tower, methods in result["kept"].items()
-        for method, precisions in methods.items()
-        for name, row in precisions.items()
-    ]
-    print_table(("kept otherwise", "first layer", "last layer", "features' error"), rows)
-    rows = [
-        (f"{variant}, {name}", f"{row['mean']:.4f}", f"{row['most']:.4f}", f"{row['changed']:.1%}")
-        for variant, precisions in result["log_probabilities"].items()
-        for name, row in precisions.items()
-    ]
-    print_table(("error of a log-probability", "mean", "most", "other token"), rows)
-    compared = [
-        (f"{variant}, {name}", f"{row['over_bfloat16']:.2f}", f"{row['over_own']:.2f}")
-        for variant, precisions in result["error_ratios"].items()
-        for name, row in precisions.items()
-    ]
     print_table(
-        ("mean error, over that without a reduction", "of bfloat16", "of the same precision"), compared
+        ("kept otherwise", "first layer", "last layer", "features' error"),
+        [
+            (
+                f"{tower}, {name}",
+                *(f"{row['share'][layer]:.2%}" for layer in (0, -1)),
+                f"{row['feature_error'][0]:.2e}",
+            )
+            for tower, methods in result["kept"].items()
+            for name, row in _rows(methods)
+        ],
+    )
+    print_table(
+        ("error of a log-probability", "mean", "most", "other token"),
+        [
+            (name, f"{row['mean']:.4f}", f"{row['most']:.4f}", f"{row['changed']:.1%}")
+            for name, row in _rows(result["log_probabilities"])
+        ],
+    )
+    print_table(
+        ("mean error, over that without a reduction", "of bfloat16", "of the same precision"),
+        [
+            (name, f"{row['over_bfloat16']:.2f}", f"{row['over_own']:.2f}")
+            for name, row in _rows(result["error_ratios"])
+        ],
     )
 
 

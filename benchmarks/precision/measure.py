@@ -43,9 +43,7 @@ def demo(dtype: torch.dtype = torch.float64) -> Any:
 def wide(layers: int | None, seed: int) -> tuple[Any, TowerShape]:
     """A tower of LLaVA-1.5's widths with random weights, rounded to bfloat16, in float64; and its sizes.
 
-    Args:
-        layers: None for all 24 of the checkpoint.
-        seed: seed of the weights.
+    It has `layers` layers, or all 24 of the checkpoint.
     """
     from transformers import CLIPVisionModel, LlavaConfig
 
@@ -60,54 +58,40 @@ def wide(layers: int | None, seed: int) -> tuple[Any, TowerShape]:
 def differing(
     tower: Any, shape: TowerShape, images: Tensor, method: str, keep: int
 ) -> dict[str, dict[str, list[float]]]:
-    """Share of the kept tokens that another precision does not keep, after each reducing layer.
-
-    Args:
-        tower: transformers' CLIP tower in float64.
-        shape: shape of the tower.
-        images: (B, 3, height, width).
-        method: method of the tower.
-        keep: tokens at the end.
+    """Share of the kept tokens of a tower in float64 that another precision does not keep.
 
     Returns:
         For each precision `share`, one figure a reducing layer, and `feature_error`: of the output of the tower
         without a reduction, the norm of its error over its own norm.
     """
-    kept: dict[str, list[tuple[Tensor, ...]]] = {}  # of each layer, those of all images
-    features: dict[str, Tensor] = {}
-    for name, dtype in {"float64": torch.float64, **PRECISIONS}.items():
+    planner = VisionPlanner.shared(FicocoConfig.parse({"method": method, "keep": keep}), shape)
+    plan = planner.plan(planner.default)
+
+    @torch.inference_mode()
+    def kept_and_features(dtype: torch.dtype) -> tuple[list[list[Tensor]], Tensor]:
         # A copy: float16 does not hold the least of the weights, and the next method starts from exact ones again.
         cast = copy.deepcopy(tower).to(dtype)
-        positions = []
+        kept: list[list[Tensor]] = []  # of each image, those after each reducing layer
+
+        def observer(site: str, layer: int) -> Callable[[Observation], None]:
+            return lambda observation: kept[-1].append(observation.position[0])
+
         for image in images.to(dtype):
+            kept.append([])
             layers = HfTower(cast, shape.num_executed_layers)
-            positions.append(_kept(layers, shape, image[None], method, keep))
-        kept[name] = list(zip(*positions, strict=True))
-        with torch.inference_mode():
-            features[name] = HfTower(cast, shape.num_executed_layers).features(images.to(dtype)).double()
-    exact = features["float64"]
-    return {
-        name: {
-            "share": [
-                fmean(map(_share, one, other)) for one, other in zip(kept["float64"], kept[name], strict=True)
-            ],
-            "feature_error": [float((features[name] - exact).norm() / exact.norm())],
+            encode(layers, image[None], plan, shape.grid, observers=observer)
+        return kept, HfTower(cast, shape.num_executed_layers).features(images.to(dtype)).double()
+
+    exact_kept, exact = kept_and_features(torch.float64)
+    rows = {}
+    for name, dtype in PRECISIONS.items():
+        kept, features = kept_and_features(dtype)
+        shares = [map(_share, one, other) for one, other in zip(exact_kept, kept, strict=True)]
+        rows[name] = {
+            "share": [fmean(layer) for layer in zip(*shares, strict=True)],
+            "feature_error": [float((features - exact).norm() / exact.norm())],
         }
-        for name in PRECISIONS
-    }
-
-
-def _kept(tower: HfTower, shape: TowerShape, image: Tensor, method: str, keep: int) -> list[Tensor]:
-    """Positions of the kept tokens after each reduction of one image."""
-    planner = VisionPlanner.shared(FicocoConfig.parse({"method": method, "keep": keep}), shape)
-    kept: list[Tensor] = []
-
-    def observer(site: str, layer: int) -> Callable[[Observation], None]:
-        return lambda observation: kept.append(observation.position[0])
-
-    with torch.inference_mode():
-        encode(tower, image, planner.plan(planner.default), shape.grid, observers=observer)
-    return kept
+    return rows
 
 
 def _share(exact: Tensor, other: Tensor) -> float:
@@ -117,10 +101,6 @@ def _share(exact: Tensor, other: Tensor) -> float:
 
 def log_probabilities(num_questions: int, seed: int = 0) -> dict[str, dict[str, dict[str, float]]]:
     """Errors of the demo model's first answer token, by variant and precision.
-
-    Args:
-        num_questions: held-out ones, each with an image of its own.
-        seed: seed of the questions.
 
     Returns:
         `mean` and `most` over the questions of the mean error of a log-probability, over the vocabulary; `changed`, the
