@@ -3,8 +3,9 @@
 import asyncio
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,9 @@ Job = tuple[Variant, Item]
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A running server.
+    """A running server, whose images have `num_tokens` visual tokens without reduction.
 
-    Attributes:
-        num_tokens: visual tokens of an image without reduction.
-        num_logprobs: how many of the most likely first tokens are kept with an answer, at most 20.
+    With an answer, `num_logprobs` of the most likely first tokens are kept, at most 20.
     """
 
     url: str
@@ -54,11 +53,9 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class Host:
-    """A server.
+    """A running server at a URL without a path, or without one servers that are started for the questions.
 
     Attributes:
-        url: address of a running server without a path, or None: servers are started, one for each site
-            and for each method that reduces twice.
         model: folder or name of the model to serve, or None: the demo model.
         num_tokens: visual tokens of an image without reduction.
         arguments: more options for servers that are started.
@@ -83,29 +80,25 @@ class Host:
 
 
 @contextmanager
-def endpoint(host: Host, method: str, variants: Sequence[Variant], **changes: Any) -> Iterator[Endpoint]:
-    """A server that can answer as some variants.
+def endpoint(
+    host: Host, method: str | None, variants: Sequence[Variant], **changes: Any
+) -> Iterator[Endpoint]:
+    """A server that can answer as some variants; if it is started, it runs `method` and offers theirs.
 
-    Args:
-        host: which server.
-        method: method of a server that is started, see `server_method`.
-        variants: a server that is started offers those with settings of their own as methods.
-        **changes: fields of `Endpoint` other than its defaults.
+    `changes` are fields of `Endpoint`. See `server_method` for the method.
 
     Raises:
         RuntimeError: the server does not start, or nothing answers at its URL.
     """
-    fields = {"num_tokens": host.num_tokens, "api_key": host.api_key, **changes}
-    if host.url is not None:
-        yield Endpoint(host.url, served_model(host.url, host.api_key), **fields)
-        return
-    with tempfile.TemporaryDirectory(prefix="ficoco-bench-") as name:
-        folder = Path(name)
-        variables = write_package(folder, variants)
-        arguments = [*filter(None, [host.model]), "--ficoco-method", method]
-        arguments += ["--api-key", host.api_key, *host.arguments]
-        with serving(arguments, folder / "server.log", variables) as server:
-            yield Endpoint(server.url, served_model(server.url, host.api_key), **fields)
+    with ExitStack() as stack:
+        url = host.url
+        if url is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ficoco-bench-")))
+            arguments = [*filter(None, [host.model]), "--api-key", host.api_key, *host.arguments]
+            arguments += [] if method is None else ["--ficoco-method", method]
+            started = serving(arguments, folder / "server.log", write_package(folder, variants))
+            url = stack.enter_context(started).url
+        yield Endpoint(url, served_model(url, host.api_key), host.num_tokens, host.api_key, **changes)
 
 
 def by_server(jobs: Iterable[Job]) -> dict[str, list[Job]]:
@@ -126,37 +119,27 @@ def replay(
 ) -> None:
     """Ask what has not been answered yet; each answer is stored as soon as it arrives.
 
-    Args:
-        endpoint: the server.
-        jobs: variants with questions.
-        store: store of the answers; questions with an answer are skipped.
-        concurrency: concurrent questions.
-        progress: advances with each answer; a text is the label of one for these questions alone.
+    `progress` advances with each answer; a text is the label of one for these questions alone.
 
     Raises:
         openai.APIError: the server refuses a question or does not answer.
     """
     missing = unanswered(jobs, store)
-    if isinstance(progress, str):
-        with Task(progress, len(jobs), len(jobs) - len(missing)) as task:
-            return replay(endpoint, missing, store, concurrency, task)
     waiting = iter(missing)
 
     async def work(client: AsyncOpenAI) -> None:
         for variant, item in waiting:
             store.add(variant.key, item.name, await _ask(client, endpoint, variant, item))
-            progress.advance()
+            task.advance()
 
     async def work_together() -> None:
-        async with endpoint.client(max_retries=3) as client, asyncio.TaskGroup() as group:
-            for _ in range(concurrency):
-                group.create_task(work(client))
+        async with endpoint.client(max_retries=3) as client:
+            await asyncio.gather(*(work(client) for _ in range(concurrency)))
 
-    try:
+    done = len(jobs) - len(missing)
+    own = Task(progress, len(jobs), done) if isinstance(progress, str) else nullcontext(progress)
+    with own as task:
         asyncio.run(work_together())
-    except ExceptionGroup as group:  # the error of the first worker ended the others
-        raise group.exceptions[0] from group
-    return None
 
 
 async def _ask(client: AsyncOpenAI, endpoint: Endpoint, variant: Variant, item: Item) -> Reply:
@@ -164,11 +147,11 @@ async def _ask(client: AsyncOpenAI, endpoint: Endpoint, variant: Variant, item: 
     answer = await client.chat.completions.create(**body, logprobs=True, top_logprobs=endpoint.num_logprobs)
     choice = answer.choices[0]
     first = choice.logprobs.content[0].top_logprobs if choice.logprobs and choice.logprobs.content else []
-    likely = {entry.token: entry.logprob for entry in first}
     prompt_tokens = answer.usage.prompt_tokens if answer.usage else 0
-    return Reply((choice.message.content or "").strip(), prompt_tokens, likely)
+    text = (choice.message.content or "").strip()
+    return Reply(text, prompt_tokens, {entry.token: entry.logprob for entry in first})
 
 
 def pairs(variants: Iterable[Variant], items: Sequence[Item]) -> list[Job]:
     """Every variant with every question."""
-    return [(variant, item) for variant in variants for item in items]
+    return list(product(variants, items))

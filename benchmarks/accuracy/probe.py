@@ -14,17 +14,10 @@ OFF: Mapping[str, Any] = {"ficoco": "off"}
 
 
 def probe(url: str, api_key: str, method: str | None, keep: int | None) -> list[str]:
-    """Ask one question twice and compare.
+    """A line for each sign that a server does not run a method (None: no reduction) with a budget (None: any).
 
-    Args:
-        url: address of the server, without a path.
-        api_key: key of the server.
-        method: that it should run, or None: no reduction.
-        keep: visual tokens that it should keep, or None: not checked.
-
-    Returns:
-        A line for each sign that it does something else. A server whose operator forbids requests to turn the reduction
-        off cannot be compared with itself; its own report is then taken as it is.
+    A server whose operator forbids requests to turn the reduction off cannot be compared with itself; its own report is
+    then taken as it is.
 
     Raises:
         openai.APIError: the server does not answer.
@@ -40,20 +33,17 @@ def probe(url: str, api_key: str, method: str | None, keep: int | None) -> list[
     applied = reported.get("method", "off")
     if applied != (method or "off"):
         return [f"the server says that it reduces by {applied}, not by {method or 'off'}"]
-    if method is None:
-        saved = 0 if off is None else off.usage.prompt_tokens - plain.usage.prompt_tokens
-        return [f"prompts are shorter by {saved} tokens than without reduction"] if saved else []
-    kept = reported["visual_tokens_kept"]
-    if keep is not None and kept != keep:
+    kept = reported.get("visual_tokens_kept")
+    if method is not None and keep not in (None, kept):
         return [f"the server says that it keeps {kept} visual tokens, not {keep}"]
     if off is None:
         return []
-    if site_of(method) == "tower":
+    if method is None or site_of(method) == "tower":
         saved = off.usage.prompt_tokens - plain.usage.prompt_tokens
-        expected = reported["visual_tokens"] - kept
+        expected = 0 if method is None else reported["visual_tokens"] - kept
         if saved != expected:
             return [f"prompts are shorter by {saved} tokens than without reduction, not by {expected}"]
-    if _likely(plain) == _likely(off):
+    if method is not None and _likely(plain) == _likely(off):
         return ["the log-probabilities are those without reduction"]
     return []
 

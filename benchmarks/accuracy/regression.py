@@ -15,11 +15,6 @@ def regressions(result: Mapping[str, Any], reference: Mapping[str, Any]) -> list
     Only questions of both runs count. The two answers to each question are compared, so a few dozen questions are
     enough.
 
-    Args:
-        result: result of a run.
-        reference: result of another run with the same model, seed and visual tokens; the number of questions may
-            differ.
-
     Raises:
         ValueError: the runs cannot be compared.
     """

@@ -1,22 +1,16 @@
 """One run of `bench accuracy`: servers, questions, figures."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from itertools import product
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from ficoco_vllm.benchmarks.accuracy.client import (
-    CONCURRENCY,
-    Host,
-    Job,
-    by_server,
-    endpoint,
-    replay,
-    unanswered,
-)
+from ficoco_vllm.benchmarks.accuracy.client import CONCURRENCY, Host, by_server, endpoint, replay, unanswered
 from ficoco_vllm.benchmarks.accuracy.store import Store
-from ficoco_vllm.benchmarks.accuracy.suites import Row, rows
+from ficoco_vllm.benchmarks.accuracy.suites import rows
 from ficoco_vllm.benchmarks.accuracy.summary import summarise
-from ficoco_vllm.benchmarks.accuracy.workload import Item, embedded
+from ficoco_vllm.benchmarks.accuracy.workload import embedded
 from ficoco_vllm.benchmarks.harness.results import environment
 from ficoco_vllm.benchmarks.harness.terminal import Task
 
@@ -35,16 +29,8 @@ def measure(
 ) -> dict[str, Any]:
     """The result of a run as it is written to JSON, after all questions are asked.
 
-    Args:
-        methods: methods of the rows, see `suites.rows`.
-        keeps: budgets of the method comparison.
-        tables: among `suites.TABLES`.
-        kinds: types of question.
-        count: questions of each type.
-        answers: JSONL file; an interrupted run continues from it.
-        host: the server.
-        seed: seed of the questions.
-        concurrency: concurrent questions.
+    The rows are those of `suites.rows`, with `count` questions of each type; an interrupted run continues from the
+    JSONL file `answers`.
 
     Raises:
         ValueError: an option is wrong, or the answers are those of another run.
@@ -55,7 +41,13 @@ def measure(
     items = embedded(kinds, count, seed)
     run = {**host.identity, "seed": seed, "workload": "embedded"}
     with Store(answers, run) as store:
-        jobs = _jobs(wanted, items)
+        # Each variant with each of its questions, once, in an order that spreads the variants over the run.
+        asked_of = {
+            (int(item.name.rsplit("-", 1)[1]), item.name, row.variant.key): (row.variant, item)
+            for row, item in product(wanted, items)
+            if item.kind in row.kinds
+        }
+        jobs = [job for _, job in sorted(asked_of.items(), key=itemgetter(0))]
         missing = unanswered(jobs, store)
         with Task("questions", len(jobs), len(jobs) - len(missing)) as task:
             for method, asked in by_server(missing).items():
@@ -67,14 +59,3 @@ def measure(
         result = summarise(wanted, items, store, host.num_tokens)
     head = {"schema": 1, **run, "dtype": host.dtype, "environment": environment(), "count": count}
     return {**head, **result}
-
-
-def _jobs(wanted: Iterable[Row], items: Sequence[Item]) -> list[Job]:
-    """Each variant with each of its questions, once, in an order that spreads the variants over the run."""
-    jobs = {
-        (int(item.name.rsplit("-", 1)[1]), item.name, row.variant.key): (row.variant, item)
-        for row in wanted
-        for item in items
-        if item.kind in row.kinds
-    }
-    return [jobs[place] for place in sorted(jobs)]

@@ -1,13 +1,16 @@
 """Confidence intervals and tests of shares and differences."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 CONFIDENCE = 0.95
+# Bounds of shares are multiples of 1 / _STEPS, as fine as floating point.
+_STEPS = 2**53
 RESAMPLES = 4000
 
 
@@ -28,16 +31,8 @@ def lower_bound(successes: int, count: int, confidence: float = CONFIDENCE) -> f
 
     Source: Clopper and Pearson, Biometrika 26 (1934).
     """
-    if successes == 0:
-        return 0.0
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        if at_least(successes, count, middle) < 1 - confidence:
-            low = middle
-        else:
-            high = middle
-    return low
+    chance = partial(at_least, successes, count)
+    return bisect_left(range(1, _STEPS), 1 - confidence, key=lambda step: chance(step / _STEPS)) / _STEPS
 
 
 def upper_bound(successes: int, count: int, confidence: float = CONFIDENCE) -> float:
@@ -46,11 +41,7 @@ def upper_bound(successes: int, count: int, confidence: float = CONFIDENCE) -> f
 
 
 def at_least(successes: int, count: int, share: float) -> float:
-    """Probability of so many successes or more, each with the probability `share`."""
-    if successes <= 0:
-        return 1.0
-    if not 0.0 < share < 1.0:
-        return float(share >= 1.0)
+    """Probability of so many successes or more, each with the probability `share`, which is neither 0 nor 1."""
     k = np.arange(successes, count + 1)
     logs = _log_choices(count)[successes:] + k * math.log(share) + (count - k) * math.log1p(-share)
     return min(1.0, float(np.exp(logs).sum()))
@@ -68,8 +59,6 @@ def sign_test(better: int, worse: int) -> float:
 
     Source: McNemar, Psychometrika 12 (1947), exact form.
     """
-    if better + worse == 0:
-        return 1.0
     return min(1.0, 2 * at_least(max(better, worse), better + worse, 0.5))
 
 
@@ -81,12 +70,9 @@ def paired_bootstrap(
     Questions are resampled within their type, both answers to a question together. A resample of differences that
     are -1, 0 or 1 is a draw from the multinomial distribution of their counts, so none is written out.
 
-    Args:
-        full: type of question to whether each was answered right, by what is compared with.
-        reduced: the same for what is judged, in the same order.
-
     Returns:
-        The difference and the bounds of its 95% percentile interval, in shares of 1.
+        The gain from `full` to `reduced`, each the type of question to whether each was answered right, and the bounds
+        of its 95% percentile interval, in shares of 1.
     """
     rng = np.random.default_rng(0)
     total, draws = 0.0, np.zeros(RESAMPLES)

@@ -5,16 +5,12 @@ from collections import UserDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, TextIO
+from typing import Any, Self
 
 
 @dataclass(frozen=True)
 class Reply:
-    """Answer of a server.
-
-    Attributes:
-        likely: the most likely first tokens with their log-probabilities.
-    """
+    """Answer of a server, with the log-probabilities of the most likely first tokens."""
 
     text: str
     prompt_tokens: int
@@ -22,11 +18,9 @@ class Reply:
 
 
 class Store(UserDict[tuple[str, str], Reply]):
-    """The answers of one run, by variant and question.
+    """The answers of one run, by variant and question, in a JSONL file whose first line describes the run.
 
-    Args:
-        path: a JSONL file; its first line describes the run.
-        run: settings on which answers depend (model, workload, seed); a file of another run is refused.
+    The settings in `run` are those on which answers depend (model, workload, seed).
 
     Raises:
         ValueError: the file holds the answers of another run.
@@ -34,27 +28,20 @@ class Store(UserDict[tuple[str, str], Reply]):
 
     def __init__(self, path: Path, run: Mapping[str, Any]) -> None:
         super().__init__()
-        whole = self._read(path, run) if path.exists() else ""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # A run that was killed may have left half a line.
-        path.write_text(whole or json.dumps({"run": run}) + "\n", encoding="utf-8")
-        self._file: TextIO = path.open("a", encoding="utf-8")
-
-    def _read(self, path: Path, run: Mapping[str, Any]) -> str:
-        text = path.read_text(encoding="utf-8")
-        lines = text[: text.rfind("\n") + 1].splitlines()
-        if not lines:
-            return ""
-        other = json.loads(lines[0]).get("run")
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]  # a run that was killed may have left half a line
+        head, *lines = whole.splitlines() or [json.dumps({"run": run})]
+        other = json.loads(head).get("run")
         if other != json.loads(json.dumps(run)):
             raise ValueError(
                 f"{path} holds the answers of another run ({other}, not {dict(run)}); "
                 "allowed: the same run, or a file that does not exist"
             )
-        for line in lines[1:]:
-            row = json.loads(line)
+        for row in map(json.loads, lines):
             self[row["variant"], row["item"]] = Reply(row["text"], row["tokens"], row["likely"])
-        return "\n".join(lines) + "\n"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join([head, *lines, ""]), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
 
     def add(self, variant: str, item: str, reply: Reply) -> None:
         """Keep an answer."""

@@ -40,20 +40,15 @@ ABLATION_L: Mapping[str, Settings] = {
     **_COMPRESSIONS,
 }
 # One stage exchanged for another one, the rest as it is.
-EXCHANGE_V: Mapping[str, Settings] = {
-    "filter cls_attention": {"filter": "cls_attention"},
-    "filter random_order": {"filter": "random_order"},
-    "correlate key_cosine": {"correlate": "key_cosine"},
-    "correlate neighbour_attention": {"correlate": "neighbour_attention"},
-    "compress nearest_merge": {"compress": "nearest_merge"},
-    "compress add": {"compress": "add"},
-    "compress prune": {"compress": "prune"},
+EXCHANGE_V: Mapping[str, Sequence[str]] = {
+    "filter": ("cls_attention", "random_order"),
+    "correlate": ("key_cosine", "neighbour_attention"),
+    "compress": ("nearest_merge", "add", "prune"),
 }
-EXCHANGE_L: Mapping[str, Settings] = {
-    "filter received_attention": {"filter": "received_attention"},
-    "correlate attention": {"correlate": "attention"},
-    "compress nearest_merge": {"compress": "nearest_merge"},
-    "compress prune": {"compress": "prune"},
+EXCHANGE_L: Mapping[str, Sequence[str]] = {
+    "filter": ("received_attention",),
+    "correlate": ("attention",),
+    "compress": ("nearest_merge", "prune"),
 }
 # Setting to its values; the paper's Figure 4 (lam, beta, gamma), Tables 6 and 7, and what it fixes without a table.
 _EPSILONS = (0.998, 0.996, 0.994, 0.992)
@@ -109,13 +104,7 @@ def methods_of(sites: Sequence[str]) -> tuple[str, ...]:
 def rows(
     methods: Sequence[str], keeps: Sequence[int], tables: Sequence[str], kinds: Sequence[str]
 ) -> list[Row]:
-    """All rows of some tables.
-
-    Args:
-        methods: methods of the method comparison, and of the other tables those that concern one of them.
-        keeps: budgets of the method comparison.
-        tables: among `TABLES`.
-        kinds: types of question of the method comparison.
+    """All rows of some of `TABLES`: the comparison of methods at each budget, and tables that concern one of them.
 
     Raises:
         ValueError: there is no such table or method.
@@ -152,22 +141,21 @@ def _changed(method: str, settings: Settings) -> Settings:
     }
 
 
-def _grid(values: Mapping[str, Sequence[Any]]) -> dict[str, Settings]:
+def _grid(values: Mapping[str, Sequence[Any]], sign: str) -> dict[str, Settings]:
+    """Settings that differ from the defaults in one value, by row label."""
     return {
-        f"{name} = {_plain(value)}": {name: value} for name, options in values.items() for value in options
+        f"{name}{sign}{'x'.join(map(str, value)) if isinstance(value, tuple) else value}": {name: value}
+        for name, options in values.items()
+        for value in options
     }
-
-
-def _plain(value: Any) -> str:
-    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 _TABLES_OF_ONE: Mapping[str, tuple[str, Mapping[str, Settings]]] = {
     "ablation-v": ("ficoco-v", ABLATION_V),
     "ablation-l": ("ficoco-l", ABLATION_L),
-    "exchange-v": ("ficoco-v", {"none": {}, **EXCHANGE_V}),
-    "exchange-l": ("ficoco-l", {"none": {}, **EXCHANGE_L}),
-    "sensitivity-v": ("ficoco-v", _grid(SENSITIVITY_V)),
-    "sensitivity-l": ("ficoco-l", _grid(SENSITIVITY_L)),
+    "exchange-v": ("ficoco-v", {"none": {}, **_grid(EXCHANGE_V, " ")}),
+    "exchange-l": ("ficoco-l", {"none": {}, **_grid(EXCHANGE_L, " ")}),
+    "sensitivity-v": ("ficoco-v", _grid(SENSITIVITY_V, " = ")),
+    "sensitivity-l": ("ficoco-l", _grid(SENSITIVITY_L, " = ")),
 }
 TABLES = ("methods", *_TABLES_OF_ONE)

@@ -12,16 +12,9 @@ from ficoco_vllm.benchmarks.accuracy.workload import Item
 
 
 def summarise(wanted: Sequence[Row], items: Sequence[Item], store: Store, num_tokens: int) -> dict[str, Any]:
-    """Figures of every row.
+    """Figures of all `rows`, `warnings` in words, and `majority`: accuracy of a type's most frequent answer.
 
-    Args:
-        wanted: the rows.
-        items: all questions.
-        store: their answers.
-        num_tokens: visual tokens of an unreduced image.
-
-    Returns:
-        `majority` by type, `rows`, and `warnings` in words.
+    `num_tokens` counts visual tokens of an unreduced image.
     """
     figures, warnings = [], set[str]()
     for row in wanted:
@@ -29,7 +22,11 @@ def summarise(wanted: Sequence[Row], items: Sequence[Item], store: Store, num_to
         before, after = _with_all_tokens(row.variant, asked, store), _replies(row.variant, asked, store)
         figures.append(_figures(row, asked, before, after))
         warnings.update(check(row.variant, before, after, num_tokens) if before else [])
-    return {"majority": _majority(items), "warnings": sorted(warnings), "rows": figures}
+    answers: dict[str, Counter[str | None]] = {}
+    for item in items:
+        answers.setdefault(item.kind, Counter())[item.answer] += 1
+    majority = {kind: _percent(max(counts.values()) / counts.total()) for kind, counts in answers.items()}
+    return {"majority": majority, "warnings": sorted(warnings), "rows": figures}
 
 
 def _figures(
@@ -71,11 +68,8 @@ def _figures(
 def check(variant: Variant, before: Sequence[Reply], after: Sequence[Reply], num_tokens: int) -> list[str]:
     """Signs that a server did not reduce as requested, a line for each.
 
-    Args:
-        variant: variant of the request.
-        before: answers to some questions with all visual tokens.
-        after: answers of the variant to the same questions, in the same order.
-        num_tokens: visual tokens of an unreduced image.
+    `before` are the answers to some questions with all visual tokens, `num_tokens` of an image, and `after` those of
+    the variant.
     """
     if not after or variant.method is None or variant.keep is None or variant.keep >= num_tokens:
         return []
@@ -115,14 +109,6 @@ def _right(row: Row, asked: Sequence[Item], replies: Sequence[Reply]) -> dict[st
     for item, reply in zip(asked, replies, strict=True):
         verdicts[item.kind].append(reply.text == item.answer)
     return verdicts
-
-
-def _majority(items: Sequence[Item]) -> dict[str, float]:
-    """Accuracy of always giving the most frequent answer of a type."""
-    answers: dict[str, Counter[str | None]] = {}
-    for item in items:
-        answers.setdefault(item.kind, Counter())[item.answer] += 1
-    return {kind: _percent(max(counts.values()) / counts.total()) for kind, counts in answers.items()}
 
 
 def _percent(share: float) -> float:

@@ -97,7 +97,7 @@ def composition_table(result: Result) -> Table:
     lines = []
     for keep in dict.fromkeys(row["keep"] for row in rows):
         figures = {row["against"]: row["accuracy"] for row in rows if row["keep"] == keep}
-        cells = [_against(figures[name]) if name in figures else "" for name in others]
+        cells = [_compared(fig["before"], fig, 100) if (fig := figures.get(name)) else "" for name in others]
         best = next(iter(figures.values()))["after"]
         lines.append([str(keep or "mean of the first four"), f"{100 * best:.1f}", *cells])
     header = ["tokens", "`best`", *(f"against `{name}`" for name in others)]
@@ -128,15 +128,12 @@ def of_table(result: Result, table: str) -> list[Mapping[str, Any]]:
 
 def _with_change(row: Mapping[str, Any]) -> str:
     against = row.get("against_full")
-    if against is None:
-        return f"{row['accuracy']:.1f}"
-    low, high = against["interval"]
-    return f"{row['accuracy']:.1f} ({against['change']:+.1f}: {low:+.1f} to {high:+.1f})"
+    return f"{row['accuracy']:.1f}" if against is None else _compared(row["accuracy"], against)
 
 
-def _against(figures: Mapping[str, Any]) -> str:
-    low, high = (100 * end for end in figures["interval"])
-    return f"{100 * figures['before']:.1f} ({100 * figures['change']:+.1f}: {low:+.1f} to {high:+.1f})"
+def _compared(value: float, against: Mapping[str, Any], scale: float = 1) -> str:
+    change, low, high = (scale * figure for figure in (against["change"], *against["interval"]))
+    return f"{scale * value:.1f} ({change:+.1f}: {low:+.1f} to {high:+.1f})"
 
 
 def _interval(kind: Mapping[str, Any]) -> str:
@@ -144,10 +141,5 @@ def _interval(kind: Mapping[str, Any]) -> str:
     return f"{kind['accuracy']:.0f} ({low:.0f}-{high:.0f})"
 
 
-def main() -> int:
-    """Write the page, or check it."""
-    return write_pages(__doc__, lambda: {PAGE: fill(PAGE.read_text(encoding="utf-8"), blocks())})
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_pages(__doc__, lambda: {PAGE: fill(PAGE.read_text(encoding="utf-8"), blocks())}))

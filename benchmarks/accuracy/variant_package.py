@@ -42,10 +42,7 @@ def with_defaults(name: str, base: str, settings: Mapping[str, Any]) -> Method:
 
 
 def write_package(folder: Path, variants: Iterable[Variant]) -> dict[str, str]:
-    """Write a package that offers the methods of those variants that have settings of their own.
-
-    Returns:
-        Environment variables of a server that finds it in `folder`.
+    """Write a package of those variants that have settings of their own; the variables of a server that finds it.
 
     Raises:
         ValueError: a setting is not allowed.

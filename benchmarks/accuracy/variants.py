@@ -29,10 +29,7 @@ def site_of(method: str) -> Site:
 
 
 def server_method(method: str | None, site: Site) -> str:
-    """The method of a server that can run a method, or none, at its site.
-
-    A server whose method reduces twice runs no other one.
-    """
+    """The method of a server that runs a method, or none, at its site; one that reduces twice runs no other one."""
     return method if method is not None and method in PIPELINES else _SERVER_METHODS[site]
 
 

@@ -6,31 +6,15 @@ from dataclasses import dataclass
 from PIL import Image
 
 from ficoco_vllm.benchmarks.harness.http import png
+from ficoco_vllm.benchmarks.questions.held_out import KINDS_OF_QUESTION, held_out
 
-# Types of the embedded benchmark, without `colour_by_number`, which the demo model has not learnt (MODEL_CARD.md).
-KINDS = (
-    "colour",
-    "shape",
-    "yes_no_shapes",
-    "number",
-    "number_by_colour_2",
-    "number_by_colour_3",
-    "first_digit",
-    "last_digit",
-    "yes_no_signs",
-    "count",
-)
+# Types of the embedded benchmark. The demo model has not learnt `colour_by_number` (MODEL_CARD.md).
+KINDS = tuple(kind for kind in KINDS_OF_QUESTION if kind != "colour_by_number")
 
 
 @dataclass(frozen=True)
 class Item:
-    """One image with one question.
-
-    Attributes:
-        kind: type of the question, for the report.
-        image: an encoded image, or None for a question without one.
-        answer: the right one, or None if unknown.
-    """
+    """One question of a type, with an encoded image or without one; the right answer is None if it is unknown."""
 
     name: str
     kind: str
@@ -49,8 +33,6 @@ def embedded(kinds: Sequence[str] = KINDS, count: int = 100, seed: int = 0) -> l
         ValueError: there is no such type.
         ModuleNotFoundError: the package `easy-vqa` is not installed.
     """
-    from ficoco_vllm.benchmarks.questions.held_out import held_out
-
     items = []
     for kind in kinds:
         for index, example in enumerate(held_out(kind, count, seed)):

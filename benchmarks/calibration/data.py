@@ -14,16 +14,11 @@ FORM = '{"image": "path.png", "prompt": "..."}'
 
 
 def read_items(data: Path, prompt: str | None = None) -> list[Item]:
-    """Questions of a JSONL file or of a folder of images.
+    """Questions of a JSONL file or of a folder of images, in the order of lines or file names.
 
-    Args:
-        data: a JSONL file with an object `{"image": PATH, "prompt": TEXT}` in each line, paths relative to the file,
-            with "class" where questions are of several kinds; or a folder of images, each with its prompts in a text
-            file of the same name (one a line).
-        prompt: prompt for what has no prompt of its own.
-
-    Returns:
-        The questions in the order of lines or file names.
+    Each line of a file is an object `{"image": PATH, "prompt": TEXT}`, with "class" where questions are of several
+    kinds; paths are relative to the file. In a folder, a text file of an image's name has its prompts, one a line.
+    `prompt` is that of what has none of its own.
 
     Raises:
         ValueError: naming the line or file, and what is allowed.

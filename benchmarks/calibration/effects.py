@@ -13,7 +13,7 @@ import httpx
 from PIL import Image
 
 from ficoco_vllm.benchmarks.accuracy.client import Endpoint
-from ficoco_vllm.benchmarks.accuracy.variants import Variant
+from ficoco_vllm.benchmarks.accuracy.variants import Variant, full
 from ficoco_vllm.benchmarks.accuracy.workload import Item
 from ficoco_vllm.benchmarks.harness.http import data_url, first_token, png
 from ficoco_vllm.benchmarks.harness.rounds import ratios
@@ -24,7 +24,6 @@ from ficoco_vllm.reduction.cost.memory import kv_bytes
 
 # Options of a server that explains; its only client asks few questions, so no rate limit is needed.
 EXPLAINS = ("--ficoco-explain", "--ficoco-explain-rate", "0")
-_EXPLAIN_SECONDS = 600
 _TINY = 1e-12
 
 
@@ -42,11 +41,10 @@ def divergence(full: Mapping[str, float], reduced: Mapping[str, float]) -> float
 
 
 def kept_patches(endpoint: Endpoint, variant: Variant, item: Item) -> dict[str, Any] | None:
-    """Ask a question again, with tracing (docs/explain.md).
+    """Answer to a question asked again with tracing (docs/explain.md), or None where the server does not explain.
 
-    Returns:
-        `answer`, `grid` (rows, columns), `central_square` (see `Explanation`) and `kept`, the indices of the patches
-        that are left after the last reduction; None where the server does not explain, or is busy.
+    With `answer` come `grid` (rows, columns), `central_square` (see `Explanation`) and `kept`, the indices of the
+    patches that are left after the last reduction. A busy server does not explain either.
     """
     assert item.image is not None
     body = {
@@ -57,11 +55,9 @@ def kept_patches(endpoint: Endpoint, variant: Variant, item: Item) -> dict[str, 
         "method": variant.served_name,
         "keep": variant.keep,
     }
-    headers = {"Authorization": f"Bearer {endpoint.api_key}"}
-    url = f"{endpoint.url}/ficoco/explain"
+    headers, url = {"Authorization": f"Bearer {endpoint.api_key}"}, f"{endpoint.url}/ficoco/explain"
     try:
-        answer = httpx.post(url, json=body, headers=headers, timeout=_EXPLAIN_SECONDS)
-        explanation = answer.raise_for_status().json()
+        explanation = httpx.post(url, json=body, headers=headers, timeout=600).raise_for_status().json()
     except httpx.HTTPError:
         return None
     rows, columns = explanation["grid"]
@@ -98,11 +94,10 @@ def kv_saving(
     `config` is the model's config.json, `num_tokens` counts visual tokens of an unreduced image.
     """
     decoder, text = model_shape(config).decoder, round(num_text_tokens)
-    full = [num_tokens] * decoder.num_layers
-    reduced = visual_tokens_of_layers(variant, decoder.num_layers, num_tokens)
-    before, after = (
-        sum(kv_bytes(decoder, [text + count for count in layers], "fp16")) for layers in (full, reduced)
+    layers = (
+        visual_tokens_of_layers(one, decoder.num_layers, num_tokens) for one in (full(variant.site), variant)
     )
+    before, after = (sum(kv_bytes(decoder, [text + count for count in counts], "fp16")) for counts in layers)
     return {"full_bytes": before, "bytes": after, "saving": round(1 - after / before, 4)}
 
 

@@ -36,7 +36,6 @@ class Settings:
         target: share of answers that must equal the full model's.
         answers: JSONL file; an interrupted run continues from it.
         budgets: visual tokens kept, candidates.
-        seed: seed of the order of the questions.
     """
 
     methods: tuple[str, ...]
@@ -79,10 +78,7 @@ def split(items: Sequence[Item], target: float, confidence: float) -> tuple[list
 
 
 def calibrate(settings: Settings, items: Sequence[Item]) -> dict[str, Any]:
-    """Find the smallest safe budget of each method.
-
-    Returns:
-        The report as it is written to JSON.
+    """The report as it is written to JSON, after the smallest safe budget of each method is found.
 
     Raises:
         ValueError: too few questions, or the answers on disk are those of another run.
@@ -93,13 +89,12 @@ def calibrate(settings: Settings, items: Sequence[Item]) -> dict[str, Any]:
     workload = {"workload": [item.name for item in items], "tokens": settings.max_tokens}
     host = replace(settings.host, arguments=(*settings.host.arguments, *EXPLAINS))
     fields = {"max_tokens": settings.max_tokens, "num_logprobs": NUM_LOGPROBS}
-    servers: dict[str, list[str]] = {}
-    for method in settings.methods:
-        servers.setdefault(server_method(method, site_of(method)), []).append(method)
+    servers = {method: server_method(method, site_of(method)) for method in settings.methods}
     reports = []
     with Store(settings.answers, {**settings.host.identity, **workload}) as store:
-        for name, methods in servers.items():
+        for name in dict.fromkeys(servers.values()):
             with endpoint(host, name, [], **fields) as server:
+                methods = [method for method in settings.methods if servers[method] == name]
                 runs = (MethodRun(settings, method, server, store, searched, fresh) for method in methods)
                 reports += [run.report() for run in runs]
     return {
@@ -127,13 +122,14 @@ class MethodRun:
     def report(self) -> dict[str, Any]:
         """The part of the report on the method."""
         budgets, target = self.settings.budgets, self.settings.target
-        with_itself = self._agreement_with_itself()
+        again, twice = replace(self._full, label=f"{self._full.label} again"), self.fresh[:NUM_TWICE]
+        (same,) = self._agreeing([again], twice, "all tokens, twice")
         candidate, seen = search(budgets, target, len(self.searched), partial(self._ask, self.searched))
         fresh = (len(self.fresh), partial(self._ask, self.fresh))
         safe, tested = certify(budgets, candidate, target, *fresh, self.settings.confidence)
         return {
             "method": self.method,
-            "full_agrees_with_itself": round(with_itself, 4),
+            "full_agrees_with_itself": round(same / len(twice), 4),
             "searched": [_figures(keep, agreeing, n) for keep, (agreeing, n) in sorted(seen.items())],
             "tested": [_tested(test) | {"safe": test.bound >= target} for test in tested],
             "safe": None if safe is None else _tested(safe) | self._effects(safe.keep),
@@ -148,28 +144,21 @@ class MethodRun:
     def _variant(self, keep: int) -> Variant:
         return Variant(self.method, site_of(self.method), self.method, keep)
 
-    def _replay(self, variants: Sequence[Variant], items: Sequence[Item], label: str) -> None:
-        """Have questions answered that have not been yet, by the full model too."""
-        jobs = pairs([self._full, *variants], items)
-        replay(self.endpoint, jobs, self.store, self.settings.concurrency, f"{self.method}: {label}")
-
     def _replies(self, variant: Variant, items: Sequence[Item]) -> list[tuple[Reply, Reply]]:
         """Answers of the full model and of a variant to each question."""
         return [(self.store[self._full.key, item.name], self.store[variant.key, item.name]) for item in items]
 
-    def _agreeing(self, variant: Variant, items: Sequence[Item]) -> int:
-        return sum(before.text == after.text for before, after in self._replies(variant, items))
-
-    def _agreement_with_itself(self) -> float:
-        again, twice = replace(self._full, label=f"{self._full.label} again"), self.fresh[:NUM_TWICE]
-        self._replay([again], twice, "all tokens, twice")
-        return self._agreeing(again, twice) / len(twice)
+    def _agreeing(self, variants: Sequence[Variant], items: Sequence[Item], label: str) -> list[int]:
+        """Answers of each variant that equal the full model's, after what has not been asked yet is asked of both."""
+        jobs = pairs([self._full, *variants], items)
+        replay(self.endpoint, jobs, self.store, self.settings.concurrency, f"{self.method}: {label}")
+        replies = (self._replies(variant, items) for variant in variants)
+        return [sum(before.text == after.text for before, after in both) for both in replies]
 
     def _ask(self, items: Sequence[Item], budgets: Sequence[int], n: int) -> dict[int, int]:
         """The search's view of some questions; see `Ask`."""
-        variants = {keep: self._variant(keep) for keep in budgets}
-        self._replay([*variants.values()], items[:n], f"{','.join(map(str, budgets))} tokens")
-        return {keep: self._agreeing(variant, items[:n]) for keep, variant in variants.items()}
+        variants, label = [self._variant(keep) for keep in budgets], f"{','.join(map(str, budgets))} tokens"
+        return dict(zip(budgets, self._agreeing(variants, items[:n], label), strict=True))
 
     def _effects(self, keep: int) -> dict[str, Any]:
         """Effects of a budget on answers, KV cache and time to first token, and the command that serves it."""
@@ -197,10 +186,8 @@ class MethodRun:
     def _disagreements(self, seen: Seen, test: Tested | None) -> dict[str, Any]:
         """The worst disagreements in a test, or without one at the largest budget of the search.
 
-        Returns:
-            `worst_keep`, the budget; `worst_of`, whether its questions are those of the certificate or of the search;
-            and `worst`, the questions that are answered otherwise than by the full model, the surest of its answers
-            first.
+        `worst_keep` is the budget, `worst_of` the part whose questions they are, and `worst` those that are answered
+        otherwise than by the full model, the surest of its answers first.
         """
         keep, part, items = max(seen), "search", self.searched[: seen[max(seen)][1]]
         if test is not None:

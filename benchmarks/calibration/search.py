@@ -26,12 +26,7 @@ Ask = Callable[[Sequence[int], int], Mapping[int, int]]
 
 @dataclass(frozen=True)
 class Tested:
-    """One budget on the questions of the certificate.
-
-    Attributes:
-        agreeing: answers equal to the full model's.
-        bound: one-sided lower confidence bound of the agreement.
-    """
+    """Answers of one budget in the certificate that agree with the full model's, and the lower bound of their share."""
 
     keep: int
     agreeing: int
@@ -52,15 +47,12 @@ def search(budgets: Sequence[int], target: float, total: int, ask: Ask) -> tuple
     while contenders:
         seen |= {keep: (agreeing, n) for keep, agreeing in ask(contenders, n).items()}
         contenders = [keep for keep in contenders if upper_bound(*seen[keep], DROP_CONFIDENCE) >= target]
-        if not contenders and aside:
+        reached = [keep for keep in contenders if seen[keep][0] >= target * n]
+        if n == total and reached:
+            return min(reached), seen
+        if n == total or not contenders:
             contenders, aside = aside[:2], aside[2:]
             continue  # with as many questions as the ones that failed
-        reached = [keep for keep in contenders if seen[keep][0] >= target * seen[keep][1]]
-        if n == total:
-            if reached:
-                return min(reached), seen
-            contenders, aside = aside[:2], aside[2:]
-            continue
         half = max(2, math.ceil(len(contenders) / 2))
         contenders, aside = contenders[:half], sorted([*contenders[half:], *aside])
         n = min(2 * n, total)
@@ -75,10 +67,9 @@ def certify(
     ask: Ask,
     confidence: float = CONFIDENCE,
 ) -> tuple[Tested | None, tuple[Tested, ...]]:
-    """Test budgets around the candidate on fresh questions, the largest first, until one fails.
+    """The smallest budget that passes a test, or None, and all tests; none without a candidate.
 
-    Returns:
-        The smallest that passed, or None, and all tests; none without a candidate.
+    Budgets around it answer fresh questions, the largest first, until one fails.
     """
     order, safe, tested = sorted(budgets), None, list[Tested]()
     if candidate is None:

@@ -5,16 +5,13 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ficoco_vllm.benchmarks.accuracy.client import Host, endpoint
 from ficoco_vllm.benchmarks.accuracy.probe import probe
-from ficoco_vllm.benchmarks.harness.http import served_model
 from ficoco_vllm.benchmarks.harness.pages import table as markdown_table
 from ficoco_vllm.benchmarks.harness.results import environment
-from ficoco_vllm.benchmarks.harness.serving import serving
 from ficoco_vllm.benchmarks.lmms.benchmarks import BENCHMARKS, Benchmark, paper_figure
 from ficoco_vllm.benchmarks.lmms.tasks import write_task
 
@@ -23,93 +20,72 @@ TIMEOUT_SECONDS = 600
 _HEAD = ("benchmark", "model", "method", "tokens", "questions", "measured", "the paper", "note")
 
 
-@dataclass(frozen=True)
-class Run:
-    """One run of a benchmark.
+def evaluate(
+    name: str,
+    benchmark: Benchmark,
+    python: Path = PYTHON,
+    *,
+    url: str | None = None,
+    model: str | None = None,
+    method: str | None = None,
+    keep: int | None = None,
+    api_key: str = "none",
+    concurrency: int = 16,
+    limit: int | None = None,
+) -> dict[str, Any]:
+    """The result of one benchmark as it is written to JSON, with `python` of an environment with lmms-eval.
 
-    Attributes:
-        python: Python of an environment with lmms-eval (`make lmms`).
-        url: address of a running server, or None: one is started.
-        model: model to serve, or None: the demo model.
-        method: None serves all visual tokens.
-        keep: visual tokens that are left.
-        limit: only the first questions, or None for all.
-    """
-
-    name: str
-    benchmark: Benchmark
-    python: Path = PYTHON
-    url: str | None = None
-    model: str | None = None
-    method: str | None = None
-    keep: int | None = None
-    api_key: str = "none"
-    concurrency: int = 16
-    limit: int | None = None
-
-
-def evaluate(run: Run) -> dict[str, Any]:
-    """Run one benchmark.
-
-    Returns:
-        The result as it is written to JSON.
+    Without a URL a server is started; without a model it serves the demo model, without a method all visual tokens.
+    `limit` takes only the first questions.
 
     Raises:
         ValueError: there is no lmms-eval where it should be.
         RuntimeError: the server or lmms-eval fails, the server does not reduce as requested, or an answer is missing.
         openai.APIError: the server does not answer.
     """
-    # Not resolved: a virtual environment's python is a link, and its own path determines the environment.
-    python = Path(os.path.abspath(run.python))
     if not python.is_file():
-        raise ValueError(f"--lmms-python = {str(run.python)!r} does not exist; `make lmms` makes it")
-    benchmark = run.benchmark
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ficoco-lmms-")))
-        url = run.url
-        if url is None:
-            arguments = [*filter(None, [run.model]), "--api-key", run.api_key]
-            arguments += [] if run.method is None else ["--ficoco-method", run.method]
-            arguments += [] if run.keep is None else ["--ficoco-keep", str(run.keep)]
-            url = stack.enter_context(serving(arguments, folder / "log")).url
-        wrong = probe(url, run.api_key, run.method, run.keep)
-        if wrong:
-            raise RuntimeError(f"{url} does not serve the requested setting: {'; '.join(wrong)}")
+        raise ValueError(f"--lmms-python = {str(python)!r} does not exist; `make lmms` makes it")
+    # Not resolved: a virtual environment's python is a link, and its own path determines the environment.
+    python = python.absolute()
+    host = Host(url, model, api_key, arguments=() if keep is None else ("--ficoco-keep", str(keep)))
+    with tempfile.TemporaryDirectory(prefix="ficoco-lmms-") as made, endpoint(host, method, []) as server:
+        folder = Path(made)
+        if wrong := probe(server.url, api_key, method, keep):
+            raise RuntimeError(f"{server.url} does not serve the requested setting: {'; '.join(wrong)}")
         original = tasks_folder(python) / benchmark.file
         task = write_task(folder / "tasks", original, benchmark.task, benchmark.pad, benchmark.specific)
-        figures = _lmms_eval(run, python, url, task, folder)
+        client = {
+            "model": server.model,
+            "base_url": f"{server.url}/v1",
+            "num_concurrent": concurrency,
+            "timeout": TIMEOUT_SECONDS,
+        }
+        command = [str(python), "-m", "lmms_eval", "eval", "--model", "openai"]
+        command += ["--model_args", ",".join(f"{key}={value}" for key, value in client.items())]
+        command += ["--tasks", task, "--include_path", str(folder / "tasks"), "--batch_size", "1"]
+        command += [] if limit is None else ["--limit", str(limit)]
+        figures = _run(command, folder / "out", api_key)
     return {
         "schema": 1,
-        "benchmark": run.name,
+        "benchmark": name,
         "task": benchmark.task,
         "metric": benchmark.metric,
-        "model": run.model or "demo",
-        "method": run.method,
-        "keep": run.keep,
+        "model": model or "demo",
+        "method": method,
+        "keep": keep,
         "count": figures["n-samples"][task]["effective"],
         "measured": round(_metric(figures["results"][task], benchmark.metric) * benchmark.scale, 2),
-        "paper": paper_figure(run.name, run.method, run.keep),
+        "paper": paper_figure(name, method, keep),
         "note": benchmark.note,
         "environment": environment(),
         "lmms_eval": _output(python, "from importlib.metadata import version; print(version('lmms_eval'))"),
     }
 
 
-def _lmms_eval(run: Run, python: Path, url: str, task: str, folder: Path) -> dict[str, Any]:
-    """Run one task; what lmms-eval wrote of it."""
-    out = folder / "out"
-    model = {
-        "model": served_model(url, run.api_key),
-        "base_url": f"{url}/v1",
-        "num_concurrent": run.concurrency,
-        "timeout": TIMEOUT_SECONDS,
-    }
-    command = [str(python), "-m", "lmms_eval", "eval", "--model", "openai"]
-    command += ["--model_args", ",".join(f"{name}={value}" for name, value in model.items())]
-    command += ["--tasks", task, "--include_path", str(folder / "tasks"), "--batch_size", "1"]
-    command += ["--output_path", str(out), "--log_samples"]
-    command += [] if run.limit is None else ["--limit", str(run.limit)]
-    variables = {**os.environ, "OPENAI_API_KEY": run.api_key}
+def _run(command: list[str], out: Path, api_key: str) -> dict[str, Any]:
+    """What lmms-eval wrote of its one task into a folder, after every question was answered."""
+    command = [*command, "--output_path", str(out), "--log_samples"]
+    variables = {**os.environ, "OPENAI_API_KEY": api_key}
     done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
     written = sorted(out.rglob("*results.json"))
     if done.returncode or not written:
@@ -124,11 +100,7 @@ def _lmms_eval(run: Run, python: Path, url: str, task: str, folder: Path) -> dic
 
 
 def tasks_folder(python: Path) -> Path:
-    """Where an environment's lmms-eval keeps its tasks.
-
-    Raises:
-        RuntimeError: the environment has none.
-    """
+    """Where an environment's lmms-eval keeps its tasks."""
     code = "import importlib.util; print(importlib.util.find_spec('lmms_eval').submodule_search_locations[0])"
     return Path(_output(python, code)) / "tasks"
 
@@ -150,8 +122,7 @@ def _metric(figures: Mapping[str, Any], name: str) -> float:
 def read_results(folder: Path) -> list[dict[str, Any]]:
     """Results of a folder that `bench lmms` wrote into, in the order of the paper's columns."""
     rows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    order = {name: place for place, name in enumerate(BENCHMARKS)}
-    return sorted(rows, key=lambda row: order.get(row["benchmark"], len(order)))
+    return sorted(rows, key=lambda row: [*BENCHMARKS, row["benchmark"]].index(row["benchmark"]))
 
 
 def table(results: Iterable[Mapping[str, Any]]) -> list[str]:

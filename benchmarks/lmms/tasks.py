@@ -22,17 +22,10 @@ doc_to_visual = padded(load_yaml_config(yaml_path={path!r})["doc_to_visual"])
 
 
 def write_task(folder: Path, original: Path, task: str, pad: bool, specific: Mapping[str, Any]) -> str:
-    """Write a task that includes another one.
+    """Write a task that includes another one, a YAML file, into a folder for `--include_path`, and return its name.
 
-    Args:
-        folder: folder to write into; what `--include_path` is given.
-        original: the task's YAML file.
-        task: its name there.
-        pad: whether images are padded to squares.
-        specific: takes the place of its `lmms_eval_specific_kwargs.default`; empty leaves it.
-
-    Returns:
-        The new task's name.
+    `pad` pads images to squares; `specific` takes the place of the task's `lmms_eval_specific_kwargs.default`, unless
+    it is empty.
 
     Raises:
         ValueError: there is no such file.

@@ -19,29 +19,13 @@ from ficoco_vllm.benchmarks.questions.shapes import EasyVqa
 from ficoco_vllm.benchmarks.questions.signs import HELD_OUT_NUMBERS, render_signs
 
 _ABOUT_SHAPE = ("colour", "shape", "yes_no_shapes")
-KINDS_OF_QUESTION = (
-    "colour",
-    "shape",
-    "number",
-    "number_by_colour_2",
-    "number_by_colour_3",
-    "first_digit",
-    "last_digit",
-    "yes_no_signs",
-    "yes_no_shapes",
-    "colour_by_number",
-    "count",
-)
+_ABOUT_NUMBERS = ("number", "number_by_colour_2", "number_by_colour_3", "first_digit", "last_digit")
+KINDS_OF_QUESTION = (*_ABOUT_SHAPE, *_ABOUT_NUMBERS, "yes_no_signs", "count", "colour_by_number")
 
 
 @dataclass(frozen=True)
 class Example:
-    """One held-out image with one question.
-
-    Attributes:
-        scene: the image, 192 x 192, and what it shows.
-        question: the question and its right answer.
-    """
+    """One held-out image of 192 x 192 pixels with one question."""
 
     scene: Scene
     question: Question
@@ -95,16 +79,11 @@ def _about_shape(kind: str, rng: random.Random, index: int) -> Example:
 
 
 def held_out(kind: str, count: int, seed: int = 0) -> list[Example]:
-    """Held-out questions of one type, each on an image of its own.
+    """Held-out questions of one type, each on an image of its own; the same seed gives the same ones.
 
     easy-VQA questions are on images of its test split; signs carry only the 90 numbers that training never
     shows. Yes/no questions are balanced within their phrasing: half of them have the answer yes, and half
     of the easy-VQA ones ask for absence.
-
-    Args:
-        kind: one of KINDS_OF_QUESTION.
-        count: how many.
-        seed: the same seed gives the same images and questions.
 
     Raises:
         ValueError: there is no such type.

@@ -33,10 +33,9 @@ ANY = -1
 
 @dataclass(frozen=True)
 class Question:
-    """A question with its answer.
+    """A question with its answer, which is digits, a colour, a shape, "yes" or "no".
 
     Attributes:
-        answer: digits, a colour, a shape, "yes" or "no".
         kind: the type under which accuracy is reported.
         evidence: colour and place (ANY for every place) of the digits from which each digit of the answer, or
             its one word, is read; empty where nothing so simple can be said.

@@ -33,11 +33,7 @@ MIN_COVER = 0.25
 
 @dataclass(frozen=True)
 class Sign:
-    """A coloured plate with a number.
-
-    Attributes:
-        colour: index into COLOUR_NAMES.
-    """
+    """A coloured plate with a number; the colour is an index into COLOUR_NAMES."""
 
     colour: int
     number: str
@@ -45,12 +41,7 @@ class Sign:
 
 @dataclass(frozen=True)
 class Shape:
-    """The one shape of an easy-VQA image.
-
-    Attributes:
-        colour: index into COLOUR_NAMES.
-        shape: index into SHAPES.
-    """
+    """The one shape of an easy-VQA image, as indices into COLOUR_NAMES and SHAPES."""
 
     colour: int
     shape: int

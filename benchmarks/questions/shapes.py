@@ -25,10 +25,7 @@ SCALE = IMAGE_SIZE // NATIVE
 
 
 class EasyVqa:
-    """One split of easy-VQA with colours from the pixels and shapes from the answers.
-
-    Args:
-        split: "train" or "test".
+    """The split "train" or "test" of easy-VQA, with colours from the pixels and shapes from the answers.
 
     Raises:
         ModuleNotFoundError: `easy-vqa` is not installed.
@@ -59,12 +56,11 @@ class EasyVqa:
     @cached_property
     def shapes(self) -> dict[int, Shape]:
         """Colour and shape of every image whose answers give its shape (about seven of eight)."""
-        shapes = {}
-        for index, (image, mask) in enumerate(zip(self.images, self.masks, strict=True)):
-            shape = shape_of(self.questions[index])
-            if shape is not None:
-                shapes[index] = Shape(main_colour(image, mask), shape)
-        return shapes
+        return {
+            index: Shape(main_colour(image, mask), shape)
+            for index, (image, mask) in enumerate(zip(self.images, self.masks, strict=True))
+            if (shape := shape_of(self.questions[index])) is not None
+        }
 
     @cached_property
     def indices(self) -> tuple[int, ...]:
@@ -72,12 +68,9 @@ class EasyVqa:
         return tuple(self.shapes)
 
     def scene(self, index: int, rng: random.Random | None = None, size: int = IMAGE_SIZE) -> Scene:
-        """An image at three times its native size.
+        """An image at three times its native size, in a square window of `size` pixels.
 
-        Args:
-            index: which image.
-            rng: mirrors the image and moves the shape; None leaves the image as it is.
-            size: pixels of the square window, which holds as much of the shape as fits.
+        `rng` mirrors the image, moves the shape, and lets the window hold as much of it as fits.
         """
         image, mask = self.images[index], self.masks[index]
         if rng is not None:
@@ -116,12 +109,7 @@ def window_start(rng: random.Random, start: int, stop: int, window: int) -> int:
 
 
 def main_colour(image: NDArray[np.uint8], mask: NDArray[np.bool_]) -> int:
-    """Index of the colour name nearest to the most frequent pixel of the shape.
-
-    Args:
-        image: (64, 64, 3), uint8.
-        mask: (64, 64), bool.
-    """
+    """Index of the colour name nearest to the most frequent pixel of the shape; (64, 64, 3) and (64, 64)."""
     values, counts = np.unique(image[mask], axis=0, return_counts=True)
     names = np.array(list(COLOURS.values()))
     return int(np.abs(names - values[counts.argmax()].astype(int)).sum(-1).argmin())

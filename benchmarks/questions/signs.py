@@ -14,18 +14,16 @@ from ficoco_vllm.benchmarks.questions.scene import (
     DIGIT,
     KIND,
     MIN_COVER,
-    PATCH_SIZE,
     PLACE,
     Scene,
     Sign,
 )
+from ficoco_vllm.benchmarks.questions.scene import PATCH_SIZE as P
 
 FONT_SIZES = tuple(range(24, 35))
 BRIGHT = ("yellow", "green")
 GAP = 3
 PLACING_TRIES = 40
-
-P = PATCH_SIZE
 
 _numbers = [str(number) for number in range(100, 1000)]
 random.Random(7).shuffle(_numbers)
@@ -57,20 +55,12 @@ def overlap(start: float, stop: float, num_cells: int) -> NDArray[np.float32]:
 
 
 def render_signs(
-    rng: random.Random,
-    height: int,
-    width: int,
-    numbers: tuple[str, ...],
-    num_signs: int,
+    rng: random.Random, height: int, width: int, numbers: tuple[str, ...], num_signs: int
 ) -> Scene:
-    """Draw signs of different colours that do not touch, on a light background.
+    """Draw signs of different colours with some of the numbers; they do not touch, on a light background.
 
-    Args:
-        rng: the only source of randomness.
-        height: pixels, a multiple of the patch size.
-        width: pixels, a multiple of the patch size.
-        numbers: what may be written.
-        num_signs: how many to draw; one that finds no free place is left out, the first always fits.
+    Height and width in pixels are multiples of the patch size. A sign that finds no free place is left out; the first
+    one always fits.
     """
     rows, columns = height // P, width // P
     image = np.empty((height, width, 3), np.float32)

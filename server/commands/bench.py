@@ -229,7 +229,7 @@ def _load(args: argparse.Namespace) -> int:
 def _lmms(args: argparse.Namespace) -> int:
     """Run one benchmark of lmms-eval, or print the table of all results."""
     from ficoco_vllm.benchmarks.lmms.benchmarks import BENCHMARKS
-    from ficoco_vllm.benchmarks.lmms.command import PYTHON, Run, evaluate, read_results, table
+    from ficoco_vllm.benchmarks.lmms.command import PYTHON, evaluate, read_results, table
 
     if args.name is None:
         print("\n".join(table(read_results(args.out))))
@@ -237,18 +237,16 @@ def _lmms(args: argparse.Namespace) -> int:
     if args.name not in BENCHMARKS:
         return fail(f"BENCHMARK = {args.name!r} is not allowed; allowed: {', '.join(BENCHMARKS)}")
     result = evaluate(
-        Run(
-            args.name,
-            BENCHMARKS[args.name],
-            args.lmms_python or PYTHON,
-            url=args.url,
-            model=args.model,
-            method=args.method,
-            keep=args.keep,
-            api_key=args.api_key,
-            concurrency=args.concurrency,
-            limit=args.limit,
-        )
+        args.name,
+        BENCHMARKS[args.name],
+        args.lmms_python or PYTHON,
+        url=args.url,
+        model=args.model,
+        method=args.method,
+        keep=args.keep,
+        api_key=args.api_key,
+        concurrency=args.concurrency,
+        limit=args.limit,
     )
     args.out.mkdir(parents=True, exist_ok=True)
     name = f"{args.name}-{args.method or 'full'}-{args.keep or 'all'}.json"

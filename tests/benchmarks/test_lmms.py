@@ -13,7 +13,7 @@ from ficoco_vllm.benchmarks.accuracy import probe as module
 from ficoco_vllm.benchmarks.accuracy.probe import probe
 from ficoco_vllm.benchmarks.accuracy.workload import Item, embedded
 from ficoco_vllm.benchmarks.lmms.benchmarks import BENCHMARKS, PAPER, Benchmark, paper_figure
-from ficoco_vllm.benchmarks.lmms.command import Run, evaluate, read_results, table, tasks_folder
+from ficoco_vllm.benchmarks.lmms.command import evaluate, read_results, table, tasks_folder
 from ficoco_vllm.benchmarks.lmms.tasks import MEAN_COLOUR, pad_to_square, write_task
 from tests.support.server import API_KEY, Server, data_url, message
 
@@ -63,9 +63,7 @@ def test_a_local_task_scores_what_the_server_answers(
     assert any(answers)
     assert not all(answers), "questions that are all answered would not show a harness that always says yes"
     benchmark = Benchmark("Signs", str(task), "exact")
-    result = evaluate(
-        Run("signs", benchmark, PYTHON, url=server.url, api_key=API_KEY, method="ficoco-v", keep=64)
-    )
+    result = evaluate("signs", benchmark, PYTHON, url=server.url, api_key=API_KEY, method="ficoco-v", keep=64)
     assert result["count"] == len(questions)
     assert result["measured"] == pytest.approx(100 * sum(answers) / len(answers), abs=0.01)
     (tmp_path / "signs.json").write_text(json.dumps(result))
@@ -129,16 +127,14 @@ def test_a_question_without_an_answer_is_no_wrong_answer(server: Server, task: P
     benchmark = Benchmark("Signs", str(task), "exact", specific={"pre_prompt": "word " * 5000})
     with pytest.raises(RuntimeError, match="questions were not answered"):
         evaluate(
-            Run(
-                "signs",
-                benchmark,
-                PYTHON,
-                url=server.url,
-                api_key=API_KEY,
-                method="ficoco-v",
-                keep=64,
-                limit=1,
-            )
+            "signs",
+            benchmark,
+            PYTHON,
+            url=server.url,
+            api_key=API_KEY,
+            method="ficoco-v",
+            keep=64,
+            limit=1,
         )
 
 
@@ -163,7 +159,7 @@ def test_a_task_that_does_not_exist_is_named(tmp_path: Path) -> None:
 
 def test_a_missing_environment_says_how_to_make_it() -> None:
     with pytest.raises(ValueError, match="make lmms"):
-        evaluate(Run("pope", BENCHMARKS["pope"], Path("/nowhere/python")))
+        evaluate("pope", BENCHMARKS["pope"], Path("/nowhere/python"))
 
 
 def test_padding_keeps_every_pixel() -> None:
