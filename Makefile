@@ -65,7 +65,7 @@ serve: $(RUNTIME)  ## serve on PORT; METHOD, KEEP, MODEL, ARGS (default: the dem
 	    --ficoco-method $(METHOD) --ficoco-keep $(KEEP) $(ARGS)
 
 # Large tensors go back to the system when they are freed: a worker holds several engines. Bytecode is written also where
-# the environment forbids it: each of the hundred processes that a run starts would compile our sources again.
+# the environment forbids it: each process that a test starts would compile our sources again.
 PYTEST := PYTHONDONTWRITEBYTECODE= MALLOC_MMAP_THRESHOLD_=1048576 MALLOC_TRIM_THRESHOLD_=1048576 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test: $(DEV)  ## run the tests, then the kernels' in Triton's interpreter; ARGS replaces the second run

@@ -53,7 +53,7 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class Host:
-    """A running server at a URL without a path, or without one servers that are started for the questions.
+    """A running server, by its URL without a path, or without a URL the settings of servers to start.
 
     Attributes:
         model: folder or name of the model to serve, or None: the demo model.

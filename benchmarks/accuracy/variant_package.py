@@ -42,7 +42,7 @@ def with_defaults(name: str, base: str, settings: Mapping[str, Any]) -> Method:
 
 
 def write_package(folder: Path, variants: Iterable[Variant]) -> dict[str, str]:
-    """Write a package of those variants that have settings of their own; the variables of a server that finds it.
+    """Write a package of the variants with settings of their own; returns the variables that let a server find it.
 
     Raises:
         ValueError: a setting is not allowed.

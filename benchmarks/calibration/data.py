@@ -18,7 +18,7 @@ def read_items(data: Path, prompt: str | None = None) -> list[Item]:
 
     Each line of a file is an object `{"image": PATH, "prompt": TEXT}`, with "class" where questions are of several
     kinds; paths are relative to the file. In a folder, a text file of an image's name has its prompts, one a line.
-    `prompt` is that of what has none of its own.
+    `prompt` is for questions without one.
 
     Raises:
         ValueError: naming the line or file, and what is allowed.

@@ -149,7 +149,7 @@ class MethodRun:
         return [(self.store[self._full.key, item.name], self.store[variant.key, item.name]) for item in items]
 
     def _agreeing(self, variants: Sequence[Variant], items: Sequence[Item], label: str) -> list[int]:
-        """Answers of each variant that equal the full model's, after what has not been asked yet is asked of both."""
+        """Number of each variant's answers that equal the full model's; missing answers are requested first."""
         jobs = pairs([self._full, *variants], items)
         replay(self.endpoint, jobs, self.store, self.settings.concurrency, f"{self.method}: {label}")
         replies = (self._replies(variant, items) for variant in variants)

@@ -29,7 +29,7 @@ class Chat:
 
 
 def held_out_chats(kind: str, count: int, seed: int = 0) -> list[Chat]:
-    """Chats whose last question is of one of `KINDS`, each on an image of its own; a seed repeats them."""
+    """Chats whose last question is of one of `KINDS`, each on its own image; the same seed gives the same chats."""
     rng = random.Random(f"chat {kind} {seed}")
     # Images with three signs; with one to three for questions about all of them; with one shape.
     source = {**dict.fromkeys(_ABOUT_SCENE, "last_digit"), **dict.fromkeys(_ABOUT_SHAPE, "yes_no_shapes")}

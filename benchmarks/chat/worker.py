@@ -56,7 +56,7 @@ def shared_system_prompt(engine: Any, cold: bool, seed: int) -> Figures:
 
 
 def _answer(engine: Any, tokens: list[int], seed: int, cold: bool, ends: list[int]) -> tuple[Any, int]:
-    """The output for a prompt with an image, whose decision windows have some ends or end with it; its tokens."""
+    """The output for a prompt with an image and the prompt's number of tokens; `ends` are those of its windows."""
     from vllm import SamplingParams
 
     windows = ends and engine.llm_engine.vllm_config.additional_config

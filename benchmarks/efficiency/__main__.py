@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 from ficoco_vllm.benchmarks.efficiency import worker
-from ficoco_vllm.benchmarks.efficiency.rows import PRECISIONS, SETTINGS, STOCK, TABLES, Table, markdown
+from ficoco_vllm.benchmarks.efficiency.tables import PRECISIONS, SETTINGS, STOCK, TABLES, Table, markdown
 from ficoco_vllm.benchmarks.harness import model
 from ficoco_vllm.benchmarks.harness.engine import bench_engine
 from ficoco_vllm.benchmarks.harness.model import WHOLE_MODELS
@@ -84,7 +84,7 @@ def _obstacle(shape: ModelShape, precision: str) -> str | None:
 def measure(
     folder: str, table: Table, precision: str, shape: ModelShape, rounds: int, order: random.Random
 ) -> list[dict[str, Any]]:
-    """All rows of one model and precision, as in the JSON file: counts and times beside what the planner says."""
+    """All rows of one model and precision, as in the JSON file: counts and times with what the planner says."""
     bits = PRECISIONS[precision][1]
     limits = {
         "max_model_len": worker.MAX_MODEL_LEN,

@@ -11,7 +11,7 @@ printed one must carry the letter of a note there, or nothing is written.
 import sys
 from string import ascii_lowercase
 
-from ficoco_vllm.benchmarks.efficiency.rows import TABLES, Row, Table, markdown
+from ficoco_vllm.benchmarks.efficiency.tables import TABLES, Row, Table, markdown
 from ficoco_vllm.benchmarks.harness.pages import ROOT, fill, table, write_pages
 from ficoco_vllm.benchmarks.harness.results import read
 from ficoco_vllm.reduction.cost import BITS, ModelShape, TokenPlan, constant, estimate, paper

@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import psutil
 
-from ficoco_vllm.benchmarks.efficiency.rows import Row
+from ficoco_vllm.benchmarks.efficiency.tables import Row
 from ficoco_vllm.benchmarks.harness.engine import image_request, scheduler_of, worker_of
 
 BLOCK_SIZE = 32  # the smallest of vLLM's CPU attention

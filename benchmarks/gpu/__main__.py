@@ -118,7 +118,7 @@ def bars(result: Mapping[str, Any]) -> Iterator[Bar]:
         yield Bar(f"gpu-answers-{name}", row["num_right"] / row["num_asked"], ANSWERS[name][1])
     ceilings = result["ceilings"]
     for row in result.get("kernels", []):
-        # One and a half times the floor; a single item may take the latency of its launches besides.
+        # One and a half times the floor; for a single item plus the latency of its launches.
         floor = max(row["floor_bytes"] / ceilings["bandwidth"], row["floor_flops"] / ceilings["flops"])
         most = 1.5 * floor + (row["num_launches"] * ceilings["launch_seconds"] if row["B"] == 1 else 0.0)
         yield at_most(f"gpu-kernel[{row['name']},B={row['B']}]", row["seconds"] / most, 1.0)

@@ -79,7 +79,7 @@ def synchronise() -> None:
 
 @contextmanager
 def span() -> Iterator[Callable[[], float]]:
-    """The seconds of a block's work, to be called after it; on a GPU, once that has finished the work."""
+    """Yield a function that returns the seconds of the block's work; on a GPU, call it once that work is finished."""
     if torch.cuda.is_available():
         event: Any = torch.cuda.Event  # not annotated by torch
         first, last = event(enable_timing=True), event(enable_timing=True)

@@ -22,7 +22,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 @dataclass(frozen=True)
 class Bar:
-    """A limit that a benchmark must keep: a floor, or else a ceiling."""
+    """A limit that a benchmark must keep: a floor if `at_least`, else a ceiling."""
 
     name: str
     measured: float

@@ -26,7 +26,7 @@ LINE_SECONDS = 15.0
 class Task:
     """Progress of a task on stderr: a bar with the time left, or where there is no terminal a line now and then.
 
-    Of `total` steps an earlier run has taken `done`.
+    An earlier run has taken `done` of the `total` steps.
     """
 
     def __init__(self, label: str, total: int, done: int = 0, console: Console | None = None) -> None:

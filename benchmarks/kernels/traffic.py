@@ -31,10 +31,10 @@ def traffic() -> dict[str, dict[str, Any]]:
 
 
 def count(run: Callable[[], Any]) -> dict[str, Any]:
-    """What the launches of a call load, store and multiply.
+    """Bytes that the launches of a call load and store, and their operations.
 
     Returns:
-        `launches`, of each in order: `moved_bytes`, the distinct sectors of its loads and those of its stores;
+        `launches`, one mapping each in order: `moved_bytes`, distinct sectors of its loads and those of its stores;
         `requested_bytes`, all that its programs load and store; `flops` of its matrix products. `torch_bytes`: operands
         and results of torch's operators between them.
     """

@@ -18,7 +18,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def variants() -> Calls:
-    """All of them by name."""
+    """Calls of all variants by name."""
     calls = _selections()
     for d, dtype in product((32, 72, 128), DTYPES):
         calls |= _attention(d, dtype)

@@ -83,7 +83,7 @@ def evaluate(
 
 
 def _run(command: list[str], out: Path, api_key: str) -> dict[str, Any]:
-    """What lmms-eval wrote of its one task into a folder, after every question was answered."""
+    """Result of the one task that lmms-eval runs; every question must be answered."""
     command = [*command, "--output_path", str(out), "--log_samples"]
     variables = {**os.environ, "OPENAI_API_KEY": api_key}
     done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
@@ -100,7 +100,7 @@ def _run(command: list[str], out: Path, api_key: str) -> dict[str, Any]:
 
 
 def tasks_folder(python: Path) -> Path:
-    """Where an environment's lmms-eval keeps its tasks."""
+    """Folder with the tasks of an environment's lmms-eval."""
     code = "import importlib.util; print(importlib.util.find_spec('lmms_eval').submodule_search_locations[0])"
     return Path(_output(python, code)) / "tasks"
 

@@ -23,7 +23,7 @@ Rows = Sequence[Row]
 def summarise(rows: Rows) -> list[dict[str, Any]]:
     """Medians over the rounds of each server at each point, by load and stock first.
 
-    Each of `FIGURES` has its `_min` and `_max` beside it; they are None where /metrics does not have it.
+    Each of `FIGURES` comes with its `_min` and `_max`, which are None where /metrics does not have it.
     """
     summary = []
     for (server, point), group in groupby(sorted(rows, key=_place), itemgetter("server", "point")):

@@ -14,7 +14,7 @@ _PANEL_WIDTH, _HEIGHT = 4.2, 3.3
 
 
 def pictures(results: Results) -> dict[str, str]:
-    """File name to SVG."""
+    """SVG pictures by file name."""
     return {"accuracy.svg": _accuracy(results), "serving.svg": _serving(results)}
 
 

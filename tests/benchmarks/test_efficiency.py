@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ficoco_vllm.benchmarks.efficiency.__main__ import bars, measure
-from ficoco_vllm.benchmarks.efficiency.rows import TABLES, markdown
+from ficoco_vllm.benchmarks.efficiency.tables import TABLES, markdown
 from ficoco_vllm.benchmarks.harness import model
 from ficoco_vllm.benchmarks.harness.model import WHOLE_MODELS
 from ficoco_vllm.benchmarks.ttft.kinds import KINDS, predicted_speedup
