@@ -71,7 +71,9 @@ def kernels(held: None, batches: list[int], repeats: int) -> list[dict[str, Any]
     torch.manual_seed(0)
     rows = []
     for B in batches:
-        for workload in workloads(B, torch.bfloat16, device.name()):
+        # Launches are recorded on tensors without data: a recorded kernel does not run and writes no result.
+        without_data = workloads(B, torch.bfloat16)
+        for workload, recorded in zip(workloads(B, torch.bfloat16, device.name()), without_data, strict=True):
             times = []
             if device.name() == "cuda":
                 workload.run()  # compiles
@@ -89,7 +91,7 @@ def kernels(held: None, batches: list[int], repeats: int) -> list[dict[str, Any]
                     "floor_bytes": workload.floor_bytes,
                     "floor_flops": workload.floor_flops,
                     # The interpreter, which launches nothing, counts as one.
-                    "num_launches": 1 if knobs.runtime.interpret else len(launches_of(workload.run)),
+                    "num_launches": 1 if knobs.runtime.interpret else len(launches_of(recorded.run)),
                 }
             )
     return rows
