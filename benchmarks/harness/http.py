@@ -67,8 +67,8 @@ def served_model(url: str, api_key: str = "none") -> str:
     check_answers(url)
     from openai import OpenAI
 
-    models = list(OpenAI(base_url=f"{url}/v1", api_key=api_key).models.list())
-    return models[0].id
+    with OpenAI(base_url=f"{url}/v1", api_key=api_key) as client:
+        return next(iter(client.models.list())).id
 
 
 async def first_token(client: "AsyncOpenAI", body: dict[str, Any]) -> tuple[float, int]:
