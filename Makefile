@@ -26,7 +26,7 @@ PRODUCTION_STACK ?=
 RUNTIME := $(VENV)/.installed
 DEV     := $(VENV)/.installed-dev
 
-.PHONY: help install serve test test-long test-all test-kernels check format lint types imports kernels-aot bench-kernels bench-ttft bench-gpu \
+.PHONY: help install serve test test-long test-kernels check format lint types imports kernels-aot bench-kernels bench-ttft bench-gpu \
     bench-efficiency bench-concurrency bench-chat bench-chat-accuracy bench-decoding \
     soak soak-engine bench-metrics bench-elastic bench-quality bench-load bench-cpu-mode bench-precision \
     bench-accuracy bench-accuracy-decoder bench-smoke figures screenshots lmms dist release-check container-check \
@@ -74,10 +74,6 @@ test: $(DEV)  ## run the tests, then the kernels' in Triton's interpreter; ARGS 
 
 test-long: $(DEV) $(LMMS)/.installed  ## run the long forms: servers of more families, load, restarts, several processes, lmms-eval
 	@$(PYTEST) -m 'long and not interpreter' $(ARGS)
-
-test-all: $(DEV) $(LMMS)/.installed  ## both in one run, which shares their engines and servers, then the kernels' tests
-	@status=0; $(PYTEST) -m 'not interpreter' || status=$$?; \
-	    $(MAKE) --no-print-directory test-kernels || status=$$?; exit $$status
 
 check: lint types imports  ## ruff, mypy, import-linter
 
